@@ -1,0 +1,298 @@
+"""One base class per axis: what a plugin is.
+
+A plugin is a keyword-only dataclass: its fields are its settings, each with a docstring below it. `name` is what a
+recipe writes after `use:`; `needs` names what the core must provide. Shapes as in `hf_rlhf.batch`. A field typed with a
+class of this module is a nested plugin (`{use: ...}` in a recipe); `choice("k3")` gives it a default.
+
+`needs` may hold: ref_logps, values, groups (at least two rows per prompt), sampler_logps, old_logps, scores,
+group_ids, entropy. Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need,
+beyond their positional arguments, as one keyword. Estimators and filters find theirs as fields of `Scored`.
+
+A plugin that is costly to start implements `setup(context)` and `close()`; one with a memory implements `observe`,
+`state_dict` and `load_state_dict`, and is saved in every checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+from hf_rlhf.batch import Completions, Credit, Rollouts, Scored
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.policy import Policy
+    from hf_rlhf.prompts import Prompt
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Count = Annotated[int, Ge(1)]
+
+
+def choice(name: str) -> Any:
+    """A nested plugin that a recipe may leave out: it then gets the plugin `name` with its default settings."""
+    return field(metadata={"use": name})
+
+
+@dataclass(kw_only=True)
+class Context:
+    """Where a plugin finds itself when it is set up: one process of a run, before its first rollout."""
+
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    seed: int
+    process_index: int
+    num_processes: int
+
+
+@dataclass(kw_only=True)
+class Plugin:
+    """A choice on one axis."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def check(self, algorithm: Algorithm) -> Iterable[str]:
+        """Reasons why this plugin cannot run or cannot learn in `algorithm`, each saying what to write instead."""
+        return ()
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        """What the plan should say of this plugin in `algorithm`: settings that are read but cannot bind, and the like."""
+        return ()
+
+    def setup(self, context: Context) -> None:
+        """Start what is costly: models, workers, connections."""
+
+    def close(self) -> None:
+        """Stop what `setup` started. Called once, also after an error."""
+
+    def observe(self, statistics: Mapping[str, float]) -> None:
+        """Take in the statistics of a whole rollout, equal on every process, once per rollout."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep of this plugin: numbers, strings, tensors, lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+@dataclass(kw_only=True)
+class RolloutEngine(Plugin, ABC):
+    """Samples completions. Axis `rollout`."""
+
+    prompts: Count = 32
+    """Prompts per rollout, over all processes (verl: train_batch_size)."""
+    num_generations: Count = 8
+    """Completions per prompt, the group size G (verl: rollout.n)."""
+    temperature: Positive = 1.0
+    """Temperature of sampling; log-probs are taken at it everywhere."""
+
+    @abstractmethod
+    def __call__(
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        """`num_generations` completions of each prompt, rows of a prompt side by side.
+
+        `temperature` replaces the setting for this call (evaluation, greedy baselines); 0 is greedy. Random numbers come
+        from the global generators, which the core seeds for the call and puts back after it.
+        """
+
+
+@dataclass(kw_only=True)
+class RewardSource(Plugin, ABC):
+    """Scores completions. Axis `rewards`, a list."""
+
+    verifier: ClassVar[bool] = False
+    """True where a score of 1 means correct: then evaluation reports accuracy, pass@k and maj@k."""
+
+    weight: float = 1.0
+    """Factor of this source in the total reward."""
+    label: str | None = None
+    """Name in logs and tables; the plugin's name by default. Two sources need two labels."""
+
+    @abstractmethod
+    def __call__(self, rollouts: Rollouts) -> Sequence[float | None]:
+        """One number per row, or None (NaN) where this source does not apply."""
+
+    def answer(self, completion: str) -> str | None:
+        """The final answer in a completion, for majority votes; None where there is none. Verifiers override it."""
+        return None
+
+
+@dataclass(kw_only=True)
+class KLEstimator(Plugin, ABC):
+    """Estimates KL(policy || reference) from sampled log-probs. Axis `kl_estimator`, nested in each `kl`."""
+
+    @abstractmethod
+    def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """(...) and (...) -> (...), elementwise and differentiable in `logps`."""
+
+
+@dataclass(kw_only=True)
+class KLPlacement(Plugin, ABC):
+    """Says where the KL to the reference enters. Axis `kl`, a list. Every penalty returns its input's shape."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
+    places: ClassVar[frozenset[str]] = frozenset()
+    """Where the penalty enters: any of reward, loss, advantage. A placement overrides the method of each."""
+
+    estimator: KLEstimator = choice("k1")
+    """How the KL is estimated."""
+    level: Literal["token", "sequence"] = "token"
+    """`token`: the estimator sees each token's log-probs; `sequence`: their sums over the mask."""
+
+    def measure(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
+        """The estimator's value: (R, T), 0 off the mask, at level token; (R,) at level sequence. R rows."""
+        if self.level == "token":
+            return self.estimator(logps, ref_logps, **needed) * mask
+        total = {name: (x * mask).sum(1) for name, x in needed.items()}
+        return self.estimator((logps * mask).sum(1), (ref_logps * mask).sum(1), **total)
+
+    def reward_penalty(self, kl: Tensor) -> Tensor:
+        """What is subtracted from the rewards: (N, T), or (N,) from the last token at level sequence."""
+        raise TypeError(f"kl.{self.name} declares the place 'reward' and does not define reward_penalty")
+
+    def loss_penalty(self, kl: Tensor) -> Tensor:
+        """What is added to the loss: (B, T), or (B,), once per row, at level sequence."""
+        raise TypeError(f"kl.{self.name} declares the place 'loss' and does not define loss_penalty")
+
+    def advantage_penalty(self, kl: Tensor) -> Tensor:
+        """What is subtracted from the advantages: (N, T), or (N,), from every token, at level sequence."""
+        raise TypeError(f"kl.{self.name} declares the place 'advantage' and does not define advantage_penalty")
+
+
+@dataclass(kw_only=True)
+class AdvantageEstimator(Plugin, ABC):
+    """Turns rewards into advantages. Axis `advantages`."""
+
+    @abstractmethod
+    def __call__(self, scored: Scored) -> Tensor | Credit:
+        """(N, T), 0 off the mask; or `Credit` when it needs values. A pure function: no distributed code, no state."""
+
+
+@dataclass(kw_only=True)
+class Critic(Plugin, ABC):
+    """Predicts returns. Axis `critic`."""
+
+    coef: NonNegative = 0.5
+    """Factor of the value loss in the loss."""
+    value_clip: Positive | Literal["none"] = 0.2
+    """How far a value may move from the rollout's before its gradient is cut; `none`: plain squared error."""
+    learning_rate: Positive | None = None
+    """Learning rate of the critic's own parameters; the policy's when left out."""
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Optimizer steps at the start in which only the critic learns."""
+
+    @abstractmethod
+    def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> torch.nn.Module | None:
+        """The critic's module, or None. It is called inside the wrapped policy's forward; see `hf_rlhf.policy`."""
+
+
+@dataclass(kw_only=True)
+class PolicyLoss(Plugin, ABC):
+    """The loss of each token. Axis `policy_loss`."""
+
+    @abstractmethod
+    def __call__(
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, T) each -> the loss of each token (B, T), to be minimised, and metrics (B, T), averaged over the mask."""
+
+
+@dataclass(kw_only=True)
+class RolloutCorrection(Plugin, ABC):
+    """Corrects for a sampler that is not the trainer's policy. Axis `rollout_correction`."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"sampler_logps", "old_logps"})
+
+    @abstractmethod
+    def __call__(self, old_logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
+        """(N, T) each -> multipliers of the policy loss (N, T), without gradient."""
+
+
+@dataclass(kw_only=True)
+class Reference(Plugin, ABC):
+    """The model that KL is measured to. Axis `reference`."""
+
+    @abstractmethod
+    def build(self, policy: PreTrainedModel) -> torch.nn.Module | None:
+        """The reference model, or None where the policy itself serves (see `active`)."""
+
+    def active(self, policy: PreTrainedModel) -> Any:
+        """A context manager in which the policy gives the reference's log-probs, where `build` gives None."""
+        raise TypeError(f"reference.{self.name} builds no model and does not define active")
+
+
+@dataclass(kw_only=True)
+class UpdateRule(Plugin, ABC):
+    """Makes the optimizer. Axis `optimizer`."""
+
+    @abstractmethod
+    def build(self, policy: torch.nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        """An optimizer over the parameter groups, or None for the one that TrainingArguments name."""
+
+
+@dataclass(kw_only=True)
+class Aggregation(Plugin, ABC):
+    """Weighs the tokens of an optimizer step. Axis `aggregation`."""
+
+    @abstractmethod
+    def __call__(self, mask: Tensor) -> Tensor:
+        """(N_u, T) -> (N_u, T): the weight of each token in the loss; any split into micro-batches gives one gradient."""
+
+
+@dataclass(kw_only=True)
+class LossTerm(Plugin, ABC):
+    """A further term of the loss with its own normalisation. Axis `loss_terms`, a list."""
+
+    @abstractmethod
+    def __call__(self, logps: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) each, one keyword per name in `needs` -> (B, T), to be minimised."""
+
+    def weights(self, mask: Tensor) -> Tensor:
+        """(N_u, T) -> (N_u, T): the weight of each token in this term; every token alike unless overridden."""
+        return mask / mask.sum().clamp(min=1)
+
+
+@dataclass(kw_only=True)
+class Filter(Plugin, ABC):
+    """Chooses the rows that are trained on. Axis `filters`, a list."""
+
+    resample: Annotated[int, Ge(0)] = 0
+    """How many more rounds of prompts may be rolled out to fill the places of dropped groups (0: none)."""
+
+    @abstractmethod
+    def __call__(self, scored: Scored) -> Tensor:
+        """-> (N,) bool, True on rows to keep. A pure function."""
+
+
+AXES: dict[str, type[Plugin]] = {
+    "rollout": RolloutEngine,
+    "rewards": RewardSource,
+    "kl": KLPlacement,
+    "kl_estimator": KLEstimator,
+    "advantages": AdvantageEstimator,
+    "critic": Critic,
+    "policy_loss": PolicyLoss,
+    "rollout_correction": RolloutCorrection,
+    "reference": Reference,
+    "optimizer": UpdateRule,
+    "aggregation": Aggregation,
+    "loss_terms": LossTerm,
+    "filters": Filter,
+}
+"""Recipe key -> base class, in the order of the step."""
+
+LISTS = frozenset({"rewards", "kl", "loss_terms", "filters"})
+"""Axes that hold any number of plugins."""

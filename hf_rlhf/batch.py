@@ -1,0 +1,141 @@
+"""What a plugin sees: `Rollouts`, `Scored`, `Credit`, and what a rollout engine returns: `Completions`.
+
+Letters: n rows of this process, N rows of the rollout over all processes, N_u rows of one optimizer step,
+B rows of a micro-batch, T completion tokens (padded on the right), G rows per prompt, V vocabulary.
+
+    Completions (from a rollout engine; rows of one prompt are neighbours)
+        ids               n lists of int        completion tokens, the end-of-sequence token included
+        masks             n lists of 0/1        1 on tokens the policy sampled, 0 on tool output; None: all 1
+        finish_reasons    n of "stop"/"length"  "length": cut off at max_new_tokens
+        logps             n lists of float      log-probs as the sampler reports them, or None
+
+    Rollouts (to reward sources; n rows)
+        prompts           n of str or messages  as the dataset has them
+        completions       n of str              decoded without special tokens
+        prompt_ids        n lists of int
+        completion_ids    n lists of int
+        masks             n lists of 0/1
+        finish_reasons    n of "stop"/"length"
+        columns           name -> n values      every further column of the dataset
+        group_ids         n of int              equal for the rows of one prompt
+
+    Scored (to advantage estimators and filters; N rows, gathered from every process)
+        mask              (N, T) float          1 on tokens the policy sampled
+        token_rewards     (N, T) float          reward at its token, after in-reward KL; 0 off the mask
+        group_ids         (N,) int              equal for the rows of one prompt; groups may vary in size
+        values            (N, T) float or None  the critic's value of the state in which each token was sampled
+        scores            name -> (N,) float    each reward source before its weight, NaN where it does not apply
+        weights           name -> float         the weight of each reward source
+        old_logps         (N, T) float or None  log-probs of the policy that rolled out, in the trainer
+        ref_logps         (N, T) float or None  log-probs of the reference
+        sampler_logps     (N, T) float or None  log-probs as the sampler reported them
+        finished          (N,) bool or None     False where the completion was cut off
+
+    Credit (from advantage estimators that need values)
+        advantages        (N, T) float          0 off the mask
+        returns           (N, T) float          the critic's targets
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Completions:
+    """What a rollout engine returns: `num_generations` neighbouring rows per prompt."""
+
+    ids: list[list[int]]
+    masks: list[list[int]] | None = None
+    finish_reasons: list[str]
+    logps: list[list[float]] | None = None
+
+
+@dataclass(kw_only=True)
+class Rollouts:
+    """Prompts with their completions, as reward sources see them."""
+
+    prompts: list[Any]
+    completions: list[str]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    masks: list[list[int]]
+    finish_reasons: list[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    group_ids: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a dataset column, one per row. Raises `KeyError` naming the columns there are."""
+        if name not in self.columns:
+            raise KeyError(f"the dataset has no column {name!r}; it has: {', '.join(sorted(self.columns)) or 'none'}")
+        return self.columns[name]
+
+
+@dataclass(kw_only=True)
+class Scored:
+    """The whole rollout with its rewards, gathered from every process: what an estimator or a filter sees."""
+
+    mask: Tensor
+    token_rewards: Tensor
+    group_ids: Tensor
+    values: Tensor | None = None
+    scores: dict[str, Tensor] | None = None
+    weights: dict[str, float] | None = None
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    sampler_logps: Tensor | None = None
+    finished: Tensor | None = None
+
+    def returns(self) -> Tensor:
+        """(N,) each row's undiscounted return: the sum of its token rewards over the mask."""
+        return (self.token_rewards * self.mask).sum(1)
+
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """(N,) the group of each row, numbered from 0, and (groups,) the rows in each group."""
+        _, index, counts = self.group_ids.unique(return_inverse=True, return_counts=True)
+        return index, counts
+
+    def group_sum(self, x: Tensor) -> Tensor:
+        """(N,) -> (N,) the sum of `x` over each row's group, at each row."""
+        index, counts = self.groups()
+        return x.new_zeros(len(counts)).index_add(0, index, x)[index]
+
+    def group_size(self) -> Tensor:
+        """(N,) int, how many rows each row's group has."""
+        index, counts = self.groups()
+        return counts[index]
+
+    def group_mean(self, x: Tensor) -> Tensor:
+        """(N,) -> (N,) the mean of `x` over each row's group, at each row."""
+        return self.group_sum(x) / self.group_size()
+
+    def group_std(self, x: Tensor, ddof: int = 1) -> Tensor:
+        """(N,) -> (N,) the standard deviation of `x` over each row's group; 0 where all are equal or one row remains.
+
+        Equal values are found by max == min: rounding gives eight times 0.2 a deviation of 1.5e-8.
+        """
+        deviation = x - self.group_mean(x)
+        variance = self.group_sum(deviation**2) / (self.group_size() - ddof).clamp(min=1)
+        return variance.sqrt().masked_fill(self.group_is_flat(x), 0.0)
+
+    def group_is_flat(self, x: Tensor) -> Tensor:
+        """(N,) -> (N,) bool, True where every row of the group has exactly the same `x`: no signal between them."""
+        index, counts = self.groups()
+        top = x.new_full((len(counts),), float("-inf")).scatter_reduce(0, index, x, "amax")
+        bottom = x.new_full((len(counts),), float("inf")).scatter_reduce(0, index, x, "amin")
+        return (top == bottom)[index]
+
+
+@dataclass(kw_only=True)
+class Credit:
+    """Advantages with the critic's targets, from estimators that need values."""
+
+    advantages: Tensor
+    returns: Tensor

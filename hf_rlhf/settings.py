@@ -1,0 +1,126 @@
+"""The parts of a recipe that are not plugins: model, dataset, update, evaluation. Validated like plugins, from outside.
+
+`training` is not here: it is handed to `transformers.TrainingArguments` as it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from hf_rlhf.axes import Count, NonNegative
+
+
+@dataclass(kw_only=True)
+class Lora:
+    """A low-rank adapter on the policy (peft's `LoraConfig`); the base model stays frozen."""
+
+    r: Count = 16
+    """Rank."""
+    alpha: Count = 32
+    """Scale; the adapter's output is multiplied by alpha / r."""
+    dropout: NonNegative = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers get an adapter."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The policy's model and tokenizer."""
+
+    path: str | None = None
+    """A folder, a name on the Hub, or `builtin:addition`, the small model of the quickstart."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the tokenizer; the model's own when left out."""
+    chat_template: str | None = None
+    """A Jinja chat template in place of the tokenizer's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
+    """Number format of the weights. `training.bf16` is autocast instead, with float32 weights."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ..."""
+    dropout: bool = False
+    """Keep the model's dropout. Off by default: log-probs of rollout and update would differ."""
+    lora: Lora | None = None
+    """Train a low-rank adapter instead of all weights."""
+
+
+@dataclass(kw_only=True)
+class Dataset:
+    """Where prompts come from. Every column that is not the prompt reaches the rewards."""
+
+    path: str | None = None
+    """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, or `builtin:addition`."""
+    name: str | None = None
+    """Configuration of a dataset on the Hub."""
+    split: str = "train"
+    """Split to train on."""
+    eval_path: str | None = None
+    """Like `path`, for evaluation."""
+    eval_split: str | None = None
+    """Split to evaluate on, of `eval_path` or `path`."""
+    held_out: Annotated[int, Ge(0)] = 64
+    """Rows set aside for evaluation where there is no evaluation data: at most a tenth of the dataset."""
+    prompt: str = "prompt"
+    """Column of the prompt: text, or a list of chat messages."""
+    prompt_template: str | None = None
+    """A text with {column} places that makes the prompt, e.g. "Question: {question}\\nAnswer:"."""
+    chat: bool = False
+    """Wrap a text prompt as one user message and apply the tokenizer's chat template."""
+    system: str | None = None
+    """A system message before the prompt, for chat prompts."""
+    max_prompt_tokens: Count | None = None
+    """Longest prompt in tokens; the context left by the completion when left out."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """What to do with longer prompts."""
+    shuffle: bool = True
+    """A new order of the prompts in each epoch."""
+    streaming: bool = False
+    """Read the dataset as a stream (needs `training.max_steps`)."""
+
+
+@dataclass(kw_only=True)
+class Update:
+    """How a rollout becomes optimizer steps: mini_batches x epochs of them."""
+
+    mini_batches: Count = 1
+    """Optimizer steps per pass over a rollout (verl: train_batch_size / ppo_mini_batch_size)."""
+    epochs: Count = 1
+    """Passes over a rollout (TRL: num_iterations; verl: ppo_epochs)."""
+    max_tokens_per_micro_batch: Count | None = None
+    """Most tokens, padding included, in one forward and backward; no bound when left out."""
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """How held-out prompts are rolled out."""
+
+    num_generations: Count = 1
+    """Completions per prompt; with several, pass@k and maj@k are reported."""
+    temperature: NonNegative | None = None
+    """Temperature of sampling, the rollout's when left out; 0 is greedy."""
+    prompts: Count | None = None
+    """At most this many prompts; all when left out."""
+
+
+@dataclass(kw_only=True)
+class Logging:
+    """What is written besides the metrics."""
+
+    completions: Annotated[int, Ge(0)] = 16
+    """Completions per log entry in the table and in completions/*.parquet (0: none)."""
+
+
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "dataset": Dataset,
+    "update": Update,
+    "evaluation": Evaluation,
+    "logging": Logging,
+}
+"""Recipe key -> settings class."""
+
