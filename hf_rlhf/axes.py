@@ -1,7 +1,7 @@
 """One base class per axis: what a plugin is.
 
 A plugin is a keyword-only dataclass: its fields are its settings, each with a docstring below it. `name` is what a
-recipe writes after `use:`; `needs` names what the core must provide. Shapes as in `hf_rlhf.batch`. A field typed with a
+recipe writes after `use:`; `needs` names what must be there for it, `provides` what it brings. Shapes as in `hf_rlhf.batch`. A field typed with a
 class of this module is a nested plugin (`{use: ...}` in a recipe); `choice("k3")` gives it a default.
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), sampler_logps, old_logps, scores,
@@ -61,6 +61,7 @@ class Plugin:
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         """Reasons why this plugin cannot run or cannot learn in `algorithm`, each saying what to write instead."""
@@ -183,7 +184,23 @@ class AdvantageEstimator(Plugin, ABC):
 
 @dataclass(kw_only=True)
 class Critic(Plugin, ABC):
-    """Predicts returns. Axis `critic`."""
+    """Predicts returns. Axis `critic`. One that learns is a `TrainedCritic`."""
+
+    @abstractmethod
+    def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> torch.nn.Module | None:
+        """The critic's module, or None where there is none.
+
+        The module is called as (input_ids (B, L), rows (n,), positions (n,), states (n, H) or None) -> (n,): the value of
+        the state in which each of n sampled tokens was chosen, that is, at the token before it. It gets the policy's
+        hidden states where its attribute `on_trunk` is True.
+        """
+
+
+@dataclass(kw_only=True)
+class TrainedCritic(Critic, ABC):
+    """A critic that learns with the policy: clipped (or plain) squared error to the estimator's returns."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"values"})
 
     coef: NonNegative = 0.5
     """Factor of the value loss in the loss."""
@@ -194,14 +211,12 @@ class Critic(Plugin, ABC):
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps at the start in which only the critic learns."""
 
-    @abstractmethod
-    def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> torch.nn.Module | None:
-        """The critic's module, or None. It is called inside the wrapped policy's forward; see `hf_rlhf.policy`."""
-
 
 @dataclass(kw_only=True)
 class PolicyLoss(Plugin, ABC):
-    """The loss of each token. Axis `policy_loss`."""
+    """The loss of each token. Axis `policy_loss`. One that ignores `old_logps` says so by needing nothing."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"old_logps"})
 
     @abstractmethod
     def __call__(
@@ -224,6 +239,8 @@ class RolloutCorrection(Plugin, ABC):
 @dataclass(kw_only=True)
 class Reference(Plugin, ABC):
     """The model that KL is measured to. Axis `reference`."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
 
     @abstractmethod
     def build(self, policy: PreTrainedModel) -> torch.nn.Module | None:

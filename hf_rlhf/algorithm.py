@@ -1,0 +1,181 @@
+"""The chosen plugins as one algorithm: what they need together, and why a combination is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from hf_rlhf.axes import (
+    AXES,
+    LISTS,
+    AdvantageEstimator,
+    Aggregation,
+    Critic,
+    Filter,
+    KLPlacement,
+    LossTerm,
+    Plugin,
+    PolicyLoss,
+    Reference,
+    RewardSource,
+    RolloutCorrection,
+    RolloutEngine,
+    UpdateRule,
+)
+from hf_rlhf.settings import Update
+
+CORE_PROVIDES = frozenset({"old_logps", "groups", "group_ids", "scores", "entropy"})
+"""What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins."""
+
+FIXES = {
+    "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",
+    "ref_logps": "set reference.use=frozen (or adapter_off with a LoRA policy), or leave the KL out with kl=[]",
+    "sampler_logps": "choose a rollout engine that reports log-probs, or set rollout_correction.use=none",
+}
+
+
+@dataclass(kw_only=True)
+class Algorithm:
+    """One choice per axis."""
+
+    rollout: RolloutEngine
+    rewards: list[RewardSource]
+    kl: list[KLPlacement] = field(default_factory=list)
+    advantages: AdvantageEstimator
+    critic: Critic
+    policy_loss: PolicyLoss
+    rollout_correction: RolloutCorrection
+    reference: Reference
+    optimizer: UpdateRule
+    aggregation: Aggregation
+    loss_terms: list[LossTerm] = field(default_factory=list)
+    filters: list[Filter] = field(default_factory=list)
+    update: Update = field(default_factory=Update)
+
+    def plugins(self) -> Iterator[tuple[str, Plugin]]:
+        """Every plugin with its dotted place in the recipe, nested ones included."""
+        for axis in AXES:
+            if axis in LISTS:
+                for i, plugin in enumerate(getattr(self, axis)):
+                    yield from _with_nested(f"{axis}.{i}", plugin)
+            elif hasattr(self, axis):
+                yield from _with_nested(axis, getattr(self, axis))
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What any of the plugins needs."""
+        return frozenset().union(*(plugin.needs for _, plugin in self.plugins()))
+
+    @cached_property
+    def provides(self) -> frozenset[str]:
+        """What the core and the plugins bring."""
+        return CORE_PROVIDES.union(*(plugin.provides for _, plugin in self.plugins()))
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that one rollout feeds."""
+        return self.update.mini_batches * self.update.epochs
+
+    def kl_in(self, place: str) -> list[KLPlacement]:
+        """The KL placements that enter at `place`: reward, loss or advantage."""
+        return [kl for kl in self.kl if place in kl.places]
+
+    @cached_property
+    def readers_of_old_logps(self) -> list[str]:
+        """Who needs log-probs before the first update; without any, the update's own forward gives them."""
+        readers = [path for path, p in self.plugins() if "old_logps" in p.needs and not path.startswith("policy_loss")]
+        readers += [f"kl.{kl.name} in the {place}" for place in ("reward", "advantage") for kl in self.kl_in(place)]
+        if self.steps_per_rollout > 1 and "old_logps" in self.policy_loss.needs:
+            readers.append(f"policy_loss ({self.steps_per_rollout} optimizer steps per rollout)")
+        return readers
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every choice with all its settings, as in a resolved recipe."""
+        chosen: dict[str, Any] = {}
+        for axis in AXES:
+            if hasattr(self, axis):
+                value = getattr(self, axis)
+                chosen[axis] = [_settings(p) for p in value] if axis in LISTS else _settings(value)
+        return {**chosen, "update": asdict(self.update)}
+
+    def labels(self) -> list[str]:
+        """The name of each reward source in logs and tables."""
+        return [source.label or source.name for source in self.rewards]
+
+    def extras(self, plugin: Plugin, available: dict[str, Any], positional: frozenset[str]) -> dict[str, Any]:
+        """The keywords that a tensor function gets: one per name it needs beyond its positional arguments."""
+        return {name: available[name] for name in sorted(plugin.needs - positional) if name in available}
+
+    def problems(self) -> list[str]:
+        """Why this combination cannot run or cannot learn; empty when it can. Each says what to write instead."""
+        return [*self._missing(), *self._unused(), *self._counts(), *self._own_checks()]
+
+    def _missing(self) -> Iterator[str]:
+        known = CORE_PROVIDES | FIXES.keys()
+        for path, plugin in self.plugins():
+            for name in sorted(plugin.needs - self.provides):
+                if name in known:
+                    yield f"{path}={plugin.name} needs {name} and nothing provides them: {FIXES[name]}"
+                else:
+                    yield (
+                        f"{path}={plugin.name} needs {name!r}, which this version does not provide; "
+                        f"it provides: {', '.join(sorted(known))}"
+                    )
+
+    def _unused(self) -> Iterator[str]:
+        if not self.rewards:
+            yield "rewards is empty: nothing to learn from. Add one, for instance rewards=[{use: exact_match}]"
+        for name, axis in (("values", "critic"), ("ref_logps", "reference"), ("sampler_logps", "rollout_correction")):
+            plugin = getattr(self, axis)
+            if name in plugin.provides and name not in self.needs:
+                yield f"{axis}={plugin.name} provides {name} and nothing reads them: set {axis}.use=none"
+
+    def _counts(self) -> Iterator[str]:
+        rollout, update = self.rollout, self.update
+        if rollout.num_generations < 2:
+            for path, plugin in self.plugins():
+                if "groups" in plugin.needs:
+                    yield (
+                        f"{path}={plugin.name} compares the completions of a prompt and rollout.num_generations is 1: "
+                        "set it to 2 or more, or choose an estimator without groups (reinforce, reward_to_go, gae)"
+                    )
+        if rollout.prompts % update.mini_batches:
+            fits = [n for n in range(1, rollout.prompts + 1) if rollout.prompts % n == 0]
+            yield (
+                f"rollout.prompts={rollout.prompts} does not split into update.mini_batches={update.mini_batches} equal "
+                f"parts: choose mini_batches from {', '.join(map(str, fits))}, or change rollout.prompts"
+            )
+        labels = self.labels()
+        for label in sorted({x for x in labels if labels.count(x) > 1}):
+            yield f"{labels.count(label)} reward sources are called {label!r} in the logs: give each a `label` of its own"
+
+    def _own_checks(self) -> Iterator[str]:
+        for path, plugin in self.plugins():
+            for problem in plugin.check(self):
+                yield f"{path}: {problem}"
+
+
+def _settings(plugin: Plugin) -> dict[str, Any]:
+    found: dict[str, Any] = {"use": plugin.name}
+    for setting in fields(plugin):
+        value = getattr(plugin, setting.name)
+        if isinstance(value, Plugin):
+            value = _settings(value)
+        elif isinstance(value, list):
+            value = [_settings(x) if isinstance(x, Plugin) else x for x in value]
+        elif callable(value):
+            value = f"{value.__module__}:{value.__qualname__}"
+        found[setting.name] = value
+    return found
+
+
+def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
+    yield path, plugin
+    for setting in fields(plugin):
+        value = getattr(plugin, setting.name)
+        children = value if isinstance(value, list) else [value]
+        for child in children:
+            if isinstance(child, Plugin):
+                yield from _with_nested(f"{path}.{setting.name}", child)

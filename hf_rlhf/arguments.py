@@ -1,0 +1,70 @@
+"""Which TrainingArguments are honoured, forced or refused, and why. The table in docs/training_arguments.md is made from this."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+FORCED: dict[str, tuple[Any, str]] = {
+    "remove_unused_columns": (False, "columns that are not the prompt reach the rewards"),
+    "logging_nan_inf_filter": (False, "a step that is not finite is skipped and counted, never smoothed over"),
+    "average_tokens_across_devices": (False, "aggregation weights already span the whole optimizer step"),
+}
+"""Argument -> (value it is set to, why)."""
+
+REFUSED: dict[str, str] = {
+    "gradient_accumulation_steps": "it is derived: set update.mini_batches for the number of optimizer steps per rollout, "
+    "per_device_train_batch_size or update.max_tokens_per_micro_batch for the size of a micro-batch",
+    "auto_find_batch_size": "a retry would roll out again; set per_device_train_batch_size or "
+    "update.max_tokens_per_micro_batch",
+    "label_smoothing_factor": "there are no labels; a policy loss has its own settings",
+    "neftune_noise_alpha": "noise in the update makes its log-probs other than the rollout's",
+    "ignore_data_skip": "a resumed run goes on exactly where it was",
+    "train_sampling_strategy": "prompts come from PromptStream; see dataset.shuffle",
+    "fp16": "its loss scaler is untested here; use bf16",
+    "fp16_full_eval": "evaluation rolls out with the policy as it trains",
+    "bf16_full_eval": "evaluation rolls out with the policy as it trains",
+    "fsdp": "sharded training is untested here; use one process per device (DistributedDataParallel)",
+    "deepspeed": "sharded training is untested here; use one process per device (DistributedDataParallel)",
+    "parallelism_config": "only data parallelism is tested here",
+    "torch_compile": "compiled forwards are untested here",
+    "use_liger_kernel": "its fused losses are not the recipe's",
+    "include_num_input_tokens_seen": "rollout/tokens counts the completion tokens",
+    "batch_eval_metrics": "evaluation rolls out and scores; it has no logits to batch",
+    "include_for_metrics": "evaluation rolls out and scores; it has no logits to pass on",
+    "enable_jit_checkpoint": "its checkpoint mixes the states of two moments; use save_steps",
+    "debug": "the underflow tracer and TPU debugging are untested here",
+}
+"""Argument -> what to do instead. Refused when it differs from its default."""
+
+DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+"""What a recipe's `training` starts from on the command line, where TrainingArguments would choose otherwise."""
+
+
+class ArgumentError(ValueError):
+    """TrainingArguments that reinforcement learning here cannot honour."""
+
+
+def check_arguments(args: Any) -> None:
+    """Sets what is forced; raises `ArgumentError` naming every refused argument and what to use instead."""
+    defaults = {f.name: _default(f) for f in dataclasses.fields(args)}
+    refused = []
+    for name, instead in REFUSED.items():
+        value = getattr(args, name, None)
+        if value != defaults.get(name) and value not in (None, False, "no", [], ""):
+            refused.append(f"training.{name}={value!r} is refused: {instead}")
+    if args.n_gpu > 1:
+        refused.append(
+            f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which is refused: start one process per GPU with "
+            "`accelerate launch -m hf_rlhf train ...`, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    if refused:
+        raise ArgumentError("\n".join(refused))
+    for name, (value, _) in FORCED.items():
+        setattr(args, name, value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default

@@ -1,0 +1,189 @@
+"""From what a user hands over to what a trainer holds: everything is checked before the model is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.arguments import check_arguments
+from hf_rlhf.axes import Context
+from hf_rlhf.data import check_columns, load_prompts, read_columns
+from hf_rlhf.host import get_host
+from hf_rlhf.models import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer
+from hf_rlhf.plan import Plan, make_plan
+from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy
+from hf_rlhf.recipe import Recipe, load_recipe
+from hf_rlhf.seeding import seeded
+from hf_rlhf.settings import SECTIONS, Dataset, Evaluation, Logging, Model
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+class AlgorithmError(ValueError):
+    """A combination of plugins that cannot run or cannot learn."""
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a trainer is made of."""
+
+    algorithm: Algorithm
+    sections: dict[str, Any]
+    plan: Plan
+    record: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    train: Any
+    evaluation: Any
+
+    @property
+    def dataset_settings(self) -> Dataset:
+        """The recipe's `dataset`."""
+        return self.sections["dataset"]
+
+    @property
+    def evaluation_settings(self) -> Evaluation:
+        """The recipe's `evaluation`."""
+        return self.sections["evaluation"]
+
+    @property
+    def logging_settings(self) -> Logging:
+        """The recipe's `logging`."""
+        return self.sections["logging"]
+
+    def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, ReferencePolicy | None]:
+        """The policy with its critic, and the reference if there is one; the critic's new weights depend on the seed alone."""
+        a = self.algorithm
+        with seeded(args.seed, "critic"):
+            critic = a.critic.build(model, a)
+        actor_critic = ActorCritic(model, critic, a.rollout.temperature).to(args.device)
+        if "ref_logps" not in a.needs:
+            return actor_critic, None
+        own = a.reference.build(model)
+        if own is not None:
+            own.to(args.device)
+        return actor_critic, ReferencePolicy(own, model, a.reference.active, a.rollout.temperature)
+
+    def policy(self, model: Any, args: TrainingArguments) -> Policy:
+        """What rollout engines get."""
+        return Policy(model=model, tokenizer=self.tokenizer, device=args.device)
+
+    def set_up(self, model: Any, args: TrainingArguments) -> None:
+        """Calls `setup` of every plugin."""
+        for _, plugin in self.algorithm.plugins():
+            plugin.setup(
+                Context(
+                    device=args.device,
+                    tokenizer=self.tokenizer,
+                    policy=model,
+                    seed=args.seed,
+                    process_index=args.process_index,
+                    num_processes=args.world_size,
+                )
+            )
+
+
+def close_plugins(algorithm: Algorithm) -> None:
+    """Calls `close` of every plugin."""
+    for _, plugin in algorithm.plugins():
+        plugin.close()
+
+
+def prepare(
+    model: Any,
+    algorithm: Algorithm | Recipe | str,
+    args: TrainingArguments,
+    train: Any,
+    evaluation: Any,
+    tokenizer: Any,
+    peft_config: Any,
+    trust_remote_code: bool = False,
+) -> Parts:
+    """Checks algorithm, arguments and dataset, in that order, then loads tokenizer, prompts and model."""
+    recipe = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
+    chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
+    sections = {name: cls() for name, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
+    model_settings: Model = sections["model"]
+    if isinstance(model, str):
+        sections["model"] = model_settings = _replace(model_settings, path=model)
+    if train is not None:  # given in Python: no row is taken from it for evaluation
+        sections["dataset"] = _replace(sections["dataset"], held_out=0)
+    check_arguments(args)
+    lora = peft_config is not None or model_settings.lora is not None
+    plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora)
+    record["recipe"] = None if isinstance(recipe, Algorithm) else recipe.raw
+    columns, _ = read_columns(sections["dataset"], train, evaluation)
+    check_columns(columns, [plugin for _, plugin in chosen.plugins()])
+
+    if tokenizer is None:
+        path = model if isinstance(model, str) or model is None else model.config.name_or_path
+        tokenizer = load_tokenizer(_replace(model_settings, path=path or model_settings.path))
+    tokenizer = prepare_tokenizer(tokenizer)
+    if model is None or isinstance(model, str):
+        model = load_model(model_settings, trust_remote_code)
+    elif not model_settings.dropout:
+        model = disable_dropout(model)
+    room = _room(model, chosen)
+    prompts, held_out = load_prompts(
+        sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
+    )
+    if lora and not hasattr(model, "peft_config"):
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config if peft_config is not None else lora_config(model_settings.lora))  # type: ignore[arg-type]
+    return Parts(
+        algorithm=chosen,
+        sections=sections,
+        plan=plan,
+        record=record,
+        model=model,
+        tokenizer=tokenizer,
+        train=prompts,
+        evaluation=held_out,
+    )
+
+
+def describe(algorithm: Algorithm, processes: int, rows: int, lora: bool) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once."""
+    problems = algorithm.problems()
+    if problems:
+        raise AlgorithmError("this combination is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])
+    plan = make_plan(algorithm, manifest, processes=processes, rows_per_micro_batch=rows, lora=lora)
+    record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
+    return plan, record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("hf_rlhf", "torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "pluggy", "peft", "wandb")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found, "torch_build": torch.__version__}
+
+
+def _room(model: Any, algorithm: Algorithm) -> int | None:
+    """Prompt tokens that the model's context leaves beside the longest completion."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(algorithm.rollout, "max_new_tokens", None)
+    if context is None or longest is None:
+        return context
+    if longest >= context:
+        raise ValueError(
+            f"rollout.max_new_tokens={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
+        )
+    return context - longest
+
+
+def _replace(settings: Any, **changes: Any) -> Any:
+    return type(settings)(**{**vars(settings), **changes})

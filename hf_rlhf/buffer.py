@@ -1,0 +1,182 @@
+"""One rollout, ready to train on, and the slots of micro-batches that are cut from it.
+
+Rows of this process are kept apart from the table of all N rows, which every process holds: weights and mini-batches
+come from the table, forwards from the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.batch import Scored
+from hf_rlhf.policy import token_batch
+from hf_rlhf.seeding import permutation
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """n rows of this process and the table of all N.
+
+    `rows` are (n, T) tensors, `table` (N, T') and (N,) tensors, `places` (n,) says where each row stands in the table.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    texts: dict[str, list[Any]]
+    rows: dict[str, Tensor]
+    table: dict[str, Tensor]
+    places: Tensor
+
+    def select(self, keep: Tensor) -> Collected:
+        """The rows on which `keep` (N,) is True, in table and rows."""
+        mine = keep[self.places]
+        index = mine.nonzero().flatten().tolist()
+        return Collected(
+            prompt_ids=[self.prompt_ids[i] for i in index],
+            completion_ids=[self.completion_ids[i] for i in index],
+            texts={name: [values[i] for i in index] for name, values in self.texts.items()},
+            rows={name: x[mine] for name, x in self.rows.items()},
+            table={name: x[keep] for name, x in self.table.items()},
+            places=(keep.cumsum(0) - 1)[self.places[mine]],
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Collected]) -> Collected:
+        """The rows of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = [0]
+        for part in parts:
+            offsets.append(offsets[-1] + len(part.table["mask"]))
+        return Collected(
+            prompt_ids=[x for part in parts for x in part.prompt_ids],
+            completion_ids=[x for part in parts for x in part.completion_ids],
+            texts={name: [x for part in parts for x in part.texts[name]] for name in parts[0].texts},
+            rows={name: _join([part.rows[name] for part in parts]) for name in parts[0].rows},
+            table={name: _join([part.table[name] for part in parts]) for name in parts[0].table},
+            places=torch.cat([part.places + offset for part, offset in zip(parts, offsets, strict=False)]),
+        )
+
+    def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
+        """The table as estimators and filters see it."""
+        table = self.table
+        optional = {name: table[name] for name in ("values", "old_logps", "ref_logps", "sampler_logps") if name in table}
+        return Scored(
+            mask=table["mask"],
+            token_rewards=table["token_rewards"],
+            group_ids=table["group_ids"],
+            scores={label: table[f"score:{label}"] for label in labels},
+            weights=weights,
+            finished=table["finished"],
+            **optional,
+        )
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].dim() == 1:
+        return torch.cat(list(tensors))
+    width = max(x.size(1) for x in tensors)
+    return torch.cat([functional.pad(x, (0, width - x.size(1))) for x in tensors])
+
+
+@dataclass(kw_only=True)
+class Buffer:
+    """One rollout with its advantages.
+
+    `rows` holds (n, T) tensors of this process: mask, advantages and, where they are needed, old_logps, ref_logps, values,
+    returns, correction. `mask` (N, T) bool and `group_ids` (N,) are of all rows, `places` as in `Collected`.
+    """
+
+    index: int
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    rows: dict[str, Tensor]
+    places: Tensor
+    mask: Tensor
+    group_ids: Tensor
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Buffer:
+        """What `state_dict` gave, on `device`."""
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
+        moved["rows"] = {name: x.to(device) for name, x in state["rows"].items()}
+        return cls(**moved)
+
+    def step_rows(self, position: int, algorithm: Algorithm, seed: int) -> Tensor:
+        """(N_u,) the table rows of one optimizer step: whole groups, in order in the first epoch, shuffled after it."""
+        epoch, mini_batch = divmod(position, algorithm.update.mini_batches)
+        groups = self.group_ids.unique()
+        if epoch > 0:
+            groups = groups[torch.tensor(permutation(len(groups), seed, "epoch", self.index, epoch), device=groups.device)]
+        chosen = groups.tensor_split(algorithm.update.mini_batches)[mini_batch]
+        return torch.isin(self.group_ids, chosen).nonzero().flatten()
+
+    def slot(self, position: int, algorithm: Algorithm, seed: int, pad: int, max_rows: int) -> list[dict[str, Any]]:
+        """The micro-batches of one optimizer step on this process, with the weights of the whole step in them.
+
+        Empty where no process has a row; one row without weight where only this process has none, since every process
+        takes part in the backward.
+        """
+        step = self.step_rows(position, algorithm, seed)
+        if len(step) == 0:
+            return []
+        mask = self.mask[step].to(self.rows["mask"].dtype)
+        available = {"group_ids": self.group_ids[step]}
+        weights = {
+            "weights": algorithm.aggregation(mask, **algorithm.extras(algorithm.aggregation, available, frozenset())),
+            "value_weights": mask / mask.sum().clamp(min=1),
+        }
+        for i, term in enumerate(algorithm.loss_terms):
+            weights[f"term_weights:{i}"] = term.weights(mask)
+        where = torch.full((len(self.mask),), -1, dtype=torch.long, device=step.device)
+        where[step] = torch.arange(len(step), device=step.device)
+        mine = where[self.places]
+        rows = (mine >= 0).nonzero().flatten().tolist()
+        if not rows:
+            return [_empty(self.rows["mask"], weights, pad)]
+        budget = algorithm.update.max_tokens_per_micro_batch
+        lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+        return [self._micro_batch(part, mine, weights, pad) for part in cut(rows, lengths, budget, max_rows)]
+
+    def _micro_batch(self, rows: list[int], mine: Tensor, weights: dict[str, Tensor], pad: int) -> dict[str, Any]:
+        completions = [self.completion_ids[i] for i in rows]
+        width = max(map(len, completions))
+        index = torch.tensor(rows, device=self.places.device)
+        micro: dict[str, Any] = {name: x[index, :width] for name, x in self.rows.items()}
+        micro |= {name: w[mine[index], :width] for name, w in weights.items()}
+        micro["batch"] = token_batch([self.prompt_ids[i] for i in rows], completions, micro["mask"], pad)
+        return micro
+
+
+def _empty(like: Tensor, weights: dict[str, Tensor], pad: int) -> dict[str, Any]:
+    zero = like.new_zeros((1, 1))
+    names = ["mask", "advantages", "old_logps", "ref_logps", "values", "returns", "correction", *weights]
+    return {**dict.fromkeys(names, zero), "batch": token_batch([[pad]], [[pad]], zero, pad)}
+
+
+def cut(rows: list[int], lengths: list[int], max_tokens: int | None, max_rows: int) -> list[list[int]]:
+    """`rows`, shortest first, cut into parts of at most `max_rows` rows and `max_tokens` tokens with padding.
+
+    A row that is longer than `max_tokens` on its own makes a part of its own.
+    """
+    parts: list[list[int]] = []
+    for row in sorted(rows, key=lambda i: lengths[i]):
+        part = parts[-1] if parts else []
+        fits = max_tokens is None or (len(part) + 1) * lengths[row] <= max_tokens
+        if part and len(part) < max_rows and fits:
+            part.append(row)
+        else:
+            parts.append([row])
+    return parts

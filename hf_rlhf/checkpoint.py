@@ -1,0 +1,96 @@
+"""Checkpoints that are whole or do not count: a manifest with the hash of every file, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "rlhf_manifest.json"
+STATE = "rlhf_state_{rank}.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged, or of another run."""
+
+
+def save_state(folder: Path, rank: int, state: dict[str, Any]) -> None:
+    """One process's part: buffer, stream, plugin state, meters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / STATE.format(rank=rank))
+
+
+def load_state(folder: Path, rank: int) -> dict[str, Any]:
+    """What `save_state` wrote; only plain containers and tensors are read."""
+    return torch.load(folder / STATE.format(rank=rank), map_location="cpu", weights_only=True)
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Flushes every file to disk and writes the manifest: from now on the checkpoint counts."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(folder))] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    draft = folder / (MANIFEST + ".tmp")
+    with open(draft, "w") as file:
+        json.dump({**facts, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, folder / MANIFEST)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file was found as it was written. Raises `CheckpointError` naming the first that was not."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it was never completed, or is no checkpoint of hf_rlhf") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+            raise CheckpointError(f"{path} is not what was written: its size or SHA-256 differs from the manifest")
+    return manifest
+
+
+def newest(output_dir: Path) -> Path:
+    """The newest checkpoint in `output_dir` that verifies; says which it passed over. Raises `CheckpointError` without one."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    reasons = []
+    for folder in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            logger.warning("passing over a checkpoint: %s", error)
+            reasons.append(str(error))
+        else:
+            return folder
+    detail = "; ".join(reasons) or "there is no checkpoint-* folder"
+    raise CheckpointError(f"nothing to resume in {output_dir}: {detail}. Save with training.save_strategy=steps save_steps=N")
+
+
+def differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two nested containers differ, with both values."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = [*saved, *(k for k in now if k not in saved)]
+        return [d for k in keys for d in differences(saved.get(k), now.get(k), f"{path}.{k}".lstrip("."))]
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        return [d for i, (a, b) in enumerate(zip(saved, now, strict=True)) for d in differences(a, b, f"{path}.{i}")]
+    return [] if saved == now else [f"{path}: {saved!r} in the checkpoint, {now!r} now"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,49 @@
+"""Gathering rows of unequal number and length from every process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every process's rows, in the order of the processes.
+
+    `wide` holds (n, T) and `narrow` (n,) tensors of this process, where n and T differ between processes; the result
+    holds (N, T) and (N,), with T the longest. Booleans and integers come back as they went in. Three collectives.
+    """
+    if accelerator.num_processes == 1:
+        return {**wide, **narrow}
+    first = next(iter(wide.values()))
+    shapes = accelerator.gather(torch.tensor([list(first.shape)], device=accelerator.device)).tolist()
+    n, t = max(s[0] for s in shapes), max(s[1] for s in shapes)
+    stacks = {
+        "wide": torch.stack([functional.pad(x.to(_number(wide)), (0, t - x.size(1), 0, n - x.size(0))) for x in wide.values()]),
+        "narrow": torch.stack([functional.pad(x.double(), (0, n - x.size(0))) for x in narrow.values()]),
+    }
+    gathered: dict[str, Tensor] = {}
+    for name, parts in (("wide", wide), ("narrow", narrow)):
+        pieces = accelerator.gather(stacks[name].to(accelerator.device).unsqueeze(0))
+        for k, (key, like) in enumerate(parts.items()):
+            rows = torch.cat([pieces[rank, k, : shapes[rank][0]] for rank in range(len(shapes))])
+            gathered[key] = rows.to(like.dtype)
+    return gathered
+
+
+def _number(tensors: dict[str, Tensor]) -> torch.dtype:
+    """float64 where any tensor has it, so that nothing is rounded on the way."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
+
+
+def sum_over_processes(accelerator: Accelerator, numbers: list[float]) -> list[float]:
+    """Each number summed over every process: one collective."""
+    if accelerator.num_processes == 1 or not numbers:
+        return numbers
+    total: Any = accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum")
+    return total.tolist()

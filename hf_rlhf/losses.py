@@ -1,0 +1,74 @@
+"""The terms of the loss of one micro-batch, each a sum under the weights of the whole optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.axes import TrainedCritic
+from hf_rlhf.log import Meters
+
+POLICY_GETS = frozenset({"old_logps"})
+ESTIMATOR_GETS = frozenset({"ref_logps"})
+
+
+def policy_terms(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: Meters) -> dict[str, Tensor]:
+    """Policy loss, KL in the loss and loss terms. `new` holds the forward's (B, T) tensors, `inputs` the micro-batch."""
+    logps, mask, weights = new["logps"], inputs["mask"], inputs["weights"]
+    known = {name: x for name, x in inputs.items() if name != "batch"} | new
+    known.setdefault("old_logps", logps.detach())
+    old = known["old_logps"]
+
+    extras = a.extras(a.policy_loss, known, POLICY_GETS)
+    per_token, metrics = a.policy_loss(logps, old, inputs["advantages"], mask, **extras)
+    if "correction" in inputs:
+        per_token = per_token * inputs["correction"]
+    terms = {"policy/loss": (per_token * weights).sum()}
+    for kl in a.kl_in("loss"):
+        penalty = kl.loss_penalty(kl.measure(logps, inputs["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS)))
+        weight = weights if penalty.dim() == 2 else one_token(weights, mask)
+        terms[f"kl/{kl.name}/loss"] = (penalty * weight).sum()
+    for i, term in enumerate(a.loss_terms):
+        value = term(logps, mask, **a.extras(term, known, frozenset()))
+        terms[f"plugin/{term.name}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
+    with torch.no_grad():
+        _measure(a, known, mask, metrics, meters)
+    return terms
+
+
+def one_token(weights: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) -> (B,) the weight of one of each row's tokens, so that beta means the same at both levels."""
+    first = (mask > 0).int().argmax(1, keepdim=True)
+    return weights.gather(1, first).squeeze(1)
+
+
+def _measure(a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict[str, Tensor], meters: Meters) -> None:
+    tokens, rows = mask.sum(), (mask > 0).any(1).sum()
+    logps, old = known["logps"], known["old_logps"]
+    log_ratio = (logps - old) * mask
+    meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
+    meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
+    meters.add("policy/entropy", -(logps * mask).sum(), tokens)
+    for name, x in metrics.items():
+        meters.add(f"policy/{name}", (x * mask).sum(), tokens)
+    if "ref_logps" in known:
+        meters.add("kl/ref", ((old - known["ref_logps"]) * mask).sum(), rows)
+    for kl in a.kl:
+        if "reward" not in kl.places and "advantage" not in kl.places:
+            value = kl.measure(logps, known["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
+            meters.add(f"kl/{kl.name}/{kl.estimator.name}", value.sum(), rows)
+
+
+def value_term(critic: TrainedCritic, values: Tensor, inputs: dict[str, Any], meters: Meters) -> dict[str, Tensor]:
+    """coef x 0.5 x mean over tokens of the squared error, clipped as in PPO (arXiv:1707.06347; implementation detail 9)."""
+    mask, returns, old = inputs["mask"], inputs["returns"], inputs["values"]
+    error = (values - returns) ** 2
+    if critic.value_clip != "none":
+        bounded = old + (values - old).clamp(-critic.value_clip, critic.value_clip)
+        clipped = (bounded - returns) ** 2
+        meters.add("value/clip_frac", ((clipped > error) * mask).sum(), mask.sum())
+        error = torch.maximum(error, clipped)
+    return {"value/loss": critic.coef * 0.5 * (error * inputs["value_weights"]).sum()}

@@ -1,0 +1,112 @@
+"""Loading the policy and its tokenizer as recipes name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_rlhf.quickstart import BUILTIN, addition_model
+from hf_rlhf.settings import Lora, Model
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer, ready for rollouts (see `prepare_tokenizer`), with `chat_template` in place of its own."""
+    from transformers import AutoTokenizer
+
+    path = _path(settings.tokenizer or settings.path)
+    revision = settings.revision if settings.tokenizer is None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no tokenizer there; name one with model.tokenizer ({error})") from error
+    if settings.chat_template is not None:
+        tokenizer.chat_template = _template(settings.chat_template)
+    return prepare_tokenizer(tokenizer)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Padding on the left, as generation wants it; where there is no padding token the end of sequence serves.
+
+    The vocabulary keeps its size. Raises `ValueError` without an end-of-sequence token: completions could not end.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token, so completions cannot end: set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(settings: Model, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model that will be trained, without dropout unless `settings.dropout` keeps it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        _path(settings.path),
+        revision=settings.revision,
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return model if settings.dropout else disable_dropout(model)
+
+
+def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Every dropout probability becomes 0: in modules, in what attention reads, and in the config that is saved."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        _zero(module)
+    config = model.config
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        _zero(part)
+    return model
+
+
+def lora_config(settings: Lora) -> LoraConfig:
+    """The settings as peft takes them."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("model.lora needs peft: pip install 'hf_rlhf[peft]'") from error
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )
+
+
+def _zero(thing: torch.nn.Module | object) -> None:
+    """Set to 0 every float named as a dropout: attention_dropout, resid_pdrop, layerdrop, ..."""
+    for name, value in list(vars(thing).items()):
+        if "drop" in name and type(value) is float:
+            setattr(thing, name, 0.0)
+
+
+def _path(path: str | None) -> str:
+    if path is None:
+        raise ValueError("no model: set model.path (--model) to a folder, a name on the Hub, or builtin:addition")
+    if path == BUILTIN:
+        return str(addition_model())
+    if not Path(path).expanduser().exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise ValueError(f"no model folder {path}")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _template(text: str) -> str:
+    """A chat template, or the text of the file it names."""
+    if "\n" not in text and "{" not in text:
+        file = Path(text).expanduser()
+        if not file.is_file():
+            raise ValueError(f"model.chat_template: {text!r} is neither a Jinja template nor a file")
+        return file.read_text(encoding="utf-8")
+    return text

@@ -1,0 +1,101 @@
+"""The plan: what an algorithm will load and compute, what it skips and why, and the arithmetic of its batches."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.axes import TrainedCritic
+
+
+@dataclass
+class Plan:
+    """Rows of text, one list per question; `as_dict` is what a run's record keeps."""
+
+    plugins: list[dict[str, Any]]
+    models: list[str] = field(default_factory=list)
+    forwards: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    arithmetic: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts, for JSON."""
+        return asdict(self)
+
+
+def make_plan(
+    algorithm: Algorithm,
+    manifest: list[dict[str, Any]],
+    *,
+    processes: int = 1,
+    rows_per_micro_batch: int | None = None,
+    lora: bool = False,
+) -> Plan:
+    """The plan of `algorithm` on `processes` processes. `manifest` says which package offered each plugin."""
+    plan = Plan(plugins=manifest)
+    _models(plan, algorithm, lora)
+    _forwards(plan, algorithm)
+    for path, plugin in algorithm.plugins():
+        plan.remarks += [f"{path}={plugin.name}: {remark}" for remark in plugin.remarks(algorithm)]
+    plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)
+    return plan
+
+
+def _models(plan: Plan, a: Algorithm, lora: bool) -> None:
+    plan.models.append("policy: " + ("its adapter is trained, its base is frozen" if lora else "trained"))
+    if "ref_logps" in a.provides:
+        readers = ", ".join(f"kl.{kl.name} ({kl.estimator.name}, {kl.level})" for kl in a.kl)
+        plan.models.append(f"reference={a.reference.name}: read by {readers}")
+    else:
+        plan.skipped.append("reference model: no KL is measured")
+    if isinstance(a.critic, TrainedCritic):
+        plan.models.append(f"critic={a.critic.name}: advantages={a.advantages.name} reads its values")
+    else:
+        plan.skipped.append(f"critic: advantages={a.advantages.name} reads no values")
+    for label, source in zip(a.labels(), a.rewards, strict=True):
+        if hasattr(source, "load_model"):
+            plan.models.append(f"reward model {label}: scores the completions")
+
+
+def _forwards(plan: Plan, a: Algorithm) -> None:
+    rows = a.rollout.prompts * a.rollout.num_generations
+    if a.readers_of_old_logps:
+        plan.forwards.append(f"policy over {rows} rows, without gradient: old log-probs for {'; '.join(a.readers_of_old_logps)}")
+    elif "old_logps" in a.policy_loss.needs:
+        plan.skipped.append("old log-probs: one optimizer step per rollout, so the update's own are the policy's")
+    else:
+        plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
+    if "ref_logps" in a.needs:
+        plan.forwards.append(f"reference over {rows} rows, without gradient")
+    if "values" in a.needs:
+        plan.forwards.append(f"critic over {rows} rows, without gradient: values for advantages={a.advantages.name}")
+    plan.forwards.append(f"policy over {rows * a.update.epochs} rows, with gradient ({a.update.epochs} per row)")
+    if "entropy" not in a.needs:
+        plan.skipped.append("exact entropy: no term asks for it (policy/entropy is estimated from the sampled tokens)")
+
+
+def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -> list[tuple[str, str, str]]:
+    """(quantity, value, what others call it) from prompts to micro-batches. Raises ValueError where it cannot come out."""
+    prompts, group, steps = a.rollout.prompts, a.rollout.num_generations, a.update.mini_batches
+    if prompts < processes:
+        raise ValueError(
+            f"rollout.prompts={prompts} is less than the {processes} processes: a group stays on one process, so set "
+            f"rollout.prompts to {processes} or more, or start fewer processes"
+        )
+    bound = [f"{rows_per_micro_batch} rows (training.per_device_train_batch_size)"] if rows_per_micro_batch else []
+    if a.update.max_tokens_per_micro_batch:
+        bound.append(f"{a.update.max_tokens_per_micro_batch} tokens (update.max_tokens_per_micro_batch)")
+    return [
+        ("rollout.prompts", str(prompts), "verl train_batch_size; TRL generation_batch_size / num_generations"),
+        ("rollout.num_generations", str(group), "verl rollout.n; TRL num_generations"),
+        ("rows per rollout", str(prompts * group), "TRL generation_batch_size"),
+        ("processes", str(processes), "data-parallel size"),
+        ("rows per process", f"about {prompts * group / processes:g}", "a group stays on one process"),
+        ("update.mini_batches", str(steps), "verl train_batch_size / ppo_mini_batch_size; TRL steps_per_generation"),
+        ("rows per optimizer step", str(prompts * group // steps), "verl ppo_mini_batch_size x rollout.n"),
+        ("update.epochs", str(a.update.epochs), "verl ppo_epochs; TRL num_iterations"),
+        ("optimizer steps per rollout", str(a.steps_per_rollout), "mini_batches x epochs"),
+        ("micro-batch", " and ".join(["at most " + b for b in bound]) or "unbounded", "derived; gradient accumulation"),
+    ]

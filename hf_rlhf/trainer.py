@@ -1,0 +1,362 @@
+"""The reinforcement-learning step on `transformers.Trainer`.
+
+A ticket from the dataloader stands for one optimizer step. On the first ticket of a rollout the collector fills the
+buffer; each ticket then takes its slot of micro-batches from it. Everything after the loss is Trainer's own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from hf_rlhf import checkpoint
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.axes import Plugin, TrainedCritic
+from hf_rlhf.buffer import Buffer
+from hf_rlhf.collect import Collector
+from hf_rlhf.evaluation import evaluate
+from hf_rlhf.log import Meters, RunLog, completion_rows
+from hf_rlhf.losses import policy_terms, value_term
+from hf_rlhf.policy import ActorCritic
+from hf_rlhf.prompts import PromptStream
+from hf_rlhf.assemble import close_plugins, prepare
+
+if TYPE_CHECKING:
+    from hf_rlhf.recipe import Recipe
+
+
+class RLHFTrainer(Trainer):
+    """`transformers.Trainer` whose batches are scored rollouts and whose loss is the recipe's.
+
+    Args:
+        model: a causal language model, or its folder or Hub name; the recipe's `model.path` when left out.
+        algorithm: a recipe's name or path, a `Recipe`, or an `Algorithm`.
+        args: TrainingArguments; docs/training_arguments.md says which are honoured, forced and refused.
+        train_dataset, eval_dataset: a `datasets.Dataset` or a list of dicts with a prompt column.
+        processing_class: the tokenizer; the model's own when left out.
+        callbacks: as Trainer's.
+        peft_config: a peft configuration; the policy then trains its adapter alone.
+
+    Raises `ValueError` before the model loads where the combination or an argument is refused.
+    """
+
+    loss_is_scaled_for_ga = True  # weights span the whole optimizer step; nothing is left to divide
+
+    def __init__(
+        self,
+        model: Any = None,
+        algorithm: Algorithm | Recipe | str = "grpo",
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        peft_config: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        args = args or TrainingArguments(output_dir="outputs")
+        parts = prepare(model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config)
+        self.parts, self.algorithm = parts, parts.algorithm
+        self.meters = Meters()
+        self.buffer: Buffer | None = None
+        self.run_log = RunLog(args.output_dir or "outputs", parts.record)
+        super().__init__(
+            parts.model,
+            args,
+            data_collator=list,
+            train_dataset=parts.train,
+            eval_dataset=parts.evaluation,
+            processing_class=parts.tokenizer,
+            callbacks=[*(callbacks or []), self.run_log],
+            optimizers=optimizers,
+        )
+        self.actor_critic, reference = parts.build(self.model, self.args)
+        data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
+        self.collector = Collector(
+            algorithm=self.algorithm,
+            policy=parts.policy(self.model, self.args),
+            actor_critic=self.actor_critic,
+            reference=reference,
+            accelerator=self.accelerator,
+            stream=self.stream,
+            meters=self.meters,
+            seed=self.args.seed,
+            max_rows=self.args.per_device_train_batch_size,
+        )
+        self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
+        parts.set_up(self.model, self.args)
+        self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
+
+    # Rollouts become slots
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Tickets, one per optimizer step of an epoch. Prompts come from the stream, whose position is saved."""
+        per_rollout, prompts = self.algorithm.steps_per_rollout, self.algorithm.rollout.prompts
+        rows = self.stream.rows
+        if rows is None and self.args.max_steps <= 0:
+            raise ValueError("a streamed dataset has no length: set training.max_steps")
+        if rows is not None and rows < prompts:
+            raise ValueError(
+                f"rollout.prompts={prompts} and the dataset has {rows} rows: lower rollout.prompts to {rows} or less"
+            )
+        steps = self.args.max_steps if rows is None else max(1, rows // prompts) * per_rollout
+        return DataLoader(range(steps), batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The slot of the coming optimizer step; collects a new rollout when the last one is used up."""
+        next(epoch_iterator)
+        index, position = divmod(self.state.global_step, self.algorithm.steps_per_rollout)
+        if position == 0:
+            self.buffer = self.collector.collect(index)
+            self._sample_completions(self.buffer)
+        if self.buffer is None or self.buffer.index != index:
+            raise checkpoint.CheckpointError(f"step {self.state.global_step} lies within a rollout that was not saved")
+        pad, rows = self.collector.policy.tokenizer.pad_token_id, self.args.per_device_train_batch_size
+        return [self.buffer.slot(position, self.algorithm, self.args.seed, pad, rows)], None
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's own step on each micro-batch of the slot; gradients meet at the last one."""
+        loss = torch.zeros((), device=self.args.device)
+        with self.meters.time("update"):
+            for i, micro in enumerate(inputs):
+                last = i == len(inputs) - 1
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    loss += super().training_step(model, micro).to(loss.dtype)
+            self.accelerator.gradient_state._set_sync_gradients(True)
+        for name in self._step_sums if inputs else ():
+            self.meters.add(name, 0.0, 1 / self.args.world_size)
+        return self._guard(loss)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The recipe's loss of one micro-batch, times the number of processes, whose gradients are averaged."""
+        a, shape = self.algorithm, tuple(inputs["mask"].shape)
+        learns_values = isinstance(a.critic, TrainedCritic)
+        new = model(**inputs["batch"], shape=shape, entropy="entropy" in a.needs, values=learns_values)
+        sums = policy_terms(a, new, inputs, self.meters)
+        if learns_values:
+            sums |= value_term(a.critic, new["values"], inputs, self.meters)
+        for name, x in sums.items():
+            self.meters.add(name, x, 0.0)
+        self._step_sums = list(sums)
+        return sum(sums.values()) * self.args.world_size
+
+    _step_sums: list[str] = []  # noqa: RUF012  names of the terms of the loss, each a sum over one optimizer step
+
+    def _guard(self, loss: Tensor) -> Tensor:
+        """Leaves out a step whose gradient is not finite, and all but the critic during its warm-up."""
+        critic = self.algorithm.critic
+        if isinstance(critic, TrainedCritic) and self.state.global_step < critic.warmup_steps:
+            for parameter in self.actor_critic.policy.parameters():
+                parameter.grad = None
+        gradients = [p.grad for p in self.actor_critic.parameters() if p.grad is not None]
+        finite = not gradients or math.isfinite(sum(torch._foreach_norm(gradients)).item())  # type: ignore[arg-type]
+        self.meters.put("health/nonfinite_step", 0 if finite else 1)
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        if finite:
+            return loss
+        if self._bad_steps >= 3:
+            raise FloatingPointError(
+                f"{self._bad_steps} optimizer steps in a row had a gradient that is not finite; the last at step "
+                f"{self.state.global_step}. Lower the learning rate, or look at health/* and policy/ratio/max"
+            )
+        self.actor_critic.zero_grad()
+        return torch.zeros_like(loss)
+
+    def _sample_completions(self, buffer: Buffer) -> None:
+        texts, numbers = buffer.extra.pop("texts"), buffer.extra.pop("numbers")
+        limit = self.parts.logging_settings.completions
+        advantages, mask = buffer.rows["advantages"], buffer.rows["mask"]
+        self.run_log.completions = completion_rows(self.state.global_step, texts, numbers, advantages, mask, limit)
+
+    # The module that is trained, and its optimizer
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Wraps policy and critic together, so that both forwards run inside what synchronises gradients."""
+        if not training or model is not self.model:
+            return model
+        return self.accelerator.prepare_model(self.actor_critic)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer (or the recipe's update rule), with the critic in parameter groups of its own."""
+        if self.optimizer is None:
+            groups = self._critic_groups()
+            self.optimizer = self.algorithm.optimizer.build(self.actor_critic, groups)
+            if self.optimizer is None:
+                super().create_optimizer(model)
+                for group in groups:
+                    self.optimizer.add_param_group(group)  # type: ignore[union-attr]
+        return self.optimizer  # type: ignore[return-value]
+
+    def _critic_groups(self) -> list[dict[str, Any]]:
+        critic, settings = self.actor_critic.critic, self.algorithm.critic
+        if critic is None or not isinstance(settings, TrainedCritic):
+            return []
+        decayed = set(self.get_decay_parameter_names(critic))
+        rate = settings.learning_rate or self.args.learning_rate
+        named = list(critic.named_parameters())
+        return [
+            {"params": [p for n, p in named if (n in decayed) == decay], "lr": rate, "weight_decay": weight_decay}
+            for decay, weight_decay in ((True, self.args.weight_decay), (False, 0.0))
+            if any((n in decayed) == decay for n, _ in named)
+        ]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips policy and critic each by its own norm: a large value error must not shrink the policy's step."""
+        if self.actor_critic.critic is not None:
+            norm = self.accelerator.clip_grad_norm_(self.actor_critic.critic.parameters(), self.args.max_grad_norm)
+            self.meters.put("value/grad_norm", float(norm))
+        return self.accelerator.clip_grad_norm_(self.actor_critic.policy.parameters(), self.args.max_grad_norm)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Rows per optimizer step over all processes."""
+        return self.algorithm.rollout.prompts * self.algorithm.rollout.num_generations // self.algorithm.update.mini_batches
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 x parameters x tokens over the micro-batches of a slot."""
+        tokens = sum(micro["batch"]["input_ids"].numel() for micro in inputs)
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    # Log and evaluate
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was measured since the last entry to Trainer's own."""
+        if "loss" in logs:
+            logs |= {"policy/grad_norm": logs["grad_norm"], **self.meters.read(self.accelerator)}
+            now, tokens = time.perf_counter(), self.collector.tokens
+            if tokens > self._tokens_logged:
+                logs["perf/tokens_per_s"] = (tokens - self._tokens_logged) / (now - self._logged_at)
+                self._tokens_logged, self._logged_at = tokens, now
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The prompts of the evaluation dataset."""
+        source = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(source, str):
+            source = self.eval_dataset[source]  # type: ignore[index]
+        if source is None:
+            raise ValueError("there is no eval_dataset to evaluate on")
+        return DataLoader(source, batch_size=1, collate_fn=list)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Rolls out held-out prompts and reports rewards and, for verifiers, accuracy, pass@k and maj@k."""
+        metrics, self.samples = evaluate(self.collector, dataloader.dataset, self.parts.evaluation_settings)  # type: ignore[arg-type]
+        named = {f"{metric_key_prefix}_{name}": x for name, x in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
+        comes from another algorithm."""
+        if resume_from_checkpoint:
+            folder = Path(self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint)
+            folder = checkpoint.newest(folder) if resume_from_checkpoint is True else folder
+            self._check_same_run(folder, checkpoint.verify(folder))
+            resume_from_checkpoint = str(folder)
+        self._logged_at = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
+        if not manifest["resumable"]:
+            raise checkpoint.CheckpointError(f"{folder} was saved with save_only_model: it cannot be resumed")
+        changed = checkpoint.differences(manifest["algorithm"], self.run_log.record["algorithm"])
+        changed += checkpoint.differences({"seed": manifest["seed"]}, {"seed": self.args.seed})
+        if manifest["step"] % self.algorithm.steps_per_rollout:
+            changed += checkpoint.differences({"processes": manifest["processes"]}, {"processes": self.args.world_size})
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"{folder} comes from another run:\n  " + "\n  ".join(changed) + "\nResume with the same recipe, or start anew"
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        checkpoint.save_state(folder, self.args.process_index, self._state())
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            facts = {"step": self.state.global_step, "processes": self.args.world_size, "seed": self.args.seed}
+            checkpoint.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record})
+            rotate_checkpoints(
+                output_dir=str(folder.parent), save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _stateful(self) -> Iterable[tuple[str, Plugin]]:
+        return self.algorithm.plugins()
+
+    def _state(self) -> dict[str, Any]:
+        used_up = self.state.global_step % self.algorithm.steps_per_rollout == 0
+        return {
+            "stream": self.stream.state_dict(),
+            "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
+            "plugins": {path: state for path, plugin in self._stateful() if (state := plugin.state_dict())},
+            "meters": self.meters.state_dict(),
+            "tokens": self.collector.tokens,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        """Trainer's own, and the state that `_save_checkpoint` wrote beside it."""
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is None:
+            return
+        rank = min(self.args.process_index, checkpoint.verify(Path(checkpoint_folder))["processes"] - 1)
+        state = checkpoint.load_state(Path(checkpoint_folder), rank)
+        self.stream.load_state_dict(state["stream"])
+        self.buffer = None if state["buffer"] is None else Buffer.from_state_dict(state["buffer"], self.args.device)
+        for path, plugin in self._stateful():
+            if path in state["plugins"]:
+                plugin.load_state_dict(state["plugins"][path])
+        self.meters.load_state_dict(state["meters"])
+        self.collector.tokens = self._tokens_logged = state["tokens"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The policy as plain transformers, the critic beside it."""
+        super()._save(output_dir, state_dict)
+        if self.actor_critic.critic is not None and self.args.should_save:
+            from safetensors.torch import save_file
+
+            folder = Path(output_dir or self.args.output_dir) / "critic"
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = {name: x.detach().cpu().contiguous().clone() for name, x in self.actor_critic.critic.state_dict().items()}
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The policy's weights by Trainer, and the critic's."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.actor_critic.critic is not None:
+            from safetensors.torch import load_file
+
+            self.actor_critic.critic.load_state_dict(load_file(Path(resume_from_checkpoint) / "critic" / "model.safetensors"))
+
+    def close(self) -> None:
+        """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""
+        self._finalizer()

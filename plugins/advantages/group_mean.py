@@ -1,0 +1,36 @@
+"""Group-centred advantages (Dr. GRPO, arXiv:2503.20783).
+
+The row's own return is in the mean, so the expected gradient is (1 - 1/G) of the policy gradient; `leave_one_out` has
+the full one. A KL in the loss therefore weighs G/(G-1) times more than its beta says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class GroupMean(AdvantageEstimator):
+    """Return minus its group's mean, on each token; exactly 0 where all are equal or one row remains."""
+
+    name = "group_mean"
+    needs = frozenset({"groups"})
+
+    def __call__(self, scored: Scored) -> Tensor:
+        returns = scored.returns()
+        centred = (returns - scored.group_mean(returns)).masked_fill(scored.group_is_flat(returns), 0.0)
+        return centred[:, None] * scored.mask
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [GroupMean]

@@ -1,0 +1,39 @@
+"""The rewards from a token on: the policy gradient with causality (Sutton et al., 2000).
+
+With gamma < 1 its expected gradient is not that of the discounted return, which would need a further gamma^t; the
+field leaves that factor out, and so does this plugin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator, Fraction
+
+from ._tokens import gae_scan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class RewardToGo(AdvantageEstimator):
+    """The discounted sum of the rewards from each token on: G_t = R_t + gamma G_{t+1}, over sampled tokens only."""
+
+    name = "reward_to_go"
+
+    gamma: Fraction = 1.0
+    """Discount from one sampled token to the next; tool output between them does not discount."""
+
+    def __call__(self, scored: Scored) -> Tensor:
+        rewards = scored.token_rewards
+        return gae_scan(rewards, rewards.new_zeros(rewards.shape), scored.mask, self.gamma, 1.0)
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [RewardToGo]

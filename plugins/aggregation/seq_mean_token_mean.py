@@ -1,0 +1,27 @@
+"""The mean over rows of each row's token mean (GRPO, arXiv:2402.03300): short completions weigh more per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Aggregation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class SeqMeanTokenMean(Aggregation):
+    """m / T_i / N_u. A row without sampled tokens weighs 0 and counts in N_u."""
+
+    name = "seq_mean_token_mean"
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+
+
+@hookimpl
+def aggregation() -> list[type[Aggregation]]:
+    return [SeqMeanTokenMean]

@@ -1,0 +1,30 @@
+"""Every token of the step alike (DAPO, arXiv:2503.14476): long completions weigh more.
+
+The number of tokens depends on the sample, so the expected gradient has a bias that fades with the number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Aggregation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class TokenMean(Aggregation):
+    """m / sum m over all tokens of the optimizer step; 0 where nothing was sampled."""
+
+    name = "token_mean"
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        return mask / mask.sum().clamp(min=1)
+
+
+@hookimpl
+def aggregation() -> list[type[Aggregation]]:
+    return [TokenMean]

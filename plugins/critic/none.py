@@ -1,0 +1,29 @@
+"""No critic: nothing predicts returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Critic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class NoCritic(Critic):
+    """Gives no values; refused where an estimator needs them."""
+
+    name = "none"
+
+    def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> None:
+        return None
+
+
+@hookimpl
+def critic() -> list[type[Critic]]:
+    return [NoCritic]

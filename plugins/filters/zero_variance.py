@@ -1,0 +1,43 @@
+"""Drops prompts whose completions all score the same (dynamic sampling, DAPO, arXiv:2503.14476).
+
+What is compared is the weighted total of the rewards before any KL, as in the paper: after a KL in the reward no two
+returns are equal. Set `resample` for the paper's refilling; without it the rollout just gets smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Filter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class ZeroVariance(Filter):
+    """Keeps the rows of groups with at least two different scores; a group of one row is dropped.
+
+    A reward source that does not apply to a row adds nothing to its total. Without `scores` the returns are compared.
+    """
+
+    name = "zero_variance"
+    needs = frozenset({"groups", "scores"})
+
+    def __call__(self, scored: Scored) -> Tensor:
+        import torch
+
+        if not scored.scores:
+            return ~scored.group_is_flat(scored.returns())
+        weights = scored.weights or {}
+        weighted = [weights.get(source, 1.0) * score.nan_to_num() for source, score in scored.scores.items()]
+        return ~scored.group_is_flat(torch.stack(weighted).sum(0))
+
+
+@hookimpl
+def filters() -> list[type[Filter]]:
+    return [ZeroVariance]

@@ -1,0 +1,39 @@
+"""Entropy bonus (Williams and Peng, 1991): the policy is paid for staying undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import LossTerm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class Entropy(LossTerm):
+    """-coef times the entropy of each token's distribution, in nats; every token of the step weighs alike."""
+
+    name = "entropy"
+    needs = frozenset({"entropy"})
+
+    coef: float = 0.01
+    """Factor of the entropy; a negative one penalises it."""
+
+    def check(self, algorithm: Algorithm) -> Iterable[str]:
+        if self.coef == 0:
+            yield "coef is 0: the entropy would be computed for nothing; leave it out with loss_terms=[]"
+
+    # the core hands over what `needs` names as keywords, which the base class cannot list
+    def __call__(self, logps: Tensor, mask: Tensor, *, entropy: Tensor) -> Tensor:  # type: ignore[override]
+        return -self.coef * entropy * mask
+
+
+@hookimpl
+def loss_terms() -> list[type[LossTerm]]:
+    return [Entropy]

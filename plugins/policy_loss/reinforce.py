@@ -1,0 +1,40 @@
+"""Minus advantage times log-prob: the score-function loss (REINFORCE, Williams 1992). It reads no old log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import PolicyLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class Reinforce(PolicyLoss):
+    """-A log p: the policy gradient while the policy is the one that rolled out."""
+
+    name = "reinforce"
+    needs = frozenset()
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        if algorithm.steps_per_rollout > 1:
+            yield (
+                f"reinforce with {algorithm.steps_per_rollout} optimizer steps per rollout: from the second on the policy is not "
+                "the one that rolled out, and nothing corrects for it; surrogate and ppo_clip do"
+            )
+
+    def __call__(
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return -(advantages * logps) * mask, {}
+
+
+@hookimpl
+def policy_loss() -> list[type[PolicyLoss]]:
+    return [Reinforce]

@@ -1,0 +1,31 @@
+"""Minus ratio times advantage: importance sampling without a clip (the surrogate of TRPO, arXiv:1502.05477)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import PolicyLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Surrogate(PolicyLoss):
+    """-rho A with rho = p / p_old, token by token; at rho = 1 its gradient is that of reinforce."""
+
+    name = "surrogate"
+
+    def __call__(
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        # filled before exp: an overflow off the mask would survive the multiplication by 0
+        ratio = (logps - old_logps).masked_fill(mask == 0, 0.0).exp()
+        return -(ratio * advantages) * mask, {}
+
+
+@hookimpl
+def policy_loss() -> list[type[PolicyLoss]]:
+    return [Surrogate]

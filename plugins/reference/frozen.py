@@ -1,0 +1,31 @@
+"""The policy as it was when training began, held in memory a second time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Reference
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+
+@dataclass(kw_only=True)
+class Frozen(Reference):
+    """A copy of the policy that never learns, adapters included."""
+
+    name = "frozen"
+
+    def build(self, policy: PreTrainedModel) -> Module:
+        model = deepcopy(policy).eval().requires_grad_(False)
+        model.zero_grad(set_to_none=True)
+        return model
+
+
+@hookimpl
+def reference() -> list[type[Reference]]:
+    return [Frozen]

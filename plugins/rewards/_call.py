@@ -1,0 +1,153 @@
+"""Finding a user's function and calling it the way TRL does."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_rlhf.batch import Rollouts
+
+logger = logging.getLogger(__name__)
+
+PROVIDED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+"""Keywords that do not come from the dataset."""
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """`file.py:name` or `package.module:name` -> the function. `sys.path` stays as it is."""
+    place, colon, name = path.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise ValueError(f"reward function {path!r}: write file.py:name or package.module:name")
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:
+        raise ValueError(f"reward function {path!r}: cannot load {place}: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise ValueError(
+            f"reward function {path!r}: {place} has no function {name!r}; it has: {', '.join(names) or 'none'}"
+        )
+    return function
+
+
+def _load_file(file: Path) -> Any:
+    file = file.expanduser().resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    title = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    specification = importlib.util.spec_from_file_location(title, file)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[title] = module
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[title]
+        raise
+    return module
+
+
+@dataclass(kw_only=True)
+class Parameters:
+    """What a function's signature asks for."""
+
+    own_style: bool
+    """Its one required parameter is `rollouts`."""
+    names: set[str]
+    open: bool
+    """It takes any keyword."""
+    columns: set[str]
+    """Names that only the dataset can fill."""
+
+    def choose(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return arguments if self.open else {name: value for name, value in arguments.items() if name in self.names}
+
+
+def parameters(function: Callable[..., Any], title: str) -> Parameters:
+    """What `function` asks for. Raises `ValueError` where it cannot be called by keywords."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward function {title}: its signature cannot be read: {error}") from error
+    fixed = [p.name for p in found if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if fixed:
+        raise ValueError(f"reward function {title}: {', '.join(fixed)} cannot be given by name; drop the `/`")
+    named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = {p.name for p in named if p.default is p.empty}
+    own_style = required == {"rollouts"}
+    return Parameters(
+        own_style=own_style,
+        names={p.name for p in named},
+        open=any(p.kind is p.VAR_KEYWORD for p in found),
+        columns=set() if own_style else required - PROVIDED,
+    )
+
+
+def trl_arguments(rollouts: Rollouts, logs: Logs, step: int) -> dict[str, Any]:
+    """Every keyword that TRL would give, in copies."""
+    from transformers import TrainerState
+
+    conversations = bool(rollouts.prompts) and not isinstance(rollouts.prompts[0], str)
+    texts = rollouts.completions
+    return {
+        **{name: list(values) for name, values in rollouts.columns.items()},
+        "prompts": list(rollouts.prompts),
+        "completions": [[{"role": "assistant", "content": text}] for text in texts] if conversations else list(texts),
+        "completion_ids": [list(ids) for ids in rollouts.completion_ids],
+        "trainer_state": TrainerState(global_step=step),
+        "log_extra": lambda column, values: logs.column(column, values, len(rollouts)),
+        "log_metric": logs.metric,
+    }
+
+
+def finish(result: Any) -> Any:
+    """The result, awaited if need be: in a thread, since the caller's may already run an event loop."""
+    if not inspect.isawaitable(result):
+        return result
+
+    async def wait() -> Any:
+        return await result
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
+
+
+@dataclass
+class Logs:
+    """What a function logs on the side. Odd values are dropped with a warning."""
+
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def column(self, name: str, values: Any, rows: int) -> None:
+        try:
+            values = list(values)
+        except TypeError:
+            values = []
+        if len(values) != rows:
+            logger.warning("log_extra(%r): %d values for %d rows; dropped", name, len(values), rows)
+            return
+        self.columns[str(name)] = values
+
+    def metric(self, name: str, value: Any) -> None:
+        try:
+            self.metrics.setdefault(str(name), []).append(float(value))
+        except (TypeError, ValueError):
+            logger.warning("log_metric(%r): %r is not a number; dropped", name, value)
+
+    def take(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+        taken = self.columns, self.metrics
+        self.columns, self.metrics = {}, {}
+        return taken

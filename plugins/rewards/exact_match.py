@@ -1,0 +1,46 @@
+"""1 where the completion is the reference answer, character by character, else 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import RewardSource
+from hf_rlhf.batch import Rollouts
+
+
+@dataclass(kw_only=True)
+class ExactMatch(RewardSource):
+    """1.0 where the completion's text equals the row's reference, 0.0 elsewhere; no score without a reference."""
+
+    name = "exact_match"
+    verifier = True
+
+    column: str = "answer"
+    """Dataset column of the reference; numbers are compared as they are written."""
+    ignore_case: bool = False
+    """Compare without regard to case."""
+    strip: bool = True
+    """Compare without the white space around either text."""
+
+    def __call__(self, rollouts: Rollouts) -> list[float | None]:
+        references = rollouts.column(self.column)
+        return [
+            None if reference is None else float(self._plain(completion) == self._plain(str(reference)))
+            for completion, reference in zip(rollouts.completions, references, strict=True)
+        ]
+
+    def answer(self, completion: str) -> str | None:
+        return self._plain(completion) or None
+
+    def columns(self) -> set[str]:
+        return {self.column}
+
+    def _plain(self, text: str) -> str:
+        text = text.strip() if self.strip else text
+        return text.casefold() if self.ignore_case else text
+
+
+@hookimpl
+def rewards() -> list[type[RewardSource]]:
+    return [ExactMatch]

@@ -1,0 +1,80 @@
+"""A reward from a Python function: the user's own, or any written for TRL (`reward_funcs`).
+
+As TRL calls it: with the keywords prompts, completions, completion_ids and every dataset column, of which a function
+without `**kwargs` gets those that it names; completions of conversations are `[{"role": "assistant", "content": ...}]`;
+async functions are awaited. Departures: `trainer_state.global_step` counts rollouts, and what `log_extra` and
+`log_metric` are given is kept under the function's own name (`take_logs`). A function whose one parameter is called
+`rollouts` gets `hf_rlhf.batch.Rollouts` instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import RewardSource
+from hf_rlhf.batch import Rollouts
+
+from ._call import Logs, finish, load_function, parameters, trl_arguments
+
+
+@dataclass(kw_only=True)
+class Function(RewardSource):
+    """What the function returns: a list of one number per row, None where it does not apply."""
+
+    name = "function"
+
+    function: str | Callable[..., Any]
+    """`file.py:name`, `package.module:name`, or the function itself. Code that a recipe names is run."""
+
+    def __post_init__(self) -> None:
+        self._logs = Logs()
+        self._rollouts = 0
+        if self.label is None:
+            text = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "")
+            self.label = text.rpartition(":")[2] or None
+
+    def columns(self) -> set[str]:
+        """The parameters without a default that only a dataset column can fill."""
+        return parameters(self._loaded, self._title).columns
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        wanted = parameters(self._loaded, self._title)
+        if wanted.own_style:
+            arguments: dict[str, Any] = {"rollouts": rollouts}
+        else:
+            arguments = wanted.choose(trl_arguments(rollouts, self._logs, self._rollouts))
+        try:
+            return finish(self._loaded(**arguments))
+        except Exception as error:
+            raise RuntimeError(f"reward function {self._title}: {type(error).__name__}: {error}") from error
+
+    def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+        """Columns (`log_extra`) and metrics (`log_metric`) that the function logged since the last call."""
+        return self._logs.take()
+
+    def observe(self, statistics: Mapping[str, float]) -> None:
+        self._rollouts += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollouts": self._rollouts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rollouts = state["rollouts"]
+
+    @cached_property
+    def _loaded(self) -> Callable[..., Any]:
+        return load_function(self.function) if isinstance(self.function, str) else self.function
+
+    @property
+    def _title(self) -> str:
+        return self.function if isinstance(self.function, str) else inspect.unwrap(self.function).__qualname__
+
+
+@hookimpl
+def rewards() -> list[type[RewardSource]]:
+    return [Function]

@@ -1,0 +1,105 @@
+"""1 where the completion's final answer is mathematically equal to the reference, else 0, by Math-Verify.
+
+Both texts are parsed as LaTeX and as plain expressions (`\\boxed{\\frac12}`, `0.5`, `1/2` are one number). The parsing
+of model text runs in processes that are killed at a time limit; see `_math_worker`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Context, Count, Positive, RewardSource
+from hf_rlhf.batch import Rollouts
+
+from ._math_worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class MathAnswer(RewardSource):
+    """1.0 where the answer found in the completion equals the reference, 0.0 elsewhere.
+
+    No score (None) where the reference is missing or cannot be parsed, or where judging the row takes over `timeout`
+    seconds or kills its process.
+    """
+
+    name = "math_answer"
+    verifier = True
+
+    column: str = "answer"
+    """Dataset column of the reference."""
+    answer_after: str | None = None
+    """The reference is the text after the last such marker, e.g. "####" (GSM8K); completions may use it too."""
+    timeout: Positive = 5.0
+    """Seconds after which the judgement of a row is given up."""
+    workers: Count = 4
+    """Processes that judge rows, per process of the run."""
+
+    def __post_init__(self) -> None:
+        self._idle: queue.Queue[Worker] | None = None
+
+    def setup(self, context: Context) -> None:
+        self._start()
+
+    def close(self) -> None:
+        while self._idle is not None and not self._idle.empty():
+            self._idle.get().close()
+        self._idle = None
+
+    def columns(self) -> set[str]:
+        return {self.column}
+
+    def __call__(self, rollouts: Rollouts) -> list[float | None]:
+        references = [self._reference(row, value) for row, value in enumerate(rollouts.column(self.column))]
+        self._start()
+        with ThreadPoolExecutor(self.workers) as threads:
+            return list(threads.map(self._score, range(len(rollouts)), rollouts.completions, references))
+
+    def answer(self, completion: str) -> str | None:
+        reply = self._ask(completion, None)
+        return None if isinstance(reply, str) else reply["answer"]
+
+    def _reference(self, row: int, value: Any) -> str | None:
+        if value is None or self.answer_after is None:
+            return None if value is None else str(value)
+        _, marker, reference = str(value).rpartition(self.answer_after)
+        if not marker:
+            logger.warning("rewards.math_answer: row %d: no %r in column %s", row, self.answer_after, self.column)
+        return reference.strip() if marker else None
+
+    def _score(self, row: int, completion: str, reference: str | None) -> float | None:
+        if reference is None:
+            return None
+        reply = self._ask(completion, reference)
+        if isinstance(reply, str):
+            logger.warning("rewards.math_answer: row %d has no score: judging %.60r %s", row, completion, reply)
+            return None
+        if reply["score"] is None:
+            logger.warning("rewards.math_answer: row %d has no score: cannot parse reference %.60r", row, reference)
+        return reply["score"]
+
+    def _ask(self, completion: str, reference: str | None) -> dict[str, Any] | str:
+        idle = self._idle or self._start()
+        worker = idle.get()
+        try:
+            return worker.ask(completion, reference, self.answer_after)
+        finally:
+            idle.put(worker)
+
+    def _start(self) -> queue.Queue[Worker]:
+        if self._idle is None:
+            self._idle = queue.Queue()
+            for _ in range(self.workers):
+                self._idle.put(Worker(self.timeout))
+        return self._idle
+
+
+@hookimpl
+def rewards() -> list[type[RewardSource]]:
+    return [MathAnswer]
