@@ -62,6 +62,8 @@ def check_arguments(args: Any) -> None:
         raise ArgumentError("\n".join(refused))
     for name, (value, _) in FORCED.items():
         setattr(args, name, value)
+    if args.ddp_find_unused_parameters is None:  # every parameter takes part; the search costs a traversal per step
+        args.ddp_find_unused_parameters = False
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

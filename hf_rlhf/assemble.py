@@ -108,7 +108,9 @@ def prepare(
     """Checks algorithm, arguments and dataset, in that order, then loads tokenizer, prompts and model."""
     recipe = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
     chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
-    sections = {name: cls() for name, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
+    sections = (
+        {name: cls() for name, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
+    )
     model_settings: Model = sections["model"]
     if isinstance(model, str):
         sections["model"] = model_settings = _replace(model_settings, path=model)
@@ -162,7 +164,18 @@ def describe(algorithm: Algorithm, processes: int, rows: int, lora: bool) -> tup
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    names = ("hf_rlhf", "torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "pluggy", "peft", "wandb")
+    names = (
+        "hf_rlhf",
+        "torch",
+        "transformers",
+        "trl",
+        "datasets",
+        "accelerate",
+        "tokenizers",
+        "pluggy",
+        "peft",
+        "wandb",
+    )
     found = {}
     for name in names:
         try:

@@ -155,10 +155,12 @@ class KLPlacement(Plugin, ABC):
 
     def measure(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
         """The estimator's value: (R, T), 0 off the mask, at level token; (R,) at level sequence. R rows."""
+        off = mask == 0
+        on_mask = {name: x.masked_fill(off, 0.0) for name, x in needed.items()}
+        logps, ref_logps = logps.masked_fill(off, 0.0), ref_logps.masked_fill(off, 0.0)
         if self.level == "token":
-            return self.estimator(logps, ref_logps, **needed) * mask
-        total = {name: (x * mask).sum(1) for name, x in needed.items()}
-        return self.estimator((logps * mask).sum(1), (ref_logps * mask).sum(1), **total)
+            return self.estimator(logps, ref_logps, **on_mask) * mask
+        return self.estimator(logps.sum(1), ref_logps.sum(1), **{name: x.sum(1) for name, x in on_mask.items()})
 
     def reward_penalty(self, kl: Tensor) -> Tensor:
         """What is subtracted from the rewards: (N, T), or (N,) from the last token at level sequence."""

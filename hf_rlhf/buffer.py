@@ -67,7 +67,9 @@ class Collected:
     def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
         """The table as estimators and filters see it."""
         table = self.table
-        optional = {name: table[name] for name in ("values", "old_logps", "ref_logps", "sampler_logps") if name in table}
+        optional = {
+            name: table[name] for name in ("values", "old_logps", "ref_logps", "sampler_logps") if name in table
+        }
         return Scored(
             mask=table["mask"],
             token_rewards=table["token_rewards"],
@@ -119,7 +121,9 @@ class Buffer:
         epoch, mini_batch = divmod(position, algorithm.update.mini_batches)
         groups = self.group_ids.unique()
         if epoch > 0:
-            groups = groups[torch.tensor(permutation(len(groups), seed, "epoch", self.index, epoch), device=groups.device)]
+            groups = groups[
+                torch.tensor(permutation(len(groups), seed, "epoch", self.index, epoch), device=groups.device)
+            ]
         chosen = groups.tensor_split(algorithm.update.mini_batches)[mini_batch]
         return torch.isin(self.group_ids, chosen).nonzero().flatten()
 
@@ -145,7 +149,7 @@ class Buffer:
         mine = where[self.places]
         rows = (mine >= 0).nonzero().flatten().tolist()
         if not rows:
-            return [_empty(self.rows["mask"], weights, pad)]
+            return [self._empty(weights, pad)]
         budget = algorithm.update.max_tokens_per_micro_batch
         lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
         return [self._micro_batch(part, mine, weights, pad) for part in cut(rows, lengths, budget, max_rows)]
@@ -159,11 +163,10 @@ class Buffer:
         micro["batch"] = token_batch([self.prompt_ids[i] for i in rows], completions, micro["mask"], pad)
         return micro
 
-
-def _empty(like: Tensor, weights: dict[str, Tensor], pad: int) -> dict[str, Any]:
-    zero = like.new_zeros((1, 1))
-    names = ["mask", "advantages", "old_logps", "ref_logps", "values", "returns", "correction", *weights]
-    return {**dict.fromkeys(names, zero), "batch": token_batch([[pad]], [[pad]], zero, pad)}
+    def _empty(self, weights: dict[str, Tensor], pad: int) -> dict[str, Any]:
+        """One row without a sampled token, under the same names as any micro-batch."""
+        zero = self.rows["mask"].new_zeros((1, 1))
+        return {**dict.fromkeys([*self.rows, *weights], zero), "batch": token_batch([[pad]], [[pad]], zero, pad)}
 
 
 def cut(rows: list[int], lengths: list[int], max_tokens: int | None, max_rows: int) -> list[list[int]]:

@@ -53,7 +53,9 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it was never completed, or is no checkpoint of hf_rlhf") from None
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it was never completed, or is no checkpoint of hf_rlhf"
+        ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
     for name, facts in manifest["files"].items():
@@ -78,7 +80,9 @@ def newest(output_dir: Path) -> Path:
         else:
             return folder
     detail = "; ".join(reasons) or "there is no checkpoint-* folder"
-    raise CheckpointError(f"nothing to resume in {output_dir}: {detail}. Save with training.save_strategy=steps save_steps=N")
+    raise CheckpointError(
+        f"nothing to resume in {output_dir}: {detail}. Save with training.save_strategy=steps save_steps=N"
+    )
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:

@@ -67,13 +67,23 @@ class Collector:
     def _draw(self, missing: int) -> list[Prompt]:
         """At least one prompt for each process."""
         processes = self.accelerator.num_processes
-        return self.stream.next(-(-missing // processes) * processes if missing < self.algorithm.rollout.prompts else missing)
+        return self.stream.next(
+            -(-missing // processes) * processes if missing < self.algorithm.rollout.prompts else missing
+        )
 
     def _round(self, prompts: Sequence[Prompt], first_group: int, index: int, attempt: int) -> Collected:
         """One round of prompts: completions, log-probs, rewards and in-reward KL, gathered into one table."""
-        rank, processes, group = self.accelerator.process_index, self.accelerator.num_processes, self.algorithm.rollout.num_generations
+        rank, processes, group = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.algorithm.rollout.num_generations,
+        )
         mine = prompts[rank::processes]
-        with self.meters.time("rollout"), seeded(self.seed, "rollout", index, attempt, rank), self.accelerator.autocast():
+        with (
+            self.meters.time("rollout"),
+            seeded(self.seed, "rollout", index, attempt, rank),
+            self.accelerator.autocast(),
+        ):
             completions = self._checked(self.algorithm.rollout(self.policy, mine, group), len(mine) * group)
         ids = [first_group + rank + processes * i for i in range(len(mine)) for _ in range(group)]
         rollouts = self.rollouts(mine, completions, ids, group)
@@ -127,7 +137,9 @@ class Collector:
                     return self.actor_critic(**batch, shape=shape, logps=old, values=values)
 
             found = self._over_rows(act, rollouts, mask)
-            results |= {new: found[name] for name, new in (("logps", "old_logps"), ("values", "values")) if name in found}
+            results |= {
+                new: found[name] for name, new in (("logps", "old_logps"), ("values", "values")) if name in found
+            }
         if self.reference is not None:
             reference = self.reference
 
@@ -138,11 +150,15 @@ class Collector:
             results |= self._over_rows(refer, rollouts, mask)
         return results
 
-    def _over_rows(self, forward: Callable[..., dict[str, Tensor]], rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
+    def _over_rows(
+        self, forward: Callable[..., dict[str, Tensor]], rollouts: Rollouts, mask: Tensor
+    ) -> dict[str, Tensor]:
         """`forward` over micro-batches of similar length, put back in order: name -> (n, T)."""
         lengths = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
         results: dict[str, Tensor] = {}
-        for part in cut(list(range(len(rollouts))), lengths, self.algorithm.update.max_tokens_per_micro_batch, self.max_rows):
+        for part in cut(
+            list(range(len(rollouts))), lengths, self.algorithm.update.max_tokens_per_micro_batch, self.max_rows
+        ):
             completions = [rollouts.completion_ids[i] for i in part]
             width = max(map(len, completions))
             pad = self.policy.tokenizer.pad_token_id
@@ -159,7 +175,9 @@ class Collector:
         valid &= (mask > 0).any(1).cpu()
         token_rewards = at_last_token(sums.to(device, self.dtype), mask)
         for kl in self.algorithm.kl_in("reward"):
-            measured = kl.measure(rows["old_logps"], rows["ref_logps"], mask, **self.algorithm.extras(kl.estimator, rows, BOTH))
+            measured = kl.measure(
+                rows["old_logps"], rows["ref_logps"], mask, **self.algorithm.extras(kl.estimator, rows, BOTH)
+            )
             penalty = kl.reward_penalty(measured)
             token_rewards = token_rewards - (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
             self.meters.add(f"kl/{kl.name}/{kl.estimator.name}", measured.sum(), len(measured))
@@ -179,7 +197,11 @@ class Collector:
         collected = Collected(
             prompt_ids=rollouts.prompt_ids,
             completion_ids=rollouts.completion_ids,
-            texts={"prompt": rollouts.prompts, "completion": rollouts.completions, "finish_reason": rollouts.finish_reasons},
+            texts={
+                "prompt": rollouts.prompts,
+                "completion": rollouts.completions,
+                "finish_reason": rollouts.finish_reasons,
+            },
             rows=rows,
             table={name: x[order] for name, x in table.items()},
             places=own.nonzero().flatten(),
@@ -226,9 +248,13 @@ class Collector:
         for kl in self.algorithm.kl_in("advantage"):
             extras = self.algorithm.extras(kl.estimator, rows, BOTH)
             penalty = kl.advantage_penalty(kl.measure(rows["old_logps"], rows["ref_logps"], rows["mask"], **extras))
-            rows["advantages"] = rows["advantages"] - (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * rows["mask"]
+            rows["advantages"] = (
+                rows["advantages"] - (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * rows["mask"]
+            )
         if "sampler_logps" in rows:
-            rows["correction"] = self.algorithm.rollout_correction(rows["old_logps"], rows["sampler_logps"], rows["mask"])
+            rows["correction"] = self.algorithm.rollout_correction(
+                rows["old_logps"], rows["sampler_logps"], rows["mask"]
+            )
         rows.pop("token_rewards", None)
         return Buffer(
             index=index,

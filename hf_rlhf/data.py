@@ -1,4 +1,4 @@
-"""From what a recipe calls its dataset to prompts: loading, checking, chat templates, tokens.
+"""From what a recipe calls its dataset to prompts: splits, checks, chat templates, tokens.
 
 Whatever is wrong with a dataset is a `ValueError` here, before a model is loaded: no rows, a missing column, an empty
 prompt (with its row number), a prompt longer than the context.
@@ -10,12 +10,12 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.prompts import Prompt
 from hf_rlhf.quickstart import BUILTIN, addition_dataset
+from hf_rlhf.rows import Row, Rows, load_rows
 from hf_rlhf.settings import Dataset
 
 if TYPE_CHECKING:
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 CHUNK = 1000
-
-Row = Mapping[str, Any]
-Rows = Sequence[Row] | Iterable[Row]
-"""A sequence of rows (a list, a `datasets.Dataset`) or a stream of them (a `datasets.IterableDataset`)."""
+"""Prompts tokenized at once."""
 
 
 def load_prompts(
@@ -45,9 +41,15 @@ def load_prompts(
     `evaluation` replace what `settings` would load.
     """
     limits = [limit for limit in (settings.max_prompt_tokens, max_prompt_tokens) if limit is not None]
-    maker = _Maker(settings=settings, tokenizer=tokenizer, limit=min(limits, default=None))
-    rows = read_rows(settings, train, evaluation)
-    return maker.prompts(rows[0], "dataset"), None if rows[1] is None else maker.prompts(rows[1], "evaluation dataset")
+    rows, held_out = read_rows(settings, train, evaluation)
+
+    def prompts(rows: _Subset | Iterable[Row], title: str) -> Prompts | StreamedPrompts:
+        names = _columns(rows, title)
+        _check_prompt(settings, names)
+        maker = _Maker(settings=settings, tokenizer=tokenizer, limit=min(limits, default=None), names=names)
+        return maker.prompts(rows, title)
+
+    return prompts(rows, "dataset"), None if held_out is None else prompts(held_out, "evaluation dataset")
 
 
 def read_columns(
@@ -144,52 +146,11 @@ def _addition(settings: Dataset) -> tuple[Rows, Rows]:
 
 
 def _load(settings: Dataset, path: str | None, split: str) -> Rows:
-    """A file, a folder, or a dataset of the Hub, through `datasets`."""
-    import datasets
-
     if path is None:
         raise ValueError(
-            "no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or " + BUILTIN
+            f"no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or {BUILTIN}"
         )
-    place = Path(path).expanduser()
-    if not place.exists() and (place.suffix in FILES or path.startswith(("/", ".", "~"))):
-        raise ValueError(f"no dataset file or folder {path}")
-    options: dict[str, Any] = {"streaming": settings.streaming}
-    if place.is_file():
-        if place.suffix not in FILES:
-            raise ValueError(f"{path}: files end in {', '.join(FILES)}, not {place.suffix!r}")
-        if settings.name is not None:
-            raise ValueError(f"dataset.name has no meaning for the file {path}: leave it out")
-        kind = FILES[place.suffix]
-        # As text: "007" stays "007", and a column of whole numbers with a gap does not become 18.0.
-        options |= {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
-        arguments: dict[str, Any] = {"path": kind, "data_files": {"train": str(place)}}
-    elif any((place / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return _from_disk(place, settings, split)
-    else:
-        arguments = {"path": str(place) if place.is_dir() else path, "name": settings.name}
-    try:
-        return datasets.load_dataset(**arguments, split=split, **options)
-    except Exception as error:
-        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-        raise ValueError(
-            f"cannot load split {split!r} of dataset {path}: {type(error).__name__}: {error}{cause}"
-        ) from error
-
-
-def _from_disk(place: Path, settings: Dataset, split: str) -> Rows:
-    import datasets
-
-    if settings.name is not None:
-        raise ValueError(f"dataset.name has no meaning for the folder {place}: leave it out")
-    loaded = datasets.load_from_disk(str(place))
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"{place} has no split {split!r}; it has: {', '.join(loaded)}")
-        loaded = loaded[split]
-    elif split != "train":
-        raise ValueError(f"{place} holds one dataset without splits; leave {split!r} out")
-    return loaded.to_iterable_dataset() if settings.streaming else loaded
+    return load_rows(path, name=settings.name, split=split, streaming=settings.streaming)
 
 
 def _columns(rows: Rows, title: str) -> set[str]:
@@ -265,9 +226,9 @@ class _Maker:
     settings: Dataset
     tokenizer: PreTrainedTokenizerBase
     limit: int | None
+    names: set[str]
 
     def prompts(self, rows: _Subset | Iterable[Row], title: str) -> Prompts | StreamedPrompts:
-        _check_prompt(self.settings, _columns(rows, title))
         if not isinstance(rows, _Subset):
             return StreamedPrompts(rows=rows, maker=self)
         ids: list[list[int]] = []
@@ -356,5 +317,5 @@ class _Maker:
         return True
 
     def columns(self, row: Row) -> dict[str, Any]:
-        """What rewards see of a row."""
-        return {name: value for name, value in row.items() if name not in _consumed(self.settings)}
+        """What rewards see of a row: the same columns in every row."""
+        return {name: row.get(name) for name in sorted(self.names - _consumed(self.settings))}

@@ -24,7 +24,9 @@ def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[
     shapes = accelerator.gather(torch.tensor([list(first.shape)], device=accelerator.device)).tolist()
     n, t = max(s[0] for s in shapes), max(s[1] for s in shapes)
     stacks = {
-        "wide": torch.stack([functional.pad(x.to(_number(wide)), (0, t - x.size(1), 0, n - x.size(0))) for x in wide.values()]),
+        "wide": torch.stack(
+            [functional.pad(x.to(_number(wide)), (0, t - x.size(1), 0, n - x.size(0))) for x in wide.values()]
+        ),
         "narrow": torch.stack([functional.pad(x.double(), (0, n - x.size(0))) for x in narrow.values()]),
     }
     gathered: dict[str, Tensor] = {}

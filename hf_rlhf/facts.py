@@ -116,7 +116,10 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor], why: str) -> None:
 
 def of_a_reward(plugin: RewardSource, given: Rollouts) -> Claims:
     """Of a reward source, on these rollouts."""
-    yield "it gives one number or None per row", lambda: _is_a_number_per_row(_scores(plugin, given), len(given))
+    yield (
+        "it gives one number or None per row",
+        lambda: _is_a_number_per_row(_scores(plugin, copy.deepcopy(given)), len(given)),
+    )
     yield "the order of the rows changes no score", lambda: _scores_rows(plugin, given)
     yield (
         "it changes neither its rollouts nor a random generator, and repeats itself",

@@ -238,7 +238,9 @@ class Host:
                 unknown = [hook.name for hook in hooks if not hook.has_spec()]
                 self._manager.unregister(name=module.__name__)
                 if not unknown:
-                    raise PluginError(f"{offer.source}: {offer.module}: {error}") from error
+                    raise PluginError(
+                        f"{offer.source}: a hook takes no arguments: {' '.join(str(error).split())}"
+                    ) from error
                 raise PluginError(
                     f"{offer.source}: {offer.module} has a hook {unknown[0]!r}, which is no axis."
                     f"{did_you_mean(unknown[0], AXES)} The axes are: {', '.join(AXES)}"

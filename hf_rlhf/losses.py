@@ -28,7 +28,9 @@ def policy_terms(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], m
         per_token = per_token * inputs["correction"]
     terms = {"policy/loss": (per_token * weights).sum()}
     for kl in a.kl_in("loss"):
-        penalty = kl.loss_penalty(kl.measure(logps, inputs["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS)))
+        penalty = kl.loss_penalty(
+            kl.measure(logps, inputs["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
+        )
         weight = weights if penalty.dim() == 2 else one_token(weights, mask)
         terms[f"kl/{kl.name}/loss"] = (penalty * weight).sum()
     for i, term in enumerate(a.loss_terms):

@@ -131,7 +131,8 @@ def _folders(module: str) -> list[Path]:
 def pick(entries: Sequence[Entry], name: str, kind: str, usable: list[str]) -> Entry:
     """The one entry that `name` or `package/name` means."""
     package, _, bare = name.rpartition("/")
-    hits = [entry for entry in entries if entry.name == bare and (not package or _is_from(entry, package))]
+    named = sorted((entry for entry in entries if entry.name == bare), key=lambda entry: (entry.package, entry.version))
+    hits = [entry for entry in named if not package or _is_from(entry, package)]
     open_hits = [entry for entry in hits if not entry.problem]
     if len(open_hits) == 1:
         return open_hits[0]
@@ -141,7 +142,7 @@ def pick(entries: Sequence[Entry], name: str, kind: str, usable: list[str]) -> E
         raise PluginError(f"the {kind} {name!r} is offered by {said}. Say which one: {ways}")
     if hits:
         raise PluginError(f"the {kind} {name!r} of {hits[0].source} cannot be used: {hits[0].problem}")
-    others = [entry.source for entry in entries if package and entry.name == bare]
+    others = [entry.source for entry in named]
     elsewhere = f" {bare!r} is offered by {' and '.join(others)}." if others else ""
     raise PluginError(
         f"no {kind} named {name!r}.{did_you_mean(bare, usable)}{elsewhere} There are: {', '.join(usable) or 'none'}"

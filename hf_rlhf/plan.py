@@ -62,7 +62,9 @@ def _models(plan: Plan, a: Algorithm, lora: bool) -> None:
 def _forwards(plan: Plan, a: Algorithm) -> None:
     rows = a.rollout.prompts * a.rollout.num_generations
     if a.readers_of_old_logps:
-        plan.forwards.append(f"policy over {rows} rows, without gradient: old log-probs for {'; '.join(a.readers_of_old_logps)}")
+        plan.forwards.append(
+            f"policy over {rows} rows, without gradient: old log-probs for {'; '.join(a.readers_of_old_logps)}"
+        )
     elif "old_logps" in a.policy_loss.needs:
         plan.skipped.append("old log-probs: one optimizer step per rollout, so the update's own are the policy's")
     else:

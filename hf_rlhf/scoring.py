@@ -33,7 +33,9 @@ def _score(label: str, source: RewardSource, rollouts: Rollouts) -> Tensor:
     try:
         answer: Any = source(_copy(rollouts))
     except Exception as error:
-        raise RewardError(f"reward {label!r} ({type(source).__name__}) raised {type(error).__name__}: {error}") from error
+        raise RewardError(
+            f"reward {label!r} ({type(source).__name__}) raised {type(error).__name__}: {error}"
+        ) from error
     numbers = [_number(label, row, value) for row, value in enumerate(_listed(label, answer, len(rollouts)))]
     infinite = [row for row, value in enumerate(numbers) if math.isinf(value)]
     if infinite:
@@ -53,13 +55,19 @@ def _copy(rollouts: Rollouts) -> Rollouts:
 
 def _listed(label: str, answer: Any, rows: int) -> Sequence[Any]:
     if getattr(answer, "ndim", 1) != 1:
-        raise RewardError(f"reward {label!r} gave an array of shape {tuple(answer.shape)}; one number per row: ({rows},)")
+        raise RewardError(
+            f"reward {label!r} gave an array of shape {tuple(answer.shape)}; one number per row: ({rows},)"
+        )
     if hasattr(answer, "tolist") and getattr(answer, "ndim", None) == 1:
         answer = answer.tolist()
     if not isinstance(answer, list | tuple):
-        raise RewardError(f"reward {label!r} gave a {type(answer).__name__}; a list with one number or None per row is due")
+        raise RewardError(
+            f"reward {label!r} gave a {type(answer).__name__}; a list with one number or None per row is due"
+        )
     if len(answer) != rows:
-        raise RewardError(f"reward {label!r} gave {len(answer)} numbers for {rows} completions; one per completion is due")
+        raise RewardError(
+            f"reward {label!r} gave {len(answer)} numbers for {rows} completions; one per completion is due"
+        )
     return answer
 
 

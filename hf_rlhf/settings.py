@@ -123,4 +123,3 @@ SECTIONS: dict[str, type] = {
     "logging": Logging,
 }
 """Recipe key -> settings class."""
-

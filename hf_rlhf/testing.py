@@ -118,7 +118,10 @@ def tiny_policy(
 
 @dataclass(frozen=True)
 class Fact:
-    """One sentence of the contract about one plugin. Calling it raises AssertionError where the sentence is false."""
+    """One sentence of the contract about one plugin.
+
+    Calling it raises AssertionError where the sentence is false, or what the plugin itself raises.
+    """
 
     title: str
     holds: Callable[[], None]

@@ -224,7 +224,11 @@ class RLHFTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows per optimizer step over all processes."""
-        return self.algorithm.rollout.prompts * self.algorithm.rollout.num_generations // self.algorithm.update.mini_batches
+        return (
+            self.algorithm.rollout.prompts
+            * self.algorithm.rollout.num_generations
+            // self.algorithm.update.mini_batches
+        )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 x parameters x tokens over the micro-batches of a slot."""
@@ -287,7 +291,9 @@ class RLHFTrainer(Trainer):
             changed += checkpoint.differences({"processes": manifest["processes"]}, {"processes": self.args.world_size})
         if changed:
             raise checkpoint.CheckpointError(
-                f"{folder} comes from another run:\n  " + "\n  ".join(changed) + "\nResume with the same recipe, or start anew"
+                f"{folder} comes from another run:\n  "
+                + "\n  ".join(changed)
+                + "\nResume with the same recipe, or start anew"
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -306,7 +312,9 @@ class RLHFTrainer(Trainer):
             facts = {"step": self.state.global_step, "processes": self.args.world_size, "seed": self.args.seed}
             checkpoint.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record})
             rotate_checkpoints(
-                output_dir=str(folder.parent), save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
 
@@ -346,7 +354,9 @@ class RLHFTrainer(Trainer):
 
             folder = Path(output_dir or self.args.output_dir) / "critic"
             folder.mkdir(parents=True, exist_ok=True)
-            weights = {name: x.detach().cpu().contiguous().clone() for name, x in self.actor_critic.critic.state_dict().items()}
+            weights = {
+                name: x.detach().cpu().contiguous().clone() for name, x in self.actor_critic.critic.state_dict().items()
+            }
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -355,7 +365,9 @@ class RLHFTrainer(Trainer):
         if self.actor_critic.critic is not None:
             from safetensors.torch import load_file
 
-            self.actor_critic.critic.load_state_dict(load_file(Path(resume_from_checkpoint) / "critic" / "model.safetensors"))
+            self.actor_critic.critic.load_state_dict(
+                load_file(Path(resume_from_checkpoint) / "critic" / "model.safetensors")
+            )
 
     def close(self) -> None:
         """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""

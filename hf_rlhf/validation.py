@@ -85,13 +85,13 @@ def setting_docs(cls: type) -> Mapping[str, str]:
     for base in reversed(cls.__mro__):
         file = getattr(sys.modules.get(base.__module__), "__file__", None)
         if "__dataclass_fields__" in base.__dict__ and file and file.endswith(".py"):
-            docs |= _docs_in_file(file).get(base.__qualname__, {})
+            docs |= _docs_in_source(Path(file).read_text(encoding="utf-8")).get(base.__qualname__, {})
     return docs
 
 
 @_cached
-def _docs_in_file(file: str) -> dict[str, dict[str, str]]:
-    """Class -> setting -> docstring, from the source, since Python keeps no string that follows a field."""
+def _docs_in_source(source: str) -> dict[str, dict[str, str]]:
+    """Class -> setting -> docstring, from a module's source, since Python keeps no string that follows a field."""
     found: dict[str, dict[str, str]] = {}
 
     def visit(body: list[ast.stmt], scope: str) -> None:
@@ -102,7 +102,7 @@ def _docs_in_file(file: str) -> dict[str, dict[str, str]]:
             elif isinstance(node, ast.FunctionDef):
                 visit(node.body, f"{scope}{node.name}.<locals>.")
 
-    visit(ast.parse(Path(file).read_text(encoding="utf-8")).body, "")
+    visit(ast.parse(source).body, "")
     return found
 
 
@@ -145,7 +145,7 @@ WORDS: dict[Any, str] = {
     Any: "anything",
     Path: "path",
 }
-BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "with length >="}
 
 
 def type_text(hint: Any) -> str:

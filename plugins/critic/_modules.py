@@ -67,7 +67,9 @@ class SeparateCritic(nn.Module):
     def from_model(cls, model: Any, policy: Any) -> SeparateCritic:
         """The trunk of `model`, with its score head if it has one."""
         score = getattr(model, "score", None)
-        return cls._with_head(model, score if isinstance(score, nn.Linear) and score.out_features == 1 else None, policy)
+        return cls._with_head(
+            model, score if isinstance(score, nn.Linear) and score.out_features == 1 else None, policy
+        )
 
     @classmethod
     def _with_head(cls, model: Any, score: nn.Linear | None, policy: Any) -> SeparateCritic:

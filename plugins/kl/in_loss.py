@@ -37,10 +37,10 @@ class InLoss(KLPlacement):
         if self.beta == 0:
             yield "beta is 0: set use=monitor to log the KL only, or leave it out with kl=[]"
         if is_linear(self.estimator):
+            name = self.estimator.name
             yield (
-                f"{self.estimator.name} in the loss has the expected gradient 0 (it is a multiple of grad "
-                "log p, whose mean is 0), so it adds noise and no penalty; write estimator: {use: k2} or {use: k3}, or "
-                f"put {self.estimator.name} into the reward with use: in_reward"
+                f"{name} in the loss has the expected gradient 0 (it is a multiple of grad log p, whose mean is 0), so "
+                f"it adds noise and no penalty: set estimator.use=k2 or k3, or move {name} to use=in_reward"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:

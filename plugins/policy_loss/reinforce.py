@@ -25,8 +25,8 @@ class Reinforce(PolicyLoss):
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if algorithm.steps_per_rollout > 1:
             yield (
-                f"reinforce with {algorithm.steps_per_rollout} optimizer steps per rollout: from the second on the policy is not "
-                "the one that rolled out, and nothing corrects for it; surrogate and ppo_clip do"
+                f"with {algorithm.steps_per_rollout} optimizer steps per rollout, from the second on the policy is "
+                "not the one that rolled out, and nothing corrects for it; surrogate and ppo_clip do"
             )
 
     def __call__(

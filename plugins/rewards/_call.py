@@ -143,9 +143,11 @@ class Logs:
 
     def metric(self, name: str, value: Any) -> None:
         try:
-            self.metrics.setdefault(str(name), []).append(float(value))
+            number = float(value)
         except (TypeError, ValueError):
             logger.warning("log_metric(%r): %r is not a number; dropped", name, value)
+        else:
+            self.metrics.setdefault(str(name), []).append(number)
 
     def take(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
         taken = self.columns, self.metrics

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -76,6 +77,26 @@ class Worker:
     def _kill(self) -> None:
         self._killed = True
         self._process.kill()
+
+
+class Pool:
+    """Workers that wait for requests from any thread."""
+
+    def __init__(self, workers: int, timeout: float) -> None:
+        self.idle: queue.Queue[Worker] = queue.Queue()
+        for _ in range(workers):
+            self.idle.put(Worker(timeout))
+
+    def ask(self, completion: str, reference: str | None, answer_after: str | None) -> dict[str, Any] | str:
+        worker = self.idle.get()
+        try:
+            return worker.ask(completion, reference, answer_after)
+        finally:
+            self.idle.put(worker)
+
+    def close(self) -> None:
+        while not self.idle.empty():
+            self.idle.get().close()
 
 
 def serve(timeout: float) -> None:

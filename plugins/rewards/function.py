@@ -9,7 +9,6 @@ async functions are awaited. Departures: `trainer_state.global_step` counts roll
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +34,7 @@ class Function(RewardSource):
         self._logs = Logs()
         self._rollouts = 0
         if self.label is None:
-            text = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "")
-            self.label = text.rpartition(":")[2] or None
+            self.label = self._title.rpartition(":")[2] or None
 
     def columns(self) -> set[str]:
         """The parameters without a default that only a dataset column can fill."""
@@ -72,7 +70,9 @@ class Function(RewardSource):
 
     @property
     def _title(self) -> str:
-        return self.function if isinstance(self.function, str) else inspect.unwrap(self.function).__qualname__
+        if isinstance(self.function, str):
+            return self.function
+        return getattr(self.function, "__name__", None) or type(self.function).__name__
 
 
 @hookimpl

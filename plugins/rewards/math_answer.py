@@ -7,7 +7,6 @@ of model text runs in processes that are killed at a time limit; see `_math_work
 from __future__ import annotations
 
 import logging
-import queue
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import Context, Count, Positive, RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._math_worker import Worker
+from ._math_worker import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +41,15 @@ class MathAnswer(RewardSource):
     """Processes that judge rows, per process of the run."""
 
     def __post_init__(self) -> None:
-        self._idle: queue.Queue[Worker] | None = None
+        self._pool: Pool | None = None
 
     def setup(self, context: Context) -> None:
         self._start()
 
     def close(self) -> None:
-        while self._idle is not None and not self._idle.empty():
-            self._idle.get().close()
-        self._idle = None
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
 
     def columns(self) -> set[str]:
         return {self.column}
@@ -62,7 +61,7 @@ class MathAnswer(RewardSource):
             return list(threads.map(self._score, range(len(rollouts)), rollouts.completions, references))
 
     def answer(self, completion: str) -> str | None:
-        reply = self._ask(completion, None)
+        reply = self._start().ask(completion, None, self.answer_after)
         return None if isinstance(reply, str) else reply["answer"]
 
     def _reference(self, row: int, value: Any) -> str | None:
@@ -76,7 +75,7 @@ class MathAnswer(RewardSource):
     def _score(self, row: int, completion: str, reference: str | None) -> float | None:
         if reference is None:
             return None
-        reply = self._ask(completion, reference)
+        reply = self._start().ask(completion, reference, self.answer_after)
         if isinstance(reply, str):
             logger.warning("rewards.math_answer: row %d has no score: judging %.60r %s", row, completion, reply)
             return None
@@ -84,20 +83,9 @@ class MathAnswer(RewardSource):
             logger.warning("rewards.math_answer: row %d has no score: cannot parse reference %.60r", row, reference)
         return reply["score"]
 
-    def _ask(self, completion: str, reference: str | None) -> dict[str, Any] | str:
-        idle = self._idle or self._start()
-        worker = idle.get()
-        try:
-            return worker.ask(completion, reference, self.answer_after)
-        finally:
-            idle.put(worker)
-
-    def _start(self) -> queue.Queue[Worker]:
-        if self._idle is None:
-            self._idle = queue.Queue()
-            for _ in range(self.workers):
-                self._idle.put(Worker(self.timeout))
-        return self._idle
+    def _start(self) -> Pool:
+        self._pool = self._pool or Pool(self.workers, self.timeout)
+        return self._pool
 
 
 @hookimpl

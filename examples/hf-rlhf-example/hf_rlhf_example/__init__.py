@@ -1,0 +1,1 @@
+"""A reward and an advantage estimator for hf_rlhf."""
