@@ -37,7 +37,13 @@ REFUSED: dict[str, str] = {
 }
 """Argument -> what to do instead. Refused when it differs from its default."""
 
-DEFAULTS: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+DEFAULTS: dict[str, Any] = {
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 64,
+}
 """What a recipe's `training` starts from on the command line, where TrainingArguments would choose otherwise."""
 
 

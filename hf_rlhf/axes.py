@@ -1,8 +1,9 @@
 """One base class per axis: what a plugin is.
 
 A plugin is a keyword-only dataclass: its fields are its settings, each with a docstring below it. `name` is what a
-recipe writes after `use:`; `needs` names what must be there for it, `provides` what it brings. Shapes as in `hf_rlhf.batch`. A field typed with a
-class of this module is a nested plugin (`{use: ...}` in a recipe); `choice("k3")` gives it a default.
+recipe writes after `use:`; `needs` names what must be there for it, `provides` what it brings. Shapes are those of
+`hf_rlhf.batch`. A field typed with a class of this module is a nested plugin (`{use: ...}` in a recipe);
+`choice("k3")` gives it a default.
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), sampler_logps, old_logps, scores,
 group_ids, entropy. Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need,

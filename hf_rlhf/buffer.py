@@ -112,7 +112,7 @@ class Buffer:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Buffer:
         """What `state_dict` gave, on `device`."""
-        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
         moved["rows"] = {name: x.to(device) for name, x in state["rows"].items()}
         return cls(**moved)
 

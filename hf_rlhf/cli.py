@@ -149,6 +149,8 @@ def _table(header: list[str], rows: list[list[str]]) -> None:
 
 def main() -> None:
     """Run the command line. What a user can mend is printed as one error, with exit code 2 and no traceback."""
+    import hf_rlhf.commands  # noqa: F401  adds train and check
+
     try:
         app()
     except UserError as error:

@@ -51,9 +51,10 @@ class Collector:
     def collect(self, index: int) -> Buffer:
         """Rollout number `index`: rolled out, scored, filtered and credited."""
         self.actor_critic.eval()
-        wanted, parts, drawn = self.algorithm.rollout.prompts, [], 0
+        wanted, drawn = self.algorithm.rollout.prompts, 0
+        parts: list[Collected] = []
         for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
-            have = sum(len(part.table["group_ids"].unique()) for part in parts)
+            have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
             if have >= wanted:
                 break
             prompts = self._draw(wanted - have)

@@ -1,6 +1,6 @@
 """From what a recipe calls its dataset to prompts: splits, checks, chat templates, tokens.
 
-Whatever is wrong with a dataset is a `ValueError` here, before a model is loaded: no rows, a missing column, an empty
+Whatever is wrong with a dataset is a `DatasetError` here, before a model is loaded: no rows, a missing column, an empty
 prompt (with its row number), a prompt longer than the context.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.prompts import Prompt
 from hf_rlhf.quickstart import BUILTIN, addition_dataset
-from hf_rlhf.rows import Row, Rows, load_rows
+from hf_rlhf.rows import DatasetError, Row, Rows, load_rows
 from hf_rlhf.settings import Dataset
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def read_columns(
 
 
 def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:
-    """Raises `ValueError` where a reward reads a column that is not there."""
+    """Raises `DatasetError` where a reward reads a column that is not there."""
     problems = []
     for reward in rewards:
         reads = getattr(reward, "columns", None)
@@ -73,7 +73,7 @@ def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:
         if missing:
             problems.append(f"rewards.{reward.name} reads {', '.join(missing)}")
     if problems:
-        raise ValueError(f"{'; '.join(problems)}: the dataset has {', '.join(sorted(columns)) or 'no such columns'}")
+        raise DatasetError(f"{'; '.join(problems)}: the dataset has {', '.join(sorted(columns)) or 'no such columns'}")
 
 
 def read_rows(
@@ -141,23 +141,23 @@ def _hold_out(
 def _addition(settings: Dataset) -> tuple[Rows, Rows]:
     for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("streaming", False)):
         if getattr(settings, key) != default:
-            raise ValueError(f"dataset.{key} has no meaning for {BUILTIN}: leave it out")
+            raise DatasetError(f"dataset.{key} has no meaning for {BUILTIN}: leave it out")
     return addition_dataset()
 
 
 def _load(settings: Dataset, path: str | None, split: str) -> Rows:
     if path is None:
-        raise ValueError(
+        raise DatasetError(
             f"no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or {BUILTIN}"
         )
     return load_rows(path, name=settings.name, split=split, streaming=settings.streaming)
 
 
 def _columns(rows: Rows, title: str) -> set[str]:
-    """The columns of the first row. Raises `ValueError` where there is none."""
+    """The columns of the first row. Raises `DatasetError` where there is none."""
     first = next(iter(rows), None)
     if first is None:
-        raise ValueError(f"the {title} has no rows")
+        raise DatasetError(f"the {title} has no rows")
     return set(first)
 
 
@@ -177,7 +177,7 @@ def _check_prompt(settings: Dataset, columns: set[str]) -> None:
     missing = sorted(set(_places(settings)) - columns)
     if missing:
         key = "prompt" if settings.prompt_template is None else "prompt_template"
-        raise ValueError(
+        raise DatasetError(
             f"dataset.{key}: there is no column {', '.join(map(repr, missing))}; the dataset has: "
             f"{', '.join(sorted(columns))}. Name the prompt's column with dataset.prompt, or make the prompt from "
             "others with dataset.prompt_template"
@@ -240,7 +240,7 @@ class _Maker:
             )
         kept = [index for index in range(len(rows)) if not self.too_long(ids[index], rows.number(index))]
         if not kept:
-            raise ValueError(f"all {len(rows)} prompts of the {title} are longer than {self.limit} tokens")
+            raise DatasetError(f"all {len(rows)} prompts of the {title} are longer than {self.limit} tokens")
         if len(kept) < len(rows):
             logger.warning(
                 "%d of %d prompts are longer than %s tokens: dropped", len(rows) - len(kept), len(rows), self.limit
@@ -252,29 +252,31 @@ class _Maker:
         settings = self.settings
         for place in _places(settings):
             if row.get(place) is None or (settings.prompt_template is None and not row[place]):
-                raise ValueError(f"dataset: the prompt of row {number} is empty (column {place!r}; the first row is 1)")
+                raise DatasetError(
+                    f"dataset: the prompt of row {number} is empty (column {place!r}; the first row is 1)"
+                )
         template = settings.prompt_template
         prompt = row[settings.prompt] if template is None else template.format_map(row)
         if isinstance(prompt, str):
             if not prompt.strip():
-                raise ValueError(f"dataset: the prompt of row {number} is empty (the first row is 1)")
+                raise DatasetError(f"dataset: the prompt of row {number} is empty (the first row is 1)")
             if settings.system is not None and not settings.chat:
-                raise ValueError("dataset.system needs a chat prompt: set dataset.chat, or leave it out")
+                raise DatasetError("dataset.system needs a chat prompt: set dataset.chat, or leave it out")
             if not settings.chat:
                 return prompt
             prompt = [{"role": "user", "content": prompt}]
         elif settings.chat:
-            raise ValueError("dataset.chat wraps text prompts, and these are chat messages already: leave it out")
+            raise DatasetError("dataset.chat wraps text prompts, and these are chat messages already: leave it out")
         messages = self._messages(prompt, number)
         if settings.system is None:
             return messages
         if messages[0]["role"] == "system":
-            raise ValueError(f"dataset.system: row {number} has a system message of its own (the first row is 1)")
+            raise DatasetError(f"dataset.system: row {number} has a system message of its own (the first row is 1)")
         return [{"role": "system", "content": settings.system}, *messages]
 
     def _messages(self, prompt: Any, number: int) -> list[dict[str, Any]]:
         if not isinstance(prompt, list) or not all(isinstance(part, Mapping) and "role" in part for part in prompt):
-            raise ValueError(
+            raise DatasetError(
                 f"dataset: the prompt of row {number} is a {type(prompt).__name__}, neither text nor a list of "
                 "messages with role and content (the first row is 1)"
             )
@@ -287,15 +289,15 @@ class _Maker:
         if all(special) or not any(special):
             ids = self.tokenizer(texts, add_special_tokens=special[0])["input_ids"]
         else:
-            raise ValueError("dataset: some prompts are text and some are chat messages; make them alike")
+            raise DatasetError("dataset: some prompts are text and some are chat messages; make them alike")
         for number, row in zip(numbers, ids, strict=True):
             if not row:
-                raise ValueError(f"dataset: the prompt of row {number} has no tokens (the first row is 1)")
+                raise DatasetError(f"dataset: the prompt of row {number} has no tokens (the first row is 1)")
         return ids
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         if not self.tokenizer.chat_template:
-            raise ValueError(
+            raise DatasetError(
                 "the prompts are chat messages and the tokenizer has no chat template: set model.chat_template"
             )
         goes_on = messages[-1]["role"] == "assistant"
@@ -309,7 +311,7 @@ class _Maker:
         if self.limit is None or len(ids) <= self.limit:
             return False
         if self.settings.overlong_prompts == "error":
-            raise ValueError(
+            raise DatasetError(
                 f"dataset: the prompt of row {number} has {len(ids)} tokens and {self.limit} are allowed (the first "
                 "row is 1): set dataset.overlong_prompts=drop, or allow more with dataset.max_prompt_tokens or a "
                 "smaller rollout.max_new_tokens"

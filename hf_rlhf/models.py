@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 from hf_rlhf.quickstart import BUILTIN, addition_model
 from hf_rlhf.settings import Lora, Model
+from hf_rlhf.validation import UserError
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelError(UserError, ValueError):
+    """The model or its tokenizer cannot be used; the message says why, and what to do."""
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
@@ -23,7 +28,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no tokenizer there; name one with model.tokenizer ({error})") from error
+        raise ModelError(f"{path}: no tokenizer there; name one with model.tokenizer ({error})") from error
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
     return prepare_tokenizer(tokenizer)
@@ -32,10 +37,10 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Padding on the left, as generation wants it; where there is no padding token the end of sequence serves.
 
-    The vocabulary keeps its size. Raises `ValueError` without an end-of-sequence token: completions could not end.
+    The vocabulary keeps its size. Raises `ModelError` without an end-of-sequence token: completions could not end.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token, so completions cannot end: set its eos_token")
+        raise ModelError("the tokenizer has no end-of-sequence token, so completions cannot end: set its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -75,7 +80,7 @@ def lora_config(settings: Lora) -> LoraConfig:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("model.lora needs peft: pip install 'hf_rlhf[peft]'") from error
+        raise ModelError("model.lora needs peft: pip install 'hf_rlhf[peft]'") from error
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -94,11 +99,11 @@ def _zero(thing: torch.nn.Module | object) -> None:
 
 def _path(path: str | None) -> str:
     if path is None:
-        raise ValueError("no model: set model.path (--model) to a folder, a name on the Hub, or builtin:addition")
+        raise ModelError("no model: set model.path (--model) to a folder, a name on the Hub, or builtin:addition")
     if path == BUILTIN:
         return str(addition_model())
     if not Path(path).expanduser().exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise ValueError(f"no model folder {path}")
+        raise ModelError(f"no model folder {path}")
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
@@ -107,6 +112,6 @@ def _template(text: str) -> str:
     if "\n" not in text and "{" not in text:
         file = Path(text).expanduser()
         if not file.is_file():
-            raise ValueError(f"model.chat_template: {text!r} is neither a Jinja template nor a file")
+            raise ModelError(f"model.chat_template: {text!r} is neither a Jinja template nor a file")
         return file.read_text(encoding="utf-8")
     return text

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_rlhf.validation import UserError
+
 FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 Row = Mapping[str, Any]
@@ -15,18 +17,22 @@ Rows = Sequence[Row] | Iterable[Row]
 """A sequence of rows (a list, a `datasets.Dataset`) or a stream of them (a `datasets.IterableDataset`)."""
 
 
+class DatasetError(UserError, ValueError):
+    """Something is wrong with a dataset; the message says what, where, and what to do."""
+
+
 def load_rows(path: str, *, name: str | None = None, split: str = "train", streaming: bool = False) -> Rows:
-    """The rows of one split. A file is one split, `train`. Raises `ValueError` that says what is wrong with `path`."""
+    """The rows of one split. A file is one split, `train`. Raises `DatasetError`, saying what is wrong."""
     place = Path(path).expanduser()
     if not place.exists() and (place.suffix in FILES or path.startswith(("/", ".", "~"))):
-        raise ValueError(f"no dataset file or folder {path}")
+        raise DatasetError(f"no dataset file or folder {path}")
     if place.is_file():
         if place.suffix not in FILES:
-            raise ValueError(f"{path}: files end in {', '.join(FILES)}, not {place.suffix!r}")
+            raise DatasetError(f"{path}: files end in {', '.join(FILES)}, not {place.suffix!r}")
         if name is not None:
-            raise ValueError(f"dataset.name has no meaning for the file {path}: leave it out")
+            raise DatasetError(f"dataset.name has no meaning for the file {path}: leave it out")
         if split != "train":
-            raise ValueError(f"{path}: a file is one split, 'train', and has no {split!r}")
+            raise DatasetError(f"{path}: a file is one split, 'train', and has no {split!r}")
         if place.suffix in (".json", ".jsonl"):
             return _json_stream(place) if streaming else _complete(list(_json_rows(place)))
         kind = place.suffix[1:]
@@ -36,7 +42,7 @@ def load_rows(path: str, *, name: str | None = None, split: str = "train", strea
         return _load(kind, path, split, options)
     if any((place / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         if name is not None:
-            raise ValueError(f"dataset.name has no meaning for the folder {path}: leave it out")
+            raise DatasetError(f"dataset.name has no meaning for the folder {path}: leave it out")
         return _from_disk(place, split, streaming)
     return _load(str(place) if place.is_dir() else path, path, split, {"name": name, "streaming": streaming})
 
@@ -48,7 +54,7 @@ def _load(kind: str, path: str, split: str, options: dict[str, Any]) -> Rows:
         return datasets.load_dataset(kind, split=split, **options)
     except Exception as error:
         cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-        raise ValueError(
+        raise DatasetError(
             f"cannot load split {split!r} of dataset {path}: {type(error).__name__}: {error}{cause}"
         ) from error
 
@@ -59,10 +65,10 @@ def _from_disk(place: Path, split: str, streaming: bool) -> Rows:
     loaded = datasets.load_from_disk(str(place))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise ValueError(f"{place} has no split {split!r}; it has: {', '.join(loaded)}")
+            raise DatasetError(f"{place} has no split {split!r}; it has: {', '.join(loaded)}")
         loaded = loaded[split]
     elif split != "train":
-        raise ValueError(f"{place} holds one dataset without splits; leave {split!r} out")
+        raise DatasetError(f"{place} holds one dataset without splits; leave {split!r} out")
     return loaded.to_iterable_dataset() if streaming else loaded
 
 
@@ -73,7 +79,7 @@ def _text_columns(file: Path) -> Any:
     with open(file, encoding="utf-8-sig", newline="") as lines:
         header = next(csv.reader(lines), [])
     if not header:
-        raise ValueError(f"{file}: no header; the first line of a CSV file names its columns")
+        raise DatasetError(f"{file}: no header; the first line of a CSV file names its columns")
     return datasets.Features({name: datasets.Value("string") for name in header})
 
 
@@ -88,14 +94,14 @@ def _json_rows(file: Path) -> Iterator[Row]:
             try:
                 numbered: Iterable[tuple[int, Any]] = enumerate(json.load(lines), start=1)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}: not JSON: {error}") from error
+                raise DatasetError(f"{file}: not JSON: {error}") from error
             what = "row"
         else:
             lines.seek(0)
             numbered, what = _json_lines(file, lines), "line"
         for number, row in numbered:
             if not isinstance(row, dict):
-                raise ValueError(f"{file}, {what} {number}: a {type(row).__name__}, not an object with named columns")
+                raise DatasetError(f"{file}, {what} {number}: a {type(row).__name__}, not an object with named columns")
             yield row
 
 
@@ -105,7 +111,7 @@ def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not JSON: {error}") from error
+                raise DatasetError(f"{file}, line {number}: not JSON: {error}") from error
 
 
 def _json_stream(file: Path) -> Rows:

@@ -6,7 +6,6 @@ buffer; each ticket then takes its slot of micro-batches from it. Everything aft
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Iterable
@@ -22,15 +21,14 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from hf_rlhf import checkpoint
 from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.assemble import close_plugins, prepare
 from hf_rlhf.axes import Plugin, TrainedCritic
 from hf_rlhf.buffer import Buffer
 from hf_rlhf.collect import Collector
 from hf_rlhf.evaluation import evaluate
 from hf_rlhf.log import Meters, RunLog, completion_rows
 from hf_rlhf.losses import policy_terms, value_term
-from hf_rlhf.policy import ActorCritic
 from hf_rlhf.prompts import PromptStream
-from hf_rlhf.assemble import close_plugins, prepare
 
 if TYPE_CHECKING:
     from hf_rlhf.recipe import Recipe
@@ -47,6 +45,7 @@ class RLHFTrainer(Trainer):
         processing_class: the tokenizer; the model's own when left out.
         callbacks: as Trainer's.
         peft_config: a peft configuration; the policy then trains its adapter alone.
+        trust_remote_code: run code that comes with a model from the Hub.
 
     Raises `ValueError` before the model loads where the combination or an argument is refused.
     """
@@ -64,9 +63,12 @@ class RLHFTrainer(Trainer):
         callbacks: list[Any] | None = None,
         peft_config: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
+        trust_remote_code: bool = False,
     ):
         args = args or TrainingArguments(output_dir="outputs")
-        parts = prepare(model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config)
+        parts = prepare(
+            model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config, trust_remote_code
+        )
         self.parts, self.algorithm = parts, parts.algorithm
         self.meters = Meters()
         self.buffer: Buffer | None = None
@@ -74,7 +76,7 @@ class RLHFTrainer(Trainer):
         super().__init__(
             parts.model,
             args,
-            data_collator=list,
+            data_collator=list,  # type: ignore[arg-type]
             train_dataset=parts.train,
             eval_dataset=parts.evaluation,
             processing_class=parts.tokenizer,
@@ -98,6 +100,11 @@ class RLHFTrainer(Trainer):
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
         parts.set_up(self.model, self.args)
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.args.output_dir or "outputs")
 
     # Rollouts become slots
 
@@ -145,11 +152,11 @@ class RLHFTrainer(Trainer):
     ) -> Any:
         """The recipe's loss of one micro-batch, times the number of processes, whose gradients are averaged."""
         a, shape = self.algorithm, tuple(inputs["mask"].shape)
-        learns_values = isinstance(a.critic, TrainedCritic)
-        new = model(**inputs["batch"], shape=shape, entropy="entropy" in a.needs, values=learns_values)
+        critic = a.critic if isinstance(a.critic, TrainedCritic) else None
+        new = model(**inputs["batch"], shape=shape, entropy="entropy" in a.needs, values=critic is not None)
         sums = policy_terms(a, new, inputs, self.meters)
-        if learns_values:
-            sums |= value_term(a.critic, new["values"], inputs, self.meters)
+        if critic is not None:
+            sums |= value_term(critic, new["values"], inputs, self.meters)
         for name, x in sums.items():
             self.meters.add(name, x, 0.0)
         self._step_sums = list(sums)
@@ -164,7 +171,7 @@ class RLHFTrainer(Trainer):
             for parameter in self.actor_critic.policy.parameters():
                 parameter.grad = None
         gradients = [p.grad for p in self.actor_critic.parameters() if p.grad is not None]
-        finite = not gradients or math.isfinite(sum(torch._foreach_norm(gradients)).item())  # type: ignore[arg-type]
+        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
         self.meters.put("health/nonfinite_step", 0 if finite else 1)
         self._bad_steps = 0 if finite else self._bad_steps + 1
         if finite:
@@ -199,7 +206,7 @@ class RLHFTrainer(Trainer):
             if self.optimizer is None:
                 super().create_optimizer(model)
                 for group in groups:
-                    self.optimizer.add_param_group(group)  # type: ignore[union-attr]
+                    self.optimizer.add_param_group(group)  # type: ignore[attr-defined]
         return self.optimizer  # type: ignore[return-value]
 
     def _critic_groups(self) -> list[dict[str, Any]]:
@@ -233,7 +240,8 @@ class RLHFTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """6 x parameters x tokens over the micro-batches of a slot."""
         tokens = sum(micro["batch"]["input_ids"].numel() for micro in inputs)
-        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+        model: Any = self.model
+        return 6 * tokens * model.num_parameters(exclude_embeddings=True)
 
     # Log and evaluate
 
@@ -249,9 +257,8 @@ class RLHFTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The prompts of the evaluation dataset."""
-        source = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(source, str):
-            source = self.eval_dataset[source]  # type: ignore[index]
+        own: Any = self.eval_dataset
+        source = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if source is None:
             raise ValueError("there is no eval_dataset to evaluate on")
         return DataLoader(source, batch_size=1, collate_fn=list)
@@ -271,16 +278,16 @@ class RLHFTrainer(Trainer):
 
     # Checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
         comes from another algorithm."""
         if resume_from_checkpoint:
-            folder = Path(self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint)
+            folder = self.output_dir if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             folder = checkpoint.newest(folder) if resume_from_checkpoint is True else folder
             self._check_same_run(folder, checkpoint.verify(folder))
             resume_from_checkpoint = str(folder)
         self._logged_at = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
         if not manifest["resumable"]:
@@ -352,7 +359,7 @@ class RLHFTrainer(Trainer):
         if self.actor_critic.critic is not None and self.args.should_save:
             from safetensors.torch import save_file
 
-            folder = Path(output_dir or self.args.output_dir) / "critic"
+            folder = Path(output_dir or self.output_dir) / "critic"
             folder.mkdir(parents=True, exist_ok=True)
             weights = {
                 name: x.detach().cpu().contiguous().clone() for name, x in self.actor_critic.critic.state_dict().items()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Critic, Fraction, TrainedCritic

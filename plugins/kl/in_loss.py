@@ -30,7 +30,7 @@ class InLoss(KLPlacement):
 
     beta: NonNegative = 0.04
     """Loss added per nat of KL."""
-    estimator: KLEstimator = choice("k3")  # noqa: RUF009 - `choice` is a dataclass field
+    estimator: KLEstimator = choice("k3")
     """How the KL is estimated; its gradient is what counts."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:

@@ -23,9 +23,7 @@ class Format(RewardSource):
         try:
             re.compile(self.pattern, re.DOTALL)
         except re.error as error:
-            raise ValueError(
-                f"rewards.format: pattern {self.pattern!r} is not a regular expression: {error}"
-            ) from error
+            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from error
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         pattern = re.compile(self.pattern, re.DOTALL)

@@ -28,7 +28,7 @@ class Length(RewardSource):
 
     def __post_init__(self) -> None:
         if self.maximum <= self.target:
-            raise ValueError(f"rewards.length: maximum ({self.maximum}) must be above target ({self.target})")
+            raise ValueError(f"maximum ({self.maximum}) must be above target ({self.target})")
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         span = self.maximum - self.target

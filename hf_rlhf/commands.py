@@ -1,0 +1,192 @@
+"""`train` and `check`: flags and overrides to a recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from hf_rlhf.cli import PluginOptions, app
+from hf_rlhf.validation import UserError, did_you_mean
+
+FLAGS = {
+    "model": "model.path",
+    "model_name_or_path": "model.path",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attn_implementation",
+    "lora_r": "model.lora.r",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "lora_target_modules": "model.lora.target_modules",
+    "dataset": "dataset.path",
+    "dataset_name": "dataset.path",
+    "dataset_config": "dataset.name",
+    "dataset_train_split": "dataset.split",
+    "dataset_test_split": "dataset.eval_split",
+    "dataset_streaming": "dataset.streaming",
+    "num_generations": "rollout.num_generations",
+    "max_completion_length": "rollout.max_new_tokens",
+    "temperature": "rollout.temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "min_p": "rollout.min_p",
+    "repetition_penalty": "rollout.repetition_penalty",
+    "num_iterations": "update.epochs",
+    "beta": "kl.0.beta",
+}
+"""Flag, with TRL's spellings -> recipe key. Every field of TrainingArguments is a flag too."""
+
+TEXT = frozenset(
+    {"model.path", "model.revision", "dataset.path", "dataset.name", "dataset.split", "dataset.eval_split"}
+)
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as kl.0.beta=0.1 or advantages.use=leave_one_out."),
+]
+RecipeName = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, package/name, or YAML file.")
+]
+Model = Annotated[str | None, typer.Option("--model", "--model_name_or_path", help="Folder or Hub name of the policy.")]
+Data = Annotated[
+    str | None, typer.Option("--dataset", "--dataset_name", help="File, folder or Hub name of the prompts.")
+]
+OutputDir = Annotated[
+    str | None, typer.Option("--output-dir", "--output_dir", help="Where the run writes; outputs/RECIPE.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of rollouts, prompts and new weights.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", "--max_steps", help="Optimizer steps.")]
+Config = Annotated[str | None, typer.Option("--config", help="The recipe, as TRL writes it: a YAML file or a name.")]
+
+
+def split_words(words: Sequence[str]) -> list[str]:
+    """Overrides from what typer left over: `key=value` as it is, flags by FLAGS or as fields of TrainingArguments."""
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            overrides.append(word)
+            continue
+        flag, given, value = word[2:].partition("=")
+        if not given:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") and not _is_override(rest[0]) else "true"
+        overrides.append(_override(flag.replace("-", "_"), value))
+    return overrides
+
+
+def _is_override(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.replace(".", "").replace("_", "").isalnum()
+
+
+def _override(flag: str, value: str) -> str:
+    if flag == "use_peft":
+        return "model.lora={}" if value != "false" else "model.lora=null"
+    key = FLAGS.get(flag)
+    if key is None:
+        import dataclasses
+
+        from transformers import TrainingArguments
+
+        fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+        if flag not in fields:
+            known = [*FLAGS, "use_peft", "resume", "trust_remote_code", *fields]
+            raise UserError(
+                f"no option --{flag}.{did_you_mean(flag, known)} Recipe keys are written key=value without dashes, "
+                "for instance kl.0.beta=0.1"
+            )
+        key = f"training.{flag}"
+    return f"{key}={json.dumps(value) if key in TEXT else value}"
+
+
+def read(
+    recipe: str | None,
+    config: str | None,
+    words: Sequence[str],
+    model: str | None,
+    dataset: str | None,
+    seed: int | None,
+    max_steps: int | None,
+) -> Any:
+    """The recipe with what the command line says of it."""
+    from hf_rlhf.recipe import load_recipe
+
+    words = list(words)
+    if config is not None and recipe is not None:  # with --config the first word is an override, if there is one
+        words.insert(0, recipe)
+        recipe = None
+    name = config or recipe
+    if name is None:
+        raise UserError("which recipe? For instance `hf-rlhf train quickstart`; `hf-rlhf recipes` lists them")
+    overrides = split_words(words)
+    if any(word.startswith("model.lora.") for word in overrides) and "model.lora={}" not in overrides:
+        overrides.insert(0, "model.lora={}")
+    overrides.sort(key=lambda word: word != "model.lora={}")
+    for key, value in (("model.path", model), ("dataset.path", dataset)):
+        overrides += [f"{key}={json.dumps(value)}"] if value is not None else []
+    for key, number in (("training.seed", seed), ("training.max_steps", max_steps)):
+        overrides += [f"{key}={number}"] if number is not None else []
+    return load_recipe(name, overrides)
+
+
+@app.command(context_settings=EXTRA)
+def check(
+    context: typer.Context,
+    recipe: RecipeName = None,
+    words: Words = None,
+    model: Model = None,
+    dataset: Data = None,
+    seed: Seed = None,
+    max_steps: MaxSteps = None,
+    config: Config = None,
+    plugin: PluginOptions = None,
+) -> None:
+    """Print what a recipe would do, or why it is refused, without loading a model."""
+    from hf_rlhf.run import check as make_plan
+
+    chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
+    plan = make_plan(chosen)
+    from hf_rlhf.display import console, show_plan
+
+    show_plan(plan, console())
+
+
+@app.command(context_settings=EXTRA)
+def train(
+    context: typer.Context,
+    recipe: RecipeName = None,
+    words: Words = None,
+    model: Model = None,
+    dataset: Data = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    max_steps: MaxSteps = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")
+    ] = False,
+    resume_from_checkpoint: Annotated[
+        str | None, typer.Option("--resume_from_checkpoint", "--resume-from", help="Go on from this checkpoint.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the model.")
+    ] = False,
+    config: Config = None,
+    plugin: PluginOptions = None,
+) -> None:
+    """Train with a recipe.
+
+    Any field of TrainingArguments is a flag as well (--learning_rate 1e-6), and TRL's names work.
+    """
+    from hf_rlhf.run import train as run
+
+    chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
+    where: str | bool = resume
+    if resume_from_checkpoint is not None:
+        where = {"true": True, "false": False}.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
+    run(chosen, output_dir, where, trust_remote_code)

@@ -1,0 +1,187 @@
+"""One run of a recipe from the command line: check, evaluate, train, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.arguments import DEFAULTS, ArgumentError
+from hf_rlhf.assemble import AlgorithmError, describe
+from hf_rlhf.checkpoint import CheckpointError, newest
+from hf_rlhf.validation import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from hf_rlhf.plan import Plan
+    from hf_rlhf.recipe import Recipe
+    from hf_rlhf.trainer import RLHFTrainer
+
+OWN_FILES = ("summary.json", "metrics.jsonl", "recipe.yaml")
+
+
+def check(recipe: Recipe, output_dir: str = "outputs") -> Plan:
+    """The plan of a recipe on this many processes. Raises `UserError` with every reason for refusal; loads no model."""
+    from hf_rlhf.data import check_columns, read_columns
+
+    args = training_arguments(recipe, output_dir)
+    try:
+        from hf_rlhf.arguments import check_arguments
+
+        check_arguments(args)
+        algorithm = recipe.algorithm()
+        plan, _ = describe(algorithm, args.world_size, args.per_device_train_batch_size, recipe.model.lora is not None)
+        if recipe.dataset.path is not None:
+            columns, rows = read_columns(recipe.dataset)
+            check_columns(columns, [plugin for _, plugin in algorithm.plugins()])
+            if rows is not None and rows < algorithm.rollout.prompts:
+                raise ValueError(
+                    f"rollout.prompts={algorithm.rollout.prompts} and the dataset has {rows} rows to train on"
+                )
+    except (AlgorithmError, ArgumentError, ValueError) as error:
+        raise UserError(str(error)) from error
+    plan.remarks += recipe.notes
+    return plan
+
+
+def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
+    """TrainingArguments from the recipe's `training`. Raises `UserError` where transformers refuses them."""
+    from transformers import TrainingArguments
+
+    if recipe.training.get("hub_token"):
+        raise UserError(
+            "training.hub_token would be written into the run's record: set HF_TOKEN, or use `hf auth login`"
+        )
+    values = {**DEFAULTS, "run_name": recipe.name, **recipe.training, "output_dir": output_dir}
+    values["report_to"] = _trackers(values["report_to"])
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training: {error}") from error
+
+
+def _trackers(wanted: Any) -> Any:
+    """Weights & Biases without an account logs offline instead of ending the run."""
+    names = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    if "wandb" in names and not os.environ.get("WANDB_MODE"):
+        import wandb
+
+        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            os.environ["WANDB_MODE"] = "offline"
+            print("no Weights & Biases account found: logging offline (`wandb sync` uploads it later)")
+    if "wandb" in names:
+        os.environ.setdefault("WANDB_PROJECT", "hf_rlhf")
+    return wanted
+
+
+def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Path:
+    """The folder of this run. Raises `UserError` where another run lives there and is not resumed."""
+    if asked is None and isinstance(resume, str):
+        return Path(resume).resolve().parent
+    folder = Path(asked) if asked else Path("outputs") / recipe
+    taken = any((folder / name).exists() for name in OWN_FILES) or any(folder.glob("checkpoint-*"))
+    if resume or not taken:
+        return folder
+    if asked:
+        raise UserError(f"{folder} holds a run already: --resume goes on with it, another --output-dir starts anew")
+    number = 2
+    while (Path("outputs") / f"{recipe}-{number}").exists():
+        number += 1
+    return Path("outputs") / f"{recipe}-{number}"
+
+
+def train(
+    recipe: Recipe, output_dir: str | None = None, resume: str | bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Runs the recipe; the summary that is also written to summary.json. Raises `UserError` before the model loads."""
+    started = time.perf_counter()
+    folder = choose_output_dir(output_dir, recipe.name, resume)
+    plan = check(recipe, str(folder))
+
+    from transformers.utils import logging as transformers_logging
+
+    from hf_rlhf.display import LiveProgress, console, show_plan, show_result
+
+    transformers_logging.disable_progress_bar()
+    args = training_arguments(recipe, str(folder))
+    out = console()
+    if args.process_index == 0:
+        show_plan(plan, out)
+    progress = LiveProgress(out)
+    trainer = _trainer(recipe, args, [progress], trust_remote_code)
+    try:
+        checkpoint = _checkpoint(resume, folder)
+        _write_recipe(trainer, recipe)
+        samples: dict[str, Any] = {}
+        before = _evaluate(trainer, samples, "before") if checkpoint is None else _saved_before(checkpoint)
+        trainer.run_log.record["before"] = before
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        after = _evaluate(trainer, samples, "after")
+        trainer.save_model(str(folder))
+        summary = {
+            "recipe": recipe.name,
+            "model": recipe.model.path,
+            "dataset": recipe.dataset.path,
+            "before": before,
+            "after": after,
+            "steps": result.global_step,
+            "seconds": time.perf_counter() - started,
+            "train_seconds": result.metrics.get("train_runtime"),
+            "output_dir": str(folder),
+            "plan": trainer.run_log.record["plan"],
+            "versions": trainer.run_log.record["versions"],
+        }
+        if trainer.is_world_process_zero():
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+            show_result(summary, samples, out)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    finally:
+        progress.stop()
+        trainer.close()
+    return summary
+
+
+def _trainer(recipe: Recipe, args: Any, callbacks: list[Any], trust_remote_code: bool) -> RLHFTrainer:
+    from transformers import PrinterCallback
+
+    from hf_rlhf.trainer import RLHFTrainer
+
+    try:
+        trainer = RLHFTrainer(None, recipe, args, callbacks=callbacks, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _checkpoint(resume: str | bool, folder: Path) -> str | None:
+    if not resume:
+        return None
+    return str(newest(folder)) if resume is True else str(resume)
+
+
+def _write_recipe(trainer: RLHFTrainer, recipe: Recipe) -> None:
+    if trainer.is_world_process_zero():
+        trainer.output_dir.mkdir(parents=True, exist_ok=True)
+        (trainer.output_dir / "recipe.yaml").write_text(recipe.dump())
+
+
+def _evaluate(trainer: RLHFTrainer, samples: dict[str, Any], when: str) -> dict[str, float] | None:
+    """Metrics on the held-out prompts without Trainer's prefix, or None where there are none."""
+    if trainer.eval_dataset is None:
+        return None
+    metrics = trainer.evaluate()
+    samples[when] = trainer.samples
+    timings = ("runtime", "samples_per_second", "steps_per_second")
+    found = {name.removeprefix("eval_"): x for name, x in metrics.items()}
+    return {name: x for name, x in found.items() if name not in (*timings, "epoch")}
+
+
+def _saved_before(checkpoint: str) -> dict[str, float] | None:
+    from hf_rlhf.checkpoint import verify
+
+    return verify(Path(checkpoint)).get("before")
