@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ class RewardError(RuntimeError):
 def score(sources: Sequence[tuple[str, RewardSource]], rollouts: Rollouts) -> dict[str, Tensor]:
     """label -> (n,) float64, NaN where a source does not apply (None, NaN) or gave an infinite number.
 
-    Each source gets lists of its own, so that none can change what the next one sees. Raises `RewardError`.
+    Each source gets a copy of its own, so that none can change what the next one sees. Raises `RewardError`.
     """
     return {label: _score(label, source, rollouts) for label, source in sources}
 
 
 def _score(label: str, source: RewardSource, rollouts: Rollouts) -> Tensor:
     try:
-        answer: Any = source(_copy(rollouts))
+        answer: Any = source(copy.deepcopy(rollouts))
     except Exception as error:
         raise RewardError(
             f"reward {label!r} ({type(source).__name__}) raised {type(error).__name__}: {error}"
@@ -42,15 +42,6 @@ def _score(label: str, source: RewardSource, rollouts: Rollouts) -> Tensor:
         logger.warning("reward %r gave an infinite number for rows %s: they count as missing", label, infinite)
         numbers = [math.nan if math.isinf(value) else value for value in numbers]
     return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _copy(rollouts: Rollouts) -> Rollouts:
-    copies: dict[str, Any] = {"columns": {name: list(values) for name, values in rollouts.columns.items()}}
-    for name in ("prompts", "completions", "finish_reasons", "group_ids"):
-        copies[name] = list(getattr(rollouts, name))
-    for name in ("prompt_ids", "completion_ids", "masks"):
-        copies[name] = [list(row) for row in getattr(rollouts, name)]
-    return dataclasses.replace(rollouts, **copies)
 
 
 def _listed(label: str, answer: Any, rows: int) -> Sequence[Any]:
@@ -78,7 +69,7 @@ def _number(label: str, row: int, value: Any) -> float:
         if isinstance(value, str):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RewardError(f"reward {label!r}, row {row}: {value!r} is no number and not None") from None
 
 

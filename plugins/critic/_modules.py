@@ -91,13 +91,13 @@ def _trainable(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.float32
 
 
-def from_path(path: str) -> Any:
+def from_path(path: str, revision: str | None = None) -> Any:
     """A sequence classifier where the checkpoint is one, else its trunk."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, revision=revision)
     classifier = any("SequenceClassification" in name for name in config.architectures or [])
-    return (AutoModelForSequenceClassification if classifier else AutoModel).from_pretrained(path)
+    return (AutoModelForSequenceClassification if classifier else AutoModel).from_pretrained(path, revision=revision)
 
 
 def check_vocabulary(policy: Any, model: Any, origin: str) -> None:

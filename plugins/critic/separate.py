@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Critic, TrainedCritic
@@ -40,8 +40,8 @@ class Separate(TrainedCritic):
         if self.init == "policy":
             return SeparateCritic.from_policy(policy)
         if self.init == "reward":
-            source = next(s for s in algorithm.rewards if hasattr(s, "load_model"))
-            model = source.load_model()  # type: ignore[attr-defined]
+            source: Any = next(s for s in algorithm.rewards if hasattr(s, "load_model"))
+            model = from_path(source.model, source.revision)
         else:
             model = from_path(self.init)
         check_vocabulary(policy, model, self.init)
