@@ -1,6 +1,6 @@
 """The embedded task: two-digit addition, and a small language model warmed up on noisy demonstrations of it.
 
-Prompts read `37+58=`, answers `95`. 512 of the 10,000 problems are held out: neither the warm-up nor the training that
+Prompts read `37+58=`, answers `95`. 512 of the 8,100 problems are held out: neither the warm-up nor the training that
 follows sees them. The warm-up is supervised fine-tuning on demonstrations of which half are wrong, from one fixed seed,
 until the model is right in about 30% of its samples: a policy with a signal and room above it. It needs no network, is
 made once and kept in the cache (`$HF_RLHF_CACHE`, or `~/.cache/hf_rlhf`).
@@ -58,8 +58,8 @@ class WarmUp:
 
 
 def addition_dataset() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """All problems a + b with a, b in 0..99, shuffled once: 9,488 rows to train on and 512 held out."""
-    problems = [(a, b) for a in range(100) for b in range(100)]
+    """All problems a + b with a, b in 10..99, shuffled once: 7,588 rows to train on and 512 held out."""
+    problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random("addition").shuffle(problems)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in problems]
     return rows[HELD_OUT:], rows[:HELD_OUT]

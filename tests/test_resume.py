@@ -13,35 +13,42 @@ import pytest
 import stepping
 import torch
 
-from hf_rlhf import checkpoint
+from hf_rlhf import checkpoint, load_recipe
+from hf_rlhf.axes import AXES
+from hf_rlhf.host import get_host
 
 SAMPLED = {"rollout": {"use": "generate", "prompts": 3, "num_generations": 4, "max_new_tokens": 6}}
-RANDOM_REWARD = {"rewards": [{"use": "format", "pattern": ".*[a-f].*"}]}
+REWARDS = {"rewards": [{"use": "format", "pattern": ".*[a-f].*"}]}
 CASES: dict[str, dict[str, Any]] = {
-    "grpo": {"kl": [{"use": "in_loss", "estimator": "k3"}], "reference": "frozen"},
-    "ppo": {
-        "kl": [{"use": "in_reward"}],
+    "everything": {
+        "kl": [{"use": "in_reward"}, {"use": "in_loss", "estimator": "k3"}, {"use": "monitor"}],
         "reference": "frozen",
         "advantages": {"use": "gae", "lam": 0.95, "whiten": True},
         "critic": {"use": "separate", "learning_rate": 0.01, "warmup_steps": 3},
+        "loss_terms": [{"use": "entropy"}],
     },
-    "value head": {"advantages": "gae", "critic": {"use": "value_head"}, "loss_terms": [{"use": "entropy"}]},
+    "value head": {"advantages": "gae", "critic": {"use": "value_head"}},
     "filtered": {"filters": [{"use": "zero_variance", "resample": 2}], "advantages": "leave_one_out"},
-    "plain": {"advantages": "reinforce", "policy_loss": "reinforce"},
 }
 
 
+def recipe(name: str) -> dict[str, Any]:
+    """The axis choices of a shipped recipe, on a small rollout and without a reward model to download."""
+    small = ["rollout.prompts=3", "rollout.max_new_tokens=6", "model.path=null", "dataset.path=null"]
+    small += [f"rewards={json.dumps(REWARDS['rewards'])}", "update.mini_batches=3", "update.epochs=1"]
+    small += ["critic.init=policy"] if name == "ppo" else []
+    raw = load_recipe(name, small).raw
+    return {axis: raw[axis] for axis in AXES if axis in raw}
+
+
+CASES |= {f"recipe {offer.name}": recipe(offer.name) for offer in get_host().recipes() if offer.package == "hf_rlhf"}
+
+
 def specification(folder: Path, name: str, **more: Any) -> dict[str, Any]:
-    training = {
-        "max_steps": 9,
-        "optim": "adamw_torch",
-        "learning_rate": 0.01,
-        "max_grad_norm": 1.0,
-        "save_total_limit": 3,
-    }
+    training = {"max_steps": 9, "optim": "adamw_torch", "learning_rate": 0.01, "max_grad_norm": 1.0, "save_total_limit": 3}
     return {
         "output_dir": str(folder / "out"),
-        "algorithm": {**SAMPLED, **RANDOM_REWARD, **CASES[name]},
+        "algorithm": {**SAMPLED, **REWARDS, **CASES[name]},
         "update": {"mini_batches": 3, "epochs": 1},
         "training": {**training, "lr_scheduler_type": "linear", "per_device_train_batch_size": 3},
         "dtype": "float32",
@@ -63,7 +70,7 @@ def test_resuming_anywhere_gives_equal_bits(name, tmp_path):
 
 def test_two_epochs_over_a_rollout_with_lora_resume_with_equal_bits(tmp_path):
     more = {"update": {"mini_batches": 1, "epochs": 3}, "lora": True}
-    spec = specification(tmp_path / "straight", "grpo", **more)
+    spec = specification(tmp_path / "straight", "recipe grpo", **more)
     spec["algorithm"]["reference"] = "adapter_off"
     straight = stepping.run(spec)
     other = {**spec, "output_dir": str(tmp_path / "stopped")}
@@ -72,7 +79,7 @@ def test_two_epochs_over_a_rollout_with_lora_resume_with_equal_bits(tmp_path):
 
 
 def test_two_processes_resume_with_equal_bits(tmp_path):
-    names = ("ppo", "filtered")
+    names = ("everything", "filtered")
     straight = {name: specification(tmp_path / f"{name} a", name) for name in names}
     stopped = {name: specification(tmp_path / f"{name} b", name) for name in names}
     expected = stepping.finish(stepping.start(straight, tmp_path / "1", processes=2), tmp_path / "1")
@@ -82,7 +89,7 @@ def test_two_processes_resume_with_equal_bits(tmp_path):
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "filtered"])
+@pytest.mark.parametrize("name", ["recipe grpo", "recipe ppo", "filtered"])
 def test_a_run_killed_with_sigkill_resumes_with_equal_bits(name, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 30}
     spec = specification(tmp_path / "killed", name)
@@ -102,7 +109,7 @@ def test_a_run_killed_with_sigkill_resumes_with_equal_bits(name, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_taken(tmp_path, caplog):
-    spec = specification(tmp_path, "grpo")
+    spec = specification(tmp_path, "recipe grpo")
     spec["training"] |= {"save_strategy": "steps", "save_steps": 3}
     straight = stepping.run(spec)
     out = Path(spec["output_dir"])
@@ -120,7 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_taken(tmp_path, ca
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused_with_the_difference(tmp_path):
-    spec = specification(tmp_path, "grpo")
+    spec = specification(tmp_path, "recipe grpo")
     stepping.run(spec, stop=3)
     spec["algorithm"]["kl"] = [{"use": "in_loss", "estimator": "k3", "beta": 0.7}]
     with pytest.raises(checkpoint.CheckpointError, match=r"kl\.0\.beta: 0\.04 in the checkpoint, 0\.7 now"):
@@ -129,13 +136,13 @@ def test_a_checkpoint_of_another_algorithm_is_refused_with_the_difference(tmp_pa
 
 def test_without_a_checkpoint_resuming_says_so(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="nothing to resume"):
-        stepping.run(specification(tmp_path, "grpo"), resume=True)
+        stepping.run(specification(tmp_path, "recipe grpo"), resume=True)
 
 
 def test_a_checkpoint_holds_the_policy_as_plain_transformers_and_no_pickled_code(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    spec = specification(tmp_path, "ppo")
+    spec = specification(tmp_path, "recipe ppo")
     stepping.run(spec, stop=4)
     folder = Path(spec["output_dir"]) / "checkpoint-4"
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
