@@ -12,7 +12,7 @@ import torch
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.arguments import check_arguments
 from hf_rlhf.axes import Context
-from hf_rlhf.data import check_columns, load_prompts, read_columns
+from hf_rlhf.data import Prompts, StreamedPrompts, check_columns, load_prompts, read_columns
 from hf_rlhf.host import get_host
 from hf_rlhf.models import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer
 from hf_rlhf.plan import Plan, make_plan
@@ -41,6 +41,8 @@ class Parts:
     tokenizer: Any
     train: Any
     evaluation: Any
+    room: int | None
+    """Most tokens of a prompt."""
 
     @property
     def dataset_settings(self) -> Dataset:
@@ -56,6 +58,15 @@ class Parts:
     def logging_settings(self) -> Logging:
         """The recipe's `logging`."""
         return self.sections["logging"]
+
+    def as_prompts(self, rows: Any) -> Any:
+        """Rows of another dataset as prompts, made as the recipe's `dataset` says; prompts as they are."""
+        if isinstance(rows, dict):
+            return {name: self.as_prompts(part) for name, part in rows.items()}
+        if isinstance(rows, Prompts | StreamedPrompts):
+            return rows
+        settings = _replace(self.dataset_settings, held_out=0)
+        return load_prompts(settings, self.tokenizer, max_prompt_tokens=self.room, train=rows)[0]
 
     def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, ReferencePolicy | None]:
         """The policy with its critic, and the reference if there is one; the critic's new weights depend on the seed alone."""
@@ -120,6 +131,10 @@ def prepare(
     lora = peft_config is not None or model_settings.lora is not None
     plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora)
     record["recipe"] = None if isinstance(recipe, Algorithm) else recipe.raw
+    several = evaluation if isinstance(evaluation, dict) else None
+    if several is not None:
+        evaluation = None
+        sections["dataset"] = _replace(sections["dataset"], held_out=0)
     columns, _ = read_columns(sections["dataset"], train, evaluation)
     check_columns(columns, [plugin for _, plugin in chosen.plugins()])
 
@@ -139,7 +154,7 @@ def prepare(
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config if peft_config is not None else lora_config(model_settings.lora))  # type: ignore[arg-type]
-    return Parts(
+    parts = Parts(
         algorithm=chosen,
         sections=sections,
         plan=plan,
@@ -148,7 +163,11 @@ def prepare(
         tokenizer=tokenizer,
         train=prompts,
         evaluation=held_out,
+        room=room,
     )
+    if several is not None:
+        parts.evaluation = parts.as_prompts(several)
+    return parts
 
 
 def describe(algorithm: Algorithm, processes: int, rows: int, lora: bool) -> tuple[Plan, dict[str, Any]]:

@@ -14,7 +14,7 @@ from hf_rlhf.axes import TrainedCritic
 from hf_rlhf.batch import Completions, Credit, Rollouts, Scored
 from hf_rlhf.buffer import Buffer, Collected, cut
 from hf_rlhf.distributed import gather_rows
-from hf_rlhf.log import Meters
+from hf_rlhf.meters import Meters
 from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy, token_batch
 from hf_rlhf.prompts import Prompt, PromptStream
 from hf_rlhf.scoring import score, total

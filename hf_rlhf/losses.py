@@ -9,10 +9,12 @@ from torch import Tensor
 
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import TrainedCritic
-from hf_rlhf.log import Meters
+from hf_rlhf.meters import Meters
 
 POLICY_GETS = frozenset({"old_logps"})
 ESTIMATOR_GETS = frozenset({"ref_logps"})
+MEASURED = frozenset({"loss", "approx_kl", "ratio", "entropy", "grad_norm"})
+"""Names under `policy/` that are measured for every policy loss alike."""
 
 
 def policy_terms(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: Meters) -> dict[str, Tensor]:
@@ -54,6 +56,11 @@ def _measure(a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict
     meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
     meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
     meters.add("policy/entropy", -(logps * mask).sum(), tokens)
+    if taken := sorted(MEASURED & metrics.keys()):
+        raise ValueError(
+            f"policy_loss={a.policy_loss.name} returns the metric {', '.join(map(repr, taken))}, and policy/{taken[0]} is "
+            "measured for every policy loss: give it another name"
+        )
     for name, x in metrics.items():
         meters.add(f"policy/{name}", (x * mask).sum(), tokens)
     if "ref_logps" in known:

@@ -55,7 +55,7 @@ def _models(plan: Plan, a: Algorithm, lora: bool) -> None:
     else:
         plan.skipped.append(f"critic: advantages={a.advantages.name} reads no values")
     for label, source in zip(a.labels(), a.rewards, strict=True):
-        if hasattr(source, "load_model"):
+        if "reward_model" in source.provides:
             plan.models.append(f"reward model {label}: scores the completions")
 
 

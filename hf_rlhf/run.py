@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,25 +55,10 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
             "training.hub_token would be written into the run's record: set HF_TOKEN, or use `hf auth login`"
         )
     values = {**DEFAULTS, "run_name": recipe.name, **recipe.training, "output_dir": output_dir}
-    values["report_to"] = _trackers(values["report_to"])
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {error}") from error
-
-
-def _trackers(wanted: Any) -> Any:
-    """Weights & Biases without an account logs offline instead of ending the run."""
-    names = [wanted] if isinstance(wanted, str) else list(wanted or [])
-    if "wandb" in names and not os.environ.get("WANDB_MODE"):
-        import wandb
-
-        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            os.environ["WANDB_MODE"] = "offline"
-            print("no Weights & Biases account found: logging offline (`wandb sync` uploads it later)")
-    if "wandb" in names:
-        os.environ.setdefault("WANDB_PROJECT", "hf_rlhf")
-    return wanted
 
 
 def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Path:

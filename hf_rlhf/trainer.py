@@ -26,9 +26,11 @@ from hf_rlhf.axes import Plugin, TrainedCritic
 from hf_rlhf.buffer import Buffer
 from hf_rlhf.collect import Collector
 from hf_rlhf.evaluation import evaluate
-from hf_rlhf.log import Meters, RunLog, completion_rows
+from hf_rlhf.log import RunLog, completion_rows
 from hf_rlhf.losses import policy_terms, value_term
+from hf_rlhf.meters import Meters
 from hf_rlhf.prompts import PromptStream
+from hf_rlhf.trackers import install
 
 if TYPE_CHECKING:
     from hf_rlhf.recipe import Recipe
@@ -41,7 +43,8 @@ class RLHFTrainer(Trainer):
         model: a causal language model, or its folder or Hub name; the recipe's `model.path` when left out.
         algorithm: a recipe's name or path, a `Recipe`, or an `Algorithm`.
         args: TrainingArguments; docs/training_arguments.md says which are honoured, forced and refused.
-        train_dataset, eval_dataset: a `datasets.Dataset` or a list of dicts with a prompt column.
+        train_dataset: a `datasets.Dataset` or a list of dicts with a prompt column.
+        eval_dataset: the same, or a dict of several; so is what `evaluate` takes.
         processing_class: the tokenizer; the model's own when left out.
         callbacks: as Trainer's.
         peft_config: a peft configuration; the policy then trains its adapter alone.
@@ -83,6 +86,7 @@ class RLHFTrainer(Trainer):
             callbacks=[*(callbacks or []), self.run_log],
             optimizers=optimizers,
         )
+        install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record)
         self.actor_critic, reference = parts.build(self.model, self.args)
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
@@ -261,7 +265,7 @@ class RLHFTrainer(Trainer):
         source = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if source is None:
             raise ValueError("there is no eval_dataset to evaluate on")
-        return DataLoader(source, batch_size=1, collate_fn=list)
+        return DataLoader(self.parts.as_prompts(source), batch_size=1, collate_fn=list)
 
     def evaluation_loop(
         self,

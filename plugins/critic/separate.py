@@ -28,7 +28,7 @@ class Separate(TrainedCritic):
     a folder or Hub name (its trunk, and its score head where it is a sequence classifier with one label)."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
-        if self.init == "reward" and not any(hasattr(source, "load_model") for source in algorithm.rewards):
+        if self.init == "reward" and not any("reward_model" in source.provides for source in algorithm.rewards):
             yield (
                 "critic.init is 'reward' and no reward source is a model; "
                 "add {use: reward_model, model: ...} to rewards, or set critic.init=policy"
@@ -40,8 +40,8 @@ class Separate(TrainedCritic):
         if self.init == "policy":
             return SeparateCritic.from_policy(policy)
         if self.init == "reward":
-            source: Any = next(s for s in algorithm.rewards if hasattr(s, "load_model"))
-            model = from_path(source.model, source.revision)
+            source: Any = next(s for s in algorithm.rewards if "reward_model" in s.provides)
+            model = source.fresh_model(policy.device)
         else:
             model = from_path(self.init)
         check_vocabulary(policy, model, self.init)

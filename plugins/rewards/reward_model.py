@@ -24,6 +24,7 @@ class RewardModel(RewardSource):
     """The classifier's output for each prompt with its completion; batches give what single rows give."""
 
     name = "reward_model"
+    provides = frozenset({"reward_model"})
 
     model: str
     """A folder or a name on the Hub of an `AutoModelForSequenceClassification` with `num_labels=1`."""
@@ -45,6 +46,10 @@ class RewardModel(RewardSource):
     def load_model(self, device: torch.device) -> None:
         """Load the classifier and its tokenizer, on `device`."""
         self._loaded = load_classifier(self.model, self.revision, self.dtype, device)
+
+    def fresh_model(self, device: torch.device) -> PreTrainedModel:
+        """The classifier once more, for a critic that starts from it and then learns."""
+        return load_classifier(self.model, self.revision, self.dtype, device)[0]
 
     def close(self) -> None:
         self._loaded = None

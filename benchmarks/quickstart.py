@@ -1,0 +1,79 @@
+"""Accuracy and time of the quickstart over several seeds: `python -m benchmarks.quickstart [--seeds 0 1 2] [--json PATH]`.
+
+Each seed is a run of `hf-rlhf train quickstart` in a process of its own, with the warm-up cached before the first. The
+result goes to benchmarks/results/quickstart.json and, as a table, to benchmarks/results/quickstart.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run(seed: int, overrides: list[str]) -> dict[str, Any]:
+    """One run; its accuracy before and after, and its seconds, start of the process included."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "hf_rlhf", "train", "quickstart", "--seed", str(seed)]
+        started = time.perf_counter()
+        subprocess.run([*command, "--output-dir", f"{folder}/run", *overrides], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        summary = json.loads(Path(folder, "run", "summary.json").read_text())
+    return {
+        "seed": seed,
+        "before": summary["before"]["accuracy"],
+        "after": summary["after"]["accuracy"],
+        "seconds": seconds,
+        "train_seconds": summary["train_seconds"],
+        "steps": summary["steps"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = ["| seed | accuracy before | accuracy after | seconds | of these training |", "|---|---|---|---|---|"]
+    for row in rows:
+        numbers = f"{row['before']:.3f} | {row['after']:.3f} | {row['seconds']:.0f} | {row['train_seconds']:.0f}"
+        lines.append(f"| {row['seed']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the seeds and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, default=RESULTS / "quickstart.json")
+    parser.add_argument("overrides", nargs="*", help="recipe overrides, for instance advantages.use=leave_one_out")
+    options = parser.parse_args()
+    from hf_rlhf.assemble import versions
+    from hf_rlhf.quickstart import addition_model
+
+    started = time.perf_counter()
+    addition_model()
+    warm_up = time.perf_counter() - started
+    rows = [run(seed, options.overrides) for seed in options.seeds]
+    result = {
+        "command": "python -m benchmarks.quickstart",
+        "overrides": options.overrides,
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "versions": versions(),
+        "warm_up_seconds": warm_up,
+        "rows": rows,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    text = f"# Quickstart\n\n`{result['command']}`: held-out accuracy when sampled, 512 problems.\n\n{table(rows)}\n"
+    options.json.with_suffix(".md").write_text(text)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Writes the pages of docs/ that are made from the code; with `--check` writes nothing and exits 1 where one is stale."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_rlhf import hookspecs
+from hf_rlhf.axes import AXES, LISTS
+from hf_rlhf.host import Host, use_host
+from hf_rlhf.recipe import load_recipe
+from hf_rlhf.recipe_text import DEFAULTS as AXIS_DEFAULTS
+from hf_rlhf.settings import SECTIONS, Lora
+from hf_rlhf.validation import default_text, describe, plain_text
+
+DOCS = Path(__file__).parent
+PACKAGE = "hf_rlhf"
+MADE = "<!-- Made by `python docs/generate.py`. Change the code, not this page. -->"
+
+MEANING: dict[str, str] = {
+    "output_dir": "On the command line it is `--output-dir`, or `outputs/RECIPE`; a recipe's own is not read.",
+    "per_device_train_batch_size": "Most rows of a micro-batch on a process, in the update and in forwards without "
+    "gradient. It does not change the result. `update.max_tokens_per_micro_batch` bounds it further.",
+    "max_steps": "Optimizer steps. A rollout feeds `update.mini_batches` x `update.epochs` of them.",
+    "num_train_epochs": "Passes over the prompts, each of rows // `rollout.prompts` whole rollouts (at least one). The "
+    "rest of the prompts is not lost: the next pass begins with it. Prompts that a resampling filter draws do not count.",
+    "learning_rate": "Of the policy; of the critic too unless `critic.learning_rate` is set.",
+    "lr_scheduler_type": "Its steps are optimizer steps. It scales the critic's learning rate as well.",
+    "warmup_steps": "Optimizer steps in which the learning rate rises; below 1 a share of all steps. The critic's own "
+    "`warmup_steps`, in which only it learns, are another thing.",
+    "optim": "Used while `optimizer.use` is `trainer`; it gets the critic in parameter groups of its own.",
+    "weight_decay": "Of policy and critic, by Trainer's rule which parameters decay.",
+    "max_grad_norm": "Policy and critic are clipped each by its own norm. 0 turns clipping off.",
+    "bf16": "Autocast, the same in rollout, forwards without gradient and update; the weights keep `model.dtype`.",
+    "gradient_checkpointing": "As in Trainer; for the policy. A separate critic keeps its activations.",
+    "activation_checkpointing": "As in Trainer; for the policy. A separate critic keeps its activations.",
+    "torch_empty_cache_steps": "Optimizer steps; the cache is emptied after each of that step's micro-batches.",
+    "seed": "Of rollouts, evaluation, mini-batches and a critic's new weights; of the order of prompts without "
+    "`data_seed`. A checkpoint resumes under its own seed only.",
+    "data_seed": "Of the order of prompts.",
+    "logging_steps": "Optimizer steps. What lies between two entries is averaged; `health/` counts are summed.",
+    "report_to": "`metrics.jsonl` and `completions/` are written besides, whatever it says. On the command line `wandb` "
+    "without an account logs offline.",
+    "run_name": "On the command line the recipe's name when left out.",
+    "eval_strategy": "Evaluation rolls out the held-out prompts as `evaluation` says. `hf-rlhf train` evaluates before "
+    "and after training in any case.",
+    "metric_for_best_model": "Any metric of the evaluation, for instance `accuracy` or `reward/total/mean`.",
+    "load_best_model_at_end": "Loads the policy of the best checkpoint; the critic stays as it is.",
+    "save_only_model": "Such a checkpoint holds no optimizer and cannot be resumed.",
+    "save_total_limit": "Older checkpoints are deleted after the new one is whole.",
+    "hub_token": "`hf-rlhf train` refuses it, since it would be written into the run's record: set HF_TOKEN.",
+    "ddp_find_unused_parameters": "False when left out: every parameter takes part in every backward.",
+    "disable_tqdm": "True on the command line, which has a display of its own.",
+}
+"""Honoured arguments whose meaning here needs a sentence."""
+
+NO_LOADER = "prompts come from PromptStream, not from a dataloader"
+NO_LOGITS = "evaluation rolls out and scores; it gathers no logits"
+WITHOUT_EFFECT: dict[str, str] = {
+    "per_device_eval_batch_size": "evaluation decodes as many rows at a time as a rollout has; it enters Trainer's "
+    "`eval_steps_per_second` only",
+    "prediction_loss_only": NO_LOGITS,
+    "eval_do_concat_batches": NO_LOGITS,
+    "eval_use_gather_object": NO_LOGITS,
+    "eval_accumulation_steps": NO_LOGITS,
+    "label_names": "there are no labels",
+    "dataloader_drop_last": NO_LOADER,
+    "dataloader_num_workers": NO_LOADER,
+    "dataloader_pin_memory": NO_LOADER,
+    "dataloader_persistent_workers": NO_LOADER,
+    "dataloader_prefetch_factor": NO_LOADER,
+    "dataloader_multiprocessing_context": NO_LOADER,
+    "dataloader_in_order": NO_LOADER,
+    "length_column_name": "rows are sorted by their own lengths",
+    "accelerator_config": "what it says of dataloaders; the rest is Accelerate's",
+    "use_cache": "rollouts use the cache and updates do not",
+    "fsdp_config": "`fsdp` is refused",
+    "liger_kernel_config": "`use_liger_kernel` is refused",
+    "do_train": "as in Trainer: it is for scripts",
+    "do_eval": "as in Trainer: it is for scripts",
+    "do_predict": "as in Trainer: it is for scripts",
+    "resume_from_checkpoint": "as in Trainer: pass it to `train()`; on the command line `--resume` or "
+    "`--resume_from_checkpoint`",
+    "torch_compile_backend": "it turns `torch_compile` on, which is refused",
+    "torch_compile_mode": "it turns `torch_compile` on, which is refused",
+}
+"""Arguments that change nothing here."""
+
+AS_IN_TRAINER = frozenset(
+    """
+    lr_scheduler_kwargs optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules tf32
+    activation_checkpointing_kwargs gradient_checkpointing_kwargs logging_strategy logging_first_step log_on_each_node
+    log_level log_level_replica project trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay
+    eval_on_start save_strategy save_steps save_on_each_node push_to_hub hub_private_repo hub_model_id hub_strategy
+    hub_always_push hub_revision greater_is_better restore_callback_states_from_checkpoint full_determinism use_cpu
+    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics local_rank
+    """.split()
+)
+"""Arguments that mean what Trainer's own documentation says."""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; `|` in a cell is escaped."""
+    lines = [list(header), ["---" for _ in header], *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def settings_table(cls: type) -> str:
+    """Setting, type, default and meaning of a plugin or a section."""
+    rows = [[code(s.name), s.type, code(s.default), s.doc] for s in describe(cls)]
+    return table(["setting", "type", "default", "meaning"], rows) if rows else "No settings."
+
+
+def own_host() -> Host:
+    """A host on which nothing is turned off."""
+    return Host(disable="")
+
+
+def plugins_page() -> Iterator[str]:
+    """One entry per plugin of this package, by axis."""
+    host = own_host()
+    yield "# Plugins\n\n" + MADE
+    yield (
+        "Every plugin of this package, axis by axis in the order of a step. `hf-rlhf show AXIS NAME` prints one entry, "
+        "`hf-rlhf show AXIS` a complete example for an axis, `hf-rlhf plugins` what is installed, other packages' plugins "
+        "included. The letters of shapes (N, B, T, G) are those of [hf_rlhf/batch.py](../hf_rlhf/batch.py)."
+    )
+    for axis in AXES:
+        summary = (getattr(hookspecs, axis).__doc__ or "").partition("\n")[0]
+        kind = "any number" if axis in LISTS else "one inside each `kl`" if axis == "kl_estimator" else "one"
+        default = AXIS_DEFAULTS.get(axis)
+        left_out = "" if default is None or axis in LISTS else f" Left out, it is `{default}`."
+        if axis == "reference":
+            left_out = " Left out, it is `none` where no KL is measured, `adapter_off` with LoRA, else `frozen`."
+        yield f"## {axis}\n\n{summary} A recipe has {kind}.{left_out}"
+        for offer in host.offers(axis):
+            if offer.package == PACKAGE:
+                yield from plugin_entry(host, axis, offer.name)
+
+
+def plugin_entry(host: Host, axis: str, name: str) -> Iterator[str]:
+    """What a plugin computes, its paper, what it needs, its settings and its file."""
+    cls = host.get(axis, name)
+    offer = host.find(axis, name)
+    yield f"### {axis}.{name}\n\n{inspect.getdoc(cls)}"
+    yield inspect.getdoc(sys.modules[cls.__module__]) or ""
+    facts = [("Needs", cls.needs), ("Provides", cls.provides)]
+    said = [f"{title}: {', '.join(code(x) for x in sorted(names))}." for title, names in facts if names]
+    if said:
+        yield " ".join(said)
+    yield settings_table(cls)
+    file = offer.module.replace("hf_rlhf_plugins", "plugins").replace(".", "/") + ".py"
+    yield f"From package `{offer.package}`, module `{offer.module}`: [{file}](../{file})."
+
+
+def recipes_page() -> Iterator[str]:
+    """One entry per recipe of this package."""
+    from hf_rlhf.arguments import DEFAULTS
+    from hf_rlhf.plan import make_plan
+
+    host = own_host()
+    yield "# Recipes\n\n" + MADE
+    yield (
+        "`hf-rlhf train NAME --model ... --dataset ...` runs one, `hf-rlhf check NAME` prints its whole plan with the "
+        "batch arithmetic, `hf-rlhf recipes show NAME > mine.yaml` begins one of your own. The plans below are for one "
+        "process."
+    )
+    with use_host(host):
+        for offer in host.recipes():
+            if offer.package != PACKAGE:
+                continue
+            text = offer.file.read_text(encoding="utf-8")
+            lines = text.splitlines()
+            comment = [line.lstrip("# ") for line in lines if line.startswith("#")]
+            recipe = load_recipe(offer.name)
+            algorithm = recipe.algorithm()
+            rows = {**DEFAULTS, **recipe.training}["per_device_train_batch_size"]
+            plan = make_plan(algorithm, [], rows_per_micro_batch=rows)
+            yield f"## {offer.name}\n\n" + "\n".join(comment)
+            chosen = ", ".join(f"`{path}={plugin.name}`" for path, plugin in algorithm.plugins())
+            yield f"**Plugins.** {chosen}."
+            for title, said in (
+                ("Models", plan.models),
+                ("Forward passes per rollout", plan.forwards),
+                ("Skipped", plan.skipped),
+                ("Remarks", plan.remarks),
+            ):
+                if said:
+                    yield f"**{title}.**\n\n" + "\n".join(f"- {line}" for line in said)
+            yield "```yaml\n" + "\n".join(line for line in lines if not line.startswith("#")) + "\n```"
+            yield f"File: [recipes/{offer.file.name}](../recipes/{offer.file.name})."
+
+
+def arguments_page() -> Iterator[str]:
+    """Every field of TrainingArguments under honoured, forced, refused or without effect."""
+    from transformers import TrainingArguments
+
+    from hf_rlhf.arguments import DEFAULTS, FORCED, REFUSED
+
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    parts = [MEANING, AS_IN_TRAINER, FORCED, REFUSED, WITHOUT_EFFECT]
+    placed = [name for part in parts for name in part]
+    wrong = [name for name in [*fields, *placed] if placed.count(name) != 1 or name not in fields]
+    if wrong:
+        raise SystemExit(f"not in exactly one list of docs/generate.py and hf_rlhf/arguments.py: {', '.join(wrong)}")
+
+    def rows(part: dict[str, str]) -> list[list[str]]:
+        return [[code(name), code(default_text(fields[name])), part[name]] for name in fields if name in part]
+
+    yield "# TrainingArguments\n\n" + MADE
+    yield (
+        "A recipe's `training` holds keywords of `transformers.TrainingArguments`, and each is a flag of the command line "
+        "(`--learning_rate 1e-6`). Below every field stands in exactly one table. Refused fields end the run before a model "
+        "is loaded, unless they have their default."
+    )
+    yield "## Honoured, with something to know\n\n" + table(["argument", "default", "here"], rows(MEANING))
+    kept = ", ".join(f"`{name}` ({code(default_text(fields[name]))})" for name in fields if name in AS_IN_TRAINER)
+    yield f"## Honoured as in Trainer\n\nWith their defaults: {kept}."
+    forced = [[code(name), code(plain_text(value)), why] for name, (value, why) in FORCED.items()]
+    yield "## Forced\n\n" + table(["argument", "set to", "why"], forced)
+    yield "## Refused\n\n" + table(["argument", "default", "why, and what to do"], rows(REFUSED))
+    yield "## Without effect\n\nNothing reads these here; setting one changes nothing.\n\n" + table(
+        ["argument", "default", "why"], rows(WITHOUT_EFFECT)
+    )
+    started = [[code(name), code(plain_text(value))] for name, value in DEFAULTS.items()]
+    yield (
+        "## Defaults of the command line\n\n`hf-rlhf train` starts from these where TrainingArguments would choose "
+        "otherwise; a recipe's `training` and flags come after them. `RLHFTrainer` in Python takes its arguments as they "
+        "are.\n\n" + table(["argument", "default"], started)
+    )
+    yield (
+        "More than one GPU in one process is refused, as it would mean `nn.DataParallel`: start one process per GPU. "
+        "Custom `optimizers=(optimizer, scheduler)` are passed to Trainer."
+    )
+
+
+def settings_page() -> Iterator[str]:
+    """Sections of a recipe, overrides, commands, flags, environment variables."""
+    import typer
+
+    from hf_rlhf.cli import app
+    from hf_rlhf.commands import FLAGS
+
+    yield "# Settings and command line\n\n" + MADE
+    yield (
+        "A recipe is one flat YAML file. Its keys are the axes of [plugins.md](plugins.md), the sections below, and "
+        "`training`, which is handed to TrainingArguments ([training_arguments.md](training_arguments.md)). An unknown key "
+        "is an error that names what is near it. YAML is read strictly: no anchors, no tags, no key twice; `1e-6` is a "
+        "number."
+    )
+    for name, cls in SECTIONS.items():
+        yield f"## {name}\n\n{inspect.getdoc(cls)}\n\n{settings_table(cls)}"
+    yield f"### model.lora\n\n{inspect.getdoc(Lora)} Needs `hf_rlhf[peft]`.\n\n{settings_table(Lora)}"
+    yield OVERRIDES
+    yield "## Commands"
+    command: Any = typer.main.get_command(app)
+    for title, sub in commands("hf-rlhf", command):
+        rows = [
+            [", ".join(map(code, p.opts)), " ".join((getattr(p, "help", None) or "").split())]
+            for p in sub.params
+            if p.param_type_name == "option" and "--help" not in p.opts
+        ]
+        arguments = " ".join(p.metavar or str(p.name).upper() for p in sub.params if p.param_type_name == "argument")
+        yield f"### {title} {arguments}".rstrip() + f"\n\n{' '.join((sub.help or '').split())}"
+        if rows:
+            yield table(["option", "what it does"], rows)
+    yield (
+        "## Flags\n\n`train` and `check` take these flags besides their options, with `_` or `-`, as short forms of recipe "
+        "keys; TRL's spellings are among them. Every field of TrainingArguments is a flag too. `--use_peft` turns "
+        "`model.lora` on.\n\n" + table(["flag", "recipe key"], [[code("--" + k), code(v)] for k, v in FLAGS.items()])
+    )
+    yield ENVIRONMENT
+
+
+def commands(title: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Every command with its whole name, groups that only hold others included."""
+    yield title, command
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from commands(f"{title} {name}", sub)
+
+
+OVERRIDES = """## Overrides
+
+`key.sub=value` on the command line of `train` and `check`, as many as wanted; values are YAML.
+
+| override | what it does |
+| --- | --- |
+| `kl.0.beta=0.1` | changes a setting; lists count from 0 |
+| `advantages.use=leave_one_out` or `advantages=leave_one_out` | another plugin; settings that it shares with the old one stay |
+| `advantages={use: gae, lam: 0.9}` | another plugin with these settings alone |
+| `rewards.1={use: length, weight: 0.1}` | writing to the place after the last appends |
+| `kl=[]` | none |
+| `training.learning_rate=1e-6` | the same as `--learning_rate 1e-6` |
+
+Quote for the shell and, within that, for YAML: text with `: `, `{`, `[` or a leading `#` needs quotes of its own, as in
+`'rewards.0.answer_after="####"'`. What an override dropped is named in the plan."""
+
+ENVIRONMENT = """## Environment variables
+
+| variable | what it does |
+| --- | --- |
+| `HF_RLHF_DISABLE_PLUGINS` | a comma list of packages and of `axis.name` that are turned off; `1`: every package but `hf_rlhf` |
+| `HF_RLHF_CACHE` | where the quickstart's model is kept; `~/.cache/hf_rlhf` when not set |
+| `WANDB_MODE`, `WANDB_PROJECT` | as in Weights & Biases; on the command line the project is `hf_rlhf` when not set |
+| `HF_TOKEN`, `HF_HUB_OFFLINE` and others | as in `huggingface_hub` |"""
+
+PAGES: dict[str, Callable[[], Iterator[str]]] = {
+    "plugins.md": plugins_page,
+    "recipes.md": recipes_page,
+    "training_arguments.md": arguments_page,
+    "settings.md": settings_page,
+}
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of each page, as the code has it now."""
+    return {name: "\n\n".join(page()).rstrip() + "\n" for name, page in PAGES.items()}
+
+
+def main() -> int:
+    """Writes the pages, or names the stale ones."""
+    made = pages()
+    stale = [
+        name
+        for name, text in made.items()
+        if not (DOCS / name).is_file() or (DOCS / name).read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv[1:]:
+        for name in stale:
+            print(f"docs/{name} is stale: run `python docs/generate.py`", file=sys.stderr)
+        return 1 if stale else 0
+    for name in stale:
+        (DOCS / name).write_text(made[name], encoding="utf-8")
+        print(f"wrote docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Averages between two log entries."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hf_rlhf.distributed import sum_over_processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Meters:
+    """Averages since the last log entry.
+
+    `add` takes sums and counts of this process, which are added up over all processes when they are read; `put` takes
+    numbers that are equal on every process.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Any, Any]] = {}
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Adds `total` over `count` items to the average `name`, without waiting for the device."""
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        detached = total.detach() if isinstance(total, Tensor) else total
+        self._sums[name] = (old_total + detached, old_count + count)
+
+    def put(self, name: str, value: float) -> None:
+        """One number of the whole run; several between two log entries are averaged, those of `health/` added up."""
+        self._values.setdefault(name, []).append(float(value))
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Seconds spent inside, as `time/<name>_s`."""
+        start = time.perf_counter()
+        yield
+        self.put(f"time/{name}_s", time.perf_counter() - start)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The averages, and a fresh start. Names without a finite number are left out. One collective."""
+        names = sorted(self._sums)
+        flat = sum_over_processes(accelerator, [float(x) for name in names for x in self._sums[name]])
+        averages = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] > 0}
+        counts = {name: sum(v) for name, v in self._values.items() if name.startswith("health/")}
+        means = {name: sum(v) / len(v) for name, v in self._values.items()}
+        self._sums, self._values = {}, {}
+        return {name: x for name, x in sorted({**averages, **means, **counts}.items()) if math.isfinite(x)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the first log entry after a resume is complete."""
+        return {"sums": {k: [float(x) for x in v] for k, v in self._sums.items()}, "values": self._values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._sums = {name: (x[0], x[1]) for name, x in state["sums"].items()}
+        self._values = {name: list(values) for name, values in state["values"].items()}
