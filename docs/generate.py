@@ -43,8 +43,8 @@ MEANING: dict[str, str] = {
     "`data_seed`. A checkpoint resumes under its own seed only.",
     "data_seed": "Of the order of prompts.",
     "logging_steps": "Optimizer steps. What lies between two entries is averaged; `health/` counts are summed.",
-    "report_to": "`metrics.jsonl` and `completions/` are written besides, whatever it says. On the command line `wandb` "
-    "without an account logs offline.",
+    "report_to": "`metrics.jsonl` and `completions/` are written besides, whatever it says. `wandb` without an account "
+    "logs offline. A tracker that fails is dropped with a warning.",
     "run_name": "On the command line the recipe's name when left out.",
     "eval_strategy": "Evaluation rolls out the held-out prompts as `evaluation` says. `hf-rlhf train` evaluates before "
     "and after training in any case.",
@@ -90,17 +90,15 @@ WITHOUT_EFFECT: dict[str, str] = {
 }
 """Arguments that change nothing here."""
 
-AS_IN_TRAINER = frozenset(
-    """
-    lr_scheduler_kwargs optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules tf32
-    activation_checkpointing_kwargs gradient_checkpointing_kwargs logging_strategy logging_first_step log_on_each_node
-    log_level log_level_replica project trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay
-    eval_on_start save_strategy save_steps save_on_each_node push_to_hub hub_private_repo hub_model_id hub_strategy
-    hub_always_push hub_revision greater_is_better restore_callback_states_from_checkpoint full_determinism use_cpu
-    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics local_rank
-    """.split()
-)
-"""Arguments that mean what Trainer's own documentation says."""
+AS_IN_TRAINER = """
+lr_scheduler_kwargs optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules tf32
+activation_checkpointing_kwargs gradient_checkpointing_kwargs logging_strategy logging_first_step log_on_each_node
+log_level log_level_replica project trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay
+eval_on_start save_strategy save_steps save_on_each_node push_to_hub hub_private_repo hub_model_id hub_strategy
+hub_always_push hub_revision greater_is_better restore_callback_states_from_checkpoint full_determinism use_cpu
+ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics local_rank
+"""
+"""Arguments that mean what Trainer's own documentation says, separated by white space."""
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -206,7 +204,8 @@ def arguments_page() -> Iterator[str]:
     from hf_rlhf.arguments import DEFAULTS, FORCED, REFUSED
 
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
-    parts = [MEANING, AS_IN_TRAINER, FORCED, REFUSED, WITHOUT_EFFECT]
+    as_in_trainer = AS_IN_TRAINER.split()
+    parts = [MEANING, as_in_trainer, FORCED, REFUSED, WITHOUT_EFFECT]
     placed = [name for part in parts for name in part]
     wrong = [name for name in [*fields, *placed] if placed.count(name) != 1 or name not in fields]
     if wrong:
@@ -222,7 +221,7 @@ def arguments_page() -> Iterator[str]:
         "is loaded, unless they have their default."
     )
     yield "## Honoured, with something to know\n\n" + table(["argument", "default", "here"], rows(MEANING))
-    kept = ", ".join(f"`{name}` ({code(default_text(fields[name]))})" for name in fields if name in AS_IN_TRAINER)
+    kept = ", ".join(f"`{name}` ({code(default_text(fields[name]))})" for name in fields if name in as_in_trainer)
     yield f"## Honoured as in Trainer\n\nWith their defaults: {kept}."
     forced = [[code(name), code(plain_text(value)), why] for name, (value, why) in FORCED.items()]
     yield "## Forced\n\n" + table(["argument", "set to", "why"], forced)
@@ -309,7 +308,7 @@ ENVIRONMENT = """## Environment variables
 | --- | --- |
 | `HF_RLHF_DISABLE_PLUGINS` | a comma list of packages and of `axis.name` that are turned off; `1`: every package but `hf_rlhf` |
 | `HF_RLHF_CACHE` | where the quickstart's model is kept; `~/.cache/hf_rlhf` when not set |
-| `WANDB_MODE`, `WANDB_PROJECT` | as in Weights & Biases; on the command line the project is `hf_rlhf` when not set |
+| `WANDB_MODE`, `WANDB_PROJECT` | as in Weights & Biases; the project is `hf_rlhf` when not set |
 | `HF_TOKEN`, `HF_HUB_OFFLINE` and others | as in `huggingface_hub` |"""
 
 PAGES: dict[str, Callable[[], Iterator[str]]] = {

@@ -127,7 +127,7 @@ class Algorithm:
     def _unused(self) -> Iterator[str]:
         if not self.rewards:
             yield "rewards is empty: nothing to learn from. Add one, for instance rewards=[{use: exact_match}]"
-        for name, axis in (("values", "critic"), ("ref_logps", "reference"), ("sampler_logps", "rollout_correction")):
+        for name, axis in (("values", "critic"), ("ref_logps", "reference")):
             plugin = getattr(self, axis)
             if name in plugin.provides and name not in self.needs:
                 yield f"{axis}={plugin.name} provides {name} and nothing reads them: set {axis}.use=none"

@@ -127,6 +127,11 @@ class RewardSource(Plugin, ABC):
     def __call__(self, rollouts: Rollouts) -> Sequence[float | None]:
         """One number per row, or None (NaN) where this source does not apply."""
 
+    def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+        """What this source logged since the last call: columns of the completions table, one value per row, and metrics,
+        whose values are averaged. They appear under `<label>/` and `reward/<label>/`."""
+        return {}, {}
+
     def answer(self, completion: str) -> str | None:
         """The final answer in a completion, for majority votes; None where there is none. Verifiers override it."""
         return None

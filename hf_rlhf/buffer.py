@@ -58,7 +58,11 @@ class Collected:
         return Collected(
             prompt_ids=[x for part in parts for x in part.prompt_ids],
             completion_ids=[x for part in parts for x in part.completion_ids],
-            texts={name: [x for part in parts for x in part.texts[name]] for name in parts[0].texts},
+            texts={
+                name: [x for part in parts for x in part.texts[name]]
+                for name in parts[0].texts
+                if all(name in part.texts for part in parts)
+            },
             rows={name: _join([part.rows[name] for part in parts]) for name in parts[0].rows},
             table={name: _join([part.table[name] for part in parts]) for name in parts[0].table},
             places=torch.cat([part.places + offset for part, offset in zip(parts, offsets, strict=False)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from hf_rlhf.seeding import seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -51,6 +54,7 @@ class Collector:
     def collect(self, index: int) -> Buffer:
         """Rollout number `index`: rolled out, scored, filtered and credited."""
         self.actor_critic.eval()
+        before = {name: len(values) for name, values in self.meters.state_dict()["values"].items()}
         wanted, drawn = self.algorithm.rollout.prompts, 0
         parts: list[Collected] = []
         for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
@@ -63,7 +67,17 @@ class Collector:
             parts.append(self._keep(part))
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
-        return self._credit(index, collected)
+        buffer = self._credit(index, collected)
+        self._tell_plugins(before)
+        return buffer
+
+    def _tell_plugins(self, before: dict[str, int]) -> None:
+        """Every plugin observes what was measured of this rollout alone, equal on every process; so no times."""
+        values = self.meters.state_dict()["values"].items()
+        new = {name: x[before.get(name, 0) :] for name, x in values if not name.startswith("time/")}
+        statistics = {name: sum(x) / len(x) for name, x in new.items() if x}
+        for _, plugin in self.algorithm.plugins():
+            plugin.observe(statistics)
 
     def _draw(self, missing: int) -> list[Prompt]:
         """At least one prompt for each process."""
@@ -89,13 +103,30 @@ class Collector:
         ids = [first_group + rank + processes * i for i in range(len(mine)) for _ in range(group)]
         rollouts = self.rollouts(mine, completions, ids, group)
         rows = {"mask": _padded(rollouts.masks, self.dtype).to(self.accelerator.device)}
-        if completions.logps is not None and "sampler_logps" in self.algorithm.needs:
+        if "sampler_logps" in self.algorithm.needs:
+            assert completions.logps is not None
             rows["sampler_logps"] = _padded(completions.logps, self.dtype).to(self.accelerator.device)
         with self.meters.time("forward"):
             rows |= self._forwards(rollouts, rows["mask"])
         with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
             scores = score(self._sources(), rollouts)
-        return self._table(rollouts, rows, scores)
+        return self._table(rollouts, rows, scores, self._logged(len(rollouts)))
+
+    def _logged(self, rows: int) -> dict[str, list[Any]]:
+        """Columns that reward sources logged beside their scores; their metrics go to the meters."""
+        columns: dict[str, list[Any]] = {}
+        for label, source in self._sources():
+            extra, metrics = source.take_logs()
+            for name, values in metrics.items():
+                self.meters.add(f"reward/{label}/{name}", sum(values), len(values))
+            for name, column in extra.items():
+                if len(column) == rows:
+                    columns[f"{label}/{name}"] = list(column)
+                else:
+                    logger.warning(
+                        "reward %r logged %d values of %r for %d rows: dropped", label, len(column), name, rows
+                    )
+        return columns
 
     def rollouts(self, prompts: Sequence[Prompt], completions: Completions, ids: list[int], group: int) -> Rollouts:
         """What the reward sources see of these completions."""
@@ -121,6 +152,11 @@ class Collector:
             raise ValueError(
                 f"rollout={name} gave an empty completion in rows {empty}: the end-of-sequence token counts as a "
                 "completion token, so give at least that"
+            )
+        if completions.logps is None and "sampler_logps" in self.algorithm.needs:
+            raise ValueError(
+                f"rollout={name} declares sampler_logps and gave none, and something needs them: give log-probs with every "
+                "completion, or set rollout_correction.use=none"
             )
         return completions
 
@@ -169,7 +205,9 @@ class Collector:
                 results.setdefault(name, torch.zeros_like(mask))[part, :width] = x.to(mask.dtype)
         return results
 
-    def _table(self, rollouts: Rollouts, rows: dict[str, Tensor], scores: dict[str, Tensor]) -> Collected:
+    def _table(
+        self, rollouts: Rollouts, rows: dict[str, Tensor], scores: dict[str, Tensor], logged: dict[str, list[Any]]
+    ) -> Collected:
         device, mask = self.accelerator.device, rows["mask"]
         weights = self.weights()
         sums, valid = total(scores, weights)

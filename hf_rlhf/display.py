@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from io import TextIOWrapper
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,19 +19,20 @@ from hf_rlhf.plan import Plan
 
 SHOWN = {
     "reward": "reward/total/mean",
-    "after KL": "reward/after_kl/mean",
     "KL": "kl/ref",
     "length": "rollout/length/mean",
     "entropy": "policy/entropy",
-    "clipped": "policy/clip_frac_high",
     "value loss": "value/loss",
+    "held out": "eval_reward/total/mean",
     "tokens/s": "perf/tokens_per_s",
 }
 """Column of the progress display -> metric."""
 
 
 def console() -> Console:
-    """A terminal of its own width; elsewhere wide enough that nothing is cut."""
+    """A terminal of its own width; elsewhere wide enough that nothing is cut. Characters it lacks are escaped."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
@@ -50,12 +53,19 @@ def show_plan(plan: Plan, out: Console) -> None:
         if rows:
             out.print(Text(f"\n{title}", style="bold"))
             for row in rows:
-                out.print(Text(f"  {row}"))
+                out.print(_indented(Text(row)))
     out.print(Text("\nbatches", style="bold"))
     batches = Table(box=None, show_header=False, pad_edge=False)
+    batches.add_column(no_wrap=True)
+    batches.add_column(no_wrap=True)
+    batches.add_column(ratio=1)
     for quantity, value, elsewhere in plan.arithmetic:
-        batches.add_row(Text(f"  {quantity}"), Text(value), Text(elsewhere))
-    out.print(batches)
+        if len(value) <= 12:
+            batches.add_row(Text(quantity), Text(value), Text(elsewhere))
+    out.print(_indented(batches))
+    for quantity, value, elsewhere in plan.arithmetic:
+        if len(value) > 12:
+            out.print(_indented(Text(f"{quantity}: {value} ({elsewhere})")))
 
 
 class LiveProgress(TrainerCallback):
@@ -85,15 +95,17 @@ class LiveProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Takes in the newest numbers."""
-        self.numbers |= {name: logs[key] for name, key in SHOWN.items() if logs and key in logs}
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs or state.max_steps == 0:  # 0: evaluated before training
+            return
+        self.numbers |= {name: logs[key] for name, key in SHOWN.items() if key in logs}
+        if "loss" not in logs:
             return
         if self.live:
             self.live.update(self._render())
         elif time.monotonic() - self._said > self.every_s or state.global_step == state.max_steps:
             self._said = time.monotonic()
-            numbers = "  ".join(f"{name} {value:.3g}" for name, value in self.numbers.items())
-            self.out.print(f"step {state.global_step}/{state.max_steps}  {numbers}")
+            numbers = "  ".join(f"{name} {number(self.numbers[name])}" for name in SHOWN if name in self.numbers)
+            self.out.print(f"step {state.global_step}/{state.max_steps}  {numbers}", soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops the display."""
@@ -107,9 +119,10 @@ class LiveProgress(TrainerCallback):
 
     def _render(self) -> Group:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in self.numbers:
-            table.add_column(name, justify="right")
-        table.add_row(*(f"{value:.4g}" for value in self.numbers.values()))
+        names = [name for name in SHOWN if name in self.numbers]
+        for name in names:
+            table.add_column(name, justify="right", min_width=7, no_wrap=True)
+        table.add_row(*(number(self.numbers[name]) for name in names))
         return Group(self.bar, table)
 
 
@@ -117,37 +130,54 @@ def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]
     """Before and after, some completions, where everything is, what to type next."""
     before, after = summary["before"] or {}, summary["after"] or {}
     if after:
-        table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left", title="held-out prompts")
-        for name in ("", "before", "after"):
-            table.add_column(name, justify="right" if name else "left")
-        for name in after:
-            table.add_row(name, *(f"{numbers[name]:.4g}" if name in numbers else "-" for numbers in (before, after)))
-        out.print(table)
+        out.print(Text("\nheld-out prompts", style="bold"))
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for title in ("", "before", "after"):
+            table.add_column(title, justify="right" if title else "left", no_wrap=True)
+        for name in sorted(after, key=lambda name: "/" in name):  # accuracy, pass@k and maj@k first
+            table.add_row(name, *(number(x[name]) if name in x else "-" for x in (before, after)))
+        out.print(_indented(table))
     pairs = list(zip(samples.get("before", []), samples.get("after", []), strict=False))[:4]
     if pairs:
-        table = Table(box=None, header_style="bold", pad_edge=False, title="some of them", title_justify="left")
-        for name in ("prompt", "before", "reward", "after", "reward"):
-            table.add_column(name, overflow="fold")
+        out.print(Text("\nsome of them", style="bold"))
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for title in ("prompt", "before", "reward", "after", "reward"):
+            table.add_column(title, overflow="fold", justify="right" if title == "reward" else "left")
         for old, new in pairs:
-            cells = (_short(old["prompt"]), _short(old["completion"]), f"{old['reward']:.3g}")
-            table.add_row(*map(Text, (*cells, _short(new["completion"]), f"{new['reward']:.3g}")))
-        out.print(table)
+            cells = (_short(old["prompt"], 44), _short(old["completion"]), number(old["reward"]))
+            table.add_row(*map(Text, (*cells, _short(new["completion"]), number(new["reward"]))))
+        out.print(_indented(table))
     folder = summary["output_dir"]
-    out.print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:", soft_wrap=True)
-    out.print("  the policy (model.safetensors, tokenizer), recipe.yaml, summary.json, metrics.jsonl, completions/")
-    out.print("next:")
-    out.print(
-        f"  hf-rlhf recipes                        # other algorithms; hf-rlhf train NAME --model {folder} goes on from here"
-    )
-    out.print(
-        "  hf-rlhf plugins                        # what can be swapped; hf-rlhf show advantages group_norm explains one"
-    )
-    out.print(
-        f"  hf-rlhf check {summary['recipe']} advantages.use=leave_one_out   # what a change would do, without loading a model"
-    )
+    lines = [
+        f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:",
+        "  the policy (model.safetensors, tokenizer), recipe.yaml, summary.json,",
+        "  metrics.jsonl, completions/",
+        "next:",
+        "  hf-rlhf recipes                      other algorithms",
+        "  hf-rlhf plugins                      what can be swapped",
+        "  hf-rlhf show advantages group_norm   one plugin and its settings",
+        f"  hf-rlhf check {folder}/recipe.yaml advantages.use=leave_one_out",
+        "                                       what a change would do, or why it is refused",
+        f"  hf-rlhf train RECIPE --model {folder}",
+        "                                       goes on from here",
+    ]
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
 
 
-def _short(value: Any, width: int = 120) -> str:
+def _indented(what: RenderableType) -> Padding:
+    return Padding(what, (0, 0, 0, 2), expand=False)
+
+
+def number(x: float) -> str:
+    """Three digits, without an exponent where it can be avoided: 0.0312, 12.5, 1,840; 2e-07."""
+    if x != 0 and abs(x) < 1e-3:
+        return f"{x:.0e}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def _short(value: Any, width: int = 60) -> str:
+    """One line of it, without what would steer the terminal."""
     text = value if isinstance(value, str) else " ".join(str(message.get("content")) for message in value)
-    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,16 @@ class RunLog(TrainerCallback):
             self._parquet(rows, state.global_step)
 
     def _append(self, line: str, before: bool) -> None:
-        with open(self.metrics, "ab") as file:
-            end = file.tell()
+        with open(self.metrics, "ab", buffering=0) as file:
+            end, rest = file.tell(), line.encode()
             if before and self._start is None:
                 self._start = end
             try:
-                file.write(line.encode())
-                file.flush()
+                while rest:
+                    rest = rest[file.write(rest) :]
             except OSError:
-                file.truncate(end)  # half a line would spoil the next
+                with suppress(OSError):
+                    file.truncate(end)  # half a line would spoil the next
                 raise
 
     def _parquet(self, rows: list[dict[str, Any]], step: int) -> None:

@@ -2,7 +2,7 @@
 
 Prompts read `37+58=`, answers `95`. 512 of the 8,100 problems are held out: neither the warm-up nor the training that
 follows sees them. The warm-up is supervised fine-tuning on demonstrations of which half are wrong, from one fixed seed,
-until the model is right in about 30% of its samples: a policy with a signal and room above it. It needs no network, is
+until the model is right in about 36% of its samples: a policy with a signal and room above it. It needs no network, is
 made once and kept in the cache (`$HF_RLHF_CACHE`, or `~/.cache/hf_rlhf`).
 """
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:addition"
 """What `model.path` and `dataset.path` say for this model and these problems."""
 HELD_OUT = 512
+SUMS = range(20, 199)
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
@@ -49,8 +50,8 @@ class WarmUp:
     """Steps over which the learning rate rises to its value."""
     betas: tuple[float, float] = (0.9, 0.99)
     wrong: float = 0.5
-    """Share of the demonstrations with one digit of the answer replaced by another."""
-    target: float = 0.3
+    """Share of the demonstrations whose answer is a random number."""
+    target: float = 0.36
     """Probability of a right answer on training problems at which the warm-up stops."""
     check_every: int = 25
     max_steps: int = 3000
@@ -198,18 +199,12 @@ def _sums(rows: list[dict[str, str]]) -> Tensor:
 
 
 def _noisy(problems: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """(P, 3) -> (P, 3): in a share of the rows one digit of the answer is another, the first digit never 0."""
+    """(P, 3) -> (P, 3): in a share of the rows the answer is some number that a sum can be."""
     import torch
 
-    draws = torch.rand(len(problems), 3, generator=generator).tolist()
-    noisy = problems.clone()
-    for row, (wrong, place, other) in enumerate(draws):
-        if wrong < share:
-            digits = str(int(problems[row, 2]))
-            at = int(place * len(digits))
-            others = [digit for digit in "0123456789"[at == 0 and len(digits) > 1 :] if digit != digits[at]]
-            noisy[row, 2] = int(digits[:at] + others[int(other * len(others))] + digits[at + 1 :])
-    return noisy
+    wrong = torch.rand(len(problems), generator=generator) < share
+    noise = torch.randint(SUMS.start, SUMS.stop, (len(problems),), generator=generator)
+    return torch.cat([problems[:, :2], torch.where(wrong, noise, problems[:, 2])[:, None]], 1)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, problems: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +265,7 @@ def _progress(warm_up: WarmUp) -> Iterator[Any]:
     console = Console(file=sys.stderr)
     title = "Warming up the addition model"
     if not console.is_terminal:
-        console.print(f"{title} (once; about two minutes) ...")
+        console.print(f"{title} (once; one to two minutes) ...")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[right]}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{title} (once)", total=warm_up.target or None, right="")

@@ -51,14 +51,17 @@ def trainer(
     *,
     data: Any = None,
     eval_data: Any = None,
-    model: Any = None,
+    policy: Any = None,
     lora: bool = False,
     dtype: torch.dtype = torch.float32,
     training: dict[str, Any] | None = None,
     callbacks: list[Any] | None = None,
     **parts: Any,
 ) -> RLHFTrainer:
-    """A trainer with plain SGD over `problems`, two optimizer steps unless `training` says otherwise."""
+    """A trainer with plain SGD over `problems`, two optimizer steps unless `training` says otherwise.
+
+    `policy` is what the trainer gets as its model: `tiny_policy`'s unless it or the recipe's `model` is given.
+    """
     own, tokenizer = tiny_policy(dtype=dtype)
     settings = {"max_steps": 2, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
     settings |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 64, "logging_steps": 1}
@@ -66,7 +69,7 @@ def trainer(
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{**settings, **(training or {})}
     )
     made = RLHFTrainer(
-        own if model is None else model,
+        own if policy is None and "model" not in parts else policy,
         recipe(**parts),
         args,
         train_dataset=problems() if data is None else data,

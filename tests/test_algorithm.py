@@ -150,7 +150,7 @@ def test_all_refusals_come_at_once():
 
 def test_a_trainer_raises_with_every_refusal_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="this combination is refused") as refused:
-        runs.trainer(tmp_path, model="/nowhere/at/all", advantages="gae", rewards=[EXACT, EXACT])
+        runs.trainer(tmp_path, policy="/nowhere/at/all", advantages="gae", rewards=[EXACT, EXACT])
     assert "critic.use=value_head" in str(refused.value)
     assert "`label` of its own" in str(refused.value)
 
@@ -168,7 +168,12 @@ def test_nested_plugins_stand_in_their_place():
     chosen = algorithm(kl=[{"use": "in_loss", "estimator": "k2"}], reference="frozen")
     assert ("kl.0.estimator", "k2") in [(path, plugin.name) for path, plugin in chosen.plugins()]
     assert chosen.as_dict()["kl"][0]["estimator"] == {"use": "k2"}
-    assert chosen.as_dict()["rollout"] == {**runs.SCRIPTED, "column": "completions", "mask_column": None, "temperature": 1.0}
+    assert chosen.as_dict()["rollout"] == {
+        **runs.SCRIPTED,
+        "column": "completions",
+        "mask_column": None,
+        "temperature": 1.0,
+    }
 
 
 def test_needs_and_provides_are_unions():
@@ -281,7 +286,7 @@ def test_the_arithmetic_of_batches_comes_out():
 
 
 def test_more_processes_than_prompts_says_which_number_to_change():
-    with pytest.raises(ValueError, match="set rollout.prompts to 8 or more, or start fewer processes"):
+    with pytest.raises(ValueError, match=r"set rollout\.prompts to 8 or more, or start fewer processes"):
         arithmetic(algorithm(), 8, None)
 
 

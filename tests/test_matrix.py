@@ -110,7 +110,9 @@ def folder(tmp_path_factory):
     """What rewards need on disk."""
     made = tmp_path_factory.mktemp("matrix")
     runs.save_classifier(made / "classifier")
-    (made / "reward.py").write_text("def count_spaces(completions):\n    return [text.count(' ') for text in completions]\n")
+    (made / "reward.py").write_text(
+        "def count_spaces(completions):\n    return [text.count(' ') for text in completions]\n"
+    )
     return made
 
 

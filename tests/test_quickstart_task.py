@@ -50,7 +50,8 @@ def test_demonstrations_have_the_stated_share_of_wrong_answers():
     right = quickstart._sums(addition_dataset()[0])
     noisy = quickstart._noisy(right, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(noisy[:, :2], right[:, :2])
-    assert (noisy[:, 2] != right[:, 2]).double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert set(noisy[:, 2].tolist()) == set(quickstart.SUMS) == set(right[:, 2].tolist())
+    assert (noisy[:, 2] != right[:, 2]).double().mean().item() == pytest.approx(0.5 * 178 / 179, abs=0.02)
     assert torch.equal(quickstart._noisy(right, 0.0, torch.Generator()), right)
 
 

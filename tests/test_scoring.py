@@ -118,7 +118,9 @@ def test_anything_else_is_refused_by_name(answer, message):
     assert message in refusal(answer)
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyError("x"), ZeroDivisionError(), StopIteration(), AssertionError()])
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), KeyError("x"), ZeroDivisionError(), StopIteration(), AssertionError()]
+)
 def test_an_exception_names_the_source_and_keeps_its_cause(error):
     def fails(rollouts):
         raise error
@@ -261,7 +263,6 @@ def test_the_total_is_the_weighted_sum_of_the_sources_that_apply():
 
 
 ABSTAINING = """
-SCORES = iter([1.0, None, 3.0, 8.0] * 100)
 def some(completions):
     return [[1.0, None, 3.0, 8.0][i % 4] for i in range(len(completions))]
 def none_at_all(completions):

@@ -1,0 +1,359 @@
+"""The documentation is true: made pages are up to date, examples run, names that are logged are explained, links lead
+somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from runs import FORMAT, SAMPLED, entries, parameters, problems, trained, trainer
+from typer.testing import CliRunner
+
+from hf_rlhf.axes import AXES, LISTS
+from hf_rlhf.host import Host, use_host
+from hf_rlhf.testing import tiny_policy
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md"))]
+WRITTEN_BY_HAND = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("data.md", "writing_plugins.md"))]
+TITLES = [page.name for page in WRITTEN_BY_HAND]
+
+
+@pytest.fixture(scope="session")
+def generate() -> ModuleType:
+    """docs/generate.py as a module."""
+    specification = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def first_columns(page: Path, heading: str = "") -> Iterator[str]:
+    """What stands in backticks in the first column of the tables under a heading."""
+    text = page.read_text()
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0] if heading else text
+    assert section, f"{page.name} has no heading {heading!r}"
+    for row in re.findall(r"^\| (`.*)$", section, re.MULTILINE):
+        yield from re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", row)[0])
+
+
+# Made pages
+
+
+def test_made_pages_are_up_to_date(generate):
+    stale = [name for name, text in generate.pages().items() if (ROOT / "docs" / name).read_text() != text]
+    assert not stale, f"stale: {', '.join(stale)}; run `python docs/generate.py`"
+
+
+def test_generate_says_which_page_is_stale(generate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    monkeypatch.setattr(generate, "PAGES", {"settings.md": generate.settings_page})
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 1
+    assert "docs/settings.md is stale" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "--check writes nothing"
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    assert generate.main() == 0
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 0
+
+
+def test_every_plugin_and_recipe_has_an_entry():
+    host = Host(disable="")
+    plugins = [f"{offer.axis}.{offer.name}" for offer in host.offers() if offer.package == "hf_rlhf"]
+    recipes = [offer.name for offer in host.recipes() if offer.package == "hf_rlhf"]
+    headings = re.findall(r"^### (\S+)$", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
+    assert headings == plugins
+    assert re.findall(r"^## (\S+)$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE) == recipes
+    assert sorted(first_columns(ROOT / "README.md", "Recipes")) == sorted(recipes)
+
+
+def test_the_readme_lists_the_plugins_of_every_axis():
+    host = Host(disable="")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (`.*`) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {axis: (re.findall(r"`(\w+)`", names), "any number" in what) for axis, what, names in rows if axis in AXES}
+    own = {axis: [o.name for o in host.offers(axis) if o.package == "hf_rlhf"] for axis in AXES}
+    assert listed == {axis: (own[axis], axis in LISTS) for axis in AXES}
+
+
+def test_every_training_argument_stands_in_one_table():
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    text = (ROOT / "docs" / "training_arguments.md").read_text().partition("## Defaults of the command line")[0]
+    for field in fields(TrainingArguments):
+        places = len(re.findall(rf"^\| `{field.name}` \||(?:: |, )`{field.name}` \(`", text, re.MULTILINE))
+        assert places == 1, f"{field.name} stands in {places} tables"
+
+
+def test_arguments_listed_without_effect_change_no_number(generate, tmp_path):
+    odd: dict[str, Any] = {
+        "per_device_eval_batch_size": 3,
+        "prediction_loss_only": True,
+        "eval_do_concat_batches": False,
+        "eval_use_gather_object": True,
+        "eval_accumulation_steps": 1,
+        "label_names": ["answer"],
+        "dataloader_drop_last": True,
+        "dataloader_num_workers": 2,
+        "dataloader_pin_memory": False,
+        "dataloader_persistent_workers": True,
+        "dataloader_prefetch_factor": 3,
+        "dataloader_multiprocessing_context": "spawn",
+        "dataloader_in_order": False,
+        "length_column_name": "answer",
+        "accelerator_config": {"split_batches": True, "even_batches": False},
+        "use_cache": True,
+        "liger_kernel_config": {"rope": False},
+        "do_train": True,
+        "do_eval": True,
+        "do_predict": True,
+        "resume_from_checkpoint": "nowhere",
+    }
+    elsewhere = {"torch_compile_backend", "torch_compile_mode", "fsdp_config"}  # they come with what is refused
+    assert odd.keys() | elsewhere == generate.WITHOUT_EFFECT.keys()
+    options: dict[str, Any] = {"rollout": SAMPLED, "eval_data": problems(4, seed=1)}
+    plain = trained(tmp_path / "plain", training={"eval_strategy": "steps", "eval_steps": 1}, **options)
+    other = trained(tmp_path / "odd", training={"eval_strategy": "steps", "eval_steps": 1, **odd}, **options)
+    assert torch.equal(parameters(plain), parameters(other))
+    for a, b in zip(plain.state.log_history, other.state.log_history, strict=True):
+        names = {name for name in a if not re.search(r"time|_s$|per_second|runtime", name)}
+        assert {name: a[name] for name in names} == {name: b.get(name) for name in names}
+
+
+# Examples
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what the examples name: problems, a run that was made before, and every file that a page shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("train", "test"):
+        rows = [{"question": f"What is {i} + 1?", "answer": f"One more. #### {i + 1}"} for i in range(200)]
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(200)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    from hf_rlhf.recipe import load_recipe
+
+    (tmp_path / "outputs" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "outputs" / "gsm8k" / "recipe.yaml").write_text(load_recipe("grpo").dump())
+    for page in WRITTEN_BY_HAND:
+        for text in blocks(page, "python"):
+            if file := re.match(r"# (\w+\.py)\n", text):
+                (tmp_path / file[1]).write_text(text)
+    return tmp_path
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words after `hf-rlhf` of every command in a page's shell blocks, whatever launches it."""
+    found = []
+    for text in blocks(page, "sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            start = [i for i, word in enumerate(words) if word in ("hf-rlhf", "hf_rlhf")]
+            if start:
+                found.append(words[start[0] + 1 :])
+            else:
+                assert words[0] == "make", f"no test runs {line!r}"
+                assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    return found
+
+
+def without_training(words: list[str]) -> list[str]:
+    """`check` in place of `train`, without the options that only `train` has and without data that is not here."""
+    kept: list[str] = []
+    rest = iter(["check", *words[1:]])
+    for word in rest:
+        if word in ("--output-dir", "--dataset"):
+            value = next(rest)
+            kept += [word, value] if word == "--dataset" and Path(value).exists() else []
+        elif word not in ("--resume", "--trust-remote-code"):
+            kept.append(word)
+    return kept
+
+
+@pytest.mark.parametrize("page", WRITTEN_BY_HAND, ids=TITLES)
+def test_every_command_of_a_page_runs_or_passes_the_check(page, workplace):
+    import hf_rlhf.commands  # noqa: F401  adds train and check
+    from hf_rlhf.cli import app
+
+    lines = command_lines(page)
+    assert lines
+    for words in lines:
+        target = words[words.index(">") + 1] if ">" in words else None
+        words = words[: words.index(">")] if target else words
+        with use_host(Host()):
+            result = CliRunner().invoke(app, without_training(words) if words[0] == "train" else words)
+        assert result.exit_code == 0, f"hf-rlhf {shlex.join(words)}: {result.exception} {result.output}"
+        if target:
+            Path(target).write_text(result.stdout)
+
+
+def test_the_python_example_of_the_readme_runs(workplace, capsys):
+    (text,) = [block for block in blocks(ROOT / "README.md", "python") if not block.startswith("# ")]
+    assert len(text.splitlines()) <= 10
+    model, tokenizer = tiny_policy()
+    model.save_pretrained(workplace / "tiny")
+    tokenizer.save_pretrained(workplace / "tiny")
+    small = {"builtin:addition": "tiny", "max_steps=100": "max_steps=2", "problems[:500]": "problems[:20]"}
+    for what, instead in small.items():
+        assert what in text
+        text = text.replace(what, instead)
+    exec(compile(text, "README.md", "exec"), {})
+    assert "eval_accuracy" in capsys.readouterr().out
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(workplace / "outputs" / "python")
+
+
+def test_the_plugin_example_conforms(workplace):
+    files = {re.match(r"# (\w+\.py)\n", text): text for text in blocks(ROOT / "docs" / "writing_plugins.md", "python")}
+    assert all(files), "every Python block of writing_plugins.md names its file"
+    assert (
+        pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(workplace / "test_group_median.py")]) == 0
+    )
+
+
+def test_the_packaging_example_is_that_of_the_example_package():
+    import tomllib
+
+    (text,) = blocks(ROOT / "docs" / "writing_plugins.md", "toml")
+    shown = tomllib.loads(text)["project"]["entry-points"]
+    real = tomllib.loads((ROOT / "examples" / "hf-rlhf-example" / "pyproject.toml").read_text())
+    assert shown.keys() == real["project"]["entry-points"].keys()
+    assert shown["hf_rlhf"].keys() <= real["project"]["entry-points"]["hf_rlhf"].keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_every_module_of_the_core_is_explained():
+    text = (ROOT / "docs" / "how_it_works.md").read_text().partition("## Where the code is")[2].partition("\n## ")[0]
+    modules = {file.name for file in (ROOT / "hf_rlhf").glob("*.py") if not file.name.startswith("__")}
+    assert set(re.findall(r"`(\w+\.py)`", text)) == modules
+
+
+# Metrics
+
+
+def in_advantages() -> Any:
+    """A KL placement in the advantages, which no built-in plugin is."""
+    from dataclasses import dataclass
+
+    from hf_rlhf import load_plugin
+    from hf_rlhf.axes import KLPlacement
+
+    @dataclass(kw_only=True)
+    class InAdvantages(KLPlacement):
+        """0.1 times the KL, subtracted from the advantages."""
+
+        name = "in_advantages"
+        places = frozenset({"advantage"})
+
+        def advantage_penalty(self, kl: torch.Tensor) -> torch.Tensor:
+            return 0.1 * kl
+
+    return InAdvantages(estimator=load_plugin("kl_estimator", "k1"))
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> set[str]:
+    """Every name that is logged by a run with everything on, and by one whose rollouts are all dropped."""
+    folder = tmp_path_factory.mktemp("metrics")
+    verifiers = [{"use": "exact_match"}, {"use": "exact_match", "label": "loose", "ignore_case": True}]
+    full = trainer(
+        folder / "full",
+        eval_data=problems(3, seed=5),
+        training={"max_steps": 4, "max_grad_norm": 1.0},
+        rewards=[FORMAT, *verifiers],
+        kl=["in_reward", {"use": "in_loss"}, {"use": "monitor", "level": "sequence"}, in_advantages()],
+        reference="frozen",
+        advantages="gae",
+        critic="separate",
+        loss_terms=["entropy"],
+        filters=[{"use": "zero_variance", "resample": 1}],
+        update={"mini_batches": 2, "epochs": 2},
+        evaluation={"num_generations": 4},
+    )
+    full.train()
+    full.evaluate()
+    full.close()
+    same = [{**row, "completions": ["zz"] * 8} for row in problems()]
+    dropped = trained(folder / "dropped", data=same, filters=["zero_variance"])
+    assert entries(full)
+    return {name for made in (full, dropped) for entry in made.state.log_history for name in entry} - {"step"}
+
+
+def documented(page: Path) -> dict[str, re.Pattern[str]]:
+    names = [name for name in first_columns(page) if name not in set(first_columns(page, "summary.json"))]
+    return {
+        name: re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in parts))
+        for name in names
+        for parts in [re.split(r"(<\w+>)", name)]
+    }
+
+
+def test_every_logged_name_is_documented(logged):
+    patterns = documented(ROOT / "docs" / "metrics.md")
+    unknown = sorted(name for name in logged if not any(p.fullmatch(name) for p in patterns.values()))
+    assert not unknown, f"docs/metrics.md does not explain: {', '.join(unknown)}"
+
+
+def test_every_documented_name_is_logged(logged):
+    patterns = documented(ROOT / "docs" / "metrics.md")
+    dead = sorted(name for name, pattern in patterns.items() if not any(map(pattern.fullmatch, logged)))
+    clipped = {"policy/clip_frac_low", "policy/clip_frac_high", "value/explained_var"}
+    assert not set(dead) - clipped, f"docs/metrics.md explains what nothing logs: {', '.join(dead)}"
+
+
+def test_a_run_leaves_the_files_and_summary_keys_that_the_docs_name(workplace):
+    from hf_rlhf.recipe import load_recipe
+    from hf_rlhf.run import train
+
+    model, tokenizer = tiny_policy()
+    model.save_pretrained(workplace / "tiny")
+    tokenizer.save_pretrained(workplace / "tiny")
+    overrides = ["model.path=tiny", "training.max_steps=2", "training.save_strategy=steps", "training.save_steps=2"]
+    overrides += ["critic=value_head", "advantages=gae", "training.use_cpu=true", "evaluation.prompts=8"]
+    train(load_recipe("quickstart", [*overrides, "rollout.prompts=4"]), output_dir="run")
+    run, page = workplace / "run", ROOT / "docs" / "how_it_works.md"
+    keys = json.loads((run / "summary.json").read_text()).keys()
+    assert list(first_columns(ROOT / "docs" / "metrics.md", "summary.json")) == list(keys)
+    for name in first_columns(page, "Files of a run"):
+        assert list(run.glob(name.replace("-N", "-2").rstrip("/"))), f"{name} is documented and not there"
+    for name in first_columns(page, "Checkpoints and exact resume"):
+        assert (run / "checkpoint-2" / name.replace("RANK", "0")).is_file(), name
+    import pyarrow.parquet as pq
+
+    columns = pq.read_table(next((run / "completions").glob("*.parquet"))).column_names
+    section = (ROOT / "docs" / "metrics.md").read_text().partition("## Completions")[2].partition("## ")[0]
+    assert {re.sub("exact_match", "<label>", name) for name in columns} <= set(re.findall(r"`([^`]+)`", section))

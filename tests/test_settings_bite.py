@@ -1,0 +1,43 @@
+"""Every plugin and every setting has two values that give different results, and equal values give equal ones."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from bites import BITES
+
+from hf_rlhf.facts import equal
+from hf_rlhf.host import get_host
+from hf_rlhf.settings import SECTIONS, Lora
+from hf_rlhf.validation import settings_of
+
+
+def expected() -> set[str]:
+    """`axis.name.setting`, `axis.name` where a plugin has no setting, `section.setting`."""
+    host, keys = get_host(), set()
+    for point in entry_points(group="hf_rlhf"):
+        if point.dist and point.dist.name == "hf_rlhf":
+            settings = settings_of(host.get(*point.name.split(".")))
+            keys |= {f"{point.name}.{setting.name}" for setting in settings} or {point.name}
+    for section, cls in {**SECTIONS, "model.lora": Lora}.items():
+        keys |= {f"{section}.{setting.name}" for setting in settings_of(cls)}
+    return keys
+
+
+def test_every_plugin_and_every_setting_has_an_entry():
+    assert set(BITES) == expected()
+
+
+@pytest.mark.parametrize("name", sorted(BITES))
+def test_it_bites(name: str, tmp_path: Path):
+    bite = BITES[name]
+    first, second = bite.show(tmp_path, bite.first), bite.show(tmp_path, bite.second)
+    assert not equal(first, second), f"{name}: {bite.first!r} and {bite.second!r} give the same"
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(BITES) if name.startswith(("kl.", "rollout.", "critic."))])
+def test_equal_settings_give_equal_results(name: str, tmp_path: Path):
+    bite = BITES[name]
+    assert equal(bite.show(tmp_path, bite.first), bite.show(tmp_path, bite.first))
