@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,9 +44,10 @@ def _number(tensors: dict[str, Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
 
 
-def sum_over_processes(accelerator: Accelerator, numbers: list[float]) -> list[float]:
-    """Each number summed over every process: one collective."""
-    if accelerator.num_processes == 1 or not numbers:
-        return numbers
-    total: Any = accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum")
+def sum_over_processes(accelerator: Accelerator, numbers: Sequence[Tensor | float]) -> list[float]:
+    """Each number summed over every process: one collective, one wait for the device."""
+    if not numbers:
+        return []
+    flat = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=accelerator.device) for x in numbers])
+    total: Any = accelerator.reduce(flat, "sum") if accelerator.num_processes > 1 else flat
     return total.tolist()

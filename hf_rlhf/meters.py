@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_rlhf.distributed import sum_over_processes
@@ -45,9 +46,13 @@ class Meters:
         self.put(f"time/{name}_s", time.perf_counter() - start)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages, and a fresh start. Names without a finite number are left out. One collective."""
-        names = sorted(self._sums)
-        flat = sum_over_processes(accelerator, [float(x) for name in names for x in self._sums[name]])
+        """The averages, and a fresh start. Names without a finite number are left out.
+
+        Processes may have added to different names: a reward function logs what it likes. Two collectives.
+        """
+        names = sorted(set(gather_object(list(self._sums)))) if accelerator.num_processes > 1 else sorted(self._sums)
+        sums = [x for name in names for x in self._sums.get(name, (0.0, 0.0))]
+        flat = sum_over_processes(accelerator, sums)
         averages = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] > 0}
         counts = {name: sum(v) for name, v in self._values.items() if name.startswith("health/")}
         means = {name: sum(v) / len(v) for name, v in self._values.items()}

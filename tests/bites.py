@@ -247,7 +247,11 @@ for reward_name in REWARDS:
     BITES[f"rewards.{reward_name}.weight"] = Bite(1.0, -2.0, after(one_reward(reward_name, "weight")))
     BITES[f"rewards.{reward_name}.label"] = Bite("one", "other", logged(one_reward(reward_name, "label")))
 
-COLUMNS = {"answer": ["5", "5", "x", "7"], "other": ["7", "X", "", "5"], "marked": ["#### 5", "= 5", "#### 7", "#### 7"]}
+COLUMNS = {
+    "answer": ["5", "5", "x", "7"],
+    "other": ["7", "X", "", "5"],
+    "marked": ["#### 5", "= 5", "#### 7", "#### 7"],
+}
 
 
 def scores(name: str, setting: str, **others: Any) -> Callable[[Path, Any], Any]:
@@ -543,7 +547,9 @@ BITES["model.lora.dropout"] = Bite(0.0, 0.5, adapted("dropout"))
 BITES["model.lora.target_modules"] = Bite("all-linear", ["q_proj"], adapted("target_modules"))
 
 
-ROWS = [{"prompt": f"{i}+{i}=", "question": "q" * i, "talk": [{"role": "user", "content": str(i)}]} for i in range(1, 31)]
+ROWS = [
+    {"prompt": f"{i}+{i}=", "question": "q" * i, "talk": [{"role": "user", "content": str(i)}]} for i in range(1, 31)
+]
 
 
 def dataset_folder(folder: Path) -> Path:
@@ -562,17 +568,14 @@ def dataset_folder(folder: Path) -> Path:
 
 
 def loaded(setting: str, **others: Any) -> Callable[[Path, Any], Any]:
-    """The prompts that are read: their tokens, for training and evaluation, or the error. `{data}` is the folder."""
+    """The prompts that are read: their tokens, for training and evaluation. `{data}` is the folder."""
 
     def show(folder: Path, value: Any) -> Any:
         place = dataset_folder(folder)
         settings = {"path": "{data}/a.jsonl", "held_out": 0, **others, setting: value}
         for name, text in settings.items():
             settings[name] = text.replace("{data}", str(place)) if isinstance(text, str) else text
-        try:
-            both = load_prompts(Dataset(**settings), tiny_policy()[1])
-        except ValueError as error:
-            return str(error)
+        both = load_prompts(Dataset(**settings), tiny_policy()[1])
         return [type(both[0]).__name__, *[[prompt.ids for prompt in part or []] for part in both]]
 
     return show
@@ -593,8 +596,7 @@ of_dataset("prompt", "prompt", "question")
 of_dataset("prompt_template", None, "Say {question}:")
 of_dataset("chat", False, True)
 of_dataset("system", None, "Be brief.", chat=True)
-of_dataset("max_prompt_tokens", None, 4)
-of_dataset("overlong_prompts", "error", "drop", max_prompt_tokens=4)
+of_dataset("max_prompt_tokens", None, 4, overlong_prompts="drop")
 of_dataset("streaming", False, True)
 
 
@@ -603,4 +605,12 @@ def order(folder: Path, shuffle: bool) -> Any:
     return [prompt.ids for prompt in made.stream.next(6)]
 
 
+def overlong(folder: Path, choice: str) -> Any:
+    try:
+        return loaded("overlong_prompts", max_prompt_tokens=4)(folder, choice)
+    except ValueError as error:
+        return str(error)
+
+
+BITES["dataset.overlong_prompts"] = Bite("error", "drop", overlong)
 BITES["dataset.shuffle"] = Bite(True, False, order)

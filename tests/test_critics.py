@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import runs
 import torch
-from hf_rlhf_plugins.critic._modules import TrunkHead
 from transformers import AutoModelForSequenceClassification, LlamaModel, TrainerCallback
 
 from hf_rlhf import load_plugin
@@ -13,6 +12,7 @@ from hf_rlhf.log import Meters
 from hf_rlhf.losses import value_term
 from hf_rlhf.policy import ActorCritic, token_batch
 from hf_rlhf.testing import rollouts, tiny_policy
+from hf_rlhf_plugins.critic._modules import TrunkHead
 
 GAE = {"use": "gae", "lam": 1.0}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.1}

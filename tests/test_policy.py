@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import runs
 import torch
-from hf_rlhf_plugins.critic._modules import TrunkHead
 from torch import Tensor
 
 from hf_rlhf.policy import ActorCritic, ReferencePolicy, head_input, token_batch
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf_plugins.critic._modules import TrunkHead
 
 VOCAB, PAD = 64, 0
 SMALL = {

@@ -37,7 +37,10 @@ def test_it_bites(name: str, tmp_path: Path):
     assert not equal(first, second), f"{name}: {bite.first!r} and {bite.second!r} give the same"
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(BITES) if name.startswith(("kl.", "rollout.", "critic."))])
+RUNS = ["kl.in_loss.beta", "critic.separate.coef", "evaluation.prompts", "rollout.generate.top_p", "update.epochs"]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_equal_settings_give_equal_results(name: str, tmp_path: Path):
     bite = BITES[name]
     assert equal(bite.show(tmp_path, bite.first), bite.show(tmp_path, bite.first))

@@ -28,6 +28,7 @@ class Worker:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
+        self._ready = False
         self._start()
 
     def ask(self, completion: str, reference: str | None, answer_after: str | None) -> dict[str, Any] | str:
