@@ -22,7 +22,7 @@ PACKAGE = "hf_rlhf"
 MADE = "<!-- Made by `python docs/generate.py`. Change the code, not this page. -->"
 
 MEANING: dict[str, str] = {
-    "output_dir": "On the command line it is `--output-dir`, or `outputs/RECIPE`; a recipe's own is not read.",
+    "output_dir": "On the command line it is `--output-dir`, or `outputs/RECIPE`; one in a recipe is an error.",
     "per_device_train_batch_size": "Most rows of a micro-batch on a process, in the update and in forwards without "
     "gradient. It does not change the result. `update.max_tokens_per_micro_batch` bounds it further.",
     "max_steps": "Optimizer steps. A rollout feeds `update.mini_batches` x `update.epochs` of them.",
@@ -57,38 +57,6 @@ MEANING: dict[str, str] = {
     "disable_tqdm": "True on the command line, which has a display of its own.",
 }
 """Honoured arguments whose meaning here needs a sentence."""
-
-NO_LOADER = "prompts come from PromptStream, not from a dataloader"
-NO_LOGITS = "evaluation rolls out and scores; it gathers no logits"
-WITHOUT_EFFECT: dict[str, str] = {
-    "per_device_eval_batch_size": "evaluation decodes as many rows at a time as a rollout has; it enters Trainer's "
-    "`eval_steps_per_second` only",
-    "prediction_loss_only": NO_LOGITS,
-    "eval_do_concat_batches": NO_LOGITS,
-    "eval_use_gather_object": NO_LOGITS,
-    "eval_accumulation_steps": NO_LOGITS,
-    "label_names": "there are no labels",
-    "dataloader_drop_last": NO_LOADER,
-    "dataloader_num_workers": NO_LOADER,
-    "dataloader_pin_memory": NO_LOADER,
-    "dataloader_persistent_workers": NO_LOADER,
-    "dataloader_prefetch_factor": NO_LOADER,
-    "dataloader_multiprocessing_context": NO_LOADER,
-    "dataloader_in_order": NO_LOADER,
-    "length_column_name": "rows are sorted by their own lengths",
-    "accelerator_config": "what it says of dataloaders; the rest is Accelerate's",
-    "use_cache": "rollouts use the cache and updates do not",
-    "fsdp_config": "`fsdp` is refused",
-    "liger_kernel_config": "`use_liger_kernel` is refused",
-    "do_train": "as in Trainer: it is for scripts",
-    "do_eval": "as in Trainer: it is for scripts",
-    "do_predict": "as in Trainer: it is for scripts",
-    "resume_from_checkpoint": "as in Trainer: pass it to `train()`; on the command line `--resume` or "
-    "`--resume_from_checkpoint`",
-    "torch_compile_backend": "it turns `torch_compile` on, which is refused",
-    "torch_compile_mode": "it turns `torch_compile` on, which is refused",
-}
-"""Arguments that change nothing here."""
 
 AS_IN_TRAINER = """
 lr_scheduler_kwargs optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules tf32
@@ -201,7 +169,7 @@ def arguments_page() -> Iterator[str]:
     """Every field of TrainingArguments under honoured, forced, refused or without effect."""
     from transformers import TrainingArguments
 
-    from hf_rlhf.arguments import DEFAULTS, FORCED, REFUSED
+    from hf_rlhf.arguments import DEFAULTS, FORCED, REFUSED, WITHOUT_EFFECT
 
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     as_in_trainer = AS_IN_TRAINER.split()

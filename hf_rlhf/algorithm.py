@@ -78,15 +78,15 @@ class Algorithm:
         """Optimizer steps that one rollout feeds."""
         return self.update.mini_batches * self.update.epochs
 
-    def kl_in(self, place: str) -> list[KLPlacement]:
-        """The KL placements that enter at `place`: reward, loss or advantage."""
-        return [kl for kl in self.kl if place in kl.places]
+    def kl_in(self, place: str) -> list[tuple[str, KLPlacement]]:
+        """(name in logs, placement) of the KLs that enter at `place`: reward, loss or advantage."""
+        return [(title, kl) for title, kl in self.titled("kl") if place in kl.places]
 
     @cached_property
     def readers_of_old_logps(self) -> list[str]:
         """Who needs log-probs before the first update; without any, the update's own forward gives them."""
         readers = [path for path, p in self.plugins() if "old_logps" in p.needs and not path.startswith("policy_loss")]
-        readers += [f"kl.{kl.name} in the {place}" for place in ("reward", "advantage") for kl in self.kl_in(place)]
+        readers += [f"kl.{kl.name} in the {place}" for place in ("reward", "advantage") for _, kl in self.kl_in(place)]
         if self.steps_per_rollout > 1 and "old_logps" in self.policy_loss.needs:
             readers.append(f"policy_loss ({self.steps_per_rollout} optimizer steps per rollout)")
         return readers
@@ -103,6 +103,15 @@ class Algorithm:
     def labels(self) -> list[str]:
         """The name of each reward source in logs and tables."""
         return [source.label or source.name for source in self.rewards]
+
+    def titled(self, axis: str) -> list[tuple[str, Any]]:
+        """(name in logs, plugin) for each plugin of a list axis; the second of a kind is called `<name>_2`."""
+        seen: dict[str, int] = {}
+        titled = []
+        for plugin in getattr(self, axis):
+            seen[plugin.name] = seen.get(plugin.name, 0) + 1
+            titled.append((plugin.name if seen[plugin.name] == 1 else f"{plugin.name}_{seen[plugin.name]}", plugin))
+        return titled
 
     def extras(self, plugin: Plugin, available: dict[str, Any], positional: frozenset[str]) -> dict[str, Any]:
         """The keywords that a tensor function gets: one per name it needs beyond its positional arguments."""
@@ -147,6 +156,12 @@ class Algorithm:
                 f"rollout.prompts={rollout.prompts} does not split into update.mini_batches={update.mini_batches} equal "
                 f"parts: choose mini_batches from {', '.join(map(str, fits))}, or change rollout.prompts"
             )
+        for i, kl in enumerate(self.kl):
+            if "entropy" in kl.estimator.needs and kl.places & {"reward", "advantage"}:
+                yield (
+                    f"kl.{i}.estimator={kl.estimator.name} needs entropy, which is computed in the update only: "
+                    "set kl." + f"{i}.use=in_loss, or choose another estimator"
+                )
         labels = self.labels()
         for label in sorted({x for x in labels if labels.count(x) > 1}):
             yield f"{labels.count(label)} reward sources are called {label!r} in the logs: give each a `label` of its own"

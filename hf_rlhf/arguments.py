@@ -37,6 +37,38 @@ REFUSED: dict[str, str] = {
 }
 """Argument -> what to do instead. Refused when it differs from its default."""
 
+NO_LOADER = "prompts come from PromptStream, not from a dataloader"
+NO_LOGITS = "evaluation rolls out and scores; it gathers no logits"
+WITHOUT_EFFECT: dict[str, str] = {
+    "per_device_eval_batch_size": "evaluation decodes as many rows at a time as a rollout has; it enters Trainer's "
+    "`eval_steps_per_second` only",
+    "prediction_loss_only": NO_LOGITS,
+    "eval_do_concat_batches": NO_LOGITS,
+    "eval_use_gather_object": NO_LOGITS,
+    "eval_accumulation_steps": NO_LOGITS,
+    "label_names": "there are no labels",
+    "dataloader_drop_last": NO_LOADER,
+    "dataloader_num_workers": NO_LOADER,
+    "dataloader_pin_memory": NO_LOADER,
+    "dataloader_persistent_workers": NO_LOADER,
+    "dataloader_prefetch_factor": NO_LOADER,
+    "dataloader_multiprocessing_context": NO_LOADER,
+    "dataloader_in_order": NO_LOADER,
+    "length_column_name": "rows are sorted by their own lengths",
+    "accelerator_config": "what it says of dataloaders; the rest is Accelerate's",
+    "use_cache": "rollouts use the cache and updates do not",
+    "fsdp_config": "`fsdp` is refused",
+    "liger_kernel_config": "`use_liger_kernel` is refused",
+    "do_train": "as in Trainer: it is for scripts",
+    "do_eval": "as in Trainer: it is for scripts",
+    "do_predict": "as in Trainer: it is for scripts",
+    "resume_from_checkpoint": "as in Trainer: pass it to `train()`; on the command line `--resume` or "
+    "`--resume_from_checkpoint`",
+    "torch_compile_backend": "it turns `torch_compile` on, which is refused",
+    "torch_compile_mode": "it turns `torch_compile` on, which is refused",
+}
+"""Argument -> why nothing reads it here. The plan names those that a recipe sets."""
+
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
     "report_to": "none",

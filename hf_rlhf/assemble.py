@@ -140,7 +140,7 @@ def prepare(
 
     if tokenizer is None:
         path = model if isinstance(model, str) or model is None else model.config.name_or_path
-        tokenizer = load_tokenizer(_replace(model_settings, path=path or model_settings.path))
+        tokenizer = load_tokenizer(_replace(model_settings, path=path or model_settings.path), trust_remote_code)
     tokenizer = prepare_tokenizer(tokenizer)
     if model is None or isinstance(model, str):
         model = load_model(model_settings, trust_remote_code)

@@ -54,7 +54,7 @@ class Collector:
     def collect(self, index: int) -> Buffer:
         """Rollout number `index`: rolled out, scored, filtered and credited."""
         self.actor_critic.eval()
-        before = {name: len(values) for name, values in self.meters.state_dict()["values"].items()}
+        mark = self.meters.mark()
         wanted, drawn = self.algorithm.rollout.prompts, 0
         parts: list[Collected] = []
         for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
@@ -68,16 +68,14 @@ class Collector:
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
         buffer = self._credit(index, collected)
-        self._tell_plugins(before)
+        self._tell_plugins(self.meters.since(mark))
         return buffer
 
-    def _tell_plugins(self, before: dict[str, int]) -> None:
+    def _tell_plugins(self, statistics: dict[str, float]) -> None:
         """Every plugin observes what was measured of this rollout alone, equal on every process; so no times."""
-        values = self.meters.state_dict()["values"].items()
-        new = {name: x[before.get(name, 0) :] for name, x in values if not name.startswith("time/")}
-        statistics = {name: sum(x) / len(x) for name, x in new.items() if x}
+        told = {name: x for name, x in statistics.items() if not name.startswith("time/")}
         for _, plugin in self.algorithm.plugins():
-            plugin.observe(statistics)
+            plugin.observe(told)
 
     def _draw(self, missing: int) -> list[Prompt]:
         """At least one prompt for each process."""
@@ -88,20 +86,11 @@ class Collector:
 
     def _round(self, prompts: Sequence[Prompt], first_group: int, index: int, attempt: int) -> Collected:
         """One round of prompts: completions, log-probs, rewards and in-reward KL, gathered into one table."""
-        rank, processes, group = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.algorithm.rollout.num_generations,
-        )
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = prompts[rank::processes]
-        with (
-            self.meters.time("rollout"),
-            seeded(self.seed, "rollout", index, attempt, rank),
-            self.accelerator.autocast(),
-        ):
-            completions = self._checked(self.algorithm.rollout(self.policy, mine, group), len(mine) * group)
-        ids = [first_group + rank + processes * i for i in range(len(mine)) for _ in range(group)]
-        rollouts = self.rollouts(mine, completions, ids, group)
+        group_ids = [first_group + rank + processes * i for i in range(len(mine))]
+        with self.meters.time("rollout"), seeded(self.seed, "rollout", index, attempt, rank):
+            completions, rollouts = self.roll_out(mine, group_ids, self.algorithm.rollout.num_generations)
         rows = {"mask": _padded(rollouts.masks, self.dtype).to(self.accelerator.device)}
         if "sampler_logps" in self.algorithm.needs:
             assert completions.logps is not None
@@ -128,11 +117,16 @@ class Collector:
                     )
         return columns
 
-    def rollouts(self, prompts: Sequence[Prompt], completions: Completions, ids: list[int], group: int) -> Rollouts:
-        """What the reward sources see of these completions."""
+    def roll_out(
+        self, prompts: Sequence[Prompt], group_ids: list[int], group: int, temperature: float | None = None
+    ) -> tuple[Completions, Rollouts]:
+        """`group` completions of each prompt, and what the reward sources see of them."""
+        with self.accelerator.autocast():
+            completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
+        completions = self._checked(completions, len(prompts) * group)
         names = sorted({name for prompt in prompts for name in prompt.columns})
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        return Rollouts(
+        return completions, Rollouts(
             prompts=[prompt.prompt for prompt in repeated],
             completions=self.policy.tokenizer.batch_decode(completions.ids, skip_special_tokens=True),
             prompt_ids=[list(prompt.ids) for prompt in repeated],
@@ -140,7 +134,7 @@ class Collector:
             masks=completions.masks or [[1] * len(ids) for ids in completions.ids],
             finish_reasons=completions.finish_reasons,
             columns={name: [prompt.columns.get(name) for prompt in repeated] for name in names},
-            group_ids=ids,
+            group_ids=[i for i in group_ids for _ in range(group)],
         )
 
     def _checked(self, completions: Completions, rows: int) -> Completions:
@@ -213,13 +207,13 @@ class Collector:
         sums, valid = total(scores, weights)
         valid &= (mask > 0).any(1).cpu()
         token_rewards = at_last_token(sums.to(device, self.dtype), mask)
-        for kl in self.algorithm.kl_in("reward"):
+        for title, kl in self.algorithm.kl_in("reward"):
             measured = kl.measure(
                 rows["old_logps"], rows["ref_logps"], mask, **self.algorithm.extras(kl.estimator, rows, BOTH)
             )
             penalty = kl.reward_penalty(measured)
             token_rewards = token_rewards - (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
-            self.meters.add(f"kl/{kl.name}/{kl.estimator.name}", measured.sum(), len(measured))
+            self.meters.add(f"kl/{title}/{kl.estimator.name}", measured.sum(), len(measured))
         narrow = {
             "group_ids": torch.tensor(rollouts.group_ids, device=device),
             "finished": torch.tensor([reason == "stop" for reason in rollouts.finish_reasons], device=device),
@@ -250,11 +244,11 @@ class Collector:
 
     def _keep(self, part: Collected) -> Collected:
         """The rows that every filter keeps."""
-        for chosen in self.algorithm.filters:
+        for title, chosen in self.algorithm.titled("filters"):
             if len(part.table["mask"]) == 0:
                 break
             keep = chosen(self._scored(part))
-            self.meters.put(f"filter/{chosen.name}/kept_frac", keep.double().mean().item())
+            self.meters.put(f"filter/{title}/kept_frac", keep.double().mean().item())
             part = part.select(keep)
         return part
 
@@ -284,9 +278,11 @@ class Collector:
         if isinstance(self.algorithm.critic, TrainedCritic):
             returns = credit.returns if isinstance(credit, Credit) else scored.mask
             rows["returns"] = returns[collected.places, :width]
-        for kl in self.algorithm.kl_in("advantage"):
+        for title, kl in self.algorithm.kl_in("advantage"):
             extras = self.algorithm.extras(kl.estimator, rows, BOTH)
-            penalty = kl.advantage_penalty(kl.measure(rows["old_logps"], rows["ref_logps"], rows["mask"], **extras))
+            measured = kl.measure(rows["old_logps"], rows["ref_logps"], rows["mask"], **extras)
+            self.meters.add(f"kl/{title}/{kl.estimator.name}", measured.sum(), len(measured))
+            penalty = kl.advantage_penalty(measured)
             rows["advantages"] = (
                 rows["advantages"] - (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * rows["mask"]
             )
@@ -318,6 +314,10 @@ class Collector:
             put("health/reward_missing", x.isnan().sum().item())
             _put_mean_std(put, f"reward/{label}", x[~x.isnan()])
         _put_mean_std(put, "reward/total", table["total"][valid])
+        scored = Scored(mask=table["mask"], token_rewards=table["mask"], group_ids=table["group_ids"])
+        compared = scored.group_size() > 1
+        if compared.any():
+            put("reward/zero_std_frac", scored.group_is_flat(table["total"])[compared].double().mean().item())
         lengths = table["mask"].sum(1)
         put("rollout/length/mean", lengths.mean().item())
         put("rollout/length/min", lengths.min().item())
@@ -329,7 +329,6 @@ class Collector:
     def _report_credit(self, scored: Scored, advantages: Tensor, returns: Tensor | None) -> None:
         put, on = self.meters.put, scored.mask > 0
         _put_mean_std(put, "reward/after_kl", scored.returns())
-        put("reward/zero_std_frac", scored.group_is_flat(scored.returns()).double().mean().item())
         _put_mean_std(put, "advantage", advantages[on])
         put("advantage/min", advantages[on].min().item())
         put("advantage/max", advantages[on].max().item())

@@ -142,6 +142,7 @@ def check(
     words: Words = None,
     model: Model = None,
     dataset: Data = None,
+    output_dir: OutputDir = None,
     seed: Seed = None,
     max_steps: MaxSteps = None,
     config: Config = None,
@@ -149,9 +150,10 @@ def check(
 ) -> None:
     """Print what a recipe would do, or why it is refused, without loading a model."""
     from hf_rlhf.run import check as make_plan
+    from hf_rlhf.run import choose_output_dir
 
     chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
-    plan = make_plan(chosen)
+    plan = make_plan(chosen, str(choose_output_dir(output_dir, chosen.name, False)))
     from hf_rlhf.display import console, show_plan
 
     show_plan(plan, console())

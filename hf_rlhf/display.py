@@ -157,7 +157,7 @@ def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]
         "  hf-rlhf plugins                      what can be swapped",
         "  hf-rlhf show advantages group_norm   one plugin and its settings",
         f"  hf-rlhf check {folder}/recipe.yaml advantages.use=leave_one_out",
-        "                                       what a change would do, or why it is refused",
+        "                                       what a change would do, or why not",
         f"  hf-rlhf train RECIPE --model {folder}",
         "                                       goes on from here",
     ]

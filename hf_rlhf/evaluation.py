@@ -39,10 +39,11 @@ def evaluate(
     collector.actor_critic.eval()
     for start in range(0, len(mine), step):
         part = mine[start : start + step]
-        with seeded(collector.seed, "evaluate", accelerator.process_index, start), accelerator.autocast():
-            completions = collector.algorithm.rollout(collector.policy, part, group, temperature=settings.temperature)
-            rollouts = collector.rollouts(part, completions, [i for i in range(len(part)) for _ in range(group)], group)
+        with seeded(collector.seed, "evaluate", accelerator.process_index, start):
+            _, rollouts = collector.roll_out(part, list(range(len(part))), group, settings.temperature)
             samples += _add(sums, collector, rollouts, group)[: max(0, 8 - len(samples))]
+        for source in collector.algorithm.rewards:
+            source.take_logs()  # what is logged here must not count as the next rollout's
     flat = sum_over_processes(accelerator, [x for pair in sums.values() for x in pair])
     pairs = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(sums)}
     return {name: numerator / count for name, (numerator, count) in pairs.items() if count}, samples

@@ -29,15 +29,15 @@ def policy_terms(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], m
     if "correction" in inputs:
         per_token = per_token * inputs["correction"]
     terms = {"policy/loss": (per_token * weights).sum()}
-    for kl in a.kl_in("loss"):
+    for title, kl in a.kl_in("loss"):
         penalty = kl.loss_penalty(
             kl.measure(logps, inputs["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
         )
         weight = weights if penalty.dim() == 2 else one_token(weights, mask)
-        terms[f"kl/{kl.name}/loss"] = (penalty * weight).sum()
-    for i, term in enumerate(a.loss_terms):
+        terms[f"kl/{title}/loss"] = (penalty * weight).sum()
+    for i, (title, term) in enumerate(a.titled("loss_terms")):
         value = term(logps, mask, **a.extras(term, known, frozenset()))
-        terms[f"plugin/{term.name}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
+        terms[f"plugin/{title}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
     with torch.no_grad():
         _measure(a, known, mask, metrics, meters)
     return terms
@@ -65,10 +65,10 @@ def _measure(a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict
         meters.add(f"policy/{name}", (x * mask).sum(), tokens)
     if "ref_logps" in known:
         meters.add("kl/ref", ((old - known["ref_logps"]) * mask).sum(), rows)
-    for kl in a.kl:
+    for title, kl in a.titled("kl"):
         if "reward" not in kl.places and "advantage" not in kl.places:
             value = kl.measure(logps, known["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
-            meters.add(f"kl/{kl.name}/{kl.estimator.name}", value.sum(), rows)
+            meters.add(f"kl/{title}/{kl.estimator.name}", value.sum(), rows)
 
 
 def value_term(critic: TrainedCritic, values: Tensor, inputs: dict[str, Any], meters: Meters) -> dict[str, Tensor]:

@@ -38,6 +38,15 @@ class Meters:
         """One number of the whole run; several between two log entries are averaged, those of `health/` added up."""
         self._values.setdefault(name, []).append(float(value))
 
+    def mark(self) -> dict[str, int]:
+        """A place in what was put, for `since`."""
+        return {name: len(values) for name, values in self._values.items()}
+
+    def since(self, mark: dict[str, int]) -> dict[str, float]:
+        """The average of what was put under each name after `mark`."""
+        new = {name: values[mark.get(name, 0) :] for name, values in self._values.items()}
+        return {name: sum(values) / len(values) for name, values in new.items() if values}
+
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         """Seconds spent inside, as `time/<name>_s`."""

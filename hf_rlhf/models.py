@@ -19,14 +19,14 @@ class ModelError(UserError, ValueError):
     """The model or its tokenizer cannot be used; the message says why, and what to do."""
 
 
-def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: Model, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer, ready for rollouts (see `prepare_tokenizer`), with `chat_template` in place of its own."""
     from transformers import AutoTokenizer
 
     path = _path(settings.tokenizer or settings.path)
     revision = settings.revision if settings.tokenizer is None else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: no tokenizer there; name one with model.tokenizer ({error})") from error
     if settings.chat_template is not None:

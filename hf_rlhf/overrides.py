@@ -29,7 +29,8 @@ def apply_overrides(
         try:
             if not equals or not path:
                 raise UserError("write KEY=VALUE, for instance kl.0.beta=0.1")
-            writer.write(path.split("."), read_yaml(text, f"the value {text!r}"))
+            comment = text.lstrip().startswith("#")  # to YAML; here it is a value, such as GSM8K's marker ####
+            writer.write(path.split("."), text if comment else read_yaml(text, f"the value {text!r}"))
         except UserError as error:
             problems.append((path, str(error)))
     if problems:

@@ -78,7 +78,9 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     """
     host = get_host()
     raw, notes = apply_overrides(read_recipe(name_or_path, host), overrides, host)
-    recipe = resolve(raw, host, name=Path(name_or_path).stem)
+    path = Path(name_or_path)
+    # A run leaves OUTPUT_DIR/recipe.yaml: it keeps the name of its folder.
+    recipe = resolve(raw, host, name=path.absolute().parent.name if path.name == "recipe.yaml" else path.stem)
     recipe.notes = notes
     return recipe
 

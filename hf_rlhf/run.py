@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.arguments import DEFAULTS, ArgumentError
+from hf_rlhf.arguments import DEFAULTS, WITHOUT_EFFECT, ArgumentError
 from hf_rlhf.assemble import AlgorithmError, describe
 from hf_rlhf.checkpoint import CheckpointError, newest
 from hf_rlhf.validation import UserError
@@ -42,7 +42,8 @@ def check(recipe: Recipe, output_dir: str = "outputs") -> Plan:
                 )
     except (AlgorithmError, ArgumentError, ValueError) as error:
         raise UserError(str(error)) from error
-    plan.remarks += recipe.notes
+    idle = [name for name in recipe.training if name in WITHOUT_EFFECT]
+    plan.remarks += [f"training.{name} has no effect here: {WITHOUT_EFFECT[name]}" for name in idle] + recipe.notes
     return plan
 
 
@@ -50,6 +51,9 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
     """TrainingArguments from the recipe's `training`. Raises `UserError` where transformers refuses them."""
     from transformers import TrainingArguments
 
+    for key, instead in (("output_dir", "--output-dir"), ("resume_from_checkpoint", "--resume")):
+        if recipe.training.get(key):
+            raise UserError(f"training.{key} is not read from a recipe: say {instead} on the command line")
     if recipe.training.get("hub_token"):
         raise UserError(
             "training.hub_token would be written into the run's record: set HF_TOKEN, or use `hf auth login`"
@@ -84,6 +88,7 @@ def train(
     started = time.perf_counter()
     folder = choose_output_dir(output_dir, recipe.name, resume)
     plan = check(recipe, str(folder))
+    checkpoint = _checkpoint(resume, folder)
 
     from transformers.utils import logging as transformers_logging
 
@@ -97,7 +102,6 @@ def train(
     progress = LiveProgress(out)
     trainer = _trainer(recipe, args, [progress], trust_remote_code)
     try:
-        checkpoint = _checkpoint(resume, folder)
         _write_recipe(trainer, recipe)
         samples: dict[str, Any] = {}
         before = _evaluate(trainer, samples, "before") if checkpoint is None else _saved_before(checkpoint)
@@ -145,7 +149,10 @@ def _trainer(recipe: Recipe, args: Any, callbacks: list[Any], trust_remote_code:
 def _checkpoint(resume: str | bool, folder: Path) -> str | None:
     if not resume:
         return None
-    return str(newest(folder)) if resume is True else str(resume)
+    try:
+        return str(newest(folder)) if resume is True else str(resume)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
 
 
 def _write_recipe(trainer: RLHFTrainer, recipe: Recipe) -> None:

@@ -117,8 +117,9 @@ class WandbTracker(WandbCallback):
         rows = self._run_log.completions
         if not rows or not state.is_world_process_zero:
             return
-        if self._table is None or len(self._table.data) >= ROWS_IN_TABLE:
-            self._table = self._wandb.Table(columns=list(rows[0]), allow_mixed_types=True, log_mode="INCREMENTAL")
+        columns, table = list(rows[0]), self._table
+        if table is None or table.columns != columns or len(table.data) >= ROWS_IN_TABLE:
+            self._table = self._wandb.Table(columns=columns, allow_mixed_types=True, log_mode="INCREMENTAL")
         for row in rows:
             self._table.add_data(*row.values())
         self._wandb.log({"samples/completions": self._table, "train/global_step": state.global_step})

@@ -35,6 +35,9 @@ from hf_rlhf.trackers import install
 if TYPE_CHECKING:
     from hf_rlhf.recipe import Recipe
 
+HEALTH = {"health/reward_missing": 0.0, "health/empty_rollout": 0.0, "health/nonfinite_step": 0.0}
+"""Always logged, also where nothing was counted."""
+
 
 class RLHFTrainer(Trainer):
     """`transformers.Trainer` whose batches are scored rollouts and whose loss is the recipe's.
@@ -183,7 +186,7 @@ class RLHFTrainer(Trainer):
         if self._bad_steps >= 3:
             raise FloatingPointError(
                 f"{self._bad_steps} optimizer steps in a row had a gradient that is not finite; the last at step "
-                f"{self.state.global_step}. Lower the learning rate, or look at health/* and policy/ratio/max"
+                f"{self.state.global_step}. Lower the learning rate, or look at policy/approx_kl in metrics.jsonl"
             )
         self.actor_critic.zero_grad()
         return torch.zeros_like(loss)
@@ -228,10 +231,17 @@ class RLHFTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clips policy and critic each by its own norm: a large value error must not shrink the policy's step."""
+        return self._norms(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The policy's norm, also where nothing is clipped."""
+        return super()._get_grad_norm(model, self._norms(float("inf")) if grad_norm is None else grad_norm)
+
+    def _norms(self, limit: float) -> Any:
         if self.actor_critic.critic is not None:
-            norm = self.accelerator.clip_grad_norm_(self.actor_critic.critic.parameters(), self.args.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.actor_critic.critic.parameters(), limit)
             self.meters.put("value/grad_norm", float(norm))
-        return self.accelerator.clip_grad_norm_(self.actor_critic.policy.parameters(), self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self.actor_critic.policy.parameters(), limit)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows per optimizer step over all processes."""
@@ -252,7 +262,7 @@ class RLHFTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was measured since the last entry to Trainer's own."""
         if "loss" in logs:
-            logs |= {"policy/grad_norm": logs["grad_norm"], **self.meters.read(self.accelerator)}
+            logs |= {"policy/grad_norm": logs["grad_norm"], **HEALTH, **self.meters.read(self.accelerator)}
             now, tokens = time.perf_counter(), self.collector.tokens
             if tokens > self._tokens_logged:
                 logs["perf/tokens_per_s"] = (tokens - self._tokens_logged) / (now - self._logged_at)

@@ -88,7 +88,7 @@ def make_trainer(spec: dict[str, Any], callbacks: list[Any] | None = None) -> RL
     algorithm = make_algorithm({**DEFAULTS["algorithm"], **spec["algorithm"]}, spec["update"])
     training = {
         "max_steps": 8,
-        "learning_rate": 0.5,
+        "learning_rate": 0.05,
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",

@@ -18,6 +18,7 @@ import torch
 from runs import FORMAT, SAMPLED, entries, parameters, problems, trained, trainer
 from typer.testing import CliRunner
 
+from hf_rlhf.arguments import WITHOUT_EFFECT
 from hf_rlhf.axes import AXES, LISTS
 from hf_rlhf.host import Host, use_host
 from hf_rlhf.testing import tiny_policy
@@ -103,7 +104,7 @@ def test_every_training_argument_stands_in_one_table():
         assert places == 1, f"{field.name} stands in {places} tables"
 
 
-def test_arguments_listed_without_effect_change_no_number(generate, tmp_path):
+def test_arguments_listed_without_effect_change_no_number(tmp_path):
     odd: dict[str, Any] = {
         "per_device_eval_batch_size": 3,
         "prediction_loss_only": True,
@@ -128,7 +129,7 @@ def test_arguments_listed_without_effect_change_no_number(generate, tmp_path):
         "resume_from_checkpoint": "nowhere",
     }
     elsewhere = {"torch_compile_backend", "torch_compile_mode", "fsdp_config"}  # they come with what is refused
-    assert odd.keys() | elsewhere == generate.WITHOUT_EFFECT.keys()
+    assert odd.keys() | elsewhere == WITHOUT_EFFECT.keys()
     options: dict[str, Any] = {"rollout": SAMPLED, "eval_data": problems(4, seed=1)}
     plain = trained(tmp_path / "plain", training={"eval_strategy": "steps", "eval_steps": 1}, **options)
     other = trained(tmp_path / "odd", training={"eval_strategy": "steps", "eval_steps": 1, **odd}, **options)

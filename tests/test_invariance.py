@@ -76,3 +76,12 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
     for name, spec in specs.items():
         begin = stepping.parameters(stepping.make_trainer(spec))
         assert_same_movement(stepping.run(spec) - begin, both[name] - begin)
+
+
+@pytest.mark.parametrize("axis", ["kl", "loss_terms"])
+def test_two_plugins_of_one_kind_add_up(axis, tmp_path):
+    one = {"kl": {"use": "in_loss", "estimator": "k3"}, "loss_terms": {"use": "entropy"}}[axis]
+    factor = {"kl": "beta", "loss_terms": "coef"}[axis]
+    halves = {**FULL, axis: [{**one, factor: 0.1}, {**one, factor: 0.3}]}
+    whole = {**FULL, axis: [{**one, factor: 0.4}]}
+    assert_same_movement(*(movement(tmp_path, specification(tmp_path, algorithm)) for algorithm in (halves, whole)))
