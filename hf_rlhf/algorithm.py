@@ -26,8 +26,9 @@ from hf_rlhf.axes import (
 )
 from hf_rlhf.settings import Update
 
-CORE_PROVIDES = frozenset({"old_logps", "groups", "group_ids", "scores", "entropy"})
-"""What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins."""
+CORE_PROVIDES = frozenset({"old_logps", "groups", "group_ids", "scores", "entropy", "adapter"})
+"""What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins. Whether the policy
+has an adapter is known where the model's settings are (`hf_rlhf.assemble.describe`)."""
 
 FIXES = {
     "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",
@@ -163,6 +164,8 @@ class Algorithm:
                     "set kl." + f"{i}.use=in_loss, or choose another estimator"
                 )
         labels = self.labels()
+        for label in sorted({"total", "after_kl"} & set(labels)):
+            yield f"a reward source is called {label!r}, which is the name of a sum in the logs: give it another label"
         for label in sorted({x for x in labels if labels.count(x) > 1}):
             yield f"{labels.count(label)} reward sources are called {label!r} in the logs: give each a `label` of its own"
 

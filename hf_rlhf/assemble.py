@@ -128,7 +128,7 @@ def prepare(
     if train is not None:  # given in Python: no row is taken from it for evaluation
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     check_arguments(args)
-    lora = peft_config is not None or model_settings.lora is not None
+    lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
     plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora)
     record["recipe"] = None if isinstance(recipe, Algorithm) else recipe.raw
     several = evaluation if isinstance(evaluation, dict) else None
@@ -150,7 +150,7 @@ def prepare(
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
     )
-    if lora and not hasattr(model, "peft_config"):
+    if lora and not hasattr(model, "peft_config"):  # a model that comes with an adapter keeps it
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config if peft_config is not None else lora_config(model_settings.lora))  # type: ignore[arg-type]
@@ -173,6 +173,13 @@ def prepare(
 def describe(algorithm: Algorithm, processes: int, rows: int, lora: bool) -> tuple[Plan, dict[str, Any]]:
     """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once."""
     problems = algorithm.problems()
+    if not lora:
+        problems += [
+            f"{path}={plugin.name} needs a policy with an adapter: set model.lora={{r: 16}} (--use_peft, or peft_config in "
+            "Python), or choose another"
+            for path, plugin in algorithm.plugins()
+            if "adapter" in plugin.needs
+        ]
     if problems:
         raise AlgorithmError("this combination is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
     manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])

@@ -6,7 +6,7 @@ recipe writes after `use:`; `needs` names what must be there for it, `provides` 
 `choice("k3")` gives it a default.
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), sampler_logps, old_logps, scores,
-group_ids, entropy. Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need,
+group_ids, entropy, adapter (the policy trains one). Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need,
 beyond their positional arguments, as one keyword. Estimators and filters find theirs as fields of `Scored`.
 
 A plugin that is costly to start implements `setup(context)` and `close()`; one with a memory implements `observe`,
@@ -209,6 +209,8 @@ class TrainedCritic(Critic, ABC):
     """A critic that learns with the policy: clipped (or plain) squared error to the estimator's returns."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"values"})
+    shares_forward: ClassVar[bool] = False
+    """True where the policy's own forward gives the values."""
 
     coef: NonNegative = 0.5
     """Factor of the value loss in the loss."""

@@ -31,8 +31,7 @@ def evaluate(
     numbers each time, so that two evaluations differ by the policy alone.
     """
     accelerator, group = collector.accelerator, settings.num_generations
-    chosen = prompts if settings.prompts is None else [prompts[i] for i in range(min(settings.prompts, len(prompts)))]
-    mine = [chosen[i] for i in range(accelerator.process_index, len(chosen), accelerator.num_processes)]
+    mine = [prompts[i] for i in range(accelerator.process_index, len(prompts), accelerator.num_processes)]
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in _names(collector, group)}
     samples: list[dict[str, Any]] = []
     step = max(1, collector.algorithm.rollout.prompts * collector.algorithm.rollout.num_generations // group)

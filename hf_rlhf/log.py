@@ -13,10 +13,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_rlhf.meters import Meters
-
-__all__ = ["Meters", "RunLog", "completion_rows"]
-
 
 class RunLog(TrainerCallback):
     """One line of metrics.jsonl per log entry, and a sample of completions in completions/step_*.parquet.

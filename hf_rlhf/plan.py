@@ -71,8 +71,13 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
         plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
     if "ref_logps" in a.needs:
         plan.forwards.append(f"reference over {rows} rows, without gradient")
-    if "values" in a.needs:
-        plan.forwards.append(f"critic over {rows} rows, without gradient: values for advantages={a.advantages.name}")
+    if isinstance(a.critic, TrainedCritic):
+        shared = a.critic.shares_forward
+        what = f"values for advantages={a.advantages.name}"
+        if shared and a.readers_of_old_logps:
+            plan.skipped.append(f"a forward of the critic: critic={a.critic.name} shares the policy's, {what}")
+        else:
+            plan.forwards.append(f"{'policy' if shared else 'critic'} over {rows} rows, without gradient: {what}")
     plan.forwards.append(f"policy over {rows * a.update.epochs} rows, with gradient ({a.update.epochs} per row)")
     if "entropy" not in a.needs:
         plan.skipped.append("exact entropy: no term asks for it (policy/entropy is estimated from the sampled tokens)")

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,7 +276,12 @@ class RLHFTrainer(Trainer):
         source = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if source is None:
             raise ValueError("there is no eval_dataset to evaluate on")
-        return DataLoader(self.parts.as_prompts(source), batch_size=1, collate_fn=list)
+        chosen = list(islice(self.parts.as_prompts(source), self.parts.evaluation_settings.prompts))
+        return DataLoader(chosen, batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """What `predict` reads: the same as for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     def evaluation_loop(
         self,

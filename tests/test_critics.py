@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaModel, TrainerCallback
 
 from hf_rlhf import load_plugin
-from hf_rlhf.log import Meters
 from hf_rlhf.losses import value_term
+from hf_rlhf.meters import Meters
 from hf_rlhf.policy import ActorCritic, token_batch
 from hf_rlhf.testing import rollouts, tiny_policy
 from hf_rlhf_plugins.critic._modules import TrunkHead

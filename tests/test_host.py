@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -580,6 +581,19 @@ def test_the_example_package_is_found_once_it_is_installed(example_site, tmp_pat
     assert (off.returncode, "turned off by -p no:hf-rlhf-example" in off.stderr) == (2, True)
     own_tests = call("pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(EXAMPLE), str(EXAMPLE / "tests"))
     assert own_tests.returncode == 0, own_tests.stdout
+
+
+def test_the_recipe_of_the_example_package_trains(example_site, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(example_site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hf_rlhf", "train", "hf-rlhf-example/explain", "--model", "builtin:addition"]
+    command += ["--dataset", "builtin:addition", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
+    command += ["rollout.prompts=2", "rollout.max_new_tokens=4", "evaluation.prompts=8"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    packages = {row["name"]: row["package"] for row in summary["plan"]["plugins"]}
+    assert (packages["keyword"], packages["group_median"]) == ("hf-rlhf-example", "hf-rlhf-example")
+    assert "reward/keyword/mean" in summary["after"]
 
 
 def test_the_modules_of_the_example_package_are_short():

@@ -45,7 +45,13 @@ CASES |= {f"recipe {offer.name}": recipe(offer.name) for offer in get_host().rec
 
 
 def specification(folder: Path, name: str, **more: Any) -> dict[str, Any]:
-    training = {"max_steps": 9, "optim": "adamw_torch", "learning_rate": 0.01, "max_grad_norm": 1.0, "save_total_limit": 3}
+    training = {
+        "max_steps": 9,
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+        "max_grad_norm": 1.0,
+        "save_total_limit": 3,
+    }
     return {
         "output_dir": str(folder / "out"),
         "algorithm": {**SAMPLED, **REWARDS, **CASES[name]},

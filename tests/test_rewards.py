@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager
 
 import pytest
+
+from hf_rlhf.batch import Rollouts
 from hf_rlhf_plugins.rewards._math_worker import Worker
 from hf_rlhf_plugins.rewards.exact_match import ExactMatch
 from hf_rlhf_plugins.rewards.format import Format
@@ -16,8 +18,6 @@ from hf_rlhf_plugins.rewards.function import Function
 from hf_rlhf_plugins.rewards.length import Length
 from hf_rlhf_plugins.rewards.math_answer import MathAnswer
 from hf_rlhf_plugins.rewards.reward_model import RewardModel
-
-from hf_rlhf.batch import Rollouts
 
 
 def rows(completions, *, prompts=None, masks=None, **columns):

@@ -20,6 +20,7 @@ class ValueHead(TrainedCritic):
     """Reads a linear value off the hidden state from which each token is predicted."""
 
     name = "value_head"
+    shares_forward = True
 
     trunk_gradient: Fraction = 1.0
     """Factor of the value loss's gradient into the trunk; 0 stops it, so that only the head learns values."""

@@ -22,6 +22,7 @@ class AdapterOff(Reference):
     """The log-probs of the policy without its adapter (LoRA and the like, by peft)."""
 
     name = "adapter_off"
+    needs = frozenset({"adapter"})
 
     def build(self, policy: PreTrainedModel) -> None:
         if not hasattr(policy, "disable_adapter"):
