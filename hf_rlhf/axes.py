@@ -6,8 +6,9 @@ recipe writes after `use:`; `needs` names what must be there for it, `provides` 
 `choice("k3")` gives it a default.
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), sampler_logps, old_logps, scores,
-group_ids, entropy, adapter (the policy trains one). Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need,
-beyond their positional arguments, as one keyword. Estimators and filters find theirs as fields of `Scored`.
+group_ids, entropy, adapter (the policy trains one). Tensor functions (policy losses, KL estimators, aggregations, loss
+terms) get each name they need, beyond their positional arguments, as one keyword. Estimators and filters find theirs as
+fields of `Scored`.
 
 A plugin that is costly to start implements `setup(context)` and `close()`; one with a memory implements `observe`,
 `state_dict` and `load_state_dict`, and is saved in every checkpoint.

@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a need that nobody knows": (
         {"advantages": Taught()},
         "advantages=taught needs 'teacher_logps', which this version does not provide",
-        "it provides: entropy, group_ids, groups, old_logps, ref_logps, sampler_logps, scores, values",
+        "it provides: adapter, entropy, group_ids, groups, old_logps, ref_logps, sampler_logps, scores, values",
     ),
     "no rewards": ({"rewards": []}, "rewards is empty", "rewards=[{use: exact_match}]"),
     "a critic that nothing reads": (
