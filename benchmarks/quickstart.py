@@ -1,4 +1,6 @@
-"""Accuracy and time of the quickstart over several seeds: `python -m benchmarks.quickstart [--seeds 0 1 2] [--cold] [--json PATH]`.
+"""Accuracy and time of the quickstart over several seeds.
+
+`python -m benchmarks.quickstart [--seeds 0 1 2] [--cold] [--json PATH] [KEY=VALUE ...]`
 
 Each seed is a run of `hf-rlhf train quickstart` in a process of its own, with the warm-up cached before the first. The
 result goes to benchmarks/results/quickstart.json and, as a table, to benchmarks/results/quickstart.md.
