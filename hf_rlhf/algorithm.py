@@ -175,6 +175,13 @@ class Algorithm:
                 yield f"{path}: {problem}"
 
 
+def callable_text(value: Any) -> str:
+    """`module:name` of a callable that was given in Python."""
+    inner = getattr(value, "func", value)  # functools.partial
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
 def _settings(plugin: Plugin) -> dict[str, Any]:
     found: dict[str, Any] = {"use": plugin.name}
     for setting in fields(plugin):
@@ -184,7 +191,7 @@ def _settings(plugin: Plugin) -> dict[str, Any]:
         elif isinstance(value, list):
             value = [_settings(x) if isinstance(x, Plugin) else x for x in value]
         elif callable(value):
-            value = f"{value.__module__}:{value.__qualname__}"
+            value = callable_text(value)
         found[setting.name] = value
     return found
 

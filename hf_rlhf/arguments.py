@@ -79,6 +79,13 @@ DEFAULTS: dict[str, Any] = {
 """What a recipe's `training` starts from on the command line, where TrainingArguments would choose otherwise."""
 
 
+DECISIVE = (
+    *("seed", "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16"),
+)
+"""Arguments that a resumed run must share with its checkpoint."""
+
+
 class ArgumentError(ValueError):
     """TrainingArguments that reinforcement learning here cannot honour."""
 
@@ -91,6 +98,11 @@ def check_arguments(args: Any) -> None:
         value = getattr(args, name, None)
         if value != defaults.get(name) and value not in (None, False, "no", [], ""):
             refused.append(f"training.{name}={value!r} is refused: {instead}")
+    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss"):
+        refused.append(
+            "training.load_best_model_at_end needs training.metric_for_best_model: evaluation has no loss; name one of its "
+            "metrics, for instance accuracy or reward/total/mean"
+        )
     if args.n_gpu > 1:
         refused.append(
             f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which is refused: start one process per GPU with "
@@ -102,6 +114,17 @@ def check_arguments(args: Any) -> None:
         setattr(args, name, value)
     if args.ddp_find_unused_parameters is None:  # every parameter takes part; the search costs a traversal per step
         args.ddp_find_unused_parameters = False
+
+
+def check_accelerator(accelerator: Any, args: Any) -> None:
+    """The same refusals for what a launcher asks for through the environment. Raises `ArgumentError`."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise ArgumentError(f"the launcher asks for {kind}: {REFUSED['fsdp']}")
+    if accelerator.mixed_precision == "fp16" or accelerator.scaler is not None:
+        raise ArgumentError(f"the launcher asks for mixed precision fp16: {REFUSED['fp16']}")
+    if args.gradient_accumulation_steps != 1:
+        raise ArgumentError(f"accelerator_config sets gradient accumulation: {REFUSED['gradient_accumulation_steps']}")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

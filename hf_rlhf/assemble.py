@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_rlhf.algorithm import Algorithm
-from hf_rlhf.arguments import check_arguments
+from hf_rlhf.arguments import DECISIVE, check_arguments
 from hf_rlhf.axes import Context
 from hf_rlhf.data import Prompts, StreamedPrompts, check_columns, load_prompts, read_columns
 from hf_rlhf.host import get_host
-from hf_rlhf.models import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer
+from hf_rlhf.models import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer, zero_dropout
 from hf_rlhf.plan import Plan, make_plan
 from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy
 from hf_rlhf.recipe import Recipe, load_recipe
@@ -66,6 +67,7 @@ class Parts:
         if isinstance(rows, Prompts | StreamedPrompts):
             return rows
         settings = _replace(self.dataset_settings, held_out=0)
+        check_columns(read_columns(settings, rows)[0], [plugin for _, plugin in self.algorithm.plugins()])
         return load_prompts(settings, self.tokenizer, max_prompt_tokens=self.room, train=rows)[0]
 
     def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, ReferencePolicy | None]:
@@ -73,6 +75,8 @@ class Parts:
         a = self.algorithm
         with seeded(args.seed, "critic"):
             critic = a.critic.build(model, a)
+        if critic is not None and not self.sections["model"].dropout:
+            zero_dropout(critic)
         actor_critic = ActorCritic(model, critic, a.rollout.temperature).to(args.device)
         if "ref_logps" not in a.needs:
             return actor_critic, None
@@ -130,6 +134,7 @@ def prepare(
     check_arguments(args)
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
     plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora)
+    record["run"] = resumable_settings(args, sections, peft_config)
     record["recipe"] = None if isinstance(recipe, Algorithm) else recipe.raw
     several = evaluation if isinstance(evaluation, dict) else None
     if several is not None:
@@ -143,7 +148,8 @@ def prepare(
         tokenizer = load_tokenizer(_replace(model_settings, path=path or model_settings.path), trust_remote_code)
     tokenizer = prepare_tokenizer(tokenizer)
     if model is None or isinstance(model, str):
-        model = load_model(model_settings, trust_remote_code)
+        with seeded(args.seed, "model"):  # a checkpoint without a head gets a new one
+            model = load_model(model_settings, trust_remote_code)
     elif not model_settings.dropout:
         model = disable_dropout(model)
     room = _room(model, chosen)
@@ -153,7 +159,8 @@ def prepare(
     if lora and not hasattr(model, "peft_config"):  # a model that comes with an adapter keeps it
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config if peft_config is not None else lora_config(model_settings.lora))  # type: ignore[arg-type]
+        with seeded(args.seed, "adapter"):
+            model = get_peft_model(model, peft_config if peft_config is not None else lora_config(model_settings.lora))  # type: ignore[arg-type]
     parts = Parts(
         algorithm=chosen,
         sections=sections,
@@ -185,7 +192,19 @@ def describe(algorithm: Algorithm, processes: int, rows: int, lora: bool) -> tup
     manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])
     plan = make_plan(algorithm, manifest, processes=processes, rows_per_micro_batch=rows, lora=lora)
     record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
-    return plan, record
+    return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back
+
+
+def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_config: Any) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resumption, besides the algorithm."""
+    chosen = {name: getattr(args, name) for name in DECISIVE}
+    chosen["data_seed"] = args.seed if args.data_seed is None else args.data_seed
+    kept = {"training": chosen, "model": asdict(sections["model"]), "dataset": asdict(sections["dataset"])}
+    if peft_config is not None:
+        kept["peft"] = {
+            name: x for name, x in peft_config.to_dict().items() if name in ("peft_type", "r", "lora_alpha")
+        }
+    return json.loads(json.dumps(kept, default=str))
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from hf_rlhf.axes import TrainedCritic
 from hf_rlhf.batch import Completions, Credit, Rollouts, Scored
 from hf_rlhf.buffer import Buffer, Collected, cut
 from hf_rlhf.distributed import gather_rows
+from hf_rlhf.losses import ESTIMATOR_GETS
 from hf_rlhf.meters import Meters
 from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy, token_batch
 from hf_rlhf.prompts import Prompt, PromptStream
@@ -147,6 +148,13 @@ class Collector:
                 f"rollout={name} gave an empty completion in rows {empty}: the end-of-sequence token counts as a "
                 "completion token, so give at least that"
             )
+        for what in ("masks", "logps"):
+            for i, values in enumerate(getattr(completions, what) or ()):
+                if len(values) != len(completions.ids[i]):
+                    raise ValueError(
+                        f"rollout={name} gave {len(values)} {what} for the {len(completions.ids[i])} tokens of row {i}: one "
+                        "per token is due, the end-of-sequence token included"
+                    )
         if completions.logps is None and "sampler_logps" in self.algorithm.needs:
             raise ValueError(
                 f"rollout={name} declares sampler_logps and gave none, and something needs them: give log-probs with every "
@@ -209,7 +217,7 @@ class Collector:
         token_rewards = at_last_token(sums.to(device, self.dtype), mask)
         for title, kl in self.algorithm.kl_in("reward"):
             measured = kl.measure(
-                rows["old_logps"], rows["ref_logps"], mask, **self.algorithm.extras(kl.estimator, rows, BOTH)
+                rows["old_logps"], rows["ref_logps"], mask, **self.algorithm.extras(kl.estimator, rows, ESTIMATOR_GETS)
             )
             penalty = kl.reward_penalty(measured)
             token_rewards = token_rewards - (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
@@ -217,13 +225,11 @@ class Collector:
         narrow = {
             "group_ids": torch.tensor(rollouts.group_ids, device=device),
             "finished": torch.tensor([reason == "stop" for reason in rollouts.finish_reasons], device=device),
-            "total": sums.to(device),
+            "total": sums.to(device, self.dtype),
             "valid": valid.to(device),
         }
-        narrow |= {f"score:{label}": x.to(device) for label, x in scores.items()}
+        narrow |= {f"score:{label}": x.to(device, self.dtype) for label, x in scores.items()}
         wide = {**rows, "token_rewards": token_rewards}
-        if self.algorithm.kl_in("reward"):
-            rows["token_rewards"] = token_rewards
         table = gather_rows(self.accelerator, wide, narrow)
         order = table["group_ids"].argsort(stable=True)
         own = torch.isin(table["group_ids"][order], narrow["group_ids"].unique())
@@ -248,7 +254,7 @@ class Collector:
             if len(part.table["mask"]) == 0:
                 break
             keep = chosen(self._scored(part))
-            self.meters.put(f"filter/{title}/kept_frac", keep.double().mean().item())
+            self.meters.put(f"filter/{title}/kept_frac", keep.float().mean().item())
             part = part.select(keep)
         return part
 
@@ -279,18 +285,17 @@ class Collector:
             returns = credit.returns if isinstance(credit, Credit) else scored.mask
             rows["returns"] = returns[collected.places, :width]
         for title, kl in self.algorithm.kl_in("advantage"):
-            extras = self.algorithm.extras(kl.estimator, rows, BOTH)
+            extras = self.algorithm.extras(kl.estimator, rows, ESTIMATOR_GETS)
             measured = kl.measure(rows["old_logps"], rows["ref_logps"], rows["mask"], **extras)
             self.meters.add(f"kl/{title}/{kl.estimator.name}", measured.sum(), len(measured))
             penalty = kl.advantage_penalty(measured)
             rows["advantages"] = (
                 rows["advantages"] - (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * rows["mask"]
             )
-        if "sampler_logps" in rows:
+        if "sampler_logps" in self.algorithm.rollout_correction.needs:
             rows["correction"] = self.algorithm.rollout_correction(
                 rows["old_logps"], rows["sampler_logps"], rows["mask"]
             )
-        rows.pop("token_rewards", None)
         return Buffer(
             index=index,
             prompt_ids=collected.prompt_ids,
@@ -314,15 +319,16 @@ class Collector:
             put("health/reward_missing", x.isnan().sum().item())
             _put_mean_std(put, f"reward/{label}", x[~x.isnan()])
         _put_mean_std(put, "reward/total", table["total"][valid])
-        scored = Scored(mask=table["mask"], token_rewards=table["mask"], group_ids=table["group_ids"])
+        mask, totals = table["mask"][valid], table["total"][valid]
+        scored = Scored(mask=mask, token_rewards=mask, group_ids=table["group_ids"][valid])
         compared = scored.group_size() > 1
         if compared.any():
-            put("reward/zero_std_frac", scored.group_is_flat(table["total"])[compared].double().mean().item())
+            put("reward/zero_std_frac", scored.group_is_flat(totals)[compared].float().mean().item())
         lengths = table["mask"].sum(1)
         put("rollout/length/mean", lengths.mean().item())
         put("rollout/length/min", lengths.min().item())
         put("rollout/length/max", lengths.max().item())
-        put("rollout/truncated_frac", 1 - table["finished"].double().mean().item())
+        put("rollout/truncated_frac", 1 - table["finished"].float().mean().item())
         put("rollout/tokens", lengths.sum().item())
         self.tokens += lengths.sum().item()
 
@@ -337,10 +343,6 @@ class Collector:
             if target.var() > 0:
                 put("value/explained_var", (1 - error.var() / target.var()).item())
             put("value/mean", scored.values[on].mean().item())
-
-
-BOTH = frozenset({"ref_logps"})
-"""What a KL estimator gets by position."""
 
 
 def at_last_token(x: Tensor, mask: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def sum_over_processes(accelerator: Accelerator, numbers: Sequence[Tensor | floa
     """Each number summed over every process: one collective, one wait for the device."""
     if not numbers:
         return []
-    flat = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=accelerator.device) for x in numbers])
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+    flat = torch.stack([torch.as_tensor(x, dtype=dtype, device=accelerator.device) for x in numbers])
     total: Any = accelerator.reduce(flat, "sum") if accelerator.num_processes > 1 else flat
     return total.tolist()

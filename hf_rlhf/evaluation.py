@@ -34,7 +34,8 @@ def evaluate(
     mine = [prompts[i] for i in range(accelerator.process_index, len(prompts), accelerator.num_processes)]
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in _names(collector, group)}
     samples: list[dict[str, Any]] = []
-    step = max(1, collector.algorithm.rollout.prompts * collector.algorithm.rollout.num_generations // group)
+    rows = collector.algorithm.rollout.prompts * collector.algorithm.rollout.num_generations
+    step = max(1, rows // (group * accelerator.num_processes))  # as many rows at a time as in training
     collector.actor_critic.eval()
     for start in range(0, len(mine), step):
         part = mine[start : start + step]

@@ -53,8 +53,9 @@ def _measure(a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict
     tokens, rows = mask.sum(), (mask > 0).any(1).sum()
     logps, old = known["logps"], known["old_logps"]
     log_ratio = (logps - old) * mask
-    meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
-    meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
+    if "old_logps" in a.policy_loss.needs or a.readers_of_old_logps:  # else nobody knows the policy that rolled out
+        meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
+        meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
     meters.add("policy/entropy", -(logps * mask).sum(), tokens)
     if taken := sorted(MEASURED & metrics.keys()):
         raise ValueError(

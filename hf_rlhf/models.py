@@ -63,16 +63,21 @@ def load_model(settings: Model, trust_remote_code: bool = False) -> PreTrainedMo
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Every dropout probability becomes 0: in modules, in what attention reads, and in the config that is saved."""
+    zero_dropout(model)
+    config = model.config
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        _zero(part)
+    return model
+
+
+def zero_dropout(model: torch.nn.Module) -> None:
+    """Every dropout probability in the modules of `model` becomes 0."""
     from torch.nn.modules.dropout import _DropoutNd
 
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         _zero(module)
-    config = model.config
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        _zero(part)
-    return model
 
 
 def lora_config(settings: Lora) -> LoraConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -22,8 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from hf_rlhf import checkpoint
 from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.arguments import check_accelerator
 from hf_rlhf.assemble import close_plugins, prepare
-from hf_rlhf.axes import Plugin, TrainedCritic
+from hf_rlhf.axes import TrainedCritic
 from hf_rlhf.buffer import Buffer
 from hf_rlhf.collect import Collector
 from hf_rlhf.evaluation import evaluate
@@ -90,6 +90,7 @@ class RLHFTrainer(Trainer):
             callbacks=[*(callbacks or []), self.run_log],
             optimizers=optimizers,
         )
+        check_accelerator(self.accelerator, self.args)
         install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record)
         self.actor_critic, reference = parts.build(self.model, self.args)
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -106,8 +107,9 @@ class RLHFTrainer(Trainer):
             max_rows=self.args.per_device_train_batch_size,
         )
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
-        parts.set_up(self.model, self.args)
+        self._step_sums: list[str] = []  # the terms of the loss, each a sum over one optimizer step
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
+        parts.set_up(self.model, self.args)
 
     @property
     def output_dir(self) -> Path:
@@ -170,8 +172,6 @@ class RLHFTrainer(Trainer):
         self._step_sums = list(sums)
         return sum(sums.values()) * self.args.world_size
 
-    _step_sums: list[str] = []  # noqa: RUF012  names of the terms of the loss, each a sum over one optimizer step
-
     def _guard(self, loss: Tensor) -> Tensor:
         """Leaves out a step whose gradient is not finite, and all but the critic during its warm-up."""
         critic = self.algorithm.critic
@@ -179,7 +179,7 @@ class RLHFTrainer(Trainer):
             for parameter in self.actor_critic.policy.parameters():
                 parameter.grad = None
         gradients = [p.grad for p in self.actor_critic.parameters() if p.grad is not None]
-        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).isfinite().all())
         self.meters.put("health/nonfinite_step", 0 if finite else 1)
         self._bad_steps = 0 if finite else self._bad_steps + 1
         if finite:
@@ -208,14 +208,25 @@ class RLHFTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's optimizer (or the recipe's update rule), with the critic in parameter groups of its own."""
-        if self.optimizer is None:
-            groups = self._critic_groups()
+        groups = self._critic_groups()
+        if self.optimizer is not None:
+            self._check_given(self.optimizer, groups)
+        else:
             self.optimizer = self.algorithm.optimizer.build(self.actor_critic, groups)
             if self.optimizer is None:
                 super().create_optimizer(model)
                 for group in groups:
                     self.optimizer.add_param_group(group)  # type: ignore[attr-defined]
         return self.optimizer  # type: ignore[return-value]
+
+    def _check_given(self, optimizer: Any, groups: list[dict[str, Any]]) -> None:
+        """An optimizer given in Python must train the critic too."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in held for group in groups for p in group["params"]):
+            raise ValueError(
+                "optimizers: the optimizer does not hold the critic's parameters, so the critic would never learn. Leave "
+                "optimizers out, or set critic.use=none"
+            )
 
     def _critic_groups(self) -> list[dict[str, Any]]:
         critic, settings = self.actor_critic.critic, self.algorithm.critic
@@ -312,8 +323,8 @@ class RLHFTrainer(Trainer):
     def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
         if not manifest["resumable"]:
             raise checkpoint.CheckpointError(f"{folder} was saved with save_only_model: it cannot be resumed")
-        changed = checkpoint.differences(manifest["algorithm"], self.run_log.record["algorithm"])
-        changed += checkpoint.differences({"seed": manifest["seed"]}, {"seed": self.args.seed})
+        record = self.run_log.record
+        changed = [d for key in ("algorithm", "run") for d in checkpoint.differences(manifest[key], record[key])]
         if manifest["step"] % self.algorithm.steps_per_rollout:
             changed += checkpoint.differences({"processes": manifest["processes"]}, {"processes": self.args.world_size})
         if changed:
@@ -336,26 +347,25 @@ class RLHFTrainer(Trainer):
         checkpoint.save_state(folder, self.args.process_index, self._state())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            facts = {"step": self.state.global_step, "processes": self.args.world_size, "seed": self.args.seed}
+            facts = {"step": self.state.global_step, "processes": self.args.world_size}
             checkpoint.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record})
             rotate_checkpoints(
                 output_dir=str(folder.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,  # by age, not by step: a run resumed from an older checkpoint keeps its newest
             )
         self.accelerator.wait_for_everyone()
-
-    def _stateful(self) -> Iterable[tuple[str, Plugin]]:
-        return self.algorithm.plugins()
 
     def _state(self) -> dict[str, Any]:
         used_up = self.state.global_step % self.algorithm.steps_per_rollout == 0
         return {
             "stream": self.stream.state_dict(),
             "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
-            "plugins": {path: state for path, plugin in self._stateful() if (state := plugin.state_dict())},
+            "plugins": {path: state for path, plugin in self.algorithm.plugins() if (state := plugin.state_dict())},
             "meters": self.meters.state_dict(),
             "tokens": self.collector.tokens,
+            "bad_steps": self._bad_steps,
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
@@ -365,9 +375,13 @@ class RLHFTrainer(Trainer):
             return
         rank = min(self.args.process_index, checkpoint.verify(Path(checkpoint_folder))["processes"] - 1)
         state = checkpoint.load_state(Path(checkpoint_folder), rank)
-        self.stream.load_state_dict(state["stream"])
+        self._bad_steps = state["bad_steps"]
+        try:
+            self.stream.load_state_dict(state["stream"])
+        except ValueError as error:
+            raise checkpoint.CheckpointError(str(error)) from error
         self.buffer = None if state["buffer"] is None else Buffer.from_state_dict(state["buffer"], self.args.device)
-        for path, plugin in self._stateful():
+        for path, plugin in self.algorithm.plugins():
             if path in state["plugins"]:
                 plugin.load_state_dict(state["plugins"][path])
         self.meters.load_state_dict(state["meters"])
@@ -389,12 +403,19 @@ class RLHFTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The policy's weights by Trainer, and the critic's."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_critic(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The policy by Trainer, and the critic that was saved beside it."""
+        super()._load_best_model()
+        if self.state.best_model_checkpoint:
+            self._load_critic(self.state.best_model_checkpoint)
+
+    def _load_critic(self, folder: str) -> None:
         if self.actor_critic.critic is not None:
             from safetensors.torch import load_file
 
-            self.actor_critic.critic.load_state_dict(
-                load_file(Path(resume_from_checkpoint) / "critic" / "model.safetensors")
-            )
+            self.actor_critic.critic.load_state_dict(load_file(Path(folder) / "critic" / "model.safetensors"))
 
     def close(self) -> None:
         """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""

@@ -26,7 +26,7 @@ class TrunkHead(nn.Module):
     def __init__(self, policy: Any, trunk_gradient: float):
         super().__init__()
         weight = policy.get_output_embeddings().weight
-        self.head = nn.Linear(hidden_size(policy), 1, device=weight.device, dtype=_trainable(weight.dtype))
+        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=_trainable(weight.dtype))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.trunk_gradient = trunk_gradient

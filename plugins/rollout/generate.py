@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Interval
 
@@ -51,12 +52,13 @@ class Generate(RolloutEngine):
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
         """See `RolloutEngine`. Prompts are padded on the left; what follows the first end-of-sequence token is cut off."""
+        eos = self._eos(policy)
         step = max(1, (self.max_rows or len(prompts) * num_generations) // num_generations)
         ids: list[list[int]] = []
         reasons: list[str] = []
         for start in range(0, len(prompts), step):
             for row in self._decode(policy, prompts[start : start + step], num_generations, temperature):
-                ends = [i for i, token in enumerate(row) if token in self._eos(policy)]
+                ends = [i for i, token in enumerate(row) if token in eos]
                 ids.append(row[: ends[0] + 1] if ends else row)
                 reasons.append("stop" if ends else "length")
         return Completions(ids=ids, finish_reasons=reasons)
@@ -83,13 +85,41 @@ class Generate(RolloutEngine):
             use_cache=True,
             **(sampling if temperature > 0 else {}),
         )
-        rows = policy.model.generate(input_ids=ids, attention_mask=attend, generation_config=config)[:, width:].tolist()
+        with _alone(policy.model):
+            rows = policy.model.generate(input_ids=ids, attention_mask=attend, generation_config=config)[
+                :, width:
+            ].tolist()
         return rows if temperature > 0 else [row for row in rows for _ in range(num_generations)]
 
     def _eos(self, policy: Policy) -> set[int]:
         own = policy.model.generation_config.eos_token_id
         found = {own} if isinstance(own, int) else set(own or ())
         return found | ({policy.tokenizer.eos_token_id} - {None})
+
+
+@contextmanager
+def _alone(model: Any) -> Iterator[None]:
+    """Keeps the model's own generation settings (suppressed tokens, n-gram bans, ...) out of what is sampled: transformers
+    would fill in every setting that ours leaves open."""
+    from transformers import GenerationConfig
+
+    holders = [
+        part
+        for part in (model, getattr(model, "base_model", None), _inner(model))
+        if hasattr(part, "generation_config")
+    ]
+    own = [part.generation_config for part in holders]
+    for part in holders:
+        part.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for part, config in zip(holders, own, strict=True):
+            part.generation_config = config
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @hookimpl
