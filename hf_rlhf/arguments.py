@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 FORCED: dict[str, tuple[Any, str]] = {
@@ -102,6 +103,11 @@ def check_arguments(args: Any) -> None:
         refused.append(
             "training.load_best_model_at_end needs training.metric_for_best_model: evaluation has no loss; name one of its "
             "metrics, for instance accuracy or reward/total/mean"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
+        refused.append(
+            f"a launcher started {os.environ['WORLD_SIZE']} processes and there is no accelerator for them: set "
+            "training.use_cpu (--use_cpu true), so that they work together"
         )
     if args.n_gpu > 1:
         refused.append(

@@ -145,6 +145,8 @@ def prepare(
 
     if tokenizer is None:
         path = model if isinstance(model, str) or model is None else model.config.name_or_path
+        if not path and model_settings.path is None and model is not None:
+            raise ValueError("the model does not say where it comes from: pass its tokenizer as processing_class")
         tokenizer = load_tokenizer(_replace(model_settings, path=path or model_settings.path), trust_remote_code)
     tokenizer = prepare_tokenizer(tokenizer)
     if model is None or isinstance(model, str):

@@ -85,6 +85,24 @@ def newest(output_dir: Path) -> Path:
     )
 
 
+def check_same_run(folder: Path, manifest: dict[str, Any], record: dict[str, Any], processes: int | None) -> None:
+    """Raises `CheckpointError` naming what differs between the run of a checkpoint and this one.
+
+    `processes` is their number where it matters, within a rollout, whose rows lie with their processes.
+    """
+    if not manifest["resumable"]:
+        raise CheckpointError(f"{folder} was saved with save_only_model: it cannot be resumed")
+    changed = [d for key in ("algorithm", "run") for d in differences(manifest[key], record[key])]
+    if processes is not None:
+        changed += differences({"processes": manifest["processes"]}, {"processes": processes})
+    if changed:
+        raise CheckpointError(
+            f"{folder} comes from another run:\n  "
+            + "\n  ".join(changed)
+            + "\nResume with the same recipe, or start anew"
+        )
+
+
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:
     """Dotted paths at which two nested containers differ, with both values."""
     if isinstance(saved, dict) and isinstance(now, dict):

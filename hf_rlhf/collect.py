@@ -19,7 +19,7 @@ from hf_rlhf.losses import ESTIMATOR_GETS
 from hf_rlhf.meters import Meters
 from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy, token_batch
 from hf_rlhf.prompts import Prompt, PromptStream
-from hf_rlhf.scoring import score, total
+from hf_rlhf.scoring import RewardError, score, total
 from hf_rlhf.seeding import seeded
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Collector:
     """Most rows of a forward without gradient."""
     tokens: float = 0.0
     """Completion tokens so far, over all processes."""
+    unscored: int = 0
+    """Rounds of prompts in a row in which no reward source scored a row."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,7 +248,20 @@ class Collector:
             places=own.nonzero().flatten(),
         )
         self._report_rewards(collected.table)
+        self._count_unscored(collected.table)
         return collected.select(collected.table["valid"].bool())
+
+    def _count_unscored(self, table: dict[str, Tensor]) -> None:
+        """Warns of a round without a single score, and stops the run at the third in a row."""
+        self.unscored = 0 if table["valid"].any() else self.unscored + 1
+        if self.unscored:
+            logger.warning("no reward source scored any of %d completions", len(table["valid"]))
+        if self.unscored >= 3:
+            labels = ", ".join(self.algorithm.labels())
+            raise RewardError(
+                f"no completion was scored in {self.unscored} rounds of prompts in a row: {labels} gave None or NaN for "
+                "every row. Look at the column with the reference answers"
+            )
 
     def _keep(self, part: Collected) -> Collected:
         """The rows that every filter keeps."""

@@ -150,7 +150,7 @@ def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]
     folder = summary["output_dir"]
     lines = [
         f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:",
-        "  the policy (model.safetensors, tokenizer), recipe.yaml, summary.json,",
+        "  the policy (weights, tokenizer), recipe.yaml, summary.json,",
         "  metrics.jsonl, completions/",
         "next:",
         "  hf-rlhf recipes                      other algorithms",

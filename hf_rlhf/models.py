@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.quickstart import BUILTIN, addition_model
 from hf_rlhf.settings import Lora, Model
@@ -51,13 +51,22 @@ def load_model(settings: Model, trust_remote_code: bool = False) -> PreTrainedMo
     """The causal language model that will be trained, without dropout unless `settings.dropout` keeps it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        _path(settings.path),
+    path = _path(settings.path)
+    loader: Any = AutoModelForCausalLM
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    if adapter:  # what a LoRA run saved: its adapter becomes part of its base
+        from peft import AutoPeftModelForCausalLM
+
+        loader = AutoPeftModelForCausalLM
+    model = loader.from_pretrained(
+        path,
         revision=settings.revision,
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         trust_remote_code=trust_remote_code,
     )
+    if adapter:
+        model = model.merge_and_unload().requires_grad_(True)
     return model if settings.dropout else disable_dropout(model)
 
 

@@ -49,6 +49,7 @@ def check(recipe: Recipe, output_dir: str = "outputs") -> Plan:
 
 def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
     """TrainingArguments from the recipe's `training`. Raises `UserError` where transformers refuses them."""
+    import torch
     from transformers import TrainingArguments
 
     for key, instead in (("output_dir", "--output-dir"), ("resume_from_checkpoint", "--resume")):
@@ -58,7 +59,8 @@ def training_arguments(recipe: Recipe, output_dir: str) -> TrainingArguments:
         raise UserError(
             "training.hub_token would be written into the run's record: set HF_TOKEN, or use `hf auth login`"
         )
-    values = {**DEFAULTS, "run_name": recipe.name, **recipe.training, "output_dir": output_dir}
+    cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}  # several processes then meet over gloo
+    values = {**DEFAULTS, **cpu, "run_name": recipe.name, **recipe.training, "output_dir": output_dir}
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -102,6 +104,8 @@ def train(
     progress = LiveProgress(out)
     trainer = _trainer(recipe, args, [progress], trust_remote_code)
     try:
+        if checkpoint is not None:
+            trainer.check_checkpoint(Path(checkpoint))
         _write_recipe(trainer, recipe)
         samples: dict[str, Any] = {}
         before = _evaluate(trainer, samples, "before") if checkpoint is None else _saved_before(checkpoint)

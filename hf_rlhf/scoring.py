@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
+from hf_rlhf.validation import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
     """A reward source raised, or answered with something that is not one number per row."""
 
 
@@ -32,9 +34,11 @@ def score(sources: Sequence[tuple[str, RewardSource]], rollouts: Rollouts) -> di
 def _score(label: str, source: RewardSource, rollouts: Rollouts) -> Tensor:
     try:
         answer: Any = source(copy.deepcopy(rollouts))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a reward that exits must not end the run as if it had succeeded
+        place = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
         raise RewardError(
-            f"reward {label!r} ({type(source).__name__}) raised {type(error).__name__}: {error}"
+            f"reward {label!r} ({type(source).__name__}) raised {type(error).__name__}: {error} "
+            f"(at {place.filename}:{place.lineno})"
         ) from error
     numbers = [_number(label, row, value) for row, value in enumerate(_listed(label, answer, len(rollouts)))]
     infinite = [row for row, value in enumerate(numbers) if math.isinf(value)]

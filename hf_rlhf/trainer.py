@@ -6,6 +6,7 @@ buffer; each ticket then takes its slot of micro-batches from it. Everything aft
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from contextlib import nullcontext
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from hf_rlhf import checkpoint
 from hf_rlhf.algorithm import Algorithm
@@ -30,6 +31,7 @@ from hf_rlhf.evaluation import evaluate
 from hf_rlhf.log import RunLog, completion_rows
 from hf_rlhf.losses import policy_terms, value_term
 from hf_rlhf.meters import Meters
+from hf_rlhf.optimizers import check_given, critic_groups
 from hf_rlhf.prompts import PromptStream
 from hf_rlhf.trackers import install
 
@@ -179,7 +181,8 @@ class RLHFTrainer(Trainer):
             for parameter in self.actor_critic.policy.parameters():
                 parameter.grad = None
         gradients = [p.grad for p in self.actor_critic.parameters() if p.grad is not None]
-        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).isfinite().all())
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all())
         self.meters.put("health/nonfinite_step", 0 if finite else 1)
         self._bad_steps = 0 if finite else self._bad_steps + 1
         if finite:
@@ -208,9 +211,11 @@ class RLHFTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's optimizer (or the recipe's update rule), with the critic in parameter groups of its own."""
-        groups = self._critic_groups()
+        groups = critic_groups(
+            self.actor_critic.critic, self.algorithm.critic, self.args, self.get_decay_parameter_names
+        )
         if self.optimizer is not None:
-            self._check_given(self.optimizer, groups)
+            check_given(self.optimizer, groups)
         else:
             self.optimizer = self.algorithm.optimizer.build(self.actor_critic, groups)
             if self.optimizer is None:
@@ -218,28 +223,6 @@ class RLHFTrainer(Trainer):
                 for group in groups:
                     self.optimizer.add_param_group(group)  # type: ignore[attr-defined]
         return self.optimizer  # type: ignore[return-value]
-
-    def _check_given(self, optimizer: Any, groups: list[dict[str, Any]]) -> None:
-        """An optimizer given in Python must train the critic too."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in held for group in groups for p in group["params"]):
-            raise ValueError(
-                "optimizers: the optimizer does not hold the critic's parameters, so the critic would never learn. Leave "
-                "optimizers out, or set critic.use=none"
-            )
-
-    def _critic_groups(self) -> list[dict[str, Any]]:
-        critic, settings = self.actor_critic.critic, self.algorithm.critic
-        if critic is None or not isinstance(settings, TrainedCritic):
-            return []
-        decayed = set(self.get_decay_parameter_names(critic))
-        rate = settings.learning_rate or self.args.learning_rate
-        named = list(critic.named_parameters())
-        return [
-            {"params": [p for n, p in named if (n in decayed) == decay], "lr": rate, "weight_decay": weight_decay}
-            for decay, weight_decay in ((True, self.args.weight_decay), (False, 0.0))
-            if any((n in decayed) == decay for n, _ in named)
-        ]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clips policy and critic each by its own norm: a large value error must not shrink the policy's step."""
@@ -311,28 +294,29 @@ class RLHFTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
-        comes from another algorithm."""
+        comes from another run. A checkpoint of the last step is loaded, and nothing is trained."""
         if resume_from_checkpoint:
-            folder = self.output_dir if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            folder = checkpoint.newest(folder) if resume_from_checkpoint is True else folder
-            self._check_same_run(folder, checkpoint.verify(folder))
+            own = resume_from_checkpoint is True
+            folder = checkpoint.newest(self.output_dir) if own else Path(str(resume_from_checkpoint))
             resume_from_checkpoint = str(folder)
+            if self.check_checkpoint(folder)["step"] >= self._last_step():
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+                return TrainOutput(self.state.global_step, 0.0, {})
         self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
-        if not manifest["resumable"]:
-            raise checkpoint.CheckpointError(f"{folder} was saved with save_only_model: it cannot be resumed")
-        record = self.run_log.record
-        changed = [d for key in ("algorithm", "run") for d in checkpoint.differences(manifest[key], record[key])]
-        if manifest["step"] % self.algorithm.steps_per_rollout:
-            changed += checkpoint.differences({"processes": manifest["processes"]}, {"processes": self.args.world_size})
-        if changed:
-            raise checkpoint.CheckpointError(
-                f"{folder} comes from another run:\n  "
-                + "\n  ".join(changed)
-                + "\nResume with the same recipe, or start anew"
-            )
+    def check_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
+        manifest = checkpoint.verify(folder)
+        within = manifest["step"] % self.algorithm.steps_per_rollout != 0
+        checkpoint.check_same_run(folder, manifest, self.run_log.record, self.args.world_size if within else None)
+        return manifest
+
+    def _last_step(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""

@@ -103,11 +103,8 @@ def _alone(model: Any) -> Iterator[None]:
     would fill in every setting that ours leaves open."""
     from transformers import GenerationConfig
 
-    holders = [
-        part
-        for part in (model, getattr(model, "base_model", None), _inner(model))
-        if hasattr(part, "generation_config")
-    ]
+    parts: tuple[Any, ...] = (model, getattr(model, "base_model", None), _inner(model))
+    holders = [part for part in parts if hasattr(part, "generation_config")]
     own = [part.generation_config for part in holders]
     for part in holders:
         part.generation_config = GenerationConfig()
