@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def newest(output_dir: Path) -> Path:
     raise CheckpointError(
         f"nothing to resume in {output_dir}: {detail}. Save with training.save_strategy=steps save_steps=N"
     )
+
+
+def rotate(newest_folder: Path, limit: int | None, best: str | None) -> None:
+    """Deletes all but `limit` checkpoints: incomplete ones first, then the oldest; never the newest or the best."""
+    kept = {newest_folder.resolve(), *([Path(best).resolve()] if best else [])}
+    others = [p for p in newest_folder.parent.glob("checkpoint-*") if p.is_dir() and p.resolve() not in kept]
+    others.sort(key=lambda p: ((p / MANIFEST).exists(), p.stat().st_mtime_ns))
+    surplus = 0 if limit is None else len(others) + len(kept) - max(limit, 1)
+    for folder in others[: max(surplus, 0)]:
+        shutil.rmtree(folder)
 
 
 def check_same_run(folder: Path, manifest: dict[str, Any], record: dict[str, Any], processes: int | None) -> None:

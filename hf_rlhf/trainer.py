@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_rlhf import checkpoint
 from hf_rlhf.algorithm import Algorithm
@@ -333,12 +333,7 @@ class RLHFTrainer(Trainer):
         if self.args.should_save:
             facts = {"step": self.state.global_step, "processes": self.args.world_size}
             checkpoint.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record})
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,  # by age, not by step: a run resumed from an older checkpoint keeps its newest
-            )
+            checkpoint.rotate(folder, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def test_two_processes_train_one_policy(trained, place):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    words = [str(trained[0] / "recipe.yaml"), "--output-dir", "two", "--max-steps", "2", "--use_cpu"]
+    words = [str(trained[0] / "recipe.yaml"), "--output-dir", "two", "--max-steps", "2"]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [begin(*words, cwd=place, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
     first, second = (end(process) for process in started)

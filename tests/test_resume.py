@@ -157,3 +157,41 @@ def test_a_checkpoint_holds_the_policy_as_plain_transformers_and_no_pickled_code
     assert manifest["step"] == 4
     assert checkpoint.load_state(folder, 0)["buffer"] is not None
     shutil.rmtree(folder)
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path):
+    spec = specification(tmp_path, "recipe grpo")
+    finished = stepping.run(spec, stop=9)
+    assert torch.equal(stepping.run(spec, resume=True), finished)
+    assert torch.equal(stepping.run(spec, resume=True), finished)
+
+
+def test_a_changed_learning_rate_is_refused_and_a_longer_run_is_not(tmp_path):
+    spec = specification(tmp_path, "recipe grpo")
+    stepping.run(spec, stop=3)
+    changed = {**spec, "training": {**spec["training"], "learning_rate": 0.5}}
+    with pytest.raises(checkpoint.CheckpointError, match=r"training\.learning_rate: 0\.01 in the checkpoint, 0\.5 now"):
+        stepping.run(changed, resume=True)
+    longer = {**spec, "training": {**spec["training"], "max_steps": 12}}
+    trainer = stepping.make_trainer(longer)
+    assert trainer.train(resume_from_checkpoint=True).global_step == 12
+
+
+def test_rotation_keeps_the_checkpoint_that_was_just_written(tmp_path):
+    spec = specification(tmp_path, "recipe grpo")
+    spec["training"] |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    out = Path(spec["output_dir"])
+    stepping.run(spec, stop=3)
+    shutil.copytree(out / "checkpoint-3", out / "checkpoint-99")
+    (out / "checkpoint-99" / checkpoint.MANIFEST).unlink()
+    stepping.run(spec, resume=True)
+    assert checkpoint.newest(out).name == "checkpoint-9"
+
+
+def test_an_adapter_starts_from_the_seed_whatever_came_before(tmp_path):
+    weights = []
+    for history in (0, 5):
+        torch.rand(history)
+        trainer = stepping.make_trainer({**specification(tmp_path, "recipe grpo"), "lora": True})
+        weights.append(torch.cat([p.flatten() for n, p in trainer.model.named_parameters() if "lora_" in n]))
+    assert torch.equal(*weights)
