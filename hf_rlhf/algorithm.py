@@ -25,6 +25,7 @@ from hf_rlhf.axes import (
     UpdateRule,
 )
 from hf_rlhf.settings import Update
+from hf_rlhf.validation import callable_text
 
 CORE_PROVIDES = frozenset({"old_logps", "groups", "group_ids", "scores", "entropy", "adapter"})
 """What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins. Whether the policy
@@ -173,13 +174,6 @@ class Algorithm:
         for path, plugin in self.plugins():
             for problem in plugin.check(self):
                 yield f"{path}: {problem}"
-
-
-def callable_text(value: Any) -> str:
-    """`module:name` of a callable that was given in Python."""
-    inner = getattr(value, "func", value)  # functools.partial
-    named = inner if hasattr(inner, "__qualname__") else type(inner)
-    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _settings(plugin: Plugin) -> dict[str, Any]:

@@ -143,12 +143,9 @@ def prepare(
     columns, _ = read_columns(sections["dataset"], train, evaluation)
     check_columns(columns, [plugin for _, plugin in chosen.plugins()])
 
-    if tokenizer is None:
-        path = model if isinstance(model, str) or model is None else model.config.name_or_path
-        if not path and model_settings.path is None and model is not None:
-            raise ValueError("the model does not say where it comes from: pass its tokenizer as processing_class")
-        tokenizer = load_tokenizer(_replace(model_settings, path=path or model_settings.path), trust_remote_code)
-    tokenizer = prepare_tokenizer(tokenizer)
+    tokenizer = prepare_tokenizer(
+        _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer
+    )
     if model is None or isinstance(model, str):
         with seeded(args.seed, "model"):  # a checkpoint without a head gets a new one
             model = load_model(model_settings, trust_remote_code)
@@ -177,6 +174,14 @@ def prepare(
     if several is not None:
         parts.evaluation = parts.as_prompts(several)
     return parts
+
+
+def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
+    """The tokenizer that lies with the model."""
+    path = model if isinstance(model, str) or model is None else model.config.name_or_path
+    if not path and settings.path is None and model is not None:
+        raise ValueError("the model does not say where it comes from: pass its tokenizer as processing_class")
+    return load_tokenizer(_replace(settings, path=path or settings.path), trust_remote_code)
 
 
 def describe(algorithm: Algorithm, processes: int, rows: int, lora: bool) -> tuple[Plan, dict[str, Any]]:

@@ -49,8 +49,8 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     os.replace(draft, folder / MANIFEST)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file was found as it was written. Raises `CheckpointError` naming the first that was not."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, without a look at the files. Raises `CheckpointError` where there is none."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -59,6 +59,12 @@ def verify(folder: Path) -> dict[str, Any]:
         ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file was found as it was written. Raises `CheckpointError` naming the first that was not."""
+    manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.arguments import DEFAULTS, WITHOUT_EFFECT, ArgumentError
 from hf_rlhf.assemble import AlgorithmError, describe
-from hf_rlhf.checkpoint import CheckpointError, newest
+from hf_rlhf.checkpoint import CheckpointError, newest, read_manifest
 from hf_rlhf.validation import UserError
 
 if TYPE_CHECKING:
@@ -177,6 +177,4 @@ def _evaluate(trainer: RLHFTrainer, samples: dict[str, Any], when: str) -> dict[
 
 
 def _saved_before(checkpoint: str) -> dict[str, float] | None:
-    from hf_rlhf.checkpoint import verify
-
-    return verify(Path(checkpoint)).get("before")
+    return read_manifest(Path(checkpoint)).get("before")

@@ -352,7 +352,7 @@ class RLHFTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint_folder)
         if checkpoint_folder is None:
             return
-        rank = min(self.args.process_index, checkpoint.verify(Path(checkpoint_folder))["processes"] - 1)
+        rank = min(self.args.process_index, checkpoint.read_manifest(Path(checkpoint_folder))["processes"] - 1)
         state = checkpoint.load_state(Path(checkpoint_folder), rank)
         self._bad_steps = state["bad_steps"]
         try:

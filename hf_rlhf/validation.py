@@ -216,12 +216,14 @@ def checked(cls: type, name: str, value: Any) -> Any:
 
 def plain(cls: type, name: str, value: Any) -> Any:
     """A setting's value in numbers, text, lists and mappings, from which `checked` makes it again."""
-    return _adapter(cls, name).dump_python(value, mode="json", fallback=_callable_text)
+    return _adapter(cls, name).dump_python(value, mode="json", fallback=callable_text)
 
 
-def _callable_text(value: Any) -> str:
+def callable_text(value: Any) -> str:
     """`module:name` of a callable that was given in Python; a recipe file would name it like this."""
-    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    inner = getattr(value, "func", value)  # functools.partial
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _takes_bool(hint: Any) -> bool:
