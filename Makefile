@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check test-learning clean
+.PHONY: quickstart test check test-learning lab-page clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -18,6 +18,10 @@ check: .venv/.installed-dev
 
 test-learning: .venv/.installed-dev
 	$(BIN)/pytest -m learning
+
+lab-page: .venv/.installed-dev
+	$(BIN)/hf-rlhf lab --all --picture docs/lab.svg > docs/lab.unfinished
+	mv docs/lab.unfinished docs/lab.md
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # for proofs.py, where this file is imported and not run
+import proofs
+
 from hf_rlhf import hookspecs
-from hf_rlhf.axes import AXES, LISTS
+from hf_rlhf.axes import AXES, LISTS, NESTED
 from hf_rlhf.host import Host, use_host
 from hf_rlhf.recipe import load_recipe
 from hf_rlhf.recipe_text import DEFAULTS as AXIS_DEFAULTS
 from hf_rlhf.settings import SECTIONS, Lora
-from hf_rlhf.validation import default_text, describe, plain_text
+from hf_rlhf.validation import default_text, describe, nested, plain_text, setting_types, settings_of
 
 DOCS = Path(__file__).parent
 PACKAGE = "hf_rlhf"
@@ -101,15 +104,40 @@ def plugins_page() -> Iterator[str]:
     )
     for axis in AXES:
         summary = (getattr(hookspecs, axis).__doc__ or "").partition("\n")[0]
-        kind = "any number" if axis in LISTS else "one inside each `kl`" if axis == "kl_estimator" else "one"
         default = AXIS_DEFAULTS.get(axis)
         left_out = "" if default is None or axis in LISTS else f" Left out, it is `{default}`."
+        place = f"A recipe has {'any number' if axis in LISTS else 'one'}."
+        if axis in NESTED:
+            place, left_out = inside(host, axis)
         if axis == "reference":
             left_out = " Left out, it is `none` where no KL is measured, `adapter_off` with LoRA, else `frozen`."
-        yield f"## {axis}\n\n{summary} A recipe has {kind}.{left_out}"
+        yield f"## {axis}\n\n{summary} {place}{left_out}"
         for offer in host.offers(axis):
             if offer.package == PACKAGE:
                 yield from plugin_entry(host, axis, offer.name)
+
+
+def inside(host: Host, axis: str) -> tuple[str, str]:
+    """Of an axis whose plugins stand inside others: where, and which is meant there by leaving it out."""
+    places: dict[str, str] = {}
+    for offer in host.offers():
+        if offer.package == PACKAGE and not offer.problem:
+            cls = host.get(offer.axis, f"{PACKAGE}/{offer.name}")
+            for setting in settings_of(cls):
+                held = nested(setting_types(cls)[setting.name])
+                if held and held.axis == axis and not held.many:
+                    places[f"{offer.axis}.{offer.name}"] = setting.metadata.get("use", "")
+    named: dict[str, list[str]] = {}
+    for place, default in places.items():
+        named.setdefault(default, []).append(code(place))
+    if list(named) == [""]:
+        left_out = " It cannot be left out."
+    elif len(named) == 1:
+        left_out = f" Left out, it is `{next(iter(named))}`."
+    else:
+        said = [f"{code(default)} in {', '.join(where)}" for default, where in named.items() if default]
+        left_out = f" Left out, it is {'; '.join(said)}."
+    return f"One stands inside {', '.join(map(code, places))}.", left_out
 
 
 def plugin_entry(host: Host, axis: str, name: str) -> Iterator[str]:
@@ -118,13 +146,46 @@ def plugin_entry(host: Host, axis: str, name: str) -> Iterator[str]:
     offer = host.find(axis, name)
     yield f"### {axis}.{name}\n\n{inspect.getdoc(cls)}"
     yield inspect.getdoc(sys.modules[cls.__module__]) or ""
-    facts = [("Needs", cls.needs), ("Provides", cls.provides)]
-    said = [f"{title}: {', '.join(code(x) for x in sorted(names))}." for title, names in facts if names]
+    said = [
+        f"{title}: {', '.join(code(x) for x in sorted(names))}."
+        if isinstance(names, frozenset)
+        else f"{title}: {names}"
+        for title, names in (("Needs", _names(cls, "needs")), ("Provides", _names(cls, "provides")))
+        if names
+    ]
     if said:
         yield " ".join(said)
     yield settings_table(cls)
     file = offer.module.replace("hf_rlhf_plugins", "plugins").replace(".", "/") + ".py"
     yield f"From package `{offer.package}`, module `{offer.module}`: [{file}](../{file})."
+
+
+def _names(cls: type, attribute: str) -> frozenset[str] | str:
+    """What a plugin needs or provides; where that depends on its settings, in the words of the property."""
+    names: Any = getattr(cls, attribute)
+    return " ".join((names.__doc__ or "").split()) if isinstance(names, property) else names
+
+
+def proofs_page() -> Iterator[str]:
+    """Every plugin of this package with the tests that prove it."""
+    yield "# Proofs\n\n" + MADE
+    yield (
+        "Every plugin of this package with the tests that show that it computes what it says, how, and how exactly. A test "
+        "says so itself, by `@pytest.mark.proves`; a plugin without one fails the suite. Besides, every plugin passes the "
+        "[conformance kit](writing_plugins.md#the-conformance-kit), runs the same however its rows are split and on two "
+        "processes, and resumes with equal bits (`tests/test_conformance.py`, `tests/test_every_plugin.py`)."
+    )
+    yield table(["how", "means"], [[how, f"{means[0].upper()}{means[1:]}."] for how, means in proofs.HOW.items()])
+    found = proofs.read(DOCS.parent / "tests")
+    for axis in AXES:
+        rows = [
+            [code(offer.name), f"[{proof.file}](../tests/{proof.file}): {code(proof.test)}", proof.how, proof.tolerance]
+            for offer in own_host().offers(axis)
+            if offer.package == PACKAGE
+            for proof in found
+            if proof.plugin == f"{axis}.{offer.name}"
+        ]
+        yield f"## {axis}\n\n" + table(["plugin", "test", "how", "tolerance"], rows)
 
 
 def recipes_page() -> Iterator[str]:
@@ -284,6 +345,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "recipes.md": recipes_page,
     "training_arguments.md": arguments_page,
     "settings.md": settings_page,
+    "proofs.md": proofs_page,
 }
 
 

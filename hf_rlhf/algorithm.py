@@ -27,7 +27,12 @@ from hf_rlhf.axes import (
 from hf_rlhf.settings import Update
 from hf_rlhf.validation import callable_text
 
-CORE_PROVIDES = frozenset({"old_logps", "groups", "group_ids", "scores", "entropy", "adapter"})
+CORE_PROVIDES = frozenset(
+    {
+        *("old_logps", "groups", "group_ids", "greedy", "scores", "total_score", "completion_ids", "advantages"),
+        *("selected", "entropy", "sum_sq_probs", "full_distribution", "double_backward", "adapter"),
+    }
+)
 """What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins. Whether the policy
 has an adapter is known where the model's settings are (`hf_rlhf.assemble.describe`)."""
 
@@ -87,11 +92,30 @@ class Algorithm:
     @cached_property
     def readers_of_old_logps(self) -> list[str]:
         """Who needs log-probs before the first update; without any, the update's own forward gives them."""
-        readers = [path for path, p in self.plugins() if "old_logps" in p.needs and not path.startswith("policy_loss")]
+        several = self.steps_per_rollout > 1
+        # in a single step the ratio is 1, and the update's own log-probs serve
+        own = [f"kl.{i}.estimator" for i, kl in enumerate(self.kl) if kl.places <= {"loss"}]
+        readers = [
+            path
+            for path, p in self.plugins()
+            if "old_logps" in p.needs and not path.startswith("policy_loss") and (several or path not in own)
+        ]
         readers += [f"kl.{kl.name} in the {place}" for place in ("reward", "advantage") for _, kl in self.kl_in(place)]
-        if self.steps_per_rollout > 1 and "old_logps" in self.policy_loss.needs:
+        if several and "old_logps" in self.policy_loss.needs:
             readers.append(f"policy_loss ({self.steps_per_rollout} optimizer steps per rollout)")
+        elif "selected" in self.policy_loss.needs:
+            readers.append("policy_loss (it selects tokens once per rollout)")
         return readers
+
+    def kl_over_distributions(self, moment: str) -> list[tuple[str, KLPlacement]]:
+        """(name in logs, placement) of the KLs over whole distributions that are measured in the `rollout` or `update`."""
+        early = frozenset({"reward", "advantage"})
+        return [
+            (title, kl)
+            for title, kl in self.titled("kl")
+            if "full_distribution" in kl.estimator.needs
+            and (bool(kl.places & early) if moment == "rollout" else "loss" in kl.places or not kl.places & early)
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Every choice with all its settings, as in a resolved recipe."""
@@ -138,6 +162,12 @@ class Algorithm:
     def _unused(self) -> Iterator[str]:
         if not self.rewards:
             yield "rewards is empty: nothing to learn from. Add one, for instance rewards=[{use: exact_match}]"
+        readers = [path for path, plugin in self.plugins() if "values" in plugin.needs]
+        if readers and not any(path.split(".")[0] == "advantages" for path in readers):
+            yield (
+                f"{readers[0]} reads values and advantages={self.advantages.name} gives the critic no returns to learn: choose "
+                "an estimator with a critic (gae, or baseline with baseline.use=critic)"
+            )
         for name, axis in (("values", "critic"), ("ref_logps", "reference")):
             plugin = getattr(self, axis)
             if name in plugin.provides and name not in self.needs:
@@ -158,7 +188,18 @@ class Algorithm:
                 f"rollout.prompts={rollout.prompts} does not split into update.mini_batches={update.mini_batches} equal "
                 f"parts: choose mini_batches from {', '.join(map(str, fits))}, or change rollout.prompts"
             )
+        for i, chosen in enumerate(self.filters):
+            if chosen.resample and "advantages" in chosen.needs:
+                yield (
+                    f"filters.{i}={chosen.name}: resample={chosen.resample} has no meaning here: this filter runs when the "
+                    f"advantages of the rollout are there, and no more prompts are drawn. Set filters.{i}.resample=0"
+                )
         for i, kl in enumerate(self.kl):
+            if "full_distribution" in kl.estimator.needs and kl.level == "sequence":
+                yield (
+                    f"kl.{i}.estimator={kl.estimator.name} reads the distributions of single tokens and has no sequence "
+                    f"level: set kl.{i}.level=token, or choose another estimator"
+                )
             if "entropy" in kl.estimator.needs and kl.places & {"reward", "advantage"}:
                 yield (
                     f"kl.{i}.estimator={kl.estimator.name} needs entropy, which is computed in the update only: "
@@ -194,7 +235,8 @@ def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
     yield path, plugin
     for setting in fields(plugin):
         value = getattr(plugin, setting.name)
-        children = value if isinstance(value, list) else [value]
-        for child in children:
+        place = f"{path}.{setting.name}"
+        children = [(f"{place}.{i}", x) for i, x in enumerate(value)] if isinstance(value, list) else [(place, value)]
+        for where, child in children:
             if isinstance(child, Plugin):
-                yield from _with_nested(f"{path}.{setting.name}", child)
+                yield from _with_nested(where, child)

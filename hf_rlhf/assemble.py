@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,8 @@ class Parts:
 
     def policy(self, model: Any, args: TrainingArguments) -> Policy:
         """What rollout engines get."""
-        return Policy(model=model, tokenizer=self.tokenizer, device=args.device)
+        wants = "sampler_logps" in self.algorithm.needs
+        return Policy(model=model, tokenizer=self.tokenizer, device=args.device, wants_logps=wants)
 
     def set_up(self, model: Any, args: TrainingArguments) -> None:
         """Calls `setup` of every plugin."""
@@ -132,8 +134,9 @@ def prepare(
     if train is not None:  # given in Python: no row is taken from it for evaluation
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     check_arguments(args)
+    refused = [f"optimizer={chosen.optimizer.name}: {reason}" for reason in chosen.optimizer.check_arguments(args)]
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
-    plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora)
+    plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora, refused)
     record["run"] = resumable_settings(args, sections, peft_config)
     record["recipe"] = None if isinstance(recipe, Algorithm) else recipe.raw
     several = evaluation if isinstance(evaluation, dict) else None
@@ -146,11 +149,7 @@ def prepare(
     tokenizer = prepare_tokenizer(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer
     )
-    if model is None or isinstance(model, str):
-        with seeded(args.seed, "model"):  # a checkpoint without a head gets a new one
-            model = load_model(model_settings, trust_remote_code)
-    elif not model_settings.dropout:
-        model = disable_dropout(model)
+    model = _model(model, model_settings, chosen, args.seed, trust_remote_code)
     room = _room(model, chosen)
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
@@ -176,6 +175,18 @@ def prepare(
     return parts
 
 
+def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_remote_code: bool) -> Any:
+    """The model, loaded where it is only named, without dropout unless the settings keep it."""
+    if model is None or isinstance(model, str):
+        with seeded(seed, "model"):  # a checkpoint without a head gets a new one
+            model = load_model(settings, trust_remote_code)
+    elif not settings.dropout:
+        model = disable_dropout(model)
+    if "double_backward" in algorithm.needs:  # fused attention has no second derivative
+        model.set_attn_implementation("eager")
+    return model
+
+
 def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
     """The tokenizer that lies with the model."""
     path = model if isinstance(model, str) or model is None else model.config.name_or_path
@@ -184,9 +195,12 @@ def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
     return load_tokenizer(_replace(settings, path=path or settings.path), trust_remote_code)
 
 
-def describe(algorithm: Algorithm, processes: int, rows: int, lora: bool) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once."""
-    problems = algorithm.problems()
+def describe(
+    algorithm: Algorithm, processes: int, rows: int, lora: bool, refused: Sequence[str] = ()
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once, those in
+    `refused` included."""
+    problems = [*algorithm.problems(), *refused]
     if not lora:
         problems += [
             f"{path}={plugin.name} needs a policy with an adapter: set model.lora={{r: 16}} (--use_peft, or peft_config in "

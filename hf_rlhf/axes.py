@@ -5,12 +5,16 @@ recipe writes after `use:`; `needs` names what must be there for it, `provides` 
 `hf_rlhf.batch`. A field typed with a class of this module is a nested plugin (`{use: ...}` in a recipe);
 `choice("k3")` gives it a default.
 
-`needs` may hold: ref_logps, values, groups (at least two rows per prompt), sampler_logps, old_logps, scores,
-group_ids, entropy, adapter (the policy trains one). Tensor functions (policy losses, KL estimators, aggregations, loss
-terms) get each name they need, beyond their positional arguments, as one keyword. Estimators and filters find theirs as
-fields of `Scored`.
+`needs` may hold: ref_logps, values, groups (two rows per prompt or more), greedy (a greedy completion of each prompt),
+sampler_logps, old_logps, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a policy loss,
+once per rollout), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one),
+double_backward (attention with second derivatives). Tensor functions (policy losses, KL estimators,
+aggregations, loss terms) get each name they need, beyond their positional arguments, as one keyword. Estimators and
+filters find theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with the log-probs of the
+whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 
-A plugin that is costly to start implements `setup(context)` and `close()`; one with a memory implements `observe`,
+What stops gradients on purpose, so that its gradient is not that of its value, says so: `stops_gradient = True`. A
+plugin that is costly to start implements `setup(context)` and `close()`; one with a memory implements `observe`,
 `state_dict` and `load_state_dict`, and is saved in every checkpoint.
 """
 
@@ -23,16 +27,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from hf_rlhf.batch import Completions, Credit, Rollouts, Scored
+from hf_rlhf.batch import Completions, Credit, Rollouts, Scored, Spans, TokenScores
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.policy import Policy
     from hf_rlhf.prompts import Prompt
+    from hf_rlhf.step import Step
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -80,10 +85,14 @@ class Plugin:
         """Stop what `setup` started. Called once, also after an error."""
 
     def observe(self, statistics: Mapping[str, float]) -> None:
-        """Take in the statistics of a whole rollout, equal on every process, once per rollout."""
+        """Take in the statistics of a whole rollout, equal on every process, once per rollout, before its first update.
+
+        Among them: rollout/rows, reward/total/mean, reward/after_kl/mean, kl/rollout/sequence and /token (mean k1 in nats,
+        where old and reference log-probs are there), and policy/*, averaged over the updates since the last rollout.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep of this plugin: numbers, strings, tensors, lists and dicts of them."""
+        """What a checkpoint must keep: numbers, strings, tensors, lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,8 +134,8 @@ class RewardSource(Plugin, ABC):
     """Name in logs and tables; the plugin's name by default. Two sources need two labels."""
 
     @abstractmethod
-    def __call__(self, rollouts: Rollouts) -> Sequence[float | None]:
-        """One number per row, or None (NaN) where this source does not apply."""
+    def __call__(self, rollouts: Rollouts) -> Sequence[float | Spans | TokenScores | None]:
+        """Per row one number, `Spans` (by step), `TokenScores` (by token), or None (NaN) where this source does not apply."""
 
     def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
         """What this source logged since the last call: columns of the completions table, one value per row, and metrics,
@@ -142,9 +151,20 @@ class RewardSource(Plugin, ABC):
 class KLEstimator(Plugin, ABC):
     """Estimates KL(policy || reference) from sampled log-probs. Axis `kl_estimator`, nested in each `kl`."""
 
+    stops_gradient: ClassVar[bool] = False
+
     @abstractmethod
     def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
         """(...) and (...) -> (...), elementwise and differentiable in `logps`."""
+
+
+@dataclass(kw_only=True)
+class KLController(Plugin, ABC):
+    """Moves beta during training. Axis `kl_controller`, nested in each `kl` that has a beta."""
+
+    @abstractmethod
+    def __call__(self, beta: float) -> float:
+        """The recipe's beta -> the beta to use now."""
 
 
 @dataclass(kw_only=True)
@@ -160,14 +180,25 @@ class KLPlacement(Plugin, ABC):
     level: Literal["token", "sequence"] = "token"
     """`token`: the estimator sees each token's log-probs; `sequence`: their sums over the mask."""
 
-    def measure(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
-        """The estimator's value: (R, T), 0 off the mask, at level token; (R,) at level sequence. R rows."""
+    clamp: Positive | None = None
+    """Limit of the estimator's value, -clamp to clamp; beyond it the gradient is 0. None: no limit."""
+
+    def estimate(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
+        """The estimator's value before the limit: (R, T), 0 off the mask, at level token; (R,) at level sequence. R rows."""
         off = mask == 0
         on_mask = {name: x.masked_fill(off, 0.0) for name, x in needed.items()}
         logps, ref_logps = logps.masked_fill(off, 0.0), ref_logps.masked_fill(off, 0.0)
         if self.level == "token":
             return self.estimator(logps, ref_logps, **on_mask) * mask
         return self.estimator(logps.sum(1), ref_logps.sum(1), **{name: x.sum(1) for name, x in on_mask.items()})
+
+    def limit(self, kl: Tensor) -> Tensor:
+        """`kl` within -clamp and clamp."""
+        return kl if self.clamp is None else kl.clamp(-self.clamp, self.clamp)
+
+    def measure(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
+        """The estimator's value within its limit, in the shapes of `estimate`."""
+        return self.limit(self.estimate(logps, ref_logps, mask, **needed))
 
     def reward_penalty(self, kl: Tensor) -> Tensor:
         """What is subtracted from the rewards: (N, T), or (N,) from the last token at level sequence."""
@@ -183,8 +214,24 @@ class KLPlacement(Plugin, ABC):
 
 
 @dataclass(kw_only=True)
+class Baseline(Plugin, ABC):
+    """What a return is compared with. Axis `baseline`, nested in the estimator `baseline`."""
+
+    across_groups: ClassVar[bool] = False  # as in AdvantageEstimator
+
+    @abstractmethod
+    def __call__(self, scored: Scored) -> Tensor:
+        """-> (N, 1), or (N, T) where it differs between tokens. A pure function of `scored` and of what was observed."""
+
+
+@dataclass(kw_only=True)
 class AdvantageEstimator(Plugin, ABC):
     """Turns rewards into advantages. Axis `advantages`."""
+
+    @property
+    def across_groups(self) -> bool:
+        """Whether rows of other prompts change a row's result, as whitening does."""
+        return False
 
     @abstractmethod
     def __call__(self, scored: Scored) -> Tensor | Credit:
@@ -228,12 +275,18 @@ class PolicyLoss(Plugin, ABC):
     """The loss of each token. Axis `policy_loss`. One that ignores `old_logps` says so by needing nothing."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"old_logps"})
+    stops_gradient: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, T) each -> the loss of each token (B, T), to be minimised, and metrics (B, T), averaged over the mask."""
+
+    def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """(N, T) each, of a whole rollout -> (N, T), handed to every call as `selected`. Called once per rollout where
+        `needs` names selected, so that micro-batches and processes cannot change what is chosen."""
+        raise TypeError(f"policy_loss.{self.name} needs selected and does not define select")
 
 
 @dataclass(kw_only=True)
@@ -249,9 +302,10 @@ class RolloutCorrection(Plugin, ABC):
 
 @dataclass(kw_only=True)
 class Reference(Plugin, ABC):
-    """The model that KL is measured to. Axis `reference`."""
+    """The model that KL is measured to. Axis `reference`. One that `moves` is saved in every checkpoint."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
+    moves: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, policy: PreTrainedModel) -> torch.nn.Module | None:
@@ -261,6 +315,9 @@ class Reference(Plugin, ABC):
         """A context manager in which the policy gives the reference's log-probs, where `build` gives None."""
         raise TypeError(f"reference.{self.name} builds no model and does not define active")
 
+    def move(self, model: torch.nn.Module, policy: PreTrainedModel, step: int) -> None:
+        """Called after optimizer step number `step` (from 1) with what `build` gave, where `moves` is True."""
+
 
 @dataclass(kw_only=True)
 class UpdateRule(Plugin, ABC):
@@ -268,7 +325,18 @@ class UpdateRule(Plugin, ABC):
 
     @abstractmethod
     def build(self, policy: torch.nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
-        """An optimizer over the parameter groups, or None for the one that TrainingArguments name."""
+        """An optimizer for the policy and the critic's parameter groups, or None for the one that TrainingArguments name."""
+
+    def check_arguments(self, args: TrainingArguments) -> Iterable[str]:
+        """Reasons why this rule cannot run under these TrainingArguments, each saying what to write instead."""
+        return ()
+
+    def hold(self, step: Step) -> None:
+        """Called between the backward and the optimizer's `step()`, with what the gradient was made from."""
+
+    def take_logs(self) -> dict[str, float]:
+        """What was measured in the last optimizer step, equal on every process; logged under `optimizer/`."""
+        return {}
 
 
 @dataclass(kw_only=True)
@@ -289,8 +357,18 @@ class LossTerm(Plugin, ABC):
         """(B, T) each, one keyword per name in `needs` -> (B, T), to be minimised."""
 
     def weights(self, mask: Tensor) -> Tensor:
-        """(N_u, T) -> (N_u, T): the weight of each token in this term; every token alike unless overridden."""
+        """(N_u, T) -> (N_u, T): the weight of each token in this term, every token alike unless overridden; total_score
+        and group_ids (here alone) come as keywords (N_u,) where they are needed."""
         return mask / mask.sum().clamp(min=1)
+
+
+@dataclass(kw_only=True)
+class TextTerm(LossTerm, ABC):
+    """A loss term on texts of its own, not on the rollout: it gets the log-probs of every token but the first."""
+
+    @abstractmethod
+    def texts(self, step: int) -> list[list[int]]:
+        """The token ids of the texts of optimizer step number `step` (from 0), equal on every process, at least two each."""
 
 
 @dataclass(kw_only=True)
@@ -310,7 +388,9 @@ AXES: dict[str, type[Plugin]] = {
     "rewards": RewardSource,
     "kl": KLPlacement,
     "kl_estimator": KLEstimator,
+    "kl_controller": KLController,
     "advantages": AdvantageEstimator,
+    "baseline": Baseline,
     "critic": Critic,
     "policy_loss": PolicyLoss,
     "rollout_correction": RolloutCorrection,
@@ -321,6 +401,9 @@ AXES: dict[str, type[Plugin]] = {
     "filters": Filter,
 }
 """Recipe key -> base class, in the order of the step."""
+
+NESTED = frozenset({"kl_estimator", "kl_controller", "baseline"})
+"""Axes whose plugins stand inside another plugin, not at the top of a recipe."""
 
 LISTS = frozenset({"rewards", "kl", "loss_terms", "filters"})
 """Axes that hold any number of plugins."""

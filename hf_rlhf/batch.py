@@ -9,7 +9,9 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         finish_reasons    n of "stop"/"length"  "length": cut off at max_new_tokens
         logps             n lists of float      log-probs as the sampler reports them, or None
 
-    Rollouts (to reward sources; n rows)
+    Rollouts (to reward sources; n rows), which answer per row with a number, None, or
+        Spans             [(end, value), ...]   a reward for each step: `end` is the character after it in the completion
+        TokenScores       [value, ...]          a reward for each completion token
         prompts           n of str or messages  as the dataset has them
         completions       n of str              decoded without special tokens
         prompt_ids        n lists of int
@@ -23,13 +25,18 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         mask              (N, T) float          1 on tokens the policy sampled
         token_rewards     (N, T) float          reward at its token, after in-reward KL; 0 off the mask
         group_ids         (N,) int              equal for the rows of one prompt; groups may vary in size
+        kl_penalties      (N, T) float or None  what the KL in the reward took from token_rewards
         values            (N, T) float or None  the critic's value of the state in which each token was sampled
         scores            name -> (N,) float    each reward source before its weight, NaN where it does not apply
         weights           name -> float         the weight of each reward source
         old_logps         (N, T) float or None  log-probs of the policy that rolled out, in the trainer
         ref_logps         (N, T) float or None  log-probs of the reference
         sampler_logps     (N, T) float or None  log-probs as the sampler reported them
+        sum_sq_probs      (N, T) float or None  sum over V of p_v^2 where each token was sampled
+        greedy            (N,) float or None    total score of the greedy completion of the row's prompt
         finished          (N,) bool or None     False where the completion was cut off
+        completion_ids    (N, T) int or None    the completions' tokens, tool tokens included; 0 in the padding
+        advantages        (N, T) float or None  to filters that need them, which run after the estimator
 
     Credit (from advantage estimators that need values)
         advantages        (N, T) float          0 off the mask
@@ -53,6 +60,20 @@ class Completions:
     masks: list[list[int]] | None = None
     finish_reasons: list[str]
     logps: list[list[float]] | None = None
+
+
+@dataclass
+class Spans:
+    """A reward for each step of a completion: (end, value), where `end` is the place in characters after the step."""
+
+    values: list[tuple[int, float]]
+
+
+@dataclass
+class TokenScores:
+    """A reward for each token of a completion, tool tokens included; theirs are not used."""
+
+    values: list[float]
 
 
 @dataclass(kw_only=True)
@@ -85,17 +106,36 @@ class Scored:
     mask: Tensor
     token_rewards: Tensor
     group_ids: Tensor
+    kl_penalties: Tensor | None = None
     values: Tensor | None = None
     scores: dict[str, Tensor] | None = None
     weights: dict[str, float] | None = None
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     sampler_logps: Tensor | None = None
+    sum_sq_probs: Tensor | None = None
+    greedy: Tensor | None = None
     finished: Tensor | None = None
+    completion_ids: Tensor | None = None
+    advantages: Tensor | None = None
 
     def returns(self) -> Tensor:
         """(N,) each row's undiscounted return: the sum of its token rewards over the mask."""
         return (self.token_rewards * self.mask).sum(1)
+
+    def totals(self) -> Tensor:
+        """(N,) each row's weighted total score before any KL; a source that does not apply adds nothing.
+
+        Without `scores` the returns, with what the KL took given back.
+        """
+        if not self.scores:
+            given = self.token_rewards if self.kl_penalties is None else self.token_rewards + self.kl_penalties
+            return (given * self.mask).sum(1)
+        weights = self.weights or {}
+        return sum(
+            (weights.get(source, 1.0) * score.nan_to_num() for source, score in self.scores.items()),
+            start=self.mask.new_zeros(len(self.mask)),
+        )
 
     def groups(self) -> tuple[Tensor, Tensor]:
         """(N,) the group of each row, numbered from 0, and (groups,) the rows in each group."""

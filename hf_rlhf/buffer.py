@@ -15,9 +15,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.axes import TextTerm
 from hf_rlhf.batch import Scored
 from hf_rlhf.policy import token_batch
 from hf_rlhf.seeding import permutation
+
+OPTIONAL = (
+    *("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs"),
+    *("greedy", "kl_penalties", "completion_ids", "advantages"),
+)
+"""Fields of `Scored` that the table holds where something needs them."""
 
 
 @dataclass(kw_only=True)
@@ -71,9 +78,7 @@ class Collected:
     def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
         """The table as estimators and filters see it."""
         table = self.table
-        optional = {
-            name: table[name] for name in ("values", "old_logps", "ref_logps", "sampler_logps") if name in table
-        }
+        optional = {name: table[name] for name in OPTIONAL if name in table}
         return Scored(
             mask=table["mask"],
             token_rewards=table["token_rewards"],
@@ -97,7 +102,8 @@ class Buffer:
     """One rollout with its advantages.
 
     `rows` holds (n, T) tensors of this process: mask, advantages and, where they are needed, old_logps, ref_logps, values,
-    returns, correction. `mask` (N, T) bool and `group_ids` (N,) are of all rows, `places` as in `Collected`.
+    returns, correction, selected. `mask` (N, T) bool, `group_ids` (N,) and `total_score` (N,) are of all rows, `places` as
+    in `Collected`.
     """
 
     index: int
@@ -107,6 +113,7 @@ class Buffer:
     places: Tensor
     mask: Tensor
     group_ids: Tensor
+    total_score: Tensor
     extra: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,9 +132,8 @@ class Buffer:
         epoch, mini_batch = divmod(position, algorithm.update.mini_batches)
         groups = self.group_ids.unique()
         if epoch > 0:
-            groups = groups[
-                torch.tensor(permutation(len(groups), seed, "epoch", self.index, epoch), device=groups.device)
-            ]
+            order = permutation(len(groups), seed, "epoch", self.index, epoch)
+            groups = groups[torch.tensor(order, dtype=torch.long, device=groups.device)]
         chosen = groups.tensor_split(algorithm.update.mini_batches)[mini_batch]
         return torch.isin(self.group_ids, chosen).nonzero().flatten()
 
@@ -141,13 +147,15 @@ class Buffer:
         if len(step) == 0:
             return []
         mask = self.mask[step].to(self.rows["mask"].dtype)
-        available = {"group_ids": self.group_ids[step]}
+        available = {"group_ids": self.group_ids[step], "total_score": self.total_score[step].to(mask.dtype)}
         weights = {
             "weights": algorithm.aggregation(mask, **algorithm.extras(algorithm.aggregation, available, frozenset())),
             "value_weights": mask / mask.sum().clamp(min=1),
         }
         for i, term in enumerate(algorithm.loss_terms):
-            weights[f"term_weights:{i}"] = term.weights(mask)
+            if not isinstance(term, TextTerm):
+                extras = algorithm.extras(term, available, frozenset())
+                weights[f"term_weights:{i}"] = term.weights(mask, **extras)
         where = torch.full((len(self.mask),), -1, dtype=torch.long, device=step.device)
         where[step] = torch.arange(len(step), device=step.device)
         mine = where[self.places]
@@ -164,13 +172,39 @@ class Buffer:
         index = torch.tensor(rows, device=self.places.device)
         micro: dict[str, Any] = {name: x[index, :width] for name, x in self.rows.items()}
         micro |= {name: w[mine[index], :width] for name, w in weights.items()}
+        micro["total_score"] = self.total_score[self.places[index]].to(micro["mask"].dtype)
         micro["batch"] = token_batch([self.prompt_ids[i] for i in rows], completions, micro["mask"], pad)
         return micro
 
     def _empty(self, weights: dict[str, Tensor], pad: int) -> dict[str, Any]:
         """One row without a sampled token, under the same names as any micro-batch."""
         zero = self.rows["mask"].new_zeros((1, 1))
-        return {**dict.fromkeys([*self.rows, *weights], zero), "batch": token_batch([[pad]], [[pad]], zero, pad)}
+        batch = token_batch([[pad]], [[pad]], zero, pad)
+        return {**dict.fromkeys([*self.rows, *weights], zero), "total_score": zero[0], "batch": batch}
+
+
+def text_micro_batches(
+    algorithm: Algorithm, step: int, share: slice, like: Tensor, pad: int, max_rows: int
+) -> list[dict[str, Any]]:
+    """Micro-batches of the texts that loss terms bring along for optimizer step number `step`.
+
+    `share` says which texts are this process's; `like` has the device and dtype. Weights are of all texts of the step.
+    """
+    found = []
+    for i, term in enumerate(algorithm.loss_terms):
+        if not isinstance(term, TextTerm):
+            continue
+        texts = term.texts(step)
+        counts = torch.tensor([len(ids) - 1 for ids in texts], device=like.device)
+        mask = (torch.arange(int(counts.max()), device=like.device) < counts[:, None]).to(like.dtype)
+        weights = term.weights(mask)
+        budget = algorithm.update.max_tokens_per_micro_batch
+        for rows in cut(list(range(len(texts)))[share], [len(ids) for ids in texts], budget, max_rows):
+            width = max(len(texts[row]) for row in rows) - 1
+            part = mask[rows, :width]
+            batch = token_batch([texts[row][:1] for row in rows], [texts[row][1:] for row in rows], part, pad)
+            found.append({"text_term": i, "mask": part, "weights": weights[rows, :width], "batch": batch})
+    return found
 
 
 def cut(rows: list[int], lengths: list[int], max_tokens: int | None, max_rows: int) -> list[list[int]]:

@@ -34,6 +34,22 @@ def load_state(folder: Path, rank: int) -> dict[str, Any]:
     return torch.load(folder / STATE.format(rank=rank), map_location="cpu", weights_only=True)
 
 
+def save_module(folder: Path, module: torch.nn.Module) -> None:
+    """The parameters and buffers of `module` as safetensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in module.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_module(folder: Path, module: torch.nn.Module) -> None:
+    """What `save_module` wrote."""
+    from safetensors.torch import load_file
+
+    module.load_state_dict(load_file(folder / "model.safetensors"))
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Flushes every file to disk and writes the manifest: from now on the checkpoint counts."""
     files = {}

@@ -106,6 +106,29 @@ def show(
     _show_plugin(host, axis, name)
 
 
+@app.command()
+def explain(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE [RECIPE] [KEY=VALUE]...", help="One recipe or two, and overrides.")
+    ],
+    plugin: PluginOptions = None,
+) -> None:
+    """What a recipe computes, step by step on a small example; with two recipes, where they differ."""
+    from hf_rlhf.explain import explain as run
+
+    run(*split_names(words))
+
+
+def split_names(words: list[str]) -> tuple[list[str], list[str]]:
+    """The one or two recipes among the words, and the overrides. Raises `UserError` for any other number."""
+    names = [word for word in words if "=" not in word]
+    if len(names) not in (1, 2):
+        raise UserError(
+            f"explain takes one recipe or two; got {len(names)}: for instance `hf-rlhf explain grpo@verl grpo@trl`"
+        )
+    return names, [word for word in words if "=" in word]
+
+
 def _show_plugin(host: Host, axis: str, name: str) -> None:
     import inspect
 
@@ -156,3 +179,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+import hf_rlhf.lab.command  # noqa: E402, F401  adds lab, which needs `app`

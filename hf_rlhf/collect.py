@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.algorithm import Algorithm
-from hf_rlhf.axes import TrainedCritic
+from hf_rlhf.axes import KLController, TrainedCritic
 from hf_rlhf.batch import Completions, Credit, Rollouts, Scored
-from hf_rlhf.buffer import Buffer, Collected, cut
+from hf_rlhf.buffer import Buffer, Collected
 from hf_rlhf.distributed import gather_rows
-from hf_rlhf.losses import ESTIMATOR_GETS
+from hf_rlhf.forwards import Forwards
+from hf_rlhf.losses import measured
 from hf_rlhf.meters import Meters
-from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy, token_batch
+from hf_rlhf.policy import ActorCritic, Policy
 from hf_rlhf.prompts import Prompt, PromptStream
-from hf_rlhf.scoring import RewardError, score, total
+from hf_rlhf.reports import report_credit, report_drift, report_rewards
+from hf_rlhf.scoring import RewardError, ask, place, score, total, totals
 from hf_rlhf.seeding import seeded
 
 if TYPE_CHECKING:
@@ -35,13 +37,11 @@ class Collector:
     algorithm: Algorithm
     policy: Policy
     actor_critic: ActorCritic
-    reference: ReferencePolicy | None
+    forwards: Forwards
     accelerator: Accelerator
     stream: PromptStream
     meters: Meters
     seed: int
-    max_rows: int
-    """Most rows of a forward without gradient."""
     tokens: float = 0.0
     """Completion tokens so far, over all processes."""
     unscored: int = 0
@@ -70,15 +70,25 @@ class Collector:
             parts.append(self._keep(part))
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
+        report_drift(self.meters.put, collected.table)
         buffer = self._credit(index, collected)
         self._tell_plugins(self.meters.since(mark))
         return buffer
 
     def _tell_plugins(self, statistics: dict[str, float]) -> None:
-        """Every plugin observes what was measured of this rollout alone, equal on every process; so no times."""
+        """Every plugin observes what was measured of this rollout and of the updates before it, equal on every process; so
+        no times."""
         told = {name: x for name, x in statistics.items() if not name.startswith("time/")}
+        told |= self.meters.since_last_rollout(self.accelerator)
         for _, plugin in self.algorithm.plugins():
             plugin.observe(told)
+        for title, kl in self.algorithm.titled("kl"):
+            if isinstance(controller := getattr(kl, "controller", None), KLController):
+                self.meters.put(f"kl/{title}/beta", controller(kl.beta))
+        for title, term in self.algorithm.titled("loss_terms"):
+            for name, x in term.state_dict().items():
+                if isinstance(x, float):
+                    self.meters.put(f"plugin/{title}/{name}", x)
 
     def _draw(self, missing: int) -> list[Prompt]:
         """At least one prompt for each process."""
@@ -99,10 +109,26 @@ class Collector:
             assert completions.logps is not None
             rows["sampler_logps"] = _padded(completions.logps, self.dtype).to(self.accelerator.device)
         with self.meters.time("forward"):
-            rows |= self._forwards(rollouts, rows["mask"])
+            rows |= self.forwards(rollouts, rows["mask"])
         with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
-            scores = score(self._sources(), rollouts)
-        return self._table(rollouts, rows, scores, self._logged(len(rollouts)))
+            answers = ask(self._sources(), rollouts)
+        logged = self._logged(len(rollouts))
+        if "greedy" in self.algorithm.needs:
+            with seeded(self.seed, "greedy", index, attempt, rank):
+                greedy = self._greedy(mine, group_ids)
+        else:
+            greedy = None
+        return self._table(rollouts, rows, answers, logged, greedy)
+
+    def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int]) -> Tensor:
+        """(n,) the total score of the greedy completion of each row's prompt; 0 where no source applies to it."""
+        with self.meters.time("rollout"):
+            _, rollouts = self.roll_out(prompts, group_ids, 1, temperature=0.0)
+        with self.meters.time("reward"):
+            sums, _ = total(score(self._sources(), rollouts), self.weights())
+        for source in self.algorithm.rewards:
+            source.take_logs()  # what is logged here is not of the rollout
+        return sums.repeat_interleave(self.algorithm.rollout.num_generations)
 
     def _logged(self, rows: int) -> dict[str, list[Any]]:
         """Columns that reward sources logged beside their scores; their metrics go to the meters."""
@@ -126,7 +152,7 @@ class Collector:
         """`group` completions of each prompt, and what the reward sources see of them."""
         with self.accelerator.autocast():
             completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
-        completions = self._checked(completions, len(prompts) * group)
+        completions = self._checked(completions, len(prompts) * group, sampled=temperature is None)
         names = sorted({name for prompt in prompts for name in prompt.columns})
         repeated = [prompt for prompt in prompts for _ in range(group)]
         return completions, Rollouts(
@@ -140,7 +166,7 @@ class Collector:
             group_ids=[i for i in group_ids for _ in range(group)],
         )
 
-    def _checked(self, completions: Completions, rows: int) -> Completions:
+    def _checked(self, completions: Completions, rows: int, sampled: bool) -> Completions:
         name = self.algorithm.rollout.name
         if len(completions.ids) != rows or len(completions.finish_reasons) != rows:
             raise ValueError(f"rollout={name} gave {len(completions.ids)} completions where {rows} were asked for")
@@ -157,7 +183,7 @@ class Collector:
                         f"rollout={name} gave {len(values)} {what} for the {len(completions.ids[i])} tokens of row {i}: one "
                         "per token is due, the end-of-sequence token included"
                     )
-        if completions.logps is None and "sampler_logps" in self.algorithm.needs:
+        if sampled and completions.logps is None and "sampler_logps" in self.algorithm.needs:
             raise ValueError(
                 f"rollout={name} declares sampler_logps and gave none, and something needs them: give log-probs with every "
                 "completion, or set rollout_correction.use=none"
@@ -167,63 +193,24 @@ class Collector:
     def _sources(self) -> list[tuple[str, Any]]:
         return list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True))
 
-    def _forwards(self, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
-        """Old log-probs, reference log-probs and values of the rollout, each only if something reads it."""
-        results: dict[str, Tensor] = {}
-        old, values = bool(self.algorithm.readers_of_old_logps), "values" in self.algorithm.needs
-        if old or values:
-
-            def act(batch: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
-                with self.accelerator.autocast():
-                    return self.actor_critic(**batch, shape=shape, logps=old, values=values)
-
-            found = self._over_rows(act, rollouts, mask)
-            results |= {
-                new: found[name] for name, new in (("logps", "old_logps"), ("values", "values")) if name in found
-            }
-        if self.reference is not None:
-            reference = self.reference
-
-            def refer(batch: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
-                with self.accelerator.autocast():
-                    return {"ref_logps": reference(batch, shape)}
-
-            results |= self._over_rows(refer, rollouts, mask)
-        return results
-
-    def _over_rows(
-        self, forward: Callable[..., dict[str, Tensor]], rollouts: Rollouts, mask: Tensor
-    ) -> dict[str, Tensor]:
-        """`forward` over micro-batches of similar length, put back in order: name -> (n, T)."""
-        lengths = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
-        results: dict[str, Tensor] = {}
-        for part in cut(
-            list(range(len(rollouts))), lengths, self.algorithm.update.max_tokens_per_micro_batch, self.max_rows
-        ):
-            completions = [rollouts.completion_ids[i] for i in part]
-            width = max(map(len, completions))
-            pad = self.policy.tokenizer.pad_token_id
-            batch = token_batch([rollouts.prompt_ids[i] for i in part], completions, mask[part, :width], pad)
-            batch = {name: x.to(self.accelerator.device) for name, x in batch.items()}
-            for name, x in forward(batch, (len(part), width)).items():
-                results.setdefault(name, torch.zeros_like(mask))[part, :width] = x.to(mask.dtype)
-        return results
-
     def _table(
-        self, rollouts: Rollouts, rows: dict[str, Tensor], scores: dict[str, Tensor], logged: dict[str, list[Any]]
+        self,
+        rollouts: Rollouts,
+        rows: dict[str, Tensor],
+        answers: dict[str, list[Any]],
+        logged: dict[str, list[Any]],
+        greedy: Tensor | None,
     ) -> Collected:
-        device, mask = self.accelerator.device, rows["mask"]
-        weights = self.weights()
+        device, mask, weights = self.accelerator.device, rows["mask"], self.weights()
+        scores = totals(answers, rollouts)
         sums, valid = total(scores, weights)
         valid &= (mask > 0).any(1).cpu()
-        token_rewards = at_last_token(sums.to(device, self.dtype), mask)
-        for title, kl in self.algorithm.kl_in("reward"):
-            measured = kl.measure(
-                rows["old_logps"], rows["ref_logps"], mask, **self.algorithm.extras(kl.estimator, rows, ESTIMATOR_GETS)
-            )
-            penalty = kl.reward_penalty(measured)
-            token_rewards = token_rewards - (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
-            self.meters.add(f"kl/{title}/{kl.estimator.name}", measured.sum(), len(measured))
+        tokenizer, width = self.policy.tokenizer, mask.size(1)
+        placed = [weights[label] * place(given, rollouts, tokenizer, width) for label, given in answers.items()]
+        token_rewards = sum(placed, start=torch.zeros(mask.shape, dtype=torch.float64)).to(device, self.dtype)
+        if self.algorithm.kl_in("reward"):
+            rows["kl_penalties"] = self._kl_penalties(rows)
+            token_rewards = token_rewards - rows["kl_penalties"]
         narrow = {
             "group_ids": torch.tensor(rollouts.group_ids, device=device),
             "finished": torch.tensor([reason == "stop" for reason in rollouts.finish_reasons], device=device),
@@ -231,7 +218,11 @@ class Collector:
             "valid": valid.to(device),
         }
         narrow |= {f"score:{label}": x.to(device, self.dtype) for label, x in scores.items()}
+        if greedy is not None:
+            narrow["greedy"] = greedy.to(device, self.dtype)
         wide = {**rows, "token_rewards": token_rewards}
+        if "completion_ids" in self.algorithm.needs:
+            wide["completion_ids"] = _padded(rollouts.completion_ids, torch.long).to(device)
         table = gather_rows(self.accelerator, wide, narrow)
         order = table["group_ids"].argsort(stable=True)
         own = torch.isin(table["group_ids"][order], narrow["group_ids"].unique())
@@ -242,14 +233,25 @@ class Collector:
                 "prompt": rollouts.prompts,
                 "completion": rollouts.completions,
                 "finish_reason": rollouts.finish_reasons,
+                **logged,
             },
             rows=rows,
             table={name: x[order] for name, x in table.items()},
             places=own.nonzero().flatten(),
         )
-        self._report_rewards(collected.table)
+        report_rewards(self.meters.put, collected.table, self.algorithm.labels())
+        self.tokens += collected.table["mask"].sum().item()
         self._count_unscored(collected.table)
         return collected.select(collected.table["valid"].bool())
+
+    def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
+        """(n, T) what the KLs in the reward take from it."""
+        mask, known = rows["mask"], {**rows, "logps": rows["old_logps"]}
+        taken = torch.zeros_like(mask)
+        for title, kl in self.algorithm.kl_in("reward"):
+            penalty = kl.reward_penalty(measured(self.algorithm, title, kl, known, mask, self.meters))
+            taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
+        return taken
 
     def _count_unscored(self, table: dict[str, Tensor]) -> None:
         """Warns of a round without a single score, and stops the run at the third in a row."""
@@ -263,11 +265,11 @@ class Collector:
                 "every row. Look at the column with the reference answers"
             )
 
-    def _keep(self, part: Collected) -> Collected:
-        """The rows that every filter keeps."""
+    def _keep(self, part: Collected, after_advantages: bool = False) -> Collected:
+        """The rows that every filter keeps, of those filters that run before (or after) the advantages are there."""
         for title, chosen in self.algorithm.titled("filters"):
-            if len(part.table["mask"]) == 0:
-                break
+            if ("advantages" in chosen.needs) != after_advantages or len(part.table["mask"]) == 0:
+                continue
             keep = chosen(self._scored(part))
             self.meters.put(f"filter/{title}/kept_frac", keep.float().mean().item())
             part = part.select(keep)
@@ -286,78 +288,62 @@ class Collector:
 
     def _credit(self, index: int, collected: Collected) -> Buffer:
         """Advantages over all N rows, cut to this process's rows."""
-        scored, rows = self._scored(collected), dict(collected.rows)
-        width = rows["mask"].size(1)
+        a, table = self.algorithm, collected.table
+        scored = self._scored(collected)
+        credit: Tensor | Credit = Credit(advantages=scored.mask, returns=scored.mask)
         if len(scored.mask):
-            credit = self.algorithm.advantages(scored)
-            advantages = credit.advantages if isinstance(credit, Credit) else credit
-            self._report_credit(scored, advantages, credit.returns if isinstance(credit, Credit) else None)
+            credit = a.advantages(scored)
+            report_credit(self.meters.put, scored, credit)
         else:
-            credit, advantages = None, scored.mask
             self.meters.put("health/empty_rollout", 1)
-        rows["advantages"] = advantages[collected.places, :width]
-        if isinstance(self.algorithm.critic, TrainedCritic):
-            returns = credit.returns if isinstance(credit, Credit) else scored.mask
-            rows["returns"] = returns[collected.places, :width]
-        for title, kl in self.algorithm.kl_in("advantage"):
-            extras = self.algorithm.extras(kl.estimator, rows, ESTIMATOR_GETS)
-            measured = kl.measure(rows["old_logps"], rows["ref_logps"], rows["mask"], **extras)
-            self.meters.add(f"kl/{title}/{kl.estimator.name}", measured.sum(), len(measured))
-            penalty = kl.advantage_penalty(measured)
-            rows["advantages"] = (
-                rows["advantages"] - (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * rows["mask"]
-            )
-        if "sampler_logps" in self.algorithm.rollout_correction.needs:
-            rows["correction"] = self.algorithm.rollout_correction(
-                rows["old_logps"], rows["sampler_logps"], rows["mask"]
-            )
+        advantages = credit.advantages if isinstance(credit, Credit) else credit
+        if isinstance(a.critic, TrainedCritic):
+            self._share(collected, "returns", credit.returns if isinstance(credit, Credit) else scored.mask)
+        if a.kl_in("advantage"):
+            advantages = advantages - self._advantage_penalties(table)
+        self._share(collected, "advantages", advantages)
+        if "selected" in a.policy_loss.needs:
+            self._share(collected, "selected", a.policy_loss.select(table["old_logps"], advantages, table["mask"]))
+        collected = self._keep(collected, after_advantages=True)
+        table, rows = collected.table, collected.rows
+        if len(scored.mask) and not len(table["mask"]):
+            self.meters.put("health/empty_rollout", 1)
+        if "sampler_logps" in a.rollout_correction.needs:
+            rows["correction"] = a.rollout_correction(rows["old_logps"], rows["sampler_logps"], rows["mask"])
+            on = rows["mask"].sum()
+            self.meters.add("rollout/is_ratio/mean", (rows["correction"] * rows["mask"]).sum(), on)
+            self.meters.add("rollout/is_ratio/zero_frac", ((rows["correction"] == 0) * rows["mask"]).sum(), on)
         return Buffer(
             index=index,
             prompt_ids=collected.prompt_ids,
             completion_ids=collected.completion_ids,
             rows=rows,
             places=collected.places,
-            mask=collected.table["mask"].bool(),
-            group_ids=collected.table["group_ids"],
+            mask=table["mask"].bool(),
+            group_ids=table["group_ids"],
+            total_score=table["total"],
             extra={"texts": collected.texts, "numbers": self._numbers(collected)},
         )
+
+    def _advantage_penalties(self, table: dict[str, Tensor]) -> Tensor:
+        """(N, T) what the KLs in the advantage take from it."""
+        mask, known = table["mask"], {**table, "logps": table["old_logps"]}
+        taken = torch.zeros_like(mask)
+        for title, kl in self.algorithm.kl_in("advantage"):
+            penalty = kl.advantage_penalty(measured(self.algorithm, title, kl, known, mask, self.meters))
+            taken = taken + (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * mask
+        return taken
+
+    @staticmethod
+    def _share(collected: Collected, name: str, x: Tensor) -> None:
+        """Puts (N, T) into the table, and this process's part of it into the rows."""
+        collected.table[name] = x
+        collected.rows[name] = x[collected.places, : collected.rows["mask"].size(1)]
 
     def _numbers(self, collected: Collected) -> dict[str, Tensor]:
         table, places = collected.table, collected.places
         numbers = {f"reward/{label}": table[f"score:{label}"][places] for label in self.algorithm.labels()}
         return {**numbers, "reward/total": table["total"][places]}
-
-    def _report_rewards(self, table: dict[str, Tensor]) -> None:
-        put, valid = self.meters.put, table["valid"].bool()
-        for label in self.algorithm.labels():
-            x = table[f"score:{label}"]
-            put("health/reward_missing", x.isnan().sum().item())
-            _put_mean_std(put, f"reward/{label}", x[~x.isnan()])
-        _put_mean_std(put, "reward/total", table["total"][valid])
-        mask, totals = table["mask"][valid], table["total"][valid]
-        scored = Scored(mask=mask, token_rewards=mask, group_ids=table["group_ids"][valid])
-        compared = scored.group_size() > 1
-        if compared.any():
-            put("reward/zero_std_frac", scored.group_is_flat(totals)[compared].float().mean().item())
-        lengths = table["mask"].sum(1)
-        put("rollout/length/mean", lengths.mean().item())
-        put("rollout/length/min", lengths.min().item())
-        put("rollout/length/max", lengths.max().item())
-        put("rollout/truncated_frac", 1 - table["finished"].float().mean().item())
-        put("rollout/tokens", lengths.sum().item())
-        self.tokens += lengths.sum().item()
-
-    def _report_credit(self, scored: Scored, advantages: Tensor, returns: Tensor | None) -> None:
-        put, on = self.meters.put, scored.mask > 0
-        _put_mean_std(put, "reward/after_kl", scored.returns())
-        _put_mean_std(put, "advantage", advantages[on])
-        put("advantage/min", advantages[on].min().item())
-        put("advantage/max", advantages[on].max().item())
-        if returns is not None and scored.values is not None:
-            target, error = returns[on], returns[on] - scored.values[on]
-            if target.var() > 0:
-                put("value/explained_var", (1 - error.var() / target.var()).item())
-            put("value/mean", scored.values[on].mean().item())
 
 
 def at_last_token(x: Tensor, mask: Tensor) -> Tensor:
@@ -368,9 +354,3 @@ def at_last_token(x: Tensor, mask: Tensor) -> Tensor:
 
 def _padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
-
-
-def _put_mean_std(put: Callable[[str, float], None], name: str, x: Tensor) -> None:
-    if len(x):
-        put(f"{name}/mean", x.mean().item())
-        put(f"{name}/std", x.std(correction=1 if len(x) > 1 else 0).item())

@@ -1,6 +1,7 @@
-"""What every plugin, a reward source, a reference and an update rule promise, as functions that raise AssertionError.
+"""What every plugin and every KL controller promises, as functions that raise AssertionError.
 
-With `hf_rlhf.tensor_facts`, the body of `hf_rlhf.testing.conformance`.
+With `hf_rlhf.reward_facts`, `hf_rlhf.model_facts`, `hf_rlhf.invariance_facts` and `hf_rlhf.gradient_facts`, the body of
+`hf_rlhf.testing.conformance`.
 """
 
 from __future__ import annotations
@@ -11,27 +12,51 @@ import inspect
 import io
 import itertools
 import math
+import os
 import pickle
 import random
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from hf_rlhf.axes import Plugin, Reference, RewardSource, UpdateRule
-from hf_rlhf.batch import Rollouts
+from hf_rlhf.axes import AXES, KLController, Plugin
 
 Claims = Iterator[tuple[str, Callable[[], None]]]
+Statistics = Sequence[Mapping[str, float]]
+
+FIRST: Mapping[str, float] = {
+    "rollout/rows": 64.0,
+    "rollout/tokens": 512.0,
+    "reward/total/mean": 0.5,
+    "reward/after_kl/mean": 0.375,
+    "kl/rollout/sequence": 3.0,
+    "kl/rollout/token": 0.25,
+}
+"""What is measured of a first rollout, among other things."""
+LATER: Mapping[str, float] = {
+    **{name: 2 * x for name, x in FIRST.items()},
+    "policy/approx_kl": 0.125,
+    "policy/entropy": 1.5,
+}
+"""Of a later one: the updates before it were measured as well."""
 
 
-def of_every_plugin(plugin: Plugin) -> Claims:
-    """Whatever its axis."""
+def of_every_plugin(plugin: Plugin, told: Statistics) -> Claims:
+    """Whatever its axis. `told` are the statistics of two rollouts."""
     yield "it is a dataclass with a name, and every setting is documented", lambda: _is_documented(plugin)
+    yield "what it needs and provides are sets of known names", lambda: _needs_are_known(plugin)
+    yield "its settings survive a recipe", lambda: _settings_survive(plugin)
     yield "it can be copied and pickled", lambda: _can_be_copied(plugin)
-    yield "its state survives a checkpoint", lambda: _state_survives(plugin)
+    yield "its state survives a checkpoint", lambda: _state_survives(plugin, told)
+
+
+# Names, docstrings, settings
 
 
 def _is_documented(plugin: Plugin) -> None:
@@ -40,9 +65,11 @@ def _is_documented(plugin: Plugin) -> None:
     assert "__dataclass_params__" in cls.__dict__ or not inspect.get_annotations(cls), (
         f"{called} declares settings and is no dataclass: write @dataclass(kw_only=True) above it"
     )
-    assert isinstance(getattr(plugin, "name", None), str), f'{called} has no name: write name = "..." in its body'
+    name = getattr(plugin, "name", None)
+    assert isinstance(name, str), f'{called} has no name: write name = "..." in its body'
+    assert name.isidentifier(), f"{called}.name is {name!r}: a recipe and the command line need a word like group_norm"
     settings = [setting.name for setting in fields(plugin)]
-    for name in ("name", "needs", "provides", "places"):
+    for name in ("name", "needs", "provides", "places", "stops_gradient"):
         assert name not in settings, f"{called}.{name} became a setting: annotate it as ClassVar, or not at all"
     positional = [setting.name for setting in fields(plugin) if not setting.kw_only]
     assert not positional, f"settings are keyword-only, and {positional} are not: write @dataclass(kw_only=True)"
@@ -66,24 +93,173 @@ def _documented_fields(cls: type) -> set[str]:
     return found
 
 
+def _needs_are_known(plugin: Plugin) -> None:
+    from hf_rlhf.algorithm import CORE_PROVIDES, FIXES
+    from hf_rlhf.validation import did_you_mean
+
+    known = CORE_PROVIDES | FIXES.keys()
+    for title in ("needs", "provides"):
+        names = getattr(plugin, title)
+        assert isinstance(names, frozenset), f"{title} is {names!r}; write frozenset({{...}})"
+        # Other names are allowed: another plugin of the same package may provide them.
+        for name in sorted(names - known):
+            assert not did_you_mean(name, known), f"{title} names {name!r}.{did_you_mean(name, known)}"
+
+
+def _settings_survive(plugin: Plugin) -> None:
+    from hf_rlhf import recipe
+    from hf_rlhf.recipe_text import read_yaml, write_yaml
+    from hf_rlhf.validation import nested, setting_types
+
+    cls = type(plugin)
+    try:
+        types = setting_types(cls)
+    except NameError as error:
+        raise AssertionError(
+            f"the type of a setting is unknown when it runs: {error}; import it outside TYPE_CHECKING"
+        ) from error
+    try:
+        written = recipe.settings_as_plain(plugin)
+        read = read_yaml(write_yaml(written), "its settings") or {}
+    except Exception as error:
+        raise AssertionError(
+            f"its settings cannot be written into a recipe: use numbers, text, lists and mappings. {error}"
+        ) from error
+    given = {name: getattr(plugin, name) if nested(hint) else read.get(name) for name, hint in types.items()}
+    made, problems = recipe.make(cls, given)
+    said = "; ".join(f"{path}: {text}" for path, text in problems)
+    assert made is not None, f"a recipe with its own settings is refused: {said}"
+    again = recipe.settings_as_plain(made)
+    changed = [f"{name} {written[name]!r} becomes {again[name]!r}" for name in written if again[name] != written[name]]
+    assert not changed, f"made again from its own settings it differs: {', '.join(changed)}"
+
+
 def _can_be_copied(plugin: Plugin) -> None:
-    for way, other in (("copied", copy.deepcopy(plugin)), ("pickled", pickle.loads(pickle.dumps(plugin)))):
-        assert other == plugin, f"{way}, it is {other} and no longer {plugin}"
+    """As it is before `setup`: what that starts need not be."""
+    made = _made_again(plugin)
+    for way, other in (("copied", copy.deepcopy(made)), ("pickled", pickle.loads(pickle.dumps(made)))):
+        assert other == made, f"{way}, it is {other} and no longer {made}"
 
 
-def _state_survives(plugin: Plugin) -> None:
-    state, file = plugin.state_dict(), io.BytesIO()
+def _made_again(plugin: Plugin) -> Plugin:
+    return type(plugin)(**{setting.name: getattr(plugin, setting.name) for setting in fields(plugin) if setting.init})
+
+
+def duplicate(plugin: Plugin) -> Plugin:
+    """A copy with its memory and what `setup` started; where that cannot be copied, one as before `setup`."""
+    try:
+        return copy.deepcopy(plugin)
+    except TypeError:  # a lock, a connection, a process
+        return _made_again(plugin)
+
+
+# Memory
+
+
+def with_nested(plugin: Plugin) -> Iterator[Plugin]:
+    """The plugin and the plugins inside it."""
+    yield plugin
+    for setting in fields(plugin):
+        value = getattr(plugin, setting.name)
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, Plugin):
+                yield from with_nested(child)
+
+
+def observed(plugin: Plugin) -> bool:
+    """Whether it, or a plugin inside it, has a memory."""
+    return any(type(each).observe is not Plugin.observe for each in with_nested(plugin))
+
+
+def remade(plugin: Plugin, told: Statistics) -> tuple[Plugin, Plugin]:
+    """A copy that was told of rollouts, and another into which the first one's state was loaded."""
+    trained, fresh = duplicate(plugin), duplicate(plugin)
+    for each, other in zip(with_nested(trained), with_nested(fresh), strict=True):
+        for statistics in told:
+            each.observe(statistics)
+        other.load_state_dict(_through_a_file(each.state_dict()))
+    return trained, fresh
+
+
+def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     try:
-        loaded = torch.load(file, weights_only=True)
+        loaded: dict[str, Any] = torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:
         raise AssertionError(
             f"state_dict holds more than numbers, strings, tensors, lists and dicts: {error}"
         ) from None
-    other = copy.deepcopy(plugin)
-    other.load_state_dict(loaded)
-    assert equal(other.state_dict(), state), f"load_state_dict turned {state} into {other.state_dict()}"
+    return loaded
+
+
+def _state_survives(plugin: Plugin, told: Statistics) -> None:
+    started = duplicate(plugin)
+    try:
+        trained, fresh = remade(plugin, told)
+    except KeyError as error:
+        raise AssertionError(
+            f"it looks for the statistic {error}, which is not measured of every rollout: use statistics.get"
+        ) from error
+    before, after = trained.state_dict(), fresh.state_dict()
+    assert equal(after, before), f"load_state_dict turned {before} into {after}"
+    for name, value in vars(trained).items():
+        if _is_plain(value) and not equal(value, vars(started).get(name)):
+            kept = equal(vars(fresh).get(name), value)
+            assert kept, f"observe changes {name} to {value!r}, and it is lost in a checkpoint: add it to state_dict"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return (
+        all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str | Tensor)
+    )
+
+
+def of_a_controller(plugin: KLController) -> Claims:
+    """Of a rule that moves beta."""
+    yield "beta stays finite and not negative, whatever was measured", lambda: _beta_is_sane(plugin)
+    yield "more KL never gives a smaller beta", lambda: _beta_rises(plugin)
+    yield "asking for beta does not change it", lambda: _beta_repeats(plugin)
+
+
+def _after(plugin: KLController, kl: float, rollouts: int, rows: float = 64.0, **others: float) -> float:
+    """Beta after rollouts with this KL, from 0.1 at the start."""
+    own = copy.deepcopy(plugin)
+    measured = {**FIRST, "rollout/rows": rows, "kl/rollout/sequence": kl, "kl/rollout/token": kl / 8, **others}
+    for _ in range(rollouts):
+        own.observe(measured)
+    beta = own(0.1)
+    number = isinstance(beta, int | float) and not isinstance(beta, bool)
+    assert number, f"beta is a {type(beta).__name__}; a number is due"
+    return float(beta)
+
+
+def _beta_is_sane(plugin: KLController) -> None:
+    for kl, rows, rollouts in itertools.product((0.0, -5.0, 1e-6, 6.0, 1e6), (1.0, 64.0, 512.0), (0, 1, 20)):
+        beta = _after(plugin, kl, rollouts, rows)
+        said = f"after {rollouts} rollouts of {rows:g} rows with a KL of {kl:g} beta is {beta:g}"
+        assert math.isfinite(beta), f"{said}: it must stay finite"
+        assert beta >= 0, f"{said}: below 0 it would drive the policy away from the reference"
+
+
+def _beta_rises(plugin: KLController) -> None:
+    for rollouts in (1, 20):
+        low, high = _after(plugin, 0.0, rollouts), _after(plugin, 1e3, rollouts)
+        assert high >= low, f"a KL of 1000 nats gives beta {high:g} and none gives {low:g}: is a sign wrong?"
+
+
+def _beta_repeats(plugin: KLController) -> None:
+    own = copy.deepcopy(plugin)
+    own.observe(FIRST)
+    first, second, twice = own(0.1), own(0.1), own(0.2)
+    assert first == second, f"called twice between two rollouts, it gives beta {first:g} and {second:g}"
+    assert twice >= first, f"the recipe's beta 0.1 gives {first:g} and 0.2 gives {twice:g}"
+
+
+# Helpers of every module of facts
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -114,104 +290,31 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor], why: str) -> None:
             raise AssertionError(f"{name} changes by up to {worst:.3g}: {why}")
 
 
-def of_a_reward(plugin: RewardSource, given: Rollouts) -> Claims:
-    """Of a reward source, on these rollouts."""
-    yield (
-        "it gives one number or None per row",
-        lambda: _is_a_number_per_row(_scores(plugin, copy.deepcopy(given)), len(given)),
-    )
-    yield "the order of the rows changes no score", lambda: _scores_rows(plugin, given)
-    yield (
-        "it changes neither its rollouts nor a random generator, and repeats itself",
-        lambda: _is_pure_reward(plugin, given),
-    )
+COLLECTIVE = (
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list"),
+    *("barrier", "reduce", "reduce_scatter", "gather", "gather_object", "scatter"),
+)
 
 
-def _scores(plugin: RewardSource, given: Rollouts) -> list[Any]:
-    try:
-        answer: Any = plugin(given)
-    except KeyError as error:
-        raise AssertionError(
-            f"no column for it; pass rollouts=... to conformance with the columns it reads: {error}"
-        ) from error
-    is_list = hasattr(answer, "__len__") and not isinstance(answer, str | dict)
-    assert is_list, f"it gives a {type(answer).__name__}; a list with one number or None per row is due"
-    return answer.tolist() if hasattr(answer, "tolist") else list(answer)
+@contextmanager
+def second_of_two_processes() -> Iterator[None]:
+    """Inside, this looks like process 1 of 2, and calling the other one is an error."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("it calls torch.distributed: the core gathers rows, a plugin never does")
+
+    def gives(answer: Any) -> Callable[..., Any]:
+        return lambda *_, **__: answer
+
+    with ExitStack() as stack:
+        found: dict[str, Any] = {name: refuse for name in COLLECTIVE if hasattr(torch.distributed, name)}
+        found |= {"is_initialized": gives(True), "get_rank": gives(1), "get_world_size": gives(2)}
+        for name, instead in found.items():
+            stack.enter_context(patch.object(torch.distributed, name, instead))
+        stack.enter_context(patch.dict(os.environ, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}))
+        yield
 
 
-def _is_a_number_per_row(scores: Sequence[Any], rows: int) -> None:
-    assert len(scores) == rows, f"it gives {len(scores)} numbers for {rows} rows"
-    for row, x in enumerate(scores):
-        number = x is None or (not isinstance(x, str) and hasattr(x, "__float__"))
-        assert number, f"row {row}: {x!r} is neither a number nor None"
-        assert x is None or not math.isinf(x), f"row {row}: {x!r} is infinite"
-
-
-def _scores_rows(plugin: RewardSource, given: Rollouts) -> None:
-    backwards = copy.deepcopy(given)
-    for name in ("prompts", "completions", "prompt_ids", "completion_ids", "masks", "finish_reasons", "group_ids"):
-        getattr(backwards, name).reverse()
-    for values in backwards.columns.values():
-        values.reverse()
-    forth, back = _scores(plugin, copy.deepcopy(given)), _scores(plugin, backwards)
-    assert _numbers(forth) == _numbers(back[::-1]), f"the rows backwards score {back[::-1]}, not {forth}"
-
-
-def _is_pure_reward(plugin: RewardSource, given: Rollouts) -> None:
-    seen, generators = copy.deepcopy(given), generators_now()
-    first = _scores(plugin, seen)
-    for name, value in vars(given).items():
-        assert getattr(seen, name) == value, f"it changes rollouts.{name} in place"
-    assert _numbers(_scores(plugin, seen)) == _numbers(first), (
-        "called twice on the same rollouts, it scores differently"
-    )
-    assert equal(generators_now(), generators), "it draws from a global random generator"
-
-
-def _numbers(scores: Sequence[Any]) -> list[float | None]:
-    return [None if x is None or math.isnan(x) else float(x) for x in scores]
-
-
-def of_a_reference(plugin: Reference, policy: Callable[[], Any]) -> Claims:
-    """Of a reference, for policies that `policy` makes."""
-    yield "the policy's updates leave its log-probs as they are", lambda: _stays(plugin, policy())
-
-
-def _stays(plugin: Reference, policy: Any) -> None:
-    ids = torch.tensor([[3, 5, 7, 9]])
-    own = plugin.build(policy)
-    if own is None and "ref_logps" not in plugin.provides:
-        return
-
-    @torch.no_grad()
-    def logits() -> Tensor:
-        if own is not None:
-            return own(input_ids=ids).logits
-        with plugin.active(policy):
-            return policy(input_ids=ids).logits
-
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    before = logits()
-    assert own is None or not any(p.requires_grad for p in own.parameters()), (
-        "its model has parameters that would learn"
-    )
-    assert own is None or not own.training, "its model is in training mode: call eval()"
-    assert trained, "building it left the policy nothing to learn"
-    with torch.no_grad():
-        for p in trained:
-            p.add_(0.1)
-    same({"the reference's logits": logits()}, {"the reference's logits": before}, "the policy moved")
-
-
-def of_an_update_rule(plugin: UpdateRule, policy: Callable[[], Any]) -> Claims:
-    """Of an update rule, for policies that `policy` makes."""
-    yield "its optimizer holds every parameter it is given", lambda: _holds_all(plugin, policy())
-
-
-def _holds_all(plugin: UpdateRule, policy: Any) -> None:
-    parameters = list(policy.parameters())
-    optimizer = plugin.build(policy, [{"params": parameters[:3]}, {"params": parameters[3:], "weight_decay": 0.0}])
-    if optimizer is None:
-        return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in parameters}, f"it holds {len(held)} of {len(parameters)} parameters"
+def axis_of(plugin: Plugin) -> str | None:
+    """The axis of a plugin, None where it is on none."""
+    return next((axis for axis, base in AXES.items() if isinstance(plugin, base)), None)

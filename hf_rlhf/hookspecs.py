@@ -13,12 +13,17 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-import pluggy
+from hf_rlhf.hookspecs_nested import baseline, hookspec, kl_controller, kl_estimator
 
 if TYPE_CHECKING:
     from hf_rlhf import axes
 
-hookspec = pluggy.HookspecMarker("hf_rlhf")
+__all__ = [
+    "baseline",
+    "example",
+    "kl_controller",
+    "kl_estimator",
+]  # the hooks of nested axes are declared in their own module
 
 
 def example(axis: str) -> str:
@@ -114,31 +119,6 @@ def kl() -> list[type[axes.KLPlacement]]:  # type: ignore[empty-body]
     @hookimpl
     def kl():
         return [InLossBeyond]
-    '''
-
-
-@hookspec
-def kl_estimator() -> list[type[axes.KLEstimator]]:  # type: ignore[empty-body]
-    '''Estimates of the KL from sampled log-probs, nested in each `kl`.
-
-    from dataclasses import dataclass
-
-    from hf_rlhf import hookimpl
-    from hf_rlhf.axes import KLEstimator
-
-    @dataclass(kw_only=True)
-    class Jeffreys(KLEstimator):
-        """l (1 - exp(-l)) with l = logps - ref_logps: on average KL(policy || ref) + KL(ref || policy)."""
-
-        name = "jeffreys"
-
-        def __call__(self, logps, ref_logps):
-            log_ratio = logps - ref_logps
-            return log_ratio * (1 - (-log_ratio).exp())
-
-    @hookimpl
-    def kl_estimator():
-        return [Jeffreys]
     '''
 
 

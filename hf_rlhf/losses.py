@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.algorithm import Algorithm
-from hf_rlhf.axes import TrainedCritic
+from hf_rlhf.axes import KLPlacement, TextTerm, TrainedCritic
 from hf_rlhf.meters import Meters
 
 POLICY_GETS = frozenset({"old_logps"})
 ESTIMATOR_GETS = frozenset({"ref_logps"})
+DISTRIBUTION = "distribution:"
+"""Prefix of the (B, T) tensors that KL estimators over whole distributions gave."""
 MEASURED = frozenset({"loss", "approx_kl", "ratio", "entropy", "grad_norm"})
 """Names under `policy/` that are measured for every policy loss alike."""
 
@@ -30,17 +32,42 @@ def policy_terms(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], m
         per_token = per_token * inputs["correction"]
     terms = {"policy/loss": (per_token * weights).sum()}
     for title, kl in a.kl_in("loss"):
-        penalty = kl.loss_penalty(
-            kl.measure(logps, inputs["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
-        )
+        penalty = kl.loss_penalty(measured(a, title, kl, known, mask, meters))
         weight = weights if penalty.dim() == 2 else one_token(weights, mask)
         terms[f"kl/{title}/loss"] = (penalty * weight).sum()
     for i, (title, term) in enumerate(a.titled("loss_terms")):
-        value = term(logps, mask, **a.extras(term, known, frozenset()))
-        terms[f"plugin/{title}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
+        if not isinstance(term, TextTerm):
+            value = term(logps, mask, **a.extras(term, known, frozenset()))
+            terms[f"plugin/{title}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
     with torch.no_grad():
         _measure(a, known, mask, metrics, meters)
     return terms
+
+
+def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The loss of a micro-batch of texts that a term brought along."""
+    title, term = a.titled("loss_terms")[inputs["text_term"]]
+    value = term(new["logps"], inputs["mask"], **a.extras(term, new, frozenset()))
+    return {f"plugin/{title}/loss": (value * inputs["weights"]).sum()}
+
+
+def measured(
+    a: Algorithm, title: str, kl: KLPlacement, known: dict[str, Tensor], mask: Tensor, meters: Meters
+) -> Tensor:
+    """A KL within its limit: (R, T), 0 off the mask, at level token, (R,) at level sequence. `known` holds logps,
+    ref_logps and what the estimator needs; a KL over whole distributions was measured where they were.
+
+    Counts it as `kl/<title>/<estimator>`, summed over each row, and what the limit cuts.
+    """
+    if "full_distribution" in kl.estimator.needs:
+        raw = known[f"{DISTRIBUTION}{title}"] * mask
+    else:
+        raw = kl.estimate(known["logps"], known["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
+    value, rows = kl.limit(raw), (mask > 0).any(1).sum()
+    meters.add(f"kl/{title}/{kl.estimator.name}", value.sum(), rows)
+    if kl.clamp is not None:
+        meters.add(f"kl/{title}/clamp_frac", (raw != value).sum(), mask.sum() if raw.dim() == 2 else rows)
+    return value
 
 
 def one_token(weights: Tensor, mask: Tensor) -> Tensor:
@@ -67,9 +94,8 @@ def _measure(a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict
     if "ref_logps" in known:
         meters.add("kl/ref", ((old - known["ref_logps"]) * mask).sum(), rows)
     for title, kl in a.titled("kl"):
-        if "reward" not in kl.places and "advantage" not in kl.places:
-            value = kl.measure(logps, known["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
-            meters.add(f"kl/{title}/{kl.estimator.name}", value.sum(), rows)
+        if not kl.places:
+            measured(a, title, kl, known, mask, meters)
 
 
 def value_term(critic: TrainedCritic, values: Tensor, inputs: dict[str, Any], meters: Meters) -> dict[str, Tensor]:

@@ -27,12 +27,14 @@ class Meters:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Any, Any]] = {}
         self._values: dict[str, list[float]] = {}
+        self._updates: dict[str, tuple[Any, Any]] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Adds `total` over `count` items to the average `name`, without waiting for the device."""
-        old_total, old_count = self._sums.get(name, (0.0, 0.0))
         detached = total.detach() if isinstance(total, Tensor) else total
-        self._sums[name] = (old_total + detached, old_count + count)
+        for sums in (self._sums, self._updates) if name.startswith("policy/") else (self._sums,):
+            old_total, old_count = sums.get(name, (0.0, 0.0))
+            sums[name] = (old_total + detached, old_count + count)
 
     def put(self, name: str, value: float) -> None:
         """One number of the whole run; several between two log entries are averaged, those of `health/` added up."""
@@ -46,6 +48,15 @@ class Meters:
         """The average of what was put under each name after `mark`."""
         new = {name: values[mark.get(name, 0) :] for name, values in self._values.items()}
         return {name: sum(values) / len(values) for name, values in new.items() if values}
+
+    def since_last_rollout(self, accelerator: Accelerator) -> dict[str, float]:
+        """The averages under `policy/` over all updates since this was asked last. One collective."""
+        several = accelerator.num_processes > 1
+        names = sorted(set(gather_object(list(self._updates)))) if several else sorted(self._updates)
+        flat = sum_over_processes(accelerator, [x for name in names for x in self._updates.get(name, (0.0, 0.0))])
+        self._updates = {}
+        averages = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] > 0}
+        return {name: x for name, x in averages.items() if math.isfinite(x)}
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
@@ -70,9 +81,11 @@ class Meters:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the first log entry after a resume is complete."""
-        return {"sums": {k: [float(x) for x in v] for k, v in self._sums.items()}, "values": self._values}
+        sums, updates = ({k: [float(x) for x in v] for k, v in kept.items()} for kept in (self._sums, self._updates))
+        return {"sums": sums, "values": self._values, "updates": updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self._sums = {name: (x[0], x[1]) for name, x in state["sums"].items()}
         self._values = {name: list(values) for name, values in state["values"].items()}
+        self._updates = {name: (x[0], x[1]) for name, x in state["updates"].items()}

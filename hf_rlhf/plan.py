@@ -47,7 +47,8 @@ def _models(plan: Plan, a: Algorithm, lora: bool) -> None:
     plan.models.append("policy: " + ("its adapter is trained, its base is frozen" if lora else "trained"))
     if "ref_logps" in a.provides:
         readers = ", ".join(f"kl.{kl.name} ({kl.estimator.name}, {kl.level})" for kl in a.kl)
-        plan.models.append(f"reference={a.reference.name}: read by {readers}")
+        moves = ", it moves and is saved with every checkpoint" if a.reference.moves else ""
+        plan.models.append(f"reference={a.reference.name}{moves}: read by {readers}")
     else:
         plan.skipped.append("reference model: no KL is measured")
     if isinstance(a.critic, TrainedCritic):
@@ -71,6 +72,14 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
         plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
     if "ref_logps" in a.needs:
         plan.forwards.append(f"reference over {rows} rows, without gradient")
+    if "sum_sq_probs" in a.needs and not a.readers_of_old_logps:
+        plan.forwards.append(f"policy over {rows} rows, without gradient: squared probabilities")
+    if "greedy" in a.needs:
+        plan.forwards.append(f"greedy completions of {a.rollout.prompts} prompts, and their rewards")
+    for title, _ in a.kl_over_distributions("update"):
+        plan.forwards.append(
+            f"reference over {rows * a.update.epochs} rows in the update: whole distributions for kl.{title}"
+        )
     if isinstance(a.critic, TrainedCritic):
         shared = a.critic.shares_forward
         what = f"values for advantages={a.advantages.name}"

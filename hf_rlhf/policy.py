@@ -8,18 +8,21 @@ that the policy sampled and nowhere else; every (B, T) result is 0 off the mask.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedTokenizerBase
+
+    from hf_rlhf.axes import KLEstimator
 
 
 @dataclass(kw_only=True)
@@ -29,6 +32,8 @@ class Policy:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    wants_logps: bool = False
+    """Whether something reads the sampler's log-probs: then `Completions.logps` must be there."""
 
 
 def token_batch(
@@ -70,23 +75,51 @@ class ActorCritic(nn.Module):
         entropy: bool = False,
         values: bool = False,
         logps: bool = True,
+        sum_sq_probs: bool = False,
+        measures: Mapping[str, Measure] | None = None,
+        temperature: float | None = None,
     ) -> dict[str, Tensor]:
-        """`logps`, `entropy` (nats) and `values`, those asked for, each of `shape` (B, T) and 0 off the mask."""
+        """`logps`, `entropy` (nats), `sum_sq_probs`, `values` and what `measures` makes of whole distributions, those
+        asked for, each of `shape` (B, T) and 0 off the mask."""
         flat: dict[str, Tensor] = {}
         on_trunk = values and self.critic is not None and bool(getattr(self.critic, "on_trunk", False))
         states: Tensor | None = None
-        if logps or entropy or on_trunk:
+        distributions = logps or entropy or sum_sq_probs or bool(measures)
+        if distributions or on_trunk:
             logits, states = sampled_logits(self.policy, input_ids, rows, positions, states=on_trunk)
-            if logps or entropy:
-                log_probs = (logits / self.temperature).log_softmax(-1)
+            if distributions:
+                log_probs = (logits / (self.temperature if temperature is None else temperature)).log_softmax(-1)
                 flat["logps"] = log_probs.gather(1, input_ids[rows, positions + 1].unsqueeze(1)).squeeze(1)
                 if entropy:
                     flat["entropy"] = -(log_probs.exp() * log_probs).sum(-1)
+                if sum_sq_probs:
+                    flat["sum_sq_probs"] = (2 * log_probs).exp().sum(-1)
+                for name, measure in (measures or {}).items():
+                    flat[name] = by_chunks(measure, log_probs)
         if values:
             if self.critic is None:
                 raise ValueError("values were asked for and there is no critic")
             flat["values"] = at_least_float32(self.critic(input_ids, rows, positions, states))
         return {name: x.new_zeros(shape).index_put((rows, columns), x) for name, x in flat.items()}
+
+
+CHUNK = 256
+"""Tokens whose whole distributions, policy's and reference's, are compared at a time."""
+
+Measure = Callable[[Tensor, slice], Tensor]
+"""((c, V) log-probs of c sampled tokens, which of the n they are) -> (c,)."""
+
+
+def by_chunks(measure: Measure, log_probs: Tensor, chunk: int = CHUNK) -> Tensor:
+    """(n, V) -> (n,): `measure` on `chunk` tokens at a time; what it makes on the way is made again in the backward."""
+    pieces = []
+    for start in range(0, len(log_probs), chunk):
+        part = slice(start, min(start + chunk, len(log_probs)))
+        if log_probs.requires_grad and torch.is_grad_enabled():
+            pieces.append(checkpoint(measure, log_probs[part], part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pieces.append(measure(log_probs[part], part))
+    return torch.cat(pieces) if pieces else log_probs.new_zeros(0)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -126,6 +159,28 @@ def _nothing() -> Iterator[list[Tensor]]:
     yield []
 
 
+def sampled_states(
+    model: Any, input_ids: Tensor, rows: Tensor, positions: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(n, H) hidden states at `positions` of `rows`, and the function from them to logits (n, V).
+
+    A model that does more than apply its head to them (a scale, a soft cap) gives its logits instead, (n, V), and the
+    function that returns its argument.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trunk, head = causal.base_model, causal.get_output_embeddings()
+    if head is None or not _is_trunk_and_head(causal, trunk, head, input_ids[:1, :1]):
+        return sampled_logits(model, input_ids, rows, positions)[0], lambda logits: logits
+    return trunk(input_ids=input_ids, use_cache=False).last_hidden_state[rows, positions], head
+
+
+def _is_trunk_and_head(causal: Any, trunk: Any, head: Any, probe: Tensor) -> bool:
+    """Whether the logits of one token are the head's of the trunk's states: the same shapes, so that rounding is the same."""
+    states = trunk(input_ids=probe, use_cache=False).last_hidden_state
+    logits = causal(input_ids=probe, use_cache=False).logits
+    return torch.allclose(head(states).to(logits.dtype), logits, rtol=1e-5, atol=1e-6)
+
+
 def _accepts(model: Any, argument: str) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return argument in inspect.signature(base.forward).parameters
@@ -140,14 +195,46 @@ class ReferencePolicy:
         self._own = model
         self.module = ActorCritic(model if model is not None else policy, None, temperature)
 
+    @property
+    def own(self) -> nn.Module | None:
+        """The reference's own model, or None where the policy serves."""
+        return self._own
+
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """(B, T) log-probs, 0 off the mask."""
+        with self._as_reference():
+            return self.module(**batch, shape=shape)["logps"]
+
+    @torch.no_grad()
+    def measures(self, batch: dict[str, Tensor], named: Mapping[str, tuple[KLEstimator, bool]]) -> dict[str, Measure]:
+        """For each estimator over whole distributions what `ActorCritic.forward` takes; with False it has no gradient.
+
+        The reference's hidden states are computed here, its distributions chunk by chunk when they are asked for.
+        """
+        with self._as_reference():
+            states, head = sampled_states(self.module.policy, batch["input_ids"], batch["rows"], batch["positions"])
+        adapted = self._own is None  # an adapter or a trained copy of the head has to be off as well
+
+        def log_probs(part: slice) -> Tensor:
+            with torch.no_grad(), self._as_reference() if adapted else _nothing():
+                return (at_least_float32(head(states[part])) / self.module.temperature).log_softmax(-1)
+
+        def make(estimator: KLEstimator, gradient: bool) -> Measure:
+            def measure(own: Tensor, part: slice) -> Tensor:
+                return estimator(own if gradient else own.detach(), log_probs(part))
+
+            return measure
+
+        return {name: make(estimator, gradient) for name, (estimator, gradient) in named.items()}
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
         context: AbstractContextManager[Any] = _nothing() if self._own is not None else self._active(self._policy)
         training = self.module.policy.training
         self.module.policy.eval()
         try:
             with context:
-                return self.module(**batch, shape=shape)["logps"]
+                yield
         finally:
             self.module.policy.train(training)

@@ -6,6 +6,7 @@ these), a section holds its settings, and `training` holds keywords of `transfor
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Recipe:
     """Keywords of `transformers.TrainingArguments`."""
     notes: list[str] = field(default_factory=list)
     """What the overrides dropped."""
+    given: list[Plugin] = field(default_factory=list)
+    """Plugins that were given as instances: every algorithm gets these themselves, and copies of the others."""
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -64,7 +67,8 @@ class Recipe:
         """The chosen plugins as one algorithm."""
         from hf_rlhf.algorithm import Algorithm
 
-        return Algorithm(**self.plugins, update=self.update)
+        plugins = copy.deepcopy(self.plugins, {id(plugin): plugin for plugin in self.given})
+        return Algorithm(**plugins, update=self.update)
 
     def dump(self) -> str:
         """The whole recipe as YAML."""
@@ -118,12 +122,27 @@ def read_recipe(name_or_path: str | Path, host: Host | None = None) -> dict[str,
     return raw
 
 
+NESTED_IN = {
+    "kl_estimator": "an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
+    "kl_controller": "a controller stands inside a kl: `kl: [{use: in_reward, controller: {use: adaptive}}]`",
+    "baseline": "a baseline stands inside its estimator: `advantages: {use: baseline, baseline: {use: ema}}`",
+}
+"""What to write instead of an axis whose plugins stand inside another plugin."""
+
+
+def make(cls: type, settings: Mapping[str, Any], host: Host | None = None) -> tuple[Any, list[tuple[str, str]]]:
+    """A plugin (or a section) from settings as a recipe writes them, or None, and (path, problem) of each that is wrong."""
+    reader = _Reader(host or get_host())
+    made, _ = reader.group(cls, settings, getattr(cls, "name", cls.__name__))
+    return made, reader.problems
+
+
 def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recipe") -> Recipe:
     """Makes every plugin and section of a recipe. Raises `RecipeError` with all problems at once."""
     reader = _Reader(host or get_host())
     for key in raw:
-        if key == "kl_estimator":
-            reader.refuse(key, "an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`")
+        if key in NESTED_IN:
+            reader.refuse(key, NESTED_IN[key])
         elif key not in KEYS:
             reader.refuse(key, f"a recipe has no such key.{did_you_mean(key, KEYS)} It has: {', '.join(KEYS)}")
     plugins: dict[str, Any] = {}
@@ -149,6 +168,7 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
         raw=whole,
         plugins={axis: plugins[axis] for axis in TOP_AXES},
         training=dict(training),
+        given=reader.given,
         **sections,
     )
 
@@ -162,6 +182,7 @@ class _Reader:
     def __init__(self, host: Host):
         self.host = host
         self.problems: list[tuple[str, str]] = []
+        self.given: list[Plugin] = []
 
     def refuse(self, path: str, text: str) -> tuple[None, None]:
         """Note a problem."""
@@ -191,6 +212,7 @@ class _Reader:
         """One plugin, from `{use: name, ...}`, a name, or an instance."""
         if isinstance(given, Plugin):
             if isinstance(given, AXES[axis]):
+                self.given.append(given)
                 return given, _as_plain(given)
             return self.refuse(path, f"takes a {axis} plugin; got {given!r}")
         if isinstance(given, str):
@@ -241,7 +263,7 @@ class _Reader:
             made = cls(**values)
         except (ValueError, TypeError) as error:
             return self.refuse(path, str(error))
-        return made, {**_settings_as_plain(made), **texts}
+        return made, {**settings_as_plain(made), **texts}
 
     def nested(self, held: Nested, setting: dataclasses.Field[Any], value: Any, path: str) -> tuple[Any, Any]:
         """A setting that is a plugin, a list of plugins or a group of settings."""
@@ -288,7 +310,8 @@ class _Reader:
         return kept
 
 
-def _settings_as_plain(made: Any) -> dict[str, Any]:
+def settings_as_plain(made: Any) -> dict[str, Any]:
+    """The settings of a plugin or a section as a recipe would write them, nested plugins included."""
     held = {name: nested(hint) for name, hint in setting_types(type(made)).items()}
     return {
         name: _as_plain(getattr(made, name)) if holds else plain(type(made), name, getattr(made, name))
@@ -303,4 +326,4 @@ def _as_plain(made: Any) -> Any:
     if isinstance(made, list):
         return [_as_plain(item) for item in made]
     name = {"use": made.name} if isinstance(made, Plugin) else {}
-    return {**name, **_settings_as_plain(made)}
+    return {**name, **settings_as_plain(made)}

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from hf_rlhf.axes import AXES
+from hf_rlhf.axes import AXES, NESTED
 from hf_rlhf.settings import SECTIONS
 from hf_rlhf.validation import UserError
 
-TOP_AXES = [axis for axis in AXES if axis != "kl_estimator"]
+TOP_AXES = [axis for axis in AXES if axis not in NESTED]
 KEYS = [*TOP_AXES, *SECTIONS, "training"]
 DEFAULTS: dict[str, Any] = {
     "kl": [],

@@ -1,65 +1,32 @@
-"""What the axes of tensor functions promise, from advantages to filters, as functions that raise AssertionError."""
+"""What the axes of tensor functions get and give: random input with every tensor there is, and one call per axis.
+
+The facts about them stand in `hf_rlhf.invariance_facts` and `hf_rlhf.gradient_facts`.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from hf_rlhf.axes import (
-    AdvantageEstimator,
-    Aggregation,
-    Filter,
-    KLEstimator,
-    KLPlacement,
-    LossTerm,
-    Plugin,
-    PolicyLoss,
-    RolloutCorrection,
-)
+from hf_rlhf.axes import LossTerm, Plugin
 from hf_rlhf.batch import Credit, Scored
-from hf_rlhf.facts import Claims, equal, generators_now, same
+from hf_rlhf.facts import with_nested
 
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]
 
-
-def of_a_tensor_function(plugin: Plugin, axis: str, finite_differences: bool) -> Claims:
-    """Of a plugin on one of the axes in `OUTPUTS`."""
-
-    def run(t: Tensors) -> Tensors:
-        return OUTPUTS[axis](plugin, t)
-
-    yield "shape and dtype follow its input", lambda: _keeps_shape(plugin, run)
-    yield "it is 0 off the mask", lambda: _is_zero_off_the_mask(run)
-    yield "it is finite on degenerate input", lambda: _is_finite(plugin, run)
-    yield "padding columns change nothing", lambda: _ignores_padding(run)
-    yield "the order of the rows changes nothing", lambda: _ignores_order(run)
-    yield "what stands off the mask changes nothing", lambda: _ignores_off_mask(run)
-    yield "a column of tool tokens changes nothing", lambda: _ignores_tool_tokens(run)
-    yield "it changes neither its input nor a random generator, and repeats itself", lambda: _is_pure(run)
-    if isinstance(plugin, Aggregation | RolloutCorrection | LossTerm):
-        yield "its factors are not negative and carry no gradient", lambda: _factors(run)
-    if isinstance(plugin, AdvantageEstimator | Filter):
-        yield "group ids are only labels", lambda: _ids_are_labels(run)
-    if isinstance(plugin, PolicyLoss | KLEstimator):
-        yield "a row does not see its neighbours", lambda: _rows_are_alone(run)
-        yield "its gradient reaches the log-probs", lambda: _has_gradient(run, finite_differences)
-    if isinstance(plugin, PolicyLoss):
-        yield "a positive advantage raises the log-prob", lambda: _climbs(run)
-    if isinstance(plugin, KLEstimator):
-        yield "equal log-probs give 0", lambda: _zero_at_equality(run)
-    if isinstance(plugin, RolloutCorrection):
-        yield "equal log-probs give 1", lambda: _one_at_equality(run)
-    if isinstance(plugin, KLPlacement):
-        yield "it defines the penalty of each of its places", lambda: _defines_places(plugin)
-
-
-# What the tensor axes get, and what comes out
+ALWAYS = ("mask", "token_rewards", "group_ids", "kl_penalties", "finished")
+"""Fields of `Scored` that need not be asked for."""
+FIELDS = ("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "greedy", "completion_ids", "advantages")
+"""Fields of `Scored` that are there for those who need them, beside the scores."""
+SOURCES = {"score": ("reward", 1.0), "style": ("style", 0.5)}
+"""Tensor -> the reward source whose scores it is, and its weight."""
+PLACES = frozenset({"reward", "loss", "advantage"})
+VOCABULARY = 5
 
 
 def draw_tensors(
@@ -69,7 +36,11 @@ def draw_tensors(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensors:
-    """Every tensor that a plugin may see, rows first. Off the mask stand numbers that must not matter."""
+    """Every tensor that a plugin may see, rows first. Off the mask stand numbers that must not matter.
+
+    Of two reward sources `reward` and `style` the weighted sum is `total_score`; less `kl_penalties`, which are negative
+    here, it makes up `token_rewards`, so returns are not negative. `log_probs` are of a whole vocabulary, (N, T, V).
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = sum(group_sizes)
 
@@ -83,37 +54,79 @@ def draw_tensors(
     sampled[0, length // 2] = False
     mask = (sampled | (place == lengths[:, None] - 1)).to(torch.float64)
     last = (place == lengths[:, None] - 1).double()
-    score = (draw(rows) * 4).round() / 4
+    groups = torch.repeat_interleave(torch.arange(len(group_sizes)), torch.tensor(group_sizes))
+    score, style = (draw(rows) * 4).round() / 4, draw(rows)
+    total = score + SOURCES["style"][1] * style
+    penalties = -0.1 * draw(rows, length) * mask
     logps = -0.5 - 2 * draw(rows, length)
+    old_logps = logps + 0.4 * draw(rows, length) - 0.2
+    most = old_logps.exp() ** 2
     tensors = {
         "mask": mask,
-        "token_rewards": (score[:, None] * last + 0.1 * draw(rows, length)) * mask,
-        "group_ids": torch.repeat_interleave(torch.arange(len(group_sizes)) * 3 + 5, torch.tensor(group_sizes)),
+        "token_rewards": total[:, None] * last - penalties,
+        "kl_penalties": penalties,
+        "group_ids": groups * 3 + 5,
         "values": 2 * draw(rows, length) - 1,
         "score": score,
+        "style": style,
+        "total_score": total,
+        "greedy": 2 * draw(len(group_sizes))[groups],
         "logps": logps,
-        "old_logps": logps + 0.4 * draw(rows, length) - 0.2,
+        "old_logps": old_logps,
         "ref_logps": logps + 0.8 * draw(rows, length) - 0.4,
         "sampler_logps": logps + 0.2 * draw(rows, length) - 0.1,
+        "sum_sq_probs": most + (1 - old_logps.exp()) ** 2 * draw(rows, length),
         "entropy": draw(rows, length),
         "advantages": (2 * draw(rows, length) - 1) * mask,
         "finished": draw(rows) > 0.3,
+        "completion_ids": (3 + 60 * draw(rows, length)).long() * (place < lengths[:, None]),
+        "log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
+        "ref_log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
     }
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def as_scored(t: Tensors) -> Scored:
-    names = ("mask", "token_rewards", "group_ids", "values", "old_logps", "ref_logps", "sampler_logps", "finished")
-    return Scored(**{name: t[name] for name in names}, scores={"reward": t["score"]}, weights={"reward": 1.0})
+def ordinary(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensors:
+    """Input without anything degenerate: groups of different sizes, none of a single row."""
+    return draw_tensors(group_sizes=(4, 3, 2), seed=seed, dtype=dtype)
 
 
-def _needed(plugin: Plugin, t: Tensors, *positional: str) -> Tensors:
-    return {name: t[name] for name in sorted(plugin.needs - set(positional)) if name in t}
+def as_scored(t: Tensors, needs: frozenset[str] | None = None) -> Scored:
+    """The tensors as a `Scored`: with every field, or with those alone that come with `needs`."""
+    fields = [name for name in FIELDS if needs is None or name in needs]
+    with_scores = needs is None or "scores" in needs
+    return Scored(
+        **{name: t[name] for name in (*ALWAYS, *fields) if name in t},
+        scores={source: t[name] for name, (source, _) in SOURCES.items()} if with_scores else None,
+        weights=dict(SOURCES.values()) if with_scores else None,
+    )
 
 
-def _advantages(plugin: Any, t: Tensors) -> Tensors:
-    out = plugin(as_scored(t))
-    if "values" in plugin.needs:
+def declared(plugin: Plugin) -> frozenset[str]:
+    """What it needs, with the plugins inside it."""
+    return frozenset().union(*(each.needs for each in with_nested(plugin)))
+
+
+# One call per axis. `strict` hands over what the plugin declares and nothing else, as a run does; otherwise it gets every
+# field, and the keywords that it declares or takes.
+
+
+def _asked(plugin: Any, call: Any, t: Tensors, strict: bool, *positional: str) -> Tensors:
+    names = set(plugin.needs)
+    if not strict:
+        parameters = inspect.signature(call).parameters.values()
+        takes = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        names = (names | takes) if any(p.kind is p.VAR_KEYWORD for p in parameters) else takes
+    return {name: t[name] for name in sorted(names - {"logps", "mask", *positional}) if name in t}
+
+
+def _scored(plugin: Any, t: Tensors, strict: bool) -> Scored:
+    return as_scored(t, declared(plugin) if strict else None)
+
+
+def _advantages(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    out = plugin(_scored(plugin, t, strict))
+    if "values" in declared(plugin):
         assert isinstance(out, Credit), (
             f"it needs values and gave a {type(out).__name__}; Credit is due, for the critic"
         )
@@ -122,209 +135,96 @@ def _advantages(plugin: Any, t: Tensors) -> Tensors:
     return {"advantages": out}
 
 
-def _policy_loss(plugin: Any, t: Tensors) -> Tensors:
-    out = plugin(t["logps"], t["old_logps"], t["advantages"], t["mask"], **_needed(plugin, t, "old_logps"))
-    is_pair = isinstance(out, tuple) and len(out) == 2
+def _baseline(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    out, (rows, width) = plugin(_scored(plugin, t, strict)), t["mask"].shape
+    due = isinstance(out, Tensor) and tuple(out.shape) in ((rows, 1), (rows, width))
+    assert due, f"it gave {_shape(out)}; (N, 1) = {(rows, 1)} or (N, T) = {(rows, width)} is due"
+    return {"baseline": out.expand(rows, width)}
+
+
+def _shape(out: Any) -> str:
+    return f"the shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+
+
+def prepared(plugin: Any, t: Tensors) -> Tensors:
+    """With what a policy loss selects once per rollout, if it does and it is not there yet."""
+    if "selected" not in plugin.needs or "selected" in t:
+        return t
+    return {**t, "selected": plugin.select(t["old_logps"], t["advantages"], t["mask"])}
+
+
+def _policy_loss(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    t = prepared(plugin, t)
+    extras = _asked(plugin, plugin.__call__, t, strict, "old_logps", "advantages")
+    out = plugin(t["logps"], t["old_logps"], t["advantages"], t["mask"], **extras)
+    is_pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)
     assert is_pair, "a policy loss gives a pair: the loss (B, T) and a dict of metrics"
-    return {"loss": out[0], **{f"metric {name}": x for name, x in out[1].items()}}
+    selected = {"selected": t["selected"]} if "selected" in plugin.needs else {}
+    return {"loss": out[0], **{f"metric {name}": x for name, x in out[1].items()}, **selected}
 
 
-def _kl_estimator(plugin: Any, t: Tensors) -> Tensors:
-    return {"kl": plugin(t["logps"], t["ref_logps"], **_needed(plugin, t, "ref_logps"))}
+def _kl_estimator(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    if "full_distribution" in plugin.needs:
+        own, ref = (t[name].flatten(0, 1) for name in ("log_probs", "ref_log_probs"))
+        return {"kl": plugin(own, ref).view(t["mask"].shape)}
+    return {"kl": plugin(t["logps"], t["ref_logps"], **_asked(plugin, plugin.__call__, t, strict, "ref_logps"))}
 
 
-def _kl(plugin: Any, t: Tensors) -> Tensors:
-    kl = plugin.measure(t["logps"], t["ref_logps"], t["mask"], **_needed(plugin.estimator, t, "ref_logps"))
+def _kl(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    if "full_distribution" in plugin.estimator.needs:
+        kl = plugin.limit(_kl_estimator(plugin.estimator, t)["kl"] * t["mask"])
+    else:
+        extras = _asked(plugin.estimator, plugin.estimator.__call__, t, strict, "ref_logps")
+        kl = plugin.measure(t["logps"], t["ref_logps"], t["mask"], **extras)
     return {"kl": kl, **{f"{p}_penalty": getattr(plugin, f"{p}_penalty")(kl) for p in sorted(plugin.places & PLACES)}}
 
 
-def _loss_term(plugin: Any, t: Tensors) -> Tensors:
-    return {"loss": plugin(t["logps"], t["mask"], **_needed(plugin, t)), "weights": plugin.weights(t["mask"])}
+def _loss_term(plugin: LossTerm, t: Tensors, strict: bool = False) -> Tensors:
+    per_row = {name: t[name] for name in ("group_ids", "total_score")}
+    weights = plugin.weights(t["mask"], **_asked(plugin, plugin.weights, per_row, strict))
+    return {
+        "loss": plugin(t["logps"], t["mask"], **_asked(plugin, plugin.__call__, t, strict, "group_ids")),
+        "weights": weights,
+    }
 
 
-PLACES = frozenset({"reward", "loss", "advantage"})
+def _aggregation(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    per_row = {name: t[name] for name in ("group_ids", "total_score")}
+    return {"weights": plugin(t["mask"], **_asked(plugin, plugin.__call__, per_row, strict))}
 
-OUTPUTS: dict[str, Callable[[Any, Tensors], Tensors]] = {
+
+OUTPUTS: dict[str, Callable[..., Tensors]] = {
     "advantages": _advantages,
+    "baseline": _baseline,
     "kl": _kl,
     "kl_estimator": _kl_estimator,
     "policy_loss": _policy_loss,
-    "rollout_correction": lambda p, t: {"factors": p(t["old_logps"], t["sampler_logps"], t["mask"])},
-    "aggregation": lambda p, t: {"weights": p(t["mask"])},
+    "rollout_correction": lambda p, t, strict=False: {"factors": p(t["old_logps"], t["sampler_logps"], t["mask"])},
+    "aggregation": _aggregation,
     "loss_terms": _loss_term,
-    "filters": lambda p, t: {"keep": p(as_scored(t))},
+    "filters": lambda p, t, strict=False: {"keep": p(_scored(p, t, strict))},
 }
+"""Axis -> (plugin, tensors) -> what it gives, by name."""
 
 
-def _on_mask(t: Tensors, outputs: Tensors) -> Tensors:
+# The same rollout, written down differently
+
+
+def rows_of(t: Tensors, rows: Any) -> Tensors:
+    """The tensors of these rows (a slice, or indices)."""
+    return {name: x[rows] for name, x in t.items()}
+
+
+def widened(t: Tensors, at: int, columns: int = 1, fill: Mapping[str, float] | None = None) -> Tensors:
+    """With columns that hold 0, or what `fill` says, put in before column `at`."""
+
+    def insert(name: str, x: Tensor) -> Tensor:
+        new = torch.full_like(x[:, :1], (fill or {}).get(name, 0)).expand(-1, columns, *x.shape[2:])
+        return torch.cat([x[:, :at], new, x[:, at:]], 1)
+
+    return {name: insert(name, x) if x.dim() >= 2 else x for name, x in t.items()}
+
+
+def on_mask(t: Tensors, outputs: Tensors) -> Tensors:
     """Outputs times the mask, as the core takes them: an infinity off the mask becomes NaN and shows."""
     return {name: x * t["mask"] if x.dim() == 2 else x for name, x in outputs.items()}
-
-
-def _keeps_shape(plugin: Plugin, run: Run) -> None:
-    for dtype in (torch.float64, torch.float32):
-        t = draw_tensors(dtype=dtype)
-        for name, x in run(t).items():
-            assert isinstance(x, Tensor), f"{name} is a {type(x).__name__}; a tensor is due"
-            per_row = name == "keep" or getattr(plugin, "level", "token") == "sequence"
-            due = t["mask"].shape[:1] if per_row else t["mask"].shape
-            assert x.shape == due, f"{name} has the shape {tuple(x.shape)}; {tuple(due)} is due"
-            kind = torch.bool if name == "keep" else dtype
-            assert x.dtype == kind or name.startswith("metric"), f"{name} is {x.dtype} for {dtype} input; {kind} is due"
-
-
-def _is_zero_off_the_mask(run: Run) -> None:
-    t = draw_tensors()
-    for name, x in run(t).items():
-        if name in ("advantages", "weights"):
-            off = x[t["mask"] == 0]
-            assert bool((off == 0).all()), (
-                f"{name} is not 0 off the mask (up to {off.abs().max():.3g}); multiply by it last"
-            )
-
-
-def _degenerate(plugin: Plugin) -> Iterator[tuple[str, Tensors]]:
-    t = draw_tensors()
-    rewards = t["token_rewards"]
-    last = t["mask"] * (t["mask"].flip(1).cumsum(1).flip(1) == 1)
-    yield "no reward at all", {**t, "token_rewards": rewards * 0, "score": t["score"] * 0}
-    yield "equal rewards", {**t, "token_rewards": 0.2 * last, "score": t["score"] * 0 + 0.2}
-    yield "equal log-probs", {**t, **dict.fromkeys(("old_logps", "ref_logps", "sampler_logps"), t["logps"])}
-    yield "no advantage", {**t, "advantages": rewards * 0}
-    yield "completions of one token", {k: x[:, :1] * t["mask"][:, :1] if x.dim() == 2 else x for k, x in t.items()}
-    yield "one row per group", {**t, "group_ids": torch.arange(len(rewards))}
-    yield "a single row", {name: x[:1] for name, x in t.items()}
-    empty = t["mask"].clone()
-    empty[1] = 0
-    yield "a row without sampled tokens", {**t, "mask": empty, "token_rewards": rewards * empty}
-
-
-def _is_finite(plugin: Plugin, run: Run) -> None:
-    for case, t in _degenerate(plugin):
-        for name, x in _on_mask(t, run(t)).items():
-            assert bool(x.isfinite().all()), f"{name} is not finite for {case}"
-
-
-def _ignores_padding(run: Run) -> None:
-    t = draw_tensors()
-    wide = {name: pad(x, (0, 3)) if x.dim() == 2 else x for name, x in t.items()}
-    want = {name: pad(x, (0, 3)) if x.dim() == 2 else x for name, x in _on_mask(t, run(t)).items()}
-    same(_on_mask(wide, run(wide)), want, "three columns of padding were added on the right; count with the mask")
-
-
-def _ignores_order(run: Run) -> None:
-    t = draw_tensors()
-    order = torch.randperm(len(t["mask"]), generator=torch.Generator().manual_seed(1))
-    shuffled = {name: x[order] for name, x in t.items()}
-    want = {name: x[order] for name, x in _on_mask(t, run(t)).items()}
-    same(_on_mask(shuffled, run(shuffled)), want, "the rows were shuffled; find a row's group by group_ids")
-
-
-def _ignores_off_mask(run: Run) -> None:
-    t = draw_tensors()
-    noise = draw_tensors(seed=1)
-    other = dict(t)
-    for name in ("values", "logps", "old_logps", "ref_logps", "sampler_logps", "entropy"):
-        other[name] = torch.where(t["mask"] > 0, t[name], 10 * noise[name])
-    same(_on_mask(other, run(other)), _on_mask(t, run(t)), "numbers off the mask changed (padding, tool tokens)")
-
-
-def _ignores_tool_tokens(run: Run) -> None:
-    t = draw_tensors()
-    at, mask = 2, draw_tensors()["mask"]
-
-    def insert(x: Tensor, value: float) -> Tensor:
-        return torch.cat([x[:, :at], torch.full_like(x[:, :1], value), x[:, at:]], 1) if x.dim() == 2 else x
-
-    fill = {"mask": 0.0, "token_rewards": 0.0, "advantages": 0.0}
-    wide = {name: insert(x, fill.get(name, -0.7)) if x.dim() == 2 else x for name, x in t.items()}
-    want = {name: insert(x, 0.0) for name, x in _on_mask(t, run(t)).items()}
-    assert wide["mask"].shape[1] == mask.shape[1] + 1
-    same(_on_mask(wide, run(wide)), want, "a column of tool tokens (mask 0) came between; step over it")
-
-
-def _is_pure(run: Run) -> None:
-    t = draw_tensors()
-    before, generators = copy.deepcopy(t), generators_now()
-    first = {name: x.clone() for name, x in run(t).items()}
-    for name, x in before.items():
-        assert torch.equal(x, t[name]), f"it changes its input {name} in place"
-    same(run(t), first, "it was called twice on the same input")
-    assert equal(generators_now(), generators), "it draws from a global random generator"
-
-
-def _factors(run: Run) -> None:
-    t = draw_tensors()
-    t["logps"].requires_grad_()
-    for name, x in run(t).items():
-        if name in ("weights", "factors"):
-            assert bool((x >= 0).all()), f"{name} are negative somewhere, down to {x.min():.3g}"
-            assert bool(x.sum() > 0), f"{name} are 0 everywhere"
-            assert not x.requires_grad, f"{name} carry a gradient; detach them"
-
-
-def _ids_are_labels(run: Run) -> None:
-    t = draw_tensors()
-    renamed = {**t, "group_ids": 100 - 7 * t["group_ids"]}
-    same(run(renamed), run(t), "the groups got other ids and kept their rows")
-
-
-def _rows_are_alone(run: Run) -> None:
-    t = draw_tensors()
-    whole = _on_mask(t, run(t))
-    for row in range(len(t["mask"])):
-        alone = {name: x[row : row + 1] for name, x in t.items()}
-        want = {name: x[row : row + 1] for name, x in whole.items()}
-        same(_on_mask(alone, run(alone)), want, "the row was computed alone; micro-batches may split anywhere")
-
-
-def _has_gradient(run: Run, finite_differences: bool) -> None:
-    t = draw_tensors(group_sizes=(2, 2), length=5)
-    logps = t["logps"].requires_grad_()
-
-    def total(x: Tensor) -> Tensor:
-        outputs = run({**t, "logps": x})
-        return (outputs["loss" if "loss" in outputs else "kl"] * t["mask"]).sum(1)
-
-    out = total(logps).sum()
-    assert out.requires_grad, "no gradient reaches logps: something detaches them, or leaves torch"
-    (gradient,) = torch.autograd.grad(out, logps)
-    assert bool(gradient.isfinite().all()), "its gradient in logps is not finite"
-    assert bool((gradient != 0).any()), "its gradient in logps is 0 everywhere"
-    if finite_differences:
-        right = torch.autograd.gradcheck(total, (logps,), eps=1e-6, atol=1e-5, raise_exception=False)
-        assert right, (
-            "its gradient is not that of its value (finite differences); if meant so: finite_differences=False"
-        )
-
-
-def _climbs(run: Run) -> None:
-    t = draw_tensors()
-    logps = t["logps"].requires_grad_()
-    sign = t["advantages"].sum(1, keepdim=True).sign()
-    on_policy = {**t, "old_logps": logps.detach(), "advantages": sign * t["mask"]}
-    (gradient,) = torch.autograd.grad((run(on_policy)["loss"] * t["mask"]).sum(), logps)
-    climbs = bool(((gradient * sign).sum(1) <= 0).all() and (gradient != 0).any())
-    assert climbs, "descending this loss lowers the log-probs of rows with a positive advantage: is a sign missing?"
-
-
-def _zero_at_equality(run: Run) -> None:
-    t = draw_tensors()
-    kl = run({**t, "logps": t["ref_logps"], "old_logps": t["ref_logps"]})["kl"]
-    assert bool((kl.abs() < 1e-12).all()), f"policy and reference agree and its KL is up to {kl.abs().max():.3g}"
-
-
-def _one_at_equality(run: Run) -> None:
-    t = draw_tensors()
-    factors = run({**t, "sampler_logps": t["old_logps"]})["factors"]
-    on = factors[t["mask"] > 0]
-    assert bool(((on - 1).abs() < 1e-12).all()), "sampler and trainer agree and its factors are not 1"
-
-
-def _defines_places(plugin: KLPlacement) -> None:
-    unknown = plugin.places - PLACES
-    assert not unknown, f"places {sorted(unknown)} do not exist; there are: {', '.join(sorted(PLACES))}"
-    for place in plugin.places:
-        for kl in (torch.rand(3, 4, dtype=torch.float64), torch.rand(3, dtype=torch.float64)):
-            penalty = getattr(plugin, f"{place}_penalty")(kl)
-            assert penalty.shape == kl.shape, f"{place}_penalty turns {tuple(kl.shape)} into {tuple(penalty.shape)}"

@@ -17,12 +17,24 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import SkipTest
 
 import torch
 
-from hf_rlhf import facts, tensor_facts
-from hf_rlhf.axes import AXES, Plugin, Reference, RewardSource, UpdateRule
+from hf_rlhf import facts, invariance_facts, model_facts, reward_facts, tensor_facts
+from hf_rlhf.axes import (
+    Critic,
+    KLController,
+    Plugin,
+    Reference,
+    RewardSource,
+    RolloutEngine,
+    TextTerm,
+    UpdateRule,
+)
 from hf_rlhf.batch import Rollouts, Scored
+from hf_rlhf.facts import axis_of
+from hf_rlhf.prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -120,7 +132,8 @@ def tiny_policy(
 class Fact:
     """One sentence of the contract about one plugin.
 
-    Calling it raises AssertionError where the sentence is false, or what the plugin itself raises.
+    Calling it raises AssertionError where the sentence is false, or what the plugin itself raises; `unittest.SkipTest`,
+    which pytest takes for a skip, where an earlier fact that is false leaves nothing to ask.
     """
 
     title: str
@@ -137,31 +150,77 @@ def conformance(
     plugin: Plugin,
     *,
     rollouts: Rollouts | None = None,
+    prompts: Sequence[Prompt] | None = None,
     policy: Callable[[], Any] | None = None,
-    finite_differences: bool = True,
+    finite_differences: bool | None = None,
 ) -> list[Fact]:
     """The contract of the plugin's axis as facts to call; nothing is checked before.
 
     plugin: any plugin with its settings; one that needs `setup` must have been set up.
-    rollouts: for reward sources that read dataset columns, rows that have them.
-    policy: for references, makes a fresh policy (a model), for instance one with an adapter.
-    finite_differences: False for a loss or KL estimator that stops gradients on purpose.
-    Critics and rollout engines have only the facts of every plugin.
+    rollouts: for reward sources that read dataset columns, rows that have them; left out, the text 5 stands in each
+        column that `columns()` names.
+    prompts: for rollout engines that read dataset columns, prompts that have them.
+    policy: for rollout engines, critics, references and update rules, makes a fresh policy (a model).
+    finite_differences: whether the gradient of a loss or KL estimator must be that of its value; left out, it must unless
+        the plugin says `stops_gradient = True`.
     """
-    axis = next((key for key, base in AXES.items() if isinstance(plugin, base)), None)
+    axis = axis_of(plugin)
     if axis is None:
         raise TypeError(f"{type(plugin).__name__} is no plugin: it subclasses no class of hf_rlhf.axes")
-    claims = [*facts.of_every_plugin(plugin)]
+    own_metrics = dict.fromkeys(invariance_facts.metric_names(plugin), 0.25)
+    told = [facts.FIRST, {**facts.LATER, **own_metrics}]
+    claims = [*facts.of_every_plugin(plugin, told)]
+    make = policy or (lambda: _policy(plugin.needs))
     if isinstance(plugin, RewardSource):
-        claims += facts.of_a_reward(plugin, rollouts or _rollouts())
+        claims += reward_facts.of_a_reward(plugin, rollouts or _rollouts_for(plugin))
+    elif isinstance(plugin, RolloutEngine):
+        claims += model_facts.of_a_rollout_engine(plugin, make, tiny_policy()[1], prompts or _prompts())
+    elif isinstance(plugin, Critic):
+        claims += model_facts.of_a_critic(plugin, make)
     elif isinstance(plugin, Reference):
-        claims += facts.of_a_reference(plugin, policy or (lambda: tiny_policy(dtype=torch.float64)[0]))
+        claims += model_facts.of_a_reference(plugin, make)
     elif isinstance(plugin, UpdateRule):
-        claims += facts.of_an_update_rule(plugin, lambda: tiny_policy()[0])
+        claims += model_facts.of_an_update_rule(plugin, make)
+    elif isinstance(plugin, KLController):
+        claims += facts.of_a_controller(plugin)
     elif axis in tensor_facts.OUTPUTS:
-        claims += tensor_facts.of_a_tensor_function(plugin, axis, finite_differences)
+        claims += invariance_facts.of_a_tensor_function(plugin, axis, finite_differences, told)
+    if isinstance(plugin, TextTerm):
+        claims += model_facts.of_a_text_term(plugin)
     name = f"{axis}.{getattr(plugin, 'name', type(plugin).__name__)}"
     return [Fact(f"{name}: {claim}", holds) for claim, holds in claims]
 
 
 _rollouts = rollouts
+
+
+def _rollouts_for(plugin: RewardSource) -> Rollouts:
+    """Small `Rollouts` with the columns that the source says it reads: the text 5 in each row."""
+    names = {"answer", *getattr(plugin, "columns", set)()}
+    return _rollouts(columns={name: ["5"] * 4 for name in sorted(names)})
+
+
+def _prompts() -> list[Prompt]:
+    """Two prompts of different length, with the completions that `rollout=scripted` reads."""
+    texts = {"2+3=": ["5", "The answer is 5."], "What is 17+4?": ["21", "#### 7"]}
+    return [
+        Prompt(
+            ids=[len(SPECIAL) + CHARACTERS.index(c) for c in text], prompt=text, columns={"completions": completions}
+        )
+        for text, completions in texts.items()
+    ]
+
+
+def _policy(needs: frozenset[str]) -> Any:
+    """A fresh tiny policy with what the plugin needs of it."""
+    model: Any = tiny_policy(dtype=torch.float64)[0]
+    if "double_backward" in needs:
+        model.set_attn_implementation("eager")
+    if "adapter" not in needs:
+        return model
+    try:
+        import peft
+    except ImportError:
+        raise SkipTest("not asked: peft is not installed, and it needs a policy with an adapter") from None
+    with torch.random.fork_rng(devices=[]):
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).eval()

@@ -6,33 +6,35 @@ buffer; each ticket then takes its slot of micro-batches from it. Everything aft
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_rlhf import checkpoint
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.arguments import check_accelerator
 from hf_rlhf.assemble import close_plugins, prepare
-from hf_rlhf.axes import TrainedCritic
-from hf_rlhf.buffer import Buffer
+from hf_rlhf.axes import TextTerm, TrainedCritic
+from hf_rlhf.buffer import Buffer, text_micro_batches
 from hf_rlhf.collect import Collector
 from hf_rlhf.evaluation import evaluate
+from hf_rlhf.forwards import Forwards
 from hf_rlhf.log import RunLog, completion_rows
-from hf_rlhf.losses import policy_terms, value_term
+from hf_rlhf.losses import DISTRIBUTION, policy_terms, text_term, value_term
 from hf_rlhf.meters import Meters
 from hf_rlhf.optimizers import check_given, critic_groups
+from hf_rlhf.policy import sampled_logits
 from hf_rlhf.prompts import PromptStream
+from hf_rlhf.saving import SavingTrainer
+from hf_rlhf.step import Step
 from hf_rlhf.trackers import install
 
 if TYPE_CHECKING:
@@ -42,7 +44,22 @@ HEALTH = {"health/reward_missing": 0.0, "health/empty_rollout": 0.0, "health/non
 """Always logged, also where nothing was counted."""
 
 
-class RLHFTrainer(Trainer):
+class AfterStep(TrainerCallback):
+    """What follows an optimizer step: the reference moves, the update rule is asked what it measured."""
+
+    def __init__(self, trainer: RLHFTrainer):
+        self.trainer = weakref.proxy(trainer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer before anything is logged or saved."""
+        trainer = self.trainer
+        if (model := trainer.moving_reference()) is not None:
+            trainer.algorithm.reference.move(model, trainer.model, state.global_step)
+        for name, x in trainer.algorithm.optimizer.take_logs().items():
+            trainer.meters.put(f"optimizer/{name}", x)
+
+
+class RLHFTrainer(SavingTrainer):
     """`transformers.Trainer` whose batches are scored rollouts and whose loss is the recipe's.
 
     Args:
@@ -81,6 +98,7 @@ class RLHFTrainer(Trainer):
         self.parts, self.algorithm = parts, parts.algorithm
         self.meters = Meters()
         self.buffer: Buffer | None = None
+        self._optimizer_given = optimizers[0] is not None
         self.run_log = RunLog(args.output_dir or "outputs", parts.record)
         super().__init__(
             parts.model,
@@ -89,7 +107,7 @@ class RLHFTrainer(Trainer):
             train_dataset=parts.train,
             eval_dataset=parts.evaluation,
             processing_class=parts.tokenizer,
-            callbacks=[*(callbacks or []), self.run_log],
+            callbacks=[AfterStep(self), *(callbacks or []), self.run_log],
             optimizers=optimizers,
         )
         check_accelerator(self.accelerator, self.args)
@@ -97,26 +115,29 @@ class RLHFTrainer(Trainer):
         self.actor_critic, reference = parts.build(self.model, self.args)
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
-        self.collector = Collector(
+        policy = parts.policy(self.model, self.args)
+        forwards = Forwards(
             algorithm=self.algorithm,
-            policy=parts.policy(self.model, self.args),
             actor_critic=self.actor_critic,
             reference=reference,
+            accelerator=self.accelerator,
+            pad=policy.tokenizer.pad_token_id,
+            max_rows=self.args.per_device_train_batch_size,
+        )
+        self.collector = Collector(
+            algorithm=self.algorithm,
+            policy=policy,
+            actor_critic=self.actor_critic,
+            forwards=forwards,
             accelerator=self.accelerator,
             stream=self.stream,
             meters=self.meters,
             seed=self.args.seed,
-            max_rows=self.args.per_device_train_batch_size,
         )
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
-        self._step_sums: list[str] = []  # the terms of the loss, each a sum over one optimizer step
+        self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
         parts.set_up(self.model, self.args)
-
-    @property
-    def output_dir(self) -> Path:
-        """Where the run writes."""
-        return Path(self.args.output_dir or "outputs")
 
     # Rollouts become slots
 
@@ -143,7 +164,11 @@ class RLHFTrainer(Trainer):
         if self.buffer is None or self.buffer.index != index:
             raise checkpoint.CheckpointError(f"step {self.state.global_step} lies within a rollout that was not saved")
         pad, rows = self.collector.policy.tokenizer.pad_token_id, self.args.per_device_train_batch_size
-        return [self.buffer.slot(position, self.algorithm, self.args.seed, pad, rows)], None
+        slot = self.buffer.slot(position, self.algorithm, self.args.seed, pad, rows)
+        if slot:
+            share, like = slice(self.args.process_index, None, self.args.world_size), self.buffer.rows["mask"]
+            slot = text_micro_batches(self.algorithm, self.state.global_step, share, like, pad, rows) + slot
+        return [slot], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's own step on each micro-batch of the slot; gradients meet at the last one."""
@@ -155,24 +180,82 @@ class RLHFTrainer(Trainer):
                 with nullcontext() if last else self.accelerator.no_sync(model):
                     loss += super().training_step(model, micro).to(loss.dtype)
             self.accelerator.gradient_state._set_sync_gradients(True)
-        for name in self._step_sums if inputs else ():
+        if inputs:
+            self._step_sums |= {
+                f"plugin/{title}/loss"
+                for title, term in self.algorithm.titled("loss_terms")
+                if isinstance(term, TextTerm)
+            }
+        for name in self._step_sums:
             self.meters.add(name, 0.0, 1 / self.args.world_size)
-        return self._guard(loss)
+        self._step_sums.clear()
+        loss = self._guard(loss)
+        self.algorithm.optimizer.hold(self._step(inputs))
+        return loss
+
+    def _step(self, micro_batches: list[dict[str, Any]]) -> Step:
+        """The step for update rules that look at the loss again; nothing is logged of what they compute."""
+        rollout = [micro for micro in micro_batches if "text_term" not in micro]
+        module = self.actor_critic
+
+        def prepared(micro: dict[str, Any]) -> dict[str, Any]:
+            return self._prepare_inputs(micro)
+
+        def loss(micro: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                terms = self._terms(module, prepared(micro), Meters(), with_critic=False)
+                return sum(terms.values(), start=torch.zeros(()))
+
+        def log_probs(micro: dict[str, Any]) -> Tensor:
+            batch = prepared(micro)["batch"]
+            with self.accelerator.autocast():
+                logits, _ = sampled_logits(module.policy, batch["input_ids"], batch["rows"], batch["positions"])
+            return (logits / module.temperature).log_softmax(-1)
+
+        return Step(
+            micro_batches=rollout,
+            loss=loss,
+            log_probs=log_probs,
+            total=lambda x: self.accelerator.reduce(x.detach(), "sum") if self.args.world_size > 1 else x.detach(),
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The recipe's loss of one micro-batch, times the number of processes, whose gradients are averaged."""
-        a, shape = self.algorithm, tuple(inputs["mask"].shape)
-        critic = a.critic if isinstance(a.critic, TrainedCritic) else None
-        new = model(**inputs["batch"], shape=shape, entropy="entropy" in a.needs, values=critic is not None)
-        sums = policy_terms(a, new, inputs, self.meters)
-        if critic is not None:
-            sums |= value_term(critic, new["values"], inputs, self.meters)
+        sums = self._terms(model, inputs, self.meters)
         for name, x in sums.items():
             self.meters.add(name, x, 0.0)
-        self._step_sums = list(sums)
+        self._step_sums |= set(sums)
         return sum(sums.values()) * self.args.world_size
+
+    def _terms(
+        self, model: nn.Module, inputs: dict[str, Any], meters: Meters, with_critic: bool = True
+    ) -> dict[str, Tensor]:
+        """The terms of the loss of one micro-batch, each this process's share of the step's."""
+        a, shape = self.algorithm, tuple(inputs["mask"].shape)
+        if "text_term" in inputs:
+            return text_term(
+                a, model(**inputs["batch"], shape=shape, entropy="entropy" in a.needs, temperature=1.0), inputs
+            )
+        critic = a.critic if with_critic and isinstance(a.critic, TrainedCritic) else None
+        reference, compared = self.collector.forwards.reference, a.kl_over_distributions("update")
+        measures = None
+        if compared and reference is not None:
+            named = {f"{DISTRIBUTION}{title}": (kl.estimator, "loss" in kl.places) for title, kl in compared}
+            with self.accelerator.autocast():
+                measures = reference.measures(inputs["batch"], named)
+        new = model(
+            **inputs["batch"],
+            shape=shape,
+            entropy="entropy" in a.needs,
+            values=critic is not None,
+            measures=measures,
+        )
+        sums = policy_terms(a, new, inputs, meters)
+        if critic is not None:
+            sums |= value_term(critic, new["values"], inputs, meters)
+        return sums
 
     def _guard(self, loss: Tensor) -> Tensor:
         """Leaves out a step whose gradient is not finite, and all but the critic during its warm-up."""
@@ -215,6 +298,11 @@ class RLHFTrainer(Trainer):
             self.actor_critic.critic, self.algorithm.critic, self.args, self.get_decay_parameter_names
         )
         if self.optimizer is not None:
+            if self._optimizer_given and self.algorithm.optimizer.build(self.actor_critic, groups) is not None:
+                raise ValueError(
+                    f"optimizers: the recipe's optimizer={self.algorithm.optimizer.name} makes its own. Leave optimizers out, "
+                    "or set optimizer.use=trainer"
+                )
             check_given(self.optimizer, groups)
         else:
             self.optimizer = self.algorithm.optimizer.build(self.actor_critic, groups)
@@ -289,112 +377,6 @@ class RLHFTrainer(Trainer):
         metrics, self.samples = evaluate(self.collector, dataloader.dataset, self.parts.evaluation_settings)  # type: ignore[arg-type]
         named = {f"{metric_key_prefix}_{name}": x for name, x in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
-
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
-        comes from another run. A checkpoint of the last step is loaded, and nothing is trained."""
-        if resume_from_checkpoint:
-            own = resume_from_checkpoint is True
-            folder = checkpoint.newest(self.output_dir) if own else Path(str(resume_from_checkpoint))
-            resume_from_checkpoint = str(folder)
-            if self.check_checkpoint(folder)["step"] >= self._last_step():
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-                return TrainOutput(self.state.global_step, 0.0, {})
-        self._logged_at = time.perf_counter()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def check_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
-        manifest = checkpoint.verify(folder)
-        within = manifest["step"] % self.algorithm.steps_per_rollout != 0
-        checkpoint.check_same_run(folder, manifest, self.run_log.record, self.args.world_size if within else None)
-        return manifest
-
-    def _last_step(self) -> int:
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        checkpoint.save_state(folder, self.args.process_index, self._state())
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            facts = {"step": self.state.global_step, "processes": self.args.world_size}
-            checkpoint.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record})
-            checkpoint.rotate(folder, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _state(self) -> dict[str, Any]:
-        used_up = self.state.global_step % self.algorithm.steps_per_rollout == 0
-        return {
-            "stream": self.stream.state_dict(),
-            "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
-            "plugins": {path: state for path, plugin in self.algorithm.plugins() if (state := plugin.state_dict())},
-            "meters": self.meters.state_dict(),
-            "tokens": self.collector.tokens,
-            "bad_steps": self._bad_steps,
-        }
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        """Trainer's own, and the state that `_save_checkpoint` wrote beside it."""
-        super()._load_optimizer_and_scheduler(checkpoint_folder)
-        if checkpoint_folder is None:
-            return
-        rank = min(self.args.process_index, checkpoint.read_manifest(Path(checkpoint_folder))["processes"] - 1)
-        state = checkpoint.load_state(Path(checkpoint_folder), rank)
-        self._bad_steps = state["bad_steps"]
-        try:
-            self.stream.load_state_dict(state["stream"])
-        except ValueError as error:
-            raise checkpoint.CheckpointError(str(error)) from error
-        self.buffer = None if state["buffer"] is None else Buffer.from_state_dict(state["buffer"], self.args.device)
-        for path, plugin in self.algorithm.plugins():
-            if path in state["plugins"]:
-                plugin.load_state_dict(state["plugins"][path])
-        self.meters.load_state_dict(state["meters"])
-        self.collector.tokens = self._tokens_logged = state["tokens"]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The policy as plain transformers, the critic beside it."""
-        super()._save(output_dir, state_dict)
-        if self.actor_critic.critic is not None and self.args.should_save:
-            from safetensors.torch import save_file
-
-            folder = Path(output_dir or self.output_dir) / "critic"
-            folder.mkdir(parents=True, exist_ok=True)
-            weights = {
-                name: x.detach().cpu().contiguous().clone() for name, x in self.actor_critic.critic.state_dict().items()
-            }
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The policy's weights by Trainer, and the critic's."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_critic(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """The policy by Trainer, and the critic that was saved beside it."""
-        super()._load_best_model()
-        if self.state.best_model_checkpoint:
-            self._load_critic(self.state.best_model_checkpoint)
-
-    def _load_critic(self, folder: str) -> None:
-        if self.actor_critic.critic is not None:
-            from safetensors.torch import load_file
-
-            self.actor_critic.critic.load_state_dict(load_file(Path(folder) / "critic" / "model.safetensors"))
 
     def close(self) -> None:
         """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""

@@ -63,16 +63,10 @@ def neighbours(axis: str, *names: str) -> None:
         BITES[f"{axis}.{name}"] = Bite(name, other, lambda folder, value: tensors(axis, value))
 
 
-for gamma_reader in ("gae", "reinforce", "reward_to_go"):
-    of_tensors("advantages", gamma_reader, "gamma", 1.0, 0.9)
-of_tensors("advantages", "gae", "lam", 0.95, 0.5)
-of_tensors("advantages", "gae", "whiten", False, True)
-of_tensors("advantages", "group_norm", "eps", 1e-4, 1e-1)
 of_tensors("policy_loss", "ppo_clip", "epsilon_low", 0.2, 0.05)
 of_tensors("policy_loss", "ppo_clip", "epsilon_high", 0.2, 0.05)
 of_tensors("aggregation", "seq_mean_token_sum_norm", "length", 1024, 8)
 of_tensors("loss_terms", "entropy", "coef", 0.01, -0.5)
-neighbours("advantages", "group_mean", "leave_one_out")
 neighbours("aggregation", "token_mean", "seq_mean_token_mean", "seq_mean_token_sum")
 neighbours("kl_estimator", "k1", "k2", "k3")
 neighbours("policy_loss", "reinforce", "surrogate")
@@ -397,6 +391,15 @@ for engine_name in ("generate", "scripted"):
     BITES[f"rollout.{engine_name}.num_generations"] = Bite(4, 3, collected(engine(engine_name, "num_generations")))
 BITES["rollout.scripted.temperature"] = Bite(1.0, 0.7, after(engine("scripted", "temperature")))
 BITES["rollout.scripted.mask_column"] = Bite(None, "masks", after(engine("scripted", "mask_column")))
+
+
+def reported(folder: Path, column: str | None) -> Parts:
+    data = [{**row, "reported": [[-0.5] * len(mask) for mask in row["masks"]]} for row in runs.problems()]
+    engine = {**runs.SCRIPTED, "mask_column": "masks", "logps_column": column}
+    return {"data": data, "rollout": engine, "rollout_correction": "truncated" if column else "none"}
+
+
+BITES["rollout.scripted.logps_column"] = Bite(None, "reported", after(reported))
 
 
 def other_column(folder: Path, column: str) -> Parts:

@@ -24,9 +24,10 @@ from hf_rlhf.settings import Update
 from hf_rlhf.testing import tiny_policy
 
 NONE = {"rollout_correction": "none", "reference": "none", "critic": "none", "optimizer": "trainer"}
+SCRIPTED = {"use": "scripted", "prompts": 4, "num_generations": 4, "mask_column": "masks", "logps_column": "logps"}
 DEFAULTS: dict[str, Any] = {
     "algorithm": {
-        "rollout": {"use": "scripted", "prompts": 4, "num_generations": 4, "mask_column": "masks"},
+        "rollout": SCRIPTED,
         "rewards": [{"use": "length", "label": "short", "target": 1, "maximum": 9}],
         "advantages": {"use": "group_norm"},
         "policy_loss": {"use": "ppo_clip"},
@@ -61,10 +62,12 @@ def rows(count: int, seed: int = 0, completions: int = 8) -> list[dict[str, Any]
         lengths = [draw.randint(1, 9) for _ in range(completions)]
         texts = [[draw.randrange(40, 70) for _ in range(n)] for n in lengths]
         masks = [[1 if draw.random() > 0.3 else 0 for _ in range(n)] for n in lengths]
-        for mask in masks:
+        for mask, text in zip(masks, texts, strict=True):
             mask[-1] = 1
+            text[-1] = 1 if draw.random() < 0.7 else text[-1]  # the end-of-sequence token
         prompt = "".join(draw.choice("abcdef") for _ in range(1 + i % 5))
-        made.append({"prompt": prompt, "completions": texts, "masks": masks, "answer": draw.choice("abcdef")})
+        row = {"prompt": prompt, "completions": texts, "masks": masks, "answer": draw.choice("abcdef")}
+        made.append({**row, "logps": [[-3 - 3 * draw.random() for _ in mask] for mask in masks]})
     return made
 
 

@@ -59,7 +59,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a need that nobody knows": (
         {"advantages": Taught()},
         "advantages=taught needs 'teacher_logps', which this version does not provide",
-        "it provides: adapter, entropy, group_ids, groups, old_logps, ref_logps, sampler_logps, scores, values",
+        "it provides: adapter, advantages, completion_ids, double_backward, entropy, ",
+    ),
+    "a filter that resamples when the advantages are there": (
+        {"rollout": {"use": "generate", "prompts": 4}, "filters": [{"use": "opsm", "resample": 2}]},
+        "filters.0=opsm: resample=2 has no meaning here",
+        "Set filters.0.resample=0",
     ),
     "no rewards": ({"rewards": []}, "rewards is empty", "rewards=[{use: exact_match}]"),
     "a critic that nothing reads": (
@@ -109,7 +114,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "k1 in the loss": (
         {"kl": [{"use": "monitor"}, {"use": "in_loss", "estimator": "k1"}], "reference": "frozen"},
         "kl.1: k1 in the loss has the expected gradient 0",
-        "set estimator.use=k2 or k3, or move k1 to use=in_reward",
+        "set estimator.use=k2, k3 or k1_is, or move k1 to use=in_reward",
     ),
     "an entropy of weight 0": (
         {"loss_terms": [{"use": "entropy", "coef": 0}]},
@@ -164,6 +169,13 @@ def test_labels_are_names_unless_given():
     assert algorithm(rewards=[EXACT, {"use": "length", "label": "short"}]).labels() == ["exact_match", "short"]
 
 
+def test_nested_plugins_of_one_kind_have_places_of_their_own():
+    parts = [{"use": "baseline", "baseline": "ema"}, {"use": "baseline", "baseline": "ema"}]
+    paths = [path for path, _ in algorithm(advantages={"use": "mix", "parts": parts, "weights": [1, 1]}).plugins()]
+    assert len(set(paths)) == len(paths)
+    assert {"advantages.parts.0.baseline", "advantages.parts.1.baseline"} <= set(paths)
+
+
 def test_nested_plugins_stand_in_their_place():
     chosen = algorithm(kl=[{"use": "in_loss", "estimator": "k2"}], reference="frozen")
     assert ("kl.0.estimator", "k2") in [(path, plugin.name) for path, plugin in chosen.plugins()]
@@ -172,6 +184,7 @@ def test_nested_plugins_stand_in_their_place():
         **runs.SCRIPTED,
         "column": "completions",
         "mask_column": None,
+        "logps_column": None,
         "temperature": 1.0,
     }
 

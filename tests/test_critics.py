@@ -143,6 +143,7 @@ def batch_of(module):
         return module(**batch, shape=(2, 3), values=True, logps=False)["values"]
 
 
+@pytest.mark.proves("critic.separate", how="closed form", tolerance="exact")
 def test_a_critic_from_the_policy_has_its_trunk_copied_and_starts_at_zero():
     policy, _ = tiny_policy()
     critic = load_plugin("critic", "separate").build(policy, None)
@@ -170,6 +171,7 @@ def test_a_critic_of_an_adapted_policy_starts_from_base_and_adapter():
     assert not any("lora" in name for name, _ in critic.named_parameters())
 
 
+@pytest.mark.proves("critic.separate", how="closed form", tolerance="1e-6")
 def test_a_critic_from_the_reward_model_starts_with_its_scores(tmp_path):
     """The value at a token is the score of the sequence up to there: of the state before the next one."""
     path = runs.save_classifier(tmp_path / "rm", seed=3)
@@ -251,6 +253,7 @@ def test_a_value_head_starts_at_zero_and_adds_one_linear_layer():
 # Learning
 
 
+@pytest.mark.proves("critic.separate", "critic.value_head", how="end to end", tolerance="0.1 of the variance")
 @pytest.mark.parametrize("critic", ["separate", "value_head"])
 def test_the_critic_learns_the_returns(critic, tmp_path):
     """Each prompt pays its own constant, so that a critic can explain every return."""

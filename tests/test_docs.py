@@ -173,10 +173,15 @@ def command_lines(page: Path) -> list[list[str]]:
             start = [i for i, word in enumerate(words) if word in ("hf-rlhf", "hf_rlhf")]
             if start:
                 found.append(words[start[0] + 1 :])
-            else:
-                assert words[0] == "make", f"no test runs {line!r}"
+            elif words[0] == "make":
                 assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+            else:
+                assert line in PYTEST_LINES, f"no test runs {line!r}"
     return found
+
+
+PYTEST_LINES = ["pytest --hf-rlhf-plugin ./group_median.py"]
+"""Commands of writing_plugins.md that `test_the_plugin_example_conforms` runs."""
 
 
 def without_training(words: list[str]) -> list[str]:
@@ -229,9 +234,22 @@ def test_the_python_example_of_the_readme_runs(workplace, capsys):
 def test_the_plugin_example_conforms(workplace):
     files = {re.match(r"# (\w+\.py)\n", text): text for text in blocks(ROOT / "docs" / "writing_plugins.md", "python")}
     assert all(files), "every Python block of writing_plugins.md names its file"
-    assert (
-        pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(workplace / "test_group_median.py")]) == 0
-    )
+    plain = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    assert pytest.main([*plain, str(workplace / "test_group_median.py")]) == 0
+    for line in PYTEST_LINES:
+        with use_host(Host(disable="")):
+            assert pytest.main([*plain, *shlex.split(line)[1:]]) == 0
+
+
+def test_the_page_for_authors_explains_every_axis_and_every_need():
+    from hf_rlhf.algorithm import CORE_PROVIDES, FIXES
+
+    page = ROOT / "docs" / "writing_plugins.md"
+    rows = re.findall(r"^\| (\w+), `(\w+)` \|", page.read_text(), re.MULTILINE)
+    bases = {axis: {base.__name__, *(cls.__name__ for cls in base.__subclasses__())} for axis, base in AXES.items()}
+    assert [axis for axis, _ in rows] == list(AXES)
+    assert all(base in bases[axis] for axis, base in rows)
+    assert set(first_columns(page, "needs and provides")) == CORE_PROVIDES | FIXES.keys()
 
 
 def test_the_packaging_example_is_that_of_the_example_package():
@@ -266,29 +284,10 @@ def test_every_module_of_the_core_is_explained():
 # Metrics
 
 
-def in_advantages() -> Any:
-    """A KL placement in the advantages, which no built-in plugin is."""
-    from dataclasses import dataclass
-
-    from hf_rlhf import load_plugin
-    from hf_rlhf.axes import KLPlacement
-
-    @dataclass(kw_only=True)
-    class InAdvantages(KLPlacement):
-        """0.1 times the KL, subtracted from the advantages."""
-
-        name = "in_advantages"
-        places = frozenset({"advantage"})
-
-        def advantage_penalty(self, kl: torch.Tensor) -> torch.Tensor:
-            return 0.1 * kl
-
-    return InAdvantages(estimator=load_plugin("kl_estimator", "k1"))
-
-
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> set[str]:
-    """Every name that is logged by a run with everything on, and by one whose rollouts are all dropped."""
+    """Every name that is logged by a run with everything on, by those with what excludes it, and by one whose rollouts are
+    all dropped."""
     folder = tmp_path_factory.mktemp("metrics")
     verifiers = [{"use": "exact_match"}, {"use": "exact_match", "label": "loose", "ignore_case": True}]
     full = trainer(
@@ -296,11 +295,11 @@ def logged(tmp_path_factory) -> set[str]:
         eval_data=problems(3, seed=5),
         training={"max_steps": 4, "max_grad_norm": 1.0},
         rewards=[FORMAT, *verifiers],
-        kl=["in_reward", {"use": "in_loss"}, {"use": "monitor", "level": "sequence"}, in_advantages()],
+        kl=["in_reward", {"use": "in_loss", "clamp": 1.0}, {"use": "monitor", "level": "sequence"}, "in_advantage"],
         reference="frozen",
         advantages="gae",
         critic="separate",
-        loss_terms=["entropy"],
+        loss_terms=["entropy", "adaptive_entropy"],
         filters=[{"use": "zero_variance", "resample": 1}],
         update={"mini_batches": 2, "epochs": 2},
         evaluation={"num_generations": 4},
@@ -311,7 +310,15 @@ def logged(tmp_path_factory) -> set[str]:
     same = [{**row, "completions": ["zz"] * 8} for row in problems()]
     dropped = trained(folder / "dropped", data=same, filters=["zero_variance"])
     assert entries(full)
-    return {name for made in (full, dropped) for entry in made.state.log_history for name in entry} - {"step"}
+    corrected = trained(folder / "corrected", rollout=SAMPLED, rollout_correction="truncated", policy_loss="dual_clip")
+    by_trpo = trained(folder / "trpo", optimizer="trpo", policy_loss="surrogate")
+    losses = [trained(folder / name, policy_loss=name) for name in ("vespo", "kl_cov", "trpo_penalty")]
+    return {
+        name
+        for made in (full, dropped, corrected, by_trpo, *losses)
+        for entry in made.state.log_history
+        for name in entry
+    } - {"step"}
 
 
 def documented(page: Path) -> dict[str, re.Pattern[str]]:
@@ -344,7 +351,8 @@ def test_a_run_leaves_the_files_and_summary_keys_that_the_docs_name(workplace):
     model.save_pretrained(workplace / "tiny")
     tokenizer.save_pretrained(workplace / "tiny")
     overrides = ["model.path=tiny", "training.max_steps=2", "training.save_strategy=steps", "training.save_steps=2"]
-    overrides += ["critic=value_head", "advantages=gae", "training.use_cpu=true", "evaluation.prompts=8"]
+    overrides += ["reference={use: sync, every: 1}", "critic=value_head", "advantages=gae"]
+    overrides += ["training.use_cpu=true", "evaluation.prompts=8"]
     train(load_recipe("quickstart", [*overrides, "rollout.prompts=4"]), output_dir="run")
     run, page = workplace / "run", ROOT / "docs" / "how_it_works.md"
     keys = json.loads((run / "summary.json").read_text()).keys()

@@ -213,6 +213,7 @@ def test_half_precision_logits_are_made_float32_before_the_softmax():
 # Values
 
 
+@pytest.mark.proves("critic.value_head", how="closed form", tolerance="1e-10")
 @pytest.mark.parametrize("name", models())
 def test_a_value_is_read_off_the_state_before_its_token(name):
     """With a hand-set head: the value is the sum of the hidden state that the head of the language model sees there."""

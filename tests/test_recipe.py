@@ -52,7 +52,7 @@ class Parts:
 class Mix(AdvantageEstimator):
     """A weighted sum of estimators."""
 
-    name = "mix"
+    name = "blend"
 
     parts: list[AdvantageEstimator]
     """What is summed."""
@@ -95,7 +95,7 @@ def problems(raw) -> dict[str, str]:
 
 @pytest.fixture
 def nesting_host(tmp_path):
-    file = tmp_path / "mix.py"
+    file = tmp_path / "blend.py"
     file.write_text(NESTING)
     host = Host(disable="")
     host.add_file(file)
@@ -251,7 +251,8 @@ def test_all_problems_are_told_at_once_with_path_choices_and_fix():
         "policy_loss.epsilon_lo": "policy_loss=ppo_clip has no such setting. Did you mean 'epsilon_low'? "
         "It has: epsilon_low, epsilon_high",
         "policy_loss.epsilon_high": "got -1; takes number > 0 (default 0.2)",
-        "kl.0.estimator": "no kl_estimator plugin named 'k4'. There are: k1, k2, k3",
+        "kl.0.estimator": "no kl_estimator plugin named 'k4'. There are: "
+        + ", ".join(get_host().names("kl_estimator")),
         "kl.0.level": "got 'tokn'; takes one of 'token', 'sequence' (default 'token'). Did you mean 'token'?",
         "kl.0.beta": "got 'many'; takes number >= 0 (default 0.04)",
         "update.epochs": "got 0; takes whole number >= 1 (default 1)",
@@ -298,8 +299,8 @@ def test_nested_plugins_lists_of_them_and_groups_are_read_and_written_back(nesti
     raw = small()
     raw["advantages"] = read_yaml(
         """
-        use: mix
-        parts: [gae, {use: group_norm, eps: 0.5}, {use: mix, parts: [reinforce], mode: mean}]
+        use: blend
+        parts: [gae, {use: group_norm, eps: 0.5}, {use: blend, parts: [reinforce], mode: mean}]
         weights: [1, 2, "3"]
         baseline: {use: reward_to_go, gamma: 0.5}
         first: {eps: 0.25}
@@ -310,7 +311,7 @@ def test_nested_plugins_lists_of_them_and_groups_are_read_and_written_back(nesti
     )
     recipe = resolve(raw)
     mix = recipe.plugins["advantages"]
-    assert [part.name for part in mix.parts] == ["gae", "group_norm", "mix"]
+    assert [part.name for part in mix.parts] == ["gae", "group_norm", "blend"]
     assert (mix.parts[1].eps, mix.baseline.gamma, mix.first.name, mix.first.eps) == (0.5, 0.5, "group_norm", 0.25)
     assert (mix.weights, mix.file, mix.group.size, mix.parts[2].baseline) == ([1.0, 2.0, 3.0], Path("a/b"), 4, None)
     again = resolve(read_yaml(recipe.dump(), "dump"))
@@ -320,15 +321,15 @@ def test_nested_plugins_lists_of_them_and_groups_are_read_and_written_back(nesti
 
 def test_problems_inside_nested_plugins_have_their_whole_path(nesting_host):
     raw = small()
-    part = {"use": "mix", "parts": [], "weights": []}
-    raw["advantages"] = {"use": "mix", "parts": [{"use": "gae", "lam": 2}, part], "group": {"size": "x"}, "first": 3}
+    part = {"use": "blend", "parts": [], "weights": []}
+    raw["advantages"] = {"use": "blend", "parts": [{"use": "gae", "lam": 2}, part], "group": {"size": "x"}, "first": 3}
     found = problems(raw)
     assert set(found) == {f"advantages.{path}" for path in ["parts.0.lam", "parts.1.weights", "group.size", "first"]}
     assert "with length >= 1" in found["advantages.parts.1.weights"]
-    raw["advantages"] = {"use": "mix", "parts": ["gae"], "weights": [1, 2]}
+    raw["advantages"] = {"use": "blend", "parts": ["gae"], "weights": [1, 2]}
     assert problems(raw) == {"advantages": "1 parts need as many weights, not 2"}
-    raw["advantages"] = {"use": "mix"}
-    assert problems(raw) == {"advantages.parts": "advantages=mix needs it; it takes list of advantages plugins"}
+    raw["advantages"] = {"use": "blend"}
+    assert problems(raw) == {"advantages.parts": "advantages=blend needs it; it takes list of advantages plugins"}
 
 
 def test_a_qualified_name_stays_qualified():
@@ -409,7 +410,7 @@ def test_what_an_override_sets_is_never_dropped():
 def test_nested_plugins_can_be_overridden(nesting_host):
     raw, _ = apply_overrides(small(), ["kl.0.estimator=k2"])
     assert resolve(raw).plugins["kl"][0].estimator.name == "k2"
-    raw = small() | {"advantages": {"use": "mix", "parts": ["group_norm"]}}
+    raw = small() | {"advantages": {"use": "blend", "parts": ["group_norm"]}}
     overrides = ["advantages.parts.0.eps=2", "advantages.parts.0.use=gae", "advantages.parts.0.lam=0.5"]
     raw, notes = apply_overrides(raw, [*overrides[:1], "advantages.first.eps=3", "advantages.first=gae"])
     assert raw["advantages"]["parts"] == [{"use": "group_norm", "eps": 2}]
@@ -463,8 +464,8 @@ def test_a_recipe_may_be_a_name_a_qualified_name_or_a_path(tmp_path):
     assert load_recipe(path).name == "own"
     assert load_recipe(str(path), ["advantages=gae"]).notes == ["advantages.eps=0.001 dropped: gae has no eps"]
     assert load_recipe("hf_rlhf/grpo").raw == load_recipe("grpo").raw
-    with pytest.raises(UserError, match=r"no recipe named 'gpro'\. Did you mean 'grpo'"):
-        load_recipe("gpro")
+    with pytest.raises(UserError, match=r"no recipe named 'gprpo'\. Did you mean 'grpo'"):
+        load_recipe("gprpo")
     with pytest.raises(UserError, match="there is no recipe file"):
         load_recipe(tmp_path / "gone.yaml")
     path.write_text("- a list")
@@ -495,7 +496,7 @@ def test_show_explains_a_plugin_and_where_it_comes_from():
 
 
 def test_an_error_of_the_user_is_one_message_without_traceback(tmp_path):
-    for arguments in [["recipes", "show", "gpro"], ["show", "advantages", "gea"], ["-p", "no:nothing", "plugins"]]:
+    for arguments in [["recipes", "show", "gprpo"], ["show", "advantages", "gea"], ["-p", "no:nothing", "plugins"]]:
         done = cli(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
@@ -503,11 +504,14 @@ def test_an_error_of_the_user_is_one_message_without_traceback(tmp_path):
 
 
 def test_a_plugin_file_is_taken_before_and_after_the_command(tmp_path):
-    (tmp_path / "mix.py").write_text(NESTING)
-    for arguments in [["-p", "./mix.py", "show", "advantages", "mix"], ["show", "advantages", "mix", "-p", "./mix.py"]]:
+    (tmp_path / "blend.py").write_text(NESTING)
+    for arguments in [
+        ["-p", "./blend.py", "show", "advantages", "blend"],
+        ["show", "advantages", "blend", "-p", "./blend.py"],
+    ]:
         done = cli(*arguments, cwd=tmp_path)
-        assert "advantages.mix, from file ./mix.py (sha256 " in done.stdout, done.stderr
-    assert "./mix.py" in cli("plugins", "-p", "./mix.py", cwd=tmp_path).stdout
+        assert "advantages.blend, from file ./blend.py (sha256 " in done.stdout, done.stderr
+    assert "./blend.py" in cli("plugins", "-p", "./blend.py", cwd=tmp_path).stdout
 
 
 def test_every_command_has_help():

@@ -45,6 +45,7 @@ def open_reward(reward):
 # exact_match, format, length
 
 
+@pytest.mark.proves("rewards.exact_match", how="closed form", tolerance="exact")
 def test_exact_match_is_one_on_equal_text_and_has_no_score_without_a_reference():
     scores = ExactMatch()(rows(["95", " 95\n", "9 5", "95", "96"], answer=["95", 95, "95", None, "95"]))
     assert scores == [1.0, 1.0, 0.0, None, 0.0]
@@ -67,6 +68,7 @@ def test_rewards_say_which_columns_they_read():
     assert MathAnswer(column="truth").columns() == {"truth"}
 
 
+@pytest.mark.proves("rewards.format", how="closed form", tolerance="exact")
 def test_format_matches_the_whole_completion_over_line_breaks():
     whole = "<think>a\nb</think>\n<answer>c</answer>"
     assert Format()(rows([whole, whole + "!", "x" + whole, ""])) == [1.0, 0.0, 0.0, 0.0]
@@ -78,6 +80,7 @@ def test_format_refuses_what_is_no_regular_expression():
         Format(pattern="(")
 
 
+@pytest.mark.proves("rewards.length", how="closed form", tolerance="exact")
 def test_length_falls_in_a_line_from_target_to_maximum():
     scores = Length(unit="characters", target=2, maximum=6)(rows(["", "ab", "abc", "abcd", "abcdef", "abcdefgh"]))
     assert scores == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
@@ -97,6 +100,7 @@ def test_length_needs_a_maximum_above_its_target():
 # math_answer
 
 
+@pytest.mark.proves("rewards.math_answer", how="closed form", tolerance="exact")
 def test_math_answer_compares_values_and_not_spellings():
     completions = [r"so \boxed{\frac{1}{2}}", "The answer is 0.5", "I say 1/2.", r"\boxed{2}", "no idea"]
     with open_reward(MathAnswer(workers=1)) as reward:
@@ -239,6 +243,7 @@ def loaded(folder, **settings):
 TEXTS = ["a", "longer text", "", "the longest text of all<eos>", "zz"]
 
 
+@pytest.mark.proves("rewards.reward_model", how="invariance", tolerance="1e-6")
 @pytest.mark.parametrize("pad", [None, 256, 257], ids=["no pad token", "a pad token", "padding is end of sequence"])
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_reward_model_batches_score_as_single_rows_do(tmp_path, tokenizer, pad, batch_size):
@@ -249,6 +254,7 @@ def test_reward_model_batches_score_as_single_rows_do(tmp_path, tokenizer, pad, 
     assert len(set(scores)) == 5
 
 
+@pytest.mark.proves("rewards.reward_model", how="closed form", tolerance="1e-6")
 def test_reward_model_speaks_its_own_chat_template(tmp_path, chat_tokenizer):
     chat_tokenizer.chat_template = "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}"
     folder = save_classifier(tmp_path, chat_tokenizer)
@@ -316,6 +322,7 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.proves("rewards.function", how="closed form", tolerance="exact")
 def test_functions_are_found_in_files_and_modules_and_given_directly(file):
     import sys
 
@@ -406,6 +413,7 @@ def test_a_function_cannot_change_what_others_see():
 CHAT = [[{"role": "user", "content": "?"}]] * 2
 
 
+@pytest.mark.proves("rewards.function", how="parity", tolerance="exact")
 def test_rewards_of_trl_run_unchanged():
     formats = rows(["<think>a</think>b", "b"], prompts=CHAT)
     assert Function(function="trl.rewards:think_format_reward")(formats) == [1.0, 0.0]
@@ -439,6 +447,7 @@ def test_every_reward_of_trl_runs(name):
     assert len(reward(rows(["<think>a</think>1", "2"], prompts=CHAT, solution=["1", "1"]))) == 2
 
 
+@pytest.mark.proves("rewards.length", how="parity", tolerance="1e-6")
 def test_length_is_the_soft_overlong_punishment_of_trl():
     from trl.rewards import get_soft_overlong_punishment
 

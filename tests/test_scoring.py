@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import runs
 import torch
 
 from hf_rlhf.axes import RewardSource
-from hf_rlhf.batch import Rollouts
+from hf_rlhf.batch import Rollouts, Spans, TokenScores
 from hf_rlhf.scoring import RewardError, score, total
 from hf_rlhf.seeding import seeded
-from hf_rlhf.testing import rollouts
+from hf_rlhf.testing import rollouts, tiny_policy
 
 
 @dataclass(kw_only=True)
@@ -303,3 +304,124 @@ def test_with_a_second_source_the_row_stays_with_what_applies_to_it(tmp_path):
     assert logged["health/reward_missing"] == 4
     assert logged["reward/some/mean"] == pytest.approx(4.0)
     assert logged["reward/total/mean"] == pytest.approx(10.0)
+
+
+# Rewards by step and by token
+
+
+def placed(answer: Any, completion: str = "ab cd\n\nef", mask: list[int] | None = None) -> list[float]:
+    """Where the rewards of one row of `completion`, a token per character and the end of sequence, stand."""
+    from hf_rlhf.scoring import ask, place
+
+    given = rollouts([completion])
+    if mask is not None:
+        given.masks = [mask]
+    _, tokenizer = tiny_policy()
+    answers = ask([("mine", Answers(what=[answer]))], given)["mine"]
+    return place(answers, given, tokenizer, len(given.completion_ids[0])).squeeze(0).tolist()
+
+
+def at(width: int, **values: float) -> list[float]:
+    return [values.get(f"t{i}", 0.0) for i in range(width)]
+
+
+def test_a_number_stands_at_the_last_sampled_token():
+    assert placed(2.0) == at(10, t9=2.0)
+    assert placed(2.0, mask=[1] * 8 + [0, 0]) == at(10, t7=2.0)
+
+
+def test_a_step_stands_at_the_token_with_its_last_character():
+    assert placed(Spans([(2, 0.5), (9, -1.0)])) == at(10, t1=0.5, t8=-1.0)
+    assert placed(Spans([(2, 0.5), (2, 0.25)])) == at(10, t1=0.75)
+
+
+def test_a_step_that_ends_in_tool_output_stands_at_the_sampled_token_before_it():
+    assert placed(Spans([(4, 1.0)]), mask=[1, 1, 0, 0, 0, 1, 1, 1, 1, 1]) == at(10, t1=1.0)
+    assert placed(Spans([(1, 1.0)]), mask=[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]) == at(10, t2=1.0)
+
+
+def test_token_scores_stand_where_they_are_and_those_of_tool_tokens_are_not_used():
+    scores = [float(i) for i in range(10)]
+    assert placed(TokenScores(scores)) == scores
+    assert placed(TokenScores(scores), mask=[1, 0] * 5) == [x if i % 2 == 0 else 0.0 for i, x in enumerate(scores)]
+
+
+def test_tokens_of_several_characters_and_characters_of_several_tokens_are_found():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_rlhf.scoring import place
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("a", "b"), ("ab", "c")]
+    vocabulary = {token: i for i, token in enumerate([*letters, "ab", "abc"])}
+    tokens = Tokenizer(models.BPE(vocabulary, merges))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    text = "abcé abx"  # abc | two bytes | space | ab | x
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == 6
+    given = rollouts(["x"])
+    given.completions, given.completion_ids, given.masks = [text], [ids], [[1] * len(ids)]
+    for end, token in {1: 0, 3: 0, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}.items():
+        found = place([Spans([(end, 1.0)])], given, tokenizer, len(ids)).squeeze(0)
+        assert found.tolist() == [float(i == token) for i in range(6)], end
+
+
+def test_the_score_of_a_row_is_the_sum_over_its_steps_or_sampled_tokens():
+    given = rollouts(["ab", "cd"])
+    given.masks[1] = [1, 0, 1]
+    answer = [Spans([(1, 0.5), (2, 0.25)]), TokenScores([1.0, 10.0, 100.0])]
+    assert score([("mine", Answers(what=answer))], given)["mine"].tolist() == [0.75, 101.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Spans([(99, 1.0)]), "character 99 of a completion with 1 characters"),
+        (Spans([(-1, 1.0)]), "character -1"),
+        (Spans([(1, math.nan)]), "give finite numbers, or None for the whole row"),
+        (TokenScores([1.0]), "1 token scores for 2 completion tokens"),
+        (TokenScores([1.0, math.inf]), "give finite numbers"),
+    ],
+)
+def test_a_wrong_answer_by_step_or_token_is_refused_with_its_row(answer, words):
+    assert words in refusal([answer, 0, 0, 0])
+
+
+def test_rewards_by_token_reach_the_estimator_at_their_tokens(tmp_path):
+    """The last sampled token scored by number, by step and by token is one and the same reward."""
+
+    def by_token(given: Rollouts) -> list[Any]:
+        return [TokenScores([0.0] * (len(ids) - 1) + [1.0 * (len(ids) % 3)]) for ids in given.completion_ids]
+
+    def by_number(given: Rollouts) -> list[Any]:
+        return [float(len(ids) % 3) for ids in given.completion_ids]
+
+    def early(given: Rollouts) -> list[Any]:
+        return [TokenScores([1.0 * (len(ids) % 3)] + [0.0] * (len(ids) - 1)) for ids in given.completion_ids]
+
+    def rows(what: Any) -> torch.Tensor:
+        made = runs.trainer(tmp_path, rewards=[Answers(what=what)], advantages="reward_to_go")
+        return made.collector.collect(0).rows["advantages"]
+
+    assert torch.equal(rows(by_token), rows(by_number))
+    assert not torch.equal(rows(early), rows(by_number))
+    assert torch.equal(rows(early)[:, 0], rows(by_number)[:, 0])
+
+
+def test_what_a_source_logs_beside_its_scores_stands_in_the_table_of_completions(tmp_path):
+    @dataclass(kw_only=True)
+    class Logs(Answers):
+        def take_logs(self) -> Any:
+            return {"words": [f"w{i}" for i in range(self.rows)]}, {"seen": [3.0]}
+
+        def __call__(self, rollouts: Rollouts) -> Any:
+            self.rows = len(rollouts)
+            return [float(i) for i in range(len(rollouts))]
+
+    made = runs.trained(tmp_path, rewards=[Logs(label="mine")])
+    rows = pq.read_table(next((tmp_path / "completions").glob("*.parquet"))).to_pylist()
+    assert [row["mine/words"] for row in rows] == [f"w{i}" for i in range(len(rows))]
+    assert runs.entries(made)[0]["reward/mine/seen"] == 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from hf_rlhf.facts import equal
 from hf_rlhf.host import get_host
 from hf_rlhf.settings import SECTIONS, Lora
 from hf_rlhf.validation import settings_of
+
+for more in sorted(Path(__file__).parent.glob("bites_*.py")):
+    importlib.import_module(more.stem)
 
 
 def expected() -> set[str]:

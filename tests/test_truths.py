@@ -1,224 +1,278 @@
-"""Expected gradients, exactly: every sequence of a small tabular policy is enumerated in float64.
+"""Expected gradients, exactly: the KL. The lab enumerates every group of every completion of a small policy in float64.
 
-Three tokens, 0 ends the sequence, at most two of them: seven sequences. An expectation over groups enumerates every
-group. The plugins are the real ones, on padded tensors, with the aggregation seq_mean_token_sum.
+Three tokens, at most three of them: 15 completions. The expectations that they are compared with are written out in
+`truths` and here. Unless said otherwise: on-policy, gamma 1, no clamp, aggregation seq_mean_token_sum.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from truths import BETA, K1, Plugins, Truth, ascent, close, differs, kl, lab, made, of_the_kl, study, truth
 
-from hf_rlhf import load_plugin
-from hf_rlhf.batch import Credit, Scored
+from hf_rlhf.batch import Scored
+from hf_rlhf.collect import at_last_token
+from hf_rlhf.lab.study import Lab
+from hf_rlhf.lab.world import Policies, World
 
-VOCAB, LONGEST, BETA = 3, 2, 0.3
-
-
-def all_sequences(prefix: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
-    if len(prefix) == LONGEST or prefix[-1:] == (0,):
-        return [prefix]
-    return [s for token in range(VOCAB) for s in all_sequences((*prefix, token))]
+# k1 in the reward
 
 
-SEQUENCES = all_sequences()
-STATES = sorted({s[:t] for s in SEQUENCES for t in range(len(s))})
+EXACT_ESTIMATORS: dict[str, Plugins] = {
+    "reinforce": "reinforce",
+    "reward_to_go": "reward_to_go",
+    "leave_one_out": "leave_one_out",
+    "the others' mean": {"use": "baseline", "baseline": "others_mean"},
+    "a constant": {"use": "baseline", "baseline": {"use": "constant", "value": 0.7}},
+    "an average of earlier rollouts": {"use": "baseline", "baseline": "ema"},
+    "the greedy return": "remax",
+    "a critic": {"use": "baseline", "baseline": "critic"},
+    "gae of one step": {"use": "gae", "lam": 0.0},
+    "gae": {"use": "gae", "lam": 0.6},
+    "opo without the own row": {"use": "opo", "leave_one_out": True},
+    "otb without the own row": {"use": "optimal_token_baseline", "leave_one_out": True},
+}
 
 
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+@pytest.mark.proves(
+    "advantages.reinforce",
+    "advantages.reward_to_go",
+    "advantages.leave_one_out",
+    "advantages.baseline",
+    "advantages.remax",
+    "advantages.gae",
+    "advantages.opo",
+    "advantages.optimal_token_baseline",
+    "baseline.constant",
+    "baseline.critic",
+    "baseline.ema",
+    "baseline.greedy",
+    "baseline.others_mean",
+    "kl.in_reward",
+    "kl_estimator.k1",
+    "aggregation.seq_mean_token_sum",
+    "policy_loss.reinforce",
+    how="exact enumeration",
+    tolerance="1e-9",
+)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("advantages", EXACT_ESTIMATORS.values(), ids=EXACT_ESTIMATORS)
+def test_k1_in_the_reward_gives_the_gradient_of_reward_minus_beta_kl(advantages: Plugins, level: str):
+    t = truth(lab())
+    close(ascent(lab(), advantages, kl("in_reward", "k1", level)), t.reward - BETA * t.kl)
+    row = study(lab(), advantages, kl("in_reward", "k1", level))
+    assert row.objective == "E[r] - beta KL(pi||ref)"
+    assert row.relative_error < 1e-9
 
 
-@dataclass
-class World:
-    """Logits of policy and reference by state, and a reward for each sequence."""
-
-    table: Tensor = field(default_factory=lambda: draw(len(STATES), VOCAB, seed=0).requires_grad_())
-    ref_table: Tensor = field(default_factory=lambda: draw(len(STATES), VOCAB, seed=1))
-    rewards: Tensor = field(default_factory=lambda: draw(len(SEQUENCES), seed=2))
-
-    def __post_init__(self) -> None:
-        self.state = torch.tensor(
-            [[STATES.index(s[:t]) if t < len(s) else 0 for t in range(LONGEST)] for s in SEQUENCES]
-        )
-        self.token = torch.tensor([[*s, *[0] * (LONGEST - len(s))] for s in SEQUENCES])
-        self.mask = torch.tensor([[float(t < len(s)) for t in range(LONGEST)] for s in SEQUENCES]).double()
-        self.logps, self.ref_logps = self.of(self.table), self.of(self.ref_table)
-        self.probability = self.logps.sum(1).exp()
-
-    def of(self, table: Tensor) -> Tensor:
-        """(sequences, T) log-probs, 0 off the mask."""
-        return table.log_softmax(1)[self.state, self.token] * self.mask
-
-    def gradient(self, objective: Tensor) -> Tensor:
-        return torch.autograd.grad(objective, self.table, retain_graph=True)[0]
-
-    def mean_reward(self) -> Tensor:
-        return self.gradient((self.probability * self.rewards).sum())
-
-    def kl(self) -> Tensor:
-        """grad KL(policy || reference) over sequences."""
-        return self.gradient((self.probability * (self.logps - self.ref_logps).sum(1)).sum())
-
-    def kl_of_reference(self) -> Tensor:
-        """grad KL(reference || policy) over sequences."""
-        p = self.ref_logps.sum(1).exp()
-        return self.gradient((p * (self.ref_logps - self.logps).sum(1)).sum())
-
-    def per_state(self, divergence: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The gradient of a divergence of the next token's distributions; the visits to each state are held fixed."""
-        of_state = divergence(self.table.log_softmax(1), self.ref_table.log_softmax(1))
-        visits = (self.probability.detach()[:, None] * self.mask * of_state[self.state]).sum()
-        return self.gradient(visits)
+def test_it_does_so_for_any_size_of_the_group_and_several_prompts():
+    for sizes in ({"group": 2}, {"group": 4, "length": 2}, {"group": 2, "prompts": 2, "length": 2}):
+        t = truth(lab(**sizes))
+        close(ascent(lab(**sizes), "leave_one_out", K1), t.reward - BETA * t.mean(t.log_ratio))
 
 
-def reverse(p: Tensor, q: Tensor) -> Tensor:
-    return (p.exp() * (p - q)).sum(1)
+def test_gae_is_exact_with_lambda_1_and_any_values_or_any_lambda_and_exact_values():
+    wrong, t = lab(values="arbitrary"), truth(lab())
+    goal = t.reward - BETA * t.kl
+    close(ascent(wrong, {"use": "gae", "lam": 1.0}, K1), goal)
+    differs(ascent(wrong, {"use": "gae", "lam": 0.6}, K1), goal)
+    close(ascent(lab(), {"use": "gae", "lam": 0.6}, K1), goal)
 
 
-def forward(p: Tensor, q: Tensor) -> Tensor:
-    return (q.exp() * (q - p)).sum(1)
+def test_a_lambda_that_depends_on_the_length_is_biased_even_with_exact_values():
+    t = truth(lab())
+    differs(ascent(lab(), {"use": "gae", "length_adaptive": 0.9}, K1), t.reward - BETA * t.kl)
 
 
-def expected_ascent(world: World, kl: Any, advantages: Any, policy_loss: str, group: int, values: Any = None) -> Tensor:
-    """Minus the gradient of the loss, averaged over every group of `group` sequences by its probability."""
-    rows = torch.tensor(list(itertools.product(range(len(SEQUENCES)), repeat=group)))
-    flat, groups = rows.flatten(), len(rows)
-    mask, logps, ref_logps = world.mask[flat], world.logps[flat], world.ref_logps[flat]
-    last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)
-    token_rewards = last * world.rewards[flat, None]
-    measured = kl.measure(logps, ref_logps, mask) if kl else None
-    if kl and "reward" in kl.places:
-        penalty = kl.reward_penalty(measured.detach())
-        token_rewards = token_rewards - (penalty if penalty.dim() == 2 else penalty[:, None] * last)
-    batch = Scored(
-        mask=mask,
-        token_rewards=token_rewards,
-        group_ids=torch.arange(groups).repeat_interleave(group),
-        values=None if values is None else values[world.state][flat] * mask,
+@pytest.mark.parametrize("advantages", ["opo", "optimal_token_baseline"])
+def test_a_weighted_mean_with_the_own_row_in_it_is_biased(advantages: str):
+    differs(ascent(lab(), advantages), truth(lab()).reward)
+
+
+def test_a_discounted_reward_to_go_is_the_gradient_of_the_discounted_return_only_with_a_further_discount():
+    """The rewards stand at the last tokens: a token's credit is gamma^(tokens after it) r."""
+    gamma, world = 0.5, lab().world
+    t = truth(lab())
+    discounted = t.mean(gamma ** (world.lengths - 1) * world.reward)
+    estimator = {"use": "reward_to_go", "gamma": gamma}
+    differs(ascent(lab(), estimator), discounted)
+    scored = Scored(
+        mask=world.mask,
+        token_rewards=at_last_token(world.reward, world.mask),
+        group_ids=torch.arange(len(world.mask)),
     )
-    credit = advantages(batch)
-    credit = credit.advantages if isinstance(credit, Credit) else credit
-    loss, _ = load_plugin("policy_loss", policy_loss)(logps, logps.detach(), credit, mask)
-    aggregation = load_plugin("aggregation", "seq_mean_token_sum")
-    weights = torch.cat([aggregation(m) for m in mask.split(group)])
-    if kl and "loss" in kl.places:
-        penalty = kl.loss_penalty(measured)
-        loss = loss + (penalty if penalty.dim() == 2 else penalty[:, None] * last)
-    per_group = (loss * weights).sum(1).view(groups, group).sum(1)
-    probability = world.probability.detach()[rows].prod(1)
-    assert abs(probability.sum() - 1) < 1e-12
-    return -world.gradient((probability * per_group).sum())
+    credit = made("advantages", estimator)(scored) * gamma ** torch.arange(world.length)
+    close(t.gradient((t.now.probability.detach() * (credit * t.now.logps).sum(2)).sum(1)), discounted)
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
-    assert want.abs().max() > 1e-3, "the case must not be trivial"
+# The halves
 
 
-@pytest.fixture
-def world() -> World:
-    return World()
+ESTIMATORS = ["abs", "exact", "k1", "k2", "k3"]
 
 
-@pytest.mark.parametrize("policy_loss", ["reinforce", "surrogate", "ppo_clip"])
-@pytest.mark.parametrize(
-    ("advantages", "group"), [("reinforce", 1), ("reward_to_go", 1), ("leave_one_out", 2), ("leave_one_out", 3)]
+@pytest.mark.proves(
+    "kl.in_loss",
+    "kl.in_reward",
+    "kl_estimator.abs",
+    "kl_estimator.exact",
+    "kl_estimator.k1",
+    "kl_estimator.k2",
+    "kl_estimator.k3",
+    how="exact enumeration",
+    tolerance="1e-9",
 )
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_k1_in_the_reward_gives_the_gradient_of_reward_minus_beta_kl(
-    world: World, advantages: str, group: int, level: str, policy_loss: str
-):
-    kl = load_plugin("kl", "in_reward", beta=BETA, level=level)
-    got = expected_ascent(world, kl, load_plugin("advantages", advantages), policy_loss, group)
-    close(got, world.mean_reward() - BETA * world.kl())
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_reward_and_loss_are_the_halves_of_the_gradient_of_the_estimates_mean(estimator: str, level: str):
+    if estimator == "exact" and level == "sequence":
+        assert "no sequence level" in " ".join(study(lab(), "reinforce", kl("in_loss", estimator, level)).refused)
+        return
+    t = truth(lab())
+    placement = made("kl", {"use": "in_loss", "estimator": estimator, "level": level})
+    k, n = t.now.probability.shape
+    if estimator == "exact":
+        value = t.now.of_states((t.now.log_probs.exp() * (t.now.log_probs - t.ref.log_probs)).sum(2)).sum(2)
+    else:
+        ref_logps, mask = t.ref.logps.expand_as(t.now.logps), t.world.mask.repeat(k, 1)
+        value = placement.measure(t.now.logps.flatten(0, 1), ref_logps.flatten(0, 1), mask)
+        value = (value if value.dim() == 1 else value.sum(1)).view(k, n)
+    score = t.gradient((t.now.probability * value.detach()).sum(1))
+    path = t.gradient((t.now.probability.detach() * value).sum(1))
+    close(of_the_kl(lab(), kl("in_reward", estimator, level)), score)
+    both = of_the_kl(lab(), kl("in_reward", estimator, level), kl("in_loss", estimator, level))
+    close(both, t.mean(value))
+    torch.testing.assert_close(of_the_kl(lab(), kl("in_loss", estimator, level)), path, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("group", [2, 3])
-def test_group_mean_gives_the_gradient_times_1_minus_1_over_g(world: World, group: int):
-    got = expected_ascent(world, None, load_plugin("advantages", "group_mean"), "ppo_clip", group)
-    close(got, (1 - 1 / group) * world.mean_reward())
+@pytest.mark.parametrize(("estimator", "level"), [("k3", "token"), ("k3", "sequence"), ("exact", "token")])
+def test_the_same_unbiased_estimate_in_reward_and_loss_makes_the_gradient_of_the_kl(estimator: str, level: str):
+    both = (kl("in_reward", estimator, level), kl("in_loss", estimator, level))
+    close(of_the_kl(lab(), *both), truth(lab()).kl)
+    for half in both:
+        differs(of_the_kl(lab(), half), truth(lab()).kl)
 
 
-def test_group_norm_on_binary_rewards_is_parallel_to_the_gradient():
-    world = World(rewards=torch.tensor([1.0, 0, 0, 1, 0, 0, 0], dtype=torch.float64))
-    got = expected_ascent(world, None, load_plugin("advantages", "group_norm"), "ppo_clip", 3)
-    want = world.mean_reward()
-    assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 1 - 1e-9
-    assert (got - want).abs().max() > 1e-2
+TRUTHS: dict[str, tuple[str, list[str], str, Callable[[Truth], Tensor]]] = {
+    "reward k3 token": ("in_reward", ["k3", "k3_plus", "k3_is"], "token", lambda t: t.kl - t.forward),
+    "reward k3 sequence": (
+        "in_reward",
+        ["k3", "k3_plus", "k3_is"],
+        "sequence",
+        lambda t: t.kl - t.kl_of_reference,
+    ),
+    "reward exact": ("in_reward", ["exact"], "token", lambda t: t.kl - t.reverse),
+    "loss token": ("in_loss", ["k2", "k3_plus", "k1_is", "k3_is", "exact"], "token", lambda t: t.reverse),
+    "loss sequence": ("in_loss", ["k2", "k3_plus", "k1_is", "k3_is"], "sequence", lambda t: t.kl),
+    "loss k3 token": ("in_loss", ["k3"], "token", lambda t: t.forward),
+    "loss k3 sequence": ("in_loss", ["k3"], "sequence", lambda t: t.kl_of_reference),
+    "loss abs token": (
+        "in_loss",
+        ["abs"],
+        "token",
+        lambda t: t.per_state(lambda p, q: (p.exp() - q.exp()).abs()),
+    ),
+    "loss abs sequence": (
+        "in_loss",
+        ["abs"],
+        "sequence",
+        lambda t: t.gradient((t.now.probability - t.ref.probability).abs().sum(1)),
+    ),
+    "advantage k1 token": ("in_advantage", ["k1", "k1_is"], "token", lambda t: t.reverse),
+    "advantage k1 sequence": ("in_advantage", ["k1", "k1_is"], "sequence", lambda t: t.kl),
+    "advantage k3 token": ("in_advantage", ["k3", "k3_plus", "k3_is"], "token", lambda t: t.reverse - t.forward),
+}
+"""Placement, estimators, level, and the gradient that the KL adds, over beta."""
 
 
-def test_gae_with_lambda_1_is_unbiased_for_any_values(world: World):
-    kl = load_plugin("kl", "in_reward", beta=BETA)
-    gae = load_plugin("advantages", "gae", lam=1)
-    got = expected_ascent(world, kl, gae, "ppo_clip", 1, values=draw(len(STATES), seed=3))
-    close(got, world.mean_reward() - BETA * world.kl())
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.5])
-def test_gae_is_unbiased_for_any_lambda_with_the_exact_values(world: World, lam: float):
-    gain = (world.rewards - BETA * (world.logps - world.ref_logps).sum(1)).detach()
-    values = torch.zeros(len(STATES), dtype=torch.float64)
-    for number, state in enumerate(STATES):
-        after = [i for i, s in enumerate(SEQUENCES) if s[: len(state)] == state]
-        p = world.probability.detach()[after]
-        spent = BETA * (world.logps - world.ref_logps).detach()[after, : len(state)].sum(1)
-        values[number] = (p * (gain[after] + spent)).sum() / p.sum()
-    kl = load_plugin("kl", "in_reward", beta=BETA)
-    exact = expected_ascent(world, kl, load_plugin("advantages", "gae", lam=lam), "ppo_clip", 1, values=values)
-    close(exact, world.mean_reward() - BETA * world.kl())
-    wrong = expected_ascent(world, kl, load_plugin("advantages", "gae", lam=lam), "ppo_clip", 1, values=values.flip(0))
-    assert (wrong - exact).abs().max() > 1e-3
-
-
-def kl_in_the_loss(world: World, estimator: str, level: str) -> Tensor:
-    """The expected descent direction of the KL in the loss alone, over beta."""
-    kl = load_plugin("kl", "in_loss", beta=BETA, estimator=estimator, level=level)
-    world.rewards = torch.zeros_like(world.rewards)
-    return -expected_ascent(world, kl, load_plugin("advantages", "reinforce"), "reinforce", 1) / BETA
-
-
-@pytest.mark.parametrize(
-    ("estimator", "level", "truth"),
-    [
-        ("k2", "sequence", World.kl),
-        ("k3", "sequence", World.kl_of_reference),
-        ("k2", "token", lambda world: world.per_state(reverse)),
-        ("k3", "token", lambda world: world.per_state(forward)),
-    ],
-    ids=[
-        "k2 sequence: KL",
-        "k3 sequence: KL of the reference",
-        "k2 token: reverse by state",
-        "k3 token: forward by state",
-    ],
+@pytest.mark.proves(
+    "kl.in_reward",
+    "kl.in_loss",
+    "kl.in_advantage",
+    "kl_estimator.abs",
+    "kl_estimator.exact",
+    "kl_estimator.k1",
+    "kl_estimator.k1_is",
+    "kl_estimator.k2",
+    "kl_estimator.k3",
+    "kl_estimator.k3_is",
+    "kl_estimator.k3_plus",
+    how="exact enumeration",
+    tolerance="1e-9",
 )
-def test_the_kl_in_the_loss_has_the_gradient_of(
-    world: World, estimator: str, level: str, truth: Callable[[World], Tensor]
-):
-    close(kl_in_the_loss(world, estimator, level), truth(world))
+@pytest.mark.parametrize(("place", "estimators", "level", "want"), TRUTHS.values(), ids=TRUTHS)
+def test_each_kl_adds_the_gradient_of(place: str, estimators: list[str], level: str, want: Callable[[Truth], Tensor]):
+    t = truth(lab())
+    for estimator in estimators:
+        close(of_the_kl(lab(), kl(place, estimator, level)), want(t))
+    if not torch.equal(want(t), t.kl):
+        differs(want(t), t.kl)
 
 
-def test_k2_by_token_in_the_loss_is_not_the_gradient_of_the_kl(world: World):
-    assert (kl_in_the_loss(world, "k2", "token") - world.kl()).abs().max() > 1e-3
+def test_k3_in_the_reward_vanishes_near_the_reference():
+    """Its part of the expected direction shrinks with the square of the distance, the gradient of the KL with the distance."""
+
+    def sizes(distance: float) -> tuple[float, float]:
+        near = Lab(world=World(length=2, group=2), beta=BETA)
+        tables = near.expectation.policies.tables
+        near.expectation.policies = near.expectation.sampler = Policies(
+            near.world, near.world.reference + distance * (tables - near.world.reference)
+        )
+        return float(of_the_kl(near, kl("in_reward", "k3"))[0].norm()), float(Truth(near).kl[0].norm())
+
+    (far, of_far), (close_by, of_close) = sizes(1e-2), sizes(1e-3)
+    assert far / close_by == pytest.approx(100, rel=0.1)
+    assert of_far / of_close == pytest.approx(10, rel=0.1)
+
+
+def test_exact_in_the_reward_is_nothing_for_completions_of_one_token():
+    assert of_the_kl(lab(length=1), kl("in_reward", "exact")).abs().max() < 1e-12
+
+
+# Refused
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_k1_in_the_loss_has_no_gradient(world: World, level: str):
-    assert kl_in_the_loss(world, "k1", level).abs().max() < 1e-12
+def test_k1_in_the_loss_has_no_gradient_and_is_refused(level: str):
+    assert of_the_kl(lab(), kl("in_loss", "k1", level)).abs().max() < 1e-12
+    row = study(lab(), "reinforce", kl("in_loss", "k1", level))
+    assert row.objective == "E[r]"
+    assert "k1 in the loss has the expected gradient 0" in " ".join(row.refused)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_k3_in_reward_and_loss_together_make_the_gradient_of_the_kl(world: World, level: str):
-    in_reward = load_plugin("kl", "in_reward", beta=BETA, estimator="k3", level=level)
-    reinforce = load_plugin("advantages", "reinforce")
-    world.rewards = torch.zeros_like(world.rewards)
-    half = -expected_ascent(world, in_reward, reinforce, "reinforce", 1) / BETA
-    close(half + kl_in_the_loss(world, "k3", level), world.kl())
-    assert (half - world.kl()).abs().max() > 1e-3
+def test_k1_in_the_loss_rewards_short_completions_under_the_token_mean_of_each_row():
+    got = of_the_kl(lab(), kl("in_loss", "k1"), aggregation="seq_mean_token_mean")
+    t = truth(lab())
+    close(got, t.mean(1 / t.world.lengths))
+
+
+def test_exact_in_the_advantage_has_no_gradient_and_is_refused():
+    assert of_the_kl(lab(), kl("in_advantage", "exact")).abs().max() < 1e-12
+    row = study(lab(), "reinforce", kl("in_advantage", "exact"))
+    assert row.objective == "E[r]"
+    assert "exact in the advantage has the expected gradient 0" in " ".join(row.refused)
+
+
+# Off-policy
+
+
+@pytest.mark.proves("kl_estimator.k1_is", "kl_estimator.k3_is", how="exact enumeration", tolerance="1e-9")
+def test_off_policy_only_the_estimates_with_a_ratio_keep_their_gradient():
+    where = lab(off_policy=True)
+    t = truth(where)
+    for estimator in ("k1_is", "k3_is"):
+        close(of_the_kl(where, kl("in_loss", estimator, "sequence")), t.kl)
+        close(of_the_kl(where, kl("in_loss", estimator, "token")), t.reverse)
+    for estimator in ("k2", "k3_plus"):
+        differs(of_the_kl(where, kl("in_loss", estimator, "sequence")), t.kl)
+
+
+def test_off_policy_k1_in_the_loss_drives_away_from_the_policy_that_rolled_out():
+    where = lab(off_policy=True)
+    t = truth(where)
+    towards_old = t.gradient(-(t.old.probability * t.now.logps.sum(2)).sum(1))
+    for level in ("token", "sequence"):
+        close(of_the_kl(where, kl("in_loss", "k1", level)), -towards_old)

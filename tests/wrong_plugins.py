@@ -1,31 +1,105 @@
-"""Plugins that break one promise each, with the words in which the conformance kit must say so."""
+"""Plugins that are wrong in one way each, with the fact of the conformance kit that must say so: names, settings, state.
+
+The other modules of this name hold the axes. Where a docstring ends in a public thread, that system had the bug.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_rlhf import load_plugin
-from hf_rlhf.axes import (
-    AdvantageEstimator,
-    Aggregation,
-    Filter,
-    KLEstimator,
-    KLPlacement,
-    PolicyLoss,
-    Reference,
-    RewardSource,
-    RolloutCorrection,
-)
-from hf_rlhf.batch import Credit, Rollouts, Scored
+from hf_rlhf.axes import AdvantageEstimator
+from hf_rlhf.batch import Credit, Scored
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """How to make a wrong plugin, the fact that catches it, and what that says (a regular expression)."""
+
+    make: Callable[[], Any]
+    fact: str
+    says: str
+    also: tuple[str, ...] = ()
+    """Other facts that the bug makes false as well. No further one may fail."""
+
+
+FACTS = {
+    "documented": "it is a dataclass with a name, and every setting is documented",
+    "known": "what it needs and provides are sets of known names",
+    "recipe": "its settings survive a recipe",
+    "copies": "it can be copied and pickled",
+    "state": "its state survives a checkpoint",
+    "resume": "after a checkpoint it computes the same",
+    "shape": "shape and dtype follow its input",
+    "needs": "it runs on what it declares, and reads nothing else",
+    "mask": "it is 0 off the mask",
+    "degenerate": "it is finite on degenerate input",
+    "few": "it is finite for a single row, and without rewards",
+    "single": "it is finite where a group has one row (K = 1)",
+    "equal": "it is finite for equal rewards, and rounding is no signal",
+    "nan": "it is finite where a reward does not apply (NaN)",
+    "far": "it is finite where the sampler's log-probs are far off",
+    "labels": "group ids are only labels",
+    "prompts": "rows of other prompts change nothing",
+    "float32": "float32 gives what float64 gives",
+    "padding": "padding columns change nothing",
+    "order": "the order of the rows changes nothing",
+    "off": "what stands off the mask changes nothing",
+    "tools": "a column of tool tokens changes nothing",
+    "processes": "the number of processes changes nothing",
+    "split": "any split into micro-batches changes nothing",
+    "pure": "it changes neither its input nor a random generator, and repeats itself",
+    "factors": "its factors are not negative and carry no gradient",
+    "gradient": "its gradient reaches what it is computed from",
+    "differences": "its gradient is that of its value (finite differences)",
+    "climbs": "a positive advantage raises the log-prob",
+    "zero": "equal log-probs give 0",
+    "positive": "its mean under the policy is not negative",
+    "elementwise": "each number depends on its own log-probs alone",
+    "one": "equal log-probs give 1",
+    "places": "it defines the penalty of each of its places",
+    "penalty": "more KL is a larger penalty",
+    "kl gradient": "the KL in the loss has a gradient",
+    "sane": "beta stays finite and not negative, whatever was measured",
+    "rises": "more KL never gives a smaller beta",
+    "asking": "asking for beta does not change it",
+    "answers": "it gives one number, Spans, TokenScores or None per row",
+    "rows": "the order of the rows changes no score",
+    "ranks": "the number of processes changes no score",
+    "pure reward": "it changes neither its rollouts nor a random generator, and repeats itself",
+    "logs": "what it logs has one value per row",
+    "none": "where the dataset has no reference (None) it gives None, not 0",
+    "answer": "its final answer is text or None",
+    "completions": "it gives as many completions per prompt as it is asked for, none empty",
+    "model": "it leaves the model as it was",
+    "repeats": "equal random states give equal completions",
+    "greedy": "greedy completions depend on the prompt alone, and stand side by side",
+    "values": "it gives one finite value per sampled token",
+    "causal": "a value does not see what comes after its state",
+    "neighbours": "neighbours and padding change no value",
+    "learns": "it learns, and building it leaves the policy as it was",
+    "stays": "the policy's updates leave its log-probs as they are",
+    "moves": "it moves towards the policy, and moves nothing else",
+    "holds": "its optimizer holds every parameter it is given",
+    "steps": "a step moves policy and critic, and leaves them finite",
+    "texts": "its texts depend on the step alone, and have two tokens or more",
+}
+"""Short name -> what `str` of the fact says after the plugin's name."""
 
 
 def settings(cls: type) -> Any:
     return dataclass(kw_only=True)(cls)
+
+
+# Names, settings, state
 
 
 class Estimator(AdvantageEstimator):
@@ -35,97 +109,6 @@ class Estimator(AdvantageEstimator):
 
     def __call__(self, scored: Scored) -> Tensor | Credit:
         return scored.returns()[:, None] * scored.mask
-
-
-class OffMask(Estimator):
-    """Leaves the mask out."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        return scored.returns()[:, None].expand(scored.mask.shape)
-
-
-class PerRow(Estimator):
-    """Gives one number per row."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        return scored.returns()
-
-
-class Single(Estimator):
-    """Falls back to float32."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        return (scored.returns()[:, None] * scored.mask).float()
-
-
-class Width(Estimator):
-    """Divides by the padded width."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        return scored.returns()[:, None] * scored.mask / scored.mask.shape[1]
-
-
-class Neighbours(Estimator):
-    """Takes each two neighbours for a group."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        means = scored.returns().unfold(0, 2, 2).mean(1).repeat_interleave(2)
-        return (scored.returns() - means)[:, None] * scored.mask
-
-
-class Stepping(Estimator):
-    """Discounts across tool tokens."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        powers = 0.9 ** torch.arange(scored.mask.shape[1], dtype=scored.mask.dtype)
-        return (scored.token_rewards * powers).sum(1, keepdim=True) * scored.mask
-
-
-class PeekingAtPadding(Estimator):
-    """Takes the last column's value for the row's."""
-
-    needs = frozenset({"values"})
-
-    def __call__(self, scored: Scored) -> Credit:
-        assert scored.values is not None
-        advantages = (scored.returns() - scored.values.mean(1))[:, None] * scored.mask
-        return Credit(advantages=advantages, returns=advantages)
-
-
-class NoTargets(Estimator):
-    """Needs values and gives the critic no targets."""
-
-    needs = frozenset({"values"})
-
-
-class InPlace(Estimator):
-    """Writes into the token rewards."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        return scored.token_rewards.mul_(2)
-
-
-class Random(Estimator):
-    """Draws random numbers."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        torch.rand(1)
-        return scored.token_rewards * scored.mask
-
-
-class Standardised(Estimator):
-    """Divides by a deviation that may be 0."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        returns = scored.returns()
-        return ((returns - scored.group_mean(returns)) / scored.group_std(returns))[:, None] * scored.mask
-
-
-class ByLabel(Estimator):
-    """Computes with the group's number."""
-
-    def __call__(self, scored: Scored) -> Tensor:
-        return (scored.group_ids[:, None] * scored.mask).to(scored.mask.dtype)
 
 
 @settings
@@ -150,6 +133,48 @@ class NameAsSetting(Estimator):
     """Oops."""
 
 
+class Nameless(Estimator):
+    """Has a name that no recipe can say."""
+
+    name = "my estimator"
+
+
+class Misspelt(Estimator):
+    """Needs what nobody provides."""
+
+    needs = frozenset({"ref_logp"})
+
+
+@settings
+class Doubled(Estimator):
+    """Converts its setting each time it is made."""
+
+    percent: float = 10.0
+    """A share, in per cent."""
+
+    def __post_init__(self) -> None:
+        self.percent = self.percent / 100
+
+
+@settings
+class UnknownType(Estimator):
+    """Has a setting whose type exists for type checkers only."""
+
+    scale: Decimal | None = None
+    """A factor."""
+
+
+@settings
+class Uncopied(Estimator):
+    """Loses its settings in copies."""
+
+    rule: Any = None
+    """A rule."""
+
+    def __reduce__(self) -> Any:
+        return (type(self), ())
+
+
 @settings
 class Forgetful(Estimator):
     """Saves a count and does not take it back."""
@@ -171,246 +196,38 @@ class Unsafe(Estimator):
         return {"path": Path("/")}
 
 
+class Expecting(Estimator):
+    """Expects a statistic that the first rollout does not have."""
+
+    def observe(self, statistics: Mapping[str, float]) -> None:
+        statistics["policy/entropy"]
+
+
 @settings
-class Uncopied(Estimator):
-    """Loses its settings in copies."""
+class Reset(Estimator):
+    """Follows the mean return and starts anew after a checkpoint: state that is not saved (ray-project/ray#22444)."""
 
-    rule: Any = None
-    """A rule."""
+    def __post_init__(self) -> None:
+        self._mean = 0.0
 
-    def __reduce__(self) -> Any:
-        return (type(self), ())
-
-
-class Loss(PolicyLoss):
-    """A right loss, to be made wrong."""
-
-    name = "wrong"
-
-    def __call__(
-        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss((logps - old_logps).exp(), logps, advantages, mask), {}
-
-    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return -ratio * advantages
-
-
-class Ascending(Loss):
-    """Forgets the sign."""
-
-    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return ratio * advantages
-
-
-class Detached(Loss):
-    """Cuts the gradient off."""
-
-    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return -ratio.detach() * advantages
-
-
-class HalfDetached(Loss):
-    """Stops a gradient on purpose."""
-
-    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return -ratio.detach() * advantages * logps
-
-
-class BatchWhitened(Loss):
-    """Whitens within the micro-batch."""
-
-    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return -ratio * (advantages - advantages.mean())
-
-
-class Reduced(Loss):
-    """Averages by itself."""
-
-    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return (-ratio * advantages).mean()
-
-
-class Bare(Loss):
-    """Returns no metrics."""
-
-    def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Any:
-        return -advantages * logps
-
-
-class Offset(KLEstimator):
-    """Is not 0 where policy and reference agree."""
-
-    name = "wrong"
-
-    def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
-        return (ref_logps - logps).exp() + logps - ref_logps
-
-
-class Squashed(KLPlacement):
-    """Sums its penalty over the tokens."""
-
-    name = "wrong"
-    places = frozenset({"reward"})
-
-    def reward_penalty(self, kl: Tensor) -> Tensor:
-        return kl.sum(-1)
-
-
-class Undefined(KLPlacement):
-    """Declares a place and no penalty for it."""
-
-    name = "wrong"
-    places = frozenset({"loss"})
-
-
-class Negative(Aggregation):
-    """Weighs some tokens negatively."""
-
-    name = "wrong"
-
-    def __call__(self, mask: Tensor) -> Tensor:
-        return mask * (mask.sum(1, keepdim=True) - 2)
-
-
-class EmptyRows(Aggregation):
-    """Divides by a length that may be 0."""
-
-    name = "wrong"
-
-    def __call__(self, mask: Tensor) -> Tensor:
-        return mask / mask.sum(1, keepdim=True)
-
-
-class Mask(Filter):
-    """Gives numbers instead of booleans."""
-
-    name = "wrong"
+    def observe(self, statistics: Mapping[str, float]) -> None:
+        self._mean = 0.9 * self._mean + 0.1 * statistics["reward/total/mean"]
 
     def __call__(self, scored: Scored) -> Tensor:
-        return scored.mask.max(1).values
+        return (scored.returns() - self._mean)[:, None] * scored.mask
 
 
-class Inverse(RolloutCorrection):
-    """Adds 1 to the ratio."""
-
-    name = "wrong"
-
-    def __call__(self, old_logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
-        return 1 + (old_logps - sampler_logps).exp()
-
-
-class Shared(Reference):
-    """Takes the policy itself for the reference."""
-
-    name = "wrong"
-
-    def build(self, policy: Any) -> Any:
-        return policy
-
-
-class Reward(RewardSource):
-    """A right reward, to be made wrong."""
-
-    name = "wrong"
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        return [float(len(text)) for text in rollouts.completions]
-
-
-class Short(Reward):
-    """Forgets a row."""
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        return [1.0] * (len(rollouts) - 1)
-
-
-class Texts(Reward):
-    """Gives texts."""
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        return rollouts.completions
-
-
-class Alone(Reward):
-    """Gives one number for all."""
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        return 0.5
-
-
-class Clearing(Reward):
-    """Writes into the completions."""
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        scores = [float(len(text)) for text in rollouts.completions]
-        rollouts.completions[0] = "seen"
-        return scores
-
-
-class Ranked(Reward):
-    """Scores a row by its place."""
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        return list(range(len(rollouts)))
-
-
-class Infinite(Reward):
-    """Gives an infinity."""
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        return [float("inf")] * len(rollouts)
-
-
-class OtherColumn(Reward):
-    """Reads a column that is not there."""
-
-    def __call__(self, rollouts: Rollouts) -> Any:
-        return rollouts.column("solution")
-
-
-def k1() -> Any:
-    return load_plugin("kl_estimator", "k1")
-
-
-WRONG: list[tuple[Any, str]] = [
-    (OffMask, "not 0 off the mask"),
-    (PerRow, r"shape \(10,\); \(10, 8\) is due"),
-    (Single, "float32 for torch.float64 input"),
-    (Width, "padding were added"),
-    (Neighbours, "rows were shuffled"),
-    (Stepping, "step over it"),
-    (PeekingAtPadding, "numbers off the mask changed"),
-    (NoTargets, "Credit is due"),
-    (InPlace, "changes its input token_rewards"),
-    (Random, "global random generator"),
-    (Standardised, "not finite for equal rewards|not finite for no reward"),
-    (ByLabel, "groups got other ids"),
-    (Undocumented, "without a docstring below them: strength"),
-    (Undecorated, "no dataclass"),
-    (NameAsSetting, "name became a setting"),
-    (Forgetful, "load_state_dict turned"),
-    (Unsafe, "more than numbers"),
-    (lambda: Uncopied(rule="other"), "copied, it is"),
-    (Ascending, "is a sign missing"),
-    (Detached, "no gradient reaches logps"),
-    (HalfDetached, "finite_differences=False"),
-    (BatchWhitened, "computed alone"),
-    (Reduced, r"shape \(\)"),
-    (Bare, "a pair"),
-    (Offset, "policy and reference agree"),
-    (lambda: Squashed(estimator=k1()), "reward_penalty has the shape"),
-    (lambda: Undefined(estimator=k1()), "does not define loss_penalty"),
-    (Negative, "negative somewhere"),
-    (EmptyRows, "not finite for completions of one token"),
-    (Mask, "torch.bool is due"),
-    (Inverse, "its factors are not 1"),
-    (Shared, "parameters that would learn"),
-    (Short, "3 numbers for 4 rows"),
-    (Texts, "neither a number nor None"),
-    (Alone, "gives a float"),
-    (Clearing, "changes rollouts.completions"),
-    (Ranked, "rows backwards score"),
-    (Infinite, "is infinite"),
-    (OtherColumn, "pass rollouts="),
+WRONG = [
+    Wrong(Undocumented, "documented", "without a docstring below them: strength"),
+    Wrong(Undecorated, "documented", "no dataclass"),
+    Wrong(NameAsSetting, "documented", "name became a setting"),
+    Wrong(Nameless, "documented", "'my estimator'"),
+    Wrong(Misspelt, "known", "Did you mean 'ref_logps'"),
+    Wrong(Doubled, "recipe", "percent 0.1 becomes 0.001"),
+    Wrong(UnknownType, "recipe", "import it outside TYPE_CHECKING"),
+    Wrong(lambda: Uncopied(rule="other"), "copies", "copied, it is"),
+    Wrong(Forgetful, "state", "load_state_dict turned"),
+    Wrong(Unsafe, "state", "more than numbers"),
+    Wrong(Expecting, "state", "not measured of every rollout"),
+    Wrong(Reset, "state", "observe changes _mean", ("resume",)),
 ]

@@ -1,4 +1,5 @@
-"""Generalised advantage estimation (arXiv:1506.02438).
+"""Generalised advantage estimation (arXiv:1506.02438), with the decoupled and the length-adaptive lambda of VAPO
+(arXiv:2504.05118).
 
 The scan steps over the tokens that the policy sampled: discount, lambda and the next value ignore tool output between
 them. The value after the last token is 0, also where the completion was cut off.
@@ -6,16 +7,18 @@ them. The value after the last token is 0, also where the completion was cut off
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import AdvantageEstimator, Fraction
+from hf_rlhf.axes import AdvantageEstimator, Fraction, Positive
 from hf_rlhf.batch import Credit
 
-from ._tokens import gae_scan, whiten_tokens
+from ._tokens import gae, given, whiten_tokens
 
 if TYPE_CHECKING:
+    from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.batch import Scored
 
 
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 class GAE(AdvantageEstimator):
     """A_t = d_t + gamma lam A_{t+1} with d_t = R_t + gamma V_{t+1} - V_t; the critic's targets are A + V.
 
-    With lam = 1 any critic leaves the gradient unbiased; smaller lam trades noise for the critic's error.
+    With lam = 1 any critic leaves the gradient unbiased; smaller lam trades noise for the critic's error. Rewards by
+    step or token enter at their tokens.
     """
 
     name = "gae"
@@ -33,16 +37,48 @@ class GAE(AdvantageEstimator):
     """Discount from one sampled token to the next."""
     lam: Fraction = 0.95
     """Weight of later steps' errors: 0 is the one-step error, 1 the return minus the value."""
+    lam_critic: Fraction | None = None
+    """lam of the critic's targets (VAPO: 1); None: the same as `lam`."""
+    length_adaptive: Positive | None = None
+    """alpha: each row's advantages get lam = 1 - 1/max(alpha T, 1), T its sampled tokens (VAPO: 0.05, which is lam 0 up to
+    20 tokens). Biased even with exact values. None: `lam` for every row."""
     whiten: bool = False
-    """Bring the advantages to mean 0 and (unbiased) variance 1 over all tokens; the critic's targets stay."""
+    """Bring the advantages to mean 0 and variance 1 over all tokens; the critic's targets stay. Equal ones give 0."""
+    ddof: Literal[0, 1] = 1
+    """Of the variance in whitening: 1 divides by the number of tokens less 1 (TRL, verl), 0 by their number (OpenRLHF)."""
+
+    @property
+    def across_groups(self) -> bool:
+        """Whether rows of other prompts count: in the whitening alone."""
+        return self.whiten
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        if self.ddof == 0 and not self.whiten:
+            yield "ddof=0 changes nothing: set whiten=true for it to count"
+        if self.length_adaptive is None:
+            return
+        if self.lam_critic is not None:
+            yield f"lam={self.lam:g} is not used: length_adaptive sets that of the advantages, lam_critic the critic's"
+        longest = getattr(algorithm.rollout, "max_new_tokens", None)
+        if longest is not None and self.length_adaptive * longest <= 1:
+            yield (
+                f"length_adaptive={self.length_adaptive:g} gives lam 0 on all of up to {longest} tokens: "
+                f"only a value above {1 / longest:g} tells lengths apart"
+            )
 
     def __call__(self, scored: Scored) -> Credit:
-        if scored.values is None:
-            raise ValueError("gae needs values: Scored.values is None; give the recipe a critic")
-        advantages = gae_scan(scored.token_rewards, scored.values, scored.mask, self.gamma, self.lam)
-        returns = (advantages + scored.values) * scored.mask
+        values = given(scored.values, "values", "gae")
+        lam_critic = self.lam if self.lam_critic is None else self.lam_critic
+        of_critic = gae(scored.token_rewards, values, scored.mask, self.gamma, lam_critic)
+        returns = of_critic + values.masked_fill(scored.mask == 0, 0.0)
+        advantages = of_critic
+        if self.length_adaptive is not None:
+            lam = 1 - 1 / (self.length_adaptive * scored.mask.sum(1)).clamp(min=1)
+            advantages = gae(scored.token_rewards, values, scored.mask, self.gamma, lam)
+        elif lam_critic != self.lam:
+            advantages = gae(scored.token_rewards, values, scored.mask, self.gamma, self.lam)
         if self.whiten:
-            advantages = whiten_tokens(advantages, scored.mask)
+            advantages = whiten_tokens(advantages, scored.mask, self.ddof)
         return Credit(advantages=advantages, returns=returns)
 
 

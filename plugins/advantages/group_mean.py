@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator
 
+from ._groups import GroupEstimator, centred
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,16 +21,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GroupMean(AdvantageEstimator):
-    """Return minus its group's mean, on each token; exactly 0 where all are equal or one row remains."""
+class GroupMean(GroupEstimator):
+    """Return minus its group's mean, on each token; exactly 0 where all are equal or one row remains.
+
+    Rewards by step or token count by their sum.
+    """
 
     name = "group_mean"
-    needs = frozenset({"groups"})
 
-    def __call__(self, scored: Scored) -> Tensor:
-        returns = scored.returns()
-        centred = (returns - scored.group_mean(returns)).masked_fill(scored.group_is_flat(returns), 0.0)
-        return centred[:, None] * scored.mask
+    def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
+        return centred(scored, returns)
 
 
 @hookimpl

@@ -1,15 +1,19 @@
 """Group-normalised advantages (GRPO, arXiv:2402.03300), with TRL's constants: ddof 1 and eps 1e-4.
 
-Dividing by the deviation weighs prompts by difficulty: the expected gradient is not that of the mean reward.
+Dividing by the deviation weighs prompts by difficulty: the expected gradient is not that of the mean reward. Dialects:
+verl eps 1e-6, NeMo-RL eps 1e-6 and `statistics: others`, open-instruct ddof 0 and eps 1e-8.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator, Positive
+
+from ._groups import GroupEstimator, centred, others
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,23 +22,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GroupNorm(AdvantageEstimator):
+class GroupNorm(GroupEstimator):
     """Return minus its group's mean, over its group's standard deviation, on each token.
 
-    Exactly 0 where all returns of the group are equal or one row remains.
+    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum.
     """
 
     name = "group_norm"
-    needs = frozenset({"groups"})
 
     eps: Positive = 1e-4
     """Added to the standard deviation, so that nearly equal returns are not blown up (verl: 1e-6)."""
+    ddof: Literal[0, 1] = 1
+    """1: the deviation divides by rows less 1 (TRL, verl); 0: by rows (open-instruct)."""
+    statistics: Literal["group", "others"] = "group"
+    """Rows that mean and deviation are of: the whole `group`, or the `others` in it (NeMo-RL). Where the others are all
+    equal, their mean is subtracted and nothing divides."""
 
-    def __call__(self, scored: Scored) -> Tensor:
-        returns = scored.returns()
-        centred = (returns - scored.group_mean(returns)).masked_fill(scored.group_is_flat(returns), 0.0)
-        normalised = centred / (scored.group_std(returns) + self.eps)
-        return normalised[:, None] * scored.mask
+    def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
+        if self.statistics == "group":
+            return centred(scored, returns) / (scored.group_std(returns, self.ddof) + self.eps)
+        rest, there = others(scored, returns)
+        rows = there.sum(1)
+        mean = rest.sum(1) / rows.clamp(min=1)
+        deviation = (rest - mean.unsqueeze(1)).masked_fill(~there, 0.0)
+        std = ((deviation**2).sum(1) / (rows - self.ddof).clamp(min=1)).sqrt()
+        highest = rest.masked_fill(~there, -math.inf).amax(1)
+        lowest = rest.masked_fill(~there, math.inf).amin(1)
+        scale = (std + self.eps).masked_fill(highest == lowest, 1.0)
+        return ((returns - mean) / scale).masked_fill(scored.group_is_flat(returns), 0.0)
 
 
 @hookimpl

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator
 
+from ._groups import GroupEstimator, centred
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -15,21 +17,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class LeaveOneOut(AdvantageEstimator):
+class LeaveOneOut(GroupEstimator):
     """Return minus the mean return of the group's other rows, on each token: G/(G-1) (r - mean).
 
-    Exactly 0 where all returns of the group are equal or one row remains.
+    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum.
     """
 
     name = "leave_one_out"
-    needs = frozenset({"groups"})
 
-    def __call__(self, scored: Scored) -> Tensor:
-        returns = scored.returns()
-        centred = (returns - scored.group_mean(returns)).masked_fill(scored.group_is_flat(returns), 0.0)
-        rows = scored.group_size()
-        left_out = centred * (rows / (rows - 1).clamp(min=1)).to(returns.dtype)
-        return left_out[:, None] * scored.mask
+    def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
+        # as numbers of the returns' precision: a quotient of counts would be float32
+        rows = scored.group_size().to(returns.dtype)
+        return centred(scored, returns) * rows / (rows - 1).clamp(min=1)
 
 
 @hookimpl

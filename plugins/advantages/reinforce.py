@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Reinforce(AdvantageEstimator):
-    """The row's discounted return, on each of its tokens: A_t = sum_s gamma^s R_s."""
+    """The row's discounted return, on each of its tokens: A_t = sum_s gamma^s R_s.
+
+    Rewards by step or token enter at their tokens, and credit every token of the row, also those after them.
+    """
 
     name = "reinforce"
 

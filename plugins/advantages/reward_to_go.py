@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator, Fraction
 
-from ._tokens import gae_scan
+from ._tokens import reward_to_go
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class RewardToGo(AdvantageEstimator):
-    """The discounted sum of the rewards from each token on: G_t = R_t + gamma G_{t+1}, over sampled tokens only."""
+    """The discounted sum of the rewards from each token on: G_t = R_t + gamma G_{t+1}, over sampled tokens only.
+
+    Rewards by step or token credit the tokens up to theirs, and no later ones.
+    """
 
     name = "reward_to_go"
 
@@ -30,8 +33,7 @@ class RewardToGo(AdvantageEstimator):
     """Discount from one sampled token to the next; tool output between them does not discount."""
 
     def __call__(self, scored: Scored) -> Tensor:
-        rewards = scored.token_rewards
-        return gae_scan(rewards, rewards.new_zeros(rewards.shape), scored.mask, self.gamma, 1.0)
+        return reward_to_go(scored.token_rewards, scored.mask, self.gamma)
 
 
 @hookimpl

@@ -22,20 +22,14 @@ if TYPE_CHECKING:
 class ZeroVariance(Filter):
     """Keeps the rows of groups with at least two different scores; a group of one row is dropped.
 
-    A reward source that does not apply to a row adds nothing to its total. Without `scores` the returns are compared.
+    A reward source that does not apply to a row adds nothing to its total.
     """
 
     name = "zero_variance"
     needs = frozenset({"groups", "scores"})
 
     def __call__(self, scored: Scored) -> Tensor:
-        import torch
-
-        if not scored.scores:
-            return ~scored.group_is_flat(scored.returns())
-        weights = scored.weights or {}
-        weighted = [weights.get(source, 1.0) * score.nan_to_num() for source, score in scored.scores.items()]
-        return ~scored.group_is_flat(torch.stack(weighted).sum(0))
+        return ~scored.group_is_flat(scored.totals())
 
 
 @hookimpl

@@ -1,7 +1,8 @@
 """KL in the loss (GRPO, arXiv:2402.03300).
 
-On-policy, k2 at level sequence gives exactly the gradient of the KL; k2 at level token the reverse KL's and k3 the
-forward KL's, state by state with the visits held fixed. Departure: in the paper k3 is the only estimator.
+On-policy, k2, k3_plus, k1_is and k3_is at level sequence give exactly the gradient of the KL; at level token, and exact,
+the reverse KL's, k3 the forward KL's, state by state with the visits held fixed. Off-policy only k1_is and k3_is stay what
+they are. Departure: in the paper k3 is the only estimator.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import KLEstimator, KLPlacement, NonNegative, choice
+from hf_rlhf.axes import KLController, KLEstimator, KLPlacement, NonNegative, choice
 
-from ._probe import is_exponential, is_linear
+from ._probe import is_linear
+from ._remarks import of_the_loss, of_the_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,8 @@ class InLoss(KLPlacement):
 
     beta: NonNegative = 0.04
     """Loss added per nat of KL."""
+    controller: KLController = choice("fixed")
+    """How beta moves during training."""
     estimator: KLEstimator = choice("k3")
     """How the KL is estimated; its gradient is what counts."""
 
@@ -40,15 +44,15 @@ class InLoss(KLPlacement):
             name = self.estimator.name
             yield (
                 f"{name} in the loss has the expected gradient 0 (it is a multiple of grad log p, whose mean is 0), so "
-                f"it adds noise and no penalty: set estimator.use=k2 or k3, or move {name} to use=in_reward"
+                f"it adds noise and no penalty: set estimator.use=k2, k3 or k1_is, or move {name} to use=in_reward"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
-        if self.level == "sequence" and is_exponential(self.estimator):
-            yield f"{self.estimator.name} at level sequence is the exponential of a sum and may overflow"
+        yield from of_the_loss(self, algorithm)
+        yield from of_the_value(self)
 
     def loss_penalty(self, kl: Tensor) -> Tensor:
-        return self.beta * kl
+        return self.controller(self.beta) * kl
 
 
 @hookimpl

@@ -1,6 +1,7 @@
 """KL in the reward (Ziegler et al., arXiv:1909.08593; InstructGPT, arXiv:2203.02155).
 
-With k1 the expected gradient is exactly that of E[r] - beta KL, for estimators without bias of their own.
+With k1 the expected gradient is exactly that of E[r] - beta KL, for advantage estimators without bias of their own. Of any
+other estimator only half the gradient comes through the reward; for k3 and exact the other half is the same in the loss.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import KLPlacement, NonNegative
+from hf_rlhf.axes import KLController, KLPlacement, NonNegative, choice
 
-from ._probe import is_exponential, is_linear
+from ._remarks import of_the_score, of_the_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,22 +30,19 @@ class InReward(KLPlacement):
 
     beta: NonNegative = 0.05
     """Reward lost per nat of KL."""
+    controller: KLController = choice("fixed")
+    """How beta moves during training."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.beta == 0:
             yield "beta is 0: set use=monitor to log the KL only, or leave it out with kl=[]"
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
-        if not is_linear(self.estimator):
-            yield (
-                f"{self.estimator.name} in the reward: alone, its expected gradient is not that of the KL "
-                "(k1's is, exactly)"
-            )
-        if self.level == "sequence" and is_exponential(self.estimator):
-            yield f"{self.estimator.name} at level sequence is the exponential of a sum and may overflow"
+        yield from of_the_score(self, algorithm, "reward")
+        yield from of_the_value(self)
 
     def reward_penalty(self, kl: Tensor) -> Tensor:
-        return self.beta * kl
+        return self.controller(self.beta) * kl
 
 
 @hookimpl

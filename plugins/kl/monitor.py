@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import KLPlacement
 
-from ._probe import is_exponential
+from ._remarks import of_the_value
 
 if TYPE_CHECKING:
     from hf_rlhf.algorithm import Algorithm
@@ -22,8 +22,7 @@ class Monitor(KLPlacement):
     name = "monitor"
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
-        if self.level == "sequence" and is_exponential(self.estimator):
-            yield f"{self.estimator.name} at level sequence is the exponential of a sum and may overflow"
+        yield from of_the_value(self)
 
 
 @hookimpl

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import PolicyLoss
 
+from ._ratio import bounded_exp, log_ratio
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,9 +23,7 @@ class Surrogate(PolicyLoss):
     def __call__(
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        # filled before exp: an overflow off the mask would survive the multiplication by 0
-        ratio = (logps - old_logps).masked_fill(mask == 0, 0.0).exp()
-        return -(ratio * advantages) * mask, {}
+        return -(bounded_exp(log_ratio(logps, old_logps, mask)) * advantages) * mask, {}
 
 
 @hookimpl

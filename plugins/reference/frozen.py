@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Reference
+
+from ._copy import frozen_copy
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -21,9 +22,7 @@ class Frozen(Reference):
     name = "frozen"
 
     def build(self, policy: PreTrainedModel) -> Module:
-        model = deepcopy(policy).eval().requires_grad_(False)
-        model.zero_grad(set_to_none=True)
-        return model
+        return frozen_copy(policy)
 
 
 @hookimpl

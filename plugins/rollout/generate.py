@@ -24,6 +24,7 @@ class Generate(RolloutEngine):
     """Samples with `model.generate`."""
 
     name = "generate"
+    provides = frozenset({"sampler_logps"})
 
     max_new_tokens: Count = 256
     """Longest completion in tokens, the end-of-sequence token included."""
@@ -55,17 +56,23 @@ class Generate(RolloutEngine):
         eos = self._eos(policy)
         step = max(1, (self.max_rows or len(prompts) * num_generations) // num_generations)
         ids: list[list[int]] = []
+        logps: list[list[float]] = []
         reasons: list[str] = []
         for start in range(0, len(prompts), step):
-            for row in self._decode(policy, prompts[start : start + step], num_generations, temperature):
-                ends = [i for i, token in enumerate(row) if token in eos]
+            rows, reported = self._decode(policy, prompts[start : start + step], num_generations, temperature)
+            for i, row in enumerate(rows):
+                ends = [place for place, token in enumerate(row) if token in eos]
                 ids.append(row[: ends[0] + 1] if ends else row)
                 reasons.append("stop" if ends else "length")
-        return Completions(ids=ids, finish_reasons=reasons)
+                if reported:
+                    logps.append(reported[i][: len(ids[-1])])
+        return Completions(ids=ids, finish_reasons=reasons, logps=logps or None)
 
     def _decode(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float | None
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Rows of tokens and, where something reads them, the log-probs with which they were drawn: of the whole vocabulary
+        at the temperature, before top_p, top_k and min_p cut it. A greedy row has none."""
         import torch
         from transformers import GenerationConfig
 
@@ -85,16 +92,52 @@ class Generate(RolloutEngine):
             use_cache=True,
             **(sampling if temperature > 0 else {}),
         )
+        recorder = _recorder(temperature) if policy.wants_logps and temperature > 0 else None
         with _alone(policy.model):
-            rows = policy.model.generate(input_ids=ids, attention_mask=attend, generation_config=config)[
-                :, width:
-            ].tolist()
-        return rows if temperature > 0 else [row for row in rows for _ in range(num_generations)]
+            rows = policy.model.generate(
+                input_ids=ids,
+                attention_mask=attend,
+                generation_config=config,
+                logits_processor=[recorder] if recorder else None,
+            )
+        reported = recorder.finish(rows)[:, : rows.size(1) - width].tolist() if recorder else []
+        drawn = rows[:, width:].tolist()
+        return drawn if temperature > 0 else [row for row in drawn for _ in range(num_generations)], reported
 
     def _eos(self, policy: Policy) -> set[int]:
         own = policy.model.generation_config.eos_token_id
         found = {own} if isinstance(own, int) else set(own or ())
         return found | ({policy.tokenizer.eos_token_id} - {None})
+
+
+def _recorder(temperature: float) -> Any:
+    """A logits processor that changes nothing and remembers the log-prob of each token that was drawn."""
+    import torch
+    from torch import Tensor
+    from transformers import LogitsProcessor
+
+    class Recorder(LogitsProcessor):
+        """Called with the scores of the coming token (rows, V), after which the last of `input_ids` shows what was drawn."""
+
+        def __init__(self) -> None:
+            self.drawn: list[Tensor] = []
+            self.last: Tensor | None = None
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            self._note(input_ids)
+            self.last = (scores.double() if scores.dtype == torch.float64 else scores.float()) / temperature
+            return scores
+
+        def finish(self, rows: Tensor) -> Tensor:
+            """(rows, tokens) log-probs of what was drawn."""
+            self._note(rows)
+            return torch.stack(self.drawn, 1)
+
+        def _note(self, rows: Tensor) -> None:
+            if self.last is not None:
+                self.drawn.append(self.last.log_softmax(-1).gather(1, rows[:, -1:]).squeeze(1))
+
+    return Recorder()
 
 
 @contextmanager

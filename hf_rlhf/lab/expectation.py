@@ -1,0 +1,354 @@
+"""Expected gradients of a combination of plugins: every rollout of a world, weighed by its probability, in float64.
+
+The plugins, the loss (`hf_rlhf.losses`) and the place of the KL in the reward are the trainer's own. What the lab brings
+is what a trainer would sample or learn: rollouts, log-probs, values, greedy rewards. All K policies and all R rollouts go
+through a plugin in one call where it treats rollouts apart; a plugin that looks across them (a deviation over the batch,
+whitening) gets them one by one. Which of the two holds is found by trying.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.axes import AdvantageEstimator, Aggregation, KLPlacement, Plugin
+from hf_rlhf.batch import Credit, Scored
+from hf_rlhf.collect import at_last_token
+from hf_rlhf.lab.world import Policies, World
+from hf_rlhf.losses import DISTRIBUTION, measured, policy_terms
+from hf_rlhf.meters import Meters
+
+TRIED = 12
+"""Rollouts on which a plugin is asked whether it treats them apart."""
+
+OF_THE_POLICY = frozenset({"values", "greedy", "sum_sq_probs", "old_logps", "sampler_logps"})
+"""Fields of `Scored` that differ between policies, besides the KL in the rewards; an estimator declares that it reads one."""
+
+Values = Literal["exact", "arbitrary"]
+
+
+@dataclass(kw_only=True)
+class Expectation:
+    """Expectations over the rollouts of `sampler`, K policies, of gradients at `policies`, K as well.
+
+    On-policy the two are one. Tensors of completions are (K, n, T), of rollouts (K, R, N, T).
+    """
+
+    world: World
+    policies: Policies
+    sampler: Policies
+    values: Values = "exact"
+    """The critic: exact V of the return after in-reward KL, of each policy; or arbitrary numbers."""
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        total = self.sampler.rollout_probability.sum(1)
+        assert torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-12), "probabilities must sum to 1"
+
+    @cached_property
+    def of_first(self) -> Expectation:
+        """The same with the first policy alone."""
+        first = [Policies(self.world, x.tables[:1]) for x in (self.policies, self.sampler)]
+        return dataclasses.replace(self, policies=first[0], sampler=first[1], _weights=self._weights)
+
+    # Before the update
+
+    def kl_of_completions(self, algorithm: Algorithm, title: str, kl: KLPlacement) -> Tensor:
+        """A KL as the rollout measures it, without gradient: (K, n, T), or (K, n) at level sequence."""
+        known = {**self._known(self.sampler), "logps": self._logps(self.sampler)}
+        value = measured(
+            algorithm, title, kl, self._with_distributions(algorithm, known, self.sampler), self._mask, Meters()
+        )
+        return value.view(self.sampler.logps.shape[: value.dim() + 1])
+
+    def kl_penalties(self, algorithm: Algorithm) -> Tensor:
+        """(K, n, T) what the KLs in the reward take from it."""
+        taken = torch.zeros_like(self._mask)
+        for title, kl in algorithm.kl_in("reward"):
+            penalty = kl.reward_penalty(self.kl_of_completions(algorithm, title, kl)).flatten(0, 1)
+            taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, self._mask))
+        return taken.view(self.sampler.logps.shape)
+
+    def scored(self, penalties: Tensor) -> Scored:
+        """All K x R rollouts one after the other, every field filled: K R N rows, each rollout with groups of its own."""
+        world, n = self.world, len(self.world.sequences)
+        k = len(self.sampler.tables)
+        given = at_last_token(world.reward, world.mask).expand(k, n, world.length)
+        per_row = {
+            "mask": world.mask.expand(k, n, world.length),
+            "token_rewards": given - penalties,
+            "kl_penalties": penalties,
+            "values": self._values(given - penalties),
+            "old_logps": self.sampler.logps,
+            "sampler_logps": self.sampler.logps,
+            "ref_logps": self.reference.logps.expand(k, n, world.length),
+            "sum_sq_probs": self.sampler.of_states((2 * self.sampler.log_probs).exp().sum(2)),
+            "greedy": self.sampler.greedy,
+            "finished": world.finished.expand(k, n),
+            "completion_ids": world.token.expand(k, n, world.length),
+        }
+        fields = {name: self._of_rows(x.detach()) for name, x in per_row.items()}
+        rollouts = k * len(world.rollouts[0])
+        apart = world.prompts * torch.arange(rollouts).repeat_interleave(len(world.group_ids))
+        return Scored(
+            group_ids=world.group_ids.repeat(rollouts) + apart,
+            scores={label: self._of_rows(x.expand(k, n)) for label, x in world.scores.items()},
+            weights=world.weights,
+            **fields,
+        )
+
+    def advantages(self, estimator: AdvantageEstimator, penalties: Tensor) -> Tensor:
+        """(K R N, T) what the estimator gives for every rollout, before any KL in the advantage.
+
+        Its plugins have observed the expectations under the first policy, as after many rollouts of it.
+        """
+        estimator = self._after_many_rollouts(estimator, penalties)
+
+        def call(scored: Scored) -> Tensor:
+            credit = estimator(scored)
+            return credit.advantages if isinstance(credit, Credit) else credit
+
+        return self._of_each_rollout(call, self.scored(penalties))
+
+    def _after_many_rollouts(self, estimator: AdvantageEstimator, penalties: Tensor) -> AdvantageEstimator:
+        estimator = copy.deepcopy(estimator)
+        log_ratio = self.sampler.logps - self.reference.logps
+
+        def first(x: Tensor) -> float:
+            return float(self.sampler.mean(x)[0])
+
+        told = {
+            "rollout/rows": float(len(self.world.group_ids)),
+            "reward/total/mean": first(self.world.reward),
+            "reward/after_kl/mean": first(self.world.reward - penalties.sum(2)),
+            "kl/rollout/sequence": first(log_ratio.sum(2)),
+            "kl/rollout/token": first(log_ratio.sum(2)) / first(self.world.lengths),
+        }
+        for plugin in with_inner(estimator):
+            plugin.observe(told)
+        return estimator
+
+    def _of_each_rollout(self, function: Callable[[Scored], Tensor], whole: Scored) -> Tensor:
+        """What `function` gives for each rollout on its own, one after the other."""
+        size = len(self.world.group_ids)
+        together = function(whole)
+        rollouts = len(whole.mask) // size
+        apart = True
+        for i in range(0, rollouts, max(1, rollouts // TRIED)):
+            mine = torch.arange(i * size, (i + 1) * size)
+            alone, turned = function(_rows(whole, mine)), function(_rows(whole, mine.flip(0)))
+            if not torch.allclose(turned.flip(0), alone, rtol=1e-9, atol=1e-9, equal_nan=True):
+                raise ValueError("what a row gets depends on its place among the rows, which only group_ids may group")
+            apart = apart and torch.allclose(alone, together[mine], rtol=1e-12, atol=1e-13, equal_nan=True)
+        if apart:
+            return together
+        parts = _Parts(whole, size)
+        return torch.cat([function(parts[i]) for i in range(rollouts)])
+
+    def _values(self, token_rewards: Tensor) -> Tensor:
+        """(K, n, T) the critic's value of the state of each token."""
+        if self.values == "arbitrary":
+            return self.sampler.of_states(self.world.arbitrary_values.expand(len(self.sampler.tables), -1))
+        world, on = self.world, self.world.mask > 0
+        to_go = token_rewards.flip(2).cumsum(2).flip(2)
+        p = self.sampler.probability.detach()[:, :, None].expand_as(to_go)
+        zero = p.new_zeros(len(p), len(world.states))
+        reached = zero.index_add(1, world.state[on], p[:, on])
+        return self.sampler.of_states(zero.index_add(1, world.state[on], (p * to_go)[:, on]) / reached)
+
+    # The update
+
+    def weights(self, aggregation: Aggregation) -> Tensor:
+        """(R, N, T) the weight of each token of each rollout, an optimizer step of its own."""
+        key = repr(aggregation)
+        if key not in self._weights:
+            world, (rows, _) = self.world, self.world.rollouts
+            available = {"group_ids": lambda _: world.group_ids, "total_score": lambda row: world.reward[row]}
+            made = []
+            for row in rows:
+                extras = {name: available[name](row) for name in sorted(aggregation.needs) if name in available}
+                made.append(aggregation(world.mask[row], **extras))
+            self._weights[key] = torch.stack(made)
+        return self._weights[key]
+
+    def policy_part(self, algorithm: Algorithm, advantages: Tensor) -> Gradients:
+        """What the optimizer step climbs, in the logits, of the policy loss: KLs in the reward and in the advantage
+        included. `advantages` are those of `advantages(algorithm)`."""
+        for title, kl in algorithm.kl_in("advantage"):
+            penalty = self._of_rows(kl.advantage_penalty(self.kl_of_completions(algorithm, title, kl)))
+            on = self._of_rows(self.world.mask.expand_as(self.sampler.logps))
+            advantages = advantages - (penalty if penalty.dim() == 2 else penalty[:, None]) * on
+        return self._gradients(algorithm, advantages, "policy/")
+
+    def kl_part(self, algorithm: Algorithm) -> Gradients:
+        """The same of the KLs in the loss, which no advantage reaches."""
+        k, (rollouts, _) = len(self.policies.tables), self.world.rollouts
+        nothing = self.world.mask.new_zeros(k * rollouts.numel(), self.world.length)
+        return self._gradients(algorithm, nothing, "kl/")
+
+    def _gradients(self, algorithm: Algorithm, advantages: Tensor, terms: str) -> Gradients:
+        k, (rollouts, _) = len(self.policies.tables), self.world.rollouts
+        inputs = self._inputs(algorithm, advantages)
+        weights = self.weights(algorithm.aggregation)
+        probability = self.sampler.rollout_probability.detach()
+        expected = (weights * probability[:, :, None, None]).flatten(0, 2)
+        mean = self._ascent(algorithm, self.policies.tables, rollouts.flatten().repeat(k), inputs, expected, terms)
+        first = {name: x[: rollouts.numel()] for name, x in inputs.items()}
+        tables = self.policies.tables[:1].expand(len(rollouts), -1, -1)
+        each = self._ascent(algorithm, tables, rollouts.flatten(), first, weights.flatten(0, 1), terms)
+        return Gradients(mean=mean, each=each)
+
+    def variance(self, gradients: Gradients) -> float:
+        """Of the first policy's, per completion: the trace of the covariance of a rollout's gradient times its rows."""
+        deviation = (gradients.each - gradients.mean[0]).flatten(1).square().sum(1)
+        probability = self.sampler.rollout_probability[0].detach()
+        return len(self.world.group_ids) * float((probability * deviation).sum())
+
+    def _inputs(self, algorithm: Algorithm, advantages: Tensor) -> dict[str, Tensor]:
+        """(K R N, ...) what the loss gets besides the policy, as in a micro-batch."""
+        k, n = len(self.sampler.tables), len(self.world.sequences)
+        per_row = {name: x.view(k, n, *x.shape[1:]) for name, x in self._known(self.sampler).items()}
+        inputs = {name: self._of_rows(x) for name, x in per_row.items()} | {"advantages": advantages}
+        if "selected" in algorithm.policy_loss.needs:
+
+            def select(scored: Scored) -> Tensor:
+                assert scored.old_logps is not None
+                assert scored.advantages is not None
+                return algorithm.policy_loss.select(scored.old_logps, scored.advantages, scored.mask)
+
+            scored = self.scored(torch.zeros_like(self.sampler.logps))
+            inputs["selected"] = self._of_each_rollout(select, dataclasses.replace(scored, advantages=advantages))
+        return inputs
+
+    def _ascent(
+        self,
+        algorithm: Algorithm,
+        tables: Tensor,
+        rows: Tensor,
+        inputs: dict[str, Tensor],
+        weights: Tensor,
+        terms: str,
+    ) -> Tensor:
+        """(L, S, V) minus the gradient of the loss' `terms` in each of L `tables`, which own equal shares of the
+        completions `rows`."""
+        leaf = tables.detach().clone().requires_grad_()
+        now = Policies(self.world, leaf)
+        owner = torch.arange(len(leaf)).repeat_interleave(len(rows) // len(leaf))
+        mask = self.world.mask[rows]
+        new = {
+            "logps": now.log_probs[owner[:, None], self.world.state[rows], self.world.token[rows]] * mask,
+            "entropy": self._states(-(now.log_probs.exp() * now.log_probs).sum(2), owner, rows),
+        }
+        for title, kl in _over_distributions(algorithm):
+            new[f"{DISTRIBUTION}{title}"] = self._states(self._distance(kl, now.log_probs), owner, rows)
+        found = policy_terms(algorithm, new, {**inputs, "mask": mask, "weights": weights}, Meters())
+        chosen = [x for name, x in found.items() if name.startswith(terms)]
+        (gradient,) = torch.autograd.grad(sum(chosen, start=0.0 * leaf.sum()), leaf)
+        return -gradient
+
+    # What is known of completions and rows
+
+    @cached_property
+    def reference(self) -> Policies:
+        """The reference, one policy."""
+        return Policies(self.world, self.world.reference[None])
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        """(K n, T)."""
+        return self.world.mask.repeat(len(self.sampler.tables), 1)
+
+    def _logps(self, policies: Policies) -> Tensor:
+        return policies.logps.detach().flatten(0, 1)
+
+    def _known(self, sampler: Policies) -> dict[str, Tensor]:
+        """(K n, ...) what is known of each completion before the update."""
+        k, world = len(sampler.tables), self.world
+        return {
+            "old_logps": self._logps(sampler),
+            "sampler_logps": self._logps(sampler),
+            "ref_logps": self._logps(self.reference).repeat(k, 1),
+            "sum_sq_probs": sampler.of_states((2 * sampler.log_probs).exp().sum(2)).detach().flatten(0, 1),
+            "completion_ids": world.token.repeat(k, 1),
+            "total_score": world.reward.repeat(k),
+            "group_ids": world.prompt.repeat(k),
+        }
+
+    def _with_distributions(
+        self, algorithm: Algorithm, known: dict[str, Tensor], policies: Policies
+    ) -> dict[str, Tensor]:
+        made = {
+            f"{DISTRIBUTION}{title}": policies.of_states(self._distance(kl, policies.log_probs)).detach().flatten(0, 1)
+            for title, kl in _over_distributions(algorithm)
+        }
+        return known | made
+
+    def _distance(self, kl: KLPlacement, log_probs: Tensor) -> Tensor:
+        """(L, S, V) -> (L, S) an estimator over whole distributions in each state."""
+        reference = self.reference.log_probs.expand_as(log_probs).flatten(0, 1)
+        estimator: Callable[..., Tensor] = kl.estimator
+        return estimator(log_probs.flatten(0, 1), reference).view(log_probs.shape[:2])
+
+    def _states(self, x: Tensor, owner: Tensor, rows: Tensor) -> Tensor:
+        """(L, S) -> (rows, T) at the state of each token."""
+        return x[owner[:, None], self.world.state[rows]] * self.world.mask[rows]
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """(K, n, ...) -> (K R N, ...): of completions to the rows of every rollout."""
+        return x[:, self.world.rollouts[0].flatten()].flatten(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """mean: (K, S, V) the expected gradient at each policy; each: (R, S, V) that of every rollout, of the first."""
+
+    mean: Tensor
+    each: Tensor
+
+    def __add__(self, other: Gradients) -> Gradients:
+        return Gradients(mean=self.mean + other.mean, each=self.each + other.each)
+
+
+def _rows(whole: Scored, rows: Tensor) -> Scored:
+    """Some of the rows."""
+    held = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+    cut: dict[str, Any] = {name: x[rows] for name, x in held.items() if isinstance(x, Tensor)}
+    scores = {label: x[rows] for label, x in (whole.scores or {}).items()}
+    return Scored(**cut, scores=scores, weights=whole.weights)
+
+
+class _Parts:
+    """A `Scored` of many rollouts, `size` rows each, cut into single ones: all of them, faster than one by one."""
+
+    def __init__(self, whole: Scored, size: int):
+        held = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+        self._wide = {name: x.split(size) for name, x in held.items() if isinstance(x, Tensor)}
+        self._scores = {label: x.split(size) for label, x in (whole.scores or {}).items()}
+        self._weights = whole.weights
+
+    def __getitem__(self, i: int) -> Scored:
+        fields: dict[str, Any] = {name: parts[i] for name, parts in self._wide.items()}
+        scores = {label: parts[i] for label, parts in self._scores.items()}
+        return Scored(**fields, scores=scores, weights=self._weights)
+
+
+def with_inner(plugin: Any) -> list[Any]:
+    """A plugin, the plugins that it holds, and those that they hold."""
+    found = [plugin]
+    for setting in dataclasses.fields(plugin):
+        value = getattr(plugin, setting.name)
+        for child in value if isinstance(value, list) else [value]:
+            found += with_inner(child) if isinstance(child, Plugin) else []
+    return found
+
+
+def _over_distributions(algorithm: Algorithm) -> list[tuple[str, KLPlacement]]:
+    return [(title, kl) for title, kl in algorithm.titled("kl") if "full_distribution" in kl.estimator.needs]

@@ -1,0 +1,147 @@
+"""The whole matrix: every combination that the installed plugins allow, refused ones included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from hf_rlhf import load_plugin
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.axes import AdvantageEstimator, Aggregation, KLPlacement, PolicyLoss
+from hf_rlhf.host import get_host
+from hf_rlhf.lab.choices import BETA, aggregations, defaults, in_world, kl_choices, read, scaled, variants
+from hf_rlhf.lab.expectation import Values
+from hf_rlhf.lab.study import Lab, Row
+from hf_rlhf.lab.world import World
+
+
+@dataclass(kw_only=True)
+class Matrix:
+    """The sections of the matrix for one seed and one beta."""
+
+    beta: float = BETA
+    seed: int = 0
+    _labs: dict[tuple[World, Values, bool], Lab] = field(default_factory=dict)
+
+    def sections(self) -> dict[str, list[Row]]:
+        """Name -> rows of every section."""
+        made = (
+            self.recipes,
+            self.whole,
+            self.settings,
+            self.critics,
+            self.binary,
+            self.two_prompts,
+            self.losses,
+            self.off_policy,
+        )
+        return {section.__name__: list(section()) for section in made}
+
+    def recipes(self) -> Iterator[Row]:
+        """Every recipe's advantages, KLs, policy loss and aggregation, critics with exact values."""
+        for offer in get_host().recipes():
+            if not offer.problem:
+                row = self._lab(self.world, "exact", False).study(self.recipe(offer.name))
+                row.recipe = offer.name
+                yield row
+
+    def recipe(self, name: str) -> Algorithm:
+        """A recipe's choices in the matrix's world."""
+        chosen = read(name, ()).algorithm()
+        return in_world(
+            self.world,
+            advantages=chosen.advantages,
+            kl=scaled(chosen.kl, self.beta),
+            policy_loss=chosen.policy_loss,
+            aggregation=aggregations(self.world, chosen.aggregation)[0],
+        )
+
+    def whole(self) -> Iterator[Row]:
+        """Every estimator with its default settings, every KL, every aggregation."""
+        yield from self._cross(self.world, defaults("advantages"), [[], *self.kls])
+
+    def settings(self) -> Iterator[Row]:
+        """Estimators with one setting changed, without a KL and with k1 in the reward."""
+        yield from self._cross(self.world, self._changed(), [[], self.k1])
+
+    def critics(self) -> Iterator[Row]:
+        """Estimators that need values, with a critic that has learnt nothing."""
+        found = [x for x in [*defaults("advantages"), *self._changed()] if self._needs_values(x)]
+        yield from self._cross(self.world, found, [[], self.k1], values="arbitrary")
+
+    def binary(self) -> Iterator[Row]:
+        """Rewards of 0 and 1, groups of four (in three, a deviation that is not 0 has one value), without a KL."""
+        world = World(seed=self.seed, rewards="binary", group=4)
+        plain = [load_plugin("aggregation", "seq_mean_token_sum")]
+        yield from self._cross(world, [*defaults("advantages"), *self._changed()], [[]], weighed=plain)
+
+    def two_prompts(self) -> Iterator[Row]:
+        """Rollouts of two prompts with two completions of up to two tokens, without a KL."""
+        world = World(seed=self.seed, prompts=2, group=2, length=2)
+        yield from self._cross(world, defaults("advantages"), [[]])
+
+    def losses(self) -> Iterator[Row]:
+        """Every policy loss with leave_one_out, on-policy."""
+        yield from self._cross(self.world, self._one, [[]], losses=self._losses)
+
+    def off_policy(self) -> Iterator[Row]:
+        """The same on the rollouts of an older policy; then every KL in the loss, with the surrogate."""
+        yield from self._cross(self.world, self._one, [[]], losses=self._losses, off_policy=True)
+        kls = [kl for kl in self.kls if all(placement.places == {"loss"} for placement in kl)]
+        surrogate = [load_plugin("policy_loss", "surrogate")]
+        yield from self._cross(self.world, self._one, kls, losses=surrogate, off_policy=True)
+
+    @cached_property
+    def kls(self) -> list[list[KLPlacement]]:
+        """Every KL of the matrix."""
+        return kl_choices(self.beta)
+
+    @cached_property
+    def k1(self) -> list[KLPlacement]:
+        """k1 in the reward."""
+        return [load_plugin("kl", "in_reward", beta=self.beta, estimator="k1")]
+
+    @cached_property
+    def world(self) -> World:
+        """Three tokens, at most three steps, groups of three, real-valued rewards."""
+        return World(seed=self.seed)
+
+    @property
+    def _one(self) -> list[AdvantageEstimator]:
+        return [load_plugin("advantages", "leave_one_out")]
+
+    @property
+    def _losses(self) -> list[PolicyLoss]:
+        return defaults("policy_loss")
+
+    def _changed(self) -> list[AdvantageEstimator]:
+        return [variant for estimator in defaults("advantages") for variant in variants(estimator)]
+
+    def _needs_values(self, estimator: AdvantageEstimator) -> bool:
+        return "values" in in_world(self.world, advantages=estimator).needs
+
+    def _lab(self, world: World, values: Values, off_policy: bool) -> Lab:
+        made = Lab(world=world, beta=self.beta, values=values, off_policy=off_policy)
+        return self._labs.setdefault((world, values, off_policy), made)
+
+    def _cross(
+        self,
+        world: World,
+        chosen: Sequence[AdvantageEstimator],
+        kls: Sequence[Sequence[KLPlacement]],
+        *,
+        losses: Sequence[PolicyLoss | None] = (None,),
+        weighed: Sequence[Aggregation] | None = None,
+        values: Values = "exact",
+        off_policy: bool = False,
+    ) -> Iterator[Row]:
+        lab = self._lab(world, values, off_policy)
+        weighed = weighed or aggregations(world)
+        for estimator in chosen:
+            for kl in kls:
+                for loss in losses:
+                    for aggregation in weighed:
+                        yield lab.study(
+                            in_world(lab.world, advantages=estimator, kl=kl, policy_loss=loss, aggregation=aggregation)
+                        )

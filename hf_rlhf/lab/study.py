@@ -1,0 +1,394 @@
+"""One combination of plugins under the lab's glass: what its expected gradient is, and how noisy."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.axes import AdvantageEstimator, Plugin
+from hf_rlhf.lab.expectation import OF_THE_POLICY, Expectation, Gradients, Values, with_inner
+from hf_rlhf.lab.objectives import MATCH, Match, Objectives, distance, fraction, nearest, parallel
+from hf_rlhf.lab.world import Policies, World
+
+WITNESSES = 2
+"""Policies, the studied one first, at which an objective must be recognised with one factor."""
+STEP = 1e-5
+"""Of the central differences for the Jacobian of the expected gradient."""
+DIRECTIONS = 2
+"""In which the Jacobian is taken. Drawn at random, two tell a curl from none."""
+CURL = 1e-6
+"""Asymmetry of the Jacobian below which there is no curl; central differences leave 1e-10."""
+KEPT = 200
+"""Most combinations whose gradients are kept."""
+STATIONARY = 1e-9
+"""Size of the expected gradient at pi*, relative to that of E[r] there, below which pi* is stationary."""
+SHARP = 1e-6
+"""Size of the gradient of E[r] at pi*, relative to that of the objective, below which pi* is nearly one completion and
+rounding hides whether it is stationary."""
+NOTHING = 1e-12
+"""Size relative to grad E[r] below which a gradient is 0."""
+
+
+class Verdict(Enum):
+    """What an expected gradient is, by one character."""
+
+    GOAL = "="
+    """A multiple of grad E[r] - beta grad KL(pi||ref)."""
+    OTHER_BETA = "b"
+    """Of that with another beta."""
+    OTHER = "o"
+    """The gradient of another objective, which is recognised."""
+    FIXED = "f"
+    """Recognised, and not the gradient of anything: something in it is held fixed."""
+    PARALLEL = "c"
+    """Parallel to it, by a factor that depends on the policy."""
+    UNKNOWN = "?"
+    """The gradient of something that is not recognised."""
+    NOTHING = "-"
+    """Not recognised, and not the gradient of anything."""
+    UNDEFINED = " "
+    """Could not be computed."""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """What the lab found out about one combination. None: not defined, or the combination could not be computed."""
+
+    advantages: str
+    kl: str
+    """Placements, joined by ` + `; `none`."""
+    estimator: str | None
+    level: str | None
+    aggregation: str
+    objective: str | None = None
+    """What the expected gradient is the gradient of, as far as it is recognised; `none`; `0` where there is no gradient."""
+    relative_error: float | None = None
+    """|expected gradient - gradient of the objective| / |expected gradient|, over two policies; for `none` that of the
+    nearest candidate."""
+    cosine: float | None = None
+    """Of the expected gradient and grad E[r] - beta grad KL(pi||ref)."""
+    variance: float | None = None
+    """Trace of the covariance of a rollout's gradient times its rows: what one completion contributes."""
+    bias: float | None = None
+    """|expected gradient - (grad E[r] - beta grad KL)| / |grad E[r] - beta grad KL|."""
+    norm: float | None = None
+    """Of the expected gradient."""
+    nearest: str | None = None
+    """The recognised objective, or the nearest candidate."""
+    reward_part: str | None = None
+    """The objective without the KL; `0` where there is none, None where it is not recognised."""
+    reward_factor: float | None = None
+    """Its factor."""
+    kl_part: str | None = None
+    """What the KL takes from it, over beta; `0` and None likewise."""
+    kl_factor: float | None = None
+    """Its factor; over `reward_factor`, that of the effective beta."""
+    stationary: bool | None = None
+    """Whether the expected gradient vanishes at pi* = ref e^{r/beta} / Z."""
+    drift: float | None = None
+    """The size of the expected gradient there, relative to that of grad E[r]."""
+    is_gradient: bool | None = None
+    """Whether it is the gradient of anything: its Jacobian is symmetric."""
+    asymmetry: float | None = None
+    """Largest difference of d_i^T J d_j and d_j^T J d_i for two directions d, J the Jacobian, relative to the largest."""
+    refused: list[str] = field(default_factory=list)
+    """Why a trainer would refuse the combination."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the estimator that differ from their defaults."""
+    recipe: str | None = None
+    """Whose choices these are, in the matrix."""
+    policy_loss: str = "reinforce"
+    values: str | None = None
+    """Which critic: exact or arbitrary; None where none is needed."""
+    rewards: str = "real"
+    prompts: int = 1
+    group: int = 3
+    length: int = 3
+    tokens: int = 3
+    beta: float | None = None
+    off_policy: bool = False
+
+    @property
+    def verdict(self) -> Verdict:
+        """What kind of gradient it is."""
+        if self.objective is None:
+            return Verdict.UNDEFINED
+        if self.objective == "none":
+            return Verdict.UNKNOWN if self.is_gradient else Verdict.NOTHING
+        if self.objective in ("c(pi) E[r]", "c(pi) (E[r] - beta KL(pi||ref))"):
+            return Verdict.PARALLEL
+        if (self.reward_part, self.kl_part) == ("E[r]", "0" if self.beta is None else "KL(pi||ref)"):
+            return Verdict.GOAL if self.beta is None or self.kl_factor == self.reward_factor else Verdict.OTHER_BETA
+        return Verdict.OTHER if self.is_gradient else Verdict.FIXED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True, eq=False)
+class Lab:
+    """One world with one beta; what several combinations share is computed once."""
+
+    world: World
+    beta: float | None = None
+    """Of every KL that is studied here; None where none has one."""
+    values: Values = "exact"
+    off_policy: bool = False
+    """Whether rollouts come from policies other than the updated ones."""
+    _advantages: dict[tuple[str, int], Tensor | ValueError] = field(default_factory=dict)
+    _policy_parts: dict[str, Gradients] = field(default_factory=dict)
+    _kl_parts: dict[str, Gradients] = field(default_factory=dict)
+
+    # Policies: the studied one and the witnesses, pi*, then pairs around the studied one
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """(DIRECTIONS, S, V) in which the studied policy is moved for the Jacobian."""
+        return torch.stack([self.world.table(100 + i) for i in range(DIRECTIONS)])
+
+    @cached_property
+    def expectation(self) -> Expectation:
+        """Over the rollouts of all the policies at once."""
+        base = torch.stack([self.world.table(i) for i in range(WITNESSES)])
+        moved = [base[0] + sign * STEP * direction for direction in self.directions for sign in (1, -1)]
+        tables = torch.cat([base, self.world.optimum(self.beta or 1.0)[None], torch.stack(moved)])
+        policies = Policies(self.world, tables)
+        return Expectation(
+            world=self.world,
+            policies=policies,
+            sampler=Policies(self.world, self._behind(tables)) if self.off_policy else policies,
+            values=self.values,
+        )
+
+    def _behind(self, tables: Tensor) -> Tensor:
+        """The policies that rolled out: each policy before an update; one for all that lie around the studied one."""
+        drift = 0.3 * torch.stack([self.world.table(WITNESSES + i) for i in range(WITNESSES + 1)])
+        fixed = tables[:1].expand(len(tables) - WITNESSES - 1, -1, -1) + drift[:1]
+        return torch.cat([tables[: WITNESSES + 1] + drift, fixed])
+
+    @cached_property
+    def objectives(self) -> Objectives:
+        """The candidates at the studied policy and the witnesses."""
+        e = self.expectation
+        now = Policies(self.world, e.policies.tables[:WITNESSES])
+        old = Policies(self.world, e.sampler.tables[:WITNESSES]) if self.off_policy else now
+        return Objectives(now, e.reference, old)
+
+    @cached_property
+    def pull_at_optimum(self) -> Tensor:
+        """The size of grad E[r] at pi*."""
+        there = Policies(self.world, self.expectation.policies.tables[WITNESSES : WITNESSES + 1])
+        return Objectives(there, self.expectation.reference, there).mean_reward.norm()
+
+    def gradients(self, algorithm: Algorithm) -> Gradients:
+        """Of a combination at every policy. Raises `ValueError` where the estimator does."""
+        before = [kl for kl in algorithm.kl if kl.places & {"reward", "advantage"}]
+        loss = [kl for kl in algorithm.kl if "loss" in kl.places]
+        found = self._policy_part(dataclasses.replace(algorithm, kl=before))
+        return found + self._kl_part(dataclasses.replace(algorithm, kl=loss)) if loss else found
+
+    def _policy_part(self, a: Algorithm) -> Gradients:
+        key = repr((a.advantages, a.kl, a.policy_loss, a.aggregation))
+        if key not in self._policy_parts:
+            while len(self._policy_parts) >= KEPT:
+                self._policy_parts.pop(next(iter(self._policy_parts)))
+            self._policy_parts[key] = self.expectation.policy_part(a, self.advantages(a))
+        return self._policy_parts[key]
+
+    def _kl_part(self, a: Algorithm) -> Gradients:
+        key = repr((a.kl, a.aggregation))
+        if key not in self._kl_parts:
+            self._kl_parts[key] = self.expectation.kl_part(a)
+        return self._kl_parts[key]
+
+    def advantages(self, algorithm: Algorithm) -> Tensor:
+        """(K R N, T) before any KL in the advantage. KLs that take the same from the reward share them."""
+        penalties = self.expectation.kl_penalties(algorithm)
+        key = (repr(algorithm.advantages), hash(penalties.numpy().tobytes()))
+        if key not in self._advantages:
+            while len(self._advantages) >= KEPT:
+                self._advantages.pop(next(iter(self._advantages)))
+            try:
+                self._advantages[key] = self._of_every_policy(algorithm.advantages, penalties)
+            except ValueError as error:
+                self._advantages[key] = error
+        found = self._advantages[key]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def _of_every_policy(self, estimator: AdvantageEstimator, penalties: Tensor) -> Tensor:
+        """An estimator that sees nothing of the policy is asked for the first alone."""
+        if any(plugin.needs & OF_THE_POLICY for plugin in with_inner(estimator)) or bool(penalties.any()):
+            return self.expectation.advantages(estimator, penalties)
+        found = self.expectation.of_first.advantages(estimator, penalties[:1])
+        return found.repeat(len(penalties), 1)
+
+    # A combination
+
+    def describe(self, algorithm: Algorithm) -> Row:
+        """What is chosen, and why it is refused; nothing is computed."""
+        kls = [kl for kl in algorithm.kl if kl.places]
+        return Row(
+            advantages=algorithm.advantages.name,
+            kl=" + ".join(kl.name for kl in kls) or "none",
+            estimator=_joined([kl.estimator.name for kl in kls]),
+            level=_joined([kl.level for kl in kls]),
+            aggregation=algorithm.aggregation.name,
+            refused=algorithm.problems(),
+            settings=changed_settings(algorithm.advantages),
+            policy_loss=algorithm.policy_loss.name,
+            values=self.values if "values" in algorithm.needs else None,
+            rewards=self.world.rewards,
+            prompts=self.world.prompts,
+            group=self.world.group,
+            length=self.world.length,
+            tokens=self.world.tokens,
+            beta=self.beta if kls else None,
+            off_policy=self.off_policy,
+        )
+
+    def study(self, algorithm: Algorithm) -> Row:
+        """Everything about one combination, refused ones included. `algorithm` has no filters and no loss terms."""
+        row = self.describe(algorithm)
+        if any("full_distribution" in kl.estimator.needs and kl.level == "sequence" for kl in algorithm.kl):
+            return row  # there is no such estimate
+        try:
+            gradients = self.gradients(algorithm)
+            alone = self.gradients(dataclasses.replace(algorithm, kl=[])) if row.beta is not None else gradients
+        except ValueError as error:
+            row.refused.append(f"advantages={row.advantages}: {error}")
+            return row
+        if bool(gradients.mean.isfinite().all()):
+            self._measure(row, gradients)
+            self._recognise(row, gradients.mean[:WITNESSES], alone.mean[:WITNESSES], algorithm)
+        return row
+
+    def _measure(self, row: Row, gradients: Gradients) -> None:
+        field, goal = gradients.mean, self.objectives.mean_reward[0] - (row.beta or 0.0) * self.objectives.kl[0]
+        norm, wanted = float(field[0].norm()), float(goal.norm())
+        row.norm, row.variance = norm, self.expectation.variance(gradients)
+        row.bias = float((field[0] - goal).norm()) / wanted
+        if norm > NOTHING * wanted:
+            row.cosine = float((field[0] * goal).sum()) / norm / wanted
+        pull = float(self.pull_at_optimum)
+        if row.beta and pull > SHARP * wanted:
+            row.drift = float(field[WITNESSES].norm()) / pull
+            row.stationary = row.drift < STATIONARY
+        forms = self._forms(field)
+        largest = float(forms.abs().max())
+        row.asymmetry = float((forms - forms.T).abs().max()) / largest if largest > NOTHING * wanted else 0.0
+        row.is_gradient = row.asymmetry < CURL
+
+    def _forms(self, field: Tensor) -> Tensor:
+        """(D, D) d_i^T J d_j for the Jacobian J of the expected gradient at the studied policy."""
+        ahead, behind = field[WITNESSES + 1 :: 2], field[WITNESSES + 2 :: 2]
+        columns = (ahead - behind).flatten(1) / (2 * STEP)
+        return self.directions.flatten(1) @ columns.T
+
+    def _recognise(self, row: Row, field: Tensor, alone: Tensor, algorithm: Algorithm) -> None:
+        """Names the part of the reward and the part of the KL. `alone`: the expected gradient without any KL."""
+        small = NOTHING * float(self.objectives.mean_reward.norm())
+        reward = self._reward_part(alone) if float(alone.norm()) > small else None
+        added = field - alone
+        kl = None
+        if row.beta and float(added.norm()) > small:
+            kl = nearest(-added / row.beta, self.objectives.of_kls(algorithm))
+        total = torch.zeros_like(field)
+        if reward:
+            total = total + reward.factor * reward.gradient
+        if kl:
+            total = total - (row.beta or 0.0) * kl.factor * kl.gradient
+        row.reward_part, row.reward_factor = _part(reward)
+        row.kl_part, row.kl_factor = _part(kl)
+        row.nearest = _text(reward, kl)
+        row.relative_error = distance(field, total) if reward or kl else 0.0
+        row.objective = row.nearest if row.relative_error < MATCH else "none"
+        if row.objective == "none":
+            goal = self.objectives.mean_reward - (row.beta or 0.0) * self.objectives.kl
+            error = parallel(field, goal)
+            if error < MATCH:
+                row.objective = row.nearest = "c(pi) (E[r] - beta KL(pi||ref))"
+                row.relative_error = error
+
+    def _reward_part(self, field: Tensor) -> Match:
+        objectives = self.objectives
+        match = nearest(field, objectives.of_rewards)
+        if not match.found:
+            constant = objectives.of_constant_baseline(field)
+            match = constant if constant.found else match
+        if not match.found:
+            error = parallel(field, objectives.mean_reward)
+            match = Match("c(pi) E[r]", 1.0, field, error) if error < MATCH else match
+        return match
+
+
+def changed_settings(plugin: Plugin) -> dict[str, Any]:
+    """The settings of a plugin that are not its defaults; plugins in it by name."""
+    changed = {}
+    for setting in dataclasses.fields(plugin):
+        value = getattr(plugin, setting.name)
+        default = setting.default
+        if setting.init and value != default and not (isinstance(value, list | dict) and not value):
+            changed[setting.name] = _plain(value)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, Plugin):
+        more = changed_settings(value)
+        return f"{value.name}({', '.join(f'{k}={v}' for k, v in more.items())})" if more else value.name
+    return value
+
+
+def _part(match: Match | None) -> tuple[str | None, float | None]:
+    """Name and factor of what was found; nothing is `0`."""
+    if match is None:
+        return "0", 0.0
+    return (match.name, match.factor) if match.found else (None, None)
+
+
+def _joined(names: list[str]) -> str | None:
+    """The names, once where all are equal."""
+    return " + ".join(dict.fromkeys(names)) or None
+
+
+def _number(x: float) -> str:
+    """A factor as it stands before a name: nothing for 1."""
+    near = fraction(x)
+    return "" if near == 1 else f"{x:.3g} " if near is None else f"{near} "
+
+
+def _text(reward: Match | None, kl: Match | None) -> str:
+    """`2/3 (E[r] - beta KL(pi||ref))`, and `0` where both are None."""
+    if reward and kl and abs(reward.factor - kl.factor) < 1e-9:
+        both = f"{reward.name} - beta {_bracketed(kl.name)}"
+        factor = _number(reward.factor)
+        return f"{factor}({both})" if factor else both
+    text = ""
+    if reward:
+        factor = _number(reward.factor)
+        text = f"{factor}{_bracketed(reward.name) if factor else reward.name}"
+    if kl:
+        text += f" {'+' if kl.factor < 0 else '-'} {_number(abs(kl.factor))}beta {_bracketed(kl.name)}"
+    return text.strip() or "0"
+
+
+def _bracketed(name: str) -> str:
+    """In brackets where it is a difference."""
+    depth = 0
+    for i, character in enumerate(name):
+        depth += (character in "([") - (character in ")]")
+        if not depth and name[i : i + 3] == " - ":
+            return f"({name})"
+    return name

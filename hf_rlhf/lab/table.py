@@ -1,0 +1,99 @@
+"""The lab's findings in plain text: the table of one combination, and the cells that the page has too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from hf_rlhf.lab.study import Row
+from hf_rlhf.lab.world import World
+
+EXACT = 1e-9
+"""Errors below it are rounding and shown as 0."""
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    """Three digits, rounding errors as 0, nothing for None."""
+    if x is None:
+        return ""
+    return f"{0.0 if abs(x) < EXACT else x:.{digits}g}"
+
+
+def cosine(x: float | None) -> str:
+    """Three places; 1 only where it is 1 up to rounding."""
+    if x is None:
+        return ""
+    if abs(x) > 1 - EXACT:
+        return f"{x:.0f}"
+    return f"{max(-0.9999, min(0.9999, x)):.4f}" if abs(x) > 0.9995 else f"{x + 0.0:.3f}"
+
+
+def yes(x: bool | None) -> str:
+    """yes, no, or nothing."""
+    return "" if x is None else "yes" if x else "no"
+
+
+def of_kl(row: Row) -> str:
+    """`in_reward k1 token`."""
+    return " ".join(filter(None, [row.kl, row.estimator, row.level])) if row.beta is not None else "none"
+
+
+def of_estimator(row: Row) -> str:
+    """`gae(lam=1.0)`."""
+    changed = ", ".join(f"{name}={_short(value)}" for name, value in row.settings.items())
+    return f"{row.advantages}({changed})" if changed else row.advantages
+
+
+def _short(value: object) -> str:
+    return "[" + ", ".join(map(_short, value)) + "]" if isinstance(value, list) else str(value)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "aggregation": lambda row: row.aggregation,
+    "expected gradient of": lambda row: row.objective or "",
+    "error": lambda row: number(row.relative_error, 2),
+    "cosine": lambda row: cosine(row.cosine),
+    "bias": lambda row: number(row.bias),
+    "variance": lambda row: number(row.variance),
+    "pi* stationary": lambda row: yes(row.stationary),
+    "a gradient": lambda row: yes(row.is_gradient),
+}
+"""Columns of the table of one combination."""
+
+
+def describe_world(world: World) -> str:
+    """One sentence on what is enumerated."""
+    rollouts, orders = world.rollouts
+    return (
+        f"{world.tokens} tokens, at most {world.length} of them, {len(world.sequences)} completions, "
+        f"{len(rollouts)} rollouts ({int(orders.sum())} with their order) of {world.prompts} x {world.group} rows"
+    )
+
+
+def lines(rows: Sequence[Row], world: World) -> Iterator[str]:
+    """The table of one combination in plain text."""
+    first = rows[0]
+    chosen = f"advantages {of_estimator(first)}, KL {of_kl(first)}, policy loss {first.policy_loss}"
+    if first.beta is not None:
+        chosen += f", beta {first.beta:g}"
+    if first.values:
+        chosen += f", {first.values} values"
+    yield chosen + (", rollouts of an older policy" if first.off_policy else "")
+    yield f"world: {describe_world(world)}, {world.rewards} rewards"
+    yield ""
+    cells = [[column(row) for column in COLUMNS.values()] for row in rows]
+    yield from aligned(list(COLUMNS), cells)
+    unknown = [row for row in rows if row.objective == "none"]
+    if unknown:
+        yield "\nNearest to what is not recognised:"
+        yield from (f"  {row.aggregation}: {row.nearest}" for row in unknown)
+    reasons = dict.fromkeys(reason for row in rows for reason in row.refused)
+    if reasons:
+        yield "\nA trainer refuses it:"
+        yield from (f"  {reason}" for reason in reasons)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns in plain text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for line in (header, *rows):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

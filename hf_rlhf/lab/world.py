@@ -1,0 +1,241 @@
+"""A world small enough to enumerate: prompts, every completion of each, rewards, a reference and policies, in float64.
+
+A policy is a table of logits, one row per state (the tokens so far). Token 0 ends a completion; one that has not ended
+after `length` tokens is cut off. Groups that differ in the order of their rows alone have the same gradient, so each
+multiset of completions is taken once, with its multinomial probability. All numbers follow from the seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.validation import UserError
+
+LARGEST = 200_000
+"""Most rollouts that a world may have."""
+SOURCES = {"first": 1.0, "second": 0.5}
+"""Label -> weight of the reward sources of a world with real-valued rewards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The sizes of a world; everything else is made from them when it is asked for.
+
+    n completions of all prompts together, S states, V tokens, T = `length`; a rollout has N = `prompts` x `group` rows.
+    """
+
+    tokens: int = 3
+    """V, the end of a completion included."""
+    length: int = 3
+    """T, most tokens of a completion."""
+    prompts: int = 1
+    """Prompts in each rollout, each with a policy of its own."""
+    group: int = 3
+    """G, completions per prompt."""
+    rewards: Literal["real", "binary"] = "real"
+    """real: two sources, one real-valued in [0, 1] and one of 0 and 1; binary: one source of 0 and 1."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 2), ("length", 1), ("prompts", 1), ("group", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"a world has {name} >= {least}; got {getattr(self, name)}")
+        completions = 1
+        for _ in range(self.length):
+            completions = 1 + (self.tokens - 1) * completions
+        multisets = math.comb(completions + self.group - 1, self.group)
+        if multisets**self.prompts > LARGEST:
+            raise UserError(
+                f"{multisets**self.prompts} rollouts are too many to enumerate (most: {LARGEST}): choose a smaller "
+                "--group, --length, --tokens or --prompts"
+            )
+
+    @cached_property
+    def sequences(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(prompt, tokens) of each completion, n of them, prompt by prompt."""
+        return [(prompt, s) for prompt in range(self.prompts) for s in _completions(self.tokens, self.length)]
+
+    @cached_property
+    def states(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(prompt, tokens so far) of each state in which a token is sampled, S of them."""
+        return sorted({(prompt, s[:t]) for prompt, s in self.sequences for t in range(len(s))})
+
+    @cached_property
+    def state(self) -> Tensor:
+        """(n, T) int, the state in which each token is sampled; 0 in the padding."""
+        place = {state: i for i, state in enumerate(self.states)}
+        return torch.tensor([self._padded([place[p, s[:t]] for t in range(len(s))]) for p, s in self.sequences])
+
+    @cached_property
+    def token(self) -> Tensor:
+        """(n, T) int, the tokens; 0 in the padding."""
+        return torch.tensor([self._padded(s) for _, s in self.sequences])
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(n, T) 1 on tokens."""
+        return torch.tensor([self._padded([1.0] * len(s)) for _, s in self.sequences], dtype=torch.float64)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(n,) tokens of each completion."""
+        return self.mask.sum(1)
+
+    @cached_property
+    def finished(self) -> Tensor:
+        """(n,) bool, False where the completion was cut off."""
+        return torch.tensor([s[-1] == 0 for _, s in self.sequences])
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """(n,) int, the prompt of each completion."""
+        return torch.tensor([p for p, _ in self.sequences])
+
+    def _padded(self, row: Sequence[float]) -> list[float]:
+        return [*row, *[0] * (self.length - len(row))]
+
+    # What the seed decides
+
+    def draw(self, *shape: int, stream: int) -> Tensor:
+        """Normal numbers; each `stream` is another sample."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + stream)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def table(self, which: int) -> Tensor:
+        """(S, V) the logits of a policy; 0 is the one that is studied, the others are witnesses."""
+        return self.draw(len(self.states), self.tokens, stream=10 + which)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """(S, V) the logits of the reference."""
+        return self.draw(len(self.states), self.tokens, stream=1)
+
+    @cached_property
+    def arbitrary_values(self) -> Tensor:
+        """(S,) a critic that has learnt nothing."""
+        return self.draw(len(self.states), stream=2)
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """label -> (n,) each reward source before its weight."""
+        n = len(self.sequences)
+        binary = (self.draw(n, stream=4) > 0).double()
+        for p in range(self.prompts):  # each prompt can be solved and failed
+            first, *_, last = (self.prompt == p).nonzero().flatten().tolist()
+            binary[first], binary[last] = 0.0, 1.0
+        if self.rewards == "binary":
+            return {"first": binary}
+        return {"first": self.draw(n, stream=3).sigmoid(), "second": binary}
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """label -> weight of each reward source."""
+        return {label: SOURCES[label] for label in self.scores}
+
+    @cached_property
+    def reward(self) -> Tensor:
+        """(n,) r, the weighted total."""
+        return torch.stack([self.weights[label] * x for label, x in self.scores.items()]).sum(0)
+
+    # Rollouts
+
+    @cached_property
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """(M, G) int, the completions of every group of a prompt, counted within the prompt, and (M,) how many orders
+        each has."""
+        each = range(len(_completions(self.tokens, self.length)))
+        groups = list(itertools.combinations_with_replacement(each, self.group))
+        orders = [
+            math.factorial(self.group) / math.prod(map(math.factorial, Counter(group).values())) for group in groups
+        ]
+        return torch.tensor(groups), torch.tensor(orders, dtype=torch.float64)
+
+    @cached_property
+    def rollouts(self) -> tuple[Tensor, Tensor]:
+        """(R, N) int, the completions of every rollout, and (R,) how many orders each has."""
+        groups, orders = self.groups
+        per_prompt = len(self.sequences) // self.prompts
+        chosen = torch.cartesian_prod(*[torch.arange(len(groups))] * self.prompts).view(-1, self.prompts)
+        rows = torch.cat([groups[chosen[:, p]] + p * per_prompt for p in range(self.prompts)], 1)
+        return rows, orders[chosen].prod(1)
+
+    @cached_property
+    def group_ids(self) -> Tensor:
+        """(N,) int, the prompt of each row of a rollout."""
+        return torch.arange(self.prompts).repeat_interleave(self.group)
+
+    def optimum(self, beta: float) -> Tensor:
+        """(S, V) the logits of pi* = ref e^{r / beta} / Z, which maximises E[r] - beta KL(pi || ref)."""
+        ref_logps = (self.reference.log_softmax(1)[self.state, self.token] * self.mask).sum(1)
+        mass = ref_logps + self.reward / beta
+        table = torch.full((len(self.states), self.tokens), float("-inf"), dtype=torch.float64)
+        for t in range(self.length):
+            on = self.mask[:, t] > 0
+            for i in on.nonzero().flatten().tolist():
+                s, v = self.state[i, t], self.token[i, t]
+                table[s, v] = torch.logaddexp(table[s, v], mass[i])
+        return table
+
+
+def _completions(tokens: int, length: int, prefix: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
+    """Every completion that begins with `prefix`: up to `length` tokens, 0 only as the last."""
+    if len(prefix) == length or prefix[-1:] == (0,):
+        return [prefix]
+    return [s for token in range(tokens) for s in _completions(tokens, length, (*prefix, token))]
+
+
+@dataclass(frozen=True)
+class Policies:
+    """K policies of one world: `tables` (K, S, V) of logits. Differentiable where the tables are."""
+
+    world: World
+    tables: Tensor
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """(K, S, V)."""
+        return self.tables.log_softmax(2)
+
+    @cached_property
+    def logps(self) -> Tensor:
+        """(K, n, T) of each completion's tokens, 0 in the padding."""
+        return self.log_probs[:, self.world.state, self.world.token] * self.world.mask
+
+    @cached_property
+    def probability(self) -> Tensor:
+        """(K, n) of each completion, given its prompt."""
+        return self.logps.sum(2).exp()
+
+    @cached_property
+    def rollout_probability(self) -> Tensor:
+        """(K, R) of each rollout; sums to 1."""
+        rows, orders = self.world.rollouts
+        return self.probability[:, rows].prod(2) * orders
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(K, n) or (n,) -> (K,) the expectation over completions, averaged over the prompts."""
+        return (self.probability * x).sum(1) / self.world.prompts
+
+    def of_states(self, x: Tensor) -> Tensor:
+        """(K, S) -> (K, n, T) what belongs to the state of each token, 0 in the padding."""
+        return x[:, self.world.state] * self.world.mask
+
+    @cached_property
+    def greedy(self) -> Tensor:
+        """(K, n) the reward of the most probable completion, token by token, of each completion's prompt."""
+        best = self.log_probs.detach().argmax(2)[:, self.world.state] == self.world.token
+        chosen = (best | (self.world.mask == 0)).all(2)
+        of_prompt = [
+            (chosen * self.world.reward * (self.world.prompt == p)).sum(1, keepdim=True)
+            for p in range(self.world.prompts)
+        ]
+        return torch.cat(of_prompt, 1)[:, self.world.prompt]

@@ -1,0 +1,165 @@
+"""`pytest --hf-rlhf-plugin PACKAGE`: the conformance kit on every plugin that an installed package offers.
+
+Each fact about each plugin with its default settings is a test. Plugins without defaults, or that need `setup`, are
+skipped with how to test them. Without paths on the command line nothing else runs. Nothing is imported unless asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import SkipTest
+
+import pytest
+
+if TYPE_CHECKING:
+    from hf_rlhf.axes import Plugin
+    from hf_rlhf.offers import Offer
+    from hf_rlhf.testing import Fact
+
+OPTION = "--hf-rlhf-plugin"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the option."""
+    parser.getgroup("hf_rlhf").addoption(
+        OPTION,
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="run the conformance kit of hf_rlhf on every plugin of this installed package, or of this FILE.py; repeatable",
+    )
+
+
+def _asked(config: pytest.Config) -> list[str]:
+    names: list[str] = config.getoption(OPTION)
+    return names
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out everything else where no path was given."""
+    given = config.args_source is pytest.Config.ArgsSource.ARGS
+    return True if _asked(config) and not given else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Adds the facts, before -k and the like choose among the tests."""
+    for name in _asked(config):
+        for offer in _offers(name):
+            key = f"{offer.axis}.{offer.name}"
+            node = PluginFacts.from_parent(session, name=key, nodeid=f"{name}::{key}", offer=offer)
+            report = node.ihook.pytest_make_collect_report(collector=node)
+            node.ihook.pytest_collectreport(report=report)
+            items.extend(report.result)
+
+
+def _offers(name: str) -> list[Offer]:
+    """What a package or a file offers. Raises `pytest.UsageError` where that is nothing."""
+    from hf_rlhf.host import get_host
+    from hf_rlhf.offers import normal
+    from hf_rlhf.validation import UserError, did_you_mean
+
+    host = get_host()
+    if name.endswith(".py"):
+        try:
+            return host.add_file(name)
+        except UserError as error:
+            raise pytest.UsageError(f"{OPTION}: {error}") from error
+    packages = sorted({offer.package for offer in host.offers() if not offer.file})
+    found = [offer for offer in host.offers() if not offer.file and normal(offer.package) == normal(name)]
+    if not found:
+        raise pytest.UsageError(
+            f"{OPTION} {name}: no installed package of this name offers plugins.{did_you_mean(name, packages)} These do: "
+            f"{', '.join(packages)}. After a change of entry points install the package again"
+        )
+    return found
+
+
+class PluginFacts(pytest.Collector):
+    """One plugin."""
+
+    def __init__(self, offer: Offer, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.offer = offer
+        self.plugin: Plugin | None = None
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """A test per fact; one skipped or failing test where there is no plugin to ask."""
+        from hf_rlhf.testing import conformance
+
+        try:
+            self.plugin = _made(self.offer)
+            facts: list[Any] = conformance(self.plugin)
+        except Exception as error:  # a stranger's module may raise anything
+            facts = [_Unmade(f"{self.offer.axis}.{self.offer.name}", error)]
+        for fact in facts:
+            yield FactItem.from_parent(self, name=str(fact).partition(": ")[2] or "it can be made", fact=fact)
+
+    def teardown(self) -> None:
+        """Stops what the plugin may have started."""
+        if self.plugin is not None:
+            self.plugin.close()
+
+
+class _Unmade:
+    """A plugin that could not be made, as a fact that says why."""
+
+    def __init__(self, title: str, error: Exception) -> None:
+        self.title, self.error = title, error
+
+    def __call__(self) -> None:
+        raise self.error
+
+    def __str__(self) -> str:
+        return f"{self.title}: it can be made with its default settings"
+
+
+class FactItem(pytest.Item):
+    """One fact."""
+
+    def __init__(self, fact: Fact, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fact = fact
+
+    def runtest(self) -> None:
+        """Asks it."""
+        try:
+            self.fact()
+        except SkipTest as error:
+            pytest.skip(str(error))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """What is wrong, in one sentence; where the plugin itself raises, with the traceback."""
+        from hf_rlhf.validation import UserError
+
+        if isinstance(excinfo.value, AssertionError | UserError):
+            return f"{self.fact}\n  {excinfo.value}"
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where it stands in reports."""
+        return self.path, None, self.nodeid
+
+
+def _made(offer: Offer) -> Plugin:
+    """The plugin with its default settings. Raises `SkipTest` saying how to test it where it cannot be made like this."""
+    from hf_rlhf.axes import Plugin
+    from hf_rlhf.host import get_host
+    from hf_rlhf.recipe import load_plugin
+    from hf_rlhf.validation import describe
+
+    name = f"{offer.package}/{offer.name}"
+    cls = get_host().get(offer.axis, name)
+    required = [setting.name for setting in describe(cls) if setting.default == "required"]
+    settings = ", ".join(f"{setting}=..." for setting in required)
+    way = (
+        f"`for fact in conformance({cls.__name__}({settings})): fact()`, with `from hf_rlhf.testing import conformance`"
+    )
+    if required:
+        raise SkipTest(f"it needs {' and '.join(required)}: test it with settings of your own, {way}")
+    if cls.setup is not Plugin.setup:
+        raise SkipTest(f"it needs setup(context): set it up in a test of your own, then {way}")
+    plugin: Plugin = load_plugin(offer.axis, name)
+    return plugin

@@ -1,0 +1,145 @@
+"""Checkpoints of a run: Trainer's own, our state beside it, a manifest written last."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from hf_rlhf import checkpoint
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.buffer import Buffer
+from hf_rlhf.collect import Collector
+from hf_rlhf.log import RunLog
+from hf_rlhf.meters import Meters
+from hf_rlhf.policy import ActorCritic
+from hf_rlhf.prompts import PromptStream
+
+
+class SavingTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints hold buffer, prompt stream, critic, reference and plugins, and resume exactly."""
+
+    algorithm: Algorithm
+    actor_critic: ActorCritic
+    collector: Collector
+    stream: PromptStream
+    meters: Meters
+    run_log: RunLog
+    buffer: Buffer | None
+    _bad_steps: int
+    _tokens_logged: float
+    _logged_at: float
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.args.output_dir or "outputs")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
+        comes from another run. A checkpoint of the last step is loaded, and nothing is trained."""
+        if resume_from_checkpoint:
+            own = resume_from_checkpoint is True
+            folder = checkpoint.newest(self.output_dir) if own else Path(str(resume_from_checkpoint))
+            resume_from_checkpoint = str(folder)
+            if self.check_checkpoint(folder)["step"] >= self._last_step():
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+                return TrainOutput(self.state.global_step, 0.0, {})
+        self._logged_at = time.perf_counter()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
+        manifest = checkpoint.verify(folder)
+        within = manifest["step"] % self.algorithm.steps_per_rollout != 0
+        checkpoint.check_same_run(folder, manifest, self.run_log.record, self.args.world_size if within else None)
+        return manifest
+
+    def _last_step(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        checkpoint.save_state(folder, self.args.process_index, self._state())
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            facts = {"step": self.state.global_step, "processes": self.args.world_size}
+            checkpoint.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record})
+            checkpoint.rotate(folder, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self) -> dict[str, Any]:
+        used_up = self.state.global_step % self.algorithm.steps_per_rollout == 0
+        return {
+            "stream": self.stream.state_dict(),
+            "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
+            "plugins": {path: state for path, plugin in self.algorithm.plugins() if (state := plugin.state_dict())},
+            "meters": self.meters.state_dict(),
+            "tokens": self.collector.tokens,
+            "bad_steps": self._bad_steps,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        """Trainer's own, and the state that `_save_checkpoint` wrote beside it."""
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is None:
+            return
+        rank = min(self.args.process_index, checkpoint.read_manifest(Path(checkpoint_folder))["processes"] - 1)
+        state = checkpoint.load_state(Path(checkpoint_folder), rank)
+        self._bad_steps = state["bad_steps"]
+        try:
+            self.stream.load_state_dict(state["stream"])
+        except ValueError as error:
+            raise checkpoint.CheckpointError(str(error)) from error
+        self.buffer = None if state["buffer"] is None else Buffer.from_state_dict(state["buffer"], self.args.device)
+        for path, plugin in self.algorithm.plugins():
+            if path in state["plugins"]:
+                plugin.load_state_dict(state["plugins"][path])
+        self.meters.load_state_dict(state["meters"])
+        self.collector.tokens = self._tokens_logged = state["tokens"]
+
+    def _beside(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds beside the policy: the critic, and a reference that moves."""
+        modules = {"critic": self.actor_critic.critic, "reference": self.moving_reference()}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def moving_reference(self) -> nn.Module | None:
+        """The reference's model where the recipe's reference moves."""
+        reference = self.collector.forwards.reference
+        return reference.own if reference is not None and self.algorithm.reference.moves else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The policy as plain transformers, the critic and a moving reference beside it."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            for name, module in self._beside().items():
+                checkpoint.save_module(Path(output_dir or self.output_dir) / name, module)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The policy's weights by Trainer, and what lies beside them."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, module in self._beside().items():
+            checkpoint.load_module(Path(resume_from_checkpoint) / name, module)
+
+    def _load_best_model(self) -> None:
+        """The policy by Trainer, and what was saved beside it."""
+        super()._load_best_model()
+        if self.state.best_model_checkpoint:
+            for name, module in self._beside().items():
+                checkpoint.load_module(Path(self.state.best_model_checkpoint) / name, module)

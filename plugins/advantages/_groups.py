@@ -1,0 +1,96 @@
+"""Tensor code by group that several estimators share: what the other rows of a row's group have, and the order of KL."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hf_rlhf.axes import AdvantageEstimator
+
+from ._tokens import reward_to_go
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class GroupEstimator(AdvantageEstimator, ABC):
+    """One number per row, from the returns of its group, on each of the row's tokens."""
+
+    needs = frozenset({"groups"})
+
+    order: Literal["kl_first", "score_first"] = "kl_first"
+    """`kl_first`: returns after the KL in the reward are compared; `score_first` (OpenRLHF): scores are compared before
+    it, then each token loses the KL from it on. Equal without a KL in the reward."""
+
+    @abstractmethod
+    def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
+        """(N,) what is compared -> (N,) the advantage of each row."""
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        if self.order == "score_first" and not algorithm.kl_in("reward"):
+            yield "order=score_first changes nothing: there is no KL in the reward"
+
+    def __call__(self, scored: Scored) -> Tensor:
+        if self.order == "kl_first":
+            return self.of_rows(scored, scored.returns()).unsqueeze(1) * scored.mask
+        return minus_kl(self.of_rows(scored, scored.totals()).unsqueeze(1) * scored.mask, scored)
+
+
+def minus_kl(advantages: Tensor, scored: Scored) -> Tensor:
+    """(N, T) -> (N, T): less what the KL took from the rewards of this and the later tokens."""
+    if scored.kl_penalties is None:
+        return advantages
+    return advantages - reward_to_go(scored.kl_penalties, scored.mask)
+
+
+def centred(scored: Scored, x: Tensor) -> Tensor:
+    """(N,) -> (N,) `x` minus its group's mean; exactly 0 where all of the group are equal."""
+    return (x - scored.group_mean(x)).masked_fill(scored.group_is_flat(x), 0.0)
+
+
+def others(scored: Scored, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) -> (N, G) the group's rows without the own one, 0 where there is none, and (N, G) bool, True where there is."""
+    index, place, table = _by_group(scored, x)
+    _, _, filled = _by_group(scored, x.new_ones(len(x)))
+    there = filled[index].bool().scatter(1, place.unsqueeze(1), False)
+    return table[index].masked_fill(~there, 0.0), there
+
+
+def sum_of_group(scored: Scored, x: Tensor) -> Tensor:
+    """(N, ...) -> (N, ...) the sum over the group."""
+    index, counts = scored.groups()
+    return x.new_zeros(len(counts), *x.shape[1:]).index_add(0, index, x)[index]
+
+
+def sum_of_others(scored: Scored, x: Tensor) -> Tensor:
+    """(N, ...) -> (N, ...) the sum over the group's other rows.
+
+    It is the sum of the rows before and of the rows after: a large own value leaves no rounding error behind.
+    """
+    import torch
+
+    index, place, table = _by_group(scored, x)
+    zero = table[:, :1] * 0
+    before = torch.cat([zero, table[:, :-1].cumsum(1)], 1)
+    after = torch.cat([table[:, 1:].flip(1).cumsum(1).flip(1), zero], 1)
+    return (before + after)[index, place]
+
+
+def _by_group(scored: Scored, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) the group and the place in it of each row, and `x` as (groups, G, ...) with 0 in empty places."""
+    import torch
+
+    index, counts = scored.groups()
+    order = index.argsort(stable=True)
+    first = counts.cumsum(0) - counts
+    place = torch.empty_like(index)
+    place[order] = torch.arange(len(index), device=index.device) - first[index[order]]
+    table = x.new_zeros(len(counts), int(counts.max()), *x.shape[1:])
+    table[index, place] = x
+    return index, place, table

@@ -1,0 +1,53 @@
+"""Reward to go with a baseline of its own choice (REINFORCE with baseline; Williams 1992, Greensmith et al. 2004).
+
+A baseline that does not depend on the row's own tokens leaves the expected gradient as it is and only changes its noise:
+`constant`, `ema`, `others_mean`, `greedy` and `critic` are all of this kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator, Baseline, Fraction, choice
+from hf_rlhf.batch import Credit
+
+from ._tokens import reward_to_go
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class WithBaseline(AdvantageEstimator):
+    """A_t = G_t - b, G_t the discounted sum of the rewards from each token on.
+
+    Rewards by step or token credit the tokens up to theirs. Where the baseline is a critic, its targets are G_t.
+    """
+
+    name = "baseline"
+
+    baseline: Baseline = choice("others_mean")
+    """b: constant, ema (of earlier rollouts' returns), others_mean (of the group), greedy or critic."""
+    gamma: Fraction = 1.0
+    """Discount from one sampled token to the next; the baselines but the critic's do not discount."""
+
+    @property
+    def across_groups(self) -> bool:
+        """Whether rows of other prompts count in the baseline."""
+        return self.baseline.across_groups
+
+    def __call__(self, scored: Scored) -> Tensor | Credit:
+        to_go = reward_to_go(scored.token_rewards, scored.mask, self.gamma)
+        advantages = (to_go - self.baseline(scored)).masked_fill(scored.mask == 0, 0.0)
+        if "values" in self.baseline.needs:
+            return Credit(advantages=advantages, returns=to_go)
+        return advantages
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [WithBaseline]

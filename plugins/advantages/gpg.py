@@ -1,0 +1,43 @@
+"""Group policy gradient (GPG, arXiv:2504.02546), with the paper's F_norm = 1.
+
+Rows of groups without signal add nothing to the gradient; the factor N / N_valid gives the others their weight, so a
+rollout's gradient does not shrink with the share of such groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator
+
+from ._groups import GroupEstimator, centred
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class GPG(GroupEstimator):
+    """Return minus its group's mean, times N / N_valid, on each token; N_valid rows are in groups with max != min.
+
+    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum.
+    """
+
+    name = "gpg"
+    across_groups = True
+
+    dialect: Literal["paper", "verl"] = "paper"
+    """`paper`: N / N_valid; `verl`: N over the number of returns that are not 0, right or wrong."""
+
+    def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
+        valid = returns != 0 if self.dialect == "verl" else ~scored.group_is_flat(returns)
+        return centred(scored, returns) * len(returns) / valid.sum().clamp(min=1)
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [GPG]

@@ -1,0 +1,62 @@
+"""A weighted sum of other estimators on the same rows.
+
+The expected gradient is the same sum of theirs. Weights need not sum to 1; a negative one subtracts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator
+from hf_rlhf.batch import Credit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class Mix(AdvantageEstimator):
+    """The sum of each part's advantages times its weight; the critic's targets are those of the first part that has some.
+
+    Rewards by step or token are used as each part does.
+    """
+
+    name = "mix"
+
+    parts: list[AdvantageEstimator]
+    """The estimators, one or more, each with its own settings."""
+    weights: list[float]
+    """The factor of each part, in their order."""
+
+    @property
+    def across_groups(self) -> bool:
+        """Whether rows of other prompts count for any part."""
+        return any(part.across_groups for part in self.parts)
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts is empty: name at least one estimator, for instance parts=[{use: leave_one_out}]")
+        if len(self.parts) != len(self.weights):
+            names = ", ".join(part.name for part in self.parts)
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers for {len(self.parts)} parts ({names}): write one for each part"
+            )
+
+    def __call__(self, scored: Scored) -> Tensor | Credit:
+        mixed, returns = scored.mask * 0, None
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            credit = part(scored)
+            if isinstance(credit, Credit):
+                returns = credit.returns if returns is None else returns
+                credit = credit.advantages
+            mixed = mixed + weight * credit
+        return mixed if returns is None else Credit(advantages=mixed, returns=returns)
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [Mix]

@@ -1,0 +1,55 @@
+"""The baseline of least variance at each token (arXiv:2602.07078).
+
+The weight of a row at token t is the squared norm of the gradient that its tokens up to t send into the logits,
+sum_s (1 - 2 p_s + sum_v p_v^2), from the forward pass alone. As in the paper the own row is in the baseline, which biases
+the gradient; `leave_one_out` leaves it out and is exact. t counts places in the completion, tool tokens included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator
+
+from ._groups import sum_of_group, sum_of_others
+from ._tokens import given, reward_to_go
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class OptimalTokenBaseline(AdvantageEstimator):
+    """The rewards from token t on, minus their group's mean at t weighted by W_t = sum_{s <= t} (1 - 2 p_s + sum_v p_v^2).
+
+    The mean is over the rows that sampled a token at t; where that is one row, or all weights are 0, the baseline is 0.
+    Rewards by step or token credit the tokens up to theirs.
+    """
+
+    name = "optimal_token_baseline"
+    needs = frozenset({"groups", "old_logps", "sum_sq_probs"})
+
+    leave_one_out: bool = False
+    """Leave the own row out of the mean: then the baseline does not depend on it, and the gradient is unbiased."""
+
+    def __call__(self, scored: Scored) -> Tensor:
+        mask, off = scored.mask, scored.mask == 0
+        probs = given(scored.old_logps, "old_logps", self.name).masked_fill(off, 0.0).exp()
+        squares = given(scored.sum_sq_probs, "sum_sq_probs", self.name).masked_fill(off, 0.0)
+        # a rounding error below 0 would turn a weight around
+        energy = ((1 - 2 * probs + squares).clamp(min=0) * mask).cumsum(1) * mask
+        to_go = reward_to_go(scored.token_rewards, mask)
+        add = sum_of_others if self.leave_one_out else sum_of_group
+        total = add(scored, energy)
+        alone = (sum_of_group(scored, mask) <= 1) | (total <= 0)
+        baseline = add(scored, energy * to_go) / total.masked_fill(alone, 1.0)
+        return (to_go - baseline.masked_fill(alone, 0.0)) * mask
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [OptimalTokenBaseline]

@@ -1,0 +1,48 @@
+"""The best row's lead over the second (arXiv:2503.19595): pass@K with K the size of the group.
+
+The baseline of each row is the best of the others, so only the best row's advantage is not 0, and the expected gradient
+is exactly (1/G) grad E[max of G returns]: pass@G for returns of 0 and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator
+
+from ._groups import GroupEstimator, others
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class PassAtK(GroupEstimator):
+    """The group's best row gets its return minus the second best, on each token; the others get 0.
+
+    Of two equal best ones the second best is the other: both get 0. One row that remains of its group gets 0. Rewards by
+    step or token count by their sum.
+    """
+
+    name = "pass_at_k"
+
+    normalise: Literal["none", "std"] = "none"
+    """`std`: the lead over the group's standard deviation (ddof 1), at most sqrt(G); its gradient is not that of pass@G."""
+
+    def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
+        rest, there = others(scored, returns)
+        flat = scored.group_is_flat(returns)
+        lead = (returns - rest.masked_fill(~there, -math.inf).amax(1)).clamp(min=0).masked_fill(flat, 0.0)
+        if self.normalise == "none":
+            return lead
+        return lead / scored.group_std(returns).masked_fill(flat, 1.0)
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [PassAtK]

@@ -1,0 +1,45 @@
+"""REINFORCE++ (arXiv:2501.03262): reward to go, whitened over all tokens of the rollout.
+
+The paper's KL is `kl: in_reward` with k1 and no part of this plugin. Biased at finite N, as mean and variance depend on
+the row; long completions weigh more in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator, Fraction
+
+from ._tokens import reward_to_go, whiten_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class ReinforcePlusPlus(AdvantageEstimator):
+    """The rewards from each token on, brought to mean 0 and variance 1 over all tokens; equal ones give 0.
+
+    Rewards by step or token credit the tokens up to theirs.
+    """
+
+    name = "reinforce_plus_plus"
+    across_groups = True
+
+    gamma: Fraction = 1.0
+    """Discount from one sampled token to the next."""
+    ddof: Literal[0, 1] = 1
+    """Of the variance: 1 divides by the number of tokens less 1 (verl), 0 by their number (OpenRLHF)."""
+
+    def __call__(self, scored: Scored) -> Tensor:
+        to_go = reward_to_go(scored.token_rewards, scored.mask, self.gamma)
+        return whiten_tokens(to_go, scored.mask, self.ddof)
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [ReinforcePlusPlus]

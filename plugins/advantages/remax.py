@@ -1,0 +1,42 @@
+"""Return minus the greedy completion's (ReMax, arXiv:2310.10505).
+
+The greedy completion of the same prompt is rolled out once more and is no row of the batch, so the baseline is
+independent of the row and the gradient unbiased. Departure: the return counts from each token on (causality); with one
+reward at the end, as in the paper, that is the same. The greedy score has no KL in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator
+
+from ._tokens import given, reward_to_go
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class ReMax(AdvantageEstimator):
+    """The rewards from each token on, minus the score of the greedy completion of the same prompt.
+
+    It needs no group: one row per prompt will do. Rewards by step or token credit the tokens up to theirs, and the greedy
+    completion's count by their sum.
+    """
+
+    name = "remax"
+    needs = frozenset({"greedy"})
+
+    def __call__(self, scored: Scored) -> Tensor:
+        greedy = given(scored.greedy, "greedy", "remax")
+        return (reward_to_go(scored.token_rewards, scored.mask) - greedy.unsqueeze(1)) * scored.mask
+
+
+@hookimpl
+def advantages() -> list[type[AdvantageEstimator]]:
+    return [ReMax]

@@ -1,0 +1,32 @@
+"""The same number for every token of every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Baseline
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class Constant(Baseline):
+    """`value`, whatever the row."""
+
+    name = "constant"
+
+    value: float = 0.0
+    """What every return is compared with; 0 leaves the returns as they are."""
+
+    def __call__(self, scored: Scored) -> Tensor:
+        return scored.mask.new_full((len(scored.mask), 1), self.value)
+
+
+@hookimpl
+def baseline() -> list[type[Baseline]]:
+    return [Constant]

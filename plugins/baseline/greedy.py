@@ -1,0 +1,32 @@
+"""The greedy completion's score (as in ReMax, arXiv:2310.10505), without KL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Baseline
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.batch import Scored
+
+
+@dataclass(kw_only=True)
+class Greedy(Baseline):
+    """The total score of the greedy completion of the row's prompt."""
+
+    name = "greedy"
+    needs = frozenset({"greedy"})
+
+    def __call__(self, scored: Scored) -> Tensor:
+        if scored.greedy is None:
+            raise ValueError("greedy needs greedy: Scored.greedy is None; nobody rolled out greedy completions")
+        return scored.greedy.unsqueeze(1)
+
+
+@hookimpl
+def baseline() -> list[type[Baseline]]:
+    return [Greedy]

@@ -1,0 +1,31 @@
+"""The size of the log-ratio: an estimate of a distance rather than of the KL.
+
+In the loss its expected gradient is that of the L1 distance between the two distributions (twice the total variation),
+state by state at level token; no step that it takes grows with the distance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import KLEstimator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Abs(KLEstimator):
+    """|l| with l = log p - log p_ref: never negative, biased as a value; its slope is -1, 0 at equality, or 1."""
+
+    name = "abs"
+
+    def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        return (logps - ref_logps).abs()
+
+
+@hookimpl
+def kl_estimator() -> list[type[KLEstimator]]:
+    return [Abs]

@@ -1,0 +1,34 @@
+"""k3 weighed by how much likelier the policy is than the one that rolled out (as in DeepSeek-V3.2, arXiv:2512.02556).
+
+Its expected gradient in the loss stays the same when the rows are no longer the policy's own: at level sequence that of the
+KL, at level token the reverse KL's, state by state, with the visits of the policy that rolled out. The price is the ratio's
+variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import KLEstimator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class K3IS(KLEstimator):
+    """rho (exp(-l) - 1 + l) with l = log p - log p_ref and rho = p / p_old, which carries gradient too."""
+
+    name = "k3_is"
+    needs = frozenset({"old_logps"})
+
+    def __call__(self, logps: Tensor, ref_logps: Tensor, *, old_logps: Tensor) -> Tensor:  # type: ignore[override]
+        difference = logps - ref_logps
+        return (logps - old_logps).exp() * ((-difference).expm1() + difference)
+
+
+@hookimpl
+def kl_estimator() -> list[type[KLEstimator]]:
+    return [K3IS]

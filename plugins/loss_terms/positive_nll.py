@@ -1,0 +1,38 @@
+"""Next-token loss on the completions that scored well (positive-example LM loss, VAPO, arXiv:2504.05118)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import LossTerm, Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class PositiveNLL(LossTerm):
+    """-coef log p, averaged over all tokens of the rows whose total score exceeds `threshold`; 0 where no row's does."""
+
+    name = "positive_nll"
+    needs = frozenset({"total_score"})
+
+    coef: Positive = 0.1
+    """Factor of the loss."""
+    threshold: float = 0.0
+    """Rows with a weighted total score above this, before any KL, are learned from."""
+
+    # the core hands over what `needs` names as keywords, which the base class cannot list
+    def __call__(self, logps: Tensor, mask: Tensor, *, total_score: Tensor) -> Tensor:  # type: ignore[override]
+        return -self.coef * logps.masked_fill(mask == 0, 0.0)
+
+    def weights(self, mask: Tensor, *, total_score: Tensor) -> Tensor:  # type: ignore[override]
+        chosen = mask * (total_score > self.threshold).unsqueeze(1)
+        return chosen / chosen.sum().clamp(min=1)
+
+
+@hookimpl
+def loss_terms() -> list[type[LossTerm]]:
+    return [PositiveNLL]

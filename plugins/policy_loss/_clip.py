@@ -1,0 +1,40 @@
+"""The clipped surrogate of any log-ratio, which several losses compose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Gt, Lt
+
+from hf_rlhf.axes import PolicyLoss, Positive
+
+from ._ratio import bounded_exp, unbound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class Clipped(PolicyLoss):
+    """A loss that clips a ratio to [1 - epsilon_low, 1 + epsilon_high]."""
+
+    epsilon_low: Annotated[float, Gt(0), Lt(1)] = 0.2
+    """How far below 1 the ratio of a token with negative advantage may fall before its gradient is cut."""
+    epsilon_high: Positive = 0.2
+    """How far above 1 the ratio of a token with positive advantage may rise before its gradient is cut."""
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        yield from unbound(algorithm, f"epsilon_low {self.epsilon_low:g} and epsilon_high {self.epsilon_high:g}")
+
+    def clipped(self, log_ratios: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, T) each -> -min(rho A, clip(rho) A) and where it was clipped, 0 off the mask."""
+        ratio = bounded_exp(log_ratios)
+        bounded = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        loss = -(ratio * advantages).minimum(bounded * advantages) * mask
+        low = (advantages < 0) & (ratio < 1 - self.epsilon_low)
+        high = (advantages > 0) & (ratio > 1 + self.epsilon_high)
+        return loss, {"clip_frac_low": low.to(mask.dtype) * mask, "clip_frac_high": high.to(mask.dtype) * mask}

@@ -1,0 +1,27 @@
+"""Which tokens drive the entropy down: those whose advantage and log-prob go together most (arXiv:2505.22617)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Interval
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Share = Annotated[float, Interval(gt=0, le=1)]
+
+
+def highest_covariance(old_logps: Tensor, advantages: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """(N, T) each -> (N, T): 1 on the `fraction` of tokens (at least one) with the highest (A - mean A)(log p - mean log p).
+
+    Means are over the mask. Tokens that tie with the last one chosen are chosen too; none without positive covariance is.
+    """
+    on = mask > 0
+    count = on.sum()
+    if count == 0:
+        return mask * 0
+    centred = [x - x.sum() / count for x in (old_logps.masked_fill(~on, 0.0), advantages.masked_fill(~on, 0.0))]
+    covariance = (centred[0] * centred[1]).masked_fill(~on, float("-inf"))
+    highest = covariance.flatten().topk(max(1, int(fraction * count))).values
+    return ((covariance >= highest[-1]) & (covariance > 0)).to(mask.dtype) * mask

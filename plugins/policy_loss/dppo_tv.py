@@ -1,0 +1,66 @@
+"""A trust region in probability instead of ratio (DPPO with binary total variation, arXiv:2602.04879).
+
+|p - p_old| is the total variation between the two policies as seen by the sampled token alone. A ratio forgives what a
+likely token does and forbids a rare one to move; this does not. Departure: rho always has the trainer's old log-probs
+below; with `anchor: sampler` its mismatch is left to `rollout_correction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Interval
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import PolicyLoss
+
+from ._anchor import Anchored
+from ._ratio import bounded_exp, log_ratio, unbound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class DPPOTV(Anchored):
+    """-sg(min(rho, c)) A log p M; M is 0 where A > 0 and p - p_old > high, or A <= 0 and p_old - p > low, else 1."""
+
+    name = "dppo_tv"
+    stops_gradient = True
+
+    low: Annotated[float, Interval(gt=0, le=1)] = 0.15
+    """How far the probability of a token without positive advantage may fall before its gradient is cut."""
+    high: Annotated[float, Interval(gt=0, le=1)] = 0.15
+    """How far the probability of a token with positive advantage may rise before its gradient is cut."""
+    c: Annotated[float, Ge(1)] = 20.0
+    """The largest ratio that a token's gradient is weighed with."""
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        bounds = f"low {self.low:g}, high {self.high:g} and c {self.c:g}" if self.anchor == "old" else f"c {self.c:g}"
+        yield from unbound(algorithm, bounds)
+
+    def __call__(
+        self,
+        logps: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        sampler_logps: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        off = mask == 0
+        logps, anchor = logps.masked_fill(off, 0.0), self.anchored(old_logps, sampler_logps)
+        moved = logps.detach().exp() - anchor.masked_fill(off, 0.0).exp()
+        high, low = (advantages > 0) & (moved > self.high), (advantages <= 0) & (moved < -self.low)
+        weight = bounded_exp(log_ratio(logps.detach(), old_logps, mask)).clamp(max=self.c) * ~(high | low)
+        metrics = {"clip_frac_low": low.to(mask.dtype) * mask, "clip_frac_high": high.to(mask.dtype) * mask}
+        return -(weight * advantages * logps) * mask, metrics
+
+
+@hookimpl
+def policy_loss() -> list[type[PolicyLoss]]:
+    return [DPPOTV]

@@ -1,0 +1,50 @@
+"""The clipped surrogate with a floor under the objective of bad tokens (dual-clip PPO, arXiv:1912.09729).
+
+ppo_clip leaves a token with negative advantage unbounded as its ratio grows; here it stops at `c`. TRL calls c `delta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Gt
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import PolicyLoss
+
+from ._clip import Clipped
+from ._ratio import log_ratio, unbound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class DualClip(Clipped):
+    """Where A < 0 min(ppo_clip, -c A), elsewhere ppo_clip: beyond rho = c a bad token's gradient is 0."""
+
+    name = "dual_clip"
+
+    c: Annotated[float, Gt(1)] = 3.0
+    """The ratio of a token with negative advantage above which its gradient is cut."""
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        bounds = f"epsilon_low {self.epsilon_low:g}, epsilon_high {self.epsilon_high:g} and c {self.c:g}"
+        yield from unbound(algorithm, bounds)
+
+    def __call__(
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.clipped(log_ratio(logps, old_logps, mask), advantages, mask)
+        floor = -self.c * advantages * mask
+        dual = (advantages < 0) & (loss > floor)
+        return floor.where(dual, loss), {**metrics, "clip_frac_dual": dual.to(mask.dtype) * mask}
+
+
+@hookimpl
+def policy_loss() -> list[type[PolicyLoss]]:
+    return [DualClip]

@@ -1,0 +1,53 @@
+"""The geometric mean of a row's clipped ratios (GMPO, arXiv:2507.20673): an outlier moves it little.
+
+The paper's mean over rows of one term each is `aggregation: seq_mean_token_mean`. Departure: the paper gives a row one
+advantage; where tokens differ, each has its own, and the sign that decides its clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import PolicyLoss, Positive
+
+from ._ratio import LIMIT, log_ratio, row_mean, unbound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class GMPO(PolicyLoss):
+    """-exp(mean over the row of s min(s d, s clip(d, -epsilon_low, epsilon_high))) A, d = log p - log p_old, s = sign A.
+
+    A token without advantage counts as ratio 1.
+    """
+
+    name = "gmpo"
+
+    epsilon_low: Positive = 0.4
+    """How far below 0 the log-ratio of a token with negative advantage may fall before its gradient is cut."""
+    epsilon_high: Positive = 0.4
+    """How far above 0 the log-ratio of a token with positive advantage may rise before its gradient is cut."""
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        yield from unbound(algorithm, f"epsilon_low {self.epsilon_low:g} and epsilon_high {self.epsilon_high:g}")
+
+    def __call__(
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        d, sign = log_ratio(logps, old_logps, mask).clamp(max=LIMIT), advantages.sign()
+        clipped = sign * (sign * d).minimum(sign * d.clamp(-self.epsilon_low, self.epsilon_high))
+        loss = -(row_mean(clipped, mask).exp() * advantages) * mask
+        low, high = (advantages < 0) & (d < -self.epsilon_low), (advantages > 0) & (d > self.epsilon_high)
+        return loss, {"clip_frac_low": low.to(mask.dtype) * mask, "clip_frac_high": high.to(mask.dtype) * mask}
+
+
+@hookimpl
+def policy_loss() -> list[type[PolicyLoss]]:
+    return [GMPO]

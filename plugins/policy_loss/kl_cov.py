@@ -1,0 +1,55 @@
+"""The surrogate with a KL to the old policy on the tokens that collapse the entropy (KL-Cov, arXiv:2505.22617).
+
+Departures: tokens are found once per rollout over all its rows from old log-probs and advantages, not in every update, so
+that no split into micro-batches or processes changes them; the KL is estimated by rho - 1 - log rho, unbiased under the
+old policy, where the authors' program takes |log rho|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import PolicyLoss, Positive
+
+from ._covariance import Share, highest_covariance
+from ._ratio import bounded_exp, kl_from_old, log_ratio, unbound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.algorithm import Algorithm
+
+
+@dataclass(kw_only=True)
+class KLCov(PolicyLoss):
+    """-rho A, on the selected tokens + beta (rho - 1 - log rho)."""
+
+    name = "kl_cov"
+    needs = frozenset({"old_logps", "selected"})
+
+    fraction: Share = 2e-4
+    """Share of the rollout's tokens that are penalised, at least one token; ties with the last add to it."""
+    beta: Positive = 1.0
+    """Factor of their KL to the old policy."""
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        yield from unbound(algorithm, f"fraction {self.fraction:g} and beta {self.beta:g}")
+
+    def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return highest_covariance(old_logps, advantages, mask, self.fraction)
+
+    # the core hands over what `needs` names as keywords, which the base class cannot list
+    def __call__(  # type: ignore[override]
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, selected: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        d = log_ratio(logps, old_logps, mask)
+        loss = -bounded_exp(d) * advantages + self.beta * kl_from_old(d) * selected
+        return loss * mask, {"selected_frac": selected * mask}
+
+
+@hookimpl
+def policy_loss() -> list[type[PolicyLoss]]:
+    return [KLCov]

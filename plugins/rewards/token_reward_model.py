@@ -1,0 +1,36 @@
+"""A reward for each token by a model: a token classifier with one output (after arXiv:1706.03741).
+
+There a network scores each moment and the sum over a segment is compared with another segment's by Bradley and Terry;
+such a network is what `model` names. Departures: moments are the model's tokens, one network and no ensemble, and the
+scores are used as they are: they are not normalised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import RewardSource
+from hf_rlhf.batch import Rollouts, Spans
+
+from ._token_classifier import TokenClassifierReward
+
+
+@dataclass(kw_only=True)
+class TokenRewardModel(TokenClassifierReward):
+    """The classifier's output at each of its own tokens of the completion, as a reward where that token ends.
+
+    It need not share the policy's tokenizer. The end-of-sequence token is no text and gets nothing; an empty completion
+    has total 0.
+    """
+
+    name = "token_reward_model"
+
+    def __call__(self, rollouts: Rollouts) -> list[Spans | None]:
+        found = self.read(rollouts.prompts, rollouts.completions)
+        return [None if row is None else Spans([(token.end, token.logit) for token in row]) for row in found]
+
+
+@hookimpl
+def rewards() -> list[type[RewardSource]]:
+    return [TokenRewardModel]

@@ -1,0 +1,45 @@
+"""Importance sampling between sampler and trainer that drops what mismatches too much (IcePop, arXiv:2510.18855).
+
+With `level: sequence`, `low: 0` it is the masking of whole rows of Liu et al. 2025, "When speed kills stability".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Fraction, RolloutCorrection
+
+from ._mismatch import log_ratio
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Masked(RolloutCorrection):
+    """Multiplies by p_trainer / p_sampler where that is within low and c, by 0 elsewhere."""
+
+    name = "masked"
+
+    low: Fraction = 0.5
+    """The smallest ratio that is kept; 0 sets no lower bound."""
+    c: Annotated[float, Ge(1)] = 5.0
+    """The largest ratio that is kept."""
+    level: Literal["token", "sequence"] = "token"
+    """The ratio of each token, or that of the whole row on each of its tokens."""
+
+    def __call__(self, old_logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
+        mismatch = log_ratio(old_logps, sampler_logps, mask, self.level)
+        low, high = math.log(self.low) if self.low else -math.inf, math.log(self.c)
+        kept = (mismatch >= low) & (mismatch <= high)
+        return mismatch.clamp(max=high).exp() * kept * mask  # bounded before exp: no overflow
+
+
+@hookimpl
+def rollout_correction() -> list[type[RolloutCorrection]]:
+    return [Masked]

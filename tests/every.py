@@ -1,0 +1,81 @@
+"""A small algorithm for every plugin of this package: the choices with which it runs and has an effect."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+PLUGINS = sorted(p.name for p in entry_points(group="hf_rlhf") if p.dist and p.dist.name == "hf_rlhf")
+"""`axis.name` of each."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "advantages.mix": {"parts": ["leave_one_out", "reward_to_go"], "weights": [0.5, 0.5]},
+    "filters.overlong": {"max_tokens": 7},
+    "filters.too_short": {"min_tokens": 3},
+    "filters.opsm": {"delta": 0.01},
+    "kl_controller.adaptive": {"target": 0.01, "horizon": 40},
+    "loss_terms.adaptive_entropy": {"target": 10.0, "coef": 0.05},
+    "loss_terms.positive_nll": {"threshold": -0.5},
+    "loss_terms.ptx": {"path": "{folder}/texts.txt", "rows": 3, "max_tokens": 64, "coef": 0.1},
+    "policy_loss.trpo_penalty": {"target": 1e-4},
+    "reference.sync": {"every": 3, "mixing": 0.5},
+    "reference.ema": {"decay": 0.5},
+    "optimizer.trpo": {"max_kl": 0.001},
+}
+"""What a plugin needs or where its default would not show in a few steps."""
+
+CRITIC = {"critic": {"use": "value_head", "coef": 0.3}}
+REFERENCE = {"kl": [{"use": "in_loss", "beta": 0.2, "estimator": "k2"}], "reference": "frozen"}
+GAINS = {"rewards": [{"use": "length", "label": "short", "target": 1, "maximum": 9, "weight": -1}]}
+"""Rewards that are not negative."""
+
+
+def choices(plugin: str, folder: Path) -> dict[str, Any]:
+    """Axis choices of an algorithm that contains `axis.name`. Raises KeyError for rewards and rollouts, which are not here."""
+    axis, _, name = plugin.partition(".")
+    settings = {k: x.format(folder=folder) if isinstance(x, str) else x for k, x in SETTINGS.get(plugin, {}).items()}
+    chosen = {"use": name, **settings}
+    moved = {"use": "in_reward", "beta": 0.2}
+    match axis:
+        case "kl":
+            return {**REFERENCE, "kl": [{"beta": 0.2, **chosen} if name != "monitor" else chosen]}
+        case "kl_estimator":
+            place = "in_reward" if name == "k1" else "in_loss"
+            return {**REFERENCE, "kl": [{"use": place, "beta": 0.2, "estimator": chosen}]}
+        case "kl_controller":
+            in_loss = {"use": "in_loss", "beta": 0.2, "estimator": "k2", "controller": chosen}
+            return {**REFERENCE, "kl": [{**moved, "controller": chosen}, in_loss]}
+        case "advantages":
+            return {"advantages": chosen, **GAINS, **(CRITIC if name == "gae" else {})}
+        case "baseline":
+            return {"advantages": {"use": "baseline", "baseline": chosen}, **(CRITIC if name == "critic" else {})}
+        case "critic":
+            return {"advantages": "gae", "critic": chosen} if name != "none" else {}
+        case "reference":
+            return {**REFERENCE, "reference": chosen} if name != "none" else {}
+        case "loss_terms" | "filters":
+            return {axis: [chosen]}
+        case "policy_loss" | "aggregation" | "rollout_correction" | "optimizer":
+            return {axis: chosen}
+    raise KeyError(plugin)
+
+
+def update(plugin: str) -> dict[str, int]:
+    """Two mini-batches and two epochs, so that ratios leave 1."""
+    return {"mini_batches": 2, "epochs": 2}
+
+
+def needs_lora(plugin: str) -> bool:
+    """Whether the policy has to have an adapter."""
+    return plugin == "reference.adapter_off"
+
+
+TRAINED = [plugin for plugin in PLUGINS if plugin.split(".")[0] not in ("rewards", "rollout")]
+"""The plugins that `choices` knows: all but those that make completions and score them."""
+
+
+def write_texts(folder: Path) -> None:
+    """Texts for the loss term that brings its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "texts.txt").write_text("\n".join(f"{i} and {i} make {2 * i}." for i in range(12)) + "\n")

@@ -1,0 +1,399 @@
+"""Wrong rewards, rollout engines, critics, references and update rules; see `wrong_plugins`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from wrong_plugins import Wrong
+
+from hf_rlhf.axes import Critic, Reference, RewardSource, RolloutEngine, TrainedCritic, UpdateRule
+from hf_rlhf.batch import Completions, Rollouts, Spans, TokenScores
+
+
+class Reward(RewardSource):
+    """A right reward, to be made wrong."""
+
+    name = "wrong"
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return [float(len(text)) for text in rollouts.completions]
+
+
+class Short(Reward):
+    """Forgets a row."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return [1.0] * (len(rollouts) - 1)
+
+
+class Texts(Reward):
+    """Gives texts."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return rollouts.completions
+
+
+class Alone(Reward):
+    """Gives one number for all."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return 0.5
+
+
+class Infinite(Reward):
+    """Gives an infinity."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return [float("inf")] * len(rollouts)
+
+
+class FewTokens(Reward):
+    """Scores the tokens without the end of sequence."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return [TokenScores([1.0] * (len(ids) - 1)) for ids in rollouts.completion_ids]
+
+
+class Beyond(Reward):
+    """Ends a step after the completion's last character: counted in the prompt's characters."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return [Spans([(len(p) + len(c), 1.0)]) for p, c in zip(rollouts.prompts, rollouts.completions, strict=True)]
+
+
+class OtherColumn(Reward):
+    """Reads a column that is not there."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return rollouts.column("solution")
+
+
+class Clearing(Reward):
+    """Writes into the completions."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        scores = [float(len(text)) for text in rollouts.completions]
+        rollouts.completions[0] = "seen"
+        return scores
+
+
+class Ranked(Reward):
+    """Scores a row by its place."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return list(range(len(rollouts)))
+
+
+class FirstProcess(Reward):
+    """Scores on the first process only."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+            return [0.0] * len(rollouts)
+        return super().__call__(rollouts)
+
+
+class Logging(Reward):
+    """Logs one value for the whole batch as a column."""
+
+    def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+        return {"judge": ["good"]}, {}
+
+
+class Verifier(Reward):
+    """1 where completion and answer are one, to be made wrong."""
+
+    verifier = True
+
+    def columns(self) -> set[str]:
+        return {"answer"}
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        pairs = zip(rollouts.completions, rollouts.column("answer"), strict=True)
+        return [None if answer is None else float(text == answer) for text, answer in pairs]
+
+    def answer(self, completion: str) -> str | None:
+        return completion or None
+
+
+class NoneIsZero(Verifier):
+    """Gives 0 where there is no reference, as if the completion were wrong (huggingface/trl#5773)."""
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return [x or 0.0 for x in super().__call__(rollouts)]
+
+
+class NumberAnswer(Verifier):
+    """Gives its final answer as a number, which majority votes cannot compare with others' text."""
+
+    def answer(self, completion: str) -> Any:
+        return len(completion)
+
+
+class Noise(RolloutEngine):
+    """Random tokens for each prompt, to be made wrong."""
+
+    name = "wrong"
+
+    def tokens(self, policy: Any, prompt: Any) -> list[int]:
+        return torch.randint(3, 90, (4,)).tolist()
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Any], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        greedy = [[3 + i % 90 for i in prompt.ids] for prompt in prompts]
+        rows = [
+            ids if temperature == 0 else self.tokens(policy, prompt)
+            for prompt, ids in zip(prompts, greedy, strict=True)
+            for _ in range(num_generations)
+        ]
+        return Completions(ids=rows, finish_reasons=["length"] * len(rows))
+
+
+class OwnCount(Noise):
+    """Gives as many completions as its setting says, not as it is asked for."""
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Any], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        return super().__call__(policy, prompts, self.num_generations, temperature=temperature)
+
+
+class EmptyRow(Noise):
+    """Gives an empty completion where the first token ends the sequence."""
+
+    def tokens(self, policy: Any, prompt: Any) -> list[int]:
+        return []
+
+
+class WithoutEos(Noise):
+    """Reports a log-prob less than it has tokens: masks and log-probs fall out of step (huggingface/trl#5144)."""
+
+    provides = frozenset({"sampler_logps"})
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Any], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        out = super().__call__(policy, prompts, num_generations, temperature=temperature)
+        out.logps = [[-1.0] * (len(ids) - 1) for ids in out.ids]
+        return out
+
+
+class Training(Noise):
+    """Leaves the model in training mode: dropout in all log-probs after it."""
+
+    def tokens(self, policy: Any, prompt: Any) -> list[int]:
+        policy.model.train()
+        return super().tokens(policy, prompt)
+
+
+class OwnGenerator(Noise):
+    """Seeds by itself with what it was made with, so that no two calls agree."""
+
+    def tokens(self, policy: Any, prompt: Any) -> list[int]:
+        self._calls = getattr(self, "_calls", 0) + 1
+        generator = torch.Generator().manual_seed(self._calls)
+        return torch.randint(3, 90, (4,), generator=generator).tolist()
+
+
+class Interleaved(Noise):
+    """Gives all prompts once, and then all again."""
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Any], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        return super().__call__(policy, [*prompts] * num_generations, 1, temperature=temperature)
+
+
+class Values(nn.Module):
+    """Values of the token before each sampled one."""
+
+    on_trunk = False
+    at = 0
+
+    def __init__(self, trunk: Any):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.hidden_size, 1, dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: None) -> Tensor:
+        hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.head(hidden[rows, positions + self.at]).squeeze(-1)
+
+
+class OwnCritic(TrainedCritic):
+    """A right critic, to be made wrong."""
+
+    name = "wrong"
+
+    def build(self, policy: Any, algorithm: Any) -> Any:
+        return Values(copy.deepcopy(policy.base_model))
+
+
+class Late(Values):
+    """Reads after the token that is to be judged."""
+
+    at = 1
+
+
+class LateCritic(OwnCritic):
+    """Values of the state after the token, which know what was chosen (verl-project/verl#1758)."""
+
+    def build(self, policy: Any, algorithm: Any) -> Any:
+        return Late(copy.deepcopy(policy.base_model))
+
+
+class MeanState(Values):
+    """Judges every state by the mean over the whole text (lucidrains/PaLM-rlhf-pytorch#42)."""
+
+    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: None) -> Tensor:
+        hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state.mean(1)
+        return self.head(hidden[rows]).squeeze(-1)
+
+
+class PooledCritic(OwnCritic):
+    """Values of the whole text, padding included."""
+
+    def build(self, policy: Any, algorithm: Any) -> Any:
+        return MeanState(copy.deepcopy(policy.base_model))
+
+
+class SharedCritic(OwnCritic):
+    """Takes the policy's own trunk among its parameters: two optimizer groups hold it."""
+
+    def build(self, policy: Any, algorithm: Any) -> Any:
+        return Values(policy.base_model)
+
+
+class Column(Values):
+    """Forgets to squeeze."""
+
+    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: None) -> Tensor:
+        return super().forward(input_ids, rows, positions, states).unsqueeze(1)
+
+
+class ColumnCritic(OwnCritic):
+    """Values (n, 1), which broadcast against (n,) to (n, n)."""
+
+    def build(self, policy: Any, algorithm: Any) -> Any:
+        return Column(copy.deepcopy(policy.base_model))
+
+
+class Freezing(Critic):
+    """Freezes the policy while it builds."""
+
+    name = "wrong"
+
+    def build(self, policy: Any, algorithm: Any) -> Any:
+        policy.requires_grad_(False)
+
+
+class Shared(Reference):
+    """Takes the policy itself for the reference."""
+
+    name = "wrong"
+
+    def build(self, policy: Any) -> Any:
+        return policy
+
+
+class Linked(Reference):
+    """Freezes a copy that holds the policy's own weights."""
+
+    name = "wrong"
+
+    def build(self, policy: Any) -> Any:
+        other = copy.copy(policy)
+        other._modules = dict(policy._modules)
+        return other.eval()
+
+
+class Copied(Reference):
+    """A frozen copy, to be moved wrongly."""
+
+    name = "wrong"
+    moves = True
+
+    def build(self, policy: Any) -> Any:
+        return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+class Still(Copied):
+    """Says that it moves and does not."""
+
+
+class Backwards(Copied):
+    """Moves the policy to the reference."""
+
+    def move(self, model: Any, policy: Any, step: int) -> None:
+        policy.load_state_dict(model.state_dict())
+
+
+class Halved(UpdateRule):
+    """Leaves the critic to nobody."""
+
+    name = "wrong"
+
+    def build(self, policy: Any, groups: list[dict[str, Any]]) -> Any:
+        return torch.optim.SGD(policy.parameters(), lr=1e-3)
+
+
+class FirstGroup(UpdateRule):
+    """Takes the first of the critic's parameter groups and forgets the others."""
+
+    name = "wrong"
+
+    def build(self, policy: Any, groups: list[dict[str, Any]]) -> Any:
+        critic = {id(p) for group in groups for p in group["params"]}
+        own = [p for p in policy.parameters() if id(p) not in critic]
+        return torch.optim.SGD([*([{"params": own}] if own else []), groups[0]], lr=1e-3)
+
+
+class Exploding(UpdateRule):
+    """Takes a step without bound."""
+
+    name = "wrong"
+
+    def build(self, policy: Any, groups: list[dict[str, Any]]) -> Any:
+        critic = {id(p) for group in groups for p in group["params"]}
+        own = [p for p in policy.parameters() if id(p) not in critic]
+        return torch.optim.SGD([{"params": own, "lr": float("inf")}, *groups], lr=1e-3)
+
+
+WRONG = [
+    Wrong(Short, "answers", "3 numbers for 4 rows"),
+    Wrong(Texts, "answers", "neither a number nor None"),
+    Wrong(Alone, "answers", "gives a float"),
+    Wrong(Infinite, "answers", "is infinite"),
+    Wrong(FewTokens, "answers", "token scores for"),
+    Wrong(Beyond, "answers", "steps end at"),
+    Wrong(OtherColumn, "answers", "pass rollouts="),
+    Wrong(Clearing, "pure reward", "changes rollouts.completions"),
+    Wrong(Ranked, "rows", "rows backwards score"),
+    Wrong(FirstProcess, "ranks", "as process 1 of 2"),
+    Wrong(Logging, "logs", "1 values of 'judge' for 4 rows"),
+    Wrong(NoneIsZero, "none", "is no wrong answer"),
+    Wrong(NumberAnswer, "answer", "text or None is due"),
+    Wrong(OwnCount, "completions", "whatever its own setting says"),
+    Wrong(EmptyRow, "completions", "is empty"),
+    Wrong(WithoutEos, "completions", "logps: one number per completion token"),
+    Wrong(Training, "model", "in training mode"),
+    Wrong(OwnGenerator, "repeats", "draw from the global generators"),
+    Wrong(Interleaved, "greedy", "together complete to"),
+    Wrong(LateCritic, "causal", "read at the token before"),
+    Wrong(PooledCritic, "causal", "read at the token before", ("neighbours",)),
+    Wrong(SharedCritic, "learns", "the policy's own"),
+    Wrong(ColumnCritic, "values", "it gives values of the shape"),
+    Wrong(Freezing, "learns", "which of the policy's weights learn"),
+    Wrong(Shared, "stays", "parameters that would learn"),
+    Wrong(Linked, "stays", "parameters that would learn"),
+    Wrong(Still, "moves", "as far from the policy as before"),
+    Wrong(Backwards, "moves", "as far from the policy as before|the reference moved"),
+    Wrong(Halved, "steps", "leaves out the critic"),
+    Wrong(FirstGroup, "holds", "it holds 3 of"),
+    Wrong(Exploding, "steps", "not finite"),
+]
