@@ -22,6 +22,8 @@ from hf_rlhf.axes import (
     RewardSource,
     RolloutCorrection,
     RolloutEngine,
+    TextTerm,
+    TrainedCritic,
     UpdateRule,
 )
 from hf_rlhf.settings import Update
@@ -79,6 +81,23 @@ class Algorithm:
     def provides(self) -> frozenset[str]:
         """What the core and the plugins bring."""
         return CORE_PROVIDES.union(*(plugin.provides for _, plugin in self.plugins()))
+
+    @cached_property
+    def samples_old_logps(self) -> bool:
+        """Whether the log-probs that the rollout engine reports serve as the old ones, in float32 or better."""
+        return bool(self.readers_of_old_logps) and self.rollout.exact_logps and "sampler_logps" not in self.needs
+
+    @cached_property
+    def skips_rows_without_advantage(self) -> bool:
+        """Whether a row whose advantages are all 0 adds nothing to the gradient and to what is measured of every row."""
+        others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
+        return (
+            self.policy_loss.zero_without_advantage
+            and not others
+            and not isinstance(self.critic, TrainedCritic)
+            and "ref_logps" not in self.needs
+            and type(self.optimizer).hold is UpdateRule.hold
+        )
 
     @property
     def steps_per_rollout(self) -> int:

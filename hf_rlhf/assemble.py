@@ -88,7 +88,7 @@ class Parts:
 
     def policy(self, model: Any, args: TrainingArguments) -> Policy:
         """What rollout engines get."""
-        wants = "sampler_logps" in self.algorithm.needs
+        wants = "sampler_logps" in self.algorithm.needs or self.algorithm.samples_old_logps
         return Policy(model=model, tokenizer=self.tokenizer, device=args.device, wants_logps=wants)
 
     def set_up(self, model: Any, args: TrainingArguments) -> None:
@@ -214,6 +214,29 @@ def describe(
     plan = make_plan(algorithm, manifest, processes=processes, rows_per_micro_batch=rows, lora=lora)
     record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
     return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back
+
+
+def estimate_memory(
+    plan: Plan,
+    algorithm: Algorithm,
+    args: TrainingArguments,
+    sections: dict[str, Any],
+    *,
+    model: Any = None,
+    peft_config: Any = None,
+    prompt_tokens: int | None = None,
+) -> None:
+    """Fills the plan's memory: of `model` where it is there, else of the one that the settings name."""
+    from hf_rlhf.estimate import Setting, from_model, from_settings
+
+    settings: Model = sections["model"]
+    known = prompt_tokens or sections["dataset"].max_prompt_tokens
+    setting = Setting(algorithm=algorithm, args=args, prompt_tokens=known)
+    if model is None or isinstance(model, str):
+        found = from_settings(settings, setting, peft_config)
+    else:
+        found = from_model(model, settings, setting, peft_config)
+    plan.memory, plan.memory_notes = found.phases, found.notes
 
 
 def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_config: Any) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from hf_rlhf.batch import Completions, Credit, Rollouts, Scored, Spans, TokenScores
+from hf_rlhf.batch import Completions, Context, Credit, Rollouts, Scored, Spans, TokenScores
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
     from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.policy import Policy
@@ -48,18 +48,6 @@ Count = Annotated[int, Ge(1)]
 def choice(name: str) -> Any:
     """A nested plugin that a recipe may leave out: it then gets the plugin `name` with its default settings."""
     return field(metadata={"use": name})
-
-
-@dataclass(kw_only=True)
-class Context:
-    """Where a plugin finds itself when it is set up: one process of a run, before its first rollout."""
-
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    policy: PreTrainedModel
-    seed: int
-    process_index: int
-    num_processes: int
 
 
 @dataclass(kw_only=True)
@@ -109,6 +97,12 @@ class RolloutEngine(Plugin, ABC):
     """Completions per prompt, the group size G (verl: rollout.n)."""
     temperature: Positive = 1.0
     """Temperature of sampling; log-probs are taken at it everywhere."""
+
+    @property
+    def exact_logps(self) -> bool:
+        """Whether the log-probs it reports are the policy's own, as the trainer computes them, up to rounding: then nothing
+        computes them again."""
+        return False
 
     @abstractmethod
     def __call__(
@@ -246,9 +240,10 @@ class Critic(Plugin, ABC):
     def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> torch.nn.Module | None:
         """The critic's module, or None where there is none.
 
-        The module is called as (input_ids (B, L), rows (n,), positions (n,), states (n, H) or None) -> (n,): the value of
-        the state in which each of n sampled tokens was chosen, that is, at the token before it. It gets the policy's
-        hidden states where its attribute `on_trunk` is True.
+        The module is called as (batch, states (n, H) or None) -> (n,): the value of the state in which each of the batch's
+        n sampled tokens was chosen, that is, at the token before it. `batch.states(trunk)` runs a transformers trunk over
+        the rows and gives its hidden states (n, H) there. Where the module's attribute `on_trunk` is True it gets the
+        policy's as `states`.
         """
 
 
@@ -276,6 +271,8 @@ class PolicyLoss(Plugin, ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset({"old_logps"})
     stops_gradient: ClassVar[bool] = False
+    zero_without_advantage: ClassVar[bool] = False
+    """True where a row whose advantages are all 0 has no gradient, whatever its log-probs: the update then leaves it out."""
 
     @abstractmethod
     def __call__(

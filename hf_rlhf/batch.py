@@ -49,7 +49,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -121,7 +123,7 @@ class Scored:
 
     def returns(self) -> Tensor:
         """(N,) each row's undiscounted return: the sum of its token rewards over the mask."""
-        return (self.token_rewards * self.mask).sum(1)
+        return self._over_mask(self.token_rewards)
 
     def totals(self) -> Tensor:
         """(N,) each row's weighted total score before any KL; a source that does not apply adds nothing.
@@ -130,17 +132,30 @@ class Scored:
         """
         if not self.scores:
             given = self.token_rewards if self.kl_penalties is None else self.token_rewards + self.kl_penalties
-            return (given * self.mask).sum(1)
+            return self._over_mask(given)
         weights = self.weights or {}
         return sum(
             (weights.get(source, 1.0) * score.nan_to_num() for source, score in self.scores.items()),
             start=self.mask.new_zeros(len(self.mask)),
         )
 
+    def _over_mask(self, x: Tensor) -> Tensor:
+        """(N, T) -> (N,) the sum of each row over the mask, some rows at a time: the products stay in a processor's cache."""
+        import torch
+
+        rows = max(1, 2**18 // max(1, x.size(1))) if x.device.type == "cpu" else max(1, len(x))
+        return torch.cat([(part * m).sum(1) for part, m in zip(x.split(rows), self.mask.split(rows), strict=True)])
+
     def groups(self) -> tuple[Tensor, Tensor]:
-        """(N,) the group of each row, numbered from 0, and (groups,) the rows in each group."""
-        _, index, counts = self.group_ids.unique(return_inverse=True, return_counts=True)
-        return index, counts
+        """(N,) the group of each row, numbered from 0, and (groups,) the rows in each group.
+
+        Found once for these `group_ids`, which are not changed in place; `dataclasses.replace` finds them anew.
+        """
+        known = self.__dict__.get("_groups")
+        if known is None or known[0] is not self.group_ids:
+            _, index, counts = self.group_ids.unique(return_inverse=True, return_counts=True)
+            known = self.__dict__["_groups"] = (self.group_ids, index, counts)
+        return known[1], known[2]
 
     def group_sum(self, x: Tensor) -> Tensor:
         """(N,) -> (N,) the sum of `x` over each row's group, at each row."""
@@ -179,3 +194,15 @@ class Credit:
 
     advantages: Tensor
     returns: Tensor
+
+
+@dataclass(kw_only=True)
+class Context:
+    """Where a plugin finds itself when it is set up: one process of a run, before its first rollout."""
+
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    seed: int
+    process_index: int
+    num_processes: int

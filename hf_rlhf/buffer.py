@@ -17,7 +17,7 @@ from torch.nn import functional
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import TextTerm
 from hf_rlhf.batch import Scored
-from hf_rlhf.policy import token_batch
+from hf_rlhf.micro_batches import Batching
 from hf_rlhf.seeding import permutation
 
 OPTIONAL = (
@@ -137,7 +137,7 @@ class Buffer:
         chosen = groups.tensor_split(algorithm.update.mini_batches)[mini_batch]
         return torch.isin(self.group_ids, chosen).nonzero().flatten()
 
-    def slot(self, position: int, algorithm: Algorithm, seed: int, pad: int, max_rows: int) -> list[dict[str, Any]]:
+    def slot(self, position: int, algorithm: Algorithm, seed: int, batching: Batching) -> list[dict[str, Any]]:
         """The micro-batches of one optimizer step on this process, with the weights of the whole step in them.
 
         Empty where no process has a row; one row without weight where only this process has none, since every process
@@ -160,31 +160,35 @@ class Buffer:
         where[step] = torch.arange(len(step), device=step.device)
         mine = where[self.places]
         rows = (mine >= 0).nonzero().flatten().tolist()
+        if algorithm.skips_rows_without_advantage:
+            heard = ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1).tolist()
+            rows = [row for row in rows if heard[row]]
         if not rows:
-            return [self._empty(weights, pad)]
-        budget = algorithm.update.max_tokens_per_micro_batch
-        lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
-        return [self._micro_batch(part, mine, weights, pad) for part in cut(rows, lengths, budget, max_rows)]
+            return [self._empty(weights, batching)]
+        parts = batching.cut(rows, self.prompt_ids, self.completion_ids)
+        return [self._micro_batch(part, mine, weights, batching) for part in parts]
 
-    def _micro_batch(self, rows: list[int], mine: Tensor, weights: dict[str, Tensor], pad: int) -> dict[str, Any]:
+    def _micro_batch(
+        self, rows: list[int], mine: Tensor, weights: dict[str, Tensor], batching: Batching
+    ) -> dict[str, Any]:
         completions = [self.completion_ids[i] for i in rows]
         width = max(map(len, completions))
         index = torch.tensor(rows, device=self.places.device)
         micro: dict[str, Any] = {name: x[index, :width] for name, x in self.rows.items()}
         micro |= {name: w[mine[index], :width] for name, w in weights.items()}
         micro["total_score"] = self.total_score[self.places[index]].to(micro["mask"].dtype)
-        micro["batch"] = token_batch([self.prompt_ids[i] for i in rows], completions, micro["mask"], pad)
+        micro["batch"] = batching.batch([self.prompt_ids[i] for i in rows], completions, micro["mask"])
         return micro
 
-    def _empty(self, weights: dict[str, Tensor], pad: int) -> dict[str, Any]:
+    def _empty(self, weights: dict[str, Tensor], batching: Batching) -> dict[str, Any]:
         """One row without a sampled token, under the same names as any micro-batch."""
         zero = self.rows["mask"].new_zeros((1, 1))
-        batch = token_batch([[pad]], [[pad]], zero, pad)
+        batch = batching.batch([[batching.pad]], [[batching.pad]], zero)
         return {**dict.fromkeys([*self.rows, *weights], zero), "total_score": zero[0], "batch": batch}
 
 
 def text_micro_batches(
-    algorithm: Algorithm, step: int, share: slice, like: Tensor, pad: int, max_rows: int
+    algorithm: Algorithm, step: int, share: slice, like: Tensor, batching: Batching
 ) -> list[dict[str, Any]]:
     """Micro-batches of the texts that loss terms bring along for optimizer step number `step`.
 
@@ -198,26 +202,11 @@ def text_micro_batches(
         counts = torch.tensor([len(ids) - 1 for ids in texts], device=like.device)
         mask = (torch.arange(int(counts.max()), device=like.device) < counts[:, None]).to(like.dtype)
         weights = term.weights(mask)
-        budget = algorithm.update.max_tokens_per_micro_batch
-        for rows in cut(list(range(len(texts)))[share], [len(ids) for ids in texts], budget, max_rows):
+        prompts, rest = [ids[:1] for ids in texts], [ids[1:] for ids in texts]
+        for rows in batching.cut(range(len(texts))[share], prompts, rest):
             width = max(len(texts[row]) for row in rows) - 1
             part = mask[rows, :width]
-            batch = token_batch([texts[row][:1] for row in rows], [texts[row][1:] for row in rows], part, pad)
+            batch = batching.batch([prompts[row] for row in rows], [rest[row] for row in rows], part)
             found.append({"text_term": i, "mask": part, "weights": weights[rows, :width], "batch": batch})
     return found
 
-
-def cut(rows: list[int], lengths: list[int], max_tokens: int | None, max_rows: int) -> list[list[int]]:
-    """`rows`, shortest first, cut into parts of at most `max_rows` rows and `max_tokens` tokens with padding.
-
-    A row that is longer than `max_tokens` on its own makes a part of its own.
-    """
-    parts: list[list[int]] = []
-    for row in sorted(rows, key=lambda i: lengths[i]):
-        part = parts[-1] if parts else []
-        fits = max_tokens is None or (len(part) + 1) * lengths[row] <= max_tokens
-        if part and len(part) < max_rows and fits:
-            part.append(row)
-        else:
-            parts.append([row])
-    return parts

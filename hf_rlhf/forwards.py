@@ -11,14 +11,14 @@ from torch import Tensor
 
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.buffer import cut
 from hf_rlhf.losses import DISTRIBUTION
-from hf_rlhf.policy import ActorCritic, ReferencePolicy, token_batch
+from hf_rlhf.micro_batches import Batching
+from hf_rlhf.policy import ActorCritic, ReferencePolicy, TokenBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Forward = Callable[[dict[str, Tensor], tuple[int, int]], dict[str, Tensor]]
+Forward = Callable[[TokenBatch], dict[str, Tensor]]
 
 
 @dataclass(kw_only=True)
@@ -29,53 +29,62 @@ class Forwards:
     actor_critic: ActorCritic
     reference: ReferencePolicy | None
     accelerator: Accelerator
-    pad: int
-    max_rows: int
+    batching: Batching
 
-    def __call__(self, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
-        """name -> (n, T), 0 off the mask: old_logps, sum_sq_probs, values, ref_logps, KLs over whole distributions."""
+    @property
+    def takes_old_logps(self) -> bool:
+        """Whether the sampler's log-probs are the old ones: not where autocast or half precision rounds them on the way."""
+        whole = next(self.actor_critic.parameters()).dtype in (torch.float32, torch.float64)
+        return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
+
+    def __call__(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None) -> dict[str, Tensor]:
+        """name -> (n, T), 0 off the mask: old_logps, sum_sq_probs, values, ref_logps, KLs over whole distributions.
+
+        `sampled` (n, T) are the sampler's log-probs, which are the old ones where `takes_old_logps` says so.
+        """
         a = self.algorithm
         results: dict[str, Tensor] = {}
+        taken = sampled is not None and self.takes_old_logps
+        if taken and sampled is not None:
+            results["old_logps"] = sampled * mask
         wanted = {
-            "logps": bool(a.readers_of_old_logps),
+            "logps": bool(a.readers_of_old_logps) and not taken,
             "values": "values" in a.needs,
             "sum_sq_probs": "sum_sq_probs" in a.needs,
         }
         compared = a.kl_over_distributions("rollout")
         if any(wanted.values()) or compared:
 
-            def act(batch: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+            def act(batch: TokenBatch) -> dict[str, Tensor]:
                 measures = None
                 with self.accelerator.autocast():
                     if compared and self.reference is not None:
                         named = {f"{DISTRIBUTION}{title}": (kl.estimator, False) for title, kl in compared}
                         measures = self.reference.measures(batch, named)
-                    return self.actor_critic(**batch, shape=shape, **wanted, measures=measures)
+                    found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures)
+                    return found
 
             found = self._over_rows(act, rollouts, mask)
-            results |= {"old_logps" if name == "logps" else name: x for name, x in found.items()}
             if not wanted["logps"]:
-                results.pop("old_logps", None)
+                found.pop("logps", None)
+            results |= {"old_logps" if name == "logps" else name: x for name, x in found.items()}
         if self.reference is not None:
             reference = self.reference
 
-            def refer(batch: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+            def refer(batch: TokenBatch) -> dict[str, Tensor]:
                 with self.accelerator.autocast():
-                    return {"ref_logps": reference(batch, shape)}
+                    return {"ref_logps": reference(batch)}
 
             results |= self._over_rows(refer, rollouts, mask)
         return results
 
     def _over_rows(self, forward: Forward, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
-        """`forward` over micro-batches of similar length, put back in order: name -> (n, T)."""
-        lengths = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
+        """`forward` over micro-batches, put back in order: name -> (n, T)."""
+        prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
         results: dict[str, Tensor] = {}
-        budget = self.algorithm.update.max_tokens_per_micro_batch
-        for part in cut(list(range(len(rollouts))), lengths, budget, self.max_rows):
-            completions = [rollouts.completion_ids[i] for i in part]
-            width = max(map(len, completions))
-            batch = token_batch([rollouts.prompt_ids[i] for i in part], completions, mask[part, :width], self.pad)
-            batch = {name: x.to(self.accelerator.device) for name, x in batch.items()}
-            for name, x in forward(batch, (len(part), width)).items():
+        for part in self.batching.cut(range(len(rollouts)), prompts, completions):
+            width = max(len(completions[i]) for i in part)
+            rows = self.batching.batch([prompts[i] for i in part], [completions[i] for i in part], mask[part, :width])
+            for name, x in forward(rows).items():
                 results.setdefault(name, torch.zeros_like(mask))[part, :width] = x.to(mask.dtype)
         return results

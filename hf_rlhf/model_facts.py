@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_rlhf.axes import Critic, Reference, RolloutEngine, TextTerm, UpdateRule
 from hf_rlhf.batch import Completions
 from hf_rlhf.facts import Claims, equal, same
-from hf_rlhf.policy import ActorCritic, Policy, token_batch
+from hf_rlhf.policy import ActorCritic, Policy, TokenBatch, distributions
 from hf_rlhf.prompts import Prompt
 from hf_rlhf.seeding import seeded
 from hf_rlhf.step import Step
@@ -155,8 +155,8 @@ MASK = torch.tensor([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
 
 
 def _values(critic: Any, prompts: list[list[int]], rows: list[list[int]], mask: Tensor) -> Tensor:
-    batch = token_batch(prompts, rows, mask, pad=0)
-    out: Tensor = critic(**batch, shape=tuple(mask.shape), values=True, logps=False)["values"]
+    batch = TokenBatch(prompts, rows, mask, pad=0)
+    out: Tensor = critic(batch, values=True, logps=False)["values"]
     return out
 
 
@@ -319,17 +319,16 @@ def _steps(plugin: UpdateRule, policy: Any) -> None:
     if not any(critic is p for group in optimizer.param_groups for p in group["params"]):
         raise AssertionError("its optimizer leaves out the critic's parameters")
     batches = [
-        (token_batch(PROMPTS[i : i + 1], ROWS[i : i + 1], torch.ones(1, len(ROWS[i])), 0), 1 - 2 * i) for i in (0, 1)
+        (TokenBatch(PROMPTS[i : i + 1], ROWS[i : i + 1], torch.ones(1, len(ROWS[i])), 0, "padded"), 1 - 2 * i) for i in (0, 1)
     ]
 
     def log_probs(micro: Any) -> Tensor:
         batch, _ = micro
-        out: Tensor = policy(input_ids=batch["input_ids"]).logits[batch["rows"], batch["positions"]].log_softmax(-1)
-        return out
+        return distributions(policy, batch, 1.0)
 
     def sampled(micro: Any) -> Tensor:
         batch, _ = micro
-        return log_probs(micro).gather(1, batch["input_ids"][batch["rows"], batch["positions"] + 1].unsqueeze(1))
+        return log_probs(micro).gather(1, batch.targets.unsqueeze(1))
 
     old = [sampled(micro).detach() for micro in batches]
 

@@ -92,7 +92,12 @@ class Update:
     epochs: Count = 1
     """Passes over a rollout (TRL: num_iterations; verl: ppo_epochs)."""
     max_tokens_per_micro_batch: Count | None = None
-    """Most tokens, padding included, in one forward and backward; no bound when left out."""
+    """Most tokens in one forward and backward, a prompt counted once for its rows there (where rows are padded, with their
+    padding); no bound but `training.per_device_train_batch_size` rows when left out."""
+    attention: Literal["auto", "packed", "flex", "padded"] = "auto"
+    """How rows enter the model. `packed`: without padding, the completions of a prompt behind one copy of it; `flex`: the
+    same through FlexAttention; `padded`: one prompt and completion a row. `auto`: `flex` on CUDA, `packed` elsewhere,
+    `padded` where the architecture cannot or an update rule takes second derivatives."""
 
 
 @dataclass(kw_only=True)

@@ -30,8 +30,9 @@ from hf_rlhf.forwards import Forwards
 from hf_rlhf.log import RunLog, completion_rows
 from hf_rlhf.losses import DISTRIBUTION, policy_terms, text_term, value_term
 from hf_rlhf.meters import Meters
+from hf_rlhf.micro_batches import Batching, choose_attention
 from hf_rlhf.optimizers import check_given, critic_groups
-from hf_rlhf.policy import sampled_logits
+from hf_rlhf.policy import distributions
 from hf_rlhf.prompts import PromptStream
 from hf_rlhf.saving import SavingTrainer
 from hf_rlhf.step import Step
@@ -116,13 +117,18 @@ class RLHFTrainer(SavingTrainer):
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
         policy = parts.policy(self.model, self.args)
+        batching = Batching(
+            pad=policy.tokenizer.pad_token_id,
+            max_rows=self.args.per_device_train_batch_size,
+            max_tokens=self.algorithm.update.max_tokens_per_micro_batch,
+            attention=choose_attention(self.algorithm, self.model),
+        )
         forwards = Forwards(
             algorithm=self.algorithm,
             actor_critic=self.actor_critic,
             reference=reference,
             accelerator=self.accelerator,
-            pad=policy.tokenizer.pad_token_id,
-            max_rows=self.args.per_device_train_batch_size,
+            batching=batching,
         )
         self.collector = Collector(
             algorithm=self.algorithm,
@@ -163,11 +169,11 @@ class RLHFTrainer(SavingTrainer):
             self._sample_completions(self.buffer)
         if self.buffer is None or self.buffer.index != index:
             raise checkpoint.CheckpointError(f"step {self.state.global_step} lies within a rollout that was not saved")
-        pad, rows = self.collector.policy.tokenizer.pad_token_id, self.args.per_device_train_batch_size
-        slot = self.buffer.slot(position, self.algorithm, self.args.seed, pad, rows)
+        batching = self.collector.forwards.batching
+        slot = self.buffer.slot(position, self.algorithm, self.args.seed, batching)
         if slot:
             share, like = slice(self.args.process_index, None, self.args.world_size), self.buffer.rows["mask"]
-            slot = text_micro_batches(self.algorithm, self.state.global_step, share, like, pad, rows) + slot
+            slot = text_micro_batches(self.algorithm, self.state.global_step, share, like, batching) + slot
         return [slot], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -207,10 +213,8 @@ class RLHFTrainer(SavingTrainer):
                 return sum(terms.values(), start=torch.zeros(()))
 
         def log_probs(micro: dict[str, Any]) -> Tensor:
-            batch = prepared(micro)["batch"]
             with self.accelerator.autocast():
-                logits, _ = sampled_logits(module.policy, batch["input_ids"], batch["rows"], batch["positions"])
-            return (logits / module.temperature).log_softmax(-1)
+                return distributions(module.policy, micro["batch"], module.temperature)
 
         return Step(
             micro_batches=rollout,
@@ -233,11 +237,9 @@ class RLHFTrainer(SavingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], meters: Meters, with_critic: bool = True
     ) -> dict[str, Tensor]:
         """The terms of the loss of one micro-batch, each this process's share of the step's."""
-        a, shape = self.algorithm, tuple(inputs["mask"].shape)
+        a = self.algorithm
         if "text_term" in inputs:
-            return text_term(
-                a, model(**inputs["batch"], shape=shape, entropy="entropy" in a.needs, temperature=1.0), inputs
-            )
+            return text_term(a, model(inputs["batch"], entropy="entropy" in a.needs, temperature=1.0), inputs)
         critic = a.critic if with_critic and isinstance(a.critic, TrainedCritic) else None
         reference, compared = self.collector.forwards.reference, a.kl_over_distributions("update")
         measures = None
@@ -246,8 +248,7 @@ class RLHFTrainer(SavingTrainer):
             with self.accelerator.autocast():
                 measures = reference.measures(inputs["batch"], named)
         new = model(
-            **inputs["batch"],
-            shape=shape,
+            inputs["batch"],
             entropy="entropy" in a.needs,
             values=critic is not None,
             measures=measures,
@@ -336,7 +337,7 @@ class RLHFTrainer(SavingTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 x parameters x tokens over the micro-batches of a slot."""
-        tokens = sum(micro["batch"]["input_ids"].numel() for micro in inputs)
+        tokens = sum(micro["batch"].positions for micro in inputs)
         model: Any = self.model
         return 6 * tokens * model.num_parameters(exclude_embeddings=True)
 

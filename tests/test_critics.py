@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaModel, Trainer
 from hf_rlhf import load_plugin
 from hf_rlhf.losses import value_term
 from hf_rlhf.meters import Meters
-from hf_rlhf.policy import ActorCritic, token_batch
+from hf_rlhf.policy import ActorCritic, TokenBatch
 from hf_rlhf.testing import rollouts, tiny_policy
 from hf_rlhf_plugins.critic._modules import TrunkHead
 
@@ -138,9 +138,9 @@ def test_only_decayed_parameters_of_the_critic_are_decayed(tmp_path):
 
 def batch_of(module):
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    batch = token_batch([[5, 6], [7, 8, 9]], [[10, 11, 12], [13, 14]], mask, 0)
+    batch = TokenBatch([[5, 6], [7, 8, 9]], [[10, 11, 12], [13, 14]], mask, 0)
     with torch.no_grad():
-        return module(**batch, shape=(2, 3), values=True, logps=False)["values"]
+        return module(batch, values=True, logps=False)["values"]
 
 
 @pytest.mark.proves("critic.separate", how="closed form", tolerance="exact")

@@ -169,13 +169,13 @@ def runs_advantages(plugin, tmp_path):
 
 
 def runs_critic(plugin, tmp_path):
-    from hf_rlhf.policy import ActorCritic, token_batch
+    from hf_rlhf.policy import ActorCritic, TokenBatch
 
     policy = tiny_llama()
     plugin.start = 0.25
     model = ActorCritic(policy, plugin.build(policy, None), 1.0)
     mask = torch.tensor([[1.0, 1.0]])
-    values = model(**token_batch([[1, 2]], [[3, 4]], mask, 0), shape=(1, 2), values=True)["values"]
+    values = model(TokenBatch([[1, 2]], [[3, 4]], mask, 0), values=True)["values"]
     assert values.tolist() == [[0.25, 0.25]]
 
 

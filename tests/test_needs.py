@@ -3,6 +3,7 @@ tokens, texts of a loss term, a reference that moves, a step that an update rule
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rlhf import load_plugin, policy
+from hf_rlhf import head, load_plugin
 from hf_rlhf.axes import AdvantageEstimator, Filter, PolicyLoss, TextTerm
 from hf_rlhf.batch import Scored
-from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy, by_chunks, sampled_states, token_batch
+from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy, TokenBatch, sampled_states
 from hf_rlhf.prompts import Prompt
 from hf_rlhf.seeding import seeded
 from hf_rlhf.testing import tiny_policy
@@ -39,12 +40,12 @@ class Looks(AdvantageEstimator):
 SAMPLED = {"use": "generate", "prompts": 4, "num_generations": 2, "max_new_tokens": 5}
 
 
-def batch_of(rows: int = 3, width: int = 4) -> tuple[dict[str, Tensor], tuple[int, int]]:
+def batch_of(rows: int = 3, width: int = 4) -> TokenBatch:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 60, (rows, 2 + width), generator=draw).tolist()
     mask = torch.ones(rows, width, dtype=torch.float64)
     mask[0, 1] = mask[1, -1] = 0
-    return token_batch([row[:2] for row in ids], [row[2:] for row in ids], mask, 0), (rows, width)
+    return TokenBatch([row[:2] for row in ids], [row[2:] for row in ids], mask, 0)
 
 
 def test_squared_probabilities_and_tokens_are_those_of_the_sampled_states(tmp_path):
@@ -98,9 +99,9 @@ def test_generate_reports_the_log_probs_with_which_it_drew():
     assert silent.logps is None
     assert found.logps is not None
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids)) for ids in found.ids], batch_first=True)
-    batch = token_batch([prompt.ids for prompt in prompts for _ in range(3)], found.ids, mask, 0)
+    batch = TokenBatch([prompt.ids for prompt in prompts for _ in range(3)], found.ids, mask, 0)
     with torch.no_grad():
-        own = ActorCritic(model, None, 0.7)(**batch, shape=tuple(mask.shape))["logps"]
+        own = ActorCritic(model, None, 0.7)(batch)["logps"]
     for row, logps in enumerate(found.logps):
         assert logps == pytest.approx(own[row, : len(logps)].tolist(), abs=1e-5)
 
@@ -114,24 +115,25 @@ def exact(own: Tensor, reference: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 def test_a_kl_over_distributions_is_the_closed_form_whatever_the_chunk(chunk, monkeypatch):
-    monkeypatch.setattr(policy, "by_chunks", lambda measure, log_probs: by_chunks(measure, log_probs, chunk))
+    monkeypatch.setattr(head, "LOGITS", 16)
+    monkeypatch.setattr(head, "tokens_at_a_time", lambda vocabulary: chunk)
     trained, _ = tiny_policy(seed=0, dtype=torch.float64)
     frozen, _ = tiny_policy(seed=1, dtype=torch.float64)
-    batch, shape = batch_of()
+    batch = batch_of()
     reference = ReferencePolicy(frozen, trained, None, 0.8)
     measures = reference.measures(batch, {"kl": (load_plugin("kl_estimator", "exact"), True)})
-    found = ActorCritic(trained, None, 0.8)(**batch, shape=shape, measures=measures)["kl"]
+    found = ActorCritic(trained, None, 0.8)(batch, measures=measures)["kl"]
 
     def whole(model: Any) -> Tensor:
-        logits = model(input_ids=batch["input_ids"]).logits[batch["rows"], batch["positions"]]
-        return (logits / 0.8).log_softmax(-1)
+        input_ids, before = batch.padded
+        return (model(input_ids=input_ids).logits.flatten(0, 1)[before] / 0.8).log_softmax(-1)
 
     want = exact(whole(trained), whole(frozen).detach())
-    torch.testing.assert_close(found[batch["rows"], batch["columns"]], want)
+    torch.testing.assert_close(found[batch.rows, batch.columns], want)
     parameters = list(trained.parameters())
     weights = torch.linspace(1, 2, len(want), dtype=torch.float64)
     for a, b in zip(
-        torch.autograd.grad((found[batch["rows"], batch["columns"]] * weights).sum(), parameters),
+        torch.autograd.grad((found[batch.rows, batch.columns] * weights).sum(), parameters),
         torch.autograd.grad((want * weights).sum(), parameters),
         strict=True,
     ):
@@ -154,27 +156,27 @@ class Largest(TorchDispatchMode):
 
 
 def test_comparing_distributions_makes_nothing_larger_than_a_chunk():
-    tokens, vocabulary, chunk = 64, 50, 8
-    head = torch.nn.Linear(4, vocabulary)
-    states = torch.randn(tokens, 4)
-    own = torch.randn(tokens, vocabulary, requires_grad=True).log_softmax(-1)
+    tokens, vocabulary = 300, 50
+    module, other = torch.nn.Linear(4, vocabulary), torch.nn.Linear(4, vocabulary)
+    states, targets = torch.randn(tokens, 4, requires_grad=True), torch.zeros(tokens, dtype=torch.long)
 
     def measure(log_probs: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
-            reference = head(states[part]).log_softmax(-1)
+            reference = other(states[part]).log_softmax(-1)
         return exact(log_probs, reference)
 
     with Largest() as seen:
-        by_chunks(measure, own, chunk)
-    assert seen.numbers == chunk * vocabulary
+        found = head.score(head.Head(module), states, targets, 1.0, head.Wanted(), {"kl": measure})
+        found["kl"].sum().backward()
+    assert seen.numbers == 256 * vocabulary
 
 
 def test_a_model_that_scales_its_logits_gives_its_own_distributions():
     model, _ = tiny_policy(dtype=torch.float64)
-    batch, _ = batch_of()
-    states, head = sampled_states(model, batch["input_ids"], batch["rows"], batch["positions"])
+    batch = batch_of()
+    states, read = sampled_states(copy.deepcopy(model), batch)
     assert states.shape[1] == model.config.hidden_size
-    plain = head(states)
+    plain = read(states)
     forward = model.forward
 
     def scaled(*args: Any, **kwargs: Any) -> Any:
@@ -183,8 +185,8 @@ def test_a_model_that_scales_its_logits_gives_its_own_distributions():
         return out
 
     model.forward = scaled
-    states, head = sampled_states(model, batch["input_ids"], batch["rows"], batch["positions"])
-    torch.testing.assert_close(head(states), 3 * plain)
+    states, read = sampled_states(model, batch)
+    torch.testing.assert_close(read(states), 3 * plain)
 
 
 @pytest.mark.parametrize("lora", [False, True])

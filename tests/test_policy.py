@@ -10,7 +10,7 @@ import runs
 import torch
 from torch import Tensor
 
-from hf_rlhf.policy import ActorCritic, ReferencePolicy, head_input, token_batch
+from hf_rlhf.policy import ActorCritic, Attention, ReferencePolicy, TokenBatch, packs
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf_plugins.critic._modules import TrunkHead
 
@@ -82,13 +82,14 @@ def mask_of(masks: list[list[int]], dtype: torch.dtype = torch.float64) -> Tenso
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in masks], batch_first=True)
 
 
-def forward(module: ActorCritic, which: list[int] | None = None, pad: int = PAD, more: int = 0, **asked: Any) -> Any:
-    """The module on these rows in one batch, with `more` columns of padding."""
+def forward(
+    module: ActorCritic, which: list[int] | None = None, pad: int = PAD, attention: Attention = "packed", **asked: Any
+) -> Any:
+    """The module on these rows in one batch."""
     which = list(range(len(PROMPTS))) if which is None else which
     mask = mask_of([MASKS[i] for i in which])
-    batch = token_batch([PROMPTS[i] for i in which], [COMPLETIONS[i] for i in which], mask, pad)
-    batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, more), value=pad)
-    return module(**batch, shape=tuple(mask.shape), **asked)
+    batch = TokenBatch([PROMPTS[i] for i in which], [COMPLETIONS[i] for i in which], mask, pad, attention)
+    return module(batch, **asked)
 
 
 def plain(model: Any, temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
@@ -110,11 +111,12 @@ def assert_rows(got: Tensor, want: list[Tensor], atol: float) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"])
+@pytest.mark.parametrize("attention", ["packed", "flex", "padded"])
 @pytest.mark.parametrize("name", models())
-def test_log_probs_and_entropy_are_those_of_each_row_alone(name, dtype, atol, temperature):
+def test_log_probs_and_entropy_are_those_of_each_row_alone(name, attention, dtype, atol, temperature):
     model = build(name, dtype)
     with torch.no_grad():
-        found = forward(ActorCritic(model, None, temperature), entropy=True)
+        found = forward(ActorCritic(model, None, temperature), entropy=True, attention=attention)
         logps, entropies = plain(model, temperature)
     assert found["logps"].dtype == dtype
     assert_rows(found["logps"], logps, tolerance(name, atol))
@@ -123,12 +125,17 @@ def test_log_probs_and_entropy_are_those_of_each_row_alone(name, dtype, atol, te
 
 
 @pytest.mark.parametrize("name", models())
+def test_every_architecture_takes_packed_rows(name):
+    assert packs(build(name).base_model)
+
+
+@pytest.mark.parametrize("name", models())
 def test_padding_and_neighbours_change_nothing(name):
     atol = tolerance(name, 1e-12)
     module = ActorCritic(build(name), None, 1.0)
     with torch.no_grad():
         whole = forward(module)["logps"]
-        for changed in (forward(module, pad=33), forward(module, more=7), forward(module, pad=1, more=3)):
+        for changed in (forward(module, attention="padded"), forward(module, pad=33, attention="padded")):
             torch.testing.assert_close(changed["logps"], whole, rtol=0, atol=atol)
         backwards = forward(module, [3, 2, 1, 0])["logps"]
         torch.testing.assert_close(backwards.flip(0), whole, rtol=0, atol=atol)
@@ -137,8 +144,9 @@ def test_padding_and_neighbours_change_nothing(name):
             torch.testing.assert_close(alone[0], whole[row, : len(completion)], rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("attention", ["packed", "padded"])
 @pytest.mark.parametrize("name", models())
-def test_gradients_are_those_of_the_plain_forward(name):
+def test_gradients_are_those_of_the_plain_forward(name, attention):
     model = build(name)
     mask = mask_of(MASKS)
     weights = torch.linspace(-1, 1, mask.numel(), dtype=torch.float64).view_as(mask) * mask
@@ -148,7 +156,7 @@ def test_gradients_are_those_of_the_plain_forward(name):
         (logps * weights + 0.3 * entropy * weights**2).sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    found = forward(ActorCritic(model, None, 0.8), entropy=True)
+    found = forward(ActorCritic(model, None, 0.8), entropy=True, attention=attention)
     ours = gradient(found["logps"], found["entropy"])
     logps, entropies = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in plain(model, 0.8))
     theirs = gradient(logps, entropies)
@@ -168,11 +176,22 @@ def test_positions_are_absolute_from_the_first_token_of_the_prompt():
 
 def test_the_batch_names_the_token_before_each_sampled_one():
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]])
-    batch = token_batch([[7, 8], [9]], [[3, 4, 5], [6, 2]], mask, pad=0)
-    assert batch["input_ids"].tolist() == [[7, 8, 3, 4, 5], [9, 6, 2, 0, 0]]
-    assert batch["rows"].tolist() == [0, 0, 1, 1]
-    assert batch["columns"].tolist() == [0, 2, 0, 1]
-    assert batch["positions"].tolist() == [1, 3, 0, 1]
+    batch = TokenBatch([[7, 8], [9]], [[3, 4, 5], [6, 2]], mask, pad=0)
+    assert batch.rows.tolist() == [0, 0, 1, 1]
+    assert batch.columns.tolist() == [0, 2, 0, 1]
+    assert batch.targets.tolist() == [3, 5, 6, 2]
+    input_ids, before = batch.padded
+    assert input_ids.tolist() == [[7, 8, 3, 4, 5], [9, 6, 2, 0, 0]]
+    assert before.tolist() == [1, 3, 5, 6]
+
+
+def test_packed_rows_hold_each_prompt_once_and_nothing_behind_the_last_state_that_is_read():
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])
+    batch = TokenBatch([[7, 8], [9], [6], [7, 8]], [[3, 4, 5], [6, 2, 2], [1], [1, 2]], mask, pad=0)
+    layout, before = batch.packed
+    assert layout.input_ids.tolist() == [[7, 8, 3, 4, 1, 9]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 2, 0]]
+    assert before.tolist() == [1, 3, 5, 1, 4]
 
 
 def test_tool_tokens_are_read_and_get_no_log_prob():
@@ -180,8 +199,8 @@ def test_tool_tokens_are_read_and_get_no_log_prob():
     mask = torch.tensor([[1.0, 0.0, 1.0]]).double()
 
     def logps(tool: int) -> Tensor:
-        batch = token_batch([[5, 6]], [[20, tool, 22]], mask, PAD)
-        return module(**batch, shape=(1, 3))["logps"][0]
+        batch = TokenBatch([[5, 6]], [[20, tool, 22]], mask, PAD)
+        return module(batch)["logps"][0]
 
     with torch.no_grad():
         one, other = logps(21), logps(50)
@@ -193,8 +212,8 @@ def test_tool_tokens_are_read_and_get_no_log_prob():
 def test_rows_without_a_sampled_token_give_zeros_and_a_gradient_of_zero():
     model = build("llama")
     critic = TrunkHead(model, 1.0)
-    batch = token_batch([[PAD]], [[PAD]], torch.zeros(1, 1), PAD)
-    found = ActorCritic(model, critic, 1.0)(**batch, shape=(1, 1), entropy=True, values=True)
+    batch = TokenBatch([[PAD]], [[PAD]], torch.zeros(1, 1), PAD)
+    found = ActorCritic(model, critic, 1.0)(batch, entropy=True, values=True)
     assert all(x.tolist() == [[0.0]] for x in found.values())
     sum(x.sum() for x in found.values()).backward()
     gradients = [p.grad for p in [*model.parameters(), *critic.parameters()]]
@@ -225,9 +244,8 @@ def test_a_value_is_read_off_the_state_before_its_token(name):
         found = forward(ActorCritic(model, critic, 1.0), values=True, logps=False)
         want = []
         for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
-            with head_input(model) as states:
-                model(input_ids=torch.tensor([[*prompt, *completion]]))
-            want.append(states[0][0, len(prompt) - 1 : -1].sum(-1) + 0.25)
+            states = model.base_model(input_ids=torch.tensor([[*prompt, *completion]])).last_hidden_state
+            want.append(states[0, len(prompt) - 1 : -1].sum(-1) + 0.25)
     assert set(found) == {"values"}
     assert_rows(found["values"], want, tolerance(name, 1e-10))
 
@@ -240,8 +258,8 @@ def test_a_value_does_not_see_its_own_token():
 
     def values(last: int) -> Tensor:
         mask = torch.ones(1, 2, dtype=torch.float64)
-        batch = token_batch([[5, 6]], [[20, last]], mask, PAD)
-        return ActorCritic(model, critic, 1.0)(**batch, shape=(1, 2), values=True)["values"][0]
+        batch = TokenBatch([[5, 6]], [[20, last]], mask, PAD)
+        return ActorCritic(model, critic, 1.0)(batch, values=True)["values"][0]
 
     assert torch.equal(values(21), values(50))
 
@@ -289,9 +307,9 @@ def test_the_reference_of_an_adapter_is_the_base_model():
         moved = forward(ActorCritic(adapted, None, 0.9))["logps"]
         reference = load_plugin("reference", "adapter_off")
         mask = mask_of(MASKS)
-        batch = token_batch(PROMPTS, COMPLETIONS, mask, PAD)
+        batch = TokenBatch(PROMPTS, COMPLETIONS, mask, PAD)
         adapted.train()
-        found = ReferencePolicy(None, adapted, reference.active, 0.9)(batch, tuple(mask.shape))
+        found = ReferencePolicy(None, adapted, reference.active, 0.9)(batch)
         assert adapted.training, "the policy's mode is put back"
         adapted.eval()
         again = forward(ActorCritic(adapted, None, 0.9))["logps"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rlhf import load_plugin
-from hf_rlhf.policy import sampled_logits, token_batch
+from hf_rlhf.policy import TokenBatch, distributions
 from hf_rlhf.step import Step
 from hf_rlhf.testing import tiny_policy
 
@@ -342,22 +342,20 @@ def language_step(model: Any) -> Step:
     """Two micro-batches of completions, one with a tool token, and their surrogate."""
     masks = [torch.tensor([[1.0, 1, 1], [1, 0, 1]]), torch.ones(1, 4)]
     batches = [
-        token_batch([[5, 6], [7]], [[8, 9, 1], [10, 11, 1]], masks[0], 0),
-        token_batch([[12, 13]], [[14, 15, 16, 1]], masks[1], 0),
+        TokenBatch([[5, 6], [7]], [[8, 9, 1], [10, 11, 1]], masks[0], 0, "padded"),
+        TokenBatch([[12, 13]], [[14, 15, 16, 1]], masks[1], 0, "padded"),
     ]
 
-    def log_probs(batch: dict[str, Tensor]) -> Tensor:
-        logits, _ = sampled_logits(model, batch["input_ids"], batch["rows"], batch["positions"])
-        return logits.log_softmax(-1)
+    def log_probs(batch: TokenBatch) -> Tensor:
+        return distributions(model, batch, 1.0)
 
-    def of_tokens(batch: dict[str, Tensor]) -> Tensor:
-        tokens = batch["input_ids"][batch["rows"], batch["positions"] + 1]
-        return log_probs(batch).gather(1, tokens[:, None]).squeeze(1)
+    def of_tokens(batch: TokenBatch) -> Tensor:
+        return log_probs(batch).gather(1, batch.targets[:, None]).squeeze(1)
 
     old = [of_tokens(batch).detach() for batch in batches]
     advantages = [draw(len(x), seed=7 + i).to(x.dtype) for i, x in enumerate(old)]
 
-    def loss(batch: dict[str, Tensor]) -> Tensor:
+    def loss(batch: TokenBatch) -> Tensor:
         i = next(i for i, b in enumerate(batches) if b is batch)
         return -((of_tokens(batch) - old[i]).exp() * advantages[i]).sum() / 9
 

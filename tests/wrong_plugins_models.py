@@ -12,6 +12,7 @@ from wrong_plugins import Wrong
 
 from hf_rlhf.axes import Critic, Reference, RewardSource, RolloutEngine, TrainedCritic, UpdateRule
 from hf_rlhf.batch import Completions, Rollouts, Spans, TokenScores
+from hf_rlhf.policy import TokenBatch
 
 
 class Reward(RewardSource):
@@ -220,9 +221,10 @@ class Values(nn.Module):
         self.trunk = trunk
         self.head = nn.Linear(trunk.config.hidden_size, 1, dtype=torch.float64)
 
-    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: None) -> Tensor:
+    def forward(self, batch: TokenBatch, states: None) -> Tensor:
+        input_ids, before = batch.padded
         hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head(hidden[rows, positions + self.at]).squeeze(-1)
+        return self.head(hidden.flatten(0, 1)[before + self.at]).squeeze(-1)
 
 
 class OwnCritic(TrainedCritic):
@@ -250,9 +252,9 @@ class LateCritic(OwnCritic):
 class MeanState(Values):
     """Judges every state by the mean over the whole text (lucidrains/PaLM-rlhf-pytorch#42)."""
 
-    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: None) -> Tensor:
-        hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state.mean(1)
-        return self.head(hidden[rows]).squeeze(-1)
+    def forward(self, batch: TokenBatch, states: None) -> Tensor:
+        hidden = self.trunk(input_ids=batch.padded[0], use_cache=False).last_hidden_state.mean(1)
+        return self.head(hidden[batch.rows]).squeeze(-1)
 
 
 class PooledCritic(OwnCritic):
@@ -272,8 +274,8 @@ class SharedCritic(OwnCritic):
 class Column(Values):
     """Forgets to squeeze."""
 
-    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: None) -> Tensor:
-        return super().forward(input_ids, rows, positions, states).unsqueeze(1)
+    def forward(self, batch: TokenBatch, states: None) -> Tensor:
+        return super().forward(batch, states).unsqueeze(1)
 
 
 class ColumnCritic(OwnCritic):

@@ -1,16 +1,19 @@
-"""The modules behind the critics. Each is called as (input_ids, rows, positions, states) -> (n,) values.
+"""The modules behind the critics. Each is called as (batch, states) -> (n,) values.
 
-n is the number of sampled tokens; `rows` and `positions` name the token before each, `states` (n, H) the policy's hidden
-state there, given where `on_trunk` is True.
+n is the number of sampled tokens of the `TokenBatch`; `states` (n, H) is the policy's hidden state at the token before each,
+given where `on_trunk` is True.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hf_rlhf.policy import TokenBatch
 
 
 def hidden_size(model: Any) -> int:
@@ -31,7 +34,7 @@ class TrunkHead(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.trunk_gradient = trunk_gradient
 
-    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: Tensor) -> Tensor:
+    def forward(self, batch: TokenBatch, states: Tensor) -> Tensor:
         """(n,) values; the gradient into `states` is scaled by `trunk_gradient`."""
         if self.trunk_gradient == 0:
             states = states.detach()
@@ -50,10 +53,9 @@ class SeparateCritic(nn.Module):
         self.trunk = trunk
         self.head = head
 
-    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, states: None) -> Tensor:
+    def forward(self, batch: TokenBatch, states: None) -> Tensor:
         """(n,) values."""
-        hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state[rows, positions]
-        return self.head(hidden).squeeze(-1)
+        return self.head(batch.states(self.trunk)).squeeze(-1)
 
     @classmethod
     def from_policy(cls, policy: Any) -> SeparateCritic:

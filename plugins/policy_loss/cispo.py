@@ -28,6 +28,7 @@ class CISPO(PolicyLoss):
     """-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log p, where sg lets no gradient through."""
 
     name = "cispo"
+    zero_without_advantage = True
     stops_gradient = True
 
     epsilon_low: Annotated[float, Gt(0), Le(1)] = 1.0

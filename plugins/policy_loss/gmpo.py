@@ -29,6 +29,7 @@ class GMPO(PolicyLoss):
     """
 
     name = "gmpo"
+    zero_without_advantage = True
 
     epsilon_low: Positive = 0.4
     """How far below 0 the log-ratio of a token with negative advantage may fall before its gradient is cut."""

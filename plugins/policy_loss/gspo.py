@@ -30,6 +30,7 @@ class GSPO(Clipped):
     """
 
     name = "gspo"
+    zero_without_advantage = True
     stops_gradient = True
 
     level: Literal["sequence", "token"] = "sequence"

@@ -24,6 +24,7 @@ class PPOClip(Clipped):
     """
 
     name = "ppo_clip"
+    zero_without_advantage = True
 
     def __call__(
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor

@@ -27,6 +27,7 @@ class TOPR(PolicyLoss):
     """-A log p where A > 0, else -sg(min(rho, 1)) A log p with rho the ratio of the whole row."""
 
     name = "topr"
+    zero_without_advantage = True
     stops_gradient = True
 
     level: Literal["sequence", "token"] = "sequence"

@@ -28,6 +28,7 @@ class VESPO(Anchored):
     """-sg(phi(w)) A log p with w = exp(sum over the row of log p - log p_old); k and lambda by the sign of A."""
 
     name = "vespo"
+    zero_without_advantage = True
     stops_gradient = True
 
     k_positive: NonNegative = 2.0
