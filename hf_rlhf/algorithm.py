@@ -99,6 +99,13 @@ class Algorithm:
             and type(self.optimizer).hold is UpdateRule.hold
         )
 
+    @cached_property
+    def loss_is_token_level(self) -> bool:
+        """Whether the loss of a token depends on that token's numbers alone."""
+        others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
+        whole = [kl for _, kl in self.kl_in("loss") if kl.level != "token" or "full_distribution" in kl.estimator.needs]
+        return self.policy_loss.token_level and not others and not whole
+
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps that one rollout feeds."""

@@ -226,12 +226,15 @@ def estimate_memory(
     peft_config: Any = None,
     prompt_tokens: int | None = None,
 ) -> None:
-    """Fills the plan's memory: of `model` where it is there, else of the one that the settings name."""
+    """Fills the plan's memory: of `model` where it is there, else of the one that the settings name. What the plan says
+    already of the process itself stays."""
     from hf_rlhf.estimate import Setting, from_model, from_settings
+    from hf_rlhf.memory import MIB
 
     settings: Model = sections["model"]
     known = prompt_tokens or sections["dataset"].max_prompt_tokens
-    setting = Setting(algorithm=algorithm, args=args, prompt_tokens=known)
+    before = next((parts["process"] * MIB for parts in plan.memory.values() if "process" in parts), None)
+    setting = Setting(algorithm=algorithm, args=args, prompt_tokens=known, process=before)
     if model is None or isinstance(model, str):
         found = from_settings(settings, setting, peft_config)
     else:

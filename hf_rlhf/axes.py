@@ -273,6 +273,8 @@ class PolicyLoss(Plugin, ABC):
     stops_gradient: ClassVar[bool] = False
     zero_without_advantage: ClassVar[bool] = False
     """True where a row whose advantages are all 0 has no gradient, whatever its log-probs: the update then leaves it out."""
+    token_level: ClassVar[bool] = False
+    """True where the loss of a token depends on that token's numbers alone: the update then needs fewer matrix products."""
 
     @abstractmethod
     def __call__(

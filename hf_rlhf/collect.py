@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import KLController, TrainedCritic
 from hf_rlhf.batch import Completions, Credit, Rollouts, Scored
+from hf_rlhf.beside import beside
 from hf_rlhf.buffer import Buffer, Collected
 from hf_rlhf.distributed import gather_rows
 from hf_rlhf.forwards import Forwards
@@ -105,13 +107,21 @@ class Collector:
         with self.meters.time("rollout"), seeded(self.seed, "rollout", index, attempt, rank):
             completions, rollouts = self.roll_out(mine, group_ids, self.algorithm.rollout.num_generations)
         rows = {"mask": _padded(rollouts.masks, self.dtype).to(self.accelerator.device)}
+        sampled = None
+        if completions.logps is not None:
+            sampled = _padded(completions.logps, self.dtype).to(self.accelerator.device)
         if "sampler_logps" in self.algorithm.needs:
-            assert completions.logps is not None
-            rows["sampler_logps"] = _padded(completions.logps, self.dtype).to(self.accelerator.device)
-        with self.meters.time("forward"):
-            rows |= self.forwards(rollouts, rows["mask"])
-        with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
-            answers = ask(self._sources(), rollouts)
+            assert sampled is not None
+            rows["sampler_logps"] = sampled
+        with beside(lambda: self._forward(rollouts, rows["mask"], sampled), self.accelerator.device) as forward:
+            if any("reward_model" in source.provides for source in self.algorithm.rewards):
+                forward.result()  # two models at a time would need the memory of both
+            with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
+                answers = ask(self._sources(), rollouts)
+            scored_at = time.perf_counter()
+            known, known_at = forward.result()
+        rows |= known
+        self.meters.put("time/reward_wait_s", max(0.0, scored_at - known_at))
         logged = self._logged(len(rollouts))
         if "greedy" in self.algorithm.needs:
             with seeded(self.seed, "greedy", index, attempt, rank):
@@ -119,6 +129,13 @@ class Collector:
         else:
             greedy = None
         return self._table(rollouts, rows, answers, logged, greedy)
+
+    def _forward(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None) -> tuple[dict[str, Tensor], float]:
+        """What is known of the rows before the first update, and when it was. Runs beside the reward sources, which keep
+        the main thread (they may use signals) and the global generators: nothing here draws from them."""
+        with self.meters.time("forward"):
+            known = self.forwards(rollouts, mask, sampled)
+        return known, time.perf_counter()
 
     def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int]) -> Tensor:
         """(n,) the total score of the greedy completion of each row's prompt; 0 where no source applies to it."""

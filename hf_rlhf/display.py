@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from hf_rlhf.plan import Plan
+from hf_rlhf.plan import Plan, memory_rows
 
 SHOWN = {
     "reward": "reward/total/mean",
@@ -37,7 +37,7 @@ def console() -> Console:
 
 
 def show_plan(plan: Plan, out: Console) -> None:
-    """Plugins with provenance, models, forwards, what is skipped, remarks, and the arithmetic of batches."""
+    """Plugins with provenance, models, forwards, what is skipped, remarks, memory, and the arithmetic of batches."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("axis", "plugin", "package", "version"):
         table.add_column(name)
@@ -49,6 +49,7 @@ def show_plan(plan: Plan, out: Console) -> None:
         ("forward passes per rollout", plan.forwards),
         ("skipped", plan.skipped),
         ("remarks", plan.remarks),
+        ("memory of a process at most, estimated, MiB", memory_rows(plan)),
     ):
         if rows:
             out.print(Text(f"\n{title}", style="bold"))

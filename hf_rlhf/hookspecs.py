@@ -163,8 +163,9 @@ def critic() -> list[type[axes.Critic]]:  # type: ignore[empty-body]
     from hf_rlhf.axes import TrainedCritic
 
     class ValueOfToken(torch.nn.Embedding):
-        def forward(self, input_ids, rows, positions, states):
-            return super().forward(input_ids[rows, positions]).squeeze(-1)
+        def forward(self, batch, states):
+            input_ids, before = batch.padded
+            return super().forward(input_ids.flatten()[before]).squeeze(-1)
 
     @dataclass(kw_only=True)
     class TokenTable(TrainedCritic):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,41 @@ class RunLog(TrainerCallback):
 
     A run that resumes drops what was written after its checkpoint, so that no step appears twice; a new run in the same
     folder starts both anew.
+
+    A line is in its file when `on_log` returns. A table is written in a thread beside the next rollout, one at a time: it
+    is there when that rollout's completions come, and after a checkpoint, an evaluation, the end of training and the end of
+    the process. A process that is killed loses the newest table at most, and never part of one. What fails in the
+    thread is raised by the next event.
     """
 
     def __init__(self, output_dir: str | Path, record: dict[str, Any]):
         self.output_dir = Path(output_dir)
         self.record = record
-        self.completions: list[dict[str, Any]] = []
+        self._completions: list[dict[str, Any]] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hf_rlhf-log")
+        self._table: Future[None] | None = None
         self._start: int | None = None
+
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        """Rows for the table of the coming log entry."""
+        return self._completions
+
+    @completions.setter
+    def completions(self, rows: list[dict[str, Any]]) -> None:
+        self._wait()
+        self._completions = rows
+
+    def _wait(self) -> None:
+        """For the table that is being written, whose error is left to the next event."""
+        if self._table is not None:
+            wait([self._table])
+
+    def flush(self) -> None:
+        """Waits for the table that is being written. Raises what its writing raised, once."""
+        table, self._table = self._table, None
+        if table is not None:
+            table.result()
 
     @property
     def metrics(self) -> Path:
@@ -34,6 +63,7 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops what an earlier run, or the run after the checkpoint, left in the files."""
+        self._wait()
         if not state.is_world_process_zero:
             return
         step, resumes = state.global_step, state.global_step > 0
@@ -52,14 +82,29 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """One line with the step and every finite number; one parquet file where there are new completions."""
-        rows, self.completions = self.completions, []
+        rows, self._completions = self._completions, []
         if not state.is_world_process_zero:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         numbers = {name: x for name, x in (logs or {}).items() if _is_number(x)}
         self._append(json.dumps({"step": state.global_step, **numbers}) + "\n", before=state.max_steps == 0)
-        if rows:
-            self._parquet(rows, state.global_step)
+        try:
+            self.flush()
+        finally:
+            if rows:
+                self._table = self._writer.submit(self._parquet, rows, state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint has every table up to it beside it."""
+        self.flush()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What was evaluated has its tables."""
+        self.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing is written after the end."""
+        self.flush()
 
     def _append(self, line: str, before: bool) -> None:
         with open(self.metrics, "ab", buffering=0) as file:
@@ -96,12 +141,13 @@ def completion_rows(
 
     `step` is the number of optimizer steps that the policy had when it wrote them.
     """
+    mask = mask[:limit]
     lengths = mask.sum(1)
-    mean = (advantages * mask).sum(1) / lengths.clamp(min=1)
+    mean = (advantages[:limit] * mask).sum(1) / lengths.clamp(min=1)
     columns: dict[str, list[Any]] = {name: [_text(x) for x in values[:limit]] for name, values in texts.items()}
     for name, values in {**numbers, "advantage": mean}.items():
         columns[name] = [x if math.isfinite(x) else None for x in values[:limit].tolist()]
-    columns["tokens"] = lengths[:limit].to(torch.int64).tolist()
+    columns["tokens"] = lengths.to(torch.int64).tolist()
     names = list(columns)
     return [{"step": step, **dict(zip(names, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import KLPlacement, TextTerm, TrainedCritic
+from hf_rlhf.head import Derivative
 from hf_rlhf.meters import Meters
 
 POLICY_GETS = frozenset({"old_logps"})
@@ -21,13 +22,41 @@ MEASURED = frozenset({"loss", "approx_kl", "ratio", "entropy", "grad_norm"})
 
 def policy_terms(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: Meters) -> dict[str, Tensor]:
     """Policy loss, KL in the loss and loss terms. `new` holds the forward's (B, T) tensors, `inputs` the micro-batch."""
+    terms, known, metrics = _terms(a, new, inputs, meters)
+    with torch.no_grad():
+        _measure(a, known, inputs["mask"], metrics, meters)
+    return terms
+
+
+def derivative(a: Algorithm, inputs: dict[str, Any]) -> Derivative:
+    """The loss of each sampled token differentiated by that token's numbers, where `a.loss_is_token_level`."""
+    batch = inputs["batch"]
+    flat = {
+        name: x[batch.rows, batch.columns] for name, x in inputs.items() if name != "batch" and x.shape == batch.shape
+    }
+
+    def of_tokens(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+        with torch.enable_grad(), torch.autocast(batch.device.type, enabled=False):
+            leaves = {name: x.detach().unsqueeze(0).requires_grad_() for name, x in values.items()}
+            own = {name: x[part].unsqueeze(0) for name, x in flat.items()}
+            terms, _, _ = _terms(a, leaves, own, Meters())
+            total = torch.stack(list(terms.values())).sum()
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return {name: x.squeeze(0) for name, x in zip(leaves, found, strict=True) if x is not None}
+
+    return of_tokens
+
+
+def _terms(
+    a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: Meters
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The terms, everything that is known of each token, and the metrics of the policy loss."""
     logps, mask, weights = new["logps"], inputs["mask"], inputs["weights"]
     known = {name: x for name, x in inputs.items() if name != "batch"} | new
     known.setdefault("old_logps", logps.detach())
-    old = known["old_logps"]
 
     extras = a.extras(a.policy_loss, known, POLICY_GETS)
-    per_token, metrics = a.policy_loss(logps, old, inputs["advantages"], mask, **extras)
+    per_token, metrics = a.policy_loss(logps, known["old_logps"], inputs["advantages"], mask, **extras)
     if "correction" in inputs:
         per_token = per_token * inputs["correction"]
     terms = {"policy/loss": (per_token * weights).sum()}
@@ -39,9 +68,7 @@ def policy_terms(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], m
         if not isinstance(term, TextTerm):
             value = term(logps, mask, **a.extras(term, known, frozenset()))
             terms[f"plugin/{title}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
-    with torch.no_grad():
-        _measure(a, known, mask, metrics, meters)
-    return terms
+    return terms, known, metrics
 
 
 def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -83,7 +110,7 @@ def _measure(a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict
     if "old_logps" in a.policy_loss.needs or a.readers_of_old_logps:  # else nobody knows the policy that rolled out
         meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
         meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
-    meters.add("policy/entropy", -(logps * mask).sum(), tokens)
+    meters.add("policy/entropy", ((known["entropy"] if "entropy" in known else -logps) * mask).sum(), tokens)
     if taken := sorted(MEASURED & metrics.keys()):
         raise ValueError(
             f"policy_loss={a.policy_loss.name} returns the metric {', '.join(map(repr, taken))}, and policy/{taken[0]} is "

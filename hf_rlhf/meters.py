@@ -1,4 +1,4 @@
-"""Averages between two log entries."""
+"""Averages, and peaks, between two log entries."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_rlhf.distributed import sum_over_processes
+from hf_rlhf.memory import MIB, recorder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 class Meters:
-    """Averages since the last log entry.
+    """Averages since the last log entry, and peaks.
 
     `add` takes sums and counts of this process, which are added up over all processes when they are read; `put` takes
-    numbers that are equal on every process.
+    numbers that are equal on every process; of what `peak` takes the largest over all processes is read. `device` is the
+    one whose memory is measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self._peaks: dict[str, float] = {}
         self._sums: dict[str, tuple[Any, Any]] = {}
         self._values: dict[str, list[float]] = {}
         self._updates: dict[str, tuple[Any, Any]] = {}
@@ -39,6 +44,10 @@ class Meters:
     def put(self, name: str, value: float) -> None:
         """One number of the whole run; several between two log entries are averaged, those of `health/` added up."""
         self._values.setdefault(name, []).append(float(value))
+
+    def peak(self, name: str, value: float) -> None:
+        """One number of this process; several between two log entries are not averaged: the largest counts."""
+        self._peaks[name] = max(value, self._peaks.get(name, value))
 
     def mark(self) -> dict[str, int]:
         """A place in what was put, for `since`."""
@@ -60,32 +69,47 @@ class Meters:
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Seconds spent inside, as `time/<name>_s`."""
-        start = time.perf_counter()
-        yield
-        self.put(f"time/{name}_s", time.perf_counter() - start)
+        """Seconds spent inside, as `time/<name>_s`; MiB held at most, and above what was held at the start, as
+        `memory/<name>/peak` and `memory/<name>/above`."""
+        with recorder(self.device).phase() as phase:
+            start = time.perf_counter()
+            yield
+            self.put(f"time/{name}_s", time.perf_counter() - start)
+        self.peak(f"memory/{name}/peak", phase.peak / MIB)
+        self.peak(f"memory/{name}/above", phase.above / MIB)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The averages, and a fresh start. Names without a finite number are left out.
 
         Processes may have added to different names: a reward function logs what it likes. Two collectives.
         """
-        names = sorted(set(gather_object(list(self._sums)))) if accelerator.num_processes > 1 else sorted(self._sums)
+        own = (list(self._sums), self._peaks)
+        given = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        names = sorted({name for theirs, _ in given for name in theirs})
+        peaks: dict[str, float] = {}
+        for _, theirs in given:
+            peaks |= {name: max(x, peaks.get(name, x)) for name, x in theirs.items()}
         sums = [x for name in names for x in self._sums.get(name, (0.0, 0.0))]
         flat = sum_over_processes(accelerator, sums)
         averages = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] > 0}
         counts = {name: sum(v) for name, v in self._values.items() if name.startswith("health/")}
         means = {name: sum(v) / len(v) for name, v in self._values.items()}
-        self._sums, self._values = {}, {}
-        return {name: x for name, x in sorted({**averages, **means, **counts}.items()) if math.isfinite(x)}
+        self._sums, self._values, self._peaks = {}, {}, {}
+        return {name: x for name, x in sorted({**averages, **means, **counts, **peaks}.items()) if math.isfinite(x)}
+
+    def peak_memory(self, accelerator: Accelerator) -> float:
+        """MiB that a process held at most since it started, the largest of all processes. One collective."""
+        own = recorder(self.device).largest() / MIB
+        return max(gather_object([own])) if accelerator.num_processes > 1 else own
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the first log entry after a resume is complete."""
         sums, updates = ({k: [float(x) for x in v] for k, v in kept.items()} for kept in (self._sums, self._updates))
-        return {"sums": sums, "values": self._values, "updates": updates}
+        return {"sums": sums, "values": self._values, "updates": updates, "peaks": self._peaks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self._sums = {name: (x[0], x[1]) for name, x in state["sums"].items()}
         self._values = {name: list(values) for name, values in state["values"].items()}
         self._updates = {name: (x[0], x[1]) for name, x in state["updates"].items()}
+        self._peaks = dict(state["peaks"])

@@ -19,6 +19,9 @@ class Plan:
     skipped: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     arithmetic: list[tuple[str, str, str]] = field(default_factory=list)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Phase -> part -> MiB on one process, an estimate (`hf_rlhf.estimate`)."""
+    memory_notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists and dicts, for JSON."""
@@ -41,6 +44,15 @@ def make_plan(
         plan.remarks += [f"{path}={plugin.name}: {remark}" for remark in plugin.remarks(algorithm)]
     plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)
     return plan
+
+
+def memory_rows(plan: Plan) -> list[str]:
+    """A line for each phase: the most that it is estimated to hold, and what of."""
+    rows = []
+    for phase, parts in plan.memory.items():
+        named = ", ".join(f"{part} {size:,.0f}" for part, size in parts.items() if size >= 0.5)
+        rows.append(f"{phase}: {sum(parts.values()):,.0f} = {named}")
+    return rows + plan.memory_notes
 
 
 def _models(plan: Plan, a: Algorithm, lora: bool) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BUILTIN = "builtin:addition"
 """What `model.path` and `dataset.path` say for this model and these problems."""
@@ -171,24 +171,30 @@ def _warm_up(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> tuple[Llama
     return model.eval(), {"steps": step, "probability": probability}
 
 
-def _model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def addition_config(warm_up: WarmUp | None = None, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaConfig:
+    """The configuration of `addition_model`."""
+    from transformers import LlamaConfig
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            initializer_range=warm_up.initializer_range,
-            hidden_size=warm_up.hidden_size,
-            intermediate_size=warm_up.intermediate_size,
-            num_hidden_layers=warm_up.layers,
-            num_attention_heads=warm_up.heads,
-            num_key_value_heads=warm_up.heads,
-            max_position_embeddings=tokenizer.model_max_length,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    warm_up, tokenizer = warm_up or WarmUp(), tokenizer or addition_tokenizer()
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        initializer_range=warm_up.initializer_range,
+        hidden_size=warm_up.hidden_size,
+        intermediate_size=warm_up.intermediate_size,
+        num_hidden_layers=warm_up.layers,
+        num_attention_heads=warm_up.heads,
+        num_key_value_heads=warm_up.heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def _model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(addition_config(warm_up, tokenizer))
 
 
 def _sums(rows: list[dict[str, str]]) -> Tensor:

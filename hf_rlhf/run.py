@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.arguments import DEFAULTS, WITHOUT_EFFECT, ArgumentError
-from hf_rlhf.assemble import AlgorithmError, describe
+from hf_rlhf.assemble import AlgorithmError, describe, estimate_memory
 from hf_rlhf.checkpoint import CheckpointError, newest, read_manifest
+from hf_rlhf.data import Prompts
 from hf_rlhf.validation import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def check(recipe: Recipe, output_dir: str = "outputs") -> Plan:
         check_arguments(args)
         algorithm = recipe.algorithm()
         plan, _ = describe(algorithm, args.world_size, args.per_device_train_batch_size, recipe.model.lora is not None)
+        estimate_memory(plan, algorithm, args, recipe.sections)
         if recipe.dataset.path is not None:
             columns, rows = read_columns(recipe.dataset)
             check_columns(columns, [plugin for _, plugin in algorithm.plugins()])
@@ -107,6 +109,7 @@ def train(
         if checkpoint is not None:
             trainer.check_checkpoint(Path(checkpoint))
         _write_recipe(trainer, recipe)
+        _record_memory(trainer, plan)
         samples: dict[str, Any] = {}
         before = _evaluate(trainer, samples, "before") if checkpoint is None else _saved_before(checkpoint)
         trainer.run_log.record["before"] = before
@@ -122,6 +125,7 @@ def train(
             "steps": result.global_step,
             "seconds": time.perf_counter() - started,
             "train_seconds": result.metrics.get("train_runtime"),
+            "peak_memory_mib": trainer.meters.peak_memory(trainer.accelerator),
             "output_dir": str(folder),
             "plan": trainer.run_log.record["plan"],
             "versions": trainer.run_log.record["versions"],
@@ -163,6 +167,15 @@ def _write_recipe(trainer: RLHFTrainer, recipe: Recipe) -> None:
     if trainer.is_world_process_zero():
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
         (trainer.output_dir / "recipe.yaml").write_text(recipe.dump())
+
+
+def _record_memory(trainer: RLHFTrainer, plan: Plan) -> None:
+    """The plan's memory into the run's record, once more where the prompts' lengths were assumed and now are known."""
+    parts = trainer.parts
+    if plan.memory and parts.dataset_settings.max_prompt_tokens is None and isinstance(parts.train, Prompts):
+        longest = max(map(len, parts.train.ids))
+        estimate_memory(plan, parts.algorithm, trainer.args, parts.sections, model=parts.model, prompt_tokens=longest)
+    trainer.run_log.record["plan"] |= {"memory": plan.memory, "memory_notes": plan.memory_notes}
 
 
 def _evaluate(trainer: RLHFTrainer, samples: dict[str, Any], when: str) -> dict[str, float] | None:

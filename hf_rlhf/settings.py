@@ -118,6 +118,8 @@ class Logging:
 
     completions: Annotated[int, Ge(0)] = 16
     """Completions per log entry in the table and in completions/*.parquet (0: none)."""
+    entropy: Literal["sampled", "exact"] = "sampled"
+    """What policy/entropy is: an estimate from the sampled tokens, which costs nothing, or the exact entropy."""
 
 
 SECTIONS: dict[str, type] = {

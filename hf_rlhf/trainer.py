@@ -28,7 +28,7 @@ from hf_rlhf.collect import Collector
 from hf_rlhf.evaluation import evaluate
 from hf_rlhf.forwards import Forwards
 from hf_rlhf.log import RunLog, completion_rows
-from hf_rlhf.losses import DISTRIBUTION, policy_terms, text_term, value_term
+from hf_rlhf.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
 from hf_rlhf.meters import Meters
 from hf_rlhf.micro_batches import Batching, choose_attention
 from hf_rlhf.optimizers import check_given, critic_groups
@@ -247,13 +247,18 @@ class RLHFTrainer(SavingTrainer):
             named = {f"{DISTRIBUTION}{title}": (kl.estimator, "loss" in kl.places) for title, kl in compared}
             with self.accelerator.autocast():
                 measures = reference.measures(inputs["batch"], named)
+        fused = torch.is_grad_enabled() and a.loss_is_token_level
         new = model(
             inputs["batch"],
-            entropy="entropy" in a.needs,
+            entropy="entropy" in a.needs or self.parts.logging_settings.entropy == "exact",
             values=critic is not None,
             measures=measures,
+            derivative=derivative(a, inputs) if fused else None,
         )
+        gradient = new.pop("loss", None)  # a zero with the gradient of all that follows
         sums = policy_terms(a, new, inputs, meters)
+        if gradient is not None:
+            sums["policy/loss"] = sums["policy/loss"] + gradient
         if critic is not None:
             sums |= value_term(critic, new["values"], inputs, meters)
         return sums

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import runs
@@ -85,7 +85,7 @@ def logged(make: Callable[[Path, Any], Parts]) -> Callable[[Path, Any], Any]:
 
     def show(folder: Path, value: Any) -> Any:
         entries = runs.entries(runs.trained(folder, **make(folder, value)))
-        return [{k: v for k, v in entry.items() if not k.startswith(("time/", "perf/"))} for entry in entries]
+        return [{k: v for k, v in entry.items() if not k.startswith(("time/", "memory/", "perf/"))} for entry in entries]
 
     return show
 
@@ -445,10 +445,20 @@ def micro_batches(folder: Path, tokens: int | None) -> list[int]:
     """The rows of each micro-batch."""
     made = runs.trainer(folder, update={"max_tokens_per_micro_batch": tokens})
     buffer = made.collector.collect(0)
-    return [len(micro["mask"]) for micro in buffer.slot(0, made.algorithm, 0, 0, 64)]
+    return [len(micro["mask"]) for micro in buffer.slot(0, made.algorithm, 0, made.collector.forwards.batching)]
 
 
 BITES["update.max_tokens_per_micro_batch"] = Bite(None, 20, micro_batches)
+
+
+def positions(folder: Path, attention: Literal["packed", "padded"]) -> int:
+    """Tokens that pass the trunk in one optimizer step, padding included."""
+    made = runs.trainer(folder, update={"attention": attention})
+    slot = made.collector.collect(0).slot(0, made.algorithm, 0, made.collector.forwards.batching)
+    return sum(micro["batch"].positions for micro in slot)
+
+
+BITES["update.attention"] = Bite("packed", "padded", positions)
 
 
 def evaluation(setting: str) -> Callable[[Path, Any], Any]:
@@ -475,6 +485,15 @@ def written(folder: Path, completions: int) -> int:
 
 
 BITES["logging.completions"] = Bite(3, 0, written)
+
+
+def entropy_logged(folder: Path, kind: str) -> float:
+    made = runs.trainer(folder, logging={"entropy": kind})
+    made.train()
+    return next(entry["policy/entropy"] for entry in made.state.log_history if "policy/entropy" in entry)
+
+
+BITES["logging.entropy"] = Bite("sampled", "exact", entropy_logged)
 
 
 def saved(folder: Path, seed: int = 0, **config: Any) -> str:

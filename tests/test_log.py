@@ -25,7 +25,7 @@ from hf_rlhf.meters import Meters
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.trackers import guard
 
-TIMED = ("time/", "perf/", "train_", "eval_runtime", "eval_samples", "eval_steps")
+TIMED = ("time/", "memory/", "perf/", "train_", "eval_runtime", "eval_samples", "eval_steps")
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -144,6 +144,7 @@ def write(folder: Path, **texts: list[Any]) -> Path:
     log.completions = completion_rows(6, texts, {"reward/a": scores}, advantages, mask, limit=100)
     state = SimpleNamespace(is_world_process_zero=True, global_step=7, max_steps=9)
     log.on_log(None, state, None, logs={"loss": 0.5})
+    log.flush()
     return folder / "completions" / "step_000007.parquet"
 
 

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PLUGIN_FILES = [file for file in sorted((ROOT / "plugins").rglob("*.py")) if file.name != "__init__.py"]
 CORE_FILES = sorted((ROOT / "hf_rlhf").rglob("*.py"))
 ALLOWED_TO_PLUGINS = {"hf_rlhf", "hf_rlhf.axes", "hf_rlhf.batch"}
-RUN_TYPES = {"hf_rlhf.algorithm", "hf_rlhf.policy", "hf_rlhf.prompts", "hf_rlhf.step"}
+RUN_TYPES = {"hf_rlhf.algorithm", "hf_rlhf.attention", "hf_rlhf.policy", "hf_rlhf.prompts", "hf_rlhf.step"}
 """What plugins may import for annotations; where they meet the policy, also to use."""
 MEET_THE_POLICY = {"rollout", "critic", "reference"}
 LAYERS = ["cli", "trainer", "collect", "policy", "algorithm", "recipe", "host", "hookspecs", "axes", "batch"]

@@ -1,14 +1,23 @@
-"""Tensor code by token that several estimators share: discounted sums, GAE, whitening."""
+"""Tensor code by token that several estimators share: discounted sums, GAE, whitening.
+
+Rows are worked on in parts that fit a processor's cache, each from its inputs to its result, so that the large tensors
+are read and written once. Sums stay in the tensors' own precision, and none depends on matrix products, whose precision
+a user may have lowered.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+PART = 2**18
+"""Numbers of one tensor that are worked on at a time on a CPU: 1 MiB in float32."""
 
 
 def given(x: T | None, field: str, reader: str) -> T:
@@ -28,10 +37,15 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
     Tokens with m = 0 neither discount nor add.
     """
-    x, m = _blocks(rewards), _blocks(mask)
-    off = m == 0
-    to_go = _scan(x.masked_fill_(off, 0.0), (m * gamma).masked_fill_(off, 1.0))
-    return _joined(to_go.mul_(m), rewards)
+    import torch
+
+    to_go = torch.empty_like(rewards)
+    factor = torch.full((1, 1), gamma, dtype=torch.float64)
+    for part, x, room in _parts(rewards):
+        m = mask[part]
+        on_mask(x.copy_(rewards[part]), m)
+        torch.mul(_carried(x, m, factor, room), m, out=to_go[part])
+    return to_go
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
@@ -39,55 +53,129 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float 
 
     (N, T) each, `lam` a number or (N,); 0 off the mask. Tokens with m = 0 carry what comes after them back unchanged;
     after the last token the value is 0. With values of 0 and lam = 1 this is the discounted reward to go.
+
+    With Q_t = (1 - lam) V_t + lam (R_t + gamma Q_{t+1}), what a token hands to the one before it, A_t is
+    R_t + gamma Q_{t+1} - V_t: one scan, and nothing is divided by lam.
     """
-    deltas, v, m = _blocks(rewards), _blocks(values), _blocks(mask)
-    off = m == 0
-    deltas.sub_(v)
-    # the value of this token or, where it is off the mask, of the next one on it
-    upcoming = _scan(v.masked_fill_(off, 0.0), off.to(v.dtype))
-    deltas.flatten(0, 1)[:-1].add_(upcoming.flatten(0, 1)[1:], alpha=gamma)
-    decay = (m * gamma).mul_(lam).masked_fill_(off, 1.0)
-    return _joined(_scan(deltas.masked_fill_(off, 0.0), decay).mul_(m), rewards)
+    import torch
+
+    advantages = torch.empty_like(rewards)
+    each = torch.full((len(rewards),), lam, dtype=torch.float64) if isinstance(lam, float | int) else lam
+    lams = each.unsqueeze(1)
+    for part, x, room in _parts(rewards):
+        r, v, m, out = rewards[part], values[part], mask[part], advantages[part]
+        on_mask(torch.lerp(v, r, lams[part].to(r), out=x), m)
+        handed = _carried(x, m, gamma * lams[part], room)
+        torch.sub(r, v, out=out)
+        out[:, :-1].add_(handed[:, 1:], alpha=gamma)
+        on_mask(out, m)
+    return advantages
 
 
-def _blocks(x: Tensor) -> Tensor:
-    """(N, T) -> a copy (blocks, steps, N) of about sqrt(T) blocks of time, filled up with 0.
+def on_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` in place, 0 where m = 0, also where it is infinite or no number there."""
+    if x.device.type != "cpu":
+        return x.masked_fill_(mask == 0, 0.0)
+    x.mul_(mask)  # several times faster on a CPU than filling in
+    return x if x.sum().isfinite() else x.masked_fill_(mask == 0, 0.0)
 
-    With time first each step of a scan reads and writes memory in one piece. What follows works in place: a new large
-    tensor costs more than a sum of two.
+
+def _parts(like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows of (N, T) at a time, with room for two tensors (rows, T): the same room each time, as new memory is slow."""
+    rows, length = like.shape
+    if not like.numel():
+        return
+    count = min(rows, max(1, PART // length)) if like.device.type == "cpu" else rows
+    x, decay = like.new_empty(2, count, length)
+    for start in range(0, rows, count):
+        part = slice(start, min(start + count, rows))
+        yield part, x[: part.stop - start], decay[: part.stop - start]
+
+
+def _carried(x: Tensor, mask: Tensor, factor: Tensor, room: Tensor) -> Tensor:
+    """y_t = x_t + d_t y_{t+1}, d = `factor` (rows or 1, 1) on the mask and 1 off it: (rows, T), where `x` is 0 off the mask.
+
+    `factor` is of any dtype. The result stands in `x` or `room`; both are overwritten.
     """
-    rows, length = x.shape
-    steps = max(1, math.isqrt(length))
-    copy = x.new_zeros(-(-length // steps), steps, rows)
-    copy.view(-1, rows)[:length] = x.t()
-    return copy
+    import torch
+
+    if x.size(1) == 1:
+        return x
+    torch.sub(mask[:, 1:], mask[:, :-1], out=room[:, 1:])
+    if room[:, 1:].max() <= 0:  # no token after one that is off the mask
+        return _doubled(x, factor, room)
+    torch.sub(1, mask, out=room).addcmul_(mask, factor.to(mask))
+    return _scan(x, room)
 
 
-def _joined(x: Tensor, like: Tensor) -> Tensor:
-    """(blocks, steps, N) -> (N, T), in the shape of `like`."""
-    return x.view(-1, len(like))[: like.size(1)].t().contiguous()
+def _doubled(x: Tensor, factor: Tensor, room: Tensor) -> Tensor:
+    """y_t = x_t + factor y_{t+1}, by sums over 2, 4, 8, ... tokens: (rows, T), in `x` or `room`."""
+    import torch
+
+    span, power = 1, factor.to("cpu", torch.float64)  # a square of a square of ... in float32 would lose digits
+    while span < x.size(1) and power.any():
+        torch.addcmul(x[:, :-span], power.to(x), x[:, span:], out=room[:, :-span])
+        room[:, -span:] = x[:, -span:]
+        x, room = room, x
+        power, span = power * power, 2 * span
+    return x
 
 
 def _scan(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + decay_t y_{t+1}; (blocks, steps, N) each. Overwrites `x`, which it returns, and `decay`.
+    """y_t = x_t + decay_t y_{t+1}: (rows, T) each, T > 0. Overwrites `x`, which it returns, and `decay`.
 
-    All blocks are scanned side by side, then what enters each from behind is added: about 2 sqrt(T) steps on tensors.
-    Nothing is divided, so no decay from 0 to 1 loses digits.
+    About sqrt(T) blocks of time are scanned side by side, then what enters each from behind is added: about 3 sqrt(T)
+    steps on tensors. Nothing is divided, so no decay from 0 to 1 loses digits.
     """
-    blocks, steps, rows = x.shape
+    import torch
+
+    length = x.size(1)
+    steps = math.isqrt(length)
+    blocks, edge = length // steps, length - length % steps
+    for t in reversed(range(edge, length - 1)):  # what the blocks leave over
+        x[:, t].addcmul_(decay[:, t], x[:, t + 1])
+    inside, faded = (a[:, :edge].unflatten(1, (blocks, steps)) for a in (x, decay))
+    xs, decays = inside.unbind(2), faded.unbind(2)
     for step in reversed(range(steps - 1)):
-        x[:, step].addcmul_(decay[:, step], x[:, step + 1])
-        decay[:, step].mul_(decay[:, step + 1])
-    behind = x.new_zeros(blocks, rows)
+        xs[step].addcmul_(decays[step], xs[step + 1])
+        decays[step].mul_(decays[step + 1])
+    first, through = (a.t().contiguous().unbind() for a in (xs[0], decays[0]))
+    behind = x.new_zeros(blocks, len(x))
+    if edge < length:
+        behind[-1] = x[:, edge]
+    enters = behind.unbind()
     for block in reversed(range(blocks - 1)):
-        behind[block] = x[block + 1, 0] + decay[block + 1, 0] * behind[block + 1]
-    return x.addcmul_(decay, behind.unsqueeze(1))
+        torch.addcmul(first[block + 1], through[block + 1], enters[block + 1], out=enters[block])
+    inside.addcmul_(faded, behind.t().unsqueeze(2))
+    return x
 
 
 def whiten_tokens(x: Tensor, mask: Tensor, ddof: int = 1) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the mask: (N, T), 0 off the mask, exactly 0 where all are equal."""
-    tokens, off = mask.sum(), mask == 0
-    flat = x.masked_fill(off, float("-inf")).max() == x.masked_fill(off, float("inf")).min()
-    deviation = ((x - (x * mask).sum() / tokens.clamp(min=1)) * mask).masked_fill(flat, 0.0)
-    variance = (deviation**2).sum() / (tokens - ddof).clamp(min=1)
-    return deviation * (variance + 1e-8).rsqrt()
+    """(x - mean) / sqrt(var + 1e-8) over the mask: (N, T), 0 off the mask, exactly 0 where all are equal.
+
+    What is summed are deviations, first from one of the numbers, so that equal ones are found without a rounding error.
+    """
+    import torch
+
+    white = torch.zeros_like(x)
+    if not x.numel():
+        return white
+    row = mask.sum(1).argmax()
+    one = x[row, mask[row].argmax()]
+    found = []
+    for part, deviation, own in _parts(x):
+        torch.sub(x[part], one, out=deviation).mul_(mask[part])
+        tokens, span = mask[part].sum(), torch.stack(deviation.aminmax())
+        mean = deviation.sum() / tokens.clamp(min=1)
+        torch.sub(deviation, mean, out=own).mul_(mask[part])
+        found.append(torch.stack([tokens, mean, own.square_().sum(), *span]))
+    tokens, means, squares, low, high = torch.stack(found).unbind(1)
+    if (low == 0).all() and (high == 0).all():
+        return white
+    count = tokens.sum()
+    mean = (tokens * means).sum() / count
+    variance = (squares + tokens * (means - mean) ** 2).sum() / (count - ddof).clamp(min=1)
+    for part, _, _ in _parts(x):
+        out = torch.sub(x[part], one, out=white[part])
+        out.sub_(mean).mul_((variance + 1e-8).rsqrt()).mul_(mask[part])
+    return white

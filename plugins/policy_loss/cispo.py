@@ -28,6 +28,7 @@ class CISPO(PolicyLoss):
     """-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log p, where sg lets no gradient through."""
 
     name = "cispo"
+    token_level = True
     zero_without_advantage = True
     stops_gradient = True
 

@@ -26,6 +26,7 @@ class ClipCov(Clipped):
     """ppo_clip, whose gradient is 0 on the selected tokens."""
 
     name = "clip_cov"
+    token_level = True
     zero_without_advantage = True
     needs = frozenset({"old_logps", "selected"})
     stops_gradient = True

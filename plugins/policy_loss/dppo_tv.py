@@ -30,6 +30,7 @@ class DPPOTV(Anchored):
     """-sg(min(rho, c)) A log p M; M is 0 where A > 0 and p - p_old > high, or A <= 0 and p_old - p > low, else 1."""
 
     name = "dppo_tv"
+    token_level = True
     zero_without_advantage = True
     stops_gradient = True
 

@@ -28,6 +28,7 @@ class DualClip(Clipped):
     """Where A < 0 min(ppo_clip, -c A), elsewhere ppo_clip: beyond rho = c a bad token's gradient is 0."""
 
     name = "dual_clip"
+    token_level = True
     zero_without_advantage = True
 
     c: Annotated[float, Gt(1)] = 3.0

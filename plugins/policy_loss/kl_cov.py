@@ -28,6 +28,7 @@ class KLCov(PolicyLoss):
     """-rho A, on the selected tokens + beta (rho - 1 - log rho)."""
 
     name = "kl_cov"
+    token_level = True
     needs = frozenset({"old_logps", "selected"})
 
     fraction: Share = 2e-4

@@ -24,6 +24,7 @@ class PPOClip(Clipped):
     """
 
     name = "ppo_clip"
+    token_level = True
     zero_without_advantage = True
 
     def __call__(

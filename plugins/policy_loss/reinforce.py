@@ -20,6 +20,7 @@ class Reinforce(PolicyLoss):
     """-A log p: the policy gradient while the policy is the one that rolled out."""
 
     name = "reinforce"
+    token_level = True
     zero_without_advantage = True
     needs = frozenset()
 

@@ -1,27 +1,37 @@
-"""Completions by transformers' own `generate`, sampled from the policy's full distribution unless a setting cuts it."""
+"""Completions sampled from the policy, from its full distribution unless a setting cuts it.
+
+Each distinct prompt passes through the model once and its completions share its keys and values; rows that have ended
+leave the batch; a token is drawn by one uniform number that depends on its row and step alone. Where a setting or the
+architecture asks for more (stop strings, logits processors, keywords of `generate`, recurrent layers), transformers'
+`model.generate` samples instead, which is said once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Interval
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Count, Positive, RolloutEngine
+from hf_rlhf.axes import Context, Count, Positive, RolloutEngine
 from hf_rlhf.batch import Completions
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.policy import Policy
     from hf_rlhf.prompts import Prompt
 
+    from ._sampling import Sampler
+
 
 @dataclass(kw_only=True)
 class Generate(RolloutEngine):
-    """Samples with `model.generate`."""
+    """Samples with the policy itself."""
 
     name = "generate"
     provides = frozenset({"sampler_logps"})
@@ -37,7 +47,32 @@ class Generate(RolloutEngine):
     repetition_penalty: Positive = 1.0
     """Divides the scores of tokens that have occurred; 1 is none."""
     max_rows: Count | None = None
-    """Most rows that are decoded at a time; all when left out."""
+    """Most rows that are decoded at a time, in whole groups of one prompt; all when left out."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Texts that end a completion, as the end-of-sequence token does; they stay in it."""
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further keywords of transformers' GenerationConfig, as they stand."""
+    logits_processors: list[str] = field(default_factory=list)
+    """Logits processors of transformers, each as `package.module:Class`, made without arguments. They are run."""
+    decode_dtype: Literal["same", "bfloat16"] = "same"
+    """Type of the weights for decoding. "bfloat16" copies them once per rollout and frees the copy after it."""
+
+    @property
+    def exact_logps(self) -> bool:
+        """Whether the log-probs it reports are those the trainer's policy gives, up to rounding."""
+        return self.decode_dtype == "same"
+
+    def check(self, algorithm: Algorithm) -> Iterable[str]:
+        """Keywords that `generate` does not know or that are settings here; processors that cannot be made."""
+        from ._checks import generation_problems, load_processors
+
+        yield from generation_problems(self.generation_kwargs)
+        if "" in self.stop_strings:
+            yield "rollout.stop_strings holds an empty text, which every completion contains: leave it out"
+        try:
+            load_processors(self.logits_processors)
+        except ValueError as error:
+            yield str(error)
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         """Settings that keep the samples from being the policy's own."""
@@ -48,118 +83,155 @@ class Generate(RolloutEngine):
                     f"{setting}={getattr(self, setting)} samples from another distribution than the one whose log-probs "
                     f"are trained on: gradients are biased; {setting}={off} is exact"
                 )
+        for setting in ("generation_kwargs", "logits_processors"):
+            if getattr(self, setting):
+                yield (
+                    f"{setting} may change the distribution that is sampled from: then gradients are biased; and "
+                    "model.generate decodes, which is slower"
+                )
+        if self.stop_strings:
+            yield "stop_strings lets model.generate decode, which is slower"
+        if not self.exact_logps:
+            yield (
+                f"decode_dtype={self.decode_dtype} samples from a rounded policy; rollout_correction weights the rows by the "
+                "ratio of the two"
+            )
+
+    def setup(self, context: Context) -> None:
+        from ._checks import load_processors
+
+        load_processors(self.logits_processors)
 
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
-        """See `RolloutEngine`. Prompts are padded on the left; what follows the first end-of-sequence token is cut off."""
-        eos = self._eos(policy)
-        step = max(1, (self.max_rows or len(prompts) * num_generations) // num_generations)
-        ids: list[list[int]] = []
-        logps: list[list[float]] = []
-        reasons: list[str] = []
-        for start in range(0, len(prompts), step):
-            rows, reported = self._decode(policy, prompts[start : start + step], num_generations, temperature)
-            for i, row in enumerate(rows):
-                ends = [place for place, token in enumerate(row) if token in eos]
-                ids.append(row[: ends[0] + 1] if ends else row)
-                reasons.append("stop" if ends else "length")
-                if reported:
-                    logps.append(reported[i][: len(ids[-1])])
-        return Completions(ids=ids, finish_reasons=reasons, logps=logps or None)
-
-    def _decode(
-        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float | None
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """Rows of tokens and, where something reads them, the log-probs with which they were drawn: of the whole vocabulary
-        at the temperature, before top_p, top_k and min_p cut it. A greedy row has none."""
+        """See `RolloutEngine`. Log-probs are of the whole distribution at the temperature, before top_p and the like cut
+        it; a greedy row has none."""
         import torch
-        from transformers import GenerationConfig
 
         temperature = self.temperature if temperature is None else temperature
-        pad = policy.tokenizer.pad_token_id
-        width = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.tensor([[pad] * (width - len(p.ids)) + list(p.ids) for p in prompts], device=policy.device)
-        attend = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=policy.device)
-        sampling = {"temperature": temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        config = GenerationConfig(
-            do_sample=temperature > 0,
-            max_new_tokens=self.max_new_tokens,
-            num_return_sequences=num_generations if temperature > 0 else 1,
-            repetition_penalty=self.repetition_penalty,
-            eos_token_id=sorted(self._eos(policy)),
-            pad_token_id=pad,
-            use_cache=True,
-            **(sampling if temperature > 0 else {}),
+        slow = self._needs_generate(policy, prompts)
+        if self.decode_dtype != "same":
+            from ._decoding import copy_of
+
+            policy = replace(policy, model=copy_of(policy.model, getattr(torch, self.decode_dtype)))
+        run = self._generate if slow else self._decode
+        return run(policy, prompts, num_generations, temperature)
+
+    def sampler(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        temperature: float,
+        device: torch.device,
+        logps: bool,
+    ) -> Sampler:
+        """What chooses the next tokens: `sampler(logits, rows, step) -> (tokens, logps)`.
+
+        `logits` (B, V) are the model's for the rows `rows` (B,), numbered over prompts times generations, each of which
+        has `step` tokens; `tokens` are (B,), `logps` (B,) or None, and due where `logps` here is True. Measurements
+        override this, for example to end each row at a length of its own. Greedy rows are sampled once per prompt:
+        `num_generations` is then 1.
+        """
+        from transformers import (
+            MinPLogitsWarper,
+            RepetitionPenaltyLogitsProcessor,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
         )
-        recorder = _recorder(temperature) if policy.wants_logps and temperature > 0 else None
-        with _alone(policy.model):
-            rows = policy.model.generate(
-                input_ids=ids,
-                attention_mask=attend,
-                generation_config=config,
-                logits_processor=[recorder] if recorder else None,
-            )
-        reported = recorder.finish(rows)[:, : rows.size(1) - width].tolist() if recorder else []
-        drawn = rows[:, width:].tolist()
-        return drawn if temperature > 0 else [row for row in drawn for _ in range(num_generations)], reported
+
+        from ._sampling import Greedy, History, Penalised, Random, Uniforms
+
+        penalised = Penalised()
+        if self.repetition_penalty != 1:
+            ids = [prompt.ids for prompt in prompts for _ in range(num_generations)]
+            history = History(ids, self.max_new_tokens, device)
+            penalised = Penalised(processor=RepetitionPenaltyLogitsProcessor(self.repetition_penalty), history=history)
+        if temperature == 0:
+            return Greedy(penalised=penalised)
+        cuts: list[Any] = [TopKLogitsWarper(self.top_k)] if self.top_k else []
+        cuts += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        cuts += [MinPLogitsWarper(self.min_p)] if self.min_p else []
+        uniforms = Uniforms(len(prompts) * num_generations, device)
+        return Random(uniforms=uniforms, temperature=temperature, penalised=penalised, cuts=cuts, logps=logps)
+
+    def _decode(
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float
+    ) -> Completions:
+        """By the decode loop."""
+        from ._decoding import Decoder
+
+        group, eos = num_generations if temperature > 0 else 1, self._eos(policy)
+        decode = Decoder(model=policy.model, eos=eos, steps=self.max_new_tokens, device=policy.device)
+        reports = policy.wants_logps and temperature > 0
+        sampler = self.sampler(prompts, group, temperature, policy.device, reports)
+        ids: list[list[int]] = []
+        logps: list[list[float]] = []
+        for start, part in self._parts(prompts, group):
+            drawn, reported = decode([prompt.ids for prompt in part], group, sampler, start * group)
+            ids += drawn
+            logps += reported or []
+        if group < num_generations:
+            ids = [list(row) for row in ids for _ in range(num_generations)]
+        return Completions(
+            ids=ids,
+            finish_reasons=["stop" if row[-1] in eos else "length" for row in ids],
+            logps=logps if reports else None,
+        )
+
+    def _generate(
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float
+    ) -> Completions:
+        """By `model.generate`."""
+        from ._checks import load_processors
+        from ._generating import Generator
+
+        cuts = {"temperature": temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        generate = Generator(
+            policy=policy,
+            eos=self._eos(policy),
+            settings={"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+            | (cuts if temperature > 0 else {})
+            | self.generation_kwargs,
+            stop_strings=self.stop_strings,
+            processors=load_processors(self.logits_processors),
+        )
+        ids: list[list[int]] = []
+        stopped: list[bool] = []
+        logps: list[list[float]] = []
+        for _, part in self._parts(prompts, num_generations):
+            found = generate([prompt.ids for prompt in part], num_generations, temperature)
+            ids += found.ids
+            stopped += found.stopped
+            logps += found.logps or []
+        return Completions(
+            ids=ids, finish_reasons=["stop" if end else "length" for end in stopped], logps=logps or None
+        )
+
+    def _parts(self, prompts: Sequence[Prompt], group: int) -> Iterable[tuple[int, Sequence[Prompt]]]:
+        """Prompts whose rows are decoded together, and how many prompts came before."""
+        size = max(1, (self.max_rows or len(prompts) * group) // group)
+        for start in range(0, len(prompts), size):
+            yield start, prompts[start : start + size]
+
+    def _needs_generate(self, policy: Policy, prompts: Sequence[Prompt]) -> bool:
+        """Whether `model.generate` has to decode; says why."""
+        from ._checks import say_once, unserved
+
+        for setting in ("stop_strings", "logits_processors", "generation_kwargs"):
+            if getattr(self, setting):
+                say_once(logging.INFO, f"{setting} is set")
+                return True
+        longest = max(len(prompt.ids) for prompt in prompts) + self.max_new_tokens
+        reason = unserved(policy.model, policy.device, longest)
+        if reason is not None:
+            say_once(logging.WARNING, f"{type(policy.model).__name__} is not served by the decode loop: {reason}")
+        return reason is not None
 
     def _eos(self, policy: Policy) -> set[int]:
         own = policy.model.generation_config.eos_token_id
         found = {own} if isinstance(own, int) else set(own or ())
         return found | ({policy.tokenizer.eos_token_id} - {None})
-
-
-def _recorder(temperature: float) -> Any:
-    """A logits processor that changes nothing and remembers the log-prob of each token that was drawn."""
-    import torch
-    from torch import Tensor
-    from transformers import LogitsProcessor
-
-    class Recorder(LogitsProcessor):
-        """Called with the scores of the coming token (rows, V), after which the last of `input_ids` shows what was drawn."""
-
-        def __init__(self) -> None:
-            self.drawn: list[Tensor] = []
-            self.last: Tensor | None = None
-
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            self._note(input_ids)
-            self.last = (scores.double() if scores.dtype == torch.float64 else scores.float()) / temperature
-            return scores
-
-        def finish(self, rows: Tensor) -> Tensor:
-            """(rows, tokens) log-probs of what was drawn."""
-            self._note(rows)
-            return torch.stack(self.drawn, 1)
-
-        def _note(self, rows: Tensor) -> None:
-            if self.last is not None:
-                self.drawn.append(self.last.log_softmax(-1).gather(1, rows[:, -1:]).squeeze(1))
-
-    return Recorder()
-
-
-@contextmanager
-def _alone(model: Any) -> Iterator[None]:
-    """Keeps the model's own generation settings (suppressed tokens, n-gram bans, ...) out of what is sampled: transformers
-    would fill in every setting that ours leaves open."""
-    from transformers import GenerationConfig
-
-    parts: tuple[Any, ...] = (model, getattr(model, "base_model", None), _inner(model))
-    holders = [part for part in parts if hasattr(part, "generation_config")]
-    own = [part.generation_config for part in holders]
-    for part in holders:
-        part.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for part, config in zip(holders, own, strict=True):
-            part.generation_config = config
-
-
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @hookimpl

@@ -1,0 +1,190 @@
+"""Memory by phase as it is estimated before a run and as the run measures it.
+
+`python -m benchmarks.memory [--cases NAME ...] [--json PATH]`
+
+Each case is a short run of a small Qwen2 model with random weights in a process of its own, on CPU. An estimate is the
+largest that can happen, so completions are all of the greatest length but for those that a random model ends. Measured is
+the resident set. `exact` runs tell the C library to hand every large block back to the system when it is freed
+(MALLOC_MMAP_THRESHOLD_), so that the resident set is what tensors take; `default` runs leave it as it is, and what it
+keeps for later is part of the number. The result goes to benchmarks/results/memory.json and, as a table, to memory.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT_TOKENS = 32
+BASE: dict[str, Any] = {
+    "rollout": {"use": "generate", "prompts": 4, "num_generations": 4, "max_new_tokens": 97},
+    "rewards": [{"use": "format", "pattern": ".*[02468]"}],
+    "advantages": "group_norm",
+    "reference": "none",
+    "update": {"max_tokens_per_micro_batch": 768},
+}
+LOSS_KL = {"kl": [{"use": "in_loss"}], "reference": "frozen"}
+PPO = {
+    "advantages": "gae",
+    "critic": "separate",
+    "kl": [{"use": "in_reward"}],
+    "reference": "frozen",
+    "update": {"max_tokens_per_micro_batch": 768, "epochs": 2},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "grpo, vocabulary 4k": {},
+    "grpo, vocabulary 32k": {"vocabulary": 32768},
+    "grpo, unbounded": {"recipe": {"update": {}}},
+    "grpo, padded": {"recipe": {"update": {"attention": "padded", "max_tokens_per_micro_batch": 768}}},
+    "grpo, reference": {"recipe": LOSS_KL},
+    "ppo, separate critic": {"recipe": PPO},
+    "LoRA": {"lora": True},
+    "LoRA, vocabulary 32k": {"lora": True, "vocabulary": 32768},
+    "checkpointing": {"training": {"gradient_checkpointing": True}, "recipe": {"update": {}}},
+    "bf16 autocast": {"training": {"bf16": True}},
+    "SGD": {"training": {"optim": "sgd"}},
+}
+"""Name -> what differs from BASE, from a vocabulary of 4096 and from two steps of AdamW."""
+ALLOCATORS: dict[str, dict[str, str]] = {"exact": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "default": {}}
+
+
+def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """One run in this process: {"estimated": {phase: {part: MiB}}, "measured": {phase: MiB}}.
+
+    A run of a far smaller model comes first, so that every library is loaded when the process is weighed.
+    """
+    from hf_rlhf.estimate import Setting, from_model
+    from hf_rlhf.settings import Model
+
+    _train(case, f"{folder}/first", hidden=16, layers=1)
+    model, args, peft_config, recipe, made = _trainer(case, f"{folder}/second", hidden=256, layers=6)
+    setting = Setting(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
+    trim()
+    estimated = from_model(model, Model(), setting, peft_config)
+    trainer = made()
+    del model
+    trim()
+    trainer.train()
+    trainer.close()
+    measured: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        for name, x in entry.items():
+            if name.startswith("memory/") and name.endswith("/peak"):
+                phase = name.split("/")[1]
+                measured[phase] = max(x, measured.get(phase, 0.0))
+    return {"estimated": estimated.phases, "notes": estimated.notes, "measured": measured}
+
+
+def _train(case: dict[str, Any], folder: str, **sizes: int) -> None:
+    *_, made = _trainer(case, folder, **sizes)
+    trainer = made()
+    trainer.train()
+    trainer.close()
+
+
+def _trainer(case: dict[str, Any], folder: str, *, hidden: int, layers: int) -> tuple[Any, Any, Any, Any, Any]:
+    """A model, arguments, adapter and recipe, and what makes a trainer of them."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    from benchmarks.work import Line, make_model, make_tokenizer
+    from hf_rlhf import RLHFTrainer
+    from hf_rlhf.recipe import resolve
+
+    sizes = {"hidden": hidden, "layers": layers, "intermediate": 4 * hidden}
+    line = Line(name="memory", vocabulary=case.get("vocabulary", 4096), **sizes)
+    model, tokenizer = make_model(line), make_tokenizer(line.vocabulary)
+    rows = [{"prompt": " ".join(f"w{4 + (7 * i + j) % 4000}" for j in range(PROMPT_TOKENS))} for i in range(64)]
+    recipe = resolve({**BASE, **case.get("recipe", {})})
+    training = {"learning_rate": 1e-6, "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    args = TrainingArguments(
+        folder, use_cpu=True, report_to="none", disable_tqdm=True, **{**training, **case.get("training", {})}
+    )
+    peft_config = None
+    if case.get("lora"):
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    kept = [model]
+
+    def made() -> Any:
+        trainer = RLHFTrainer(
+            kept.pop(), recipe, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    return model, args, peft_config, recipe, made
+
+
+def trim() -> None:
+    """Hands freed memory back to the system, where the C library can."""
+    gc.collect()
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
+
+
+def in_own_process(name: str, allocator: str) -> dict[str, Any]:
+    """`run_case` in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, "--folder", folder]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **ALLOCATORS[allocator]}
+        )
+    return {"case": name, "allocator": allocator, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows in Markdown: MiB of each phase, the process itself included, and the ratio without it."""
+    lines = ["| case | allocator | phase | estimated | measured | ratio | ratio above the process |", "|" + "---|" * 7]
+    for row in rows:
+        for phase, parts in row["estimated"].items():
+            total, measured, process = sum(parts.values()), row["measured"][phase], parts["process"]
+            cells = [row["case"], row["allocator"], phase, f"{total:.0f}", f"{measured:.0f}"]
+            cells += [f"{total / measured:.2f}", f"{(total - process) / (measured - process):.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the cases and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
+    parser.add_argument("--json", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_case(CASES[options.one], options.folder)))
+        return
+    rows = []
+    for name in options.cases:
+        for allocator in options.allocators:
+            rows.append(in_own_process(name, allocator))
+            print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
+    from hf_rlhf.assemble import versions
+
+    result = {
+        "command": "python -m benchmarks.memory",
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "versions": versions(),
+        "rows": rows,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    text = f"# Memory\n\n`{result['command']}`: MiB of a process, estimated and measured.\n\n{table(rows)}\n"
+    options.json.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The most memory that a process held inside a block, above what it held before."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hf_rlhf.memory import MIB, Phase, recorder
+
+
+@contextmanager
+def peak() -> Iterator[Phase]:
+    """A phase of `hf_rlhf.memory` on the CPU. Freed memory is handed back first, so that what was there before does not
+    make room for what comes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    with recorder(torch.device("cpu")).phase() as phase:
+        yield phase
+
+
+def mib(phase: Phase) -> float:
+    """Of a phase that has ended: its peak above its start."""
+    return phase.above / MIB

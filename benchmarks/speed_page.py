@@ -1,0 +1,328 @@
+"""docs/benchmarks.md and docs/scaling.svg from the results of benchmarks.trl, benchmarks.scaling and benchmarks.micro."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import markdown
+from hf_rlhf.lab.picture import COLOURS, GREY, INK, line, svg, text
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+PHASES = ("rollout", "forward", "reward", "update", "optimizer", "rest")
+NAMES = {"ours": "ours", "trl": "TRL"}
+Found = dict[str, Any]
+
+
+# Next to TRL
+
+
+def number(x: float | None, digits: int = 2) -> str:
+    """Empty for nothing."""
+    return "" if x is None else f"{x:.{digits}f}"
+
+
+def seconds(row: Found, system: str) -> str:
+    """The median and, where there are several, the least and most."""
+    low, high = row[system]["range"]
+    middle = f"{row[system]['seconds']:.2f}"
+    return middle if low == high else f"{middle} ({low:.2f}-{high:.2f})"
+
+
+def ratio(row: Found) -> str:
+    """Of the seconds, with the range over pairs of cycles."""
+    if row["ratio"] is None:
+        return "**not the same work**"
+    low, high = row["ratio_range"]
+    return f"**{row['ratio']:.2f}**" if low == high else f"**{row['ratio']:.2f}** ({low:.2f}-{high:.2f})"
+
+
+def times_table(rows: list[Found]) -> str:
+    """One line per kind of work."""
+    header = [
+        "work",
+        "TRL, s",
+        "ours, s",
+        "TRL / ours",
+        "peak, MiB: TRL",
+        "ours",
+        "TRL / ours",
+        "tokens/s: TRL",
+        "ours",
+    ]
+    lines = [
+        [
+            row["work"],
+            seconds(row, "trl"),
+            seconds(row, "ours"),
+            ratio(row),
+            f"{row['trl']['peak_mib']:.0f}",
+            f"{row['ours']['peak_mib']:.0f}",
+            number(row["memory_ratio"]),
+            f"{row['trl']['tokens_per_second']:.0f}",
+            f"{row['ours']['tokens_per_second']:.0f}",
+        ]
+        for row in rows
+    ]
+    return markdown(header, lines)
+
+
+def phases_table(rows: list[Found]) -> str:
+    """Seconds of each phase, TRL's and ours."""
+    lines = []
+    for row in rows:
+        cells = [
+            " / ".join(f"{row[system]['phases'].get(name, 0.0):.2f}" for system in ("trl", "ours")) for name in PHASES
+        ]
+        lines.append([row["work"], *cells])
+    return markdown(["work", *PHASES], lines)
+
+
+def floors_table(rows: list[Found]) -> str:
+    """The least seconds of a cycle, and which share of the measured ones they are."""
+    names = ("rollout", "forward", "update", "optimizer", "total")
+
+    def share(row: Found, system: str, name: str) -> str:
+        x = row[system]["floor_fraction"].get(name)
+        return "-" if x is None else f"{100 * x:.0f}"
+
+    lines = [
+        [
+            row["work"],
+            f"{row['floor_seconds']['total']:.2f}",
+            *(" / ".join(share(row, system, name) for system in ("trl", "ours")) for name in names),
+        ]
+        for row in rows
+    ]
+    return markdown(["work", "floor, s", *(f"{name}, %" for name in names)], lines)
+
+
+def means(found: Found) -> str:
+    """The geometric means in a sentence."""
+    if found["geometric_mean"] is None:
+        return "No line compares whole cycles."
+    count = len([row for row in found["rows"] if row["exact"] and row["compared"] == "cycle"])
+    return (
+        f"Geometric means over the {count} lines that compare whole cycles: **{found['geometric_mean']:.2f}** in time, "
+        f"**{found['memory_geometric_mean']:.2f}** in peak memory."
+    )
+
+
+def trl_section(found: Found) -> str:
+    """The tables of `benchmarks.trl`."""
+    rows = found["rows"]
+    worst = max((row["gradient_difference"] or 0.0 for row in rows), default=0.0)
+    rates = rows[0]["rates"] if rows else {}
+    machine = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "trl"))
+    return f"""{times_table(rows)}
+
+{means(found)}
+
+Medians over {found["rounds"]} processes of each system with {found["cycles"]} cycles each, in parentheses the least and the
+most; {machine}; {found["machine"]["processor"]}, one thread, float32. Gradients of the two differ by at most {worst:.0e} of
+their norm.
+
+Seconds by phase, TRL / ours:
+
+{phases_table(rows)}
+
+Floor, and the share of it that was reached, in per cent, TRL / ours:
+
+{floors_table(rows)}
+
+Rates of this machine for the first line: {rates["forward"] / 1e9:.0f} GFLOP/s forward, {rates["update"] / 1e9:.0f} with the
+backward, {rates["decode"] / 1e9:.0f} in products of a decoding step; {rates["read"] / 1e9:.0f} GB/s reading."""
+
+
+# Growth
+
+
+def scaling_section(found: Found) -> str:
+    """The tables of `benchmarks.scaling`."""
+    parts = []
+    for sweep in found["sweeps"]:
+        header = [sweep["axis"], "TRL, s", "ours, s", "TRL / ours", "peak, MiB: TRL", "ours"]
+        lines = [
+            [
+                f"{point['at']:,}",
+                number(point["seconds"].get("trl")),
+                number(point["seconds"].get("ours")),
+                number(point["ratio"]),
+                number(point["peak_mib"].get("trl"), 0),
+                number(point["peak_mib"].get("ours"), 0),
+            ]
+            for point in sweep["points"]
+        ]
+        parts.append(f"**{sweep['title']}.** {growth(sweep)}\n\n{markdown(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def growth(sweep: Found) -> str:
+    """The fits in words."""
+    words = []
+    for system, fit in sweep["fits"].items():
+        if "exponent" in fit:
+            words.append(f"{NAMES[system]}: seconds grow with the power {fit['exponent']:.2f}")
+        else:
+            error = f" (± {1e3 * fit['slope_error']:.1f})" if "slope_error" in fit else ""
+            words.append(f"{NAMES[system]}: {1e3 * fit['slope']:.1f} ms{error} for each further one")
+    if (share := sweep.get("slope_ratio")) is not None:
+        words.append(f"TRL's over ours {share:.1f}")
+    return "; ".join(words) + "." if words else ""
+
+
+PANEL, GAP, LEFT, TOP, COLUMNS = 190, 70, 60, 44, 3
+"""The picture: panels in a row, their size, the space between them, and the margins, in pixels."""
+
+
+def picture(found: Found) -> str:
+    """Small multiples of seconds by each axis, both logarithmic where the growth is a power."""
+    sweeps = found["sweeps"]
+    columns = min(COLUMNS, len(sweeps)) or 1
+    height = TOP + -(-len(sweeps) // columns) * (PANEL + GAP)
+    parts: list[str] = []
+    for place, sweep in enumerate(sweeps):
+        x, y = LEFT + place % columns * (PANEL + GAP), TOP + place // columns * (PANEL + GAP)
+        parts += _panel(sweep, x, y)
+    return svg(LEFT + columns * (PANEL + GAP), height, parts)
+
+
+def _panel(sweep: Found, x: float, y: float) -> list[str]:
+    import math
+
+    power = sweep["scale"] == "log"
+    curves = {
+        system: [(p["at"], p["seconds"][system]) for p in sweep["points"] if system in p["seconds"]]
+        for system in ("trl", "ours")
+    }
+    ats = [at for curve in curves.values() for at, _ in curve]
+    tops = [s for curve in curves.values() for _, s in curve]
+    low, high = (min(tops) / 1.3, max(tops) * 1.3) if power else (0.0, max(tops) * 1.1)
+
+    def scaled(value: float, a: float, b: float) -> float:
+        if power:
+            value, a, b = math.log(value), math.log(a), math.log(b)
+        return (value - a) / (b - a or 1.0)
+
+    def point(at: float, s: float) -> tuple[float, float]:
+        return x + PANEL * scaled(at, min(ats), max(ats)), y + PANEL * (1 - scaled(s, low, high))
+
+    parts = [f'<rect x="{x}" y="{y}" width="{PANEL}" height="{PANEL}" fill="none" stroke="{GREY}"/>']
+    parts.append(text(x, y - 8, sweep["title"], 'font-weight="bold"'))
+    for i, (system, curve) in enumerate(curves.items()):
+        places = [point(*at) for at in curve]
+        parts += [line(*a, *b, COLOURS[i], 2) for a, b in itertools.pairwise(places)]
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{COLOURS[i]}"/>' for a, b in places]
+        if places:
+            end = places[-1]
+            parts.append(text(end[0] + 6, end[1] + 4, NAMES[system], f'fill="{COLOURS[i]}"'))
+    for at in sorted({min(ats), max(ats)}):
+        parts.append(text(point(at, high)[0], y + PANEL + 14, f"{at:,}", 'text-anchor="middle"'))
+    parts.append(text(x + PANEL / 2, y + PANEL + 28, sweep["axis"], 'text-anchor="middle"'))
+    for s in (min(tops), max(tops)):
+        parts.append(text(x - 4, point(min(ats), s)[1] + 4, f"{s:.2g} s", f'text-anchor="end" fill="{INK}"'))
+    return parts
+
+
+# Parts alone
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1e6 * seconds:.3g} us"
+
+
+def figure(name: str, x: float | None) -> str:
+    """A cell of a column of `benchmarks.micro`."""
+    if x is None:
+        return ""
+    return f"{x:.1e}" if name == "apart by" else f"{x:,.0f}"
+
+
+def micro_section(found: Found) -> str:
+    """The tables of `benchmarks.micro`."""
+    parts = []
+    for part in found["parts"]:
+        base = next((entry["seconds"] for entry in part["entries"] if entry["variant"] == part["base"]), None)
+        lines = [
+            [
+                entry["variant"],
+                duration(entry["seconds"]),
+                *([] if base is None else [f"{base / entry['seconds']:.2f}"]),
+                *(figure(name, entry.get(name)) for name in part["extra"]),
+            ]
+            for entry in part["entries"]
+        ]
+        header = ["variant", "time", *([] if base is None else ["times faster"]), *part["extra"]]
+        parts.append(f"**{part['title']}.** {part['text']}\n\n{markdown(header, lines)}")
+    return "\n\n".join(parts)
+
+
+# The page
+
+
+def page(found: dict[str, Found]) -> str:
+    """docs/benchmarks.md; `found` holds the results that are there, by name."""
+    not_yet = "Not measured yet."
+    trl = trl_section(found["trl"]) if "trl" in found else not_yet
+    scaling = (scaling_section(found["scaling"]) + "\n\n![growth](scaling.svg)") if "scaling" in found else not_yet
+    micro = micro_section(found["micro"]) if "micro" in found else not_yet
+    return f"""# Speed
+
+<!-- Made by `python -m benchmarks.trl --page` from benchmarks/results/. -->
+
+Seconds are processor time, which other work on a machine changes little. Ratios carry over between machines, seconds do
+not: run the commands on yours.
+
+| command | what it measures |
+| --- | --- |
+| `python -m benchmarks.trl` | cycles of `grpo` and `rloo` next to TRL's trainers; `--quick`: two lines, `--only NAME ...`: some |
+| `python -m benchmarks.scaling` | growth with completions per prompt, length, vocabulary, model and number of plugins |
+| `python -m benchmarks.micro` | parts alone: head, sampling, packing, dispatch of plugins |
+| `python -m benchmarks.estimators` | advantage estimators: [estimators.md](../benchmarks/results/estimators.md) |
+
+## Next to TRL
+
+A cycle goes from the end of one optimizer step to the end of the next, the rollout in between; the first of a process is
+dropped. Both systems get the same weights, prompts and settings, and completions of the same lengths: lognormal with a mean
+of 0.4 times the longest, unless every one has full length. The model is a Qwen2 with tied embeddings, hidden size 256, 6
+layers of 8 heads, 4 of them for keys and values, and 1024 inside; the wide one has 512, 8 and 2048. A rollout has 4 prompts
+of 16-64 tokens with 8 completions each, unless said otherwise. Ours are the recipes `grpo@trl` and `rloo`, with micro-batches
+of at most 1024 tokens; TRL has micro-batches of 8 rows, its default. Both compute the exact entropy of every distribution
+for their metrics. A line has a ratio only if the lengths were met and the gradients of one scripted rollout agree to 1e-4,
+in each optimizer step. Peak memory is what the process held at most during training, above what it held before, when the
+weights were there.
+
+The floor is what every exact implementation has to compute, at the rates that this machine reaches for such shapes
+([benchmarks/floor.py](../benchmarks/floor.py)).
+
+{trl}
+
+## Growth
+
+{scaling}
+
+## Parts alone
+
+{micro}
+"""
+
+
+def results(folder: Path = RESULTS) -> dict[str, Found]:
+    """What was measured so far, by name."""
+    paths = {name: folder / f"{name}.json" for name in ("trl", "scaling", "micro")}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+
+
+def write_page(folder: Path = DOCS) -> None:
+    """The page and, where growth was measured, its picture."""
+    found = results()
+    (folder / "benchmarks.md").write_text(page(found), encoding="utf-8")
+    if "scaling" in found:
+        (folder / "scaling.svg").write_text(picture(found["scaling"]), encoding="utf-8")

@@ -1,0 +1,392 @@
+"""How much memory each phase of a run holds at most on one process, told before any model is loaded.
+
+Weights, optimizer state and the rollout's cache are arithmetic; a micro-batch is counted (`hf_rlhf.counting`) on the model
+that the configuration describes, with every completion as long as it may become. The allocator's own overhead and what
+kernels need inside are not in it; on CPU what the process holds before the model loads is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.attention import refusal
+from hf_rlhf.axes import TrainedCritic, UpdateRule
+from hf_rlhf.counting import (
+    MicroBatch,
+    count_cache,
+    count_forward,
+    count_heads,
+    count_update,
+    hollow,
+    tensor_bytes,
+    trunk_of,
+    without_storage,
+)
+from hf_rlhf.memory import MIB, resident
+from hf_rlhf.micro_batches import Batching
+from hf_rlhf.models import disable_dropout, lora_config
+from hf_rlhf.quickstart import BUILTIN, addition_config
+from hf_rlhf.settings import Model
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+PROMPT_TOKENS = 256
+"""Longest prompt where nothing says how long prompts are."""
+GROWTH = 32
+"""Completion tokens for which a rollout's cache has room at first; the room doubles from there."""
+PREFILL = 16384
+"""Prompt tokens that enter the model at a time in a rollout."""
+SCORES = 3
+"""Copies of a step's attention scores at a time: scores, those with the prompt's, their softmax."""
+
+LIBRARIES = 120 * MIB
+"""What a process on CPU grows by between a plan and its first rollout, the model apart: libraries that training loads."""
+
+STATES: dict[str, float] = {
+    "adamw": 2,
+    "adamw_torch_8bit": 0.5,
+    "adamw_torch_4bit": 0.25,
+    "adamw_8bit": 0.5,
+    "adamw_bnb_8bit": 0.5,
+    "paged_adamw_8bit": 0.5,
+    "paged_adamw_32bit": 2,
+    "lion_32bit": 1,
+    "lion_8bit": 0.25,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "rmsprop_bnb": 1,
+    "sgd": 0,
+    "adafactor": 0,
+}
+"""Optimizer of TrainingArguments -> bytes of its state per byte of float32 weights; `adamw` is every other AdamW."""
+
+
+@dataclass
+class Estimate:
+    """MiB by phase and part; the sum over its parts is a phase's peak. `notes` say what was assumed and what is missing."""
+
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def peak(self, phase: str) -> float:
+        """MiB."""
+        return sum(self.phases[phase].values())
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What decides how much memory a run takes, beside the model."""
+
+    algorithm: Algorithm
+    args: TrainingArguments
+    prompt_tokens: int | None = None
+    """Of the longest prompt; None where nothing is known of them."""
+    process: float | None = None
+    """Bytes of this process on CPU without any model; what it holds now, without the policy, when left out."""
+    context: int | None = None
+    """Most tokens of a row that the model takes."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, assumed where nothing is known."""
+        room = PROMPT_TOKENS if self.context is None else max(1, self.context - (self.completion_tokens or 0))
+        return self.prompt_tokens or min(PROMPT_TOKENS, room)
+
+    @cached_property
+    def processes(self) -> int:
+        return int(self.args.world_size)
+
+    @cached_property
+    def device(self) -> str:
+        return self.args.device.type
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """In which forwards run, where it is not the weights' own."""
+        return torch.bfloat16 if self.args.bf16 else None
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """Of the longest completion, where the rollout engine says so."""
+        return getattr(self.algorithm.rollout, "max_new_tokens", None)
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether layers run again in the backward."""
+        return bool(getattr(self.args, "activation_checkpointing", False) or self.args.gradient_checkpointing)
+
+    def rows(self, prompts: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts and completions of this process's share of `prompts` prompts, each of the greatest length."""
+        group, share = self.algorithm.rollout.num_generations, -(-prompts // self.processes)
+        longest, tokens = self.longest_prompt, self.completion_tokens or 1
+        ids = [[i // 2**15, i % 2**15, *[0] * (longest - 2)] for i in range(share)]
+        return [row for row in ids for _ in range(group)], [[0] * tokens] * (share * group)
+
+    def largest(self, prompts: int, attention: str) -> tuple[MicroBatch, int]:
+        """The largest micro-batch of the rows of `prompts` prompts over all processes, and how many there are."""
+        before, after = self.rows(prompts)
+        batching = Batching(
+            pad=0,
+            max_rows=self.args.per_device_train_batch_size,
+            max_tokens=self.algorithm.update.max_tokens_per_micro_batch,
+            attention=attention,  # type: ignore[arg-type]
+        )
+        parts = batching.cut(range(len(before)), before, after)
+        part = max(parts, key=len)
+        chosen = MicroBatch(
+            prompts=[before[i] for i in part],
+            completions=[after[i] for i in part],
+            attention=attention,
+            autocast=self.autocast,
+        )
+        return chosen, len(parts)
+
+
+def local_config(path: str, revision: str | None, trust_remote_code: bool = False) -> Any:
+    """A model's configuration from this machine: a folder, or the cache of the Hub. An adapter's is that of its base.
+    Raises OSError or ValueError where it is not there."""
+    from transformers import AutoConfig
+
+    if path == BUILTIN:
+        return addition_config()
+    folder = Path(path).expanduser()
+    if (adapter := folder / "adapter_config.json").is_file():
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return local_config(base, None, trust_remote_code)
+    place = str(folder) if folder.exists() else path
+    return AutoConfig.from_pretrained(
+        place, revision=revision, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+
+
+def from_settings(settings: Model, setting: Setting, peft_config: Any = None, trust_remote_code: bool = False) -> Estimate:
+    """The estimate for a model that is only named. Without its configuration on this machine it says why there is none."""
+    if settings.path is None:
+        return Estimate(notes=["not estimated: no model is named"])
+    try:
+        config = local_config(settings.path, settings.revision, trust_remote_code)
+    except (OSError, ValueError) as error:
+        return Estimate(notes=[f"not estimated: {_first_line(error)}"])
+
+    def make() -> Any:
+        from transformers import AutoModelForCausalLM
+
+        own = getattr(config, "dtype", None) or torch.float32
+        dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        eager = "double_backward" in setting.algorithm.needs or settings.attn_implementation == "eager"
+        attention = {"attn_implementation": "eager"} if eager else {}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
+            )
+        return with_adapter(model if settings.dropout else disable_dropout(model), settings, peft_config)
+
+    return estimate(make, setting, -LIBRARIES)
+
+
+def from_model(model: Any, settings: Model, setting: Setting, peft_config: Any = None) -> Estimate:
+    """The estimate for a model that is there: of its structure, none of its weights is copied."""
+    loaded = tensor_bytes(model) if model.device.type == "cpu" else 0
+    return estimate(lambda: with_adapter(hollow(model, "meta"), settings, peft_config), setting, loaded)
+
+
+def with_adapter(model: Any, settings: Model, peft_config: Any) -> Any:
+    """The model with the adapter that would be trained, if there is one; one that comes with an adapter keeps it."""
+    if hasattr(model, "peft_config") or (peft_config is None and settings.lora is None):
+        return model
+    from peft import get_peft_model
+
+    chosen: Any = peft_config if peft_config is not None else lora_config(settings.lora)  # type: ignore[arg-type]
+    return get_peft_model(model, chosen, low_cpu_mem_usage=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def estimate(make: Callable[[], Any], setting: Setting, loaded: int = 0) -> Estimate:
+    """The phases of a run. `make` gives the policy as it will be trained, on `meta`; `loaded` bytes of it are in this
+    process already; where they are negative, as many are still to come."""
+    a, found = setting.algorithm, Estimate()
+    if setting.completion_tokens is None:
+        found.notes.append(f"rollout={a.rollout.name} does not say how long its completions are: not estimated")
+        return found
+    process = 0.0
+    if setting.device == "cpu":
+        process = setting.process if setting.process is not None else float(max(0, resident() - loaded))
+    blueprint = make()
+    setting.context = getattr(blueprint.config.get_text_config(), "max_position_embeddings", None)
+    if setting.prompt_tokens is None:
+        found.notes.append(f"prompts of {setting.longest_prompt} tokens are assumed: dataset.max_prompt_tokens sets a bound")
+    critic_blueprint = _critic(a, blueprint)
+    with without_storage():
+        model = hollow(blueprint).train()
+        critic = None if critic_blueprint is None else hollow(critic_blueprint)
+        held = {"process": process, **_held(setting, model, critic, found.notes)}
+        try:
+            found.phases["rollout"] = held | _rollout(setting, model)
+            if forward := _forward(setting, model, critic):
+                found.phases["forward"] = held | forward
+            found.phases["update"] = held | _update(setting, model, critic)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            found.notes.append(f"forwards cannot be counted for this model ({type(error).__name__}: {_first_line(error)})")
+            found.phases = {"weights": held}
+    found.phases = {
+        phase: {part: size / MIB for part, size in parts.items() if size > 0} for phase, parts in found.phases.items()
+    }
+    return found
+
+
+def _critic(a: Algorithm, model: Any) -> Any:
+    """A separate critic's trunk, as large as the policy's, or None. Its head is left out."""
+    if not isinstance(a.critic, TrainedCritic) or a.critic.shares_forward:
+        return None
+    base = copy.deepcopy(model)
+    if hasattr(base, "merge_and_unload"):
+        base = base.merge_and_unload()
+    return trunk_of(base).requires_grad_(True)
+
+
+def _held(setting: Setting, model: nn.Module, critic: Any, notes: list[str]) -> dict[str, float]:
+    """Bytes that are there in every phase."""
+    a = setting.algorithm
+    held: dict[str, float] = {"weights": tensor_bytes(model)}
+    if "ref_logps" in a.provides and "adapter" not in a.reference.needs:
+        held["reference"] = tensor_bytes(model)
+    trained = tensor_bytes(model, trainable=True)
+    if critic is not None:
+        held["critic"] = tensor_bytes(critic)
+        trained += tensor_bytes(critic, trainable=True)
+    for label, source in zip(a.labels(), a.rewards, strict=True):
+        if "reward_model" in source.provides:
+            held["reward models"] = held.get("reward models", 0.0) + _reward_model(label, source, notes)
+    if type(a.optimizer).hold is not UpdateRule.hold:
+        notes.append(f"without the vectors of optimizer={a.optimizer.name}")
+    else:
+        held["optimizer"] = optimizer_bytes(str(setting.args.optim.value), trained, notes)
+    if setting.processes > 1:
+        held["gradient buckets"] = trained
+    return held
+
+
+def _reward_model(label: str, source: Any, notes: list[str]) -> float:
+    """Bytes of a reward model's weights; 0 with a note where its configuration is not on this machine."""
+    from transformers import AutoModel
+
+    path, dtype = getattr(source, "model", None), getattr(source, "dtype", "float32")
+    try:
+        config = local_config(str(path), getattr(source, "revision", None))
+    except (OSError, ValueError) as error:
+        notes.append(f"without the reward model {label}: {_first_line(error)}")
+        return 0.0
+    own = getattr(config, "dtype", None) or torch.float32
+    return tensor_bytes(AutoModel.from_config(config, dtype=own if dtype == "auto" else getattr(torch, dtype)))
+
+
+def optimizer_bytes(optim: str, trained: int, notes: list[str]) -> float:
+    """Bytes of the state of an optimizer of TrainingArguments over float32 weights of `trained` bytes."""
+    factor = STATES.get(optim, STATES["adamw"] if optim.startswith(("adamw", "paged_adamw")) else None)
+    if factor is None:
+        notes.append(f"without the state of training.optim={optim}")
+        return 0.0
+    return factor * trained
+
+
+def _rollout(setting: Setting, model: Any) -> dict[str, float]:
+    """Bytes of a rollout: what its cache holds, the logits of one step and what is made of them, and the layers' own.
+
+    A prompt's keys and values are held once for its rows. An architecture whose attention takes no layout of ours decodes
+    with transformers' cache, every row with its prompt.
+    """
+    a, trunk, config = setting.algorithm, trunk_of(model), model.config.get_text_config()
+    prompt, tokens = setting.longest_prompt, setting.completion_tokens or 0
+    own, _ = setting.rows(a.rollout.prompts)
+    rows = min(len(own), getattr(a.rollout, "max_rows", None) or len(own))
+    prompts = -(-rows // a.rollout.num_generations)
+    attention = 0
+    if refusal(trunk) is None:
+        of_token = count_heads(trunk, setting.autocast)
+        of_prompts, of_rows = prompts * prompt * of_token, rows * room(tokens - 1) * of_token
+        attention = SCORES * rows * config.num_attention_heads * (prompt + tokens) * 4
+    else:
+        of_prompts, of_rows = 0, rows * count_cache(trunk, prompt + tokens, setting.autocast)
+    head = model.get_output_embeddings().weight
+    logits = rows * len(head) * (max(4, head.element_size()) + (head.element_size() if head.element_size() < 4 else 0))
+    copies = 1 + (a.rollout.temperature != 1)
+
+    def through(count: int, length: int) -> int:
+        batch = MicroBatch(
+            prompts=[[0] * length] * count, completions=[[]] * count, attention="flex", autocast=setting.autocast
+        )
+        return count_forward(trunk, batch, head=False)
+
+    prefill = {"cache": 2 * of_prompts, "layers": through(1, min(prompts * prompt, PREFILL))}
+    decode = {
+        "cache": of_prompts + of_rows,
+        "logits": logits + copies * rows * len(head) * 4,
+        "layers": through(1, rows) + attention,
+    }
+    found: dict[str, float] = max((prefill, decode), key=lambda parts: sum(parts.values()))
+    if getattr(a.rollout, "decode_dtype", "same") == "bfloat16":
+        found["copy in bfloat16"] = 2 * sum(p.numel() for p in model.parameters())
+    return found
+
+
+def room(tokens: int) -> int:
+    """Tokens for which a completion's cache has room in the end."""
+    size = GROWTH
+    while size < tokens:
+        size *= 2
+    return size
+
+
+def _forward(setting: Setting, model: Any, critic: Any) -> dict[str, float]:
+    """Bytes of the forwards without gradient, the largest of them; nothing where there are none."""
+    a = setting.algorithm
+    reads = bool(a.readers_of_old_logps) or "ref_logps" in a.needs or "sum_sq_probs" in a.needs
+    if not reads and critic is None:
+        return {}
+    batch, _ = setting.largest(a.rollout.prompts, _attention(setting, model))
+    peaks = [count_forward(model, batch, head=True)] if reads else []
+    if critic is not None:
+        peaks.append(count_forward(critic, batch, head=False))
+    return {"forward": max(peaks)}
+
+
+def _update(setting: Setting, model: Any, critic: Any) -> dict[str, float]:
+    """Bytes of the largest micro-batch of an optimizer step."""
+    a = setting.algorithm
+    batch, parts = setting.largest(-(-a.rollout.prompts // a.update.mini_batches), _attention(setting, model))
+    if setting.checkpointed:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    counted = count_update(
+        model, critic, batch, entropy="entropy" in a.needs, by_derivative=a.loss_is_token_level, later=parts > 1
+    )
+    trained = sum(tensor_bytes(m, trainable=True) for m in (model, critic) if m is not None)
+    gradients = min(trained, counted.peak - counted.saved)
+    return {
+        "gradients": gradients,
+        "activations": counted.saved,
+        "backward": counted.peak - counted.saved - gradients,
+    }
+
+
+def _attention(setting: Setting, model: Any) -> str:
+    """How rows enter the model, as far as its configuration says."""
+    a = setting.algorithm
+    wanted = a.update.attention
+    if wanted == "padded" or (wanted == "auto" and "double_backward" in a.needs) or refusal(model) is not None:
+        return "padded"
+    return ("flex" if setting.device == "cuda" else "packed") if wanted == "auto" else wanted

@@ -1,0 +1,185 @@
+"""The decode loop: every distinct prompt once, its keys and values shared, rows leave when they have ended.
+
+A decode step is one forward over the last tokens (B, 1) of the B live rows. Which rows have ended is looked up every
+`CHECK` steps, and nothing else waits for the device; what a row drew after its end is cut off.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.attention import attending
+from hf_rlhf.policy import at_least_float32
+
+from ._layouts import Heads, Prefill, Shared
+from ._sampling import Sampler
+
+CHECK = 4
+"""Steps between two looks at which rows have ended."""
+PREFILL = 16384
+"""Tokens of prompts that pass through the model at a time, unless one prompt is longer."""
+
+Drawn = tuple[list[list[int]], list[list[float]] | None]
+"""The tokens of each row up to its end, and their log-probs."""
+
+
+@dataclass(kw_only=True)
+class Decoder:
+    """Completes prompts with `model`, until a token of `eos` or for `steps` tokens."""
+
+    model: Any
+    eos: Collection[int]
+    steps: int
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Sequence[int]], group: int, sampler: Sampler, first_row: int = 0) -> Drawn:
+        """`group` rows of each prompt, side by side; the sampler hears of them as rows `first_row`, ..."""
+        distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
+        place = {ids: u for u, ids in enumerate(distinct)}
+        of_row = [place[tuple(ids)] for ids in prompts for _ in range(group)]
+        lengths = [len(ids) for ids in distinct]
+        heads, logits = self._prefill(distinct)
+        live = _Live(of_row, lengths, self.steps, first_row, self.device)
+        layout = Shared(heads, lengths, of_row)
+        del heads
+        ends = torch.tensor(sorted(self.eos), device=self.device, dtype=torch.long)
+        logits = logits.index_select(0, torch.tensor(of_row, device=self.device))
+        live.take(sampler(logits, live.rows, 0))
+        with attending(self.model, layout) as keywords:
+            while live.step < self.steps:
+                if live.step % CHECK == 0 and (order := live.look(ends)) is not None:
+                    if not order:
+                        break
+                    layout.keep(order)
+                layout.start()
+                logits = self._logits(live.tokens.unsqueeze(1), live.positions.unsqueeze(1), 1, **keywords)
+                live.take(sampler(logits[:, -1], live.rows, live.step))
+        return live.finish(ends)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Heads], Tensor]:
+        """Keys and values of each layer, (K, N, d) over all prompts, and the logits (U, V) after each prompt."""
+        layers: list[list[Heads]] = []
+        logits = []
+        for part in _parts(prompts):
+            lengths = [len(ids) for ids in part]
+            layout = Prefill(lengths, self.device)
+            ids = torch.tensor([[token for prompt in part for token in prompt]], device=self.device)
+            positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(self.device)
+            with attending(self.model, layout) as keywords:
+                logits.append(self._logits(ids, positions, layout.last, **keywords)[0])
+            if not layout.layers:
+                raise RuntimeError("its attention does not go through transformers' attention registry")
+            layers.append(layout.layers)
+        if len(layers) == 1:
+            return layers[0], logits[0]
+        merged = [
+            (torch.cat([k for k, _ in same], 1), torch.cat([v for _, v in same], 1))
+            for same in zip(*layers, strict=True)
+        ]
+        return merged, torch.cat(logits)
+
+    def _logits(self, ids: Tensor, positions: Tensor, keep: int | Tensor, **keywords: Any) -> Tensor:
+        """(rows, kept, V) logits, in float32 or better, of the last `keep` columns or of those that it names."""
+        few = self._takes_few
+        kwargs = {"logits_to_keep": keep} if few else {}
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kwargs, **keywords).logits
+        if not few:
+            out = out[:, -keep:] if isinstance(keep, int) else out.index_select(1, keep)
+        return at_least_float32(out)
+
+    def __post_init__(self) -> None:
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self._takes_few = "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+class _Live:
+    """The rows that have not ended, and what all rows have drawn."""
+
+    def __init__(self, of_row: list[int], lengths: list[int], steps: int, first_row: int, device: torch.device):
+        count = len(of_row)
+        self.step = 0
+        self.rows = torch.arange(first_row, first_row + count, device=device)
+        self.tokens: Tensor
+        self._first_row, self._device = first_row, device
+        self._next = torch.tensor([lengths[u] for u in of_row], device=device) - 1
+        self._ids = torch.zeros(steps, count, dtype=torch.long, device=device)
+        self._logps: Tensor | None = None
+        self._pending: list[tuple[Tensor, Tensor | None]] = []
+
+    @property
+    def positions(self) -> Tensor:
+        """(B,) of `tokens` in their rows."""
+        return self._next + self.step
+
+    def take(self, drawn: tuple[Tensor, Tensor | None]) -> None:
+        """The next token of each row."""
+        self.tokens = drawn[0]
+        self._pending.append(drawn)
+        self.step += 1
+
+    def look(self, ends: Tensor) -> list[int] | None:
+        """Which rows go on, each in the place of the row that it replaces; None where no row has ended."""
+        ended = torch.isin(self._write(), ends).any(0).tolist()
+        if not any(ended):
+            return None
+        count = ended.count(False)
+        late = (row for row in range(count, len(ended)) if not ended[row])
+        order = [next(late) if ended[row] else row for row in range(count)]
+        chosen = torch.tensor(order, device=self._device, dtype=torch.long)
+        self.rows, self.tokens, self._next = (x.index_select(0, chosen) for x in (self.rows, self.tokens, self._next))
+        return order
+
+    def _write(self) -> Tensor:
+        """(steps, B) tokens since the last call."""
+        tokens = torch.stack([tokens for tokens, _ in self._pending])
+        logps = [logps for _, logps in self._pending if logps is not None]
+        begin, rows = self.step - len(tokens), self.rows - self._first_row
+        self._ids[begin : self.step].index_copy_(1, rows, tokens)
+        if logps:
+            if self._logps is None:
+                self._logps = logps[0].new_zeros(self._ids.shape)
+            self._logps[begin : self.step].index_copy_(1, rows, torch.stack(logps))
+        self._pending = []
+        return tokens
+
+    def finish(self, ends: Tensor) -> Drawn:
+        if self._pending:
+            self._write()
+        ended = torch.isin(self._ids, ends)
+        first = torch.where(ended.any(0), ended.int().argmax(0) + 1, self.step).tolist()
+        ids = [row[:length] for row, length in zip(self._ids.T.tolist(), first, strict=True)]
+        if self._logps is None:
+            return ids, None
+        if bool(self._logps.isnan().any()):
+            raise ValueError("logits of the policy hold NaN or only -inf: its weights have diverged")
+        return ids, [row[:length] for row, length in zip(self._logps.T.tolist(), first, strict=True)]
+
+
+def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Runs of prompts of at most `PREFILL` tokens each, or of one prompt."""
+    part: list[Sequence[int]] = []
+    tokens = 0
+    for ids in prompts:
+        if part and tokens + len(ids) > PREFILL:
+            yield part
+            part, tokens = [], 0
+        part.append(ids)
+        tokens += len(ids)
+    yield part
+
+
+def copy_of(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in `dtype`; buffers, such as rotary frequencies, are the model's own."""
+    same: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        data = weight.detach().to(dtype) if weight.is_floating_point() else weight.detach()
+        same[id(weight)] = torch.nn.Parameter(data, requires_grad=False)
+    return copy.deepcopy(model, same)

@@ -1,0 +1,168 @@
+"""Completions by transformers' own `generate`, which knows every architecture, stop strings and custom processors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
+
+from hf_rlhf.policy import Policy, at_least_float32
+
+
+@dataclass(kw_only=True)
+class Generated:
+    """What `generate` sampled, up to the end of each row."""
+
+    ids: list[list[int]]
+    stopped: list[bool]
+    """False where a row was cut off."""
+    logps: list[list[float]] | None
+
+
+@dataclass(kw_only=True)
+class Generator:
+    """Calls `generate`; `settings` are keywords of its `GenerationConfig`."""
+
+    policy: Policy
+    eos: Collection[int]
+    settings: dict[str, Any]
+    stop_strings: Sequence[str] = ()
+    processors: Sequence[Any] = field(default_factory=list)
+
+    def __call__(self, prompts: Sequence[Sequence[int]], group: int, temperature: float) -> Generated:
+        """`group` rows of each prompt, side by side. Prompts are padded on the left; what follows the end of a row is cut
+        off. Log-probs are of the whole vocabulary at the temperature, before anything cuts or shifts it; a greedy row
+        has none."""
+        model, device, pad = self.policy.model, self.policy.device, self.policy.tokenizer.pad_token_id
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+        attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        sampled = temperature > 0
+        config = GenerationConfig(
+            **{
+                "num_return_sequences": group if sampled else 1,
+                "eos_token_id": sorted(self.eos) or None,
+                "pad_token_id": pad,
+                "use_cache": True,
+                "do_sample": sampled,
+            }
+            | self.settings
+        )
+        ends = _Ends(self.stop_strings, self.policy.tokenizer) if self.stop_strings else None
+        with ExitStack() as stack:
+            wanted = sampled and self.policy.wants_logps
+            recorder = stack.enter_context(_recording(model, temperature)) if wanted else None
+            stack.enter_context(_alone(model))
+            rows = model.generate(
+                input_ids=ids,
+                attention_mask=attend,
+                generation_config=config,
+                logits_processor=[*([recorder] if recorder else ()), *self.processors] or None,
+                stopping_criteria=[ends] if ends else None,
+            )
+        reported = recorder.finish(rows)[:, : rows.size(1) - width].tolist() if recorder else None
+        found = self._cut(rows[:, width:].tolist(), reported, ends.lengths(width) if ends else None)
+        return found if sampled else _repeat(found, group)
+
+    def _cut(self, rows: list[list[int]], logps: list[list[float]] | None, stops: list[int] | None) -> Generated:
+        """Rows up to their end: an end-of-sequence token or a stop string, whichever comes first."""
+        ids, stopped = [], []
+        for i, row in enumerate(rows):
+            ends = [place + 1 for place, token in enumerate(row) if token in self.eos][:1]
+            ends += [stops[i]] if stops and stops[i] else []
+            ids.append(row[: min(ends, default=len(row))])
+            stopped.append(bool(ends))
+        cut = [given[: len(row)] for given, row in zip(logps, ids, strict=True)] if logps else None
+        return Generated(ids=ids, stopped=stopped, logps=cut)
+
+
+def _repeat(found: Generated, group: int) -> Generated:
+    ids = [list(row) for row in found.ids for _ in range(group)]
+    return Generated(ids=ids, stopped=[end for end in found.stopped for _ in range(group)], logps=None)
+
+
+class _Ends(StoppingCriteria):
+    """Stops a row at any of `strings`, and remembers where."""
+
+    def __init__(self, strings: Sequence[str], tokenizer: Any):
+        self._criteria = StopStringCriteria(tokenizer, list(strings))
+        self._at: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done: Tensor = self._criteria(input_ids, scores, **kwargs)
+        if self._at is None:
+            self._at = torch.zeros(len(done), dtype=torch.long, device=done.device)
+        self._at = torch.where((self._at == 0) & done, input_ids.size(1), self._at)
+        return done
+
+    def lengths(self, width: int) -> list[int]:
+        """Tokens of each completion up to its stop string, that included; 0 where there is none."""
+        assert self._at is not None
+        return (self._at - width).clamp(min=0).tolist()
+
+
+class _Recorder(LogitsProcessor):
+    """Changes nothing and computes the log-prob of each token that was drawn.
+
+    `raw` are the model's own logits (rows, V) of the coming token, after which the last of `input_ids` shows what was
+    drawn.
+    """
+
+    def __init__(self, temperature: float):
+        self._temperature = temperature
+        self._drawn: list[Tensor] = []
+        self._last: Tensor | None = None
+        self.raw: Tensor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._note(input_ids)
+        self._last = at_least_float32(self.raw) / self._temperature
+        return scores
+
+    def finish(self, rows: Tensor) -> Tensor:
+        """(rows, tokens) log-probs of what was drawn."""
+        self._note(rows)
+        return torch.stack(self._drawn, 1)
+
+    def _note(self, rows: Tensor) -> None:
+        if self._last is not None:
+            self._drawn.append(self._last.log_softmax(-1).gather(1, rows[:, -1:]).squeeze(1))
+
+
+@contextmanager
+def _recording(model: Any, temperature: float) -> Iterator[_Recorder]:
+    recorder = _Recorder(temperature)
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        recorder.raw = out.logits[:, -1]
+
+    handle = _inner(model).register_forward_hook(note)
+    try:
+        yield recorder
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _alone(model: Any) -> Iterator[None]:
+    """Keeps the model's own generation settings (suppressed tokens, n-gram bans, ...) out of what is sampled: transformers
+    would fill in every setting that ours leaves open."""
+    parts: tuple[Any, ...] = (model, getattr(model, "base_model", None), _inner(model))
+    holders = [part for part in parts if hasattr(part, "generation_config")]
+    own = [part.generation_config for part in holders]
+    for part in holders:
+        part.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for part, config in zip(holders, own, strict=True):
+            part.generation_config = config
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

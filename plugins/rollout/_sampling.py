@@ -1,0 +1,158 @@
+"""What a decode step makes of logits: tokens drawn by one uniform number a row, and their log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Steps whose uniform numbers are drawn together."""
+
+
+class Sampler(Protocol):
+    """Chooses the next token of each row."""
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """(B, V) logits in float32 or better, which may be overwritten, and the numbers (B,) of their rows in the rollout ->
+        tokens (B,) and their log-probs (B,), None where nothing reads them. `step`: how many tokens each row has."""
+
+
+class Uniforms:
+    """Numbers in [0, 1) by row and step, whatever other rows there are; one draw from the global generator."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self._rows, self._device, self._block = rows, device, -1
+        self._seed = int(torch.randint(2**62, ()))
+
+    def __call__(self, step: int) -> Tensor:
+        """(rows,) in float64."""
+        block, column = divmod(step, BLOCK)
+        if block != self._block:
+            draw = torch.Generator().manual_seed(self._seed)
+            seed = torch.randint(2**62, (block + 1,), generator=draw)[-1]
+            draw.manual_seed(int(seed))
+            table = torch.rand(self._rows, BLOCK, generator=draw, dtype=torch.float64)
+            self._table, self._block = table.T.contiguous().to(self._device), block
+        return self._table[column]
+
+
+class History:
+    """The tokens of each row, prompt and completion, for processors that look at them."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], steps: int, device: torch.device):
+        """`prompts`: one per row. Columns before a prompt repeat its first token, which a set of tokens does not notice."""
+        self._width = max(map(len, prompts))
+        padded = [[ids[0]] * (self._width - len(ids)) + list(ids) for ids in prompts]
+        self._ids = torch.zeros(len(prompts), self._width + steps, dtype=torch.long, device=device)
+        self._ids[:, : self._width] = torch.tensor(padded, device=device)
+
+    def of(self, rows: Tensor, step: int) -> Tensor:
+        """(B, tokens so far)."""
+        return self._ids[:, : self._width + step].index_select(0, rows)
+
+    def add(self, rows: Tensor, step: int, tokens: Tensor) -> None:
+        self._ids[:, self._width + step].index_copy_(0, rows, tokens)
+
+
+@dataclass(kw_only=True)
+class Penalised:
+    """Changes the scores of tokens that a row holds already; without a processor it changes nothing."""
+
+    processor: Any = None
+    history: History | None = None
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        return logits if self.history is None else self.processor(self.history.of(rows, step), logits)
+
+    def chosen(self, rows: Tensor, step: int, tokens: Tensor) -> Tensor:
+        if self.history is not None:
+            self.history.add(rows, step, tokens)
+        return tokens
+
+
+@dataclass(kw_only=True)
+class Greedy:
+    """The most likely token."""
+
+    penalised: Penalised
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, None]:
+        return self.penalised.chosen(rows, step, self.penalised(logits, rows, step).argmax(-1)), None
+
+
+@dataclass(kw_only=True)
+class Random:
+    """A token drawn at the temperature, from what `cuts` leave of the distribution.
+
+    The log-probs are those of the whole distribution at the temperature, before penalties and cuts.
+    """
+
+    uniforms: Uniforms
+    temperature: float
+    penalised: Penalised
+    cuts: Sequence[Any]
+    logps: bool
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        scores = self.penalised(logits, rows, step)
+        changed = scores is not logits or bool(self.cuts)
+        if self.temperature != 1:
+            scores = scores / self.temperature
+        for cut in self.cuts:
+            scores = cut(None, scores)
+        probs = scores.softmax(-1)
+        tokens = inverse_cdf(probs, self.uniforms(step).index_select(0, rows))
+        self.penalised.chosen(rows, step, tokens)
+        if not self.logps:
+            return tokens, None
+        if changed:
+            probs = (logits / self.temperature).softmax(-1)
+        return tokens, probs.gather(1, tokens.unsqueeze(1)).squeeze(1).log()
+
+
+def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """(B, V) probabilities, up to a factor for each row, and (B,) numbers in [0, 1) -> (B,) tokens.
+
+    The first token at which the cumulative sum exceeds `uniform` times the sum of all; never one of probability 0. Sums
+    of about sqrt(V) neighbours first, then the neighbours themselves, cumulated in float64.
+    """
+    size = probs.size(1)
+    width = _width(size)
+    whole = size - size % width
+    sums = probs[:, :whole].unflatten(1, (-1, width)).sum(-1)
+    if whole < size:
+        sums = torch.cat((sums, probs[:, whole:].sum(-1, keepdim=True)), 1)
+    block, rest = _first_above(sums, uniform[:, None], relative=True)
+    columns = block * width + torch.arange(width, device=probs.device)
+    if whole < size:
+        inside = columns < size
+        near = probs.gather(1, columns.clamp_(max=size - 1)) * inside
+    else:
+        near = probs.gather(1, columns)
+    return (block * width + _first_above(near, rest)[0]).squeeze(1)
+
+
+def _first_above(sums: Tensor, target: Tensor, relative: bool = False) -> tuple[Tensor, Tensor]:
+    """(B, n) not negative and (B, 1) -> the first place (B, 1) whose cumulative sum exceeds `target` (times the total, if
+    `relative`), and by how much `target` exceeds the cumulative sum before it."""
+    cumulated = sums.cumsum(1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    below = total.nextafter(torch.zeros_like(total))  # rounding could let the target reach the total
+    target = torch.minimum(target * total if relative else target, below)
+    place = torch.searchsorted(cumulated, target, right=True).clamp_(max=sums.size(1) - 1)  # NaN is above everything
+    return place, (target - cumulated.gather(1, place) + sums.gather(1, place)).clamp_(min=0)
+
+
+@cache
+def _width(size: int) -> int:
+    """The divisor of `size` nearest to its root within a factor of 4, else a power of two near it."""
+    root = max(1, round(size**0.5))
+    for width in sorted(range(max(1, root // 4), min(size, 4 * root) + 1), key=lambda w: abs(w - root)):
+        if size % width == 0:
+            return width
+    return root
