@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 class Forced(Generate):
     """Row i of rollout number n ends with the end of sequence after as many tokens as its line says, never before."""
 
+    def __post_init__(self) -> None:
+        self.line: Line | None = None
+        self.lengths: list[list[int]] = []
+        """Of each rollout so far, each completion's tokens."""
+
     @classmethod
     def of(cls, line: Line) -> Forced:
         """For the rollouts of a line, counted from 0."""
         engine = cls(prompts=line.prompts, num_generations=line.group, max_new_tokens=line.longest)
-        engine._line, engine.lengths = line, []
+        engine.line = line
         return engine
-
-    _line = None
-    lengths = None
-    """Of each rollout so far, each completion's tokens."""
 
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
@@ -44,8 +45,9 @@ class Forced(Generate):
         self, prompts: Sequence[Prompt], num_generations: int, temperature: float, device: torch.device, logps: bool
     ) -> Any:
         """`Generate`'s own, its tokens replaced where the lengths want it."""
+        assert self.line is not None, "made by Forced.of"
         own = super().sampler(prompts, num_generations, temperature, device, logps)
-        return Ending(own, forced_lengths(self._line, len(self.lengths)).to(device), temperature)
+        return Ending(own, forced_lengths(self.line, len(self.lengths)).to(device), temperature)
 
 
 class Ending:

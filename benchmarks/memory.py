@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo, unbounded": {"recipe": {"update": {}}},
     "grpo, padded": {"recipe": {"update": {"attention": "padded", "max_tokens_per_micro_batch": 768}}},
     "grpo, reference": {"recipe": LOSS_KL},
-    "ppo, separate critic": {"recipe": PPO},
+    "ppo, separate critic": {"recipe": PPO, "training": {"max_steps": 4}},
     "LoRA": {"lora": True},
     "LoRA, vocabulary 32k": {"lora": True, "vocabulary": 32768},
     "checkpointing": {"training": {"gradient_checkpointing": True}, "recipe": {"update": {}}},

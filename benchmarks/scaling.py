@@ -49,7 +49,7 @@ class Sweep:
     """Measured cycles of each process, times what the command line says."""
 
 
-def model_of(hidden: int, layers: int) -> dict[str, int]:
+def model_of(hidden: int, layers: int) -> dict[str, Any]:
     """Settings of a line: 4 times as wide inside, heads of 32."""
     heads = hidden // 32
     return {"hidden": hidden, "layers": layers, "intermediate": 4 * hidden, "heads": heads, "kv_heads": heads // 2}

@@ -143,7 +143,7 @@ def with_entropy(loss: PolicyLoss) -> PolicyLoss:
         value, metrics = own.__call__(self, logps, old_logps, advantages, mask, **extras)
         return value, {**metrics, "exact_entropy": entropy.detach()}
 
-    settings = {setting.name: getattr(loss, setting.name) for setting in fields(loss)}  # type: ignore[arg-type]
+    settings = {setting.name: getattr(loss, setting.name) for setting in fields(loss)}
     return type(own.__name__, (own,), {"needs": own.needs | {"entropy"}, "__call__": call})(**settings)
 
 

@@ -95,7 +95,6 @@ def make_model(line: Line, seed: int = 0) -> Any:
         pad_token_id=PAD,
         eos_token_id=EOS,
         bos_token_id=BOS,
-        attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

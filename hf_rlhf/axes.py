@@ -117,7 +117,8 @@ class RolloutEngine(Plugin, ABC):
 
 @dataclass(kw_only=True)
 class RewardSource(Plugin, ABC):
-    """Scores completions. Axis `rewards`, a list."""
+    """Scores completions. Axis `rewards`, a list. Sources are called one after the other while forwards of the policy run
+    in another thread; one that runs a model declares `provides = {"reward_model"}`, and all wait for those forwards."""
 
     verifier: ClassVar[bool] = False
     """True where a score of 1 means correct: then evaluation reports accuracy, pass@k and maj@k."""

@@ -42,16 +42,20 @@ class Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_iter((args, kwargs)):
+            if isinstance(x, Tensor):
+                self._note(x.untyped_storage(), made=False)
         out = func(*args, **(kwargs or {}))
         for x in tree_iter(out):
             if isinstance(x, Tensor):
-                self._note(x.untyped_storage())
+                self._note(x.untyped_storage(), made=True)
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _note(self, storage: torch.UntypedStorage, made: bool) -> None:
+        """Views share the storage of what was there before."""
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
+            self._sizes[key] = storage.nbytes() if made else 0
             self.now += self._sizes[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, key)
@@ -176,7 +180,8 @@ def count_update(
     if later:
         return Counted(saved=saved, peak=max(inside, after) + trained)
     of_heads = sum(p.nbytes for p in model.get_output_embeddings().parameters() if p.requires_grad)
-    return Counted(saved=saved, peak=max(inside, after + trained - of_heads))
+    body = trained - of_heads  # gradients that come as the backward goes down: at the first layer they are there
+    return Counted(saved=saved, peak=max(inside, inside - saved + body, after + body))
 
 
 @contextmanager
@@ -259,24 +264,24 @@ def count_cache(trunk: Any, tokens: int, autocast: torch.dtype | None) -> int:
 def whole_depth(trunks: Sequence[Any], count: Callable[[], list[int]]) -> list[int]:
     """What `count` gives for the whole depth of the trunks, from runs with few of their layers.
 
-    One layer of each kind, then another one of each kind in turn: what it adds counts as often as there are more of it.
+    Two layers of each kind, then a third of each kind in turn: what it adds counts as often as there are more of it.
     Layers are of one kind if they have equal classes, parameters and attention.
     """
     kinds = [_kinds(trunk) for trunk in trunks]
-    if any(sum(len(places) > 1 for places in own) * 2 + len(own) >= sum(map(len, own)) for own in kinds):
+    if any(not own or max(map(len, own)) <= 3 for own in kinds):
         return count()
-    first = [[places[0] for places in own] for own in kinds]
+    first = [sorted(place for places in own for place in places[:2]) for own in kinds]
     with _shortened(trunks, first):
         base = count()
     total = list(base)
     for i, own in enumerate(kinds):
         for places in own:
-            if len(places) == 1:
+            if len(places) <= 2:
                 continue
-            chosen = [sorted([*kept, places[1]]) if i == j else kept for j, kept in enumerate(first)]
+            chosen = [sorted([*kept, places[2]]) if i == j else kept for j, kept in enumerate(first)]
             with _shortened(trunks, chosen):
                 more = count()
-            total = [t + (len(places) - 1) * (m - b) for t, m, b in zip(total, more, base, strict=True)]
+            total = [t + (len(places) - 2) * (m - b) for t, m, b in zip(total, more, base, strict=True)]
     return total
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 2**24
-"""Most logits that are held at a time (64 MiB in float32), twice where more than the log-prob is asked for."""
+LOGITS = 2**22
+"""Most logits that are held at a time (16 MiB in float32), twice where more than the log-prob is asked for."""
+TOKENS = 128
+"""Tokens whose logits are held at a time at least: with fewer, adding to the gradient of the head would take the time."""
 
 Measure = Callable[[Tensor, slice], Tensor]
 """((c, V) log-probs of c sampled tokens, which of the n they are) -> (c,)."""
@@ -77,7 +79,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def tokens_at_a_time(vocabulary: int) -> int:
     """How many tokens' logits make a chunk."""
-    return max(16, LOGITS // vocabulary)
+    return max(TOKENS, LOGITS // vocabulary)
 
 
 def score(
@@ -167,13 +169,14 @@ class _Scores(torch.autograd.Function):
         tile = _Tile(states, weight, bias, targets, scale, dtype)
         gradients = None if derivative is None else tile.gradients(ctx.needs_input_grad)
         found: list[tuple[Tensor, ...]] = []
-        for part in tile.parts:
-            z = tile.logits(part)
-            lse, values = _read_tile(z, targets[part], wanted, keep=derivative is not None)
-            if derivative is not None and gradients is not None:
-                named = dict(zip(wanted.names, values, strict=True))
-                tile.add(gradients, part, z, named, derivative(named, part))
-            found.append((lse, *values))
+        with torch.autocast(kind, enabled=False):  # it would round the products in which entropy and squares are summed
+            for part in tile.parts:
+                z = tile.logits(part)
+                lse, values = _read_tile(z, targets[part], wanted, keep=derivative is not None)
+                if derivative is not None and gradients is not None:
+                    named = dict(zip(wanted.names, values, strict=True))
+                    tile.add(gradients, part, z, named, derivative(named, part))
+                found.append((lse, *values))
         lse, *values = (torch.cat(column) for column in zip(*found, strict=True))
         ctx.constants, ctx.gradients = (scale, dtype, wanted.names), gradients
         ctx.set_materialize_grads(False)

@@ -188,16 +188,17 @@ def _flex(compiled: bool) -> Callable[..., Tensor]:
 def _buckets(spans: Sequence[Span]) -> list[list[Span]]:
     """Spans of similar length, longest first, none with a mask too large."""
     buckets: list[list[Span]] = []
-    reach = 0
+    before = 0
     for span in sorted(spans, key=lambda span: -span.size):
+        own = span.before.size if span.before else 0
         if buckets:
-            longest, reach = buckets[-1][0].size, max(reach, span.reach)
+            longest, before = buckets[-1][0].size, max(before, own)
             similar = span.size >= SPREAD * longest or span.size + 16 >= longest
-            if similar and (len(buckets[-1]) + 1) * longest * reach <= MASK_ELEMENTS:
+            if similar and (len(buckets[-1]) + 1) * longest * (before + longest) <= MASK_ELEMENTS:
                 buckets[-1].append(span)
                 continue
         buckets.append([span])
-        reach = span.reach
+        before = own
     return buckets
 
 

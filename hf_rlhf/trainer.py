@@ -386,4 +386,5 @@ class RLHFTrainer(SavingTrainer):
 
     def close(self) -> None:
         """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""
+        self.run_log.flush()
         self._finalizer()

@@ -15,7 +15,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator, Fraction, Positive
 from hf_rlhf.batch import Credit
 
-from ._tokens import gae, given, whiten_tokens
+from ._tokens import gae, given, on_mask, whiten_tokens
 
 if TYPE_CHECKING:
     from hf_rlhf.algorithm import Algorithm
@@ -70,7 +70,7 @@ class GAE(AdvantageEstimator):
         values = given(scored.values, "values", "gae")
         lam_critic = self.lam if self.lam_critic is None else self.lam_critic
         of_critic = gae(scored.token_rewards, values, scored.mask, self.gamma, lam_critic)
-        returns = of_critic + values.masked_fill(scored.mask == 0, 0.0)
+        returns = on_mask(values.clone(), scored.mask).add_(of_critic)
         advantages = of_critic
         if self.length_adaptive is not None:
             lam = 1 - 1 / (self.length_adaptive * scored.mask.sum(1)).clamp(min=1)

@@ -111,9 +111,7 @@ def unserved(model: Any, device: torch.device, longest: int) -> str | None:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (limit := _stretches_beyond(inner.config)) is not None and longest > limit:
-        return (
-            f"rows of {longest} tokens, and beyond {limit} the rotary embedding depends on the longest row of a batch"
-        )
+        return f"beyond {limit} tokens its rotary embedding depends on the longest row of a batch"
     if inner not in _FOUND:
         _FOUND[inner] = refusal(model) or _mismatch(model, device)
     return _FOUND[inner]
