@@ -6,7 +6,8 @@ Each case is a short run of a small Qwen2 model with random weights in a process
 largest that can happen, so completions are all of the greatest length but for those that a random model ends. Measured is
 the resident set. `exact` runs tell the C library to hand every large block back to the system when it is freed
 (MALLOC_MMAP_THRESHOLD_), so that the resident set is what tensors take; `default` runs leave it as it is, and what it
-keeps for later is part of the number. The result goes to benchmarks/results/memory.json and, as a table, to memory.md.
+keeps for later is part of the number: an estimate is of the first. On CPU, bf16 takes more than tensors, for what oneDNN
+makes and keeps. The result goes to benchmarks/results/memory.json and, as a table, to memory.md.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def times_table(rows: list[Found]) -> str:
         "TRL / ours",
         "peak, MiB: TRL",
         "ours",
-        "TRL / ours",
+        "ours / TRL",
         "tokens/s: TRL",
         "ours",
     ]
@@ -106,8 +106,8 @@ def means(found: Found) -> str:
         return "No line compares whole cycles."
     count = len([row for row in found["rows"] if row["exact"] and row["compared"] == "cycle"])
     return (
-        f"Geometric means over the {count} lines that compare whole cycles: **{found['geometric_mean']:.2f}** in time, "
-        f"**{found['memory_geometric_mean']:.2f}** in peak memory."
+        f"Geometric means over the {count} lines that compare whole cycles: TRL takes "
+        f"**{found['geometric_mean']:.2f}** times our time, our peak memory is **{found['memory_geometric_mean']:.2f}** of TRL's."
     )
 
 
@@ -174,7 +174,7 @@ def growth(sweep: Found) -> str:
     return "; ".join(words) + "." if words else ""
 
 
-PANEL, GAP, LEFT, TOP, COLUMNS = 190, 70, 60, 44, 3
+PANEL, GAP, LEFT, TOP, COLUMNS = 190, 90, 60, 44, 3
 """The picture: panels in a row, their size, the space between them, and the margins, in pixels."""
 
 

@@ -193,7 +193,7 @@ def row_of(line: Line, runs: Sides, difference: float, rates: floor.Rates) -> di
         row |= {
             "ratio": median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
-            "memory_ratio": sides["trl"]["peak_mib"] / sides["ours"]["peak_mib"],
+            "memory_ratio": sides["ours"]["peak_mib"] / sides["trl"]["peak_mib"],
         }
         if line.compared == "cycle":
             row["wall_ratio"] = sides["trl"]["wall_seconds"] / sides["ours"]["wall_seconds"]

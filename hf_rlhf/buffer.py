@@ -209,4 +209,3 @@ def text_micro_batches(
             batch = batching.batch([prompts[row] for row in rows], [rest[row] for row in rows], part)
             found.append({"text_term": i, "mask": part, "weights": weights[rows, :width], "batch": batch})
     return found
-

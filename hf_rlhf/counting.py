@@ -322,7 +322,7 @@ def _number(layers: nn.ModuleList) -> None:
     for i, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = i
+                setattr(module, "layer_idx", i)  # noqa: B010
 
 
 def trunk_of(model: Any) -> Any:

@@ -52,6 +52,8 @@ SCORES = 3
 
 LIBRARIES = 120 * MIB
 """What a process on CPU grows by between a plan and its first rollout, the model apart: libraries that training loads."""
+TRAINER = 12 * MIB
+"""Of that, what a trainer's own objects and first steps take where the libraries are there."""
 
 STATES: dict[str, float] = {
     "adamw": 2,
@@ -170,13 +172,17 @@ def local_config(path: str, revision: str | None, trust_remote_code: bool = Fals
     )
 
 
-def from_settings(settings: Model, setting: Setting, peft_config: Any = None, trust_remote_code: bool = False) -> Estimate:
+def from_settings(
+    settings: Model, setting: Setting, peft_config: Any = None, trust_remote_code: bool = False
+) -> Estimate:
     """The estimate for a model that is only named. Without its configuration on this machine it says why there is none."""
     if settings.path is None:
         return Estimate(notes=["not estimated: no model is named"])
     try:
         config = local_config(settings.path, settings.revision, trust_remote_code)
-    except (OSError, ValueError) as error:
+    except OSError:
+        return Estimate(notes=[f"not estimated: the configuration of {settings.path} is not on this machine"])
+    except ValueError as error:
         return Estimate(notes=[f"not estimated: {_first_line(error)}"])
 
     def make() -> Any:
@@ -197,7 +203,7 @@ def from_settings(settings: Model, setting: Setting, peft_config: Any = None, tr
 
 def from_model(model: Any, settings: Model, setting: Setting, peft_config: Any = None) -> Estimate:
     """The estimate for a model that is there: of its structure, none of its weights is copied."""
-    loaded = tensor_bytes(model) if model.device.type == "cpu" else 0
+    loaded = (tensor_bytes(model) if model.device.type == "cpu" else 0) - TRAINER
     return estimate(lambda: with_adapter(hollow(model, "meta"), settings, peft_config), setting, loaded)
 
 
@@ -228,7 +234,9 @@ def estimate(make: Callable[[], Any], setting: Setting, loaded: int = 0) -> Esti
     blueprint = make()
     setting.context = getattr(blueprint.config.get_text_config(), "max_position_embeddings", None)
     if setting.prompt_tokens is None:
-        found.notes.append(f"prompts of {setting.longest_prompt} tokens are assumed: dataset.max_prompt_tokens sets a bound")
+        found.notes.append(
+            f"prompts of {setting.longest_prompt} tokens are assumed: dataset.max_prompt_tokens sets a bound"
+        )
     critic_blueprint = _critic(a, blueprint)
     with without_storage():
         model = hollow(blueprint).train()
@@ -240,7 +248,9 @@ def estimate(make: Callable[[], Any], setting: Setting, loaded: int = 0) -> Esti
                 found.phases["forward"] = held | forward
             found.phases["update"] = held | _update(setting, model, critic)
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            found.notes.append(f"forwards cannot be counted for this model ({type(error).__name__}: {_first_line(error)})")
+            found.notes.append(
+                f"forwards cannot be counted for this model ({type(error).__name__}: {_first_line(error)})"
+            )
             found.phases = {"weights": held}
     found.phases = {
         phase: {part: size / MIB for part, size in parts.items() if size > 0} for phase, parts in found.phases.items()
@@ -274,7 +284,9 @@ def _held(setting: Setting, model: nn.Module, critic: Any, notes: list[str]) -> 
     if type(a.optimizer).hold is not UpdateRule.hold:
         notes.append(f"without the vectors of optimizer={a.optimizer.name}")
     else:
-        held["optimizer"] = optimizer_bytes(str(setting.args.optim.value), trained, notes)
+        held["optimizer"] = optimizer_bytes(
+            str(getattr(setting.args.optim, "value", setting.args.optim)), trained, notes
+        )
     if setting.processes > 1:
         held["gradient buckets"] = trained
     return held
@@ -331,13 +343,13 @@ def _rollout(setting: Setting, model: Any) -> dict[str, float]:
         )
         return count_forward(trunk, batch, head=False)
 
-    prefill = {"cache": 2 * of_prompts, "layers": through(1, min(prompts * prompt, PREFILL))}
-    decode = {
+    prefill: dict[str, float] = {"cache": 2 * of_prompts, "layers": through(1, min(prompts * prompt, PREFILL))}
+    decode: dict[str, float] = {
         "cache": of_prompts + of_rows,
         "logits": logits + copies * rows * len(head) * 4,
         "layers": through(1, rows) + attention,
     }
-    found: dict[str, float] = max((prefill, decode), key=lambda parts: sum(parts.values()))
+    found = max((prefill, decode), key=lambda parts: sum(parts.values()))
     if getattr(a.rollout, "decode_dtype", "same") == "bfloat16":
         found["copy in bfloat16"] = 2 * sum(p.numel() for p in model.parameters())
     return found
@@ -369,18 +381,14 @@ def _update(setting: Setting, model: Any, critic: Any) -> dict[str, float]:
     a = setting.algorithm
     batch, parts = setting.largest(-(-a.rollout.prompts // a.update.mini_batches), _attention(setting, model))
     if setting.checkpointed:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     counted = count_update(
         model, critic, batch, entropy="entropy" in a.needs, by_derivative=a.loss_is_token_level, later=parts > 1
     )
     trained = sum(tensor_bytes(m, trainable=True) for m in (model, critic) if m is not None)
     gradients = min(trained, counted.peak - counted.saved)
-    return {
-        "gradients": gradients,
-        "activations": counted.saved,
-        "backward": counted.peak - counted.saved - gradients,
-    }
+    rest = counted.peak - counted.saved - gradients
+    return {"gradients": gradients, "activations": counted.saved, "backward": rest}
 
 
 def _attention(setting: Setting, model: Any) -> str:

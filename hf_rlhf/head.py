@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS = 2**22
 """Most logits that are held at a time (16 MiB in float32), twice where more than the log-prob is asked for."""
+IMPOSSIBLE = -1e4
+"""A log-prob whose probability is 0 in every type, and that stays finite under any factor: it stands for -inf."""
 TOKENS = 128
 """Tokens whose logits are held at a time at least: with fewer, adding to the gradient of the head would take the time."""
 
@@ -136,7 +138,7 @@ def _vocabulary(head: Any, states: Tensor) -> int:
 def _read(log_probs: Tensor, targets: Tensor, wanted: Wanted) -> list[Tensor]:
     found = [log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)]
     if wanted.entropy:
-        found.append(-(log_probs.exp() * log_probs).sum(-1))
+        found.append(-(log_probs.exp() * log_probs.clamp(min=IMPOSSIBLE)).sum(-1))
     if wanted.sum_sq_probs:
         found.append((2 * log_probs).exp().sum(-1))
     return found
@@ -220,7 +222,7 @@ def _read_tile(z: Tensor, targets: Tensor, wanted: Wanted, keep: bool) -> tuple[
     log_total = total.log()
     found = [chosen - log_total]
     if wanted.entropy:  # log of the normaliser minus the mean of z; a logit of -inf has no share in it
-        found.append(log_total - torch.linalg.vecdot(p, z.clamp_(min=torch.finfo(z.dtype).min)) / total)
+        found.append(log_total - torch.linalg.vecdot(p, z.clamp_(min=IMPOSSIBLE)) / total)
     if wanted.sum_sq_probs:
         found.append(torch.linalg.vecdot(p, p) / total**2)
     if keep:
@@ -269,9 +271,7 @@ class _Tile:
     ) -> None:
         """One chunk's share. `z` are its (c, V) log-probs and is overwritten; `outer` differentiates the loss by `values`."""
         by_logp = outer.get("logps", z.new_zeros(len(z))).to(z.dtype)
-        dz = self._others(z, values, outer)
-        p = z.exp_()
-        dz = p.mul_(-by_logp.unsqueeze(1)) if dz is None else dz.addcmul_(p, -by_logp.unsqueeze(1))
+        dz = self._by_logits(z, by_logp, values, outer)
         dz.scatter_add_(1, self.targets[part].unsqueeze(1), by_logp.unsqueeze(1))
         if self.scale != 1:
             dz *= self.scale
@@ -289,14 +289,19 @@ class _Tile:
                 by_bias += dz.sum(0).to(by_bias.dtype)
 
     @staticmethod
-    def _others(z: Tensor, values: dict[str, Tensor], outer: dict[str, Tensor]) -> Tensor | None:
-        """What entropy and sum of squares add to the gradient of the logits; None where neither is differentiated."""
-        found = None
-        if (by_entropy := outer.get("entropy")) is not None:
-            log_p = z.clamp(min=torch.finfo(z.dtype).min)
-            found = log_p.add_(values["entropy"].unsqueeze(1)).mul_(z.exp()).mul_(-by_entropy.unsqueeze(1))
-        if (by_squares := outer.get("sum_sq_probs")) is not None:
-            p = z.exp()
-            squares = (p - values["sum_sq_probs"].unsqueeze(1)).mul_(p).mul_(2 * by_squares.unsqueeze(1))
-            found = squares if found is None else found + squares
-        return found
+    def _by_logits(z: Tensor, by_logp: Tensor, values: dict[str, Tensor], outer: dict[str, Tensor]) -> Tensor:
+        """(c, V) the loss differentiated by the logits, but for what `by_logp` adds to those of the sampled tokens. In the
+        place of `z`; a second tile holds p where entropy or sum of squares are differentiated."""
+        by_entropy, by_squares = outer.get("entropy"), outer.get("sum_sq_probs")
+        if by_entropy is None and by_squares is None:
+            return z.exp_().mul_(-by_logp.unsqueeze(1))
+        p, constant = z.exp(), by_logp
+        if by_entropy is None:
+            z.zero_()
+        else:
+            z.clamp_(min=IMPOSSIBLE).mul_(-by_entropy.unsqueeze(1))
+            constant = constant + by_entropy * values["entropy"]
+        if by_squares is not None:
+            z.addcmul_(p, 2 * by_squares.unsqueeze(1))
+            constant = constant + 2 * by_squares * values["sum_sq_probs"]
+        return z.sub_(constant.unsqueeze(1)).mul_(p)

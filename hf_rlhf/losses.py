@@ -110,7 +110,7 @@ def _measure(a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict
     if "old_logps" in a.policy_loss.needs or a.readers_of_old_logps:  # else nobody knows the policy that rolled out
         meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
         meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
-    meters.add("policy/entropy", ((known["entropy"] if "entropy" in known else -logps) * mask).sum(), tokens)
+    meters.add("policy/entropy", (known.get("entropy", -logps) * mask).sum(), tokens)
     if taken := sorted(MEASURED & metrics.keys()):
         raise ValueError(
             f"policy_loss={a.policy_loss.name} returns the metric {', '.join(map(repr, taken))}, and policy/{taken[0]} is "

@@ -50,7 +50,9 @@ class ResidentMark:
 
     def take(self) -> tuple[int, int]:
         """See `Mark`."""
-        fields = dict(line.split(b":", 1) for line in _read(STATUS).splitlines() if line.startswith((b"VmHWM", b"VmRSS")))
+        fields = dict(
+            line.split(b":", 1) for line in _read(STATUS).splitlines() if line.startswith((b"VmHWM", b"VmRSS"))
+        )
         peak, held = (int(fields[name].split()[0]) * 1024 for name in (b"VmHWM", b"VmRSS"))
         _write(CLEAR_REFS, b"5")
         return max(peak, held), held

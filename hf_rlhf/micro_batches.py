@@ -22,7 +22,9 @@ def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
     reason = why_not_packed(model)
     if reason is not None:
         if wanted != "auto":
-            raise ValueError(f"update.attention={wanted}: {type(model).__name__} cannot: {reason}. Set it to auto or padded")
+            raise ValueError(
+                f"update.attention={wanted}: {type(model).__name__} cannot: {reason}. Set it to auto or padded"
+            )
         return "padded"
     if wanted == "auto":
         return "flex" if model.device.type == "cuda" else "packed"
@@ -84,9 +86,7 @@ class Batching:
                     used = cost
         return parts
 
-    def _pieces(
-        self, group: list[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]
-    ) -> list[list[int]]:
+    def _pieces(self, group: list[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
         """The rows of one prompt, split where they are too many for one part."""
         pieces: list[list[int]] = []
         used = 0

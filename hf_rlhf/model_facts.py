@@ -319,7 +319,8 @@ def _steps(plugin: UpdateRule, policy: Any) -> None:
     if not any(critic is p for group in optimizer.param_groups for p in group["params"]):
         raise AssertionError("its optimizer leaves out the critic's parameters")
     batches = [
-        (TokenBatch(PROMPTS[i : i + 1], ROWS[i : i + 1], torch.ones(1, len(ROWS[i])), 0, "padded"), 1 - 2 * i) for i in (0, 1)
+        (TokenBatch(PROMPTS[i : i + 1], ROWS[i : i + 1], torch.ones(1, len(ROWS[i])), 0, "padded"), 1 - 2 * i)
+        for i in (0, 1)
     ]
 
     def log_probs(micro: Any) -> Tensor:

@@ -43,11 +43,6 @@ class Span:
     def size(self) -> int:
         return self.stop - self.start
 
-    @property
-    def reach(self) -> int:
-        """Tokens that its last one may attend to."""
-        return self.size + (self.before.size if self.before else 0)
-
 
 class Packed:
     """Rows of prompts and completions as one row of N tokens; a `Layout` for `hf_rlhf.attention`.

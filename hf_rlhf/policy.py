@@ -140,7 +140,6 @@ class TokenBatch:
         return at_least_float32(logits[before // length, kept])
 
 
-
 def _accepts(model: Any, argument: str) -> bool:
     return argument in inspect.signature(_inner(model).forward).parameters
 

@@ -170,10 +170,10 @@ def _write_recipe(trainer: RLHFTrainer, recipe: Recipe) -> None:
 
 
 def _record_memory(trainer: RLHFTrainer, plan: Plan) -> None:
-    """The plan's memory into the run's record, once more where the prompts' lengths were assumed and now are known."""
+    """The plan's memory into the run's record, once more where the model or its prompts were not known before."""
     parts = trainer.parts
-    if plan.memory and parts.dataset_settings.max_prompt_tokens is None and isinstance(parts.train, Prompts):
-        longest = max(map(len, parts.train.ids))
+    longest = max(map(len, parts.train.ids)) if isinstance(parts.train, Prompts) else None
+    if not plan.memory or (longest and parts.dataset_settings.max_prompt_tokens is None):
         estimate_memory(plan, parts.algorithm, trainer.args, parts.sections, model=parts.model, prompt_tokens=longest)
     trainer.run_log.record["plan"] |= {"memory": plan.memory, "memory_notes": plan.memory_notes}
 

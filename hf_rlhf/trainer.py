@@ -97,7 +97,7 @@ class RLHFTrainer(SavingTrainer):
             model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config, trust_remote_code
         )
         self.parts, self.algorithm = parts, parts.algorithm
-        self.meters = Meters()
+        self.meters = Meters(args.device)
         self.buffer: Buffer | None = None
         self._optimizer_given = optimizers[0] is not None
         self.run_log = RunLog(args.output_dir or "outputs", parts.record)

@@ -21,7 +21,7 @@ def engine(**settings: Any) -> Any:
     return load_plugin("rollout", "generate", **{"max_new_tokens": 24, **settings})
 
 
-@pytest.mark.proves("rollout.generate", how="transformers' own generate", tolerance="exact")
+@pytest.mark.proves("rollout.generate", how="parity", tolerance="exact")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_tokens_are_those_of_generate(name):
     policy, prompts = policy_of(tiny(name)), prompts_of(9, 3, 5, 9)
@@ -34,7 +34,7 @@ def test_greedy_tokens_are_those_of_generate(name):
     assert found.logps is None
 
 
-@pytest.mark.proves("rollout.generate", how="a fresh forward", tolerance="1e-5")
+@pytest.mark.proves("rollout.generate", how="parity", tolerance="1e-5")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_are_those_of_a_fresh_forward(name):
     policy, prompts = policy_of(tiny(name)), prompts_of(9, 3, 5, 9, 2)
