@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_rlhf.axes import KLEstimator, KLPlacement, LossTerm, Plugin, PolicyLoss, RolloutCorrection
 from hf_rlhf.facts import LATER, observed, remade
-from hf_rlhf.tensor_facts import OUTPUTS, PLACES, Run, Tensors, draw_tensors, ordinary, rows_of
+from hf_rlhf.tensor_facts import OUTPUTS, PLACES, Run, Tensors, draw_tensors, ordinary, prepared, rows_of
 
 
 def of(plugin: Plugin, axis: str, run: Run, finite_differences: bool | None) -> Iterator[tuple[Any, ...]]:
@@ -24,6 +24,10 @@ def of(plugin: Plugin, axis: str, run: Run, finite_differences: bool | None) -> 
             yield "its gradient is that of its value (finite differences)", _is_its_own_gradient, plugin, run
     if isinstance(plugin, PolicyLoss):
         yield "a positive advantage raises the log-prob", _climbs, run
+        if plugin.zero_without_advantage:
+            yield "a row without advantages has no gradient", _silent_without_advantage, run
+        if plugin.token_level:
+            yield "each token's loss depends on its own numbers alone", _by_token, plugin, run
     if isinstance(plugin, KLEstimator):
         yield "equal log-probs give 0", _zero_at_equality, run
         yield "its mean under the policy is not negative", _positive_mean, plugin
@@ -116,6 +120,32 @@ def _climbs(run: Run) -> None:
     (gradient,) = torch.autograd.grad(loss, logps)
     climbs = bool(((gradient * sign).sum(1) <= 0).all() and (gradient != 0).any())
     assert climbs, "descending this loss lowers the log-probs of rows with a positive advantage: is a sign missing?"
+
+
+def _silent_without_advantage(run: Run) -> None:
+    t = ordinary()
+    logps = t["logps"].requires_grad_()
+    t["advantages"][::2] = 0
+    loss = run(t)["loss"]
+    if not loss.requires_grad:
+        raise SkipTest("not asked: it has no gradient")
+    (gradient,) = torch.autograd.grad((loss * t["mask"]).sum(), logps)
+    assert bool((gradient[::2] == 0).all()), (
+        "rows whose advantages are all 0 have a gradient, and zero_without_advantage = True leaves such rows out: take it away"
+    )
+
+
+def _by_token(plugin: Any, run: Run) -> None:
+    t = prepared(plugin, ordinary())
+    names = ["logps", "old_logps", "advantages", "mask", *sorted(plugin.needs - {"old_logps"})]
+    try:
+        tokens = {name: t[name][t["mask"] > 0].unsqueeze(0) for name in names}
+        positional = [tokens.pop(name) for name in names[:4]]
+        alone = plugin(*positional, **tokens)[0].squeeze(0)
+    except (IndexError, RuntimeError) as error:
+        raise AssertionError(f"it fails on tokens side by side, which token_level = True allows: {error}") from error
+    apart = not torch.allclose(alone, run(t)["loss"][t["mask"] > 0], rtol=1e-9, atol=1e-12)
+    assert not apart, "a token's loss changes with the tokens beside it, and token_level = True says that it does not"
 
 
 def _zero_at_equality(run: Run) -> None:

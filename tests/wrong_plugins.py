@@ -32,6 +32,8 @@ class Wrong:
 
 
 FACTS = {
+    "silent": "a row without advantages has no gradient",
+    "token": "each token's loss depends on its own numbers alone",
     "documented": "it is a dataclass with a name, and every setting is documented",
     "known": "what it needs and provides are sets of known names",
     "recipe": "its settings survive a recipe",

@@ -110,6 +110,26 @@ class WideMean(PolicyLoss):
         return -d.exp() * advantages * mask, {}
 
 
+class Bonus(Loss):
+    """Also raises log-probs that no advantage asks for, and says that it does not."""
+
+    zero_without_advantage = True
+
+    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return -ratio * (advantages + 0.1 * advantages.sign() + 1e-3) * mask
+
+
+class RowRatio(Loss):
+    """Weighs a token by its row, and says that it does not."""
+
+    token_level = True
+    stops_gradient = True
+
+    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        row = (ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        return -row.detach().clamp(max=2) * ratio * advantages * mask
+
+
 class Reduced(Loss):
     """Averages by itself."""
 
@@ -259,6 +279,8 @@ WRONG = [
     Wrong(MicroBatchMean, "split", "computed alone", ("processes",)),
     Wrong(MicroBatchWhitened, "split", "computed alone", ("processes",)),
     Wrong(CentredColumns, "split", "computed alone", ("processes",)),
+    Wrong(Bonus, "silent", "zero_without_advantage"),
+    Wrong(RowRatio, "token", "token_level"),
     Wrong(Exponential, "off", "fill them before an exponential", ("gradient",)),
     Wrong(PaddedSequence, "off", "numbers off the mask changed", ("split",)),
     Wrong(WideMean, "padding", "count with the mask", ("tools", "split")),
