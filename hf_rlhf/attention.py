@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Protocol
 
@@ -54,6 +55,11 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if layout is None:
         raise RuntimeError(f"{type(module).__name__} does not pass keywords on to its attention")
+    if others.get("dropout"):
+        raise RuntimeError(
+            f"{type(module).__name__} drops attention weights at random, which a layout of our own cannot: set "
+            "model.dropout=false or update.attention=padded"
+        )
     if unknown := sorted(name for name in ("s_aux", "position_bias") if others.get(name) is not None):
         raise RuntimeError(f"{type(module).__name__} gives its attention {', '.join(unknown)}")
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
@@ -109,6 +115,48 @@ def _found_again(layers: list[Any], configs: list[Any]) -> Iterator[None]:
     finally:
         for layer, checkpoint in zip(layers, own, strict=True):
             layer._gradient_checkpointing_func = checkpoint
+
+
+@dataclass
+class Noting:
+    """A layout that notes the windows with which the layers call it."""
+
+    layout: Layout
+    windows: set[int | None] = field(default_factory=set)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `Layout`."""
+        self.windows.add(window)
+        return self.layout.attend(module, query, key, value, scaling=scaling, window=window, softcap=softcap)
+
+
+def hidden_window(model: nn.Module, windows: set[int | None]) -> str | None:
+    """Why the layout saw too much, where the configuration has a sliding window and no layer named it: it is in the masks
+    alone, which are not built."""
+    for config in (m.config for m in model.modules() if hasattr(m, "config")):
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        if window is None or window >= getattr(config, "max_position_embeddings", float("inf")):
+            continue
+        if windows <= {None} and (kinds is None or "sliding_attention" in kinds):
+            return f"its sliding window of {window} tokens is in its mask alone"
+    return None
+
+
+def drops_attention(model: nn.Module) -> bool:
+    """Whether a module or configuration drops attention weights at random in training."""
+    things = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
+    numbers = ((name, x) for thing in things for name, x in vars(thing).items() if type(x) is float)
+    return any(x > 0 and "att" in name and "drop" in name for name, x in numbers)
 
 
 def refusal(model: nn.Module) -> str | None:

@@ -43,15 +43,17 @@ class Collected:
 
     def select(self, keep: Tensor) -> Collected:
         """The rows on which `keep` (N,) is True, in table and rows."""
-        mine = keep[self.places]
-        index = mine.nonzero().flatten().tolist()
+        if bool(keep.all()):
+            return self
+        kept, own = keep.nonzero().flatten(), keep[self.places].nonzero().flatten()
+        index = own.tolist()
         return Collected(
             prompt_ids=[self.prompt_ids[i] for i in index],
             completion_ids=[self.completion_ids[i] for i in index],
             texts={name: [values[i] for i in index] for name, values in self.texts.items()},
-            rows={name: x[mine] for name, x in self.rows.items()},
-            table={name: x[keep] for name, x in self.table.items()},
-            places=(keep.cumsum(0) - 1)[self.places[mine]],
+            rows={name: x.index_select(0, own) for name, x in self.rows.items()},
+            table={name: x.index_select(0, kept) for name, x in self.table.items()},
+            places=(keep.cumsum(0) - 1)[self.places[own]],
         )
 
     @staticmethod

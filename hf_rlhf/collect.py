@@ -256,8 +256,7 @@ class Collector:
             table={name: x[order] for name, x in table.items()},
             places=own.nonzero().flatten(),
         )
-        report_rewards(self.meters.put, collected.table, self.algorithm.labels())
-        self.tokens += collected.table["mask"].sum().item()
+        self.tokens += report_rewards(self.meters.put, collected.table, self.algorithm.labels())
         self._count_unscored(collected.table)
         return collected.select(collected.table["valid"].bool())
 

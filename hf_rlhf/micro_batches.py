@@ -19,15 +19,13 @@ def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
     wanted = algorithm.update.attention
     if wanted == "padded" or (wanted == "auto" and "double_backward" in algorithm.needs):
         return "padded"
-    reason = why_not_packed(model)
-    if reason is not None:
-        if wanted != "auto":
-            raise ValueError(
-                f"update.attention={wanted}: {type(model).__name__} cannot: {reason}. Set it to auto or padded"
-            )
-        return "padded"
     if wanted == "auto":
-        return "flex" if model.device.type == "cuda" else "packed"
+        fastest: list[Attention] = ["flex", "packed"] if model.device.type == "cuda" else ["packed"]
+        return next((attention for attention in fastest if why_not_packed(model, attention) is None), "padded")
+    if (reason := why_not_packed(model, wanted)) is not None:
+        raise ValueError(
+            f"update.attention={wanted}: {type(model).__name__} cannot: {reason}. Set it to auto or padded"
+        )
     return wanted
 
 

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hf_rlhf.attention import attending, refusal
+from hf_rlhf.attention import Noting, attending, drops_attention, hidden_window, refusal
 from hf_rlhf.head import Derivative, Head, Measure, Wanted, at_least_float32, head_of, score, whole
 from hf_rlhf.packing import FlexPacked, Packed
 
@@ -118,7 +118,7 @@ class TokenBatch:
 
     def states(self, trunk: nn.Module) -> Tensor:
         """(n, H) a transformers trunk's last hidden states at the token before each sampled one."""
-        if self.attention != "padded" and packs(trunk):
+        if self.attention != "padded" and packs(trunk, self.attention):
             layout, before = self.packed
             with attending(trunk, layout) as keywords:
                 hidden = trunk(
@@ -212,7 +212,7 @@ def distributions(model: Any, batch: TokenBatch, temperature: float) -> Tensor:
 
 
 _PARTS: WeakKeyDictionary[nn.Module, tuple[nn.Module, Head] | None] = WeakKeyDictionary()
-_PACKS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_PACKS: WeakKeyDictionary[nn.Module, dict[Attention, str | None]] = WeakKeyDictionary()
 
 
 def _parts(model: Any) -> tuple[nn.Module, Head] | None:
@@ -254,33 +254,39 @@ def _probing(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def packs(trunk: nn.Module) -> bool:
-    """Whether rows may enter this trunk packed. Looked up once, with a warning where they may not."""
-    if trunk not in _PACKS:
-        _PACKS[trunk] = reason = _why_not_packed(trunk)
+def packs(trunk: nn.Module, attention: Attention = "packed") -> bool:
+    """Whether rows may enter this trunk in such a layout. Looked up once, with a warning where they may not."""
+    known = _PACKS.setdefault(trunk, {})
+    if attention not in known:
+        known[attention] = reason = _why_not_packed(trunk, attention)
         if reason:
-            logger.warning("%s: rows enter padded, which is slower: %s", type(trunk).__name__, reason)
-    return _PACKS[trunk] is None
+            instead = "padded" if attention == "packed" else "without FlexAttention"
+            logger.warning("%s: rows enter %s, which is slower: %s", type(trunk).__name__, instead, reason)
+    return known[attention] is None
 
 
-def _why_not_packed(trunk: Any) -> str | None:
+def _why_not_packed(trunk: Any, attention: Attention) -> str | None:
     """What speaks against it: the configuration, or a difference between packed and padded rows."""
     if (reason := refusal(trunk)) is not None:
         return reason
-    if any(getattr(module, "attention_dropout", 0.0) for module in trunk.modules()):
+    if drops_attention(trunk):
         return "its attention has dropout (model.dropout)"
     vocabulary = trunk.get_input_embeddings().num_embeddings
     draw = [[(7 * i + 3 * j + 1) % vocabulary for j in range(n)] for i, n in enumerate((5, 3, 6, 1, 9))]
-    rows = TokenBatch([draw[0], draw[0], draw[1]], [draw[2], draw[3], draw[4]], _ones([6, 1, 9]).to(trunk.device), 0)
+    mask = _ones([6, 1, 9]).to(trunk.device)
+    rows = TokenBatch([draw[0], draw[0], draw[1]], [draw[2], draw[3], draw[4]], mask, 0, attention)
     with _probing(trunk):
         layout, before = rows.packed
+        noting = Noting(layout)
         try:
-            with attending(trunk, layout) as keywords:
+            with attending(trunk, noting) as keywords:
                 found = trunk(
                     input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords
                 ).last_hidden_state[0, before]
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             return f"its layers cannot ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if (reason := hidden_window(trunk, noting.windows)) is not None:
+            return reason
         input_ids, places = rows.padded
         due = trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[places]
     gap = ((found - due).abs().max() / due.abs().max()).item()
@@ -288,13 +294,13 @@ def _why_not_packed(trunk: Any) -> str | None:
     return None if gap < bound else f"its states differ from those of padded rows by {gap:.1e} of the largest"
 
 
-def why_not_packed(model: Any) -> str | None:
-    """Why the rows of this causal model enter padded; None where they may be packed."""
+def why_not_packed(model: Any, attention: Attention = "packed") -> str | None:
+    """Why the rows of this causal model do not enter in such a layout; None where they do."""
     parts = _parts(model)
     if parts is None:
         return "it is more than a trunk with a linear head"
-    packs(parts[0])
-    return _PACKS[parts[0]]
+    packs(parts[0], attention)
+    return _PACKS[parts[0]][attention]
 
 
 def _ones(lengths: Sequence[int]) -> Tensor:

@@ -4,47 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from hf_rlhf.batch import Credit, Scored
 
 Put = Callable[[str, float], None]
 """(name, a number that is equal on every process)."""
+Numbers = dict[str, Tensor]
+"""name -> a number on the device, NaN where there is none to log."""
 
 
-def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) -> None:
-    """Rewards and lengths of all N rows, before anything is filtered."""
-    valid = table["valid"].bool()
+def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) -> float:
+    """Rewards and lengths of all N rows, before anything is filtered. Gives how many tokens they have."""
+    valid, lengths = table["valid"].bool(), table["mask"].sum(1)
+    found: Numbers = {}
+    missing: Numbers = {}
     for label in labels:
         x = table[f"score:{label}"]
-        put("health/reward_missing", x.isnan().sum().item())
-        _put_mean_std(put, f"reward/{label}", x[~x.isnan()])
-    _put_mean_std(put, "reward/total", table["total"][valid])
-    mask, totals = table["mask"][valid], table["total"][valid]
-    scored = Scored(mask=mask, token_rewards=mask, group_ids=table["group_ids"][valid])
-    compared = scored.group_size() > 1
-    if compared.any():
-        put("reward/zero_std_frac", scored.group_is_flat(totals)[compared].float().mean().item())
-    lengths = table["mask"].sum(1)
-    put("rollout/length/mean", lengths.mean().item())
-    put("rollout/length/min", lengths.min().item())
-    put("rollout/length/max", lengths.max().item())
-    put("rollout/truncated_frac", 1 - table["finished"].float().mean().item())
-    put("rollout/tokens", lengths.sum().item())
+        missing[label] = x.isnan().sum()
+        found |= _mean_std(f"reward/{label}", x.nan_to_num(), ~x.isnan())
+    found |= _mean_std("reward/total", table["total"], valid)
+    found["reward/zero_std_frac"] = _without_signal(table, valid)
+    found |= {
+        "rollout/length/mean": lengths.mean(),
+        "rollout/length/min": lengths.min(),
+        "rollout/length/max": lengths.max(),
+        "rollout/truncated_frac": 1 - table["finished"].to(lengths.dtype).mean(),
+        "rollout/tokens": lengths.sum(),
+    }
+    numbers = _read({**{f"missing:{label}": x for label, x in missing.items()}, **found})
+    for name, x in numbers.items():
+        put("health/reward_missing" if name.startswith("missing:") else name, x)
+    return numbers["rollout/tokens"]
+
+
+def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:
+    """The share of valid rows, among those whose group has several, whose group has one total alone."""
+    alone = table["group_ids"].where(valid, -1)  # rows that nobody scored are a group of their own
+    scored = Scored(mask=table["mask"], token_rewards=table["mask"], group_ids=alone)
+    compared = valid & (scored.group_size() > 1)
+    return (scored.group_is_flat(table["total"]) & compared).sum() / compared.to(table["total"].dtype).sum()
 
 
 def report_credit(put: Put, scored: Scored, credit: Tensor | Credit) -> None:
     """Advantages and, with a critic, how well it predicts its targets."""
     advantages, on = credit.advantages if isinstance(credit, Credit) else credit, scored.mask > 0
-    _put_mean_std(put, "reward/after_kl", scored.returns())
-    _put_mean_std(put, "advantage", advantages[on])
-    put("advantage/min", advantages[on].min().item())
-    put("advantage/max", advantages[on].max().item())
+    far = torch.finfo(advantages.dtype).max
+    found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0]))
+    found |= _mean_std("advantage", advantages, on)
+    found["advantage/min"] = advantages.masked_fill(~on, far).min()
+    found["advantage/max"] = advantages.masked_fill(~on, -far).max()
     if isinstance(credit, Credit) and scored.values is not None:
-        target, error = credit.returns[on], credit.returns[on] - scored.values[on]
-        if target.var() > 0:
-            put("value/explained_var", (1 - error.var() / target.var()).item())
-        put("value/mean", scored.values[on].mean().item())
+        target, error = _variance(credit.returns, on), _variance(credit.returns - scored.values, on)
+        found["value/explained_var"] = (1 - error / target).where(target > 0, torch.nan)
+        found["value/mean"] = _mean(scored.values, on)
+    for name, x in _read(found).items():
+        put(name, x)
 
 
 def report_drift(put: Put, table: dict[str, Tensor]) -> None:
@@ -53,17 +69,36 @@ def report_drift(put: Put, table: dict[str, Tensor]) -> None:
     put("rollout/rows", len(mask))
     if not len(mask):
         return
+    found: Numbers = {}
     if "old_logps" in table and "ref_logps" in table:
         k1 = ((table["old_logps"] - table["ref_logps"]) * mask).sum()
-        put("kl/rollout/sequence", (k1 / len(mask)).item())
-        put("kl/rollout/token", (k1 / mask.sum().clamp(min=1)).item())
+        found["kl/rollout/sequence"] = k1 / len(mask)
+        found["kl/rollout/token"] = k1 / mask.sum().clamp(min=1)
     if "old_logps" in table and "sampler_logps" in table:
         gap = ((table["old_logps"] - table["sampler_logps"]) * mask).abs()
-        put("rollout/logp_gap/mean", (gap.sum() / mask.sum().clamp(min=1)).item())
-        put("rollout/logp_gap/max", gap.max().item())
+        found["rollout/logp_gap/mean"] = gap.sum() / mask.sum().clamp(min=1)
+        found["rollout/logp_gap/max"] = gap.max()
+    for name, x in _read(found).items():
+        put(name, x)
 
 
-def _put_mean_std(put: Put, name: str, x: Tensor) -> None:
-    if len(x):
-        put(f"{name}/mean", x.mean().item())
-        put(f"{name}/std", x.std(correction=1 if len(x) > 1 else 0).item())
+def _read(found: Numbers) -> dict[str, float]:
+    """The numbers that there are, waiting for the device once."""
+    if not found:
+        return {}
+    values = torch.stack([x.double() if x.device.type != "mps" else x.float() for x in found.values()]).tolist()
+    return {name: x for name, x in zip(found, values, strict=True) if x == x}
+
+
+def _mean_std(name: str, x: Tensor, on: Tensor) -> Numbers:
+    """Mean and unbiased standard deviation of `x` where `on` is True; 0 of a single number, NaN of none."""
+    return {f"{name}/mean": _mean(x, on), f"{name}/std": _variance(x, on).sqrt()}
+
+
+def _mean(x: Tensor, on: Tensor) -> Tensor:
+    return x.masked_fill(~on, 0.0).sum() / on.sum()
+
+
+def _variance(x: Tensor, on: Tensor) -> Tensor:
+    squares = ((x - _mean(x, on)).masked_fill(~on, 0.0) ** 2).sum()
+    return squares / (on.sum() - 1).clamp(min=1)

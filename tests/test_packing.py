@@ -312,6 +312,46 @@ def others() -> dict[str, tuple[Callable[[], Any], str]]:
     }
 
 
+def hidden() -> dict[str, tuple[Callable[[], Any], str]]:
+    """Models that say of a window or of dropout nothing that their attention is told in evaluation."""
+    t = transformers
+    small = {**SMALL, "vocab_size": 128, "sliding_window": 16}
+    gpt = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.5}
+    opt = {"vocab_size": 128, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return {
+        "phimoe, window": (
+            lambda: t.PhimoeForCausalLM(t.PhimoeConfig(**small, num_local_experts=4, num_experts_per_tok=2)),
+            "its sliding window of 16 tokens is in its mask alone",
+        ),
+        "doge, window": (
+            lambda: t.DogeForCausalLM(t.DogeConfig(**small, layer_types=["sliding_attention", "full_attention"])),
+            "its sliding window of 16 tokens is in its mask alone",
+        ),
+        "gpt2, dropout": (lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt)), "its attention has dropout"),
+        "opt, dropout": (
+            lambda: t.OPTForCausalLM(t.OPTConfig(**opt, word_embed_proj_dim=32, attention_dropout=0.5)),
+            "its attention has dropout",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", hidden())
+def test_what_attention_is_not_told_in_a_short_forward_is_found_in_the_configuration(name):
+    """Rows longer than the window; a window of 16 tokens does not show in the few tokens of a first look."""
+    make, why = hidden()[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
+    rows = [
+        ([5 + i for i in range(25)], [40 - i for i in range(12)], [1] * 12),
+        ([3], [7 + i for i in range(30)], [1] * 30),
+    ]
+    assert why in str(why_not_packed(model))
+    with torch.no_grad():
+        found = ActorCritic(model, None, 1.0)(batch("packed", torch.float32, rows))["logps"]
+        torch.testing.assert_close(found, textbook(model, rows), rtol=0, atol=2e-5)
+
+
 def other(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

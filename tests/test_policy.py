@@ -28,6 +28,7 @@ SMALL = {
     "eos_token_id": 1,
 }
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": PAD}
+GPT2 |= {"attn_pdrop": 0.0}
 
 
 def models() -> dict[str, Callable[[], Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,12 @@ class Decoder:
     steps: int
     device: torch.device
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], group: int, sampler: Sampler, first_row: int = 0) -> Drawn:
         """`group` rows of each prompt, side by side; the sampler hears of them as rows `first_row`, ..."""
+        with torch.inference_mode(), _kept_for_training(self.model):
+            return self._decode(prompts, group, sampler, first_row)
+
+    def _decode(self, prompts: Sequence[Sequence[int]], group: int, sampler: Sampler, first_row: int) -> Drawn:
         distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
         place = {ids: u for u, ids in enumerate(distinct)}
         of_row = [place[tuple(ids)] for ids in prompts for _ in range(group)]
@@ -98,6 +102,18 @@ class Decoder:
     def __post_init__(self) -> None:
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._takes_few = "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+@contextmanager
+def _kept_for_training(model: Any) -> Iterator[None]:
+    """What the model stores of itself in inference mode could not be trained with: it is made ordinary again."""
+    stored = [(module, name, x) for module in model.modules() for name, x in module._buffers.items()]
+    yield
+    for module, name, x in stored:
+        now = module._buffers.get(name)
+        if now is not x and now is not None and now.is_inference():
+            with torch.inference_mode(False):
+                module._buffers[name] = now.clone()
 
 
 class _Live:
