@@ -161,10 +161,10 @@ class Buffer:
         where = torch.full((len(self.mask),), -1, dtype=torch.long, device=step.device)
         where[step] = torch.arange(len(step), device=step.device)
         mine = where[self.places]
-        rows = (mine >= 0).nonzero().flatten().tolist()
+        learned = mine >= 0
         if algorithm.skips_rows_without_advantage:
-            heard = ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1).tolist()
-            rows = [row for row in rows if heard[row]]
+            learned &= ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1)
+        rows = [row for row, learns in enumerate(learned.tolist()) if learns]
         if not rows:
             return [self._empty(weights, batching)]
         parts = batching.cut(rows, self.prompt_ids, self.completion_ids)

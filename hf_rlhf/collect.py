@@ -22,7 +22,7 @@ from hf_rlhf.losses import measured
 from hf_rlhf.meters import Meters
 from hf_rlhf.policy import ActorCritic, Policy
 from hf_rlhf.prompts import Prompt, PromptStream
-from hf_rlhf.reports import report_credit, report_drift, report_rewards
+from hf_rlhf.reports import SCORED, report_credit, report_drift, report_rewards
 from hf_rlhf.scoring import RewardError, ask, place, score, total, totals
 from hf_rlhf.seeding import seeded
 
@@ -221,7 +221,7 @@ class Collector:
         device, mask, weights = self.accelerator.device, rows["mask"], self.weights()
         scores = totals(answers, rollouts)
         sums, valid = total(scores, weights)
-        valid &= (mask > 0).any(1).cpu()
+        valid &= torch.tensor([any(row) for row in rollouts.masks])
         tokenizer, width = self.policy.tokenizer, mask.size(1)
         placed = [weights[label] * place(given, rollouts, tokenizer, width) for label, given in answers.items()]
         token_rewards = sum(placed, start=torch.zeros(mask.shape, dtype=torch.float64)).to(device, self.dtype)
@@ -256,8 +256,9 @@ class Collector:
             table={name: x[order] for name, x in table.items()},
             places=own.nonzero().flatten(),
         )
-        self.tokens += report_rewards(self.meters.put, collected.table, self.algorithm.labels())
-        self._count_unscored(collected.table)
+        reported = report_rewards(self.meters.put, collected.table, self.algorithm.labels())
+        self.tokens += reported["rollout/tokens"]
+        self._count_unscored(len(table["valid"]), reported[SCORED])
         return collected.select(collected.table["valid"].bool())
 
     def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
@@ -269,11 +270,11 @@ class Collector:
             taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
         return taken
 
-    def _count_unscored(self, table: dict[str, Tensor]) -> None:
+    def _count_unscored(self, rows: int, scored: float) -> None:
         """Warns of a round without a single score, and stops the run at the third in a row."""
-        self.unscored = 0 if table["valid"].any() else self.unscored + 1
+        self.unscored = 0 if scored else self.unscored + 1
         if self.unscored:
-            logger.warning("no reward source scored any of %d completions", len(table["valid"]))
+            logger.warning("no reward source scored any of %d completions", rows)
         if self.unscored >= 3:
             labels = ", ".join(self.algorithm.labels())
             raise RewardError(

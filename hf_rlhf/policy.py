@@ -65,8 +65,9 @@ class TokenBatch:
         self.attention = attention
         self.shape, self.device = tuple(mask.shape), mask.device
         rows, columns = mask.cpu().nonzero(as_tuple=True)
-        chosen = [completion_ids[i][j] for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]
         self._places = rows, columns
+        self._pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+        chosen = [completion_ids[i][j] for i, j in self._pairs]
         self.rows, self.columns = rows.to(self.device), columns.to(self.device)
         self.targets = torch.tensor(chosen, dtype=torch.long, device=self.device)
 
@@ -106,7 +107,7 @@ class TokenBatch:
         """
         rows, columns = self._places
         used: list[int | None] = [None] * len(self.prompt_ids)
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        for row, column in self._pairs:
             used[row] = column  # ascending: the last one stays
         if not self.tokens:
             used[0] = 0

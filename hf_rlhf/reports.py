@@ -11,18 +11,19 @@ from hf_rlhf.batch import Credit, Scored
 
 Put = Callable[[str, float], None]
 """(name, a number that is equal on every process)."""
+MISSING, SCORED = "missing:", "scored"
+"""Names that are read with the metrics and have others, or none, in the log."""
 Numbers = dict[str, Tensor]
 """name -> a number on the device, NaN where there is none to log."""
 
 
-def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) -> float:
-    """Rewards and lengths of all N rows, before anything is filtered. Gives how many tokens they have."""
+def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) -> dict[str, float]:
+    """Rewards and lengths of all N rows, before anything is filtered. Gives them, and under SCORED how many rows count."""
     valid, lengths = table["valid"].bool(), table["mask"].sum(1)
     found: Numbers = {}
-    missing: Numbers = {}
     for label in labels:
         x = table[f"score:{label}"]
-        missing[label] = x.isnan().sum()
+        found[f"{MISSING}{label}"] = x.isnan().sum()
         found |= _mean_std(f"reward/{label}", x.nan_to_num(), ~x.isnan())
     found |= _mean_std("reward/total", table["total"], valid)
     found["reward/zero_std_frac"] = _without_signal(table, valid)
@@ -32,11 +33,13 @@ def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) ->
         "rollout/length/max": lengths.max(),
         "rollout/truncated_frac": 1 - table["finished"].to(lengths.dtype).mean(),
         "rollout/tokens": lengths.sum(),
+        SCORED: valid.sum(),
     }
-    numbers = _read({**{f"missing:{label}": x for label, x in missing.items()}, **found})
-    for name, x in numbers.items():
-        put("health/reward_missing" if name.startswith("missing:") else name, x)
-    return numbers["rollout/tokens"]
+    numbers = _read(found)
+    for name, number in numbers.items():
+        if name != SCORED:
+            put("health/reward_missing" if name.startswith(MISSING) else name, number)
+    return numbers
 
 
 def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:
@@ -59,8 +62,8 @@ def report_credit(put: Put, scored: Scored, credit: Tensor | Credit) -> None:
         target, error = _variance(credit.returns, on), _variance(credit.returns - scored.values, on)
         found["value/explained_var"] = (1 - error / target).where(target > 0, torch.nan)
         found["value/mean"] = _mean(scored.values, on)
-    for name, x in _read(found).items():
-        put(name, x)
+    for name, number in _read(found).items():
+        put(name, number)
 
 
 def report_drift(put: Put, table: dict[str, Tensor]) -> None:
@@ -78,8 +81,8 @@ def report_drift(put: Put, table: dict[str, Tensor]) -> None:
         gap = ((table["old_logps"] - table["sampler_logps"]) * mask).abs()
         found["rollout/logp_gap/mean"] = gap.sum() / mask.sum().clamp(min=1)
         found["rollout/logp_gap/max"] = gap.max()
-    for name, x in _read(found).items():
-        put(name, x)
+    for name, number in _read(found).items():
+        put(name, number)
 
 
 def _read(found: Numbers) -> dict[str, float]:
