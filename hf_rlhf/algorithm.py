@@ -104,7 +104,8 @@ class Algorithm:
         """Whether the loss of a token depends on that token's numbers alone."""
         others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
         whole = [kl for _, kl in self.kl_in("loss") if kl.level != "token" or "full_distribution" in kl.estimator.needs]
-        return self.policy_loss.token_level and not others and not whole
+        by_row = self.policy_loss.needs & {"total_score", "group_ids"}
+        return self.policy_loss.token_level and not by_row and not others and not whole
 
     @property
     def steps_per_rollout(self) -> int:

@@ -74,7 +74,13 @@ def _models(plan: Plan, a: Algorithm, lora: bool) -> None:
 
 def _forwards(plan: Plan, a: Algorithm) -> None:
     rows = a.rollout.prompts * a.rollout.num_generations
-    if a.readers_of_old_logps:
+    forward = bool(a.readers_of_old_logps) and not a.samples_old_logps
+    if a.samples_old_logps:
+        plan.skipped.append(
+            f"old log-probs: rollout={a.rollout.name} notes them while sampling, for {'; '.join(a.readers_of_old_logps)} "
+            f"(in half precision or under autocast they take a forward over {rows} rows)"
+        )
+    elif forward:
         plan.forwards.append(
             f"policy over {rows} rows, without gradient: old log-probs for {'; '.join(a.readers_of_old_logps)}"
         )
@@ -84,7 +90,7 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
         plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
     if "ref_logps" in a.needs:
         plan.forwards.append(f"reference over {rows} rows, without gradient")
-    if "sum_sq_probs" in a.needs and not a.readers_of_old_logps:
+    if "sum_sq_probs" in a.needs and not forward:
         plan.forwards.append(f"policy over {rows} rows, without gradient: squared probabilities")
     if "greedy" in a.needs:
         plan.forwards.append(f"greedy completions of {a.rollout.prompts} prompts, and their rewards")
@@ -95,13 +101,18 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
     if isinstance(a.critic, TrainedCritic):
         shared = a.critic.shares_forward
         what = f"values for advantages={a.advantages.name}"
-        if shared and a.readers_of_old_logps:
+        if shared and forward:
             plan.skipped.append(f"a forward of the critic: critic={a.critic.name} shares the policy's, {what}")
         else:
             plan.forwards.append(f"{'policy' if shared else 'critic'} over {rows} rows, without gradient: {what}")
     plan.forwards.append(f"policy over {rows * a.update.epochs} rows, with gradient ({a.update.epochs} per row)")
     if "entropy" not in a.needs:
-        plan.skipped.append("exact entropy: no term asks for it (policy/entropy is estimated from the sampled tokens)")
+        plan.skipped.append(
+            "exact entropy: no plugin asks for it (policy/entropy is estimated from the sampled tokens, unless "
+            "logging.entropy is exact)"
+        )
+    if a.skips_rows_without_advantage:
+        plan.skipped.append("rows whose advantages are all 0, in the update: they would change nothing")
 
 
 def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -> list[tuple[str, str, str]]:

@@ -85,7 +85,9 @@ def logged(make: Callable[[Path, Any], Parts]) -> Callable[[Path, Any], Any]:
 
     def show(folder: Path, value: Any) -> Any:
         entries = runs.entries(runs.trained(folder, **make(folder, value)))
-        return [{k: v for k, v in entry.items() if not k.startswith(("time/", "memory/", "perf/"))} for entry in entries]
+        return [
+            {k: v for k, v in entry.items() if not k.startswith(("time/", "memory/", "perf/"))} for entry in entries
+        ]
 
     return show
 

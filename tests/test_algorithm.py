@@ -235,8 +235,19 @@ def test_the_plan_of_rules_alone_skips_all_that_is_not_needed():
         "reference model: no KL is measured",
         "critic: advantages=group_norm reads no values",
         "old log-probs: one optimizer step per rollout, so the update's own are the policy's",
-        "exact entropy: no term asks for it (policy/entropy is estimated from the sampled tokens)",
+        "exact entropy: no plugin asks for it (policy/entropy is estimated from the sampled tokens, unless logging.entropy is "
+        "exact)",
+        "rows whose advantages are all 0, in the update: they would change nothing",
     ]
+
+
+def test_the_plan_says_that_the_sampler_notes_old_log_probs():
+    found = plan(rollout={"use": "generate", "prompts": 4, "num_generations": 4}, update={"epochs": 2})
+    assert not any("old log-probs" in text for text in found.forwards)
+    assert (
+        "old log-probs: rollout=generate notes them while sampling, for policy_loss (2 optimizer steps per rollout) (in half "
+        "precision or under autocast they take a forward over 16 rows)"
+    ) in found.skipped
 
 
 def test_the_plan_of_everything_skips_nothing(tmp_path):
