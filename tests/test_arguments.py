@@ -216,7 +216,7 @@ def test_evaluation_runs_when_asked(training, steps, tmp_path):
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     training = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
     training |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward/total/mean"}
-    training |= {"greater_is_better": True, "learning_rate": 3.0, "save_total_limit": 2}
+    training |= {"greater_is_better": True, "learning_rate": 2.0, "save_total_limit": 2}
     made = runs.trained(tmp_path, training=training, **SAMPLED_EVALUATION)
     seen = {e["step"]: e["eval_reward/total/mean"] for e in made.state.log_history if "eval_reward/total/mean" in e}
     best = max(seen, key=lambda step: (seen[step], -step))
@@ -239,17 +239,32 @@ class Rows(TrainerCallback):
         self.seen: list[int] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.trainer.actor_critic.register_forward_pre_hook(self.count)
 
-    def count(self, module, args, kwargs):
+    def count(self, module, args):
         if torch.is_grad_enabled():
-            self.seen.append(len(kwargs["input_ids"]))
+            self.seen.append(len(args[0].prompt_ids))
 
 
-@pytest.mark.parametrize(("limit", "want"), [(64, [8, 8]), (3, [3, 3, 2] * 2), (1, [1] * 16)])
-def test_per_device_train_batch_size_caps_the_rows_of_a_micro_batch(limit, want, tmp_path):
+@pytest.mark.parametrize(
+    ("attention", "limit", "want"),
+    [
+        *(("padded", 64, [8, 8]), ("padded", 3, [3, 3, 2] * 2), ("padded", 1, [1] * 16)),
+        *(("packed", 64, [8, 8]), ("packed", 4, [4] * 4), ("packed", 3, [3, 1] * 4), ("packed", 1, [1] * 16)),
+    ],
+)
+def test_per_device_train_batch_size_caps_the_rows_of_a_micro_batch(attention, limit, want, tmp_path):
+    """Packed, the four rows of a prompt stay together where they fit."""
     rows = Rows()
-    runs.trained(tmp_path, callbacks=[rows], training={"per_device_train_batch_size": limit})
+    made = runs.trainer(
+        tmp_path,
+        callbacks=[rows],
+        training={"per_device_train_batch_size": limit},
+        update={"mini_batches": 2, "attention": attention},
+        loss_terms=["entropy"],  # it keeps rows without advantage in the update
+    )
+    rows.trainer = made
+    made.train()
     assert rows.seen == want
 
 

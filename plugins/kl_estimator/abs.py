@@ -16,14 +16,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ROUNDING = 64
+"""Units in the last place within which two computations of a log-prob agree."""
+
+
 @dataclass(kw_only=True)
 class Abs(KLEstimator):
-    """|l| with l = log p - log p_ref: never negative, biased as a value; its slope is -1, 0 at equality, or 1."""
+    """|l| with l = log p - log p_ref: never negative, biased as a value; its slope is -1, 0 at equality, or 1.
+
+    Log-probs that differ by rounding alone count as equal, else a policy that is the reference had a slope at random.
+    """
 
     name = "abs"
 
     def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
-        return (logps - ref_logps).abs()
+        import torch
+
+        difference = (logps - ref_logps).abs()
+        rounding = ROUNDING * torch.finfo(logps.dtype).eps * logps.detach().abs().clamp(min=1)
+        return difference.masked_fill(difference.detach() <= rounding, 0.0)
 
 
 @hookimpl
