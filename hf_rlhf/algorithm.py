@@ -103,9 +103,13 @@ class Algorithm:
     def loss_is_token_level(self) -> bool:
         """Whether the loss of a token depends on that token's numbers alone."""
         others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
-        whole = [kl for _, kl in self.kl_in("loss") if kl.level != "token" or "full_distribution" in kl.estimator.needs]
+        whole = [
+            kl
+            for _, kl in self.kl_in("loss")
+            if not kl.token_level or kl.level != "token" or "full_distribution" in kl.estimator.needs
+        ]
         by_row = self.policy_loss.needs & {"total_score", "group_ids"}
-        return self.policy_loss.token_level and not by_row and not others and not whole
+        return self.policy_loss.token_level and not any((by_row, others, whole, "double_backward" in self.needs))
 
     @property
     def steps_per_rollout(self) -> int:
@@ -209,6 +213,10 @@ class Algorithm:
                         f"{path}={plugin.name} compares the completions of a prompt and rollout.num_generations is 1: "
                         "set it to 2 or more, or choose an estimator without groups (reinforce, reward_to_go, gae)"
                     )
+        if "double_backward" in self.needs and update.attention in ("packed", "flex"):
+            yield (
+                f"update.attention={update.attention} has no second derivative, which something needs: set it to auto or padded"
+            )
         if rollout.prompts % update.mini_batches:
             fits = [n for n in range(1, rollout.prompts + 1) if rollout.prompts % n == 0]
             yield (

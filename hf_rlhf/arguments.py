@@ -55,7 +55,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "dataloader_prefetch_factor": NO_LOADER,
     "dataloader_multiprocessing_context": NO_LOADER,
     "dataloader_in_order": NO_LOADER,
-    "length_column_name": "rows are sorted by their own lengths",
+    "length_column_name": "rows of a prompt stay together, padded rows are sorted by their own lengths",
     "accelerator_config": "what it says of dataloaders; the rest is Accelerate's",
     "use_cache": "rollouts use the cache and updates do not",
     "fsdp_config": "`fsdp` is refused",

@@ -54,7 +54,10 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     if layout is None:
-        raise RuntimeError(f"{type(module).__name__} does not pass keywords on to its attention")
+        raise RuntimeError(
+            f"{type(module).__name__} does not pass keywords on to its attention, or is run while a forward of the same model "
+            "goes on in another thread (a reward that runs the policy says runs_model: true)"
+        )
     if others.get("dropout"):
         raise RuntimeError(
             f"{type(module).__name__} drops attention weights at random, which a layout of our own cannot: set "

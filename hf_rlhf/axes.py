@@ -100,8 +100,7 @@ class RolloutEngine(Plugin, ABC):
 
     @property
     def exact_logps(self) -> bool:
-        """Whether the log-probs it reports are the policy's own, as the trainer computes them, up to rounding: then nothing
-        computes them again."""
+        """Whether it may report log-probs with `Completions.exact`."""
         return False
 
     @abstractmethod
@@ -117,8 +116,8 @@ class RolloutEngine(Plugin, ABC):
 
 @dataclass(kw_only=True)
 class RewardSource(Plugin, ABC):
-    """Scores completions. Axis `rewards`, a list. Sources are called one after the other while forwards of the policy run
-    in another thread; one that runs a model declares `provides = {"reward_model"}`, and all wait for those forwards."""
+    """Scores completions. Axis `rewards`, a list. Called one after the other, while forwards of the policy run in another
+    thread unless one of them `runs_model`."""
 
     verifier: ClassVar[bool] = False
     """True where a score of 1 means correct: then evaluation reports accuracy, pass@k and maj@k."""
@@ -127,6 +126,11 @@ class RewardSource(Plugin, ABC):
     """Factor of this source in the total reward."""
     label: str | None = None
     """Name in logs and tables; the plugin's name by default. Two sources need two labels."""
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether it runs a model, the policy or its own: all sources then wait for the policy's forwards."""
+        return "reward_model" in self.provides
 
     @abstractmethod
     def __call__(self, rollouts: Rollouts) -> Sequence[float | Spans | TokenScores | None]:
@@ -169,6 +173,8 @@ class KLPlacement(Plugin, ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     places: ClassVar[frozenset[str]] = frozenset()
     """Where the penalty enters: any of reward, loss, advantage. A placement overrides the method of each."""
+    token_level: ClassVar[bool] = False
+    """True where `loss_penalty` of a token depends on that token alone, as in PolicyLoss."""
 
     estimator: KLEstimator = choice("k1")
     """How the KL is estimated."""

@@ -8,6 +8,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         masks             n lists of 0/1        1 on tokens the policy sampled, 0 on tool output; None: all 1
         finish_reasons    n of "stop"/"length"  "length": cut off at max_new_tokens
         logps             n lists of float      log-probs as the sampler reports them, or None
+        exact             bool                  logps are what the trainer computes, up to rounding: nothing computes them again
 
     Rollouts (to reward sources; n rows), which answer per row with a number, None, or
         Spans             [(end, value), ...]   a reward for each step: `end` is the character after it in the completion
@@ -62,6 +63,7 @@ class Completions:
     masks: list[list[int]] | None = None
     finish_reasons: list[str]
     logps: list[list[float]] | None = None
+    exact: bool = False
 
 
 @dataclass

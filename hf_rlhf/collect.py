@@ -110,11 +110,13 @@ class Collector:
         sampled = None
         if completions.logps is not None:
             sampled = _padded(completions.logps, self.dtype).to(self.accelerator.device)
+            sampled = sampled.masked_fill(rows["mask"] == 0, 0.0)
         if "sampler_logps" in self.algorithm.needs:
             assert sampled is not None
             rows["sampler_logps"] = sampled
-        with beside(lambda: self._forward(rollouts, rows["mask"], sampled), self.accelerator.device) as forward:
-            if any("reward_model" in source.provides for source in self.algorithm.rewards):
+        exact = sampled if completions.exact else None
+        with beside(lambda: self._forward(rollouts, rows["mask"], exact), self.accelerator.device) as forward:
+            if any(source.runs_model for source in self.algorithm.rewards):
                 forward.result()  # two models at a time would need the memory of both
             with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
                 answers = ask(self._sources(), rollouts)

@@ -366,7 +366,9 @@ def room(tokens: int) -> int:
 def _forward(setting: Setting, model: Any, critic: Any) -> dict[str, float]:
     """Bytes of the forwards without gradient, the largest of them; nothing where there are none."""
     a = setting.algorithm
-    reads = bool(a.readers_of_old_logps) or "ref_logps" in a.needs or "sum_sq_probs" in a.needs
+    rounds = setting.args.bf16 or next(model.parameters()).dtype not in (torch.float32, torch.float64)
+    old = bool(a.readers_of_old_logps) and (rounds or not a.samples_old_logps)
+    reads = old or "ref_logps" in a.needs or "sum_sq_probs" in a.needs
     if not reads and critic is None:
         return {}
     batch, _ = setting.largest(a.rollout.prompts, _attention(setting, model))

@@ -46,7 +46,7 @@ class Forwards:
         results: dict[str, Tensor] = {}
         taken = sampled is not None and self.takes_old_logps
         if taken and sampled is not None:
-            results["old_logps"] = sampled * mask
+            results["old_logps"] = sampled
         wanted = {
             "logps": bool(a.readers_of_old_logps) and not taken,
             "values": "values" in a.needs,

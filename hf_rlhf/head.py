@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGITS = 2**22
@@ -59,7 +60,9 @@ class Head:
     def plain(self) -> bool:
         """Whether it is one matrix product of which nothing else knows: no adapter, no hook, no cap."""
         module = self.module
-        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        hooked = (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
         return type(module) is nn.Linear and not hooked and self.cap is None
 
 
@@ -189,6 +192,7 @@ class _Scores(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is not None:
             gradients, ctx.gradients = ctx.gradients, None

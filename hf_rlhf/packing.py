@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MASK_ELEMENTS = 2**23
-"""Most elements of the mask of one bucket of rows (32 MiB in float32)."""
+"""Most elements of the mask of a bucket of several rows (32 MiB in float32)."""
 SPREAD = 0.7
 """Rows of one bucket are no shorter than this share of its longest, so that attention has little padding."""
 
@@ -82,6 +82,11 @@ class Packed:
         self.device = device
         self.input_ids = torch.tensor([ids], device=device)
         self.position_ids = torch.tensor([positions], device=device)
+
+    def release(self) -> None:
+        """Lets go of masks, which are made anew where they are needed again."""
+        for name in ("_blocks", "_block_masks"):
+            vars(self).pop(name, None)
 
     @cached_property
     def _blocks(self) -> list[_Block]:

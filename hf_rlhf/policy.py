@@ -76,6 +76,11 @@ class TokenBatch:
         """How many tokens were sampled."""
         return len(self.rows)
 
+    def release(self) -> None:
+        """Lets go of what attention keeps for a backward that is done."""
+        if "packed" in vars(self):
+            self.packed[0].release()
+
     @property
     def positions(self) -> int:
         """How many tokens pass the trunk, padding included."""
@@ -218,8 +223,9 @@ _PACKS: WeakKeyDictionary[nn.Module, dict[Attention, str | None]] = WeakKeyDicti
 
 def _parts(model: Any) -> tuple[nn.Module, Head] | None:
     """The trunk and head of a causal model, where the head of the trunk's states is what the model gives. Looked up once."""
-    if model not in _PARTS:
-        causal = _inner(model)
+    causal = _inner(model)
+    known = _PARTS.get(model)
+    if model not in _PARTS or (known is not None and known[1].module is not causal.get_output_embeddings()):
         head = None if _learns_prompts(model) else head_of(causal)
         trunk = getattr(causal, "base_model", causal)
         fits = head is not None and trunk is not causal and _fit(causal, trunk, head)

@@ -185,6 +185,7 @@ class RLHFTrainer(SavingTrainer):
                 self.accelerator.gradient_state._set_sync_gradients(last)
                 with nullcontext() if last else self.accelerator.no_sync(model):
                     loss += super().training_step(model, micro).to(loss.dtype)
+                micro["batch"].release()
             self.accelerator.gradient_state._set_sync_gradients(True)
         if inputs:
             self._step_sums |= {
@@ -386,5 +387,7 @@ class RLHFTrainer(SavingTrainer):
 
     def close(self) -> None:
         """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""
-        self.run_log.flush()
-        self._finalizer()
+        try:
+            self.run_log.flush()
+        finally:
+            self._finalizer()

@@ -290,6 +290,9 @@ of_scores("math_answer", "answer_after", None, "####", column="marked")
 of_scores("math_answer", "timeout", 5.0, 1e-3)
 of_scores("reward_model", "dtype", "float32", "bfloat16")
 of_scores("reward_model", "max_length", None, 2)
+BITES["rewards.function.runs_model"] = Bite(
+    False, True, lambda folder, value: load_plugin("rewards", "function", function=len, runs_model=value).runs_model
+)
 BITES["rewards.function.function"] = Bite(
     "length",
     "first",

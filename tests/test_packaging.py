@@ -125,7 +125,7 @@ def test_only_one_module_imports_what_trl_does_not_document():
 
 def test_files_stay_short():
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in CORE_FILES + PLUGIN_FILES}
-    assert {name: lines for name, lines in lengths.items() if lines > 410} == {}
+    assert {name: lines for name, lines in lengths.items() if lines > 420} == {}
 
 
 @pytest.fixture(scope="module")

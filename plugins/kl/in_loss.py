@@ -29,6 +29,7 @@ class InLoss(KLPlacement):
 
     name = "in_loss"
     places: ClassVar[frozenset[str]] = frozenset({"loss"})
+    token_level = True
 
     beta: NonNegative = 0.04
     """Loss added per nat of KL."""

@@ -29,6 +29,9 @@ class Function(RewardSource):
 
     function: str | Callable[..., Any]
     """`file.py:name`, `package.module:name`, or the function itself. Code that a recipe names is run."""
+    runs_model: bool = False
+    """The function runs a model, the policy or another: it then waits for the policy's forwards instead of running beside
+    them."""
 
     def __post_init__(self) -> None:
         self._logs = Logs()

@@ -36,6 +36,7 @@ OWN = {
 NOT_SAMPLING = (
     *("num_beams", "num_beam_groups", "constraints", "force_words_ids", "penalty_alpha", "dola_layers"),
     *("guidance_scale", "prompt_lookup_num_tokens", "use_mtp", "speculation_type", "is_assistant"),
+    *("assistant_early_exit", "num_assistant_tokens"),
     *("return_dict_in_generate", "token_healing", "low_memory", "transformers_version"),
 )
 """Keys with which `generate` does something other than to draw token after token from the policy, or returns something

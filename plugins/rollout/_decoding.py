@@ -108,12 +108,14 @@ class Decoder:
 def _kept_for_training(model: Any) -> Iterator[None]:
     """What the model stores of itself in inference mode could not be trained with: it is made ordinary again."""
     stored = [(module, name, x) for module in model.modules() for name, x in module._buffers.items()]
-    yield
-    for module, name, x in stored:
-        now = module._buffers.get(name)
-        if now is not x and now is not None and now.is_inference():
-            with torch.inference_mode(False):
-                module._buffers[name] = now.clone()
+    try:
+        yield
+    finally:
+        for module, name, x in stored:
+            now = module._buffers.get(name)
+            if now is not x and now is not None and now.is_inference():
+                with torch.inference_mode(False):
+                    module._buffers[name] = now.clone()
 
 
 class _Live:

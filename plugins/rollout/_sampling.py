@@ -134,7 +134,7 @@ def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
         near = probs.gather(1, columns.clamp_(max=size - 1)) * inside
     else:
         near = probs.gather(1, columns)
-    return (block * width + _first_above(near, rest)[0]).squeeze(1)
+    return (block * width + _first_above(near, rest)[0]).squeeze(1).clamp_(max=size - 1)  # NaN is above everything
 
 
 def _first_above(sums: Tensor, target: Tensor, relative: bool = False) -> tuple[Tensor, Tensor]:

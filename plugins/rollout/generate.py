@@ -174,6 +174,7 @@ class Generate(RolloutEngine):
         if group < num_generations:
             ids = [list(row) for row in ids for _ in range(num_generations)]
         return Completions(
+            exact=self.exact_logps,
             ids=ids,
             finish_reasons=["stop" if row[-1] in eos else "length" for row in ids],
             logps=logps if reports else None,
