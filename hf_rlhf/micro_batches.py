@@ -19,14 +19,13 @@ def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
     wanted = algorithm.update.attention
     if wanted == "padded" or (wanted == "auto" and "double_backward" in algorithm.needs):
         return "padded"
-    if wanted == "flex" and model.device.type == "cpu":
-        raise ValueError(
-            "update.attention=flex: FlexAttention has no backward on a CPU. Set it to auto, packed or padded"
-        )
     if wanted == "auto":
         fastest: list[Attention] = ["flex", "packed"] if model.device.type == "cuda" else ["packed"]
         return next((attention for attention in fastest if why_not_packed(model, attention) is None), "padded")
-    if (reason := why_not_packed(model, wanted)) is not None:
+    reason = why_not_packed(model, wanted)
+    if reason is None and wanted == "flex" and model.device.type == "cpu":
+        reason = "FlexAttention has no backward on a CPU"
+    if reason is not None:
         raise ValueError(
             f"update.attention={wanted}: {type(model).__name__} cannot: {reason}. Set it to auto or padded"
         )
