@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.peak import mib, peak
 from benchmarks.work import FIRST_WORD, PAD, Line, make_model, prompt_ids, script
+from hf_rlhf.axes import Filter, LossTerm, PolicyLoss
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARIES = (4096, 151936)
@@ -245,29 +246,37 @@ def packing(line: Line, times: int) -> Part:
 # Plugins
 
 
+class NoLoss(PolicyLoss):
+    """Gives the log-probs back."""
+
+    name = "none"
+
+    def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor) -> Any:
+        return logps, {}
+
+
+class NoTerm(LossTerm):
+    """Gives the log-probs back."""
+
+    name = "none"
+
+    def __call__(self, logps: Tensor, mask: Tensor) -> Tensor:
+        return logps
+
+
+class All(Filter):
+    """Gives back what it is given."""
+
+    name = "all"
+
+    def __call__(self, scored: Any) -> Any:
+        return scored
+
+
 def dispatch(calls: int, times: int) -> Part:
     """What a call costs by going through the recipe's choice: plugins that give back their argument, against functions."""
-    from hf_rlhf.axes import Filter, LossTerm, PolicyLoss
     from hf_rlhf.losses import POLICY_GETS
     from hf_rlhf.recipe import resolve
-
-    class NoLoss(PolicyLoss):
-        name = "none"
-
-        def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, **others: Tensor) -> Any:
-            return logps, {}
-
-    class NoTerm(LossTerm):
-        name = "none"
-
-        def __call__(self, logps: Tensor, mask: Tensor) -> Tensor:
-            return logps
-
-    class All(Filter):
-        name = "all"
-
-        def __call__(self, scored: Any) -> Any:
-            return scored
 
     a = resolve(
         {

@@ -311,6 +311,8 @@ def _force(model: Any, line: Line) -> None:
     generate, calls = model.generate, iter(range(10**9))
 
     class Force(LogitsProcessor):
+        """Called before each token; the prompt ends at column `start`."""
+
         def __init__(self, lengths: Tensor, start: int):
             self.lengths, self.start = lengths, start
 

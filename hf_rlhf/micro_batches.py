@@ -45,6 +45,12 @@ class Batching:
     max_tokens: int | None = None
     attention: Attention = "packed"
 
+    @classmethod
+    def of(cls, algorithm: Algorithm, model: Any, pad: int, max_rows: int) -> Batching:
+        """What the recipe says, for this model where it now lies. Raises as `choose_attention`."""
+        tokens = algorithm.update.max_tokens_per_micro_batch
+        return cls(pad=pad, max_rows=max_rows, max_tokens=tokens, attention=choose_attention(algorithm, model))
+
     def batch(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor) -> TokenBatch:
         """The rows as the model takes them; `mask` (B, T)."""
         return TokenBatch(prompts, completions, mask, self.pad, self.attention)

@@ -43,6 +43,10 @@ def of_a_rollout_engine(plugin: RolloutEngine, policy: Make, tokenizer: Any, pro
         "it gives as many completions per prompt as it is asked for, none empty",
         lambda: _are_completions(run, policy(), prompts, wants),
     )
+    yield (
+        "log-probs that it calls exact are the policy's",
+        lambda: _are_the_policys(run, policy(), prompts, plugin.temperature),
+    )
     yield "it leaves the model as it was", lambda: _leaves_model(run, policy(), prompts)
     yield "equal random states give equal completions", lambda: _repeats(run, policy(), prompts)
     yield (
@@ -73,6 +77,23 @@ def _are_completions(run: Any, model: Any, prompts: Sequence[Prompt], wants_logp
             assert out.logps is not None, "it declares sampler_logps and gives no logps"
         high = [x for row in out.logps or () for x in row if not -torch.inf < x <= 1e-6]
         assert not high, f"among its logps is {high[0]}: a log-prob is finite and not above 0"
+
+
+def _are_the_policys(run: Any, model: Any, prompts: Sequence[Prompt], temperature: float) -> None:
+    out = run(model, prompts, 2)
+    if not out.exact:
+        return
+    assert out.logps is not None, "it calls its log-probs exact and gives none"
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids)) for ids in out.ids], batch_first=True)
+    batch = TokenBatch([prompt.ids for prompt in prompts for _ in range(2)], out.ids, mask, 0, "padded")
+    with torch.no_grad():
+        due = ActorCritic(model, None, temperature)(batch)["logps"]
+    gap = max(
+        abs(found - x)
+        for row, logps in enumerate(out.logps)
+        for found, x in zip(logps, due[row].tolist(), strict=False)
+    )
+    assert gap < 1e-4, f"it calls its log-probs exact, and a forward of the policy gives others: {gap:.3g} apart"
 
 
 def _leaves_model(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:

@@ -230,6 +230,12 @@ def _parts(model: Any) -> tuple[nn.Module, Head] | None:
         trunk = getattr(causal, "base_model", causal)
         fits = head is not None and trunk is not causal and _fit(causal, trunk, head)
         _PARTS[model] = (trunk, head) if head is not None and fits else None
+        if not fits:
+            logger.warning(
+                "%s is more than a trunk with a linear head: its rows enter padded, and the logits of a micro-batch are held "
+                "at once",
+                type(causal).__name__,
+            )
     return _PARTS[model]
 
 

@@ -30,7 +30,7 @@ from hf_rlhf.forwards import Forwards
 from hf_rlhf.log import RunLog, completion_rows
 from hf_rlhf.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
 from hf_rlhf.meters import Meters
-from hf_rlhf.micro_batches import Batching, choose_attention
+from hf_rlhf.micro_batches import Batching
 from hf_rlhf.optimizers import check_given, critic_groups
 from hf_rlhf.policy import distributions
 from hf_rlhf.prompts import PromptStream
@@ -117,18 +117,13 @@ class RLHFTrainer(SavingTrainer):
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
         policy = parts.policy(self.model, self.args)
-        batching = Batching(
-            pad=policy.tokenizer.pad_token_id,
-            max_rows=self.args.per_device_train_batch_size,
-            max_tokens=self.algorithm.update.max_tokens_per_micro_batch,
-            attention=choose_attention(self.algorithm, self.model),
-        )
+        pad, rows = policy.tokenizer.pad_token_id, self.args.per_device_train_batch_size
         forwards = Forwards(
             algorithm=self.algorithm,
             actor_critic=self.actor_critic,
             reference=reference,
             accelerator=self.accelerator,
-            batching=batching,
+            batching=Batching.of(self.algorithm, self.model, pad, rows),
         )
         self.collector = Collector(
             algorithm=self.algorithm,

@@ -32,6 +32,7 @@ class Wrong:
 
 
 FACTS = {
+    "exact": "log-probs that it calls exact are the policy's",
     "silent": "a row without advantages has no gradient",
     "token": "each token's loss depends on its own numbers alone",
     "documented": "it is a dataclass with a name, and every setting is documented",

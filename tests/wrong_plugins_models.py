@@ -155,6 +155,21 @@ class Noise(RolloutEngine):
         return Completions(ids=rows, finish_reasons=["length"] * len(rows))
 
 
+class Vouching(Noise):
+    """Calls log-probs exact that are not the policy's."""
+
+    provides = frozenset({"sampler_logps"})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Completions:
+        found = super().__call__(*args, **kwargs)
+        return Completions(
+            ids=found.ids,
+            finish_reasons=found.finish_reasons,
+            logps=[[-9.0] * len(ids) for ids in found.ids],
+            exact=True,
+        )
+
+
 class OwnCount(Noise):
     """Gives as many completions as its setting says, not as it is asked for."""
 
@@ -380,6 +395,7 @@ WRONG = [
     Wrong(Logging, "logs", "1 values of 'judge' for 4 rows"),
     Wrong(NoneIsZero, "none", "is no wrong answer"),
     Wrong(NumberAnswer, "answer", "text or None is due"),
+    Wrong(Vouching, "exact", "a forward of the policy gives others"),
     Wrong(OwnCount, "completions", "whatever its own setting says"),
     Wrong(EmptyRow, "completions", "is empty"),
     Wrong(WithoutEos, "completions", "logps: one number per completion token"),
