@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from hf_rlhf.metric import Metric
+
 __version__ = "0.1.0"
 
 hookimpl = pluggy.HookimplMarker("hf_rlhf")
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from hf_rlhf.recipe import load_plugin, load_recipe
     from hf_rlhf.trainer import RLHFTrainer
 
-__all__ = ["RLHFTrainer", "__version__", "hookimpl", "load_plugin", "load_recipe"]
+__all__ = ["Metric", "RLHFTrainer", "__version__", "hookimpl", "load_plugin", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:

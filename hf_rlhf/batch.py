@@ -39,9 +39,11 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         completion_ids    (N, T) int or None    the completions' tokens, tool tokens included; 0 in the padding
         advantages        (N, T) float or None  to filters that need them, which run after the estimator
 
-    Credit (from advantage estimators that need values)
+    Credit (from advantage estimators that need values, or that log metrics of their own)
         advantages        (N, T) float          0 off the mask
-        returns           (N, T) float          the critic's targets
+        returns           (N, T) float or None  the critic's targets; None where the estimator needs no values
+        metrics           name -> float, or     logged as advantage/<name>, the mean of what is finite
+                          (N,) or (N, T) tensor
 """
 
 from __future__ import annotations
@@ -206,10 +208,19 @@ class Scored:
 
 @dataclass(kw_only=True)
 class Credit:
-    """Advantages with the critic's targets, from estimators that need values."""
+    """Advantages with the critic's targets, from estimators that need values, and with an estimator's own metrics.
+
+    A metric is a number, or a tensor (N,) or (N, T) of which the mean over what is finite (and on the mask) is logged.
+    """
 
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None = None
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, answer: Tensor | Credit) -> Credit:
+        """What an estimator gave, advantages alone or the whole."""
+        return answer if isinstance(answer, Credit) else cls(advantages=answer)
 
 
 @dataclass(kw_only=True)

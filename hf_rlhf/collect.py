@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.answers import Answer, RewardError
+from hf_rlhf.areas import places
 from hf_rlhf.axes import KLController, TrainedCritic
 from hf_rlhf.batch import Completions, Credit, Rollouts, Scored
 from hf_rlhf.beside import beside
@@ -91,10 +92,9 @@ class Collector:
         for title, kl in self.algorithm.titled("kl"):
             if isinstance(controller := getattr(kl, "controller", None), KLController):
                 self.meters.put(f"kl/{title}/beta", controller(kl.beta))
-        for title, term in self.algorithm.titled("loss_terms"):
-            for name, x in term.state_dict().items():
-                if isinstance(x, float):
-                    self.meters.put(f"plugin/{title}/{name}", x)
+        for area, plugin in places(self.algorithm):
+            for name, x in plugin.report().items():
+                self.meters.put(f"{area}/{name}", x)
 
     def _draw(self, missing: int) -> list[Prompt]:
         """At least one prompt for each process."""
@@ -311,15 +311,15 @@ class Collector:
         """Advantages over all N rows, cut to this process's rows."""
         a, table = self.algorithm, collected.table
         scored = self._scored(collected)
-        credit: Tensor | Credit = Credit(advantages=scored.mask, returns=scored.mask)
+        credit = Credit(advantages=scored.mask, returns=scored.mask)
         if len(scored.mask):
-            credit = a.advantages(scored)
+            credit = Credit.of(a.advantages(scored))
             report_credit(self.meters.put, scored, credit)
         else:
             self.meters.put("health/empty_rollout", 1)
-        advantages = credit.advantages if isinstance(credit, Credit) else credit
-        if isinstance(a.critic, TrainedCritic):
-            self._share(collected, "returns", credit.returns if isinstance(credit, Credit) else scored.mask)
+        advantages = credit.advantages
+        if isinstance(a.critic, TrainedCritic) and credit.returns is not None:
+            self._share(collected, "returns", credit.returns)
         if a.kl_in("advantage"):
             advantages = advantages - self._advantage_penalties(table)
         self._share(collected, "advantages", advantages)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Interval
 
 from hf_rlhf.batch import Context
+from hf_rlhf.metric import Metric
 
 if TYPE_CHECKING:
     from hf_rlhf.algorithm import Algorithm
@@ -31,6 +32,8 @@ class Plugin:
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """What it logs itself, by names below the place of its axis (`hf_rlhf.areas.AREAS`)."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         """Reasons why this plugin cannot run or cannot learn in `algorithm`, each saying what to write instead."""
@@ -52,6 +55,11 @@ class Plugin:
         Among them: rollout/rows, reward/total/mean, reward/after_kl/mean, kl/rollout/sequence and /token (mean k1 in nats,
         where old and reference log-probs are there), and policy/*, averaged over the updates since the last rollout.
         """
+
+    def report(self) -> Mapping[str, float]:
+        """Numbers of its own to log, equal on every process, by the names that `metrics` declares. Called once per rollout,
+        after `observe`. Tensors of metrics that a policy loss or an estimator returns need none of this."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep: numbers, strings, tensors, lists and dicts of them."""

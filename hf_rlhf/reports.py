@@ -50,15 +50,16 @@ def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:
     return (scored.group_is_flat(table["total"]) & compared).sum() / compared.to(table["total"].dtype).sum()
 
 
-def report_credit(put: Put, scored: Scored, credit: Tensor | Credit) -> None:
-    """Advantages and, with a critic, how well it predicts its targets."""
-    advantages, on = credit.advantages if isinstance(credit, Credit) else credit, scored.mask > 0
+def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
+    """Advantages, the estimator's own metrics and, with a critic, how well it predicts its targets."""
+    advantages, on = credit.advantages, scored.mask > 0
     far = torch.finfo(advantages.dtype).max
     found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0]))
     found |= _mean_std("advantage", advantages, on)
     found["advantage/min"] = advantages.masked_fill(~on, far).min()
     found["advantage/max"] = advantages.masked_fill(~on, -far).max()
-    if isinstance(credit, Credit) and scored.values is not None:
+    found |= {f"advantage/{name}": _finite_mean(x, on) for name, x in credit.metrics.items()}
+    if credit.returns is not None and scored.values is not None:
         target, error = _variance(credit.returns, on), _variance(credit.returns - scored.values, on)
         found["value/explained_var"] = (1 - error / target).where(target > 0, torch.nan)
         found["value/mean"] = _mean(scored.values, on)
@@ -100,6 +101,13 @@ def _mean_std(name: str, x: Tensor, on: Tensor) -> Numbers:
 
 def _mean(x: Tensor, on: Tensor) -> Tensor:
     return x.masked_fill(~on, 0.0).sum() / on.sum()
+
+
+def _finite_mean(x: Tensor | float, on: Tensor) -> Tensor:
+    """Of a number, of (N,), or of (N, T) on the mask; NaN where nothing is finite."""
+    values = torch.as_tensor(x, device=on.device)
+    finite = values.isfinite() & on if values.shape == on.shape else values.isfinite()
+    return _mean(values.to(torch.get_default_dtype()) if not values.is_floating_point() else values, finite)
 
 
 def _variance(x: Tensor, on: Tensor) -> Tensor:

@@ -127,12 +127,12 @@ def _scored(plugin: Any, t: Tensors, strict: bool) -> Scored:
 def _advantages(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
     out = plugin(_scored(plugin, t, strict))
     if "values" in declared(plugin):
-        assert isinstance(out, Credit), (
-            f"it needs values and gave a {type(out).__name__}; Credit is due, for the critic"
-        )
-        return {"advantages": out.advantages, "returns": out.returns}
-    assert not isinstance(out, Credit), "it gave a Credit without needing values; a tensor (N, T) is due"
-    return {"advantages": out}
+        returns = out.returns if isinstance(out, Credit) else None
+        assert returns is not None, "it needs values and gave no returns; a Credit with returns is due, for the critic"
+        return {"advantages": out.advantages, "returns": returns}
+    credit = Credit.of(out)
+    assert credit.returns is None, "it gave returns without needing values, and nothing would read them"
+    return {"advantages": credit.advantages}
 
 
 def _baseline(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:

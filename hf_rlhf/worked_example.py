@@ -88,15 +88,15 @@ def work(algorithm: Algorithm) -> Worked:
     scored, total = _scored(a, t)
     rows = _kept(a, scored, torch.arange(len(t["mask"])), after=False)
     part = _rows(scored, rows)
-    credit = a.advantages(part)
-    advantages = credit.advantages if isinstance(credit, Credit) else credit
+    credit = Credit.of(a.advantages(part))
+    advantages = credit.advantages
     known = {**{name: x[rows] for name, x in t.items()}, "logps": t["old_logps"][rows]}
     for title, kl in a.kl_in("advantage"):
         penalty = kl.advantage_penalty(_measured(a, title, kl, known))
         advantages = advantages - (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * part.mask
     batch = {name: x[rows] for name, x in t.items()}
     batch |= {"advantages": advantages, "total_score": total[rows]}
-    if isinstance(credit, Credit):
+    if credit.returns is not None:
         batch["returns"] = credit.returns
     if "selected" in a.policy_loss.needs:
         batch["selected"] = a.policy_loss.select(batch["old_logps"], advantages, part.mask)

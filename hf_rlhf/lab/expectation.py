@@ -114,7 +114,7 @@ class Expectation:
 
         def call(scored: Scored) -> Tensor:
             credit = estimator(scored)
-            return credit.advantages if isinstance(credit, Credit) else credit
+            return Credit.of(credit).advantages
 
         return self._of_each_rollout(call, self.scored(penalties))
 

@@ -13,8 +13,6 @@ from hf_rlhf.axes import AdvantageEstimator
 from hf_rlhf.batch import Credit
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hf_rlhf.batch import Scored
 
 
@@ -46,15 +44,14 @@ class Mix(AdvantageEstimator):
                 f"weights has {len(self.weights)} numbers for {len(self.parts)} parts ({names}): write one for each part"
             )
 
-    def __call__(self, scored: Scored) -> Tensor | Credit:
-        mixed, returns = scored.mask * 0, None
+    def __call__(self, scored: Scored) -> Credit:
+        mixed = Credit(advantages=scored.mask * 0)
         for part, weight in zip(self.parts, self.weights, strict=True):
-            credit = part(scored)
-            if isinstance(credit, Credit):
-                returns = credit.returns if returns is None else returns
-                credit = credit.advantages
-            mixed = mixed + weight * credit
-        return mixed if returns is None else Credit(advantages=mixed, returns=returns)
+            credit = Credit.of(part(scored))
+            mixed.returns = credit.returns if mixed.returns is None else mixed.returns
+            mixed.advantages = mixed.advantages + weight * credit.advantages
+            mixed.metrics |= credit.metrics
+        return mixed
 
 
 @hookimpl

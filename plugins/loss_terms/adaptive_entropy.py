@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import LossTerm, NonNegative, Positive
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class AdaptiveEntropy(LossTerm):
 
     name = "adaptive_entropy"
     needs = frozenset({"entropy"})
+    metrics = (Metric("coef", "loss per nat", "the coefficient of the entropy bonus after this rollout was observed"),)
 
     target: Positive = 0.2
     """The entropy to keep at least, in nats per token."""
@@ -50,6 +51,9 @@ class AdaptiveEntropy(LossTerm):
         self._pays = entropy <= self.target
         moved = self._now + (self.delta if self._pays else -self.delta)
         self._now = min(max(moved, 0.0), self.maximum)
+
+    def report(self) -> Mapping[str, float]:
+        return {"coef": self._now}
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self._now, "pays": self._pays}
