@@ -1,4 +1,7 @@
-"""The command line. Commands that only list import neither torch nor a plugin."""
+"""The command line. Commands that only list import neither torch nor a plugin.
+
+Commands in modules of their own import `app` (or a group) and decorate with it; `add_commands` imports these modules.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,62 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_rlhf import __version__, hookspecs
+from hf_rlhf import __version__, completion, hookspecs
 from hf_rlhf.axes import AXES
+from hf_rlhf.failures import ASKED, report
 from hf_rlhf.host import Host, get_host
+from hf_rlhf.output import Json, examples, print_json, quiet_off_terminal, table
 from hf_rlhf.validation import Setting, UserError, describe, did_you_mean
+
+EXIT_CODES = (
+    (0, "done"),
+    (1, "failed on the way: an error that nobody foresaw, or, of `score`, a row whose scoring failed"),
+    (2, "refused before anything ran: the message says what to mend"),
+    (130, "interrupted (Ctrl-C, SIGINT); training saves a checkpoint first"),
+    (143, "terminated (SIGTERM); training saves a checkpoint first"),
+)
+"""Exit code and its meaning. Other signals give 128 + their number."""
 
 app = typer.Typer(
     help="Reinforcement learning on language models: recipes of interchangeable plugins.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=examples(
+        "hf-rlhf train quickstart --max-steps 20    # the embedded task: no download, no GPU",
+        "hf-rlhf recipes                            # the algorithms",
+        "hf-rlhf check grpo kl.0.beta=0.1           # what a change would do",
+        "hf-rlhf show advantages group_norm         # one plugin and its settings",
+        "hf-rlhf env                                # what to paste into a bug report",
+    )
+    + "\n\n\b\nExit codes:\n"
+    + "\n".join(f"{number:>5}  {meaning}" for number, meaning in EXIT_CODES),
 )
-recipes_app = typer.Typer(help="List recipes, or show one.", invoke_without_command=True)
+recipes_app = typer.Typer(
+    help="List the recipes that are installed, or show one.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    epilog=examples("hf-rlhf recipes", "hf-rlhf recipes --json", "hf-rlhf recipes show grpo > mine.yaml"),
+)
 app.add_typer(recipes_app, name="recipes")
+plugins_app = typer.Typer(
+    help="List the plugins that are installed, without importing them.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    epilog=examples(
+        "hf-rlhf plugins",
+        "hf-rlhf plugins --json",
+        "hf-rlhf plugins -p no:rewards.judge    # as if it were not there",
+    ),
+)
+"""The group `plugins`: add a command with `@plugins_app.command()`."""
+app.add_typer(plugins_app, name="plugins")
 
 
-def _configure(values: list[str] | None) -> list[str] | None:
-    get_host().configure(values or ())
+def _configure(context: typer.Context, values: list[str] | None) -> list[str] | None:
+    if not context.resilient_parsing:  # a shell that completes a line runs no file
+        get_host().configure(values or ())
     return values
 
 
@@ -37,6 +78,11 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _traceback(wanted: bool) -> None:
+    if wanted:
+        os.environ[ASKED] = "1"
+
+
 PluginOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -44,6 +90,7 @@ PluginOptions = Annotated[
         "--plugin",
         metavar="FILE.py|no:NAME",
         callback=_configure,
+        autocompletion=completion.plugin_option,
         help="Add the plugins of a file, or turn off a package (no:PACKAGE) or a plugin (no:axis.name). Repeatable.",
     ),
 ]
@@ -53,6 +100,10 @@ PluginOptions = Annotated[
 @app.callback()
 def options(
     plugin: PluginOptions = None,
+    traceback: Annotated[
+        bool,
+        typer.Option("--traceback", callback=_traceback, help=f"Print tracebacks of errors, as does {ASKED}=1."),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
@@ -60,65 +111,124 @@ def options(
     """What every command takes."""
 
 
-@app.command()
-def plugins(plugin: PluginOptions = None) -> None:
+@plugins_app.callback()
+def plugins(context: typer.Context, as_json: Json = False, plugin: PluginOptions = None) -> None:
     """List the plugins that are installed, without importing them."""
-    host = get_host()
+    if context.invoked_subcommand:
+        return
+    rows = [[o.axis, o.name, o.package, o.version, problem or ""] for o, problem in offered(get_host())]
+    header = ["axis", "name", "package", "version", "problem"]
+    if as_json:
+        print_json([dict(zip(header, [*row[:4], row[4] or None], strict=True)) for row in rows])
+    else:
+        table(header, rows)
+
+
+def offered(host: Host) -> list[tuple[Any, str | None]]:
+    """Every offer, and what is the matter with it: it cannot be used, or its name alone does not say which is meant."""
     counts = Counter((offer.axis, offer.name) for offer in host.offers() if not offer.problem)
-    rows = []
+    found = []
     for offer in host.offers():
         clash = counts[offer.axis, offer.name] > 1 and not offer.problem
-        note = f"offered more than once: write {offer.package}/{offer.name}" if clash else offer.problem or ""
-        rows.append([offer.axis, offer.name, offer.package, offer.version, note])
-    _table(["axis", "name", "package", "version", "problem"], rows)
+        said = f"offered more than once: write {offer.package}/{offer.name}" if clash else offer.problem
+        found.append((offer, said))
+    return found
 
 
 @recipes_app.callback()
-def recipes(context: typer.Context, plugin: PluginOptions = None) -> None:
-    """List the recipes that are installed."""
+def recipes(context: typer.Context, as_json: Json = False, plugin: PluginOptions = None) -> None:
+    """List the recipes that are installed, or show one."""
     if context.invoked_subcommand:
         return
-    rows = [[r.name, r.source, r.problem or r.summary] for r in get_host().recipes()]
-    _table(["recipe", "package", "what it is"], rows)
+    found = get_host().recipes()
+    if as_json:
+        keys = ("name", "package", "version", "file", "summary", "problem")
+        print_json([{key: getattr(recipe, key) for key in keys} for recipe in found])
+    else:
+        table(["recipe", "package", "what it is"], [[r.name, r.source, r.problem or r.summary] for r in found])
 
 
-@recipes_app.command("show")
+@recipes_app.command(
+    "show", epilog=examples("hf-rlhf recipes show grpo", "hf-rlhf recipes show hf_rlhf/ppo > mine.yaml")
+)
 def recipes_show(
-    name: Annotated[str, typer.Argument(help="A recipe, or package/recipe.")], plugin: PluginOptions = None
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="A recipe, or package/recipe.", autocompletion=completion.recipe_names),
+    ],
+    as_json: Json = False,
+    plugin: PluginOptions = None,
 ) -> None:
-    """Print a recipe as it is written; `hf-rlhf recipes show grpo > mine.yaml` begins a recipe of your own."""
-    print(get_host().find_recipe(name).file.read_text(encoding="utf-8"), end="")
+    """Print a recipe as it is written: the beginning of one of your own."""
+    if as_json:
+        from hf_rlhf.recipe import read_recipe
+
+        print_json(read_recipe(name))
+    else:
+        print(get_host().find_recipe(name).file.read_text(encoding="utf-8"), end="")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "hf-rlhf show advantages gae               # formula, paper, settings",
+        "hf-rlhf show rewards                      # the axis: its names, and a complete plugin as an example",
+        "hf-rlhf show policy_loss ppo_clip --json",
+    )
+)
 def show(
-    axis: Annotated[str, typer.Argument(help="An axis: " + ", ".join(AXES))],
-    name: Annotated[str | None, typer.Argument(help="A plugin, or package/plugin.")] = None,
+    axis: Annotated[
+        str, typer.Argument(metavar="AXIS", help="An axis: " + ", ".join(AXES), autocompletion=completion.axes)
+    ],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A plugin, or package/plugin.", autocompletion=completion.names_of_axis),
+    ] = None,
+    as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
     """Explain a plugin and its settings; without NAME, an axis, with a complete plugin as an example."""
     host = get_host()
     if axis not in AXES:
         raise UserError(f"no axis named {axis!r}.{did_you_mean(axis, AXES)} The axes are: {', '.join(AXES)}")
-    if name is None:
-        doc = (getattr(hookspecs, axis).__doc__ or "").partition("\n")[0]
-        print(f"{axis}: {doc}\n\nnames: {', '.join(host.names(axis))}\n\nA plugin of your own:\n")
-        print(hookspecs.example(axis), end="")
+    if name is not None:
+        _show_plugin(host, axis, name, as_json)
         return
-    _show_plugin(host, axis, name)
+    doc = (getattr(hookspecs, axis).__doc__ or "").partition("\n")[0]
+    names, example = host.names(axis), hookspecs.example(axis)
+    if as_json:
+        print_json({"axis": axis, "what": doc, "names": names, "example": example})
+    else:
+        print(f"{axis}: {doc}\n\nnames: {', '.join(names)}\n\nA plugin of your own:\n")
+        print(example, end="")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "hf-rlhf explain grpo                              # one recipe on the example, step by step",
+        "hf-rlhf explain grpo@verl grpo@trl                # where two differ, in settings and numbers",
+        "hf-rlhf explain grpo dr_grpo advantages.eps=1e-6  # overrides hold for both",
+        "hf-rlhf explain grpo rloo --json",
+    )
+)
 def explain(
     words: Annotated[
-        list[str], typer.Argument(metavar="RECIPE [RECIPE] [KEY=VALUE]...", help="One recipe or two, and overrides.")
+        list[str],
+        typer.Argument(
+            metavar="RECIPE [RECIPE] [KEY=VALUE]...",
+            help="One recipe or two, and overrides.",
+            autocompletion=completion.recipes_and_overrides,
+        ),
     ],
+    as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
     """What a recipe computes, step by step on a small example; with two recipes, where they differ."""
-    from hf_rlhf.explain import explain as run
+    from hf_rlhf.explain import as_plain, explain as run
 
-    run(*split_names(words))
+    if as_json:
+        print_json(as_plain(*split_names(words)))
+    else:
+        run(*split_names(words))
 
 
 def split_names(words: list[str]) -> tuple[list[str], list[str]]:
@@ -131,68 +241,71 @@ def split_names(words: list[str]) -> tuple[list[str], list[str]]:
     return names, [word for word in words if "=" in word]
 
 
-def _show_plugin(host: Host, axis: str, name: str) -> None:
+def _show_plugin(host: Host, axis: str, name: str, as_json: bool) -> None:
     import inspect
 
     offer = host.find(axis, name)
     cls = host.get(axis, name)
-    module = inspect.getdoc(sys.modules[cls.__module__])
+    doc, module = inspect.getdoc(cls) or "", inspect.getdoc(sys.modules[cls.__module__])
+    needs, provides = (_names(cls, attribute) for attribute in ("needs", "provides"))
+    settings: list[Setting] = describe(cls)
+    if as_json:
+        said = {"axis": axis, "name": cls.name, "package": offer.package, "version": offer.version}
+        said |= {"module": offer.module, "doc": doc, "module_doc": module, "needs": needs, "provides": provides}
+        print_json({**said, "settings": [setting._asdict() for setting in settings]})
+        return
     print(f"{axis}.{cls.name}, from {offer.source}, {offer.module}\n")
-    print((inspect.getdoc(cls) or "") + "\n")
+    print(doc + "\n")
     if module:
         print(module + "\n")
-    if cls.needs:
-        print(f"needs: {', '.join(sorted(cls.needs))}")
-    if cls.provides:
-        print(f"provides: {', '.join(sorted(cls.provides))}")
-    settings: list[Setting] = describe(cls)
+    for title, names in (("needs", needs), ("provides", provides)):
+        if names:
+            print(f"{title}: {names if isinstance(names, str) else ', '.join(names)}")
     if settings:
-        _table(["setting", "type", "default", "what it does"], [list(setting) for setting in settings])
+        table(["setting", "type", "default", "what it does"], [list(setting) for setting in settings])
     else:
         print("It has no settings.")
 
 
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns: in a terminal fitted to its width, elsewhere plain lines without any cut."""
-    if not rows:
-        print("none")
-        return
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table: Any = Table(*header, box=None, header_style="bold", pad_edge=False)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for line in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+def _names(cls: type, attribute: str) -> list[str] | str:
+    """What a plugin needs or provides; where that depends on its settings, in the words of the property."""
+    found: Any = getattr(cls, attribute)
+    return " ".join((found.__doc__ or "").split()) if isinstance(found, property) else sorted(found)
 
 
 def add_commands() -> None:
     """Adds the commands that lie in modules of their own."""
     import hf_rlhf.commands
+    import hf_rlhf.env_command
+    import hf_rlhf.lab.command
     import hf_rlhf.reward_commands
     import hf_rlhf.stage_command  # noqa: F401
 
 
 def main() -> None:
-    """Run the command line. What a user can mend is printed as one error, with exit code 2 (a signal: 128 +
-    its number) and no traceback."""
-    add_commands()
+    """Run the command line. What goes wrong is one message on stderr, with an exit code of `EXIT_CODES` and no traceback
+    unless one is asked for."""
+    quiet_off_terminal()
+    if "--traceback" in sys.argv[1:]:  # before or after the command
+        sys.argv.remove("--traceback")
+        os.environ[ASKED] = "1"
     try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if "RANK" in os.environ:  # threads of a process group may hang or abort the interpreter's end
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.code)
-        sys.exit(error.code)
+        add_commands()
+        completion.run(app)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _end(1)
+    except KeyboardInterrupt:
+        _end(130)
+    except Exception as error:
+        _end(report(error))
 
 
-import hf_rlhf.lab.command  # noqa: E402, F401  adds lab, which needs `app`
+def _end(code: int) -> None:
+    if "RANK" in os.environ:  # threads of a process group may hang or abort the interpreter's end
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -47,6 +47,17 @@ class Model:
     """Keep the model's dropout. Off by default: log-probs of rollout and update would differ."""
     lora: Lora | None = None
     """Train a low-rank adapter instead of all weights."""
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes; with `lora` alone."""
+    load_in_8bit: bool = False
+    """Hold the frozen base in 8 bits (LLM.int8(), arXiv:2208.07339), by bitsandbytes; with `lora` alone."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """What the 4 bits stand for: quantiles of a normal distribution, or floating point."""
+    use_bnb_nested_quant: bool = False
+    """Hold the scales of the 4-bit blocks in 8 bits as well (QLoRA's double quantisation)."""
+    save_merged: bool | None = None
+    """The output folder is a whole model with the adapter in its weights, and `adapter` in it the adapter; else it is the adapter
+    alone. Checkpoints hold adapters. Left out: true in recipes with a trainer, false in others."""
 
 
 @dataclass(kw_only=True)

@@ -65,7 +65,7 @@ def clip(low: float = 0.2, high: float = 0.2, use: str = "ppo_clip", **more: Any
 
 
 NORM = {"advantages": "group_norm", "policy_loss": clip(), "aggregation": "seq_mean_token_mean"}
-BOTH = ("clip_frac_low", "clip_frac_high")
+BOTH = ("clip_frac/low", "clip_frac/high")
 
 
 def in_loss(estimator: str) -> Parts:
@@ -106,13 +106,13 @@ CASES: dict[str, Case] = {
         theirs={"loss_type": "grpo", "delta": 1.3},
         ours={**NORM, "policy_loss": clip(use="dual_clip", c=1.3)},
         wrong={"policy_loss": clip()},
-        clips=(*BOTH, "clip_frac_dual"),
+        clips=(*BOTH, "clip_frac/dual"),
     ),
     "cispo": Case(
         theirs={"loss_type": "cispo", "epsilon_high": 1.2},
         ours={**NORM, "policy_loss": clip(1.0, 1.2, use="cispo", bound="absolute"), "aggregation": "token_mean"},
         wrong={"policy_loss": clip(0.2, 0.2, use="cispo")},
-        clips=("clip_frac_high",),
+        clips=("clip_frac/high",),
     ),
     "gspo": Case(
         theirs={"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.3},

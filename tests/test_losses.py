@@ -108,8 +108,8 @@ def test_clipping_is_gradient_masking(low: float, high: float):
     _, free, _ = gradient(load_plugin("policy_loss", "surrogate"), ratio, advantages)
     above, below = (advantages > 0) & (ratio > 1 + high), (advantages < 0) & (ratio < 1 - low)
     close(slope, free * ~(above | below))
-    assert torch.equal(metrics["clip_frac_high"], above.double())
-    assert torch.equal(metrics["clip_frac_low"], below.double())
+    assert torch.equal(metrics["clip_frac/high"], above.double())
+    assert torch.equal(metrics["clip_frac/low"], below.double())
     assert above.any()
     assert below.any()
 
@@ -123,7 +123,7 @@ def test_a_ratio_on_the_bound_keeps_its_gradient(name: str):
         logps = log_ratio + beyond * advantages
         _, slope, metrics = run(clip, logps, zero, advantages, torch.ones_like(zero))
         close(slope, -kept * logps.exp() * advantages)
-        assert metrics["clip_frac_low"].sum() + metrics["clip_frac_high"].sum() == 2 * (1 - kept)
+        assert metrics["clip_frac/low"].sum() + metrics["clip_frac/high"].sum() == 2 * (1 - kept)
 
 
 # What holds for every loss

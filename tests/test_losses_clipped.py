@@ -33,7 +33,7 @@ def test_dual_clip_stops_a_bad_token_at_c():
     value, slope, metrics = gradient(load_plugin("policy_loss", "dual_clip"), ratio, ADVANTAGES)
     close(value, doubles([-1.0, -2.0, -2.4, -2.4, -2.4], [1.6, 2.0, 3.0, 5.8, 6.0]))
     close(slope, doubles([-1.0, -2.0, 0.0, 0.0, 0.0], [0.0, 2.0, 3.0, 5.8, 0.0]))
-    close(metrics["clip_frac_dual"], doubles([0, 0, 0, 0, 0], [0, 0, 0, 0, 1]))
+    close(metrics["clip_frac/dual"], doubles([0, 0, 0, 0, 0], [0, 0, 0, 0, 1]))
 
 
 def test_a_ratio_of_c_keeps_its_gradient():
@@ -41,7 +41,7 @@ def test_a_ratio_of_c_keeps_its_gradient():
     dual_clip, ones = load_plugin("policy_loss", "dual_clip", c=2.0), torch.ones_like(zero)
     _, slope, metrics = run(dual_clip, log_ratio, zero, -ones, ones)
     close(slope, doubles([2.0], [0.0]))
-    close(metrics["clip_frac_dual"], doubles([0.0], [1.0]))
+    close(metrics["clip_frac/dual"], doubles([0.0], [1.0]))
 
 
 def test_dual_clipping_is_gradient_masking_on_both_sides():
@@ -50,9 +50,9 @@ def test_dual_clipping_is_gradient_masking_on_both_sides():
     above, below = (advantages > 0) & (ratio > 1.2), (advantages < 0) & (ratio < 0.8)
     dual = (advantages < 0) & (ratio > 1.5)
     close(slope, -ratio * advantages * ~(above | below | dual))
-    assert torch.equal(metrics["clip_frac_dual"], dual.double())
-    assert torch.equal(metrics["clip_frac_high"], above.double())
-    assert torch.equal(metrics["clip_frac_low"], below.double())
+    assert torch.equal(metrics["clip_frac/dual"], dual.double())
+    assert torch.equal(metrics["clip_frac/high"], above.double())
+    assert torch.equal(metrics["clip_frac/low"], below.double())
 
 
 # cispo
@@ -65,8 +65,8 @@ def test_cispo_weighs_reinforce_by_the_clipped_ratio():
     weight = doubles([0.8, 0.9, 1.0, 1.1, 1.3]).expand(2, 5)
     close(value, -weight * ADVANTAGES * (RATIO.log() - 1.5))
     close(slope, -weight * ADVANTAGES)
-    close(metrics["clip_frac_low"], doubles([1, 0, 0, 0, 0]).expand(2, 5))
-    close(metrics["clip_frac_high"], doubles([0, 0, 0, 0, 1]).expand(2, 5))
+    close(metrics["clip_frac/low"], doubles([1, 0, 0, 0, 0]).expand(2, 5))
+    close(metrics["clip_frac/high"], doubles([0, 0, 0, 0, 1]).expand(2, 5))
 
 
 def test_cispo_never_cuts_a_tokens_gradient():
@@ -106,8 +106,8 @@ def test_gspo_clips_the_geometric_mean_of_a_rows_ratios(level: str):
     s = doubles([math.sqrt(1.56)], [math.sqrt(0.63)], [math.sqrt(1.56)], [math.sqrt(0.99)])
     close(value, -doubles([1.1], [0.9], [s[2, 0].item()], [s[3, 0].item()]) * SIGNS * MASK)
     close(slope, -doubles([0.0], [0.0], [1.0], [1.0]) * s * SIGNS * MASK)
-    close(metrics["clip_frac_high"], doubles([1.0], [0.0], [0.0], [0.0]) * MASK)
-    close(metrics["clip_frac_low"], doubles([0.0], [1.0], [0.0], [0.0]) * MASK)
+    close(metrics["clip_frac/high"], doubles([1.0], [0.0], [0.0], [0.0]) * MASK)
+    close(metrics["clip_frac/low"], doubles([0.0], [1.0], [0.0], [0.0]) * MASK)
 
 
 def test_the_levels_of_gspo_differ_where_advantages_differ_within_a_row():
@@ -135,8 +135,8 @@ def test_gspo_of_the_product_clips_the_ratio_of_the_whole_row(level: str, share:
     s = doubles([1.56], [0.63], [1.56], [0.99])
     close(value, -doubles([1.3], [0.7], [1.56], [0.99]) * SIGNS * MASK)
     close(slope, -share * doubles([0.0], [0.0], [1.0], [1.0]) * s * SIGNS * MASK)
-    close(metrics["clip_frac_high"], doubles([1.0], [0.0], [0.0], [0.0]) * MASK)
-    close(metrics["clip_frac_low"], doubles([0.0], [1.0], [0.0], [0.0]) * MASK)
+    close(metrics["clip_frac/high"], doubles([1.0], [0.0], [0.0], [0.0]) * MASK)
+    close(metrics["clip_frac/low"], doubles([0.0], [1.0], [0.0], [0.0]) * MASK)
 
 
 def test_a_product_on_the_bound_keeps_its_gradient():
@@ -146,7 +146,7 @@ def test_a_product_on_the_bound_keeps_its_gradient():
         logps = log_ratio + beyond * advantages
         _, slope, metrics = run(gspo, logps, 0 * logps, advantages, torch.ones_like(logps))
         close(slope, -2 * kept * logps.sum(1, keepdim=True).exp() * advantages)
-        assert metrics["clip_frac_low"].sum() + metrics["clip_frac_high"].sum() == 4 * (1 - kept)
+        assert metrics["clip_frac/low"].sum() + metrics["clip_frac/high"].sum() == 4 * (1 - kept)
 
 
 def step_of(plugin: Any, aggregation: str, ratio: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -231,8 +231,8 @@ def test_gmpo_is_the_geometric_mean_of_clipped_ratios():
     d = ratio.log()
     above, below = (advantages > 0) & (d > 0.4), (advantages < 0) & (d < -0.3)
     close(slope, want * ~(above | below) * mask)
-    close(metrics["clip_frac_high"], above * mask)
-    close(metrics["clip_frac_low"], below * mask)
+    close(metrics["clip_frac/high"], above * mask)
+    close(metrics["clip_frac/low"], below * mask)
 
 
 def test_a_token_without_advantage_counts_as_ratio_1_in_gmpo():
@@ -274,10 +274,10 @@ def test_dppo_masks_by_the_move_in_probability():
     slope, metrics = dppo(2.0, p, 0.25, low=0.1, high=0.16, c=1.3)
     weight = ratio.clamp(max=1.3)
     close(slope, -2 * weight * doubles([1, 1, 1, 1, 1, 0]))
-    close(metrics["clip_frac_high"], doubles([0, 0, 0, 0, 0, 1]))
+    close(metrics["clip_frac/high"], doubles([0, 0, 0, 0, 0, 1]))
     slope, metrics = dppo(-2.0, p, 0.25, low=0.1, high=0.16, c=1.3)
     close(slope, 2 * weight * doubles([0, 0, 1, 1, 1, 1]))
-    close(metrics["clip_frac_low"], doubles([1, 1, 0, 0, 0, 0]))
+    close(metrics["clip_frac/low"], doubles([1, 1, 0, 0, 0, 0]))
 
 
 def test_dppo_keeps_a_move_on_the_bound():

@@ -53,7 +53,7 @@ def test_topr_by_the_score_takes_its_sign_from_it():
 
 def test_topr_counts_the_tokens_it_truncates():
     _, _, metrics = gradient(load_plugin("policy_loss", "topr"), RATIO, ADVANTAGES, MASK)
-    close(metrics["clip_frac_high"], doubles([0.0], [1.0], [0.0]) * MASK)
+    close(metrics["clip_frac/high"], doubles([0.0], [1.0], [0.0]) * MASK)
 
 
 # vespo

@@ -117,7 +117,7 @@ def test_adams_epsilon_reaches_policy_and_critic(tmp_path: Path):
 
 def test_what_ppo_is_debugged_with_is_logged(tmp_path: Path):
     made = runs.trained(tmp_path, advantages="gae", critic="value_head", update={"mini_batches": 2, "epochs": 2})
-    due = {"policy/loss", "policy/entropy", "policy/approx_kl", "policy/clip_frac_low", "policy/clip_frac_high"}
+    due = {"policy/loss", "policy/entropy", "policy/approx_kl", "policy/clip_frac/low", "policy/clip_frac/high"}
     due |= {"value/loss", "value/clip_frac", "value/explained_var", "policy/grad_norm", "value/grad_norm"}
     logged = set().union(*runs.entries(made))
     assert due <= logged, f"missing: {', '.join(sorted(due - logged))}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Interval
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import Count, NonNegative, Positive, TextTerm, UpdateRule
 
 if TYPE_CHECKING:
@@ -37,6 +37,26 @@ class TRPO(UpdateRule):
     """
 
     name = "trpo"
+    metrics = (
+        Metric("kl", "nats per token", "exact mean KL(old, new) of the step that was taken", when="step"),
+        Metric("improvement", "loss", "by how much the step lowered the loss", when="step"),
+        Metric(
+            "backtracks",
+            "count",
+            "how often the step was shortened",
+            (None, 5.0),
+            "The quadratic model of the KL is poor: lower `max_kl`, raise `damping` or `cg_iters`.",
+            when="step",
+        ),
+        Metric(
+            "accepted",
+            "0 or 1",
+            "0: no shorter step was good enough and nothing moved",
+            (0.5, None),
+            "Nothing is learned: raise `backtracks` or `damping`.",
+            when="step",
+        ),
+    )
     needs = frozenset({"double_backward", "old_logps"})
 
     max_kl: Positive = 0.01

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Gt, Lt
 
+from hf_rlhf import Metric
 from hf_rlhf.axes import PolicyLoss, Positive
 
 from ._ratio import bounded_exp, unbound
@@ -17,10 +18,30 @@ if TYPE_CHECKING:
 
     from hf_rlhf.algorithm import Algorithm
 
+FAR = "The update moves far from the policy that rolled out: lower the learning rate, `update.epochs` or `update.mini_batches`."
+HIGH = Metric(
+    "clip_frac/high",
+    "share of tokens",
+    "positive advantage and ratio above its upper bound: the gradient is cut",
+    (None, 0.3),
+    f"{FAR} Near 0 all along with a falling entropy: the bound does not matter; see `epsilon_high`.",
+    when="step",
+)
+LOW = Metric(
+    "clip_frac/low",
+    "share of tokens",
+    "negative advantage and ratio below its lower bound: the gradient is cut",
+    (None, 0.3),
+    FAR,
+    when="step",
+)
+
 
 @dataclass(kw_only=True)
 class Clipped(PolicyLoss):
     """A loss that clips a ratio to [1 - epsilon_low, 1 + epsilon_high]."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (LOW, HIGH)
 
     epsilon_low: Annotated[float, Gt(0), Lt(1)] = 0.2
     """How far below 1 the ratio of a token with negative advantage may fall before its gradient is cut."""
@@ -37,4 +58,4 @@ class Clipped(PolicyLoss):
         loss = -(ratio * advantages).minimum(bounded * advantages) * mask
         low = (advantages < 0) & (ratio < 1 - self.epsilon_low)
         high = (advantages > 0) & (ratio > 1 + self.epsilon_high)
-        return loss, {"clip_frac_low": low.to(mask.dtype) * mask, "clip_frac_high": high.to(mask.dtype) * mask}
+        return loss, {"clip_frac/low": low.to(mask.dtype) * mask, "clip_frac/high": high.to(mask.dtype) * mask}

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
+from hf_rlhf import Metric
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+SELECTED = Metric("selected_frac", "share of tokens", "selected for their covariance", when="step")
 Share = Annotated[float, Interval(gt=0, le=1)]
 
 

@@ -7,7 +7,7 @@ The paper clips to [1 - epsilon_low, 1 + epsilon_high] and sets epsilon_low so t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Le
@@ -15,6 +15,7 @@ from annotated_types import Gt, Le
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import PolicyLoss, Positive
 
+from ._clip import HIGH, LOW
 from ._ratio import bounded_exp, log_ratio, unbound
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ class CISPO(PolicyLoss):
     """-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log p, where sg lets no gradient through."""
 
     name = "cispo"
+    metrics = (
+        replace(LOW, meaning="negative advantage and ratio below its lower bound: the weight is bounded"),
+        replace(HIGH, meaning="positive advantage and ratio above its upper bound: the weight is bounded"),
+    )
     token_level = True
     zero_without_advantage = True
     stops_gradient = True
@@ -62,7 +67,7 @@ class CISPO(PolicyLoss):
         weight = ratio.clamp(1 - self.epsilon_low, self.largest)
         loss = -(weight * advantages * logps.masked_fill(mask == 0, 0.0)) * mask
         low, high = ratio < 1 - self.epsilon_low, ratio > self.largest
-        return loss, {"clip_frac_low": low.to(mask.dtype) * mask, "clip_frac_high": high.to(mask.dtype) * mask}
+        return loss, {"clip_frac/low": low.to(mask.dtype) * mask, "clip_frac/high": high.to(mask.dtype) * mask}
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import PolicyLoss
 
 from ._clip import Clipped
-from ._covariance import Share, highest_covariance
+from ._covariance import SELECTED, Share, highest_covariance
 from ._ratio import log_ratio
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class ClipCov(Clipped):
     """ppo_clip, whose gradient is 0 on the selected tokens."""
 
     name = "clip_cov"
+    metrics = (*Clipped.metrics, SELECTED)
     token_level = True
     zero_without_advantage = True
     needs = frozenset({"old_logps", "selected"})

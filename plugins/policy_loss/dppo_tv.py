@@ -8,7 +8,7 @@ below; with `anchor: sampler` its mismatch is left to `rollout_correction`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Interval
@@ -17,6 +17,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import PolicyLoss
 
 from ._anchor import Anchored
+from ._clip import HIGH, LOW
 from ._ratio import bounded_exp, log_ratio, unbound
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class DPPOTV(Anchored):
     """-sg(min(rho, c)) A log p M; M is 0 where A > 0 and p - p_old > high, or A <= 0 and p_old - p > low, else 1."""
 
     name = "dppo_tv"
+    metrics = (
+        replace(LOW, meaning="bad token whose probability fell by more than `low`: no gradient"),
+        replace(HIGH, meaning="good token whose probability rose by more than `high`: no gradient"),
+    )
     token_level = True
     zero_without_advantage = True
     stops_gradient = True
@@ -59,7 +64,7 @@ class DPPOTV(Anchored):
         moved = logps.detach().exp() - anchor.masked_fill(off, 0.0).exp()
         high, low = (advantages > 0) & (moved > self.high), (advantages <= 0) & (moved < -self.low)
         weight = bounded_exp(log_ratio(logps.detach(), old_logps, mask)).clamp(max=self.c) * ~(high | low)
-        metrics = {"clip_frac_low": low.to(mask.dtype) * mask, "clip_frac_high": high.to(mask.dtype) * mask}
+        metrics = {"clip_frac/low": low.to(mask.dtype) * mask, "clip_frac/high": high.to(mask.dtype) * mask}
         return -(weight * advantages * logps) * mask, metrics
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Gt
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import PolicyLoss
 
 from ._clip import Clipped
@@ -28,6 +28,17 @@ class DualClip(Clipped):
     """Where A < 0 min(ppo_clip, -c A), elsewhere ppo_clip: beyond rho = c a bad token's gradient is 0."""
 
     name = "dual_clip"
+    metrics = (
+        *Clipped.metrics,
+        Metric(
+            "clip_frac/dual",
+            "share of tokens",
+            "negative advantage and ratio above `c`: the gradient is cut",
+            (None, 0.1),
+            "Bad tokens became much more likely: the sampler is stale, or the update too large.",
+            when="step",
+        ),
+    )
     token_level = True
     zero_without_advantage = True
 
@@ -44,7 +55,7 @@ class DualClip(Clipped):
         loss, metrics = self.clipped(log_ratio(logps, old_logps, mask), advantages, mask)
         floor = -self.c * advantages * mask
         dual = (advantages < 0) & (loss > floor)
-        return floor.where(dual, loss), {**metrics, "clip_frac_dual": dual.to(mask.dtype) * mask}
+        return floor.where(dual, loss), {**metrics, "clip_frac/dual": dual.to(mask.dtype) * mask}
 
 
 @hookimpl

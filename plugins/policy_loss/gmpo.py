@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import PolicyLoss, Positive
 
+from ._clip import HIGH, LOW
 from ._ratio import LIMIT, log_ratio, row_mean, unbound
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class GMPO(PolicyLoss):
     """
 
     name = "gmpo"
+    metrics = (LOW, HIGH)
     zero_without_advantage = True
 
     epsilon_low: Positive = 0.4
@@ -46,7 +48,7 @@ class GMPO(PolicyLoss):
         clipped = sign * (sign * d).minimum(sign * d.clamp(-self.epsilon_low, self.epsilon_high))
         loss = -(row_mean(clipped, mask).exp() * advantages) * mask
         low, high = (advantages < 0) & (d < -self.epsilon_low), (advantages > 0) & (d > self.epsilon_high)
-        return loss, {"clip_frac_low": low.to(mask.dtype) * mask, "clip_frac_high": high.to(mask.dtype) * mask}
+        return loss, {"clip_frac/low": low.to(mask.dtype) * mask, "clip_frac/high": high.to(mask.dtype) * mask}
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import PolicyLoss, Positive
 
-from ._covariance import Share, highest_covariance
+from ._covariance import SELECTED, Share, highest_covariance
 from ._ratio import bounded_exp, kl_from_old, log_ratio, unbound
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class KLCov(PolicyLoss):
     """-rho A, on the selected tokens + beta (rho - 1 - log rho)."""
 
     name = "kl_cov"
+    metrics = (SELECTED,)
     token_level = True
     needs = frozenset({"old_logps", "selected"})
 

@@ -8,12 +8,13 @@ is the reward after its baseline.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import PolicyLoss
 
+from ._clip import HIGH
 from ._ratio import log_ratio, unbound
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class TOPR(PolicyLoss):
     """-A log p where A > 0, else -sg(min(rho, 1)) A log p with rho the ratio of the whole row."""
 
     name = "topr"
+    metrics = (
+        replace(HIGH, meaning="bad row (or token) whose ratio is above 1: its weight is bounded by 1", healthy=None),
+    )
     zero_without_advantage = True
     stops_gradient = True
 
@@ -60,7 +64,7 @@ class TOPR(PolicyLoss):
             good = (total_score > 0).unsqueeze(1).expand_as(d)
         weight = d.clamp(max=0).exp().masked_fill(good, 1.0)
         loss = -(weight * advantages * logps.masked_fill(mask == 0, 0.0)) * mask
-        return loss, {"clip_frac_high": (~good & (d > 0)).to(mask.dtype) * mask}
+        return loss, {"clip_frac/high": (~good & (d > 0)).to(mask.dtype) * mask}
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import PolicyLoss, Positive
 
 from ._ratio import bounded_exp, kl_from_old, log_ratio, unbound
@@ -30,6 +30,10 @@ class TRPOPenalty(PolicyLoss):
     """-rho A + C KL(old || new); C never leaves a factor of 2^20 around its start."""
 
     name = "trpo_penalty"
+    metrics = (
+        Metric("kl_old", "nats per token", "the estimate of KL(old, new) that is penalised", when="step"),
+        Metric("kl_coef", "loss per nat", "its coefficient", when="step"),
+    )
 
     coef: Positive = 1.0
     """C in the first rollout."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import NonNegative, PolicyLoss, Positive
 
 from ._anchor import Anchored
@@ -28,6 +28,7 @@ class VESPO(Anchored):
     """-sg(phi(w)) A log p with w = exp(sum over the row of log p - log p_old); k and lambda by the sign of A."""
 
     name = "vespo"
+    metrics = (Metric("row_weight", "weight", "what a row is weighed with, mean over tokens", when="step"),)
     zero_without_advantage = True
     stops_gradient = True
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from hf_rlhf import Metric
 from hf_rlhf.axes import Context, Count, RewardSource
 
 from ._reward_batches import Row, Value, scores_of
@@ -27,6 +28,16 @@ class ModelReward(RewardSource):
     """
 
     provides = frozenset({"reward_model"})
+    metrics = (
+        Metric(
+            "truncated",
+            "share of rows",
+            "of which the model saw only the end",
+            (None, 0.05),
+            "Texts are longer than the model's context: raise `max_length`, or use a model with a longer one.",
+            optional=True,
+        ),
+    )
     kind: ClassVar[Kind] = "sequence"
     default_outputs: ClassVar[dict[int, int]] = {1: 0}
     """Number of labels -> the one that scores where `output` is left out."""

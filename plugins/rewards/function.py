@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
@@ -27,6 +27,7 @@ class Function(RewardSource):
     """What the function returns: a list of one number per row, None where it does not apply."""
 
     name = "function"
+    metrics = (Metric("<name>", "as the function's", "what the function gives `log_metric`", optional=True),)
     draws = True
 
     function: str | Callable[..., Any]

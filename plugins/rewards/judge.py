@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import Count, NonNegative, Positive, RewardSource
 from hf_rlhf.batch import Rollouts
 
@@ -28,6 +28,14 @@ class Judge(HttpReward):
     """(grade - minimum) / (maximum - minimum): 0 to 1. No score where a column that the template names is null."""
 
     name = "judge"
+    metrics = (
+        Metric("prompt_tokens", "tokens", "of a request, as the server counts", optional=True),
+        Metric("completion_tokens", "tokens", "of a reply, as the server counts", optional=True),
+        Metric("cost", "as the prices", "of a request", optional=True),
+        Metric("cached", "share of judgements", "that the cache held", optional=True),
+        Metric("tokens_total", "tokens", "since the run began", optional=True, summary="max"),
+        Metric("cost_total", "as the prices", "since the run began", optional=True, summary="max"),
+    )
     rowwise = True
 
     base_url: str

@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import Count, RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 
@@ -28,6 +28,16 @@ class Remote(HttpReward):
     """What a server answers for each row: a number, null (no score), rewards by step or rewards by token."""
 
     name = "remote"
+    metrics = (
+        Metric(
+            "failed_frac",
+            "share of rows",
+            "that the server says have failed there",
+            (None, 0.0),
+            "A source fails on the server: its log has the reason.",
+            optional=True,
+        ),
+    )
 
     url: str
     """Where requests are posted, such as http://127.0.0.1:8765/score."""

@@ -1,0 +1,104 @@
+"""Every metric of a run: the core's, and those that its plugins declare, under the names by which they are logged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf.areas import AREAS, places
+from hf_rlhf.metric import Metric
+from hf_rlhf.metrics.evaluation import EVALUATION
+from hf_rlhf.metrics.given import EVAL, GIVEN, SECTIONS, CoreMetric
+from hf_rlhf.metrics.learning import LEARNING
+from hf_rlhf.metrics.running import RUNNING
+
+if TYPE_CHECKING:
+    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.plugin import Plugin
+
+__all__ = ["CORE", "EVAL", "EVALUATION", "GIVEN", "SECTIONS", "CoreMetric", "Named", "metrics_of", "pattern"]
+
+CORE: tuple[CoreMetric, ...] = (*LEARNING, *RUNNING)
+"""What training logs, whatever the plugins, where its `given` holds."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A metric of one algorithm, by the whole name under which it is logged."""
+
+    name: str
+    """Parts in angle brackets are left where only the run knows them: `eval_pass@<k>`, a reward function's own names."""
+    metric: Metric
+    section: str
+    """A section of SECTIONS for a metric of the core, otherwise the plugin's axis."""
+    plugin: str = ""
+    """`axis.name` of the plugin that declares it; empty for the core's."""
+
+
+def metrics_of(algorithm: Algorithm) -> list[Named]:
+    """Every metric that a run of `algorithm` may log; all but those that are `optional` appear."""
+    found = [
+        Named(name, metric, metric.section)
+        for metric in CORE
+        if GIVEN[metric.given].holds(algorithm)
+        for name in _expanded(metric.name, algorithm)
+    ]
+    found += [
+        Named(f"{EVAL}{name}", metric, metric.section)
+        for metric in EVALUATION
+        if GIVEN[metric.given].holds(algorithm)
+        for name in _expanded(metric.name, algorithm)
+    ]
+    for area, plugin in places(algorithm):
+        axis = axis_of(plugin)
+        found += [
+            Named(f"{area}/{metric.name}", metric, axis, f"{axis}.{plugin.name}")
+            for metric in plugin.metrics
+            if metric.setting is None or getattr(plugin, metric.setting, None) not in (None, False, 0, "none")
+        ]
+    return found
+
+
+def declared_by(plugin: type[Plugin], axis: str) -> dict[str, Metric]:
+    """What a plugin class declares, by whole names with the label left open."""
+    return {f"{AREAS[axis]}/{metric.name}": metric for metric in plugin.metrics}
+
+
+def axis_of(plugin: Plugin) -> str:
+    """The axis of a plugin."""
+    from hf_rlhf.axes import AXES
+
+    return next(axis for axis, base in AXES.items() if isinstance(plugin, base))
+
+
+def pattern(name: str) -> re.Pattern[str]:
+    """What a declared name stands for; a part in angle brackets is any text without `/`."""
+    parts = re.split(r"(<\w+>)", name)
+    return re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in parts))
+
+
+def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:
+    """The names that a metric of the core has in an algorithm: one per reward source, KL, term, filter."""
+    if "<label>" in name:
+        yield from (name.replace("<label>", label) for label in algorithm.labels())
+    elif "<kl>" in name:
+        for title, kl in algorithm.titled("kl"):
+            if _has(name, kl):
+                yield name.replace("<kl>", title).replace("<estimator>", kl.estimator.name)
+    elif "<term>" in name:
+        yield from (name.replace("<term>", title) for title, _ in algorithm.titled("loss_terms"))
+    elif "<filter>" in name:
+        yield from (name.replace("<filter>", title) for title, _ in algorithm.titled("filters"))
+    else:
+        yield name
+
+
+def _has(name: str, kl: object) -> bool:
+    """Whether one KL of several logs what another one does."""
+    return {
+        "kl/<kl>/loss": "loss" in getattr(kl, "places", ()),
+        "kl/<kl>/beta": hasattr(kl, "controller"),
+        "kl/<kl>/clamp_frac": getattr(kl, "clamp", None) is not None,
+    }.get(name, True)

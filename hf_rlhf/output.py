@@ -1,0 +1,85 @@
+"""What every command prints alike: tables and JSON on stdout, the rest on stderr; examples below a command's help."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
+"""The option `--json` of a command whose output is data."""
+NOISE = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+"""Environment variables with which libraries leave their progress bars out."""
+
+
+def examples(*lines: str) -> str:
+    """The `epilog` of a command: its examples, each a command as it is typed, with a comment after two spaces and `#`."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
+def examples_of(command: Any) -> list[str]:
+    """The examples of a command, without their comments."""
+    lines = (getattr(command, "epilog", None) or "").splitlines()
+    return [line.partition("  # ")[0].strip() for line in lines if line.startswith("  ")]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns: in a terminal fitted to its width, elsewhere plain lines without any cut."""
+    if not rows:
+        print("none")
+        return
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        drawn: Any = Table(*header, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            drawn.add_row(*map(Text, row))
+        Console().print(drawn)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for line in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_json(value: Any) -> None:
+    """One JSON text. Numbers that JSON has no word for are null."""
+    print(json.dumps(_finite(value), default=str, ensure_ascii=False, indent=1))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and value - value != 0:
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+@contextlib.contextmanager
+def output_to_stderr(wanted: bool = True) -> Iterator[None]:
+    """What is printed inside, by child processes too, goes to stderr: stdout holds the result alone."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def quiet_off_terminal() -> None:
+    """No progress bars of libraries where nobody watches them; what the environment says already stays."""
+    if not sys.stderr.isatty():
+        for name in NOISE:
+            os.environ.setdefault(name, "1")
