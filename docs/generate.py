@@ -375,7 +375,17 @@ ENVIRONMENT = """## Environment variables
 | `WANDB_MODE`, `WANDB_PROJECT` | as in Weights & Biases; the project is `hf_rlhf` when not set |
 | `HF_TOKEN`, `HF_HUB_OFFLINE` and others | as in `huggingface_hub` |"""
 
+
+def metrics_page() -> Iterator[str]:
+    """Every metric that the core and the plugins of this package declare."""
+    import metrics_page as page
+
+    yield "# Metrics\n\n" + MADE
+    yield from page.metrics_page(table, own_host(), PACKAGE)
+
+
 PAGES: dict[str, Callable[[], Iterator[str]]] = {
+    "metrics.md": metrics_page,
     "plugins.md": plugins_page,
     "recipes.md": recipes_page,
     "training_arguments.md": arguments_page,

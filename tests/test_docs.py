@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FORMAT, SAMPLED, entries, parameters, problems, trained, trainer
+from runs import SAMPLED, parameters, problems, trained
 from typer.testing import CliRunner
 
 from hf_rlhf.arguments import WITHOUT_EFFECT
@@ -293,66 +293,7 @@ def test_every_module_of_the_core_is_explained():
     assert set(re.findall(r"`(\w+\.py)`", text)) == modules
 
 
-# Metrics
-
-
-@pytest.fixture(scope="module")
-def logged(tmp_path_factory) -> set[str]:
-    """Every name that is logged by a run with everything on, by those with what excludes it, and by one whose rollouts are
-    all dropped."""
-    folder = tmp_path_factory.mktemp("metrics")
-    verifiers = [{"use": "exact_match"}, {"use": "exact_match", "label": "loose", "ignore_case": True}]
-    full = trainer(
-        folder / "full",
-        eval_data=problems(3, seed=5),
-        training={"max_steps": 4, "max_grad_norm": 1.0},
-        rewards=[FORMAT, *verifiers],
-        kl=["in_reward", {"use": "in_loss", "clamp": 1.0}, {"use": "monitor", "level": "sequence"}, "in_advantage"],
-        reference="frozen",
-        advantages="gae",
-        critic="separate",
-        loss_terms=["entropy", "adaptive_entropy"],
-        filters=[{"use": "zero_variance", "resample": 1}],
-        update={"mini_batches": 2, "epochs": 2, "ema": 0.9},
-        evaluation={"num_generations": 4, "ema": True},
-    )
-    full.train()
-    full.evaluate()
-    full.close()
-    same = [{**row, "completions": ["zz"] * 8} for row in problems()]
-    dropped = trained(folder / "dropped", data=same, filters=["zero_variance"])
-    assert entries(full)
-    corrected = trained(folder / "corrected", rollout=SAMPLED, rollout_correction="truncated", policy_loss="dual_clip")
-    by_trpo = trained(folder / "trpo", optimizer="trpo", policy_loss="surrogate")
-    losses = [trained(folder / name, policy_loss=name) for name in ("vespo", "kl_cov", "trpo_penalty")]
-    return {
-        name
-        for made in (full, dropped, corrected, by_trpo, *losses)
-        for entry in made.state.log_history
-        for name in entry
-    } - {"step"}
-
-
-def documented(page: Path) -> dict[str, re.Pattern[str]]:
-    names = [name for name in first_columns(page) if name not in set(first_columns(page, "summary.json"))]
-    return {
-        name: re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in parts))
-        for name in names
-        for parts in [re.split(r"(<\w+>)", name)]
-    }
-
-
-def test_every_logged_name_is_documented(logged):
-    patterns = documented(ROOT / "docs" / "metrics.md")
-    unknown = sorted(name for name in logged if not any(p.fullmatch(name) for p in patterns.values()))
-    assert not unknown, f"docs/metrics.md does not explain: {', '.join(unknown)}"
-
-
-def test_every_documented_name_is_logged(logged):
-    patterns = documented(ROOT / "docs" / "metrics.md")
-    dead = sorted(name for name, pattern in patterns.items() if not any(map(pattern.fullmatch, logged)))
-    clipped = {"policy/clip_frac/low", "policy/clip_frac/high", "value/explained_var"}
-    assert not set(dead) - clipped, f"docs/metrics.md explains what nothing logs: {', '.join(dead)}"
+# Files of a run
 
 
 def test_a_run_leaves_the_files_and_summary_keys_that_the_docs_name(workplace):
