@@ -83,22 +83,25 @@ among them.
 ## summary.json
 
 Written by `hf-rlhf train` at the end.
-
-| key | what it holds |
-| --- | --- |
-| `recipe` | name of the recipe |
-| `model` | `model.path` |
-| `dataset` | `dataset.path` |
-| `before` | the evaluation before the first step, names as above without `eval_`; null without held-out prompts |
-| `after` | the evaluation after the last step |
-| `steps` | optimizer steps |
-| `seconds` | of the whole command, loading and evaluations included; after a resume, since the resume |
-| `train_seconds` | of training; after a resume, since the resume |
-| `peak_memory_mib` | MiB that a process held at most since it started, the largest of all processes, measured as under `memory/` |
-| `output_dir` | where the run wrote |
-| `plan` | plugins (axis, name, package, version, module, SHA-256 of its file), models, forwards, skipped, remarks, arithmetic, and the estimate of memory: MiB by phase and part |
-| `versions` | of Python and of the packages that the numbers depend on |
 """
+
+
+SUMMARY = {
+    "recipe": "name of the recipe",
+    "model": "`model.path`",
+    "dataset": "`dataset.path`",
+    "before": "the evaluation before the first step, names as above without `eval_`; null without held-out prompts",
+    "after": "the evaluation after the last step",
+    "steps": "optimizer steps",
+    "seconds": "of the whole command, loading and evaluations included; after a resume, since the resume",
+    "train_seconds": "of training; after a resume, since the resume",
+    "peak_memory_mib": "MiB that a process held at most since it started, the largest of all processes, measured as "
+    "under `memory/`",
+    "output_dir": "where the run wrote",
+    "plan": "plugins (axis, name, package, version, module, SHA-256 of its file), models, forwards, skipped, "
+    "remarks, arithmetic, and the estimate of memory: MiB by phase and part",
+    "versions": "of Python and of the packages that the numbers depend on",
+}
 
 
 def flowing(text: str) -> str:
@@ -124,6 +127,7 @@ def metrics_page(table: Table, host: Host, package: str) -> Iterator[str]:
     yield f"## Evaluation\n\n{flowing(EVALUATION_TEXT)}"
     yield table(header, [_row(f"`{EVAL}{m.name}`", m, GIVEN[m.given].words) for m in EVALUATION])
     yield flowing(REST)
+    yield table(["key", "what it holds"], [[f"`{key}`", text] for key, text in SUMMARY.items()])
 
 
 def _plugin_rows(host: Host, axis: str, package: str) -> list[list[str]]:
