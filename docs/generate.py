@@ -15,6 +15,7 @@ import proofs
 from hf_rlhf import hookspecs
 from hf_rlhf.axes import AXES, LISTS, NESTED
 from hf_rlhf.host import Host, use_host
+from hf_rlhf.metrics import declared_by
 from hf_rlhf.offline_settings import OfflineDataset
 from hf_rlhf.recipe import OfflineRecipe, load_recipe
 from hf_rlhf.recipe_text import DEFAULTS as AXIS_DEFAULTS
@@ -161,6 +162,9 @@ def plugin_entry(host: Host, axis: str, name: str) -> Iterator[str]:
     if said:
         yield " ".join(said)
     yield settings_table(cls)
+    if cls.metrics:
+        logged = [[code(each), metric.unit, metric.meaning] for each, metric in declared_by(cls, axis).items()]
+        yield table(["metric", "unit", "meaning"], logged)
     file = offer.module.replace("hf_rlhf_plugins", "plugins").replace(".", "/") + ".py"
     yield f"From package `{offer.package}`, module `{offer.module}`: [{file}](../{file})."
 

@@ -243,15 +243,20 @@ def split_names(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _show_plugin(host: Host, axis: str, name: str, as_json: bool) -> None:
     import inspect
+    from dataclasses import asdict
+
+    from hf_rlhf.metrics import declared_by
 
     offer = host.find(axis, name)
     cls = host.get(axis, name)
     doc, module = inspect.getdoc(cls) or "", inspect.getdoc(sys.modules[cls.__module__])
     needs, provides = (_names(cls, attribute) for attribute in ("needs", "provides"))
     settings: list[Setting] = describe(cls)
+    metrics = declared_by(cls, axis)
     if as_json:
         said = {"axis": axis, "name": cls.name, "package": offer.package, "version": offer.version}
         said |= {"module": offer.module, "doc": doc, "module_doc": module, "needs": needs, "provides": provides}
+        said["metrics"] = {metric: asdict(found) for metric, found in metrics.items()}
         print_json({**said, "settings": [setting._asdict() for setting in settings]})
         return
     print(f"{axis}.{cls.name}, from {offer.source}, {offer.module}\n")
@@ -265,6 +270,8 @@ def _show_plugin(host: Host, axis: str, name: str, as_json: bool) -> None:
         table(["setting", "type", "default", "what it does"], [list(setting) for setting in settings])
     else:
         print("It has no settings.")
+    if metrics:
+        table(["metric", "unit", "what it is"], [[each, found.unit, found.meaning] for each, found in metrics.items()])
 
 
 def _names(cls: type, attribute: str) -> list[str] | str:
@@ -290,9 +297,11 @@ def main() -> None:
         sys.argv.remove("--traceback")
         os.environ[ASKED] = "1"
     try:
-        add_commands()
-        completion.run(app)
-        sys.stdout.flush()
+        try:
+            add_commands()
+            completion.run(app)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _end(1)
