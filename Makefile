@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test bubblewrap check test-learning lab-page clean
+.PHONY: quickstart test bubblewrap check test-learning test-slow lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
 
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile -m "not learning"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not learning and not slow"
 
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.
 bubblewrap:
@@ -23,9 +23,16 @@ check: .venv/.installed-dev
 test-learning: .venv/.installed-dev
 	$(BIN)/pytest -m learning
 
+test-slow: .venv/.installed-dev
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
+
 lab-page: .venv/.installed-dev
 	$(BIN)/hf-rlhf lab --all --picture docs/lab.svg > docs/lab.unfinished
 	mv docs/lab.unfinished docs/lab.md
+
+# A site of the README, docs/ and the examples' READMEs in build/site; a link that leads nowhere ends it.
+docs: .venv/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

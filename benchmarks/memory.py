@@ -67,7 +67,7 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     from hf_rlhf.settings import Model
 
     _train(case, f"{folder}/first", hidden=16, layers=1)
-    model, args, peft_config, recipe, made = _trainer(case, f"{folder}/second", hidden=256, layers=6)
+    model, args, peft_config, recipe, made = make_run(case, f"{folder}/second", hidden=256, layers=6)
     setting = Setting(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
     trim()
     estimated = from_model(model, Model(), setting, peft_config)
@@ -86,13 +86,13 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _train(case: dict[str, Any], folder: str, **sizes: int) -> None:
-    *_, made = _trainer(case, folder, **sizes)
+    *_, made = make_run(case, folder, **sizes)
     trainer = made()
     trainer.train()
     trainer.close()
 
 
-def _trainer(case: dict[str, Any], folder: str, *, hidden: int, layers: int) -> tuple[Any, Any, Any, Any, Any]:
+def make_run(case: dict[str, Any], folder: str, *, hidden: int, layers: int) -> tuple[Any, Any, Any, Any, Any]:
     """A model, arguments, adapter and recipe, and what makes a trainer of them."""
     from transformers import PrinterCallback, TrainingArguments
 
@@ -134,10 +134,10 @@ def trim() -> None:
         give_back(0)
 
 
-def in_own_process(name: str, allocator: str) -> dict[str, Any]:
-    """`run_case` in a fresh process."""
+def in_own_process(name: str, allocator: str, module: str = "benchmarks.memory") -> dict[str, Any]:
+    """`run_case` of a module in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, "--folder", folder]
+        command = [sys.executable, "-W", "ignore", "-m", module, "--one", name, "--folder", folder]
         done = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **ALLOCATORS[allocator]}
         )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # for proofs.py, where this file is imported and not run
+sys.path.insert(0, str(Path(__file__).parent))  # for commands.py and proofs.py, where this file is imported and not run
+import commands
 import proofs
 
 from hf_rlhf import hookspecs
@@ -304,20 +305,13 @@ def arguments_page() -> Iterator[str]:
 
 
 def settings_page() -> Iterator[str]:
-    """Sections of a recipe, overrides, commands, flags, environment variables."""
-    import typer
-
-    from hf_rlhf.cli import add_commands, app
-    from hf_rlhf.commands import FLAGS
-
-    add_commands()
-
-    yield "# Settings and command line\n\n" + MADE
+    """Sections of a recipe."""
+    yield "# Settings\n\n" + MADE
     yield (
         "A recipe is one flat YAML file. Its keys are the axes of [plugins.md](plugins.md), the sections below, and "
         "`training`, which is handed to TrainingArguments ([training_arguments.md](training_arguments.md)). An unknown key "
         "is an error that names what is near it. YAML is read strictly: no anchors, no tags, no key twice; `1e-6` is a "
-        "number."
+        "number. Overrides, flags, and what wins over what: [commands.md](commands.md)."
     )
     for name, cls in SECTIONS.items():
         yield f"## {name}\n\n{inspect.getdoc(cls)}\n\n{settings_table(cls)}"
@@ -326,66 +320,35 @@ def settings_page() -> Iterator[str]:
         "### Without rollouts\n\nA recipe with a `trainer` has `trainer`, `model`, `dataset` and `training`, and its `dataset` "
         f"is another. {inspect.getdoc(OfflineDataset)}\n\n{settings_table(OfflineDataset)}"
     )
-    yield OVERRIDES
-    yield "## Commands"
-    command: Any = typer.main.get_command(app)
-    for title, sub in commands("hf-rlhf", command):
-        rows = [
-            [", ".join(map(code, p.opts)), " ".join((getattr(p, "help", None) or "").split())]
-            for p in sub.params
-            if p.param_type_name == "option" and "--help" not in p.opts
-        ]
-        arguments = " ".join(p.metavar or str(p.name).upper() for p in sub.params if p.param_type_name == "argument")
-        yield f"### {title} {arguments}".rstrip() + f"\n\n{' '.join((sub.help or '').split())}"
-        if rows:
-            yield table(["option", "what it does"], rows)
-    yield (
-        "## Flags\n\n`train` and `check` take these flags besides their options, with `_` or `-`, as short forms of recipe "
-        "keys; TRL's spellings are among them. Every field of TrainingArguments is a flag too. `--use_peft` turns "
-        "`model.lora` on.\n\n" + table(["flag", "recipe key"], [[code("--" + k), code(v)] for k, v in FLAGS.items()])
-    )
-    yield ENVIRONMENT
 
 
-def commands(title: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """Every command with its whole name, groups that only hold others included."""
-    yield title, command
-    for name, sub in getattr(command, "commands", {}).items():
-        yield from commands(f"{title} {name}", sub)
-
-
-OVERRIDES = """## Overrides
-
-`key.sub=value` on the command line of `train` and `check`, as many as wanted; values are YAML.
-
-| override | what it does |
-| --- | --- |
-| `kl.0.beta=0.1` | changes a setting; lists count from 0 |
-| `advantages.use=leave_one_out` or `advantages=leave_one_out` | another plugin; settings that it shares with the old one stay |
-| `advantages={use: gae, lam: 0.9}` | another plugin with these settings alone |
-| `rewards.1={use: length, weight: 0.1}` | writing to the place after the last appends |
-| `kl=[]` | none |
-| `training.learning_rate=1e-6` | the same as `--learning_rate 1e-6` |
-
-Quote for the shell and, within that, for YAML: text with `: `, `{`, `[` or a leading `#` needs quotes of its own, as in
-`'rewards.0.answer_after="####"'`. What an override dropped is named in the plan."""
-
-ENVIRONMENT = """## Environment variables
-
-| variable | what it does |
-| --- | --- |
-| `HF_RLHF_DISABLE_PLUGINS` | a comma list of packages and of `axis.name` that are turned off; `1`: every package but `hf_rlhf` |
-| `HF_RLHF_CACHE` | where the quickstart's model is kept; `~/.cache/hf_rlhf` when not set |
-| `WANDB_MODE`, `WANDB_PROJECT` | as in Weights & Biases; the project is `hf_rlhf` when not set |
-| `HF_TOKEN`, `HF_HUB_OFFLINE` and others | as in `huggingface_hub` |"""
+def commands_page() -> Iterator[str]:
+    """Every command, what wins over what, flags, environment variables, exit codes."""
+    yield from commands.commands_page(MADE, table)
 
 
 def metrics_page() -> Iterator[str]:
-    """Every metric that the core and the plugins of this package declare."""
-    import metrics_page as page
+    """Every metric that is logged."""
+    from metrics_page import metrics_page as below_the_title
 
     yield "# Metrics\n\n" + MADE
-    yield from page.metrics_page(table, own_host(), PACKAGE)
+    yield from below_the_title(table, own_host(), PACKAGE)
+
+
+def hooks_page() -> Iterator[str]:
+    """Every hook, and every field of what plugins see."""
+    from pages_hooks import hooks_page as below_the_title
+
+    yield "# Hooks\n\n" + MADE
+    yield from below_the_title(table)
+
+
+def dashboard_page() -> Iterator[str]:
+    """Every metric with what an unhealthy value means."""
+    from pages_dashboard import dashboard_page as below_the_title
+
+    yield "# Reading the dashboard\n\n" + MADE
+    yield from below_the_title(table, own_host(), PACKAGE)
 
 
 PAGES: dict[str, Callable[[], Iterator[str]]] = {
@@ -394,7 +357,10 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "recipes.md": recipes_page,
     "training_arguments.md": arguments_page,
     "settings.md": settings_page,
+    "commands.md": commands_page,
     "proofs.md": proofs_page,
+    "hooks.md": hooks_page,
+    "guides/reading_the_dashboard.md": dashboard_page,
 }
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from hf_rlhf.areas import AREAS
 from hf_rlhf.host import Host
 from hf_rlhf.metric import Metric
-from hf_rlhf.metrics import CORE, EVAL, EVALUATION, GIVEN, CoreMetric
+from hf_rlhf.metrics import CORE, EVAL, EVALUATION, GIVEN, OFFLINE, OFFLINE_EVALUATION, CoreMetric
 from hf_rlhf.metrics.given import CRITIC, HEALTH, KL, POLICY, REWARDS, ROLLOUTS, THROUGHPUT, TRAINER
+from hf_rlhf.metrics.names import under
 
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
@@ -103,6 +104,10 @@ SUMMARY = {
     "versions": "of Python and of the packages that the numbers depend on",
 }
 
+TRAINERS_TEXT = """
+What recipes without rollouts log (`sft`, `dpo`, `rm`, ...): every trainer's own first, then what some trainers log besides.
+"""
+
 
 def flowing(text: str) -> str:
     """Paragraphs on one line each; tables and headings as they are."""
@@ -120,12 +125,18 @@ def metrics_page(table: Table, host: Host, package: str) -> Iterator[str]:
         yield f"## {section}\n\n{table(header, rows)}"
         if section in NOTES:
             yield flowing(NOTES[section])
-    others = [axis for axis in AREAS if axis not in {a for axes in AXES_OF.values() for a in axes}]
+    known = {"trainer", *(a for axes in AXES_OF.values() for a in axes)}
+    others = [axis for axis in AREAS if axis not in known]
     rows = [row for axis in others for row in _plugin_rows(host, axis, package)]
     if rows:
         yield f"## Other plugins\n\n{table(header, rows)}"
     yield f"## Evaluation\n\n{flowing(EVALUATION_TEXT)}"
     yield table(header, [_row(f"`{EVAL}{m.name}`", m, GIVEN[m.given].words) for m in EVALUATION])
+    every = [_row(f"`{m.name}`", m, "") for m in OFFLINE] + [
+        _row(f"`{EVAL}{m.name}`", m, "") for m in OFFLINE_EVALUATION
+    ]
+    yield f"## Recipes with a trainer\n\n{flowing(TRAINERS_TEXT)}"
+    yield table(header, every + _plugin_rows(host, "trainer", package))
     yield flowing(REST)
     yield table(["key", "what it holds"], [[f"`{key}`", text] for key, text in SUMMARY.items()])
 
@@ -137,7 +148,7 @@ def _plugin_rows(host: Host, axis: str, package: str) -> list[list[str]]:
         if offer.package != package or offer.problem:
             continue
         for metric in host.get(axis, f"{package}/{offer.name}").metrics:
-            name = f"{AREAS[axis]}/{metric.name}" if AREAS[axis] else metric.name
+            name = under(AREAS[axis], metric)
             shown = name.replace("<label>", offer.name) if axis != "rewards" else name
             found.setdefault((shown, metric.meaning), (metric, []))[1].append(offer.name)
     return [_row(f"`{name}`", m, f"`{axis}`: {', '.join(whose)}") for (name, _), (m, whose) in found.items()]

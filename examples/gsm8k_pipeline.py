@@ -7,9 +7,10 @@ solutions, and solutions of two models that say whether they are correct). Writt
 
     sft_train.jsonl, sft_test.jsonl      prompt, completion: correct solutions, of people and of models
     pairs_train.jsonl, pairs_test.jsonl  prompt, chosen, rejected: correct solutions against incorrect ones of the same problem
-                                         (gsm8k_pairs.py, --with-reference)
+                                         (gsm8k_pairs.py, --with-reference); of a test problem one pair, so that they are
+                                         independent of each other
     ppo_train.jsonl, ppo_test.jsonl      prompt, answer
-    model/                               a Llama of 2 million weights, all of them new, and a byte-level BPE tokenizer
+    model/                               a Llama of 1.1 million weights, all of them new, and a byte-level BPE tokenizer
                                          trained on sft_train.jsonl
     run/                                 what `hf-rlhf run` leaves
 
@@ -32,11 +33,11 @@ from typing import Any
 from gsm8k_pairs import graded, in_test, pairs
 
 TEST_SHARE = 0.2
-VOCABULARY, CONTEXT, COMPLETION = 2048, 640, 160
+VOCABULARY, CONTEXT, COMPLETION = 2048, 640, 128
 """Tokens: of the tokenizer, of a row, of a completion."""
 LONGEST_PROMPT = CONTEXT - COMPLETION
-SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-STEPS = (300, 200, 80)
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+STEPS = (320, 80, 96)
 """Optimizer steps of sft, rm and ppo."""
 
 
@@ -49,13 +50,13 @@ def prepare(source: Path, output: Path) -> dict[str, int]:
     people = [row(problem["question"], completion=solution(problem["answer"])) for problem in train]
     files = {
         "sft_train": [*people, *(made for problem in sides["train"] for made in correct(problem))],
-        "sft_test": [made for problem in sides["test"] for made in correct(problem)],
+        "sft_test": [row(problem["question"], completion=problem["ground_truth"].strip()) for problem in sides["test"]],
         "ppo_train": [row(problem["question"], answer=answer(solution(problem["answer"]))) for problem in train],
         "ppo_test": [row(problem["question"], answer=answer(problem["ground_truth"])) for problem in sides["test"]],
     }
-    files |= {
-        f"pairs_{side}": [made for problem in own for made in pairs(problem, True)] for side, own in sides.items()
-    }
+    of_problem = {side: [list(pairs(problem, True)) for problem in own] for side, own in sides.items()}
+    files["pairs_train"] = [made for rows in of_problem["train"] for made in rows]
+    files["pairs_test"] = [rows[0] for rows in of_problem["test"] if rows]
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         text = "".join(json.dumps(made) + "\n" for made in rows)
@@ -129,22 +130,23 @@ def overrides(folder: Path, steps: Sequence[int]) -> list[str]:
     sft, rm, ppo = steps
     chosen: dict[str, str | dict[str, Any] | list[Any]] = {
         "sft.model.path": str(folder / "model"),
-        "sft.trainer": {"use": "sft", "max_length": CONTEXT, "packing": True},
+        "sft.trainer.max_length": str(CONTEXT),
         "sft.training": {"max_steps": sft, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20}
-        | {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 16, "weight_decay": 0.1},
+        | {"train_sampling_strategy": "group_by_length", "weight_decay": 0.1}
+        | {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 16},
         "rm.trainer.max_length": str(CONTEXT),
-        "rm.training": {"max_steps": rm, "learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_steps": 20}
+        "rm.training": {"max_steps": rm, "learning_rate": 5e-4, "lr_scheduler_type": "linear", "warmup_steps": 20}
         | {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 16, "weight_decay": 0.1},
         "ppo.dataset.max_prompt_tokens": str(LONGEST_PROMPT),
         "ppo.dataset.overlong_prompts": "drop",
-        "ppo.rollout.prompts": "64",
+        "ppo.rollout.prompts": "32",
         "ppo.rollout.max_new_tokens": str(COMPLETION),
         "ppo.rewards": [
             {"use": "reward_model", "model": "stage:rm"},
             {"use": "numeric", "column": "answer", "answer_after": "A:", "strict": True, "weight": 0},
         ],
         "ppo.training": {"max_steps": ppo, "learning_rate": 1e-4, "lr_scheduler_type": "linear"}
-        | {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 64},
+        | {"per_device_train_batch_size": 16},
     }
     for stage, rows in (("sft", "sft"), ("rm", "pairs"), ("ppo", "ppo")):
         for key, side in (("path", "train"), ("eval_path", "test")):

@@ -10,6 +10,9 @@ from hf_rlhf.metric import Metric
 
 __version__ = "0.1.0"
 
+API_VERSION = "1.0"
+"""Version of what plugins build on: see `hf_rlhf.api` and docs/api.md. It moves apart from the package's version."""
+
 hookimpl = pluggy.HookimplMarker("hf_rlhf")
 """Marks a function of a plugin module as the offer of an axis; see `hf_rlhf.hookspecs`."""
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from hf_rlhf.recipe import load_plugin, load_recipe
     from hf_rlhf.trainer import RLHFTrainer
 
-__all__ = ["Metric", "RLHFTrainer", "__version__", "hookimpl", "load_plugin", "load_recipe"]
+__all__ = ["API_VERSION", "Metric", "RLHFTrainer", "__version__", "hookimpl", "load_plugin", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:

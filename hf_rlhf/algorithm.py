@@ -33,10 +33,11 @@ CORE_PROVIDES = frozenset(
     {
         *("old_logps", "groups", "group_ids", "greedy", "scores", "total_score", "completion_ids", "advantages"),
         *("selected", "entropy", "sum_sq_probs", "full_distribution", "double_backward", "adapter"),
+        "plain_weights",
     }
 )
 """What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins. Whether the policy
-has an adapter is known where the model's settings are (`hf_rlhf.assemble.describe`)."""
+has an adapter, and weights that are numbers, is known where the model's settings are (`hf_rlhf.assemble`)."""
 
 FIXES = {
     "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",

@@ -25,11 +25,12 @@ AREAS: dict[str, str] = {
     "aggregation": "plugin/<label>",
     "loss_terms": "plugin/<label>",
     "filters": "filter/<label>",
-    "trainer": "trainer",
+    "trainer": "",
 }
 """Axis -> what stands before the names of its plugins' own metrics.
 
-`<label>` is the `label` of a reward source, otherwise the plugin's name; the second of a kind is `<name>_2`.
+`<label>` is the `label` of a reward source, otherwise the plugin's name; the second of a kind is `<name>_2`. A trainer's
+metrics have the names that its library logs.
 """
 
 

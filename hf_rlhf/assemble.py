@@ -19,6 +19,7 @@ from hf_rlhf.host import get_host
 from hf_rlhf.models import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer, zero_dropout
 from hf_rlhf.plan import Plan, make_plan
 from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy
+from hf_rlhf.quantised import is_quantised, model_problems
 from hf_rlhf.recipe import Recipe, load_recipe
 from hf_rlhf.reward_source import nested_of
 from hf_rlhf.scoring import Scorer
@@ -148,11 +149,17 @@ def prepare(
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     check_arguments(args)
     refused = [f"optimizer={chosen.optimizer.name}: {reason}" for reason in chosen.optimizer.check_arguments(args)]
-    refused += section_problems(chosen, sections)
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
+    refused += section_problems(chosen, sections, lora)
+    if model is not None and not isinstance(model, str) and is_quantised(model_settings):
+        refused.append(
+            "model.load_in_4bit and load_in_8bit are for a model that is named: load it so yourself, or drop them"
+        )
+    if model_settings.save_merged and getattr(peft_config, "is_prompt_learning", False):
+        refused.append("model.save_merged: learned prompts are no change of weights: drop it")
     plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora, refused)
     record["run"] = resumable_settings(args, sections, peft_config)
-    record["recipe"] = None if isinstance(recipe, Algorithm) else recipe.raw
+    record["name"], record["recipe"] = (None, None) if isinstance(recipe, Algorithm) else (recipe.name, recipe.raw)
     several = evaluation if isinstance(evaluation, dict) else None
     if several is not None:
         evaluation = None
@@ -163,7 +170,7 @@ def prepare(
     tokenizer = prepare_tokenizer(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer
     )
-    model = _model(model, model_settings, chosen, args.seed, trust_remote_code)
+    model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
     room = _room(model, chosen)
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
@@ -189,11 +196,11 @@ def prepare(
     return parts
 
 
-def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_remote_code: bool) -> Any:
+def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_remote_code: bool, lora: bool) -> Any:
     """The model, loaded where it is only named, without dropout unless the settings keep it."""
     if model is None or isinstance(model, str):
         with seeded(seed, "model"):  # a checkpoint without a head gets a new one
-            model = load_model(settings, trust_remote_code)
+            model = load_model(settings, trust_remote_code, lora)
     elif not settings.dropout:
         model = disable_dropout(model)
     if "double_backward" in algorithm.needs:  # fused attention has no second derivative
@@ -209,13 +216,15 @@ def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
     return load_tokenizer(_replace(settings, path=path or settings.path), trust_remote_code)
 
 
-def section_problems(algorithm: Algorithm, sections: dict[str, Any]) -> list[str]:
-    """Why the sections of a recipe do not fit its algorithm, each reason with what to write instead."""
+def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool) -> list[str]:
+    """Why the sections of a recipe do not fit its algorithm, each reason with what to write instead. `lora`: whether an adapter
+    is trained."""
+    found = model_problems(sections["model"], lora, algorithm.plugins())
     if sections["evaluation"].ema and algorithm.update.ema is None:
-        return [
+        found.append(
             "evaluation.ema rolls out the policy's moving average and there is none: set update.ema=0.992, or drop it"
-        ]
-    return []
+        )
+    return found
 
 
 def describe(
@@ -258,7 +267,8 @@ def estimate_memory(
     known = prompt_tokens or sections["dataset"].max_prompt_tokens
     before = next((parts["process"] * MIB for parts in plan.memory.values() if "process" in parts), None)
     setting = Setting(algorithm=algorithm, args=args, prompt_tokens=known, process=before)
-    if model is None or isinstance(model, str):
+    base = getattr(model, "get_base_model", lambda: model)()
+    if model is None or isinstance(model, str) or getattr(base, "is_quantized", False):
         found = from_settings(settings, setting, peft_config)
     else:
         found = from_model(model, settings, setting, peft_config)
@@ -269,7 +279,8 @@ def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_c
     """What must not change between a checkpoint and its resumption, besides the algorithm."""
     chosen = {name: getattr(args, name) for name in DECISIVE}
     chosen["data_seed"] = args.seed if args.data_seed is None else args.data_seed
-    kept = {"training": chosen, "model": asdict(sections["model"]), "dataset": asdict(sections["dataset"])}
+    model = {name: x for name, x in asdict(sections["model"]).items() if name != "save_merged"}
+    kept = {"training": chosen, "model": model, "dataset": asdict(sections["dataset"])}
     if peft_config is not None:
         kept["peft"] = {
             name: x for name, x in peft_config.to_dict().items() if name in ("peft_type", "r", "lora_alpha")
@@ -289,6 +300,7 @@ def versions() -> dict[str, str]:
         "tokenizers",
         "pluggy",
         "peft",
+        "bitsandbytes",
         "wandb",
     )
     found = {}

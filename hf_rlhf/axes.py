@@ -8,9 +8,9 @@ recipe writes after `use:`; `needs` names what must be there for it, `provides` 
 `needs` may hold: ref_logps, values, groups (two rows per prompt or more), greedy (a greedy completion of each prompt),
 sampler_logps, old_logps, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a policy loss,
 once per rollout), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one),
-double_backward (attention with second derivatives). Tensor functions (policy losses, KL estimators,
-aggregations, loss terms) get each name they need, beyond their positional arguments, as one keyword. Estimators and
-filters find theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with the log-probs of the
+plain_weights (the policy's are numbers, not codes of 4 or 8 bits), double_backward (attention with second derivatives).
+Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need, beyond their positional
+arguments, as one keyword. Estimators and filters find theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with the log-probs of the
 whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 
 What stops gradients on purpose, so that its gradient is not that of its value, says so: `stops_gradient = True`. A
@@ -29,8 +29,12 @@ from annotated_types import Ge
 
 from hf_rlhf.batch import Completions, Credit, Scored
 from hf_rlhf.batch import Context as Context
+from hf_rlhf.offline import Footprint as Footprint
 from hf_rlhf.offline import Materials as Materials
 from hf_rlhf.offline import OfflineTrainer
+from hf_rlhf.offload import Keeper as Keeper
+from hf_rlhf.offload import keeper as keeper
+from hf_rlhf.offload import tensors_of as tensors_of
 from hf_rlhf.plugin import Count, NonNegative, Plugin, Positive, choice
 from hf_rlhf.plugin import Fraction as Fraction
 from hf_rlhf.reward_source import Answers as Answers

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "rlhf_manifest.json"
 STATE = "rlhf_state_{rank}.pt"
+FREE = frozenset({"offload"})
+"""Settings that change no number, so that a resumed run may have others."""
 
 
 class CheckpointError(ValueError):
@@ -154,9 +156,9 @@ def check_same_run(folder: Path, manifest: dict[str, Any], record: dict[str, Any
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:
-    """Dotted paths at which two nested containers differ, with both values."""
+    """Dotted paths at which two nested containers differ, with both values; not at the keys in `FREE`."""
     if isinstance(saved, dict) and isinstance(now, dict):
-        keys = [*saved, *(k for k in now if k not in saved)]
+        keys = [k for k in (*saved, *(k for k in now if k not in saved)) if k not in FREE]
         return [d for k in keys for d in differences(saved.get(k), now.get(k), f"{path}.{k}".lstrip("."))]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         return [d for i, (a, b) in enumerate(zip(saved, now, strict=True)) for d in differences(a, b, f"{path}.{i}")]

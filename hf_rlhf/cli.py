@@ -12,12 +12,13 @@ from collections import Counter
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hf_rlhf import __version__, completion, hookspecs
 from hf_rlhf.axes import AXES
 from hf_rlhf.failures import ASKED, report
 from hf_rlhf.host import Host, get_host
-from hf_rlhf.output import Json, examples, print_json, quiet_off_terminal, table
+from hf_rlhf.output import Json, examples, output_to_stderr, print_json, quiet_off_terminal, table
 from hf_rlhf.validation import Setting, UserError, describe, did_you_mean
 
 EXIT_CODES = (
@@ -29,7 +30,21 @@ EXIT_CODES = (
 )
 """Exit code and its meaning. Other signals give 128 + their number."""
 
+FIRST = ("train", "check", "run", "recipes", "plugins", "show", "explain", "lab", "score", "serve-reward")
+"""The order in which help lists commands; others follow."""
+
+
+class Ordered(TyperGroup):
+    """Lists its commands in the order of `FIRST`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names."""
+        order = {name: place for place, name in enumerate(FIRST)}
+        return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
+
+
 app = typer.Typer(
+    cls=Ordered,
     help="Reinforcement learning on language models: recipes of interchangeable plugins.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -68,7 +83,8 @@ app.add_typer(plugins_app, name="plugins")
 
 def _configure(context: typer.Context, values: list[str] | None) -> list[str] | None:
     if not context.resilient_parsing:  # a shell that completes a line runs no file
-        get_host().configure(values or ())
+        with output_to_stderr(bool(values)):
+            get_host().configure(values or ())
     return values
 
 
@@ -169,11 +185,12 @@ def recipes_show(
 
 
 @app.command(
+    short_help="Explain a plugin and its settings, or an axis.",
     epilog=examples(
         "hf-rlhf show advantages gae               # formula, paper, settings",
         "hf-rlhf show rewards                      # the axis: its names, and a complete plugin as an example",
         "hf-rlhf show policy_loss ppo_clip --json",
-    )
+    ),
 )
 def show(
     axis: Annotated[
@@ -203,12 +220,13 @@ def show(
 
 
 @app.command(
+    short_help="What a recipe computes, on a small example.",
     epilog=examples(
         "hf-rlhf explain grpo                              # one recipe on the example, step by step",
         "hf-rlhf explain grpo@verl grpo@trl                # where two differ, in settings and numbers",
-        "hf-rlhf explain grpo dr_grpo advantages.eps=1e-6  # overrides hold for both",
+        "hf-rlhf explain grpo dr_grpo kl=[]                # overrides hold for both",
         "hf-rlhf explain grpo rloo --json",
-    )
+    ),
 )
 def explain(
     words: Annotated[
@@ -223,10 +241,13 @@ def explain(
     plugin: PluginOptions = None,
 ) -> None:
     """What a recipe computes, step by step on a small example; with two recipes, where they differ."""
-    from hf_rlhf.explain import as_plain, explain as run
+    from hf_rlhf.explain import as_plain
+    from hf_rlhf.explain import explain as run
 
     if as_json:
-        print_json(as_plain(*split_names(words)))
+        with output_to_stderr():
+            found = as_plain(*split_names(words))
+        print_json(found)
     else:
         run(*split_names(words))
 
@@ -248,13 +269,14 @@ def _show_plugin(host: Host, axis: str, name: str, as_json: bool) -> None:
     from hf_rlhf.metrics import declared_by
 
     offer = host.find(axis, name)
-    cls = host.get(axis, name)
+    with output_to_stderr(as_json):
+        cls = host.get(axis, name)
     doc, module = inspect.getdoc(cls) or "", inspect.getdoc(sys.modules[cls.__module__])
     needs, provides = (_names(cls, attribute) for attribute in ("needs", "provides"))
     settings: list[Setting] = describe(cls)
     metrics = declared_by(cls, axis)
     if as_json:
-        said = {"axis": axis, "name": cls.name, "package": offer.package, "version": offer.version}
+        said: dict[str, Any] = {"axis": axis, "name": cls.name, "package": offer.package, "version": offer.version}
         said |= {"module": offer.module, "doc": doc, "module_doc": module, "needs": needs, "provides": provides}
         said["metrics"] = {metric: asdict(found) for metric, found in metrics.items()}
         print_json({**said, "settings": [setting._asdict() for setting in settings]})
@@ -283,8 +305,11 @@ def _names(cls: type, attribute: str) -> list[str] | str:
 def add_commands() -> None:
     """Adds the commands that lie in modules of their own."""
     import hf_rlhf.commands
+    import hf_rlhf.dashboard_command
     import hf_rlhf.env_command
     import hf_rlhf.lab.command
+    import hf_rlhf.new_command
+    import hf_rlhf.plugin_check
     import hf_rlhf.reward_commands
     import hf_rlhf.stage_command  # noqa: F401
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_rlhf import completion
 from hf_rlhf.cli import PluginOptions, app
+from hf_rlhf.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.validation import UserError, did_you_mean
 
 FLAGS = {
@@ -54,10 +56,19 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as kl.0.beta=0.1 or advantages.use=leave_one_out."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides such as kl.0.beta=0.1 or advantages.use=leave_one_out.",
+        autocompletion=completion.overrides,
+    ),
 ]
 RecipeName = Annotated[
-    str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, package/name, or YAML file.")
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe's name, package/name, or YAML file.",
+        autocompletion=completion.recipe_or_override,
+    ),
 ]
 Model = Annotated[str | None, typer.Option("--model", "--model_name_or_path", help="Folder or Hub name of the policy.")]
 Data = Annotated[
@@ -68,12 +79,20 @@ OutputDir = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of rollouts, prompts and new weights.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", "--max_steps", help="Optimizer steps.")]
-Config = Annotated[str | None, typer.Option("--config", help="The recipe, as TRL writes it: a YAML file or a name.")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="The recipe, as TRL writes it: a YAML file or a name.",
+        autocompletion=completion.recipe_names,
+    ),
+]
 
 
 def split_words(words: Sequence[str]) -> list[str]:
-    """Overrides from what typer left over: `key=value` as it is, flags by FLAGS or as fields of TrainingArguments."""
+    """Overrides from what typer left over: `key=value` as it is, then flags by FLAGS or as fields of TrainingArguments."""
     overrides: list[str] = []
+    flags: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -83,8 +102,8 @@ def split_words(words: Sequence[str]) -> list[str]:
         flag, given, value = word[2:].partition("=")
         if not given:
             value = rest.pop(0) if rest and not rest[0].startswith("--") and not _is_override(rest[0]) else "true"
-        overrides.append(_override(flag.replace("-", "_"), value))
-    return overrides
+        flags.append(_override(flag.replace("-", "_"), value))
+    return overrides + flags
 
 
 def _is_override(word: str) -> bool:
@@ -142,7 +161,17 @@ def read(
     return load_recipe(name, overrides)
 
 
-@app.command(context_settings=EXTRA)
+@app.command(
+    cls=completion.WithFlags,
+    context_settings=EXTRA,
+    short_help="Print what a recipe would do, or why it is refused.",
+    epilog=examples(
+        "hf-rlhf check grpo advantages.use=leave_one_out kl.0.beta=0.1",
+        "hf-rlhf check grpo --num_generations 16 --learning_rate 1e-6",
+        "hf-rlhf check ppo --json",
+        "hf-rlhf check instructgpt ppo.recipe=grpo    # every stage of a staged recipe",
+    ),
+)
 def check(
     context: typer.Context,
     recipe: RecipeName = None,
@@ -153,29 +182,49 @@ def check(
     seed: Seed = None,
     max_steps: MaxSteps = None,
     config: Config = None,
+    as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """Print what a recipe would do, or why it is refused, without loading a model."""
+    """Print what a recipe would do, or why it is refused, without loading a model.
+
+    It takes what `train` takes.
+    """
     from hf_rlhf.run import check as make_plan
     from hf_rlhf.run import choose_output_dir
     from hf_rlhf.stages import is_staged
 
+    given = [*(words or []), *context.args]
     name = config or recipe
     if name is not None and is_staged(name):
         from hf_rlhf.stage_command import check_staged
 
-        given = {"--model": model, "--dataset": dataset, "--max-steps": max_steps}
-        flags = [flag for flag, value in given.items() if value is not None]
-        check_staged(name, [*flags, *(words or []), *context.args], output_dir, seed)
+        options = {"--model": model, "--dataset": dataset, "--max-steps": max_steps}
+        flags = [flag for flag, value in options.items() if value is not None]
+        check_staged(name, [*flags, *given], output_dir, seed, as_json)
         return
-    chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
-    plan = make_plan(chosen, str(choose_output_dir(output_dir, chosen.name, False)))
+    with output_to_stderr(as_json):
+        chosen = read(recipe, config, given, model, dataset, seed, max_steps)
+        plan = make_plan(chosen, str(choose_output_dir(output_dir, chosen.name, False)))
+    if as_json:
+        print_json({"recipe": chosen.name, **plan.as_dict()})
+        return
     from hf_rlhf.display import console, show_plan
 
     show_plan(plan, console())
 
 
-@app.command(context_settings=EXTRA)
+@app.command(
+    cls=completion.WithFlags,
+    context_settings=EXTRA,
+    epilog=examples(
+        "hf-rlhf train quickstart --max-steps 20",
+        "hf-rlhf train grpo --model Qwen/Qwen3-0.6B --dataset problems.jsonl --output-dir outputs/grpo",
+        "hf-rlhf train quickstart advantages.use=leave_one_out --learning_rate 1e-4",
+        "hf-rlhf train mine.yaml --use_peft --report_to wandb --save_strategy steps --save_steps 50",
+        "hf-rlhf train outputs/grpo/recipe.yaml --output-dir outputs/grpo --resume",
+        "accelerate launch --num_processes 2 -m hf_rlhf train quickstart    # a process per device",
+    ),
+)
 def train(
     context: typer.Context,
     recipe: RecipeName = None,
@@ -200,6 +249,9 @@ def train(
     """Train with a recipe.
 
     Any field of TrainingArguments is a flag as well (--learning_rate 1e-6), and TRL's names work.
+
+    Precedence, the last wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in their order,
+    flags.
     """
     from hf_rlhf.run import train as run
 

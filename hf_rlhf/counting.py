@@ -154,32 +154,52 @@ def count_update(
 
     `later`: another micro-batch has left gradients. `by_derivative`: the head makes its gradients in the forward.
     """
+
+    def losses() -> list[Tensor]:
+        found = [_policy_loss(model, batch, entropy, _derivative if by_derivative else None)]
+        if critic is not None:
+            found.append(batch.states(critic).float().sum())
+        return found
+
     trunks = [trunk_of(model), *([] if critic is None else [critic])]
-    heads = {id(p) for p in model.get_output_embeddings().parameters()}
+    models = [m for m in (model, critic) if m is not None]
+    return count_step(models, trunks, losses, batch.autocast, later=later)
+
+
+def count_step(
+    models: Sequence[Any],
+    trunks: Sequence[Any],
+    losses: Callable[[], list[Tensor]],
+    autocast: torch.dtype | None,
+    *,
+    later: bool,
+) -> Counted:
+    """Forward and backward of `losses`, which come of `models`; the first of these has the embeddings, and `trunks` are below
+    their heads. `later`: as for `count_update`."""
+    out = models[0].get_output_embeddings()
+    heads = set() if out is None else {id(p) for p in out.parameters()}
 
     def count() -> list[int]:
-        trained = [p for m in (model, critic) if m is not None for p in m.parameters() if p.requires_grad]
+        trained = [p for m in models for p in m.parameters() if p.requires_grad]
         with Live() as live:
             for p in trained:
                 if later or id(p) not in heads:
                     p.grad = torch.empty_like(p)
             before = live.now
-            with batch.cast(), _when_layers_are_done(model, live) as layers:
-                losses = [_policy_loss(model, batch, entropy, _derivative if by_derivative else None)]
-                if critic is not None:
-                    losses.append(batch.states(critic).float().sum())
+            with _cast(autocast), _when_layers_are_done(models[0], live) as layers:
+                made = losses()
             saved = live.now - before
-            torch.autograd.backward(losses)
-            del losses
+            torch.autograd.backward(made)
+            del made
         for p in trained:
             p.grad = None
         return [saved, max([*layers, 0 if layers else live.peak]) - before, live.peak - before if layers else 0]
 
     saved, inside, after = whole_depth(trunks, count)
-    trained = sum(tensor_bytes(m, trainable=True) for m in (model, critic) if m is not None)
+    trained = sum(tensor_bytes(m, trainable=True) for m in models)
     if later:
         return Counted(saved=saved, peak=max(inside, after) + trained)
-    of_heads = sum(p.nbytes for p in model.get_output_embeddings().parameters() if p.requires_grad)
+    of_heads = 0 if out is None else sum(p.nbytes for p in out.parameters() if p.requires_grad)
     body = trained - of_heads  # gradients that come as the backward goes down: at the first layer they are there
     return Counted(saved=saved, peak=max(inside, inside - saved + body, after + body))
 

@@ -27,6 +27,8 @@ SHOWN = {
     "tokens/s": "perf/tokens_per_s",
 }
 """Column of the progress display -> metric."""
+ENDLESS = 100_000
+"""Characters of a line that goes to no terminal."""
 OFFLINE_SHOWN = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -41,10 +43,10 @@ OFFLINE_SHOWN = {
 
 
 def console() -> Console:
-    """A terminal of its own width; elsewhere wide enough that nothing is cut. Characters it lacks are escaped."""
+    """A terminal of its own width; elsewhere wide enough that no line is cut or broken. Characters it lacks are escaped."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else ENDLESS, highlight=False)
 
 
 def show_plan(plan: Plan, out: Console) -> None:

@@ -50,7 +50,7 @@ class PolicyEMA:
         In the policy's number format, to be run; `exact`: in its own, to be saved, or loaded in place.
         """
         there = {
-            id(p): nn.Parameter(x if exact else x.to(p.dtype), requires_grad=False)
+            id(p): nn.Parameter(x if exact else x.to(p.device, p.dtype), requires_grad=False)
             for p, x in zip(self._trained, self._average, strict=True)
         }
         slots = [

@@ -8,18 +8,16 @@ kernels need inside are not in it; on CPU what the process holds before the mode
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.attention import refusal
-from hf_rlhf.axes import TrainedCritic, UpdateRule
+from hf_rlhf.axes import TrainedCritic
 from hf_rlhf.counting import (
     MicroBatch,
     count_cache,
@@ -31,15 +29,14 @@ from hf_rlhf.counting import (
     trunk_of,
     without_storage,
 )
-from hf_rlhf.ema import average_bytes
+from hf_rlhf.held import Held, first_line, held, local_config
 from hf_rlhf.memory import MIB, resident
 from hf_rlhf.micro_batches import Batching
 from hf_rlhf.models import disable_dropout, lora_config
-from hf_rlhf.quickstart import BUILTIN, addition_config
+from hf_rlhf.quantised import bytes_of, lighten
 from hf_rlhf.settings import Model
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import TrainingArguments
 
 PROMPT_TOKENS = 256
@@ -55,24 +52,6 @@ LIBRARIES = 120 * MIB
 """What a process on CPU grows by between a plan and its first rollout, the model apart: libraries that training loads."""
 TRAINER = 12 * MIB
 """Of that, what a trainer's own objects and first steps take where the libraries are there."""
-
-STATES: dict[str, float] = {
-    "adamw": 2,
-    "adamw_torch_8bit": 0.5,
-    "adamw_torch_4bit": 0.25,
-    "adamw_8bit": 0.5,
-    "adamw_bnb_8bit": 0.5,
-    "paged_adamw_8bit": 0.5,
-    "paged_adamw_32bit": 2,
-    "lion_32bit": 1,
-    "lion_8bit": 0.25,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "rmsprop_bnb": 1,
-    "sgd": 0,
-    "adafactor": 0,
-}
-"""Optimizer of TrainingArguments -> bytes of its state per byte of float32 weights; `adamw` is every other AdamW."""
 
 
 @dataclass
@@ -156,23 +135,6 @@ class Setting:
         return chosen, len(parts)
 
 
-def local_config(path: str, revision: str | None, trust_remote_code: bool = False) -> Any:
-    """A model's configuration from this machine: a folder, or the cache of the Hub. An adapter's is that of its base.
-    Raises OSError or ValueError where it is not there."""
-    from transformers import AutoConfig
-
-    if path == BUILTIN:
-        return addition_config()
-    folder = Path(path).expanduser()
-    if (adapter := folder / "adapter_config.json").is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        return local_config(base, None, trust_remote_code)
-    place = str(folder) if folder.exists() else path
-    return AutoConfig.from_pretrained(
-        place, revision=revision, local_files_only=True, trust_remote_code=trust_remote_code
-    )
-
-
 def from_settings(
     settings: Model, setting: Setting, peft_config: Any = None, trust_remote_code: bool = False
 ) -> Estimate:
@@ -184,7 +146,9 @@ def from_settings(
     except OSError:
         return Estimate(notes=[f"not estimated: the configuration of {settings.path} is not on this machine"])
     except ValueError as error:
-        return Estimate(notes=[f"not estimated: {_first_line(error)}"])
+        return Estimate(notes=[f"not estimated: {first_line(error)}"])
+
+    spared = [0.0, 0.0]
 
     def make() -> Any:
         from transformers import AutoModelForCausalLM
@@ -197,9 +161,13 @@ def from_settings(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
             )
+        spared[:] = bytes_of(model, settings)
         return with_adapter(model if settings.dropout else disable_dropout(model), settings, peft_config)
 
-    return estimate(make, setting, -LIBRARIES)
+    found = estimate(make, setting, -LIBRARIES)
+    for parts in found.phases.values():
+        lighten(parts, *(x / MIB for x in spared))
+    return found
 
 
 def from_model(model: Any, settings: Model, setting: Setting, peft_config: Any = None) -> Estimate:
@@ -216,10 +184,6 @@ def with_adapter(model: Any, settings: Model, peft_config: Any) -> Any:
 
     chosen: Any = peft_config if peft_config is not None else lora_config(settings.lora)  # type: ignore[arg-type]
     return get_peft_model(model, chosen, low_cpu_mem_usage=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def estimate(make: Callable[[], Any], setting: Setting, loaded: int = 0) -> Estimate:
@@ -242,19 +206,23 @@ def estimate(make: Callable[[], Any], setting: Setting, loaded: int = 0) -> Esti
     with without_storage():
         model = hollow(blueprint).train()
         critic = None if critic_blueprint is None else hollow(critic_blueprint)
-        held = {"process": process, **_held(setting, model, critic, found.notes)}
+        parts = held(setting, model, critic, found.notes)
+        parts.here = {"process": process, **parts.here}
+        scored = any("reward_model" in source.provides for source in a.rewards)
         try:
-            found.phases["rollout"] = held | _rollout(setting, model)
-            if forward := _forward(setting, model, critic):
-                found.phases["forward"] = held | forward
-            found.phases["update"] = held | _update(setting, model, critic)
+            found.phases["rollout"] = parts.there() | _rollout(setting, model)
+            if forwards := [parts.there(*asked) | {"forward": x} for asked, x in _forwards(setting, model, critic)]:
+                found.phases["forward"] = max(forwards, key=lambda of: sum(of.values()))
+            if scored:
+                found.phases["reward"] = parts.there("reward models")
+            found.phases["update"] = _update(setting, parts, model, critic)
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             found.notes.append(
-                f"forwards cannot be counted for this model ({type(error).__name__}: {_first_line(error)})"
+                f"forwards cannot be counted for this model ({type(error).__name__}: {first_line(error)})"
             )
-            found.phases = {"weights": held}
+            found.phases = {"weights": parts.here}
     found.phases = {
-        phase: {part: size / MIB for part, size in parts.items() if size > 0} for phase, parts in found.phases.items()
+        phase: {part: size / MIB for part, size in sizes.items() if size > 0} for phase, sizes in found.phases.items()
     }
     return found
 
@@ -267,70 +235,6 @@ def _critic(a: Algorithm, model: Any) -> Any:
     if "adapter" in a.critic.needs:
         return trunk_of(base)  # on the policy's own frozen weights
     return trunk_of(base.merge_and_unload() if hasattr(base, "merge_and_unload") else base).requires_grad_(True)
-
-
-def _held(setting: Setting, model: nn.Module, critic: Any, notes: list[str]) -> dict[str, float]:
-    """Bytes that are there in every phase."""
-    a = setting.algorithm
-    held: dict[str, float] = {"weights": tensor_bytes(model), "reward models": _reward_models(setting, notes)}
-    if "ref_logps" in a.provides and "adapter" not in a.reference.needs:
-        held["reference"] = tensor_bytes(model)
-    trained = tensor_bytes(model, trainable=True)
-    if critic is not None:
-        held["critic"] = tensor_bytes(critic, trainable="adapter" in a.critic.needs)
-        trained += tensor_bytes(critic, trainable=True)
-    held["average"] = average_bytes(model) if a.update.ema is not None else 0
-    if type(a.optimizer).hold is not UpdateRule.hold:
-        notes.append(f"without the vectors of optimizer={a.optimizer.name}")
-    else:
-        held["optimizer"] = optimizer_bytes(
-            str(getattr(setting.args.optim, "value", setting.args.optim)), trained, notes
-        )
-    if setting.processes > 1:
-        held["gradient buckets"] = trained
-    return held
-
-
-def _reward_models(setting: Setting, notes: list[str]) -> float:
-    """Bytes of the reward models' weights that are there all the time: one that is loaded alike twice counts once, one on
-    another device or brought there for scoring alone does not, which a note says."""
-    a, sizes = setting.algorithm, dict[tuple[Any, ...], float]()
-    for label, source in zip(a.labels(), a.rewards, strict=True):
-        if "reward_model" not in source.provides:
-            continue
-        device = getattr(source, "device", "auto")
-        elsewhere = device if device not in ("auto", setting.device) else None
-        if getattr(source, "offload", False) and setting.device != "cpu":
-            elsewhere = "main memory between calls"
-        key = (getattr(source, "model", label), getattr(source, "revision", None), getattr(source, "dtype", "float32"))
-        if elsewhere:
-            notes.append(f"without the reward model {label}: it lies elsewhere ({elsewhere})")
-        elif key not in sizes:
-            sizes[key] = _reward_model(label, source, notes)
-    return sum(sizes.values())
-
-
-def _reward_model(label: str, source: Any, notes: list[str]) -> float:
-    """Bytes of a reward model's weights; 0 with a note where its configuration is not on this machine."""
-    from transformers import AutoModel
-
-    path, dtype = getattr(source, "model", None), getattr(source, "dtype", "float32")
-    try:
-        config = local_config(str(path), getattr(source, "revision", None))
-    except (OSError, ValueError) as error:
-        notes.append(f"without the reward model {label}: {_first_line(error)}")
-        return 0.0
-    own = getattr(config, "dtype", None) or torch.float32
-    return tensor_bytes(AutoModel.from_config(config, dtype=own if dtype == "auto" else getattr(torch, dtype)))
-
-
-def optimizer_bytes(optim: str, trained: int, notes: list[str]) -> float:
-    """Bytes of the state of an optimizer of TrainingArguments over float32 weights of `trained` bytes."""
-    factor = STATES.get(optim, STATES["adamw"] if optim.startswith(("adamw", "paged_adamw")) else None)
-    if factor is None:
-        notes.append(f"without the state of training.optim={optim}")
-        return 0.0
-    return factor * trained
 
 
 def _rollout(setting: Setting, model: Any) -> dict[str, float]:
@@ -381,34 +285,42 @@ def room(tokens: int) -> int:
     return size
 
 
-def _forward(setting: Setting, model: Any, critic: Any) -> dict[str, float]:
-    """Bytes of the forwards without gradient, the largest of them; nothing where there are none."""
+def _forwards(setting: Setting, model: Any, critic: Any) -> list[tuple[list[str], float]]:
+    """For each forward without gradient what is brought for it, and its bytes."""
     a = setting.algorithm
     rounds = setting.args.bf16 or next(model.parameters()).dtype not in (torch.float32, torch.float64)
     old = bool(a.readers_of_old_logps) and (rounds or not a.samples_old_logps)
-    reads = old or "ref_logps" in a.needs or "sum_sq_probs" in a.needs
-    if not reads and critic is None:
-        return {}
+    compared = bool(a.kl_over_distributions("rollout"))
+    reads, refers = old or compared or "sum_sq_probs" in a.needs, "ref_logps" in a.needs
+    if not (reads or refers or critic is not None):
+        return []
     batch, _ = setting.largest(a.rollout.prompts, _attention(setting, model))
-    peaks = [count_forward(model, batch, head=True)] if reads else []
-    if critic is not None:
-        peaks.append(count_forward(critic, batch, head=False))
-    return {"forward": max(peaks)}
+    own = count_forward(model, batch, head=True) if reads or refers else 0
+    found: list[tuple[list[str], float]] = [(["reference"], own)] if refers else []
+    if reads or critic is not None:
+        of_critic = 0 if critic is None else count_forward(critic, batch, head=False)
+        found.append((["critic", *(["reference"] if compared else [])], max(own if reads else 0, of_critic)))
+    return found
 
 
-def _update(setting: Setting, model: Any, critic: Any) -> dict[str, float]:
-    """Bytes of the largest micro-batch of an optimizer step."""
+def _update(setting: Setting, parts: Held, model: Any, critic: Any) -> dict[str, float]:
+    """Bytes of the largest micro-batch of an optimizer step, or of the optimizer's own step where what is brought for it
+    makes that the larger one."""
     a = setting.algorithm
-    batch, parts = setting.largest(-(-a.rollout.prompts // a.update.mini_batches), _attention(setting, model))
+    batch, micros = setting.largest(-(-a.rollout.prompts // a.update.mini_batches), _attention(setting, model))
     if setting.checkpointed:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     counted = count_update(
-        model, critic, batch, entropy="entropy" in a.needs, by_derivative=a.loss_is_token_level, later=parts > 1
+        model, critic, batch, entropy="entropy" in a.needs, by_derivative=a.loss_is_token_level, later=micros > 1
     )
     trained = sum(tensor_bytes(m, trainable=True) for m in (model, critic) if m is not None)
     gradients = min(trained, counted.peak - counted.saved)
     rest = counted.peak - counted.saved - gradients
-    return {"gradients": gradients, "activations": counted.saved, "backward": rest}
+    asked = ["critic", *(["reference"] if a.kl_over_distributions("update") else [])]
+    step = parts.there(*asked, "optimizer", "average")
+    before = step if a.steps_per_rollout > 1 else parts.there(*asked)
+    backward = before | {"gradients": gradients, "activations": counted.saved, "backward": rest}
+    return max(backward, step | {"gradients": trained}, key=lambda sizes: sum(sizes.values()))
 
 
 def _attention(setting: Setting, model: Any) -> str:

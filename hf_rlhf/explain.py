@@ -45,6 +45,31 @@ def explain(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
         _two(page, recipes, algorithms)
 
 
+def as_plain(names: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as plain data: the recipes, where two differ, and the example's rows with what each recipe makes of them.
+
+    Raises `UserError` as `explain` does.
+    """
+    from hf_rlhf.recipe import load_recipe
+    from hf_rlhf.worked_example import work
+
+    recipes = [load_recipe(name, overrides) for name in names]
+    found: dict[str, Any] = {"recipes": []}
+    for recipe in recipes:
+        one = work(_accepted(recipe))
+        rows = [
+            {"prompt": i // 4 + 1, "score": one.score[i].item()}
+            | {name: getattr(one, name)[i][one.mask[i] > 0].tolist() for name in ("ratio", *NUMBERS)}
+            for i in range(len(one.mask))
+        ]
+        found["recipes"].append({"name": recipe.name, "settings": recipe.raw, "rows": rows, "terms": dict(one.terms)})
+    if len(recipes) == 2:
+        keys = ("setting", "left", "right")
+        rows = [dict(zip(keys, row, strict=True)) for row in differences(*(recipe.raw for recipe in recipes))]
+        found["differences"] = rows
+    return found
+
+
 def _accepted(recipe: Recipe) -> Algorithm:
     algorithm = recipe.algorithm()
     if problems := algorithm.problems():

@@ -48,7 +48,7 @@ def report(error: Exception) -> int:
 
 
 def place(trace: TracebackType | None) -> str:
-    """Where it was raised: the innermost code of a plugin of another package or file, with its owner, else the innermost of all."""
+    """Where it was raised: the innermost code of a plugin, with its owner; without any, the innermost of all."""
     offers = {offer.module: offer for offer in get_host().offers() if offer.module}
     found = innermost = ""
     while trace is not None:

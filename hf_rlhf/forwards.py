@@ -13,6 +13,7 @@ from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.losses import DISTRIBUTION
 from hf_rlhf.micro_batches import Batching
+from hf_rlhf.phases import Phases
 from hf_rlhf.policy import ActorCritic, ReferencePolicy, TokenBatch
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Forwards:
     reference: ReferencePolicy | None
     accelerator: Accelerator
     batching: Batching
+    phases: Phases
 
     @property
     def takes_old_logps(self) -> bool:
@@ -64,7 +66,8 @@ class Forwards:
                     found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures)
                     return found
 
-            found = self._over_rows(act, rollouts, mask)
+            with self.phases.forward(critic=wanted["values"], reference=bool(compared)):
+                found = self._over_rows(act, rollouts, mask)
             if not wanted["logps"]:
                 found.pop("logps", None)
             results |= {"old_logps" if name == "logps" else name: x for name, x in found.items()}
@@ -75,7 +78,8 @@ class Forwards:
                 with self.accelerator.autocast():
                     return {"ref_logps": reference(batch)}
 
-            results |= self._over_rows(refer, rollouts, mask)
+            with self.phases.forward(reference=True):
+                results |= self._over_rows(refer, rollouts, mask)
         return results
 
     def _over_rows(self, forward: Forward, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:

@@ -194,7 +194,7 @@ def policy_loss() -> list[type[axes.PolicyLoss]]:  # type: ignore[empty-body]
 
     from dataclasses import dataclass
 
-    from hf_rlhf import hookimpl
+    from hf_rlhf import Metric, hookimpl
     from hf_rlhf.axes import PolicyLoss, Positive
 
     @dataclass(kw_only=True)
@@ -202,6 +202,7 @@ def policy_loss() -> list[type[axes.PolicyLoss]]:  # type: ignore[empty-body]
         """-ratio A + |A| (ratio - 1)^2 / (2 epsilon): the ratio's best value is 1 +- epsilon, by the sign of A."""
 
         name = "quadratic"
+        metrics = (Metric("move", "ratio", "mean distance of the ratio from 1", when="step"),)
 
         epsilon: Positive = 0.2
         """How far the ratio should move."""
@@ -209,7 +210,7 @@ def policy_loss() -> list[type[axes.PolicyLoss]]:  # type: ignore[empty-body]
         def __call__(self, logps, old_logps, advantages, mask):
             move = (logps - old_logps).exp() - 1
             loss = -(1 + move) * advantages + advantages.abs() * move**2 / (2 * self.epsilon)
-            return loss * mask, {"policy/move": move.detach().abs() * mask}
+            return loss * mask, {"move": move.detach().abs() * mask}
 
     @hookimpl
     def policy_loss():
@@ -283,19 +284,23 @@ def optimizer() -> list[type[axes.UpdateRule]]:  # type: ignore[empty-body]
 
     import torch
     from hf_rlhf import hookimpl
-    from hf_rlhf.axes import Fraction, UpdateRule
+    from hf_rlhf.axes import Fraction, Positive, UpdateRule
 
     @dataclass(kw_only=True)
     class Momentum(UpdateRule):
-        """Plain gradient descent with momentum, at the learning rates of TrainingArguments."""
+        """Plain gradient descent with momentum; `groups` are the critic's, if there is one."""
 
         name = "momentum"
 
+        learning_rate: Positive = 1e-3
+        """Of the policy; it follows the schedule of TrainingArguments."""
         momentum: Fraction = 0.9
         """Share of the last step that is kept."""
 
         def build(self, policy, groups):
-            return torch.optim.SGD(groups, momentum=self.momentum)
+            critic = {id(weight) for group in groups for weight in group["params"]}
+            own = [weight for weight in policy.parameters() if weight.requires_grad and id(weight) not in critic]
+            return torch.optim.SGD([{"params": own, "lr": self.learning_rate}, *groups], momentum=self.momentum)
 
     @hookimpl
     def optimizer():

@@ -23,6 +23,7 @@ from typing import Any
 import pluggy
 
 from hf_rlhf import hookspecs
+from hf_rlhf.api import refusal, stated
 from hf_rlhf.axes import AXES, Plugin
 from hf_rlhf.offers import (
     GROUP,
@@ -35,6 +36,7 @@ from hf_rlhf.offers import (
     pick,
     plugin_offer,
     recipe_offers,
+    source_of,
     told,
 )
 from hf_rlhf.validation import UserError, did_you_mean, setting_docs, setting_types, settings_of
@@ -57,8 +59,9 @@ class Host:
         self._recipes: list[RecipeOffer] = []
         self._classes: dict[tuple[str, str, str], type[Plugin]] = {}
         for package, version, points, problem in distributions():
-            self._offers += [plugin_offer(point, package, version) for point in points if point.group == GROUP]
-            if problem:
+            own = [plugin_offer(point, package, version) for point in points if point.group == GROUP]
+            self._offers += [replace(offer, problem=offer.problem or problem) for offer in own]
+            if problem and not own:
                 nothing = Offer(axis="", name="", module="", package=package, version=version, problem=problem)
                 self._offers.append(nothing)
             for point in points:
@@ -173,6 +176,8 @@ class Host:
             version=hashlib.sha256(source).hexdigest()[:12],
             file=file,
         )
+        if problem := refusal(stated(source.decode("utf-8", "replace")), template.source, None):
+            raise PluginError(problem)
         sys.modules[module.__name__] = module
         try:
             # Compiled here, not by an import: what runs is what was hashed, never a stale .pyc.
@@ -198,6 +203,8 @@ class Host:
 
     def _load(self, offer: Offer) -> None:
         """Import an offer's module, and check that it offers exactly what its package's entry points say."""
+        if problem := refusal(stated(source_of(offer.module)), offer.source, offer.package):
+            raise PluginError(f"{offer.axis}.{offer.name}: {problem}")
         try:
             module = importlib.import_module(offer.module)
         except (Exception, SystemExit) as error:
@@ -245,7 +252,8 @@ class Host:
                     f"{offer.source}: {offer.module} has a hook {unknown[0]!r}, which is no axis."
                     f"{did_you_mean(unknown[0], AXES)} The axes are: {', '.join(AXES)}"
                 ) from error
-        return [hook.name for hook in self._manager.get_hookcallers(module) or ()]
+        # A hook that has a spec and is no axis is on its way out: pluggy has warned of it.
+        return [hook.name for hook in self._manager.get_hookcallers(module) or () if hook.name in AXES]
 
     def _ask(self, module: ModuleType, offer: Offer) -> list[type[Plugin]]:
         """The classes that one module offers on one axis, each checked."""

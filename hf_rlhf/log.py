@@ -130,7 +130,7 @@ class RunLog(TrainerCallback):
             [(name, types[next((type(row[name]) for row in rows if row[name] is not None), float)]) for name in rows[0]]
         )
         draft = folder / "unfinished.tmp"
-        pq.write_table(pa.Table.from_pylist(rows, schema), draft)
+        pq.write_table(pa.Table.from_pylist(rows, schema), draft, use_dictionary=False, write_statistics=False)
         draft.replace(folder / f"step_{step:06d}.parquet")
 
 

@@ -18,6 +18,15 @@ from hf_rlhf.memory import MIB, recorder
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+HEALTH = dict.fromkeys(
+    (
+        *("health/reward_missing", "health/reward_error", "health/reward_timeout"),
+        *("health/empty_rollout", "health/nonfinite_step"),
+    ),
+    0.0,
+)
+"""Always logged, also where nothing was counted."""
+
 
 class Meters:
     """Averages since the last log entry, and peaks.
@@ -34,6 +43,8 @@ class Meters:
         self._sums: dict[str, tuple[Any, Any]] = {}
         self._values: dict[str, list[float]] = {}
         self._updates: dict[str, tuple[Any, Any]] = {}
+        self.items: dict[str, float] = {}
+        """Over how many items each average of the last `read` was taken."""
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Adds `total` over `count` items to the average `name`, without waiting for the device."""
@@ -102,6 +113,8 @@ class Meters:
         averages = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] > 0}
         counts = {name: sum(v) for name, v in self._values.items() if name.startswith("health/")} | tallies
         means = {name: sum(v) / len(v) for name, v in self._values.items()}
+        self.items = {name: flat[2 * i + 1] for i, name in enumerate(names)}
+        self.items |= {name: len(values) for name, values in self._values.items()}
         self._sums, self._values, self._peaks, self._counts = {}, {}, {}, {}
         return {name: x for name, x in sorted({**averages, **means, **counts, **peaks}.items()) if math.isfinite(x)}
 

@@ -32,7 +32,8 @@ class Metric:
     when: When = "rollout"
     """What adds to it."""
     setting: str | None = None
-    """Logged only where this setting of the plugin is set: not None, False, 0 or `none`."""
+    """Logged only where this setting of the plugin is set: not None, False, 0 or `none`; written `name=value`, where it has
+    this value."""
     optional: bool = False
     """True where a run may never log it."""
     summary: Summary = "last"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.quantised import quantisation, ready
 from hf_rlhf.quickstart import BUILTIN, addition_model
 from hf_rlhf.settings import Lora, Model
 from hf_rlhf.validation import UserError
@@ -47,8 +48,11 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_model(settings: Model, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model that will be trained, without dropout unless `settings.dropout` keeps it."""
+def load_model(settings: Model, trust_remote_code: bool = False, lora: bool | None = None) -> PreTrainedModel:
+    """The causal language model that will be trained, without dropout unless `settings.dropout` keeps it.
+
+    `lora`: whether an adapter will be trained on it; what the settings say when left out.
+    """
     from transformers import AutoModelForCausalLM
 
     path = model_path(settings.path)
@@ -64,9 +68,15 @@ def load_model(settings: Model, trust_remote_code: bool = False) -> PreTrainedMo
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         trust_remote_code=trust_remote_code,
+        **quantisation(settings, path, trust_remote_code),
     )
     if adapter:
         model = model.merge_and_unload().requires_grad_(True)
+    try:
+        adapted = settings.lora is not None if lora is None else lora
+        model = ready(model, settings, adapted, merges=settings.save_merged is True)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     return model if settings.dropout else disable_dropout(model)
 
 

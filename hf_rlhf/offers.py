@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from hf_rlhf import __version__
 from hf_rlhf.axes import AXES
 from hf_rlhf.validation import UserError, did_you_mean
 
@@ -74,7 +76,7 @@ Entry = TypeVar("Entry", Offer, RecipeOffer)
 
 
 def distributions() -> Iterator[tuple[str, str, list[metadata.EntryPoint], str | None]]:
-    """Name, version, entry points and, where these cannot be read, why, of each package that offers anything.
+    """Name, version, entry points and, where it cannot be used, why, of each package that offers anything.
 
     Each package once: an editable root is listed twice.
     """
@@ -92,7 +94,25 @@ def distributions() -> Iterator[tuple[str, str, list[metadata.EntryPoint], str |
             yield name, version, [], f"its entry points cannot be read ({told(error)})"
         else:
             if points:
-                yield name, version, points, None
+                yield name, version, points, _unmet(distribution)
+
+
+def _unmet(distribution: metadata.Distribution) -> str | None:
+    """What a package requires of hf_rlhf, where this is another version: pip looks at it when it installs the package, not
+    when it installs another hf_rlhf later."""
+    for line in distribution.metadata.get_all("Requires-Dist") or ():
+        if normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) != GROUP.replace("_", "-"):
+            continue
+        from packaging.requirements import InvalidRequirement, Requirement
+
+        try:
+            wanted = Requirement(line)
+        except InvalidRequirement:
+            continue
+        holds = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+        if holds and not wanted.specifier.contains(__version__, prereleases=True):
+            return f"it requires hf_rlhf{wanted.specifier}, and {__version__} is installed: `pip install -U` one of the two"
+    return None
 
 
 def plugin_offer(point: metadata.EntryPoint, package: str, version: str) -> Offer:
@@ -116,16 +136,39 @@ def recipe_offers(module: str, package: str, version: str) -> Iterator[RecipeOff
 
 
 def _folders(module: str) -> list[Path]:
-    """The folders of a package, found without importing it or the packages that hold it."""
+    spec = spec_of(module)
+    return [Path(folder) for folder in (spec.submodule_search_locations or () if spec else ())]
+
+
+def spec_of(module: str) -> ModuleSpec | None:
+    """Where a module lies, found without importing it or the packages that hold it."""
     path: list[str] | None = None
+    spec = None
     for end in range(1, module.count(".") + 2):
         name = ".".join(module.split(".")[:end])
-        specs = (finder.find_spec(name, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        spec = next((spec for spec in specs if spec), None)
+        found = (_find(finder, name, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec), None)
         if spec is None:
-            return []
+            return None
         path = list(spec.submodule_search_locations or ())
-    return [Path(folder) for folder in path or ()]
+    return spec
+
+
+def _find(finder: Any, name: str, path: list[str] | None) -> ModuleSpec | None:
+    try:
+        spec: ModuleSpec | None = finder.find_spec(name, path)
+    except KeyError:  # a folder without __init__.py: Python asks for the package around it, which is not imported
+        spec = ModuleSpec(name, None, is_package=True)
+        folders = (Path(folder) / name.rpartition(".")[2] for folder in path or ())
+        spec.submodule_search_locations = [str(folder) for folder in folders if folder.is_dir()]
+    return spec
+
+
+def source_of(module: str) -> str:
+    """The source of a module that is not imported for it; empty where there is none to read."""
+    spec = spec_of(module)
+    file = Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    return file.read_text(encoding="utf-8", errors="replace") if file and file.is_file() else ""
 
 
 def pick(entries: Sequence[Entry], name: str, kind: str, usable: list[str]) -> Entry:

@@ -8,7 +8,7 @@ held-out evaluation before and after are the core's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +17,8 @@ from hf_rlhf.plugin import Count, Plugin
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    from hf_rlhf.settings import Model
 
 Head = Literal["sequence", "token", "causal"]
 """A score for each text, scores for each token, or the next token's logits."""
@@ -41,6 +43,20 @@ class Materials:
     trainer: Callable[..., Trainer]
     """`trainer(cls, args, **options)`: a `cls`, a Trainer class, of this model, tokenizer and data, with the run's
     checkpoints and evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a trainer puts through the model, for the plan's estimate of memory."""
+
+    texts: int = 1
+    """Texts of one row, each of up to `max_length` tokens; a pair has 2."""
+    packed: bool = False
+    """A row of a micro-batch is `max_length` tokens of several rows, and no row is padded."""
+    reference: bool = False
+    """A frozen copy of the model reads every micro-batch too."""
+    logits: bool = False
+    """`measure` holds the logits of whole batches of a causal model; a loss never does."""
 
 
 @dataclass(kw_only=True)
@@ -71,9 +87,18 @@ class OfflineTrainer(Plugin, ABC):
         not what `columns` promise; the core adds which row it is. Called before the model is loaded.
         """
 
+    def problems(self, model: Model) -> Iterable[str]:
+        """Reasons why the model cannot be trained as the recipe's `model` says, each saying what to write instead. Asked before
+        anything is loaded."""
+        return ()
+
     @abstractmethod
     def build(self, materials: Materials) -> Trainer:
         """What `materials.trainer` gives for a class of transformers or TRL and its arguments."""
+
+    def footprint(self, adapter: bool) -> Footprint:
+        """What the plan's estimate of memory and its arithmetic go by. `adapter`: one is trained in place of the model."""
+        return Footprint()
 
     def measure(self, trainer: Trainer, examples: datasets.Dataset) -> dict[str, float]:
         """Metrics on held-out examples, equal on every process, logged under `eval_` with every evaluation and written into

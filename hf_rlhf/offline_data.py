@@ -103,6 +103,15 @@ def length(example: Mapping[str, Any]) -> int:
     return max((len(value) for value in example.values() if isinstance(value, list)), default=0)
 
 
+def longest(examples: datasets.Dataset) -> int:
+    """Tokens of the longest encoded row."""
+    import pyarrow
+    import pyarrow.compute
+
+    lists = [column for column in examples.data.columns if pyarrow.types.is_list(column.type)]
+    return max((pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py() for column in lists), default=0)
+
+
 def _built_in(settings: OfflineDataset, trainer: OfflineTrainer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("columns", {})):
         if getattr(settings, key) != default:

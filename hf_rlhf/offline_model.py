@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.models import ModelError, disable_dropout, lora_config, model_path
 from hf_rlhf.offline import Head, OfflineTrainer
+from hf_rlhf.quantised import quantisation, ready
 from hf_rlhf.seeding import seeded
 from hf_rlhf.settings import Model
 
@@ -54,11 +55,6 @@ def load_with_head(
         return model if settings.lora is None else _adapted(model, settings, trainer.head)
 
 
-def merged(model: Any) -> Any:
-    """The model with its adapter in its weights, where it has one."""
-    return model.merge_and_unload() if hasattr(model, "peft_config") else model
-
-
 def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code: bool) -> Any:
     import transformers
 
@@ -75,6 +71,7 @@ def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
+            **quantisation(settings, path, trust_remote_code),
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
@@ -83,6 +80,10 @@ def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    try:
+        model = ready(model, settings, settings.lora is not None, merges=settings.save_merged is not False)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     trunk = f"{model.base_model_prefix}."
     missing = sorted(name for name in loading["missing_keys"] if trainer.head == "causal" or name.startswith(trunk))
     if missing:
@@ -94,6 +95,8 @@ def _adapted(model: Any, settings: Model, head: Head) -> Any:
     assert settings.lora is not None
     config = lora_config(settings.lora)
     config.task_type = TASKS[head]
+    if head == "token" and config.target_modules == "all-linear":  # peft knows the head of a sequence classifier alone
+        config.exclude_modules = ["score", "classifier"]
     from peft import get_peft_model
 
     return get_peft_model(model, config)

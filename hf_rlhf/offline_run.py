@@ -16,8 +16,8 @@ from hf_rlhf import checkpoint
 from hf_rlhf.arguments import DECISIVE
 from hf_rlhf.checkpoint import CheckpointError
 from hf_rlhf.host import get_host
-from hf_rlhf.offline import Materials
-from hf_rlhf.offline_data import encode, read_rows
+from hf_rlhf.offline import Materials, OfflineTrainer
+from hf_rlhf.offline_data import encode, longest, read_rows
 from hf_rlhf.plan import Plan
 from hf_rlhf.recipe import OfflineRecipe
 from hf_rlhf.validation import UserError
@@ -57,6 +57,7 @@ def check(recipe: OfflineRecipe, keywords: Mapping[str, Any]) -> Plan:
     args = _made(TrainingArguments, keywords)
     _check_arguments(args)
     trainer = recipe.trainer()
+    _check_model(recipe, trainer)
     plan = Plan(plugins=get_host().manifest([type(trainer)]))
     plan.models.append(_model_line(recipe))
     train = held_out = None
@@ -67,9 +68,10 @@ def check(recipe: OfflineRecipe, keywords: Mapping[str, Any]) -> Plan:
                 "evaluation: no rows are held out (dataset.held_out, dataset.eval_split, dataset.eval_path)"
             )
     plan.arithmetic = _arithmetic(
-        args, None if train is None else len(train), None if held_out is None else len(held_out)
+        args, trainer, None if train is None else len(train), None if held_out is None else len(held_out)
     )
     plan.remarks += recipe.notes
+    _estimate_memory(plan, recipe, args)
     return plan
 
 
@@ -170,13 +172,14 @@ def make(
     rows = {"train": len(train), "evaluation": 0 if evaluation is None else len(evaluation)}
     run = {
         "training": {name: arguments[name] for name in (*DECISIVE, *DATA_ORDER)},
-        "model": asdict(recipe.model),
+        "model": {name: x for name, x in asdict(recipe.model).items() if name != "save_merged"},
         "dataset": asdict(recipe.rows),
         "rows": rows,
     }
     record: dict[str, Any] = {
         "algorithm": {"trainer": recipe.raw["trainer"]},
         "run": run,
+        "name": recipe.name,
         "recipe": recipe.raw,
         "plan": plan.as_dict(),
         "versions": versions(),
@@ -193,16 +196,25 @@ def make(
             f"trainer={plugin.name}: build must give what materials.trainer(cls, args) makes, not a "
             f"{type(trainer).__name__}: its checkpoints and its evaluation would not be the run's"
         )
+    tokens = max(longest(part) for part in (train, evaluation) if part is not None)
+    _estimate_memory(plan, recipe, trainer.args, tokens)
+    packed: Any = trainer.train_dataset
+    plan.arithmetic = _arithmetic(trainer.args, plugin, len(train), rows["evaluation"], len(packed))
+    record["plan"] = json.loads(json.dumps(plan.as_dict()))
     return trainer
 
 
 def save(trainer: Any, folder: Path) -> None:
-    """The model, an adapter merged into it, its tokenizer and its card, as the reward that it is for reads them."""
-    from hf_rlhf.offline_model import merged
+    """The model, an adapter merged into it unless `model.save_merged` is false, its tokenizer and its card, as the reward that
+    it is for reads them."""
+    from hf_rlhf.merging import save_merged
 
     if trainer.is_world_process_zero():
-        model = merged(trainer.accelerator.unwrap_model(trainer.model))
-        model.save_pretrained(folder)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "peft_config") and trainer.record["recipe"]["model"].get("save_merged") is not False:
+            save_merged(model, folder)
+        else:
+            model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
         trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
@@ -250,19 +262,54 @@ def _check_arguments(args: TrainingArguments) -> None:
         raise UserError("\n".join(refused))
 
 
-def _arithmetic(args: TrainingArguments, rows: int | None, held_out: int | None) -> list[tuple[str, str, str]]:
+def _check_model(recipe: OfflineRecipe, trainer: OfflineTrainer) -> None:
+    """Raises `UserError` naming every setting of the model that cannot be."""
+    from hf_rlhf.quantised import model_problems
+
+    problems = model_problems(recipe.model, recipe.model.lora is not None, [("trainer", trainer)])
+    problems += trainer.problems(recipe.model)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _estimate_memory(plan: Plan, recipe: OfflineRecipe, args: TrainingArguments, tokens: int | None = None) -> None:
+    """Fills the plan's memory; `tokens` are those of the longest row where it is known. What the plan says already of the
+    process itself stays."""
+    from hf_rlhf.memory import MIB
+    from hf_rlhf.offline_estimate import estimate_offline
+
+    process = next((parts["process"] * MIB for parts in plan.memory.values() if "process" in parts), None)
+    found = estimate_offline(recipe.model, recipe.trainer(), args, tokens=tokens, process=process)
+    plan.memory, plan.memory_notes = found.phases, found.notes
+
+
+def _arithmetic(
+    args: TrainingArguments,
+    trainer: OfflineTrainer,
+    rows: int | None,
+    held_out: int | None,
+    sequences: int | None = None,
+) -> list[tuple[str, str, str]]:
+    """`sequences`: how many the rows have been packed into, where that is known."""
+    packed = trainer.footprint(False).packed
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    of_epoch, most = (rows, "at most ") if packed and sequences is None else (sequences or rows, "")
     if args.max_steps > 0:
         steps = str(args.max_steps)
     else:
-        steps = "?" if rows is None else str(math.ceil(math.ceil(rows / per_step) * args.num_train_epochs))
+        steps = (
+            "?" if of_epoch is None else f"{most}{math.ceil(math.ceil(of_epoch / per_step) * args.num_train_epochs)}"
+        )
+    unit = "sequences" if packed else "rows"
+    into = [("sequences of packed rows", "?" if of_epoch is None else f"{most}{of_epoch}", "trainer.packing")]
     return [
         ("rows to train on", "?" if rows is None else str(rows), "before rows that are too long are dropped"),
+        *(into if packed else []),
         ("held-out rows", str(held_out or 0), "evaluated before and after training"),
-        ("rows of a micro-batch", str(args.per_device_train_batch_size), "training.per_device_train_batch_size"),
+        (f"{unit} of a micro-batch", str(args.per_device_train_batch_size), "training.per_device_train_batch_size"),
         ("micro-batches per step", str(args.gradient_accumulation_steps), "training.gradient_accumulation_steps"),
         ("processes", str(args.world_size), "data-parallel size"),
-        ("rows per optimizer step", str(per_step), ""),
+        (f"{unit} per optimizer step", str(per_step), ""),
         ("optimizer steps", steps, "training.max_steps, or training.num_train_epochs passes over the rows"),
     ]
 

@@ -12,8 +12,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hf_rlhf import checkpoint
-from hf_rlhf.compat.trl import Quiet
+from hf_rlhf.compat.trl import Quiet, unrounded
 from hf_rlhf.log import RunLog
+from hf_rlhf.metrics import metrics_of_trainer
 from hf_rlhf.offline import OfflineTrainer
 from hf_rlhf.recipe_text import write_yaml
 from hf_rlhf.trackers import install
@@ -153,20 +154,21 @@ def factory(
     def trainer(cls: type[Trainer], args: Any, **options: Any) -> Trainer:
         kind: Any = type(cls.__name__, (Run, cls), {"plugin": plugin, "record": record})
         run_log, finite = RunLog(args.output_dir, record), FiniteSteps()
-        made = kind(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            callbacks=[finite, *callbacks, run_log],
-            **options,
-        )
+        with unrounded(model):
+            made = kind(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+                callbacks=[finite, *callbacks, run_log],
+                **options,
+            )
         made.run_log, made.finite = run_log, finite
         if plugin.head != "causal":  # a classifier's own loss is a mean over its micro-batch, whatever it is told
             made.model_accepts_loss_kwargs = False
         made.remove_callback(PrinterCallback)
-        install(made.callback_handler, list(args.report_to or ()), run_log, record)
+        install(made.callback_handler, list(args.report_to or ()), run_log, record, metrics_of_trainer(plugin))
         return made
 
     return trainer

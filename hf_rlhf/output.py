@@ -15,6 +15,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and no
 """The option `--json` of a command whose output is data."""
 NOISE = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 """Environment variables with which libraries leave their progress bars out."""
+quieted: set[str] = set()
+"""Those of them that this process set for itself."""
 
 
 def examples(*lines: str) -> str:
@@ -24,7 +26,7 @@ def examples(*lines: str) -> str:
 
 def examples_of(command: Any) -> list[str]:
     """The examples of a command, without their comments."""
-    lines = (getattr(command, "epilog", None) or "").splitlines()
+    lines = (getattr(command, "epilog", None) or "").partition("\n\n")[0].splitlines()
     return [line.partition("  # ")[0].strip() for line in lines if line.startswith("  ")]
 
 
@@ -39,6 +41,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         from rich.text import Text
 
         drawn: Any = Table(*header, box=None, header_style="bold", pad_edge=False)
+        drawn.columns[0].no_wrap = True  # names stay whole
         for row in rows:
             drawn.add_row(*map(Text, row))
         Console().print(drawn)
@@ -81,5 +84,5 @@ def output_to_stderr(wanted: bool = True) -> Iterator[None]:
 def quiet_off_terminal() -> None:
     """No progress bars of libraries where nobody watches them; what the environment says already stays."""
     if not sys.stderr.isatty():
-        for name in NOISE:
-            os.environ.setdefault(name, "1")
+        quieted.update(name for name in NOISE if name not in os.environ)
+        os.environ.update(dict.fromkeys(quieted, "1"))

@@ -40,6 +40,7 @@ def make_plan(
     plan = Plan(plugins=manifest)
     _models(plan, algorithm, lora)
     _forwards(plan, algorithm)
+    plan.remarks += _second_model(algorithm) if lora else []
     for path, plugin in algorithm.plugins():
         plan.remarks += [f"{path}={plugin.name}: {remark}" for remark in plugin.remarks(algorithm)]
     plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)
@@ -55,21 +56,38 @@ def memory_rows(plan: Plan) -> list[str]:
     return rows + plan.memory_notes
 
 
+def _second_model(a: Algorithm) -> list[str]:
+    """A critic that is trained whole, though the policy trains an adapter."""
+    if not isinstance(a.critic, TrainedCritic) or a.critic.shares_forward or "adapter" in a.critic.needs:
+        return []
+    return [
+        f"critic={a.critic.name}: trains a whole second model; critic.adapter=true trains a second adapter on the policy's "
+        "base, and critic.use=value_head a head alone"
+    ]
+
+
 def _models(plan: Plan, a: Algorithm, lora: bool) -> None:
-    plan.models.append("policy: " + ("its adapter is trained, its base is frozen" if lora else "trained"))
+    state = "; its optimizer state is offloaded while completions are sampled and scored" if a.update.offload else ""
+    plan.models.append("policy: " + ("its adapter is trained, its base is frozen" if lora else "trained") + state)
     if "ref_logps" in a.provides:
         readers = ", ".join(f"kl.{kl.name} ({kl.estimator.name}, {kl.level})" for kl in a.kl)
         moves = ", it moves and is saved with every checkpoint" if a.reference.moves else ""
-        plan.models.append(f"reference={a.reference.name}{moves}: read by {readers}")
+        plan.models.append(f"reference={a.reference.name}{_offloaded(a.reference)}{moves}: read by {readers}")
     else:
         plan.skipped.append("reference model: no KL is measured")
     if isinstance(a.critic, TrainedCritic):
-        plan.models.append(f"critic={a.critic.name}: advantages={a.advantages.name} reads its values")
+        plan.models.append(
+            f"critic={a.critic.name}{_offloaded(a.critic)}: advantages={a.advantages.name} reads its values"
+        )
     else:
         plan.skipped.append(f"critic: advantages={a.advantages.name} reads no values")
     for label, source in zip(a.labels(), a.rewards, strict=True):
         if "reward_model" in source.provides:
-            plan.models.append(f"reward model {label}: scores the completions")
+            plan.models.append(f"reward model {label}{_offloaded(source)}: scores the completions")
+
+
+def _offloaded(plugin: Any) -> str:
+    return ", offloaded but for its phases" if getattr(plugin, "offload", False) else ""
 
 
 def _forwards(plan: Plan, a: Algorithm) -> None:

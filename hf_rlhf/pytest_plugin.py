@@ -58,23 +58,13 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def _offers(name: str) -> list[Offer]:
     """What a package or a file offers. Raises `pytest.UsageError` where that is nothing."""
     from hf_rlhf.host import get_host
-    from hf_rlhf.offers import normal
-    from hf_rlhf.validation import UserError, did_you_mean
+    from hf_rlhf.plugin_check import offers_of
+    from hf_rlhf.validation import UserError
 
-    host = get_host()
-    if name.endswith(".py"):
-        try:
-            return host.add_file(name)
-        except UserError as error:
-            raise pytest.UsageError(f"{OPTION}: {error}") from error
-    packages = sorted({offer.package for offer in host.offers() if not offer.file})
-    found = [offer for offer in host.offers() if not offer.file and normal(offer.package) == normal(name)]
-    if not found:
-        raise pytest.UsageError(
-            f"{OPTION} {name}: no installed package of this name offers plugins.{did_you_mean(name, packages)} These do: "
-            f"{', '.join(packages)}. After a change of entry points install the package again"
-        )
-    return found
+    try:
+        return offers_of(get_host(), name)
+    except UserError as error:
+        raise pytest.UsageError(f"{OPTION}: {error}") from error
 
 
 class PluginFacts(pytest.Collector):
@@ -87,10 +77,12 @@ class PluginFacts(pytest.Collector):
 
     def collect(self) -> Iterator[pytest.Item]:
         """A test per fact; one skipped or failing test where there is no plugin to ask."""
+        from hf_rlhf.host import get_host
+        from hf_rlhf.plugin_check import made
         from hf_rlhf.testing import conformance
 
         try:
-            self.plugin = _made(self.offer)
+            self.plugin = made(get_host(), self.offer)
             facts: list[Any] = conformance(self.plugin)
         except Exception as error:  # a stranger's module may raise anything
             facts = [_Unmade(f"{self.offer.axis}.{self.offer.name}", error)]
@@ -141,25 +133,3 @@ class FactItem(pytest.Item):
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where it stands in reports."""
         return self.path, None, self.nodeid
-
-
-def _made(offer: Offer) -> Plugin:
-    """The plugin with its default settings. Raises `SkipTest` saying how to test it where it cannot be made like this."""
-    from hf_rlhf.axes import Plugin
-    from hf_rlhf.host import get_host
-    from hf_rlhf.recipe import load_plugin
-    from hf_rlhf.validation import describe
-
-    name = f"{offer.package}/{offer.name}"
-    cls = get_host().get(offer.axis, name)
-    required = [setting.name for setting in describe(cls) if setting.default == "required"]
-    settings = ", ".join(f"{setting}=..." for setting in required)
-    way = (
-        f"`for fact in conformance({cls.__name__}({settings})): fact()`, with `from hf_rlhf.testing import conformance`"
-    )
-    if required:
-        raise SkipTest(f"it needs {' and '.join(required)}: test it with settings of your own, {way}")
-    if cls.setup is not Plugin.setup:
-        raise SkipTest(f"it needs setup(context): set it up in a test of your own, then {way}")
-    plugin: Plugin = load_plugin(offer.axis, name)
-    return plugin

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from hf_rlhf.cli import PluginOptions, _table, app
+from hf_rlhf import completion
+from hf_rlhf.cli import PluginOptions, app
+from hf_rlhf.output import Json, examples, output_to_stderr
+from hf_rlhf.output import table as print_table
 from hf_rlhf.validation import UserError
 
 Name = Annotated[
@@ -19,12 +21,15 @@ Name = Annotated[
     typer.Argument(
         metavar="RECIPE_OR_REWARD",
         help="A recipe (name or YAML file) for all of its rewards, a reward plugin's name, or file.py:function.",
+        autocompletion=completion.reward_or_recipe,
     ),
 ]
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides of the recipe, or settings of the reward (column=answer)."
+        metavar="[KEY=VALUE]...",
+        help="Overrides of the recipe, or settings of the reward (column=answer).",
+        autocompletion=completion.reward_settings,
     ),
 ]
 Tokenizer = Annotated[
@@ -33,7 +38,14 @@ Tokenizer = Annotated[
 ]
 
 
-@app.command()
+@app.command(
+    short_help="Score completions that are there already.",
+    epilog=examples(
+        "hf-rlhf score exact_match column=answer --dataset solutions.jsonl",
+        "hf-rlhf score grpo --dataset solutions.jsonl 'rewards.0.answer_after=####' --against is_correct",
+        "hf-rlhf score rewards.py:brevity --dataset solutions.parquet --json > scores.json",
+    ),
+)
 def score(
     name: Name,
     words: Words = None,
@@ -55,7 +67,7 @@ def score(
     ] = None,
     tokenizer: Tokenizer = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Disagreements and failures that are listed.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
     """Score completions that are there already, without a policy; with --against, compare the scores with labels.
@@ -72,34 +84,28 @@ def score(
     from hf_rlhf.score import score as run
 
     columns = Columns(prompt=prompt_column, completion=completion_column, finish_reason=finish_reason_column)
-    with _output_to_stderr():
+    with output_to_stderr():
         rewards = named_rewards(name, words or ())
         scores = run(rewards, dataset, columns=columns, against=against, tokenizer=tokenizer, split=split)
     if as_json:
         print(json.dumps(plain(scores), allow_nan=False))
     else:
-        _table(HEADER, table(scores))
+        print_table(HEADER, table(scores))
         said = "\n".join(remarks(scores, show)).strip("\n")
         print(f"\n{said}" if said else "", end="\n" if said else "")
     if scores.failed:
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _output_to_stderr() -> Iterator[None]:
-    """What sources and their child processes print goes to stderr: stdout holds the result alone."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-@app.command("serve-reward")
+@app.command(
+    "serve-reward",
+    short_help="Serve reward sources over HTTP.",
+    epilog=examples(
+        "hf-rlhf serve-reward exact_match column=answer --port 8765",
+        "hf-rlhf serve-reward mine.yaml 'rewards.0.column=solution'",
+        "hf-rlhf serve-reward rewards.py:brevity --host 0.0.0.0 --token-env REWARD_TOKEN",
+    ),
+)
 def serve_reward(
     name: Name,
     words: Words = None,

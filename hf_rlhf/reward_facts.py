@@ -13,6 +13,7 @@ from unittest import SkipTest
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 from hf_rlhf.facts import Claims, equal, generators_now, second_of_two_processes
+from hf_rlhf.metric_facts import check_declared, check_finite
 from hf_rlhf.runners.call import finish
 from hf_rlhf.runners.processes import packed
 from hf_rlhf.runners.serving import Served
@@ -46,6 +47,7 @@ def of_a_reward(plugin: RewardSource, given: Rollouts) -> Claims:
     yield "the number of processes changes no score", asked(_ignores_processes)
     yield "it changes neither its rollouts nor a random generator, and repeats itself", asked(_is_pure)
     yield "what it logs has one value per row", asked(_logs_per_row)
+    yield "the metrics that it logs are declared, each a finite number", asked(_metrics_are_declared)
     if plugin.verifier:
         yield "where the dataset has no reference (None) it gives None, not 0", asked(_none_without_reference)
         yield "its final answer is text or None", asked(_answers_text)
@@ -136,11 +138,19 @@ def _is_pure(plugin: RewardSource, given: Rollouts) -> None:
 def _logs_per_row(plugin: RewardSource, given: Rollouts) -> None:
     plugin.take_logs()
     _scores(plugin, copy.deepcopy(given))
-    columns, metrics = plugin.take_logs()
+    columns, _ = plugin.take_logs()
     for name, column in columns.items():
         assert len(column) == len(given), f"it logs {len(column)} values of {name!r} for {len(given)} rows"
+
+
+def _metrics_are_declared(plugin: RewardSource, given: Rollouts) -> None:
+    plugin.take_logs()
+    _scores(plugin, copy.deepcopy(given))
+    _, metrics = plugin.take_logs()
     for name, values in metrics.items():
-        assert all(isinstance(x, int | float) for x in values), f"its metric {name!r} holds {values}; numbers are due"
+        for x in values:
+            check_finite({name: x}, "it logs")
+    check_declared(plugin, metrics, "it logs")
 
 
 def _none_without_reference(plugin: RewardSource, given: Rollouts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ def check(recipe: Recipe, output_dir: str = "outputs") -> Plan:
 
         check_arguments(args)
         algorithm = recipe.algorithm()
-        lora, refused = recipe.model.lora is not None, section_problems(algorithm, recipe.sections)
+        lora = recipe.model.lora is not None
+        refused = section_problems(algorithm, recipe.sections, lora)
         plan, _ = describe(algorithm, args.world_size, args.per_device_train_batch_size, lora, refused)
         estimate_memory(plan, algorithm, args, recipe.sections)
         if recipe.dataset.path is not None:
@@ -78,14 +80,17 @@ def training_keywords(recipe: Recipe, output_dir: str) -> dict[str, Any]:
             "training.hub_token would be written into the run's record: set HF_TOKEN, or use `hf auth login`"
         )
     cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}  # several processes then meet over gloo
-    return {**DEFAULTS, **cpu, "run_name": recipe.name, **recipe.training, "output_dir": output_dir}
+    named = os.environ.get("WANDB_NAME")  # of a stage, STAGED/STAGE, in place of STAGED
+    run_name = named + "".join(recipe.name.partition("/")[1:]) if named else recipe.name
+    return {**DEFAULTS, **cpu, "run_name": run_name, **recipe.training, "output_dir": output_dir}
 
 
 def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Path:
     """The folder of this run. Raises `UserError` where another run lives there and is not resumed."""
     if asked is None and isinstance(resume, str):
         return Path(resume).resolve().parent
-    folder = Path(asked) if asked else Path("outputs") / recipe
+    own = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None  # agents may start at the same time
+    folder = Path(asked) if asked else Path("outputs") / (f"{recipe}-{own}" if own else recipe)
     taken = any((folder / name).exists() for name in OWN_FILES) or any(folder.glob("checkpoint-*"))
     if resume or not taken:
         return folder

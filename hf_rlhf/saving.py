@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerState
@@ -17,9 +17,14 @@ from hf_rlhf.buffer import Buffer
 from hf_rlhf.collect import Collector
 from hf_rlhf.ema import FOLDER, PolicyEMA
 from hf_rlhf.log import RunLog
+from hf_rlhf.merging import FOLDER as ADAPTER
+from hf_rlhf.merging import merged, save_merged
 from hf_rlhf.meters import Meters
 from hf_rlhf.policy import ActorCritic
 from hf_rlhf.prompts import PromptStream
+
+if TYPE_CHECKING:
+    from hf_rlhf.assemble import Parts
 
 
 class SavingTrainer(Trainer):
@@ -35,7 +40,9 @@ class SavingTrainer(Trainer):
     buffer: Buffer | None
     ema: PolicyEMA | None = None
     """The moving average of the policy, where the recipe keeps one."""
+    parts: Parts
     _bad_steps: int
+    _saves_merged: bool = False
     _tokens_logged: float
     _logged_at: float
 
@@ -69,6 +76,12 @@ class SavingTrainer(Trainer):
         if self.args.max_steps > 0:
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own. What is saved at the end has the adapter in its weights where `model.save_merged` asks for it;
+        checkpoints, which are internal calls, hold the adapter."""
+        self._saves_merged = not _internal_call and bool(self.parts.sections["model"].save_merged)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""
@@ -126,17 +139,27 @@ class SavingTrainer(Trainer):
         return reference.own if reference is not None and self.algorithm.reference.moves else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The policy as plain transformers; critic, a moving reference and the policy's average beside it."""
-        super()._save(output_dir, state_dict)
+        """The policy as plain transformers, an adapter alone or in its weights; critic, a moving reference and the policy's
+        average beside it."""
         folder = Path(output_dir or self.output_dir)
+        policy: Any = self.model
+        if self._saves_merged and self.args.should_save:
+            self.model = merged(policy)
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                self.model = policy
+            policy.save_pretrained(folder / ADAPTER)
+        else:
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         for name, module in self._beside().items():
             checkpoint.save_module(folder / name, module)
         if self.ema is not None:
-            policy: Any = self.model
+            save = save_merged if self._saves_merged else type(policy).save_pretrained
             with self.ema.as_policy(policy, exact=True):
-                policy.save_pretrained(folder / FOLDER)
+                save(policy, folder / FOLDER)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder / FOLDER)
 

@@ -113,6 +113,10 @@ class Update:
     """How rows enter the model. `packed`: without padding, the completions of a prompt behind one copy of it; `flex`: the
     same through FlexAttention; `padded`: one prompt and completion a row. `auto`: `flex` on CUDA, `packed` elsewhere,
     `padded` where the architecture cannot or an update rule takes second derivatives."""
+    offload: bool = False
+    """Keep what only the update reads away from the device while completions are sampled and scored: the optimizer's state
+    and the average of `update.ema`, the critic's included. Gradients are freed before each rollout in any case. The trained
+    parameters are the same bits. docs/memory.md says where it lies."""
 
 
 @dataclass(kw_only=True)
@@ -137,6 +141,8 @@ class Logging:
     """Completions per log entry in the table and in completions/*.parquet (0: none)."""
     entropy: Literal["sampled", "exact"] = "sampled"
     """What policy/entropy is: an estimate from the sampled tokens, which costs nothing, or the exact entropy."""
+    metric_aliases: Literal["none", "trl"] = "none"
+    """Log numbers under TRL's names too (`reward`, `completions/mean_length`, ...), so that dashboards made for it work."""
 
 
 SECTIONS: dict[str, type] = {

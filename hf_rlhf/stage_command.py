@@ -7,17 +7,38 @@ from typing import Annotated
 
 import typer
 
+from hf_rlhf import completion
 from hf_rlhf.cli import PluginOptions, app
+from hf_rlhf.output import examples, output_to_stderr, print_json
 from hf_rlhf.validation import UserError
 
-Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A staged recipe: name, package/name, or YAML file.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A staged recipe: name, package/name, or YAML file.",
+        autocompletion=completion.staged_names,
+    ),
+]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Overrides such as rl.kl.0.beta=0.1 or rl.recipe=grpo."),
+    typer.Argument(
+        metavar="[STAGE.KEY=VALUE]...",
+        help="Overrides such as ppo.kl.0.beta=0.1 or ppo.recipe=grpo.",
+        autocompletion=completion.stage_overrides,
+    ),
 ]
 
 
-@app.command()
+@app.command(
+    short_help="Run a staged recipe, such as instructgpt.",
+    epilog=examples(
+        "hf-rlhf run instructgpt",
+        "hf-rlhf run instructgpt ppo.kl.0.beta=0.1 --seed 1",
+        "hf-rlhf run instructgpt ppo.recipe=grpo --output-dir outputs/instructgpt-grpo",
+        "hf-rlhf check instructgpt    # the plan of every stage; trains nothing",
+    ),
+)
 def run(
     name: Name,
     words: Words = None,
@@ -44,7 +65,9 @@ def run(
     run_stages(staged, choose_root(output_dir, staged.name, resume), trust_remote_code)
 
 
-def check_staged(name: str, words: Sequence[str], output_dir: str | None, seed: int | None) -> None:
+def check_staged(
+    name: str, words: Sequence[str], output_dir: str | None, seed: int | None, as_json: bool = False
+) -> None:
     """Print the plan of every stage, or why one is refused."""
     from pathlib import Path
 
@@ -56,8 +79,14 @@ def check_staged(name: str, words: Sequence[str], output_dir: str | None, seed: 
     flags = [word for word in words if word.startswith("-")]
     if flags:
         raise UserError(f"{flags[0]}: {name} has stages; write STAGE.KEY=VALUE, for instance rl.model.path=FOLDER")
-    staged = load_staged(name, words, seed)
-    plans, out = check_stages(staged, Path(output_dir or f"outputs/{staged.name}")), console()
+    with output_to_stderr(as_json):
+        staged = load_staged(name, words, seed)
+        plans = check_stages(staged, Path(output_dir or f"outputs/{staged.name}"))
+    if as_json:
+        stages = {stage.name: {"recipe": stage.source, **plans[stage.name].as_dict()} for stage in staged.stages}
+        print_json({"recipe": staged.name, "stages": stages})
+        return
+    out = console()
     for stage in staged.stages:
         out.print(Text(f"\nstage {stage.name}: recipe {stage.source}", style="bold"), soft_wrap=True)
         for key, (source, place) in stage.reads.items():

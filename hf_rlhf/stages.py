@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.host import Host, get_host
 from hf_rlhf.overrides import apply_overrides
+from hf_rlhf.quantised import is_quantised
 from hf_rlhf.recipe import OfflineRecipe, Recipe, read_recipe, resolve
 from hf_rlhf.recipe_text import STAGES, RecipeError, read_yaml, write_yaml
 from hf_rlhf.validation import UserError, did_you_mean, plain_text
@@ -263,15 +264,30 @@ def _misfit(stage: Stage, key: str, source: Stage) -> str | None:
     if key == "model.path":
         if wanted == "causal" != head:
             return f"{OUTPUT_OF}{source.name} is a classifier of {head}s, and a language model is trained here"
-        if isinstance(reads, OfflineRecipe) and trains.model.lora is not None and not isinstance(trains, OfflineRecipe):
-            return f"{OUTPUT_OF}{source.name} leaves an adapter alone, and a trainer needs a whole model"
+        if _leaves_adapter(trains) and (isinstance(reads, OfflineRecipe) or is_quantised(reads.model)):
+            who = "a trainer" if isinstance(reads, OfflineRecipe) else "model.load_in_4bit or load_in_8bit"
+            return (
+                f"{OUTPUT_OF}{source.name} leaves an adapter alone, and {who} needs a whole model: {_merging(source)}"
+            )
     place, _, setting = rest.partition(".")
     if axis == "rewards" and setting == "model" and "reward_model" in reads.plugins[axis][int(place)].provides:
         name = reads.plugins[axis][int(place)].name
         if reward != name:
             left = f"a model for rewards.{reward}" if reward else "no reward model"
             return f"{OUTPUT_OF}{source.name} leaves {left} behind, and rewards.{name} reads it"
+        if _leaves_adapter(trains):
+            return f"{OUTPUT_OF}{source.name} leaves an adapter alone, and rewards.{name} reads a whole model: {_merging(source)}"
     return None
+
+
+def _merging(source: Stage) -> str:
+    return f"set {source.name}.model.save_merged=true"
+
+
+def _leaves_adapter(recipe: Recipe) -> bool:
+    """Whether a recipe's run leaves an adapter without its base behind."""
+    merges = isinstance(recipe, OfflineRecipe) if recipe.model.save_merged is None else recipe.model.save_merged
+    return recipe.model.lora is not None and not merges
 
 
 def _first_model(staged: Staged, stage: Stage, recipe: Recipe) -> Any:

@@ -21,7 +21,7 @@ from unittest import SkipTest
 
 import torch
 
-from hf_rlhf import facts, invariance_facts, model_facts, reward_facts, tensor_facts, trainer_facts
+from hf_rlhf import facts, invariance_facts, metric_facts, model_facts, reward_facts, tensor_facts, trainer_facts
 from hf_rlhf.axes import (
     Critic,
     KLController,
@@ -172,7 +172,7 @@ def conformance(
         raise TypeError(f"{type(plugin).__name__} is no plugin: it subclasses no class of hf_rlhf.axes")
     own_metrics = dict.fromkeys(invariance_facts.metric_names(plugin), 0.25)
     told = [facts.FIRST, {**facts.LATER, **own_metrics}]
-    claims = [*facts.of_every_plugin(plugin, told)]
+    claims = [*facts.of_every_plugin(plugin, told), *metric_facts.of_metrics(plugin, axis, told)]
     make = policy or (lambda: _policy(plugin.needs))
     if isinstance(plugin, RewardSource):
         claims += reward_facts.of_a_reward(plugin, rollouts or _rollouts_for(plugin))

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-import netrc
+import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from transformers import TrainerCallback
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
+from hf_rlhf.accounts import has_account
+from hf_rlhf.metrics.names import ONCE, STEP, TABLE, Named, globbed, tracked
+
 logger = logging.getLogger(__name__)
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
-SUMMARISED = ("train/reward/total/mean", "eval/reward/total/mean", "eval/accuracy")
-"""Metrics of which the run's summary keeps the best next to the last."""
+LONGEST_TAG = 64
+"""Characters that W&B takes."""
 ROWS_IN_TABLE = 10_000
 """Completions after which the table in W&B starts anew, as it is held in memory."""
+TABLE_EVERY_S, TABLE_PATIENCE, TABLE_SHARE = 60.0, 200, 0.02
+"""Seconds between two parts of the table in W&B, each of which is files that are hashed and written out, and of which the
+newest 100 are shown; how many times as long as the last part took is waited at least, and which share of the run so far."""
 INIT_TIMEOUT_S = 8.0
 """How long the server of W&B may take to answer at the start (WANDB_INIT_TIMEOUT sets another)."""
 
 
-def install(handler: Any, report_to: list[str], run_log: Any, record: dict[str, Any]) -> None:
-    """Makes Trainer's W&B callback ours and guards every reporting callback.
+def install(
+    handler: Any, report_to: list[str], run_log: Any, record: dict[str, Any], declared: Sequence[Named] = ()
+) -> None:
+    """Makes Trainer's W&B callback ours and guards every reporting callback. `declared`: what the run may log.
 
     Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it.
     """
@@ -34,7 +43,9 @@ def install(handler: Any, report_to: list[str], run_log: Any, record: dict[str, 
         if callback is run_log:
             guard(callback, patience=None)
         elif classes and isinstance(callback, classes):
-            handler.callbacks[i] = guard(WandbTracker(record, run_log) if type(callback) is WandbCallback else callback)
+            handler.callbacks[i] = guard(
+                WandbTracker(record, run_log, declared) if type(callback) is WandbCallback else callback
+            )
 
 
 def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallback:
@@ -69,36 +80,35 @@ def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallbac
 
 
 class WandbTracker(WandbCallback):
-    """Trainer's callback, with the run's record in the config and completions as a growing table.
+    """Trainer's callback, with labels and a config by which runs line up, and completions as a growing table.
 
     Without an account, or where the server does not answer, the run is written offline: `wandb sync` uploads it later.
     """
 
-    def __init__(self, record: dict[str, Any], run_log: Any):
+    def __init__(self, record: dict[str, Any], run_log: Any, declared: Sequence[Named] = ()):
         super().__init__()
-        self._record, self._run_log = record, run_log
+        self._record, self._run_log, self._declared = record, run_log, declared
         self._table: Any = None
+        self._waiting: list[dict[str, Any]] = []
+        self._began, self._due = time.monotonic(), -math.inf
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
-        """Starts the run, and puts the resolved recipe, the plan and the plugin manifest into its config."""
+        """Starts the run, puts what it is made of into its config, and says what its summary keeps of each metric."""
         if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
             self._start(args.run_name)
         super().setup(args, state, model, **kwargs)
         if state.is_world_process_zero:
             run = self._wandb.run
-            run.config.update(
-                {key: self._record.get(key) for key in ("recipe", "algorithm", "plan", "versions")},
-                allow_val_change=True,
-            )
-            for name in SUMMARISED:
-                run.define_metric(name, step_metric="train/global_step", summary="max,last")
+            run.config.update(config_of(self._record), allow_val_change=True)
+            for name, summary in summaries(self._declared).items():
+                run.define_metric(name, step_metric=STEP, summary=summary)
 
     def _start(self, name: str | None) -> None:
-        options = {"project": os.environ.get("WANDB_PROJECT", "hf_rlhf"), "name": name}
+        options = {"project": os.environ.get("WANDB_PROJECT", "hf_rlhf"), "name": name, **labels(self._record)}
         settings = self._wandb.setup().settings
         if settings.mode in ("offline", "disabled", "dryrun"):
             self._wandb.init(**options)
-        elif not _has_account(settings):
+        elif not has_account(settings):
             logger.warning("no Weights & Biases account found: logging offline (`wandb sync` uploads it later)")
             self._wandb.init(mode="offline", **options)
         else:
@@ -112,29 +122,89 @@ class WandbTracker(WandbCallback):
                 self._wandb.init(mode="offline", **options)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        """The numbers, and the completions since the last entry as rows of `samples/completions`."""
+        """The numbers; and the completions since the last part of the table as its next part, where it is time for one."""
         super().on_log(args, state, control, model=model, logs=logs, **kwargs)
-        rows = self._run_log.completions
-        if not rows or not state.is_world_process_zero:
-            return
-        columns, table = list(rows[0]), self._table
-        if table is None or table.columns != columns or len(table.data) >= ROWS_IN_TABLE:
-            self._table = self._wandb.Table(columns=columns, allow_mixed_types=True, log_mode="INCREMENTAL")
-        for row in rows:
-            self._table.add_data(*row.values())
-        self._wandb.log({"samples/completions": self._table, "train/global_step": state.global_step})
+        if state.is_world_process_zero:
+            self._waiting += self._run_log.completions
+            if time.monotonic() >= self._due:
+                self._send(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint has every completion up to it in the table."""
+        self._send(state)
+        super().on_save(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
+    ) -> None:
+        """Nothing waits after the end."""
+        self._send(state)
+        super().on_train_end(args, state, control, model=model, processing_class=processing_class, **kwargs)
+
+    def _send(self, state: Any) -> None:
+        """The rows that wait, as the next part of `samples/completions`."""
+        began, rows, self._waiting = time.monotonic(), self._waiting, []
+        for columns, part in itertools.groupby(rows, key=list):
+            if self._table is None or self._table.columns != columns or len(self._table.data) >= ROWS_IN_TABLE:
+                self._table = self._wandb.Table(columns=columns, allow_mixed_types=True, log_mode="INCREMENTAL")
+            *most, last = ([*row.values()] for row in part)
+            self._table.data.extend(most)  # add_data would look at every cell, whose types are mixed anyway
+            self._table.add_data(*last)
+            self._wandb.log({TABLE: self._table, STEP: state.global_step})
+        if rows:
+            now = time.monotonic()
+            waits = (TABLE_EVERY_S, TABLE_PATIENCE * (now - began), TABLE_SHARE * (now - self._began))
+            self._due = now + max(waits)
 
 
-def _has_account(settings: Any) -> bool:
-    """Whether a key lies in the environment, in W&B's settings or in the netrc file. Asks nobody."""
-    if settings.api_key or getattr(settings, "identity_token_file", None):
-        return True
-    path = os.environ.get("NETRC")
-    places = [path] if path else [os.path.expanduser(name) for name in ("~/.netrc", "~/_netrc")]
-    for place in places:
-        try:
-            if netrc.netrc(place).authenticators(urlsplit(settings.base_url).netloc):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+def summaries(declared: Sequence[Named]) -> dict[str, str]:
+    """Metric, or its name up to the open part and a star -> what the summary keeps of it."""
+    found: dict[str, str] = {}
+    for named in declared:
+        if named.name not in ONCE:
+            kept = named.metric.summary
+            found.setdefault(globbed(tracked(named.name)), kept if kept == "last" else f"{kept},last")
+    return found
+
+
+def labels(record: dict[str, Any]) -> dict[str, Any]:
+    """Group, job type and tags of the run; what WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_TAGS say is left to them.
+
+    Runs of one recipe, and stages of one pipeline, are a group; the job is `train` with rollouts, else the trainer.
+    """
+    chosen, name = choices(record), record.get("name") or "recipe"
+    group, _, stage = name.partition("/")
+    trainer = chosen.get("trainer")
+    tags = [group, *([stage] if stage else [])]
+    tags += [f"{key}={chosen[key]}" for key in ("advantages", "policy_loss", "kl", "trainer") if key in chosen]
+    found = {
+        "group": ("WANDB_RUN_GROUP", group),
+        "job_type": ("WANDB_JOB_TYPE", trainer or "train"),
+        "tags": ("WANDB_TAGS", [tag[:LONGEST_TAG] for tag in dict.fromkeys(tags)]),
+    }
+    return {key: value for key, (variable, value) in found.items() if variable not in os.environ}
+
+
+def config_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the run is made of: flat, to group and filter by, and whole."""
+    whole = {key: record.get(key) for key in ("algorithm", "plan", "versions")}
+    return {**choices(record), "recipe": record.get("name"), "resolved_recipe": record.get("recipe"), **whole}
+
+
+def choices(record: dict[str, Any]) -> dict[str, str]:
+    """Axis -> the name of its plugin, or of its plugins in their order; `plugins`: all of them, with their packages."""
+    manifest = (record.get("plan") or {}).get("plugins") or ()
+    found: dict[str, str] = {}
+    for axis, names in _top(record.get("algorithm") or {}).items():
+        found[axis] = "+".join(names) or "none"
+    return {**found, "plugins": " ".join(sorted({f"{x['package']}/{x['axis']}.{x['name']}" for x in manifest}))}
+
+
+def _top(algorithm: dict[str, Any]) -> dict[str, list[str]]:
+    """Axis -> names of the plugins at the top of the recipe."""
+    found: dict[str, list[str]] = {}
+    for axis, value in algorithm.items():
+        plugins = value if isinstance(value, list) else [value]
+        if all(isinstance(plugin, dict) and "use" in plugin for plugin in plugins):
+            found[axis] = [plugin.get("label") or plugin["use"] for plugin in plugins]
+    return found

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_rlhf import checkpoint
 from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.arguments import check_accelerator
+from hf_rlhf.around_step import AroundStep
 from hf_rlhf.assemble import close_plugins, prepare
 from hf_rlhf.axes import TextTerm, TrainedCritic
 from hf_rlhf.buffer import Buffer, text_micro_batches
@@ -30,9 +31,11 @@ from hf_rlhf.evaluation import evaluate
 from hf_rlhf.forwards import Forwards
 from hf_rlhf.log import RunLog, completion_rows
 from hf_rlhf.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
-from hf_rlhf.meters import Meters
+from hf_rlhf.meters import HEALTH, Meters
+from hf_rlhf.metrics import aliased, metrics_of
 from hf_rlhf.micro_batches import Batching
 from hf_rlhf.optimizers import check_given, critic_groups
+from hf_rlhf.phases import Phases
 from hf_rlhf.policy import ReferencePolicy, distributions
 from hf_rlhf.prompts import PromptStream
 from hf_rlhf.saving import SavingTrainer
@@ -42,32 +45,6 @@ from hf_rlhf.trackers import install
 
 if TYPE_CHECKING:
     from hf_rlhf.recipe import Recipe
-
-HEALTH = dict.fromkeys(
-    (
-        *("health/reward_missing", "health/reward_error", "health/reward_timeout"),
-        *("health/empty_rollout", "health/nonfinite_step"),
-    ),
-    0.0,
-)
-"""Always logged, also where nothing was counted."""
-
-
-class AfterStep(TrainerCallback):
-    """What follows an optimizer step: reference and average move, the update rule is asked what it measured."""
-
-    def __init__(self, trainer: RLHFTrainer):
-        self.trainer = weakref.proxy(trainer)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by Trainer before anything is logged or saved."""
-        trainer = self.trainer
-        if (model := trainer.moving_reference()) is not None:
-            trainer.algorithm.reference.move(model, trainer.model, state.global_step)
-        if trainer.ema is not None:
-            trainer.ema.update()
-        for name, x in trainer.algorithm.optimizer.take_logs().items():
-            trainer.meters.put(f"optimizer/{name}", x)
 
 
 class RLHFTrainer(SavingTrainer):
@@ -118,14 +95,19 @@ class RLHFTrainer(SavingTrainer):
             train_dataset=parts.train,
             eval_dataset=parts.evaluation,
             processing_class=parts.tokenizer,
-            callbacks=[AfterStep(self), *(callbacks or []), self.run_log],
+            callbacks=[AroundStep(self), *(callbacks or []), self.run_log],
             optimizers=optimizers,
         )
         check_accelerator(self.accelerator, self.args)
-        install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record)
+        declared = metrics_of(self.algorithm, parts.logging_settings.metric_aliases)
+        install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record, declared)
         self.actor_critic, reference = parts.build(self.model, self.args)
         decay = self.algorithm.update.ema
         self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)
+        own, trainer = None if reference is None else reference.own, weakref.proxy(self)
+        self.phases = Phases.of(
+            self.algorithm, self.actor_critic, own, lambda: trainer.optimizer, self.ema, self.meters
+        )
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
@@ -143,6 +125,7 @@ class RLHFTrainer(SavingTrainer):
             reference=reference,
             accelerator=self.accelerator,
             batching=Batching.of(self.algorithm, self.model, pad, rows),
+            phases=self.phases,
         )
         scorer = self.parts.set_up(self.model, self.args)
         self._scorer_finalizer = weakref.finalize(self, scorer.close)
@@ -179,6 +162,7 @@ class RLHFTrainer(SavingTrainer):
         next(epoch_iterator)
         index, position = divmod(self.state.global_step, self.algorithm.steps_per_rollout)
         if position == 0:
+            self.phases.sampling()
             self.buffer = self.collector.collect(index)
             self._sample_completions(self.buffer)
         if self.buffer is None or self.buffer.index != index:
@@ -193,6 +177,7 @@ class RLHFTrainer(SavingTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's own step on each micro-batch of the slot; gradients meet at the last one."""
         loss = torch.zeros((), device=self.args.device)
+        self.phases.updating()
         with self.meters.time("update"):
             for i, micro in enumerate(inputs):
                 last = i == len(inputs) - 1
@@ -371,6 +356,8 @@ class RLHFTrainer(SavingTrainer):
             if tokens > self._tokens_logged:
                 logs["perf/tokens_per_s"] = (tokens - self._tokens_logged) / (now - self._logged_at)
                 self._tokens_logged, self._logged_at = tokens, now
+        if self.parts.logging_settings.metric_aliases == "trl":
+            logs = {**logs, **aliased(logs, self.meters.items, self.algorithm)}
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -397,6 +384,7 @@ class RLHFTrainer(SavingTrainer):
         """Rolls out held-out prompts and reports rewards and, for verifiers, accuracy, pass@k and maj@k."""
         prompts: Any = dataloader.dataset
         settings = self.parts.evaluation_settings
+        self.phases.sampling()
         metrics, self.samples = evaluate(self.collector, prompts, settings)
         if settings.ema and self.ema is not None:
             with self.ema.as_policy(self.model):

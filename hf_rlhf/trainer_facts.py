@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.facts import Claims
+from hf_rlhf.metric_facts import check_declared
 from hf_rlhf.offline import Materials, OfflineTrainer
 from hf_rlhf.offline_demo import KINDS, demo_rows
 from hf_rlhf.offline_model import AUTO
@@ -40,7 +41,11 @@ def of_a_trainer(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows | N
         "what it measures is finite, within its interval, and moves nothing",
         lambda: _measures(plugin, policy, given()),
     )
-    yield "rows measured one by one or together give the same", lambda: _measures_alike(plugin, policy, given())
+    yield "what it measures is declared", lambda: _declares(plugin, policy, given())
+    yield (
+        "rows measured one by one or together give the same",
+        lambda: _measures_alike(plugin, policy, given()),
+    )
 
 
 def tiny_classifier(plugin: OfflineTrainer, policy: tuple[Any, Any]) -> Any:
@@ -172,6 +177,11 @@ def _measures(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> No
     for name, x in found.items():
         low, high = found.get(f"{name}_low", x), found.get(f"{name}_high", x)
         assert low <= x <= high, f"{name} is {x}, outside of its interval {low} to {high}"
+
+
+def _declares(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> None:
+    found = _names_of(plugin, policy, rows)
+    check_declared(plugin, [name.removeprefix("eval_") for name in found], "it measures")
 
 
 def _measures_alike(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> None:

@@ -88,12 +88,12 @@ def setting_docs(cls: type) -> Mapping[str, str]:
     for base in reversed(cls.__mro__):
         file = getattr(sys.modules.get(base.__module__), "__file__", None)
         if "__dataclass_fields__" in base.__dict__ and file and file.endswith(".py"):
-            docs |= _docs_in_source(Path(file).read_text(encoding="utf-8")).get(base.__qualname__, {})
+            docs |= docs_in_source(Path(file).read_text(encoding="utf-8")).get(base.__qualname__, {})
     return docs
 
 
 @_cached
-def _docs_in_source(source: str) -> dict[str, dict[str, str]]:
+def docs_in_source(source: str) -> dict[str, dict[str, str]]:
     """Class -> setting -> docstring, from a module's source, since Python keeps no string that follows a field."""
     found: dict[str, dict[str, str]] = {}
 

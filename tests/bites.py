@@ -177,7 +177,7 @@ def with_lora(name: str) -> Any:
             return policy(ids).logits
 
 
-for reference_name, other in (("adapter_off", "frozen"), ("frozen", "none"), ("none", "adapter_off")):
+for reference_name, other in (("adapter_off", "frozen"), ("none", "adapter_off")):
     BITES[f"reference.{reference_name}"] = Bite(reference_name, other, lambda folder, value: with_lora(value))
 
 

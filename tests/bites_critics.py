@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,27 @@ def credited(folder: Path, whiten_rewards: bool) -> Any:
 
 
 BITES["advantages.gae.whiten_rewards"] = Bite(False, True, credited)
+
+
+# What is offloaded
+
+
+def offloaded(make: Callable[[bool], dict[str, Any]]) -> Callable[[Path, bool], list[float]]:
+    """MiB that are away while completions are sampled, in two rollouts."""
+
+    def show(folder: Path, value: bool) -> list[float]:
+        training = {"optim": "adamw_torch", "max_steps": 4}
+        made = runs.trained(folder, training=training, **make(value))
+        return [entry.get("memory/offloaded", 0.0) for entry in runs.entries(made)]
+
+    return show
+
+
+def kept_reference(name: str) -> Callable[[bool], dict[str, Any]]:
+    return lambda value: {"kl": ["in_loss"], "reference": {"use": name, "offload": value}}
+
+
+for reference_name in ("frozen", "ema", "sync"):
+    BITES[f"reference.{reference_name}.offload"] = Bite(False, True, offloaded(kept_reference(reference_name)))
+BITES["critic.separate.offload"] = Bite(False, True, offloaded(lambda value: with_critic("separate", "offload", value)))
+BITES["update.offload"] = Bite(False, True, offloaded(lambda value: {"update": {"mini_batches": 2, "offload": value}}))

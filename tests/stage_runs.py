@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import offline_runs as off
 import sft_runs as sft
@@ -48,8 +50,39 @@ def run(folder: Path, *words: str, out: str = "out", resume: bool = True, given:
     return run_stages(staged, choose_root(str(folder / out), staged.name, resume))
 
 
+KILLED = """
+import os, signal, sys
+from torch.optim import optimizer
+
+steps, place = int(sys.argv.pop(1)), sys.argv.pop(1)
+
+def hook(*_):
+    global steps
+    steps -= 1
+    if not steps:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+getattr(optimizer, f"register_optimizer_step_{place}_hook")(hook)
+from hf_rlhf.cli import main
+
+main()
+"""
+
+
+def killed(folder: Path, steps: int, place: Literal["pre", "post"], *words: str) -> None:
+    """`hf-rlhf WORDS` in a process that SIGKILL ends in its optimizer step of this number, counted over all stages: when the
+    gradients are there and the weights are as they were, or when the weights are new and nothing else is."""
+    process = _process(folder, ["-c", KILLED, str(steps), place, *words])
+    printed, _ = process.communicate(timeout=150)
+    assert process.returncode == -signal.SIGKILL, printed
+
+
 def command(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     """`hf-rlhf WORDS` in a process of its own, in the folder."""
+    return _process(folder, ["-m", "hf_rlhf", *words], **environment)
+
+
+def _process(folder: Path, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    program = [sys.executable, "-m", "hf_rlhf", *words]
+    program = [sys.executable, *words]
     return subprocess.Popen(program, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

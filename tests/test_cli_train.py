@@ -154,7 +154,7 @@ def test_plain_output_says_what_runs_how_far_it_is_and_what_came_out(trained):
     assert "step 3/3  reward " in printed
     for word in ("group_norm", "rollout.prompts", "held-out prompts", "accuracy", "next:", "hf-rlhf check"):
         assert word in printed
-    assert max(map(len, printed.splitlines())) <= 200
+    assert "epsilon_high 0.2 never bind, as the ratio stays 1 with one optimizer step per rollout" in printed
 
 
 # Resume

@@ -3,7 +3,9 @@ somewhere."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -24,7 +26,11 @@ from hf_rlhf.host import Host, use_host
 from hf_rlhf.testing import tiny_policy
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md"))]
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+]
 BY_HAND = ("data.md", "reward_models.md", "writing_plugins.md")
 WRITTEN_BY_HAND = [ROOT / "README.md", *(ROOT / "docs" / name for name in BY_HAND)]
 TITLES = [page.name for page in WRITTEN_BY_HAND]
@@ -269,9 +275,9 @@ def test_the_packaging_example_is_that_of_the_example_package():
 
     (text,) = blocks(ROOT / "docs" / "writing_plugins.md", "toml")
     shown = tomllib.loads(text)["project"]["entry-points"]
-    real = tomllib.loads((ROOT / "examples" / "hf-rlhf-example" / "pyproject.toml").read_text())
-    assert shown.keys() == real["project"]["entry-points"].keys()
-    assert shown["hf_rlhf"].keys() <= real["project"]["entry-points"]["hf_rlhf"].keys()
+    real = tomllib.loads((ROOT / "examples" / "hf-rlhf-quantile" / "pyproject.toml").read_text())["project"]
+    assert shown.keys() == real["entry-points"].keys()
+    assert {name.split(".")[0] for name in shown["hf_rlhf"]} <= set(AXES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -285,6 +291,72 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_every_hook_stands_on_its_page_with_an_example_that_is_its_docstrings():
+    from hf_rlhf.hookspecs import example
+
+    page = ROOT / "docs" / "hooks.md"
+    assert re.findall(r"^## (\w+)$", page.read_text(), re.MULTILINE) == list(AXES)
+    shown = [text.replace("\n\n\n", "\n\n").strip() for text in blocks(page, "python")]
+    assert shown == [example(axis).strip() for axis in AXES]
+
+
+def test_every_method_of_a_base_class_stands_on_the_page_of_hooks():
+    from hf_rlhf.plugin import Plugin
+
+    page = ROOT / "docs" / "hooks.md"
+    for heading, cls in {"Every plugin": Plugin, **AXES}.items():
+        own = [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")]
+        if own:
+            assert {name.partition("(")[0] for name in first_columns(page, heading)} >= set(own)
+
+
+@pytest.mark.parametrize("name", ["Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context"])
+def test_every_field_that_plugins_see_stands_on_the_page_of_hooks(name):
+    from hf_rlhf import batch
+
+    text = (ROOT / "docs" / "hooks.md").read_text().partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+    documented = re.findall(r"^\| `(\w+)` \| \S", text, re.MULTILINE)
+    assert documented == [field.name for field in dataclasses.fields(getattr(batch, name))]
+
+
+def test_the_page_of_hooks_leaves_out_nothing_that_plugins_see():
+    from hf_rlhf import batch
+
+    own = {name for name, x in vars(batch).items() if dataclasses.is_dataclass(x) and x.__module__ == batch.__name__}
+    assert own == set(re.findall(r"^### (\w+)$", (ROOT / "docs" / "hooks.md").read_text(), re.MULTILINE))
+
+
+def test_every_setting_of_a_section_stands_on_the_page_of_settings():
+    from hf_rlhf.offline_settings import OfflineDataset
+    from hf_rlhf.settings import SECTIONS, Lora
+
+    page = ROOT / "docs" / "settings.md"
+    for section, cls in SECTIONS.items():
+        assert {field.name for field in dataclasses.fields(cls)} <= set(first_columns(page, section))
+    for cls in (Lora, OfflineDataset):
+        assert {field.name for field in dataclasses.fields(cls)} <= set(first_columns(page))
+
+
+@pytest.mark.parametrize("page", ["metrics.md", "guides/reading_the_dashboard.md"])
+def test_every_metric_stands_on_both_pages_of_metrics(page):
+    from hf_rlhf.metrics import CORE, EVAL, EVALUATION, declared_by, pattern
+
+    host = Host(disable="")
+    known = {metric.name for metric in CORE} | {f"{EVAL}{metric.name}" for metric in EVALUATION}
+    for offer in host.offers():
+        if offer.package == "hf_rlhf":
+            known |= declared_by(host.get(offer.axis, f"hf_rlhf/{offer.name}"), offer.axis).keys()
+    named = set(re.findall(r"`([^`\s]+)`", (ROOT / "docs" / page).read_text()))
+    missing = {name for name in known - named if not any(pattern(name).fullmatch(other) for other in named)}
+    assert not missing
+
+
+def test_a_metric_with_a_range_says_what_lies_outside_of_it():
+    from hf_rlhf.metrics import CORE, EVALUATION
+
+    assert not [metric.name for metric in (*CORE, *EVALUATION) if metric.healthy and not metric.unhealthy]
 
 
 def test_every_module_of_the_core_is_explained():

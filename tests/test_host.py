@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_rlhf import __version__, hookspecs, load_plugin
+from hf_rlhf import API_VERSION, __version__, hookspecs, load_plugin
 from hf_rlhf.axes import AXES
 from hf_rlhf.batch import Completions, Rollouts, Scored
 from hf_rlhf.host import Host, get_host, use_host
@@ -22,7 +19,6 @@ from hf_rlhf.offers import PluginError
 from hf_rlhf.validation import UserError, describe
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "hf-rlhf-example"
 
 SIGN = '''
 from dataclasses import dataclass
@@ -184,7 +180,7 @@ def runs_policy_loss(plugin, tmp_path):
     loss, metrics = plugin(logps, torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.ones(1, 1))
     (slope,) = torch.autograd.grad(loss.sum(), logps)
     assert slope.item() == pytest.approx(-2.0)
-    assert metrics["policy/move"].item() == 0
+    assert metrics["move"].item() == 0
 
 
 def runs_rollout_correction(plugin, tmp_path):
@@ -201,11 +197,14 @@ def runs_reference(plugin, tmp_path):
 
 def runs_optimizer(plugin, tmp_path):
     layer = torch.nn.Linear(1, 1, bias=False)
-    made = plugin.build(layer, [{"params": list(layer.parameters()), "lr": 0.5}])
+    critic = torch.nn.Parameter(torch.ones(1))
+    plugin.learning_rate = 0.5
+    made = plugin.build(layer, [{"params": [critic], "lr": 0.25}])
     before = layer.weight.item()
-    layer(torch.ones(1, 1)).sum().backward()
+    (layer(torch.ones(1, 1)).sum() + critic.sum()).backward()
     made.step()
     assert layer.weight.item() == pytest.approx(before - 0.5)
+    assert critic.item() == pytest.approx(0.75)
 
 
 def runs_aggregation(plugin, tmp_path):
@@ -574,51 +573,113 @@ def test_the_host_of_the_process_can_be_replaced_for_a_while():
     assert get_host() is before
 
 
-@pytest.fixture(scope="module")
-def example_site(tmp_path_factory):
-    """The example package, built as a wheel and installed."""
-    pytest.importorskip("pip", reason="building a wheel needs pip")
-    folder = tmp_path_factory.mktemp("example")
-    ignore = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
-    shutil.copytree(EXAMPLE, folder / "source", ignore=ignore)
-    command = ["pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(folder / "site")]
-    subprocess.run([sys.executable, "-m", *command, str(folder / "source")], check=True, cwd=folder)
-    return folder / "site"
+# Plugin API
 
 
-def test_the_example_package_is_found_once_it_is_installed(example_site, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(example_site), "OMP_NUM_THREADS": "1"}
-
-    def call(*arguments):
-        command = [sys.executable, "-m", *arguments]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-
-    listed = call("hf_rlhf", "plugins").stdout.splitlines()
-    assert [line.split() for line in listed if "example" in line] == [
-        ["rewards", "keyword", "hf-rlhf-example", "0.1.0"],
-        ["advantages", "group_median", "hf-rlhf-example", "0.1.0"],
-    ]
-    assert "explain" in call("hf_rlhf", "recipes").stdout
-    assert "What is looked for." in call("hf_rlhf", "show", "rewards", "keyword").stdout
-    off = call("hf_rlhf", "-p", "no:hf-rlhf-example", "show", "rewards", "keyword")
-    assert (off.returncode, "turned off by -p no:hf-rlhf-example" in off.stderr) == (2, True)
-    own_tests = call("pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(EXAMPLE), str(EXAMPLE / "tests"))
-    assert own_tests.returncode == 0, own_tests.stdout
+def test_a_folder_of_recipes_without_init_is_read(install):
+    points = {"hf_rlhf": {"advantages.mine": "bare_pkg.plugin"}, "hf_rlhf.recipes": {"bare": "bare_pkg.recipes"}}
+    files = {"bare_pkg/__init__.py": "", "bare_pkg/plugin.py": SIGN, "bare_pkg/recipes/signs.yaml": "# Signs.\n"}
+    install("bare", "1.0", points, files)
+    assert [recipe.name for recipe in Host(disable="").recipes() if recipe.package == "bare"] == ["signs"]
 
 
-def test_the_recipe_of_the_example_package_trains(example_site, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(example_site), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "hf_rlhf", "train", "hf-rlhf-example/explain", "--model", "builtin:addition"]
-    command += ["--dataset", "builtin:addition", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
-    command += ["rollout.prompts=2", "rollout.max_new_tokens=4", "evaluation.prompts=8"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    packages = {row["name"]: row["package"] for row in summary["plan"]["plugins"]}
-    assert (packages["keyword"], packages["group_median"]) == ("hf-rlhf-example", "hf-rlhf-example")
-    assert "reward/keyword/mean" in summary["after"]
+def api(*parts: int) -> str:
+    return ".".join(map(str, parts))
 
 
-def test_the_modules_of_the_example_package_are_short():
-    for name in ["keyword", "group_median"]:
-        assert len((EXAMPLE / "hf_rlhf_example" / f"{name}.py").read_text().splitlines()) < 30
+MAJOR, MINOR = map(int, API_VERSION.split("."))
+
+
+@pytest.mark.parametrize("said", [API_VERSION, api(MAJOR, 0)])
+def test_a_plugin_of_this_api_or_an_older_minor_runs(install, said):
+    host = one(install, f'hf_rlhf_api = "{said}"\n{SIGN}')
+    assert host.get("advantages", "mine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (api(MAJOR, MINOR + 1), "install a newer hf_rlhf"),
+        (api(MAJOR + 1, 0), "install a newer hf_rlhf"),
+        (api(MAJOR - 1, 9), "install a foreign for API"),
+    ],
+)
+def test_a_plugin_of_another_api_is_refused_before_it_is_imported(install, tmp_path, said, fix):
+    host = one(install, f'open({str(tmp_path / "ran")!r}, "w")\nhf_rlhf_api = "{said}"\n{SIGN}')
+    assert host.get("advantages", "gae").name == "gae"
+    with pytest.raises(PluginError) as error:
+        host.get("advantages", "mine")
+    text = str(error.value)
+    for part in (
+        "advantages.mine",
+        "foreign 1.2",
+        f"plugin API {said}",
+        f"hf_rlhf {__version__} has {API_VERSION}",
+        fix,
+    ):
+        assert part in text
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_of_another_api_is_refused_before_it_runs(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f'hf_rlhf_api = "{api(MAJOR + 1, 0)}"\nraise SystemExit(0)\n')
+    with pytest.raises(PluginError, match="was written for plugin API"):
+        Host(disable="").add_file(file)
+
+
+@pytest.mark.parametrize("said", ["1.0", '"one"', '"1"', "version()"])
+def test_a_version_that_is_none_is_refused(install, said):
+    host = one(install, f"hf_rlhf_api = {said}\n{SIGN}")
+    with pytest.raises(PluginError, match="write the version it was written for as text"):
+        host.get("advantages", "mine")
+
+
+@pytest.mark.parametrize("requirement", ["hf_rlhf>=99", "hf-rlhf (<0.0.1)", 'HF.RLHF>=99; python_version > "3"'])
+def test_a_package_that_requires_another_version_is_listed_as_a_problem_and_refused(install, requirement):
+    one(install, SIGN)
+    info = install("wanting", "2.0", {"hf_rlhf": {"rewards.wanted": "wanting_plugin"}}, {"wanting_plugin.py": ""})
+    with (info / "METADATA").open("a") as file:
+        file.write(f"Requires-Dist: {requirement}\nRequires-Dist: hf_rlhf_other>=99\n")
+    host = Host(disable="")
+    with pytest.raises(
+        PluginError, match=rf"wanting 2.0 cannot be used: it requires hf_rlhf.*{__version__} is installed"
+    ):
+        host.get("rewards", "wanted")
+    assert host.get("advantages", "mine").name == "mine"
+
+
+@pytest.mark.parametrize("requirement", ["hf_rlhf", "hf_rlhf>=0.0.1", 'hf_rlhf>=99; extra == "later"'])
+def test_a_requirement_that_holds_is_no_problem(install, requirement):
+    info = install("wanting", "2.0", {"hf_rlhf": {"rewards.wanted": "wanting_plugin"}}, {"wanting_plugin.py": ""})
+    with (info / "METADATA").open("a") as file:
+        file.write(f"Requires-Dist: {requirement}\n")
+    assert "wanted" in Host(disable="").names("rewards")
+
+
+def test_a_hook_on_its_way_out_warns_its_author_and_breaks_nothing(tmp_path):
+    """As pluggy has it: `warn_on_impl` of a hook that is still specified and no axis any more."""
+    import warnings
+
+    import pluggy
+
+    hookspec = pluggy.HookspecMarker("hf_rlhf")
+
+    class Old:
+        @hookspec(warn_on_impl=DeprecationWarning("the hook scorers has become rewards in API 1.1"))
+        def scorers(self):
+            """What rewards were called."""
+
+    file = tmp_path / "mine.py"
+    file.write_text(SIGN + "\n\n@hookimpl\ndef scorers():\n    return []\n")
+    host = Host(disable="")
+    with pytest.raises(PluginError, match="has a hook 'scorers', which is no axis"):
+        host.add_file(file)
+    host._manager.add_hookspecs(Old)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        (offer,) = host.add_file(file)
+    assert [str(each.message) for each in said] == ["the hook scorers has become rewards in API 1.1"]
+    assert said[0].category is DeprecationWarning
+    assert said[0].filename == str(file)
+    assert host.get("advantages", "mine").name == offer.name == "mine"

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_rlhf import counting, estimate, memory
+from hf_rlhf import counting, estimate, held, memory
 from hf_rlhf.counting import MicroBatch, count_cache, count_forward, count_heads, count_update, hollow, without_storage
 from hf_rlhf.meters import Meters
 from hf_rlhf.policy import ActorCritic, TokenBatch
@@ -368,13 +368,13 @@ def test_weights_optimizer_reference_and_critic_by_hand():
 )
 def test_the_state_of_an_optimizer_by_hand(optim, factor):
     notes: list[str] = []
-    assert estimate.optimizer_bytes(optim, 400, notes) == factor * 400
+    assert held.optimizer_bytes(optim, 400, notes) == factor * 400
     assert not notes
 
 
 def test_an_optimizer_that_is_not_known_is_named():
     notes: list[str] = []
-    assert estimate.optimizer_bytes("lomo", 400, notes) == 0
+    assert held.optimizer_bytes("lomo", 400, notes) == 0
     assert notes == ["without the state of training.optim=lomo"]
 
 
@@ -457,3 +457,82 @@ def test_tiny_policies_can_be_estimated(tmp_path):
     model, _ = tiny_policy()
     found = estimate.from_model(model, Model(), setting())
     assert found.peak("update") > found.peak("rollout") - found.phases["rollout"]["layers"] > 300
+
+
+# Offloaded
+
+
+def of_phases(found: estimate.Estimate, part: str) -> set[str]:
+    """The phases in which a part is there."""
+    return {phase for phase, sizes in found.phases.items() if part in sizes}
+
+
+PPO: dict[str, Any] = {"kl": ["in_reward"], "advantages": "gae"}
+
+
+def test_what_is_offloaded_counts_in_the_phases_that_read_it():
+    here = of_llama(setting(**PPO, reference="frozen", critic="separate"))
+    own = {"reference": {"use": "frozen", "offload": True}, "critic": {"use": "separate", "offload": True}}
+    away = of_llama(setting(**PPO, **own, update={"offload": True}))
+    for part in ("reference", "critic", "optimizer"):
+        assert of_phases(here, part) == {"rollout", "forward", "update"}
+    assert of_phases(away, "reference") | of_phases(away, "critic") == {"forward", "update"}
+    assert "reference" not in away.phases["update"]
+    assert of_phases(away, "optimizer") <= {"update"}
+    less = sum(here.phases["rollout"][part] for part in ("reference", "critic", "optimizer"))
+    assert away.peak("rollout") == pytest.approx(here.peak("rollout") - less)
+    assert len({"critic", "reference"} & away.phases["forward"].keys()) == 1, "one after the other"
+
+
+def test_the_update_is_the_larger_of_its_backward_and_the_optimizers_step():
+    one = of_llama(setting(update={"offload": True})).phases["update"]
+    two = of_llama(setting(update={"offload": True, "epochs": 2})).phases["update"]
+    plain = of_llama(setting()).phases["update"]
+    assert "optimizer" not in one, "activations are more than the state"
+    assert two == plain, "from the second step on the state is there"
+    small = {"max_tokens_per_micro_batch": 30, "offload": True}
+    step = of_llama(setting(update=small, rollout={**runs.SAMPLED, "max_new_tokens": 2}), hidden_size=128).phases[
+        "update"
+    ]
+    assert {"optimizer", "gradients"} <= step.keys()
+    assert "activations" not in step
+
+
+def test_a_critic_that_is_offloaded_takes_its_own_state_along():
+    critic = {"use": "separate", "offload": True}
+    away = of_llama(setting(**PPO, reference="frozen", critic=critic)).phases
+    weights = 4 * sum(p.numel() for p in llama().parameters()) / memory.MIB
+    trunk = 4 * sum(p.numel() for p in llama().base_model.parameters()) / memory.MIB
+    assert away["rollout"]["optimizer"] == pytest.approx(2 * weights)
+    assert away["update"].get("optimizer") in (pytest.approx(2 * weights), pytest.approx(2 * (weights + trunk)))
+    assert "critic" not in away["rollout"]
+    assert away["update"]["critic"] == pytest.approx(trunk, rel=1e-3)
+
+
+def test_a_reference_over_whole_distributions_is_there_in_the_update():
+    def found(estimator: str) -> set[str]:
+        kl = {"use": "in_loss", "estimator": estimator}
+        return of_phases(of_llama(setting(kl=[kl], reference={"use": "frozen", "offload": True})), "reference")
+
+    assert found("k3") == {"forward"}
+    assert found("exact") == {"forward", "update"}
+
+
+def test_the_reference_of_an_adapter_shares_the_base():
+    found = of_llama(setting(kl=["in_loss"], reference="frozen"), runs.adapter()).phases["update"]
+    from peft import get_peft_model
+
+    trained = counting.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / memory.MIB
+    assert found["reference"] == pytest.approx(trained, abs=0.01)
+
+
+def test_offloaded_reward_models_are_there_to_score(tmp_path):
+    path = runs.save_classifier(tmp_path)
+
+    def found(**settings: Any) -> estimate.Estimate:
+        return of_llama(setting(rewards=[{"use": "reward_model", "model": path, **settings}]))
+
+    assert of_phases(found(), "reward models") == {"rollout", "reward", "update"}
+    away = found(offload=True)
+    assert of_phases(away, "reward models") == {"reward"}
+    assert "the phase reward is without what the forwards of reward models take" in away.notes

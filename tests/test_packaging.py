@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from wheels import PIP, built, shared_folder
 
 from hf_rlhf.axes import AXES
 
@@ -139,16 +139,8 @@ def wheel_site(tmp_path_factory):
     """A wheel of the tree, installed into a folder."""
     pytest.importorskip("pip", reason="building a wheel needs pip")
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for name in ["hf_rlhf", "plugins", "recipes"]:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ["pyproject.toml", "README.md", "LICENSE"]:
-        shutil.copy(ROOT / name, source)
-    offline = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
-    subprocess.run([*offline, *build], check=True, cwd=folder)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*offline, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
+    (wheel,) = built(shared_folder(tmp_path_factory), [ROOT])
+    subprocess.run([*PIP, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
     return folder / "site"
 
 
@@ -180,3 +172,6 @@ print(",".join(recipe.name for recipe in own))
     shown = [sys.executable, "-m", "hf_rlhf", "recipes", "show", "grpo"]
     done = subprocess.run(shown, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == (ROOT / "recipes" / "grpo.yaml").read_text()
+    written = [sys.executable, "-m", "hf_rlhf", "new", "trainer", "stars"]
+    subprocess.run(written, env=environment, cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "hf-rlhf-stars" / "tests" / "ratings.jsonl").is_file()

@@ -29,7 +29,7 @@ from flaky_rewards import score
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Context
-from hf_rlhf_plugins.rewards._reward_loading import on_device
+from hf_rlhf.offload import ToFile, ToMainMemory, tensors_of
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
@@ -73,17 +73,26 @@ def test_device_and_offload_say_where_the_weights_lie(tmp_path):
 def test_offloaded_weights_visit_the_device_and_the_ones_at_home_come_back(tmp_path):
     source = load_plugin("rewards", "reward_model", model=save_sequence_classifier(tmp_path), offload=True)
     source.setup(context("meta"))
-    model = source._loaded.model
-    before = {name: (x.data_ptr(), x.clone()) for name, x in model.state_dict().items()}
+    held = source._loaded
+    held.weights = ToMainMemory(tensors_of(held.model), CPU, at_home=True)  # in place of a device that is not here
+    before = {name: (x.data_ptr(), x.clone()) for name, x in held.model.state_dict().items()}
     with source._session():
-        assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"meta"}
-    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"cpu"}
-    for name, x in model.state_dict().items():
-        assert x.data_ptr() == before[name][0]
-        assert torch.equal(x, before[name][1])
+        assert all(x.data_ptr() != before[name][0] for name, x in held.model.state_dict().items())
     with pytest.raises(ZeroDivisionError), source._session():
         raise ZeroDivisionError
-    assert next(model.parameters()).device.type == "cpu"
+    for name, x in held.model.state_dict().items():
+        assert x.data_ptr() == before[name][0]
+        assert torch.equal(x, before[name][1])
+
+
+def test_on_the_cpu_offloaded_weights_lie_in_a_file_and_the_scores_are_the_same_bits(tmp_path):
+    folder = save_sequence_classifier(tmp_path)
+    source = loaded(folder, offload=True)
+    held = source._loaded
+    assert isinstance(held.weights, ToFile)
+    assert held.weights.away() == sum(x.nbytes for x in tensors_of(held.model)())
+    expected = loaded(folder)(given(TEXTS))
+    assert [source(given(TEXTS)), source(given(TEXTS))] == [expected, expected]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -194,12 +203,10 @@ def test_a_critic_may_start_from_the_label_that_scores(tmp_path):
 
 def test_tied_weights_are_one_on_the_device_too(tmp_path):
     folder = save_model(tmp_path, "AutoModelForCausalLM", pad_token_id=0, tie_word_embeddings=True)
-    source = load_plugin("rewards", "process_reward_model", model=folder, good_token="+", offload=True)
-    source.setup(context("meta"))
     model = direct("CausalLM", folder)
-    with on_device(model, torch.device("meta")):
+    held = ToMainMemory(tensors_of(model), CPU, at_home=True)
+    home = model.lm_head.weight.data_ptr()
+    for move, at_home in ((held.bring, False), (held.send, True)):
+        move()
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        assert model.lm_head.weight.is_meta
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert not model.lm_head.weight.is_meta
-    assert not next(source._loaded.model.parameters()).is_meta
+        assert (model.lm_head.weight.data_ptr() == home) == at_home

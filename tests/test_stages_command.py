@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import offline_runs as off
 import pytest
@@ -19,42 +16,45 @@ import stage_runs as st
 NAMES = ("sft", "rm", "ppo")
 
 
-def kill_at(file: Path, process: Any) -> None:
-    """SIGKILL once the file is there."""
-    deadline = time.monotonic() + 150
-    while not file.is_file():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
 def summaries(folder: Path) -> dict[str, bytes]:
     """Of the stages that are finished."""
     files = {name: folder / name / "summary.json" for name in NAMES}
     return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
 
-def test_a_run_that_is_killed_twice_goes_on_to_the_same_bits(tmp_path):
-    """In the middle of a stage, after a checkpoint, and before the first one of the next stage."""
-    given, out = {name: stage for name, stage in st.stages(tmp_path).items() if name != "ppo"}, tmp_path / "killed"
-    given["sft"]["set"] |= {"training.max_steps": 120, "training.save_strategy": "steps", "training.save_steps": 20}
-    given["rm"]["set"] |= {"training.max_steps": 40, "training.save_strategy": "steps", "training.save_steps": 40}
+def test_a_run_that_is_killed_in_every_stage_goes_on_to_the_same_bits(tmp_path):
+    """By SIGKILL: between two checkpoints, before the first one, and in the middle of a rollout's optimizer steps."""
+    given, out = st.stages(tmp_path), tmp_path / "killed"
+    for name, (steps, every) in {"sft": (5, 2), "rm": (5, 2), "ppo": (10, 3)}.items():
+        given[name]["set"] |= {"training.max_steps": steps, "training.save_steps": every}
+        given[name]["set"] |= {"training.save_strategy": "steps", "training.save_total_limit": 1}
     st.write(tmp_path, given)
     run = ("run", "tiny.yaml", "--output-dir", "killed")
-    kill_at(out / "sft" / "checkpoint-20" / "rlhf_manifest.json", st.command(tmp_path, *run))
-    assert not (out / "summary.json").exists()
-    kill_at(out / "rm" / "metrics.jsonl", st.command(tmp_path, *run))
+    st.killed(tmp_path, 4, "post", *run)
+    assert checkpoints(out) == {"sft": [2]}
+    st.killed(tmp_path, 3 + 1, "pre", *run)
+    assert checkpoints(out) == {"sft": [5], "rm": []}
+    st.killed(tmp_path, 5 + 8, "post", *run)  # two rollouts of four steps, then another one
+    assert checkpoints(out) == {"sft": [5], "rm": [5], "ppo": [6]}
     first = summaries(out)
-    assert "sft" in first
+    assert list(first) == ["sft", "rm"]
+    assert not (out / "summary.json").exists()
     resumed = st.run(tmp_path, out="killed", given=given)
     assert first.items() <= summaries(out).items()
-    assert [resumed["stages"][name]["steps"] for name in given] == [120, 40]
-    assert [entry["step"] for entry in off.lines(out / "sft") if "loss" in entry][-1] == 120
+    assert [stage["steps"] for stage in resumed["stages"].values()] == [5, 5, 10]
+    assert [entry["step"] for entry in off.lines(out / "ppo") if "loss" in entry] == list(range(1, 11))
     st.run(tmp_path, out="straight", given=given)
-    for name in given:
+    for name in ("sft", "rm", "ppo", "ppo/critic"):
         assert off.same(off.weights(out / name), off.weights(tmp_path / "straight" / name)), name
+
+
+def checkpoints(folder: Path) -> dict[str, list[int]]:
+    """Stage -> the steps of its whole checkpoints."""
+    return {
+        name: sorted(int(file.parent.name[11:]) for file in (folder / name).glob("checkpoint-*/rlhf_manifest.json"))
+        for name in NAMES
+        if (folder / name).is_dir()
+    }
 
 
 def test_the_command_prints_every_stage_and_its_metrics(tmp_path):

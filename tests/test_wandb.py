@@ -1,4 +1,4 @@
-"""Weights & Biases: an offline run of a tiny recipe read back, and what happens where W&B fails."""
+"""Weights & Biases: an offline run of a tiny recipe read back, its dashboard, and what happens where W&B fails."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,14 @@ from typing import Any
 import pytest
 import runs
 
+from hf_rlhf.accounts import has_account
+from hf_rlhf.dashboard import dashboard_of
+from hf_rlhf.host import Host, use_host
+from hf_rlhf.metrics import metrics_of
+from hf_rlhf.metrics.names import ONCE, globbed, tracked
+from hf_rlhf.recipe import Recipe, resolve
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.trackers import _has_account
+from hf_rlhf.trackers import labels
 
 pytest.importorskip("wandb")
 
@@ -28,15 +35,38 @@ RECIPE: dict[str, Any] = {
         {"use": "in_reward", "beta": 0.05, "estimator": {"use": "k1"}},
         {"use": "monitor", "estimator": {"use": "k3"}},
     ],
-    "advantages": {"use": "gae"},
+    "advantages": {"use": "tilted"},
     "critic": {"use": "value_head"},
     "policy_loss": {"use": "ppo_clip"},
     "reference": {"use": "frozen"},
     "aggregation": {"use": "token_mean"},
     "update": {"mini_batches": 2, "epochs": 2},
     "dataset": {"held_out": 2},
+    "evaluation": {"num_generations": 2},
     "training": {"max_steps": 8, "learning_rate": 0.01, "report_to": "wandb", "run_name": "tiny"},
 }
+TILTED = '''
+from dataclasses import dataclass, replace
+from hf_rlhf import Metric, hookimpl
+from hf_rlhf_plugins.advantages.gae import GAE
+
+@dataclass(kw_only=True)
+class Tilted(GAE):
+    """GAE that says how many tokens did better than expected."""
+    name = "tilted"
+    metrics = (
+        Metric("tilt", "share of tokens", "where the advantage is positive", healthy=(0.1, 0.9), unhealthy="Look at the critic."),
+    )
+
+    def __call__(self, scored):
+        credit = super().__call__(scored)
+        return replace(credit, metrics={"tilt": (credit.advantages > 0).float()})
+
+@hookimpl
+def advantages():
+    return [Tilted]
+'''
+"""Somebody else's estimator, with a metric of its own and no line about W&B."""
 KILLS = '''
 import os
 from dataclasses import dataclass
@@ -84,6 +114,19 @@ def start(folder: Path, recipe: dict[str, Any], *options: str, **environment: st
     return done
 
 
+def use(what: Any, recipe: dict[str, Any]) -> Any:
+    """What a function makes of a recipe where the stranger's plugin is there."""
+    with use_host(Host(disable="")) as host, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tilted.py"
+        file.write_text(TILTED)
+        host.add_file(str(file))
+        return what(recipe)
+
+
+def load(recipe: dict[str, Any]) -> Recipe:
+    return resolve(recipe, name="tiny")
+
+
 def inspect(run: Path, *options: str) -> list[dict[str, Any]]:
     """The records of a run, or with --summary one object, by W&B's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run)]
@@ -98,7 +141,8 @@ def inspect(run: Path, *options: str) -> list[dict[str, Any]]:
 def offline(tmp_path_factory):
     """The folder of an offline run."""
     folder = tmp_path_factory.mktemp("offline")
-    start(folder, RECIPE, WANDB_MODE="offline")
+    (folder / "tilted.py").write_text(TILTED)
+    start(folder, RECIPE, "-p", "tilted.py", WANDB_MODE="offline")
     return folder
 
 
@@ -110,9 +154,15 @@ def run(offline):
 
 
 @pytest.fixture(scope="module")
-def history(run):
+def records(run):
+    """Everything that W&B wrote down."""
+    return inspect(run)
+
+
+@pytest.fixture(scope="module")
+def history(records):
     """What was logged, one mapping per call."""
-    return [record["history"]["item"] for record in inspect(run) if record["type"] == "history"]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 @pytest.fixture(scope="module")
@@ -188,47 +238,102 @@ def test_the_config_holds_recipe_plan_and_manifest_with_versions(summary):
     import hf_rlhf
 
     config = summary["config"]
-    assert config["recipe"]["rewards"][1]["label"] == "early"
-    assert config["recipe"]["model"]["path"] == "model"
+    assert config["resolved_recipe"]["rewards"][1]["label"] == "early"
+    assert config["resolved_recipe"]["model"]["path"] == "model"
     assert config["algorithm"]["advantages"]["lam"] == 0.95
     assert config["algorithm"]["update"]["epochs"] == 2
     manifest = {(offer["axis"], offer["name"]): offer for offer in config["plan"]["plugins"]}
-    assert manifest["advantages", "gae"]["package"] == "hf_rlhf"
-    assert manifest["advantages", "gae"]["version"] == hf_rlhf.__version__
+    assert manifest["critic", "value_head"]["package"] == "hf_rlhf"
+    assert manifest["critic", "value_head"]["version"] == hf_rlhf.__version__
     assert any("reference=frozen" in line for line in config["plan"]["models"])
     assert config["versions"]["torch_build"] == torch.__version__
     assert {"python", "transformers", "wandb"} <= config["versions"].keys()
 
 
-def test_the_summary_keeps_the_best_beside_the_last(run):
-    kept = {}
-    for record in inspect(run):
-        if record["type"] == "metric" and "name" in record["metric"]:
-            kept[record["metric"]["name"]] = record["metric"].get("summary")
-    assert kept["eval/accuracy"] == {"last": True, "max": True} == kept["train/reward/total/mean"]
+def test_runs_line_up_by_group_job_tags_and_a_flat_config(records, summary):
+    (run,) = (record["run"] for record in records if record["type"] == "run")
+    assert (run["run_group"], run["job_type"]) == ("tiny", "train")
+    assert run["tags"] == ["tiny", "advantages=tilted", "policy_loss=ppo_clip", "kl=in_reward+monitor"]
+    config = summary["config"]
+    assert [config[key] for key in ("recipe", "advantages", "kl", "rewards", "critic")] == [
+        *("tiny", "tilted", "in_reward+monitor", "exact_match+early", "value_head"),
+    ]
+    assert {"hf_rlhf/policy_loss.ppo_clip", "tilted.py/advantages.tilted"} <= {*config["plugins"].split()}
 
 
-def test_the_table_of_completions_grows_and_has_every_reward_and_the_advantage(run):
+def test_labels_of_the_environment_stay_and_stages_are_a_group(monkeypatch):
+    stage = {"name": "instructgpt/rm", "algorithm": {"trainer": {"use": "reward_model"}}}
+    assert labels(stage) == {
+        "group": "instructgpt",
+        "job_type": "reward_model",
+        "tags": ["instructgpt", "rm", "trainer=reward_model"],
+    }
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    assert labels(stage) == {"job_type": "reward_model"}
+
+
+def test_the_summary_keeps_what_is_declared_of_each_metric(records):
+    kept = {
+        record["metric"].get("name") or record["metric"]["glob_name"]: record["metric"].get("summary")
+        for record in records
+        if record["type"] == "metric"
+    }
+    best = {"last": True, "max": True}
+    assert kept["eval/accuracy"] == best == kept["train/reward/total/mean"] == kept["eval/pass@*"]
+    assert kept["train/advantage/min"] == {"last": True, "min": True}
+    algorithm = use(load, RECIPE).algorithm()
+    wanted = {globbed(tracked(named.name)) for named in metrics_of(algorithm) if named.name not in ONCE}
+    assert kept.keys() == wanted | {"train/global_step", "*"}
+
+
+def test_every_metric_of_every_panel_is_in_a_real_run_that_of_a_strangers_plugin_too(offline, history):
+    dashboard = use(lambda recipe: dashboard_of(load(recipe)), RECIPE)
+    logged = {name for item in history for name in item}
+    assert dashboard.metrics <= logged
+    assert {"train/advantage/tilt", "eval/pass@2", "eval/maj@2", "train/value/explained_var"} <= dashboard.metrics
+    (panel,) = (p for s in dashboard.sections for p in s.panels if "train/advantage/tilt" in p.metrics)
+    assert panel.title == "advantage/tilt (share of tokens), healthy from 0.1 to 0.9"
+    assert (panel.lines, panel.axis) == ((0.1, 0.9), (0.0, 1.0))
+    assert [section.table for section in dashboard.sections if section.table] == ["samples/completions"]
+    assert any(name.startswith("samples/completions.") for name in logged)
+
+
+def test_metrics_without_a_panel_are_few_and_known(history):
+    dashboard = use(lambda recipe: dashboard_of(load(recipe)), RECIPE)
+    logged = {name for item in history for name in item if not name.startswith(("_", "samples/"))}
+    assert logged - dashboard.metrics == {
+        *("train/epoch", "train/global_step", "train/grad_norm", "eval/samples_per_second", "eval/steps_per_second"),
+    }
+
+
+def test_the_table_of_completions_grows_and_has_every_reward_and_the_advantage(run, history):
     tables = [json.loads(path.read_text()) for path in sorted(run.glob("files/media/table/samples/completions_*.json"))]
-    assert len(tables) == 2  # one part per rollout
+    assert len(tables) == 2  # a part for each rollout, as little time passed the second one at the end
     for table in tables:
-        assert {"prompt", "completion", "reward/exact_match", "reward/early", "reward/total", "advantage"} <= {
-            *table["columns"]
+        columns = {
+            "prompt",
+            "completion",
+            "finish_reason",
+            "reward/exact_match",
+            "reward/early",
+            "reward/total",
+            "advantage",
         }
+        assert columns <= {*table["columns"]}
         assert len(table["data"]) == 8
     written = {row[table["columns"].index("step")] for table in tables for row in table["data"]}
     assert written == {0, 4}
-    logged = [r["history"]["item"] for r in inspect(run) if r["type"] == "history"]
-    parts = [item for item in logged if "samples/completions._type" in item]
+    parts = [item for item in history if "samples/completions._type" in item]
     assert {item["samples/completions._type"] for item in parts} == {"incremental-table-file"}
     assert [item["samples/completions.increment_num"] for item in parts] == [0, 1]  # one table in two parts
-    assert [item["train/global_step"] for item in parts] == [1, 5]
+    assert [item["train/global_step"] for item in parts] == [1, 8]
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds W&B's process in /proc")
 def test_neither_a_server_that_does_not_answer_nor_the_death_of_its_process_stops_a_run(tmp_path):
     (tmp_path / "kills.py").write_text(KILLS)
-    recipe = {**RECIPE, "rewards": [{"use": "kills"}], "dataset": {"held_out": 0}, "update": {}}
+    recipe = {**RECIPE, "advantages": "gae", "rewards": [{"use": "kills"}], "dataset": {"held_out": 0}, "update": {}}
     done = start(
         tmp_path,
         recipe,
@@ -249,10 +354,10 @@ def test_neither_a_server_that_does_not_answer_nor_the_death_of_its_process_stop
 def test_an_account_is_found_in_the_settings_or_in_the_netrc_file(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     settings = SimpleNamespace(api_key=None, identity_token_file=None, base_url="https://api.example.org")
-    assert not _has_account(settings)
+    assert not has_account(settings)
     (tmp_path / "netrc").write_text("machine api.example.org login user password " + "0" * 40)
-    assert _has_account(settings)
-    assert not _has_account(SimpleNamespace(**{**vars(settings), "base_url": "https://other.example.org"}))
+    assert has_account(settings)
+    assert not has_account(SimpleNamespace(**{**vars(settings), "base_url": "https://other.example.org"}))
     (tmp_path / "netrc").write_text("machine")
-    assert not _has_account(settings)
-    assert _has_account(SimpleNamespace(**{**vars(settings), "api_key": "0" * 40}))
+    assert not has_account(settings)
+    assert has_account(SimpleNamespace(**{**vars(settings), "api_key": "0" * 40}))

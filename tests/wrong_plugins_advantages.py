@@ -280,7 +280,7 @@ WRONG = [
     Wrong(EveryStep, "tools", "step over it"),
     Wrong(Divided, "float32", "float32 must do"),
     Wrong(Bootstrapped, "off", "numbers off the mask changed", ("tools",)),
-    Wrong(NoTargets, "shape", "Credit is due"),
+    Wrong(NoTargets, "shape", "gave no returns"),
     Wrong(PerProcess, "processes", "process 1 of 2"),
     Wrong(Collective, "processes", "calls torch.distributed"),
     Wrong(InPlace, "pure", "changes its input token_rewards"),

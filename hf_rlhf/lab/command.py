@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_rlhf import completion
 from hf_rlhf.cli import PluginOptions, app
+from hf_rlhf.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.validation import UserError
 
 
@@ -28,19 +29,37 @@ class Critic(StrEnum):
     arbitrary = "arbitrary"
 
 
-@app.command()
+@app.command(
+    short_help="What the expected gradient of a recipe climbs.",
+    epilog=examples(
+        "hf-rlhf lab rloo",
+        "hf-rlhf lab advantages.use=leave_one_out kl.0.use=in_reward",
+        "hf-rlhf lab ppo --length 2 --off-policy --json",
+        "hf-rlhf lab grpo --group 2 --picture grpo.svg",
+        "hf-rlhf lab --all > lab.md    # the whole matrix: minutes",
+    ),
+)
 def lab(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name, package/name, or YAML file.")
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A recipe's name, package/name, or YAML file.",
+            autocompletion=completion.recipes_and_overrides,
+        ),
     ] = None,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Axis choices such as advantages.use=gae kl.0.use=in_reward."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Axis choices such as advantages.use=gae kl.0.use=in_reward.",
+            autocompletion=completion.overrides,
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="The whole matrix, as Markdown: the page that the docs show.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects instead.")] = False,
+    as_json: Json = False,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG picture to this file too.")] = None,
     group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3.")] = None,
     prompts: Annotated[int | None, typer.Option("--prompts", help="Prompts per rollout; 1.")] = None,
@@ -108,7 +127,7 @@ def _everything(as_json: bool, picture: Path | None, beta: float | None, seed: i
     if picture is not None:
         picture.write_text(of_matrix(sections["whole"]), encoding="utf-8")
     if as_json:
-        print(json.dumps([row.as_dict() for rows in sections.values() for row in rows], default=str))
+        print_json([row.as_dict() for rows in sections.values() for row in rows])
     else:
         print(page(sections, beta=chosen, seed=seed, picture=picture.name if picture else None), end="")
 
@@ -131,18 +150,19 @@ def _one(
 
     world, chosen = World(**sizes), read(recipe, overrides)
     own = any(word.startswith("kl.") and word.partition("=")[0].endswith(".beta") for word in overrides)
-    rows = run(
-        chosen,
-        world=world,
-        beta=beta if beta is not None or own else BETA,
-        values=values.value if values else "exact",
-        off_policy=off_policy,
-    )
+    with output_to_stderr(as_json):
+        rows = run(
+            chosen,
+            world=world,
+            beta=beta if beta is not None or own else BETA,
+            values=values.value if values else "exact",
+            off_policy=off_policy,
+        )
     if picture is not None:
         title = " ".join([recipe or "", *overrides]).strip() or "reinforce"
         picture.write_text(of_one(rows, title), encoding="utf-8")
     if as_json:
-        print(json.dumps([row.as_dict() for row in rows], default=str))
+        print_json([row.as_dict() for row in rows])
         return
     for line in lines(rows, world):
         print(line)

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_rlhf.areas import AREAS, places
 from hf_rlhf.metric import Metric
+from hf_rlhf.metrics.aliases import Library, aliased, named
 from hf_rlhf.metrics.evaluation import EVALUATION
 from hf_rlhf.metrics.given import EVAL, GIVEN, SECTIONS, CoreMetric
 from hf_rlhf.metrics.learning import LEARNING
+from hf_rlhf.metrics.names import Named, is_logged, pattern, under
+from hf_rlhf.metrics.offline import OFFLINE, OFFLINE_EVALUATION, metrics_of_trainer
 from hf_rlhf.metrics.running import RUNNING
 
 if TYPE_CHECKING:
     from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.plugin import Plugin
 
-__all__ = ["CORE", "EVAL", "EVALUATION", "GIVEN", "SECTIONS", "CoreMetric", "Named", "metrics_of", "pattern"]
+__all__ = [
+    "CORE",
+    "EVAL",
+    "EVALUATION",
+    "GIVEN",
+    "OFFLINE",
+    "OFFLINE_EVALUATION",
+    "SECTIONS",
+    "CoreMetric",
+    "Named",
+    "aliased",
+    "metrics_of",
+    "metrics_of_trainer",
+    "pattern",
+]
 
 CORE: tuple[CoreMetric, ...] = (*LEARNING, *RUNNING)
 """What training logs, whatever the plugins, where its `given` holds."""
 
 
-@dataclass(frozen=True)
-class Named:
-    """A metric of one algorithm, by the whole name under which it is logged."""
-
-    name: str
-    """Parts in angle brackets are left where only the run knows them: `eval_pass@<k>`, a reward function's own names."""
-    metric: Metric
-    section: str
-    """A section of SECTIONS for a metric of the core, otherwise the plugin's axis."""
-    plugin: str = ""
-    """`axis.name` of the plugin that declares it; empty for the core's."""
-
-
-def metrics_of(algorithm: Algorithm) -> list[Named]:
-    """Every metric that a run of `algorithm` may log; all but those that are `optional` appear."""
+def metrics_of(algorithm: Algorithm, library: Library = "none") -> list[Named]:
+    """Every metric that a run of `algorithm` may log, with `logging.metric_aliases` under a library's names too; all but
+    those that are `optional` appear."""
     found = [
         Named(name, metric, metric.section)
         for metric in CORE
@@ -54,16 +57,18 @@ def metrics_of(algorithm: Algorithm) -> list[Named]:
     for area, plugin in places(algorithm):
         axis = axis_of(plugin)
         found += [
-            Named(f"{area}/{metric.name}", metric, axis, f"{axis}.{plugin.name}")
+            Named(under(area, metric), metric, axis, f"{axis}.{plugin.name}")
             for metric in plugin.metrics
-            if metric.setting is None or getattr(plugin, metric.setting, None) not in (None, False, 0, "none")
+            if is_logged(metric, plugin)
         ]
+    if library == "trl":
+        found += named(found, algorithm)
     return found
 
 
 def declared_by(plugin: type[Plugin], axis: str) -> dict[str, Metric]:
     """What a plugin class declares, by whole names with the label left open."""
-    return {f"{AREAS[axis]}/{metric.name}": metric for metric in plugin.metrics}
+    return {under(AREAS[axis], metric): metric for metric in plugin.metrics}
 
 
 def axis_of(plugin: Plugin) -> str:
@@ -71,12 +76,6 @@ def axis_of(plugin: Plugin) -> str:
     from hf_rlhf.axes import AXES
 
     return next(axis for axis, base in AXES.items() if isinstance(plugin, base))
-
-
-def pattern(name: str) -> re.Pattern[str]:
-    """What a declared name stands for; a part in angle brackets is any text without `/`."""
-    parts = re.split(r"(<\w+>)", name)
-    return re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in parts))
 
 
 def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:

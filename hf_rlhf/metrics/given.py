@@ -42,6 +42,10 @@ def _corrects(a: Algorithm) -> bool:
     return "sampler_logps" in a.rollout_correction.needs
 
 
+def _offloads(a: Algorithm) -> bool:
+    return any(getattr(part, "offload", False) for part in (a.update, a.critic, a.reference))
+
+
 GIVEN: dict[str, Given] = {
     "": Given("", lambda a: True),
     "reference": Given("with a reference", lambda a: "ref_logps" in a.needs),
@@ -64,6 +68,7 @@ GIVEN: dict[str, Given] = {
     "terms": Given("with that term", lambda a: bool(a.loss_terms)),
     "filters": Given("with that filter", lambda a: bool(a.filters)),
     "verifier": Given("with a verifier", lambda a: any(source.verifier for source in a.rewards)),
+    "offload": Given("with `offload` of update, critic or reference", _offloads),
     "ema": Given("with `evaluation.ema`", lambda a: a.update.ema is not None),
 }
 

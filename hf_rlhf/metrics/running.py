@@ -83,6 +83,15 @@ RUNNING: tuple[CoreMetric, ...] = (
         unhealthy="A large part of the step: give the slow source `workers: processes` and more `num_workers`.",
     ),
     core(THROUGHPUT, "time/update_s", "seconds", "forward and backward of an optimizer step", when="step"),
+    core(
+        THROUGHPUT,
+        "memory/offloaded",
+        "MiB",
+        "what `offload` keeps away from the device while completions are sampled, reward models apart",
+        "offload",
+        optional=True,
+        summary="max",
+    ),
     core(THROUGHPUT, "memory/rollout/peak", "MiB", "the most that a process held while it sampled", summary="max"),
     core(THROUGHPUT, "memory/rollout/above", "MiB", "that, above what it held when the phase began", summary="max"),
     core(

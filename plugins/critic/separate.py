@@ -29,10 +29,15 @@ class Separate(TrainedCritic):
     adapter: bool = False
     """Train a copy of the policy's adapter (model.lora) on the policy's frozen weights, which are then held once, in place of
     a whole second model."""
+    offload: bool = False
+    """Keep its own weights and their optimizer state away from the device while completions are sampled and scored: in main
+    memory, or of a run on the CPU in a file. The trained parameters are the same bits."""
 
     def __post_init__(self) -> None:
         if self.adapter:
             vars(self)["needs"] = frozenset({"adapter"})
+        elif self.init == "policy":
+            vars(self)["needs"] = frozenset({"plain_weights"})
         self._tokenizer: tuple[str | None, str | None] | None = None
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:

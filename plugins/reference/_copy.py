@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 
 
 def frozen_copy(policy: PreTrainedModel) -> Any:
-    """The policy as it is now, in evaluation mode, without gradients."""
-    model = deepcopy(policy).eval().requires_grad_(False)
+    """The policy as it is now, in evaluation mode, without gradients. What the policy does not train, as the weights below an
+    adapter, are its very tensors."""
+    memo: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    model = deepcopy(policy, memo).eval().requires_grad_(False)
     model.zero_grad(set_to_none=True)
     return model
 
@@ -40,6 +42,8 @@ def mix(model: Module, policy: Module, share: float) -> None:
 
     with torch.no_grad():
         for mine, its in zip(model.parameters(), policy.parameters(), strict=True):
+            if mine is its:
+                continue
             if share == 1:
                 mine.copy_(its)
             else:

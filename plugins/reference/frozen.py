@@ -1,4 +1,4 @@
-"""The policy as it was when training began, held in memory a second time."""
+"""The policy as it was when training began; what it does not train is held once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class Frozen(Reference):
     """A copy of the policy that never learns, adapters included."""
 
     name = "frozen"
+
+    offload: bool = False
+    """Keep it away from the device but for the forwards that read it: in main memory, or of a run on the CPU in a file. The
+    trained parameters are the same bits."""
 
     def build(self, policy: PreTrainedModel) -> Module:
         return frozen_copy(policy)

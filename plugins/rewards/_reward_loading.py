@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
+from hf_rlhf.axes import Keeper, keeper, tensors_of
+
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Kind = Literal["sequence", "token", "causal"]
@@ -57,15 +58,18 @@ class Loaded:
     wanted: Wanted
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def __post_init__(self) -> None:
+        self.weights = kept(self.model, self.wanted)
+
     @contextmanager
     def session(self) -> Iterator[None]:
         """On its device, without gradients or autocast."""
         import torch
 
         device = torch.device(self.wanted.device)
-        there = on_device(self.model, device) if self.wanted.offload else nullcontext()
         known = torch.amp.is_autocast_available(device.type)
-        with self.lock, torch.no_grad(), torch.autocast(device.type, enabled=False) if known else nullcontext(), there:
+        plainly = torch.autocast(device.type, enabled=False) if known else nullcontext()
+        with self.lock, torch.no_grad(), plainly, self.weights.there():
             yield
 
     def limit(self, max_length: int | None) -> int | None:
@@ -142,6 +146,15 @@ def model_of(wanted: Wanted, asker: str) -> tuple[Any, PreTrainedTokenizerBase, 
     return model if "device_map" in kwargs else model.to(home), tokenizer, labels
 
 
+def kept(model: Any, wanted: Wanted) -> Keeper:
+    """What has the weights on their device when they are asked for."""
+    import torch
+
+    found = keeper(tensors_of(model), torch.device(wanted.device), wanted.offload, at_home=True)
+    found.send()
+    return found
+
+
 def output_of(held: Loaded, output: int | str | None, defaults: Mapping[int, int], asker: str) -> int:
     """The number of the label that scores. Raises `ValueError` naming the choices."""
     labels = held.labels
@@ -156,31 +169,6 @@ def output_of(held: Loaded, output: int | str | None, defaults: Mapping[int, int
     raise ValueError(
         f"{asker}: {held.wanted.path!r} has {len(labels)} labels{wrong}; choose the one that scores: output: {choices}"
     )
-
-
-@contextmanager
-def on_device(model: Any, device: torch.device) -> Iterator[None]:
-    """Copies of a model's weights on `device`, in place of those in main memory, which come back after."""
-    from torch.nn import Parameter
-
-    held = [
-        (slots, name, x)
-        for module in model.modules()
-        for slots in (module._parameters, module._buffers)
-        for name, x in slots.items()
-        if x is not None
-    ]
-    there: dict[int, torch.Tensor] = {}
-    try:
-        for slots, name, x in held:  # a tensor in two places, as tied embeddings are, is one there too
-            if id(x) not in there:
-                moved = x.detach().to(device)
-                there[id(x)] = Parameter(moved, requires_grad=False) if isinstance(x, Parameter) else moved
-            slots[name] = there[id(x)]
-        yield
-    finally:
-        for slots, name, x in held:
-            slots[name] = x
 
 
 def _config(wanted: Wanted, asker: str) -> PretrainedConfig:

@@ -10,22 +10,25 @@ long are dropped and counted, not cut; with an adapter the reference is the mode
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Materials, OfflineTrainer, Positive
+from hf_rlhf.axes import Footprint, Materials, OfflineTrainer, Positive
 
 from ._dpo_losses import Divergence, LossType, own_loss, reasons, score
 from ._dpo_measures import of_policy
 from ._dpo_rows import Pairs, pair_of, shared
+from ._metrics import OF_DPO
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer
+
+    from hf_rlhf.settings import Model
 
 ALPHA, TAU = 0.5, 0.05
 """TRL's defaults of `f_alpha_divergence_coef` and `discopop_tau`."""
@@ -42,6 +45,7 @@ class DPOTrainer(OfflineTrainer):
     name = "dpo"
     head = "causal"
     rows: ClassVar[str] = "preference"
+    metrics = OF_DPO
 
     beta: Positive = 0.1
     """How much the policy is held at the reference; for `ipo` and `sppo_hard` one over twice the gap that is aimed at."""
@@ -67,6 +71,10 @@ class DPOTrainer(OfflineTrainer):
         if found := reasons(self.loss_type, self.label_smoothing, self.f_divergence_type, **given):
             raise ValueError("; ".join(found))
 
+    def problems(self, model: Model) -> Iterable[str]:
+        if self.reference == "adapter_off" and model.lora is None:
+            yield "trainer.reference=adapter_off needs an adapter: set model.lora, or trainer.reference=frozen"
+
     def columns(self) -> set[str]:
         return {"chosen", "rejected"}
 
@@ -77,6 +85,10 @@ class DPOTrainer(OfflineTrainer):
         if self.mask_shared_prefix:
             prompt = chosen[: shared(chosen, rejected)]
         return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+    def footprint(self, adapter: bool) -> Footprint:
+        frozen = self.reference == "frozen" or (self.reference is None and not adapter)
+        return Footprint(texts=2, reference=frozen)
 
     def build(self, materials: Materials) -> Trainer:
         import torch
@@ -113,9 +125,7 @@ class DPOTrainer(OfflineTrainer):
         """The frozen reference, or None where there is none."""
         adapter = hasattr(model, "peft_config")
         if self.reference == "adapter_off" and not adapter:
-            raise ValueError(
-                "trainer.reference=adapter_off needs an adapter: set model.lora, or trainer.reference=frozen"
-            )
+            raise ValueError("reference=adapter_off needs an adapter, and the model has none")
         if self.reference in ("adapter_off", "precomputed") or (self.reference is None and adapter):
             return None
         copied = copy.deepcopy(model)

@@ -19,6 +19,7 @@ from hf_rlhf.axes import Materials, OfflineTrainer
 from ._conversations import ids_in
 from ._labels import UNLABELLED, token_trainer
 from ._measures import of_labels
+from ._metrics import OF_STEPS
 from ._scores import of_tokens
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ProcessRewardModelTrainer(OfflineTrainer):
     outputs: ClassVar[int] = 2
     rows: ClassVar[str] = "stepwise"
     reward: ClassVar[str] = "process_reward_model"
+    metrics = OF_STEPS
 
     delimiter: Annotated[str, MinLen(1)] = "\n\n"
     """What is put behind each step, and where it is judged: the `delimiter` of `rewards.process_reward_model`."""

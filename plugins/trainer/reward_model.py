@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Materials, NonNegative, OfflineTrainer
+from hf_rlhf.axes import Footprint, Materials, NonNegative, OfflineTrainer
 
 from ._conversations import ids_of
 from ._measures import of_pairs
+from ._metrics import OF_REWARD
 from ._scores import of_texts
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class RewardModelTrainer(OfflineTrainer):
     head = "sequence"
     rows: ClassVar[str] = "preference"
     reward: ClassVar[str] = "reward_model"
+    metrics = OF_REWARD
 
     margin: NonNegative | None = None
     """How much better the chosen one should be, for every pair; left out, the column `margin` where there is one, else 0."""
@@ -54,6 +56,9 @@ class RewardModelTrainer(OfflineTrainer):
         if chosen == rejected:
             return None
         return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": float(margin)}
+
+    def footprint(self, adapter: bool) -> Footprint:
+        return Footprint(texts=2)
 
     def build(self, materials: Materials) -> Trainer:
         from trl import RewardConfig, RewardTrainer

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Materials, OfflineTrainer
+from hf_rlhf.axes import Footprint, Materials, OfflineTrainer
 
+from ._metrics import OF_SFT
 from ._sft_measures import check_packing, of_tokens
 from ._sft_rows import labelled, of_completion, of_messages, of_text
 
@@ -30,6 +31,7 @@ class SFT(OfflineTrainer):
     name = "sft"
     head = "causal"
     rows: ClassVar[str] = "demonstration"
+    metrics = OF_SFT
 
     format: Literal["prompt_completion", "messages", "text"] = "prompt_completion"
     """Which columns are read: `prompt` and `completion` (texts, or lists of chat messages), `messages` (whole conversations),
@@ -51,6 +53,9 @@ class SFT(OfflineTrainer):
         else:
             parts = of_completion(tokenizer, row["prompt"], row["completion"])
         return labelled(parts, all_of_it=not self.completion_only_loss)
+
+    def footprint(self, adapter: bool) -> Footprint:
+        return Footprint(packed=self.packing, logits=True)
 
     def build(self, materials: Materials) -> Trainer:
         from trl import SFTConfig, SFTTrainer

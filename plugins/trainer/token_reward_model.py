@@ -17,6 +17,7 @@ from hf_rlhf.axes import Materials, OfflineTrainer
 from ._conversations import ids_in
 from ._labels import UNLABELLED, token_trainer
 from ._measures import of_labels, of_values
+from ._metrics import OF_SPANS
 from ._scores import of_tokens
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class TokenRewardModelTrainer(OfflineTrainer):
     head = "token"
     rows: ClassVar[str] = "spans"
     reward: ClassVar[str] = "token_reward_model"
+    metrics = OF_SPANS
 
     loss: Literal["binary_cross_entropy", "squared_error"] = "binary_cross_entropy"
     """Labels from 0 to 1, of which the output is the log-odds; or any numbers, which are the output."""

@@ -1,0 +1,143 @@
+"""`hf-rlhf run instructgpt` on GSM8K from nothing: what each stage reaches on problems that no stage has seen.
+
+`python -m benchmarks.pipeline_gsm8k [--source GSM8K] [--run FOLDER] [--page]`
+
+Runs examples/gsm8k_pipeline.py, about eight minutes on one core that has nothing else to do. `--run` names the folder of a run of
+that script that is there; `--page` writes the page from benchmarks/results/pipeline_gsm8k.json without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pipeline import RESULTS, of_policy
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT.parent / "shared" / "data" / "gsm8k"
+KEPT = ("recipe", "steps", "seconds", "rows", "before", "after")
+SHOWN = (
+    "reward/reward_model/mean",
+    "reward/numeric/mean",
+    "kl/rollout/sequence",
+    "value/explained_var",
+    "rollout/length/mean",
+)
+
+
+def run(source: Path, folder: Path) -> float:
+    """Runs the script; its seconds of processor time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / "gsm8k_pipeline.py"), str(source), str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What a run of the script left behind."""
+    from hf_rlhf_plugins.trainer._measures import wilson
+
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    stages = {name: {key: stage[key] for key in KEPT if key in stage} for name, stage in summary["stages"].items()}
+    problems = sum(1 for _ in (folder / "ppo_test.jsonl").open())
+    for when in ("before", "after"):
+        low, high = wilson(stages["ppo"][when]["accuracy"], problems)
+        stages["ppo"][when] |= {"accuracy_low": low, "accuracy_high": high}
+    lines = (folder / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()
+    rollouts = [entry for entry in map(json.loads, lines) if "rollout/rows" in entry]
+    curve = {name: [round(entry[name], 4) for entry in rollouts] for name in SHOWN}
+    policy = of_policy(folder / "run" / "ppo")
+    return {"problems": problems, "stages": stages, "curve": curve, "kl": policy["kl"]}
+
+
+def page(result: dict[str, Any]) -> str:
+    """benchmarks/results/pipeline_gsm8k.md."""
+    versions, stages = result["versions"], result["stages"]
+    sft, rm, ppo = (stages[name] for name in ("sft", "rm", "ppo"))
+
+    def span(found: dict[str, float], name: str) -> str:
+        return f"{found[name]:.3f} ({found[f'{name}_low']:.3f} to {found[f'{name}_high']:.3f})"
+
+    def change(stage: dict[str, Any], name: str, digits: int) -> str:
+        return " | ".join(f"{stage[when][name]:.{digits}f}" for when in ("before", "after"))
+
+    lines = [
+        f"| `sft` | {sft['steps']} | perplexity of the reference solutions' tokens | {change(sft, 'tokens/perplexity', 1)} |",
+        f"| | | share of those tokens that are the likeliest | {change(sft, 'tokens/accuracy', 3)} |",
+        f"| `rm` | {rm['steps']} | pairs in the right order (95 %) | {span(rm['before'], 'pairs/accuracy')} | "
+        f"**{span(rm['after'], 'pairs/accuracy')}** |",
+        f"| `ppo` | {ppo['steps']} | score of the reward model | {change(ppo, 'reward/reward_model/mean', 3)} |",
+        f"| | | right answers, by `numeric` (95 %) | {span(ppo['before'], 'accuracy')} | **{span(ppo['after'], 'accuracy')}** |",
+        f"| | | tokens of a completion | {change(ppo, 'rollout/length/mean', 0)} |",
+        f"| | | completions without an end | {change(ppo, 'rollout/truncated_frac', 2)} |",
+    ]
+    rules = ", ".join(
+        f"{title} {rm['after'][f'pairs/{name}']:.3f}"
+        for name, title in (("longer_wins", "the longer one"), ("shorter_wins", "the shorter one"))
+    )
+    count = len(result["curve"]["kl/rollout/sequence"])
+    places = sorted({*range(0, count, max(1, count // 8)), count - 1})
+    titles = ("rollout", "score of the reward model", "right answers", "KL in nats", "explained variance", "tokens")
+    rows = [
+        [str(place + 1)] + [f"{result['curve'][name][place]:.2f}" for name in SHOWN[:-1]]
+        + [f"{result['curve'][SHOWN[-1]][place]:.0f}"]
+        for place in places
+    ]  # fmt: skip
+    seconds = f"{result['seconds']:.0f} s of processor time" if result["seconds"] else "processor time not taken"
+    text = [
+        "# GSM8K from nothing",
+        f"`{result['command']}`: `hf-rlhf run instructgpt` over the rows and the model that "
+        "[examples/gsm8k_pipeline.py](../../examples/gsm8k_pipeline.py) makes: a Llama of 1.1 million new weights, whose "
+        f"tokenizer is trained on the training rows. {seconds} on one core, beside other work; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}, trl {versions['trl']}. Everything is measured on "
+        f"{result['problems']} problems that no stage has seen.",
+        "| stage | steps | held out | before | after |\n| --- | --- | --- | --- | --- |\n" + "\n".join(lines),
+        "In training:",
+        "| " + " | ".join(titles) + " |\n|" + " --- |" * len(titles) + "\n"
+        + "\n".join("| " + " | ".join(row) + " |" for row in rows),
+        f"Pairs: one of each problem, a correct solution (a person's or a model's) and a model's incorrect one; right by length "
+        f"alone: {rules}. Right answers: the number behind `A:`, of one sample per problem at temperature 1; the policy never "
+        "sees this rule. KL: mean log-ratio of a completion to the fine-tuned model.",
+    ]  # fmt: skip
+    return "\n\n".join(text) + "\n"
+
+
+def main() -> None:
+    """Runs and writes the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of GSM8K's files")
+    parser.add_argument("--run", type=Path, help="folder of a run that is there")
+    parser.add_argument("--seconds", type=float, help="its processor time")
+    parser.add_argument("--json", type=Path, default=RESULTS / "pipeline_gsm8k.json")
+    parser.add_argument("--page", action="store_true", help="write the page again, from the figures that are there")
+    options = parser.parse_args()
+    if not options.page:
+        from hf_rlhf.assemble import versions
+
+        with tempfile.TemporaryDirectory() as made:
+            seconds = options.seconds if options.run else run(options.source, Path(made))
+            result = {
+                "command": "python -m benchmarks.pipeline_gsm8k",
+                "machine": {"processor": platform.machine(), "system": platform.system()},
+                "versions": versions(),
+                "seconds": seconds,
+                **figures(options.run or Path(made)),
+            }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    text = page(json.loads(options.json.read_text()))
+    options.json.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""A reward and an advantage estimator for hf_rlhf."""

@@ -1,0 +1,1 @@
+"""Quantile advantage estimation for hf_rlhf."""

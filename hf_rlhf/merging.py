@@ -1,0 +1,77 @@
+"""A model that was trained on an adapter, as it is left behind: whole, with the adapter in its weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+FOLDER = "adapter"
+"""Where the adapter lies within a folder whose model has it in its weights."""
+
+
+def save_merged(model: Any, folder: Path) -> None:
+    """Saves plain transformers weights with the adapter in them, and the adapter by itself in `FOLDER` within the folder.
+
+    The model in memory stays as it is; a whole copy of it is made in main memory. Raises `ValueError` as `merged`.
+    """
+    merged(model).save_pretrained(folder)
+    model.save_pretrained(folder / FOLDER)
+
+
+def merged(model: Any) -> Any:
+    """A copy on the CPU with the adapter in its weights. Where the base is held in few bits, its weights are the numbers that
+    the bits stand for, so that outputs are those of `model` up to rounding.
+
+    Raises `ValueError` for an adapter that is no change of weights, and for a base whose numbers the library does not tell.
+    """
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ValueError("learned prompts are no change of weights and cannot be merged: set model.save_merged=false")
+    quantised = getattr(model.get_base_model(), "is_quantized", False)
+    copied = _with_numbers(model) if quantised else _copied(model)
+    _untie(copied)
+    return copied.merge_and_unload()
+
+
+def _copied(model: Any) -> Any:
+    """A copy in main memory; tensors that are shared stay shared."""
+    from torch import nn
+
+    here: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        moved = tensor.detach().to("cpu", copy=True)
+        here[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+    return copy.deepcopy(model, here)
+
+
+def _with_numbers(model: Any) -> Any:
+    """A copy in main memory whose base is not quantised, with the adapter on it."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    name = model.active_adapter
+    copied = copy.deepcopy(model).to("cpu")
+    try:
+        base = copied.unload().dequantize()
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the numbers behind this quantised base are not told ({error}): set model.save_merged=false"
+        ) from error
+    whole = get_peft_model(base, copy.deepcopy(model.peft_config[name]), adapter_name=name)
+    set_peft_model_state_dict(whole, get_peft_model_state_dict(model, adapter_name=name), adapter_name=name)
+    return whole
+
+
+def _untie(model: Any) -> None:
+    """Gives the head weights of its own where it shares them with the embedding and one of the two has an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    base: Any = model.get_base_model()
+    ends: list[Any] = [base.get_input_embeddings(), getattr(base, "get_output_embeddings", lambda: None)()]
+    layers: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    if layers[1] is None or layers[0].weight is not layers[1].weight:
+        return
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
+        for config in {id(part): part for part in (base.config, base.config.get_text_config())}.values():
+            config.tie_word_embeddings = False

@@ -1,0 +1,121 @@
+"""Other libraries' names for the same numbers, so that their dashboards work: `logging.metric_aliases`.
+
+TRL's (1.16) have no counterpart here where they are not listed: lengths of completions that ended, extremes of the share that
+is clipped, `num_tokens`, and names that belong to one loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from hf_rlhf.metric import Metric
+from hf_rlhf.metrics.given import EVAL
+from hf_rlhf.metrics.names import Named, pattern
+
+if TYPE_CHECKING:
+    from hf_rlhf.algorithm import Algorithm
+
+Library = Literal["none", "trl"]
+SECTION = "Aliases"
+"""Of `Named`: no dashboard shows them, as the number stands under its own name."""
+RENAMED: tuple[tuple[str, str], ...] = (
+    ("reward/total/mean", "reward"),
+    ("reward/total/std", "reward_std"),
+    ("reward/<label>/mean", "rewards/<label>/mean"),
+    ("reward/<label>/std", "rewards/<label>/std"),
+    ("reward/zero_std_frac", "frac_reward_zero_std"),
+    ("policy/loss", "policy_loss"),
+    ("policy/entropy", "entropy"),
+    ("policy/clip_frac/low", "clip_ratio/low_mean"),
+    ("policy/clip_frac/high", "clip_ratio/high_mean"),
+    ("plugin/adaptive_entropy/coef", "entropy_coef"),
+    ("rollout/length/mean", "completions/mean_length"),
+    ("rollout/length/min", "completions/min_length"),
+    ("rollout/length/max", "completions/max_length"),
+    ("rollout/truncated_frac", "completions/clipped_ratio"),
+    ("rollout/logp_gap/mean", "sampling/sampling_logp_difference/mean"),
+    ("rollout/logp_gap/max", "sampling/sampling_logp_difference/max"),
+    ("rollout/is_ratio/mean", "sampling/importance_sampling_ratio/mean"),
+)
+"""Our name, TRL's name of the same number; both may stand behind `eval_`."""
+MADE: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "clip_ratio/region_mean": (
+        ("policy/clip_frac/low", "policy/clip_frac/high"),
+        "share of tokens",
+        "`policy/clip_frac/low` + `policy/clip_frac/high`",
+    ),
+    "kl": (
+        ("kl/<kl>/<estimator>",),
+        "nats per token",
+        "the first placement's estimate, per token and not summed over rows",
+    ),
+    "step_time": (
+        ("time/update_s",),
+        "seconds",
+        "of an optimizer step with its share of the rollout, the forwards and what the rewards add to them",
+    ),
+}
+"""TRL's name -> what it is made of, its unit, and how."""
+PHASES = ("time/rollout_s", "time/forward_s", "time/reward_wait_s", "time/update_s")
+
+
+def aliased(logs: Mapping[str, float], counts: Mapping[str, float], algorithm: Algorithm) -> dict[str, float]:
+    """TRL's names of what stands in a log entry. `counts`: over how many rows, tokens or phases each average was taken."""
+    found = {theirs: x for name, x in logs.items() for theirs in renamed(name)}
+    low, high = (logs.get(name) for name in MADE["clip_ratio/region_mean"][0])
+    if low is not None and high is not None:
+        found["clip_ratio/region_mean"] = low + high
+    if (kl := per_token(logs, counts, algorithm)) is not None:
+        found["kl"] = kl
+    if counts.get("time/update_s"):
+        seconds = sum(logs.get(name, 0.0) * counts.get(name, 0) for name in PHASES)
+        found["step_time"] = seconds / counts["time/update_s"]
+    return found
+
+
+def per_token(logs: Mapping[str, float], counts: Mapping[str, float], algorithm: Algorithm) -> float | None:
+    """The first placement's KL per token, from its mean over rows."""
+    title = kl_of(algorithm)
+    if title is None or title not in logs:
+        return None
+    tokens = counts.get("policy/entropy", 0.0)
+    in_update = not algorithm.kl[0].places or "loss" in algorithm.kl[0].places
+    if in_update:
+        return logs[title] * counts.get(title, 0.0) / tokens if tokens else None
+    length = logs.get("rollout/length/mean", 0.0)
+    return logs[title] / length if length else None
+
+
+def kl_of(algorithm: Algorithm) -> str | None:
+    """The name under which the first placement is logged."""
+    for title, kl in algorithm.titled("kl"):
+        return f"kl/{title}/{kl.estimator.name}"
+    return None
+
+
+def renamed(name: str) -> Iterator[str]:
+    """TRL's name of one of ours, if it has one."""
+    prefix = EVAL if name.startswith(EVAL) else ""
+    bare = name.removeprefix(prefix)
+    for ours, theirs in RENAMED:
+        if pattern(ours).fullmatch(bare):
+            label = re.sub(r"^reward/|/(mean|std)$", "", bare)
+            yield prefix + theirs.replace("<label>", label)
+            return
+
+
+def named(declared: list[Named], algorithm: Algorithm) -> Iterator[Named]:
+    """What is declared under TRL's names of declared metrics."""
+    names = {each.name: each.metric for each in declared}
+    for name, metric in names.items():
+        for theirs in renamed(name):
+            meaning = f"TRL's name of `{name}`"
+            yield Named(
+                theirs, Metric(theirs, metric.unit, meaning, when=metric.when, optional=metric.optional), SECTION
+            )
+    for theirs, (parts, unit, meaning) in MADE.items():
+        needed = [kl_of(algorithm)] if theirs == "kl" else parts
+        if all(part in names for part in needed):
+            yield Named(theirs, Metric(theirs, unit, f"TRL's name: {meaning}", when="step"), SECTION)

@@ -1,0 +1,121 @@
+"""Which parts of a run are on the device in which phase.
+
+| part | sampling, scoring | forward | update |
+| --- | --- | --- | --- |
+| reference (`offload`) | away | there | there where a KL over whole distributions is in the loss, else away |
+| separate critic (`offload`) | away | there | there |
+| its optimizer state (either `offload`) | away | away | from the first step of the optimizer on |
+| the policy's optimizer state and average (`update.offload`) | away | away | from the first step of the optimizer on |
+
+Gradients are in no row: Trainer frees them after every optimizer step, so that none is there before the next backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hf_rlhf.memory import MIB
+from hf_rlhf.offload import Keeper, keeper, tensors_of
+
+if TYPE_CHECKING:
+    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.ema import PolicyEMA
+    from hf_rlhf.meters import Meters
+    from hf_rlhf.policy import ActorCritic
+
+
+@dataclass(kw_only=True)
+class Phases:
+    """Has what a phase reads on the device, and the rest where its `offload` says."""
+
+    reference: Keeper
+    critic: Keeper
+    update: Keeper
+    """Optimizer state and the policy's average."""
+    compares_in_update: bool
+    """Whether the update reads the reference."""
+    meters: Meters
+
+    @classmethod
+    def of(
+        cls,
+        algorithm: Algorithm,
+        actor_critic: ActorCritic,
+        reference: nn.Module | None,
+        optimizer: Callable[[], Any],
+        average: PolicyEMA | None,
+        meters: Meters,
+    ) -> Phases:
+        """Those of a run; `reference` is its own model, if it has one, of which what it shares with the policy stays. It and
+        the critic are away from now on where their `offload` says so."""
+        critic, shared = actor_critic.critic, {id(x) for x in tensors_of(actor_critic.policy)()}
+        everything = algorithm.update.offload
+
+        def own_weights() -> Iterator[Tensor]:
+            return (x for x in tensors_of(reference)() if id(x) not in shared)
+
+        def state() -> Iterator[Tensor]:
+            own = None if everything or critic is None else {id(p) for p in critic.parameters()}
+            for parameter, kept in getattr(optimizer(), "state", {}).items():
+                if own is None or id(parameter) in own:
+                    yield from _leaves(kept)
+            if everything and average is not None:
+                yield from average.tensors()
+
+        compared, device = bool(algorithm.kl_over_distributions("update")), meters.device
+        moves_there = algorithm.reference.moves and compared
+        offload = [bool(getattr(part, "offload", False)) for part in (algorithm.reference, algorithm.critic)]
+        made = cls(
+            reference=keeper(own_weights, device, offload[0], changes=moves_there),
+            critic=keeper(tensors_of(critic), device, offload[1], changes=True),
+            update=keeper(state, device, offload[1] or everything, changes=True),
+            compares_in_update=compared,
+            meters=meters,
+        )
+        made.sampling()
+        return made
+
+    def sampling(self) -> None:
+        """From here on completions are sampled and scored."""
+        parts = (self.reference, self.critic, self.update)
+        for part in parts:
+            part.send()
+        if away := sum(part.away() for part in parts):
+            self.meters.peak("memory/offloaded", away / MIB)
+
+    def forward(self, *, critic: bool = False, reference: bool = False) -> ExitStack:
+        """A context in which the critic, or the reference, is there."""
+        there = ExitStack()
+        for part, wanted in ((self.critic, critic), (self.reference, reference)):
+            if wanted:
+                there.enter_context(part.there())
+        return there
+
+    def updating(self) -> None:
+        """From here on the policy is updated."""
+        self.critic.bring()
+        if self.compares_in_update:
+            self.reference.bring()
+
+    def stepping(self) -> None:
+        """From here on the optimizer steps. What it reads stays until completions are sampled again."""
+        self.update.bring()
+
+    def moved(self) -> None:
+        """The reference has been moved, where it lay."""
+        if not self.compares_in_update:
+            self.reference.send()
+
+
+def _leaves(kept: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts and lists."""
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, dict | list | tuple):
+        for x in kept.values() if isinstance(kept, dict) else kept:
+            yield from _leaves(x)
