@@ -135,14 +135,11 @@ def _blueprint(settings: Model, trainer: OfflineTrainer, config: Any, trust_remo
 
 def _peft(settings: Model, trainer: OfflineTrainer) -> Any:
     """The adapter's configuration for the trainer's head, if there is an adapter."""
-    from hf_rlhf.models import lora_config
-    from hf_rlhf.offline_model import TASKS
+    from hf_rlhf.offline_model import lora_for
 
     if settings.lora is None:
         return None
-    config = lora_config(settings.lora)
-    config.task_type = TASKS[trainer.head]
-    return config
+    return lora_for(settings.lora, trainer.head)
 
 
 def _held(model: Any, footprint: Footprint, args: TrainingArguments, notes: list[str]) -> dict[str, float]:

@@ -9,9 +9,10 @@ from hf_rlhf.models import ModelError, disable_dropout, lora_config, model_path
 from hf_rlhf.offline import Head, OfflineTrainer
 from hf_rlhf.quantised import quantisation, ready
 from hf_rlhf.seeding import seeded
-from hf_rlhf.settings import Model
+from hf_rlhf.settings import Lora, Model
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AUTO: dict[Head, str] = {
@@ -93,10 +94,16 @@ def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code
 
 def _adapted(model: Any, settings: Model, head: Head) -> Any:
     assert settings.lora is not None
-    config = lora_config(settings.lora)
-    config.task_type = TASKS[head]
-    if head == "token" and config.target_modules == "all-linear":  # peft knows the head of a sequence classifier alone
-        config.exclude_modules = ["score", "classifier"]
+    config = lora_for(settings.lora, head)
     from peft import get_peft_model
 
     return get_peft_model(model, config)
+
+
+def lora_for(settings: Lora, head: Head) -> LoraConfig:
+    """The settings as peft takes them for a model with this head, which is trained whole where it is a classifier's."""
+    config = lora_config(settings)
+    config.task_type = TASKS[head]
+    if head == "token" and config.target_modules == "all-linear":  # peft knows the head of a sequence classifier alone
+        config.exclude_modules = ["score", "classifier"]
+    return config

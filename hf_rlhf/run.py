@@ -89,7 +89,8 @@ def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Pat
     """The folder of this run. Raises `UserError` where another run lives there and is not resumed."""
     if asked is None and isinstance(resume, str):
         return Path(resume).resolve().parent
-    own = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None  # agents may start at the same time
+    # agents of a sweep may start at the same time
+    own = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     folder = Path(asked) if asked else Path("outputs") / (f"{recipe}-{own}" if own else recipe)
     taken = any((folder / name).exists() for name in OWN_FILES) or any(folder.glob("checkpoint-*"))
     if resume or not taken:

@@ -42,7 +42,7 @@ def assert_same_movement(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=str)
-@pytest.mark.parametrize("algorithm", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("algorithm", [pytest.param({}, marks=pytest.mark.slow), FULL], ids=["plain", "full"])
 def test_any_split_into_micro_batches_gives_the_same_parameters(aggregation, algorithm, tmp_path):
     algorithm = {**algorithm, "aggregation": aggregation}
     whole = movement(tmp_path, specification(tmp_path, algorithm))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import stepping
 import torch
+from tiers import tiers
 
 from hf_rlhf import checkpoint, load_recipe
 from hf_rlhf.axes import AXES
@@ -85,7 +86,7 @@ def test_resuming_anywhere_gives_equal_bits(name, tmp_path):
         assert torch.equal(stepping.run(spec, resume=True), straight), f"stopped at {stop}"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", tiers(RECIPES))
 def test_every_recipe_resumes_within_a_rollout_with_equal_bits(name, tmp_path):
     straight = stepping.run(specification(tmp_path / "straight", name))
     spec = specification(tmp_path / "stopped", name)

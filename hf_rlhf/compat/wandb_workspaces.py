@@ -101,7 +101,6 @@ def push(workspace: Any) -> str:
 
 def libraries() -> tuple[Any, Any]:
     """`wandb_workspaces.workspaces` and `wandb_workspaces.reports.v2`. Raises `UserError` where they are not installed."""
-    os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws

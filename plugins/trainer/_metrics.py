@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_rlhf.metric import Metric
+from hf_rlhf import Metric
 
 GAMED = "Falls while the one of the rows that are trained on rises: they are learned by heart; train for fewer epochs."
 
