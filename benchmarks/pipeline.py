@@ -49,7 +49,7 @@ def variants(seeds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         base = Path(made) / "base"
         summary, seconds = run(base, [])
-        found = {"base": _stages(summary), "seconds": seconds, "variants": {}}
+        found: dict[str, Any] = {"base": _stages(summary), "seconds": seconds, "variants": {}}
         for name, words in VARIANTS.items():
             rows = []
             for seed in range(1 if name.startswith("GRPO") else seeds):

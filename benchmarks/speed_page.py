@@ -286,7 +286,7 @@ not: run the commands on yours.
 | `python -m benchmarks.scaling` | growth with completions per prompt, length, vocabulary, model and number of plugins |
 | `python -m benchmarks.micro` | parts alone: head, sampling, packing, dispatch of plugins, rows of reward sources |
 | `python -m benchmarks.estimators` | advantage estimators: [estimators.md](../benchmarks/results/estimators.md) |
-| `python -m benchmarks.logging` | what logging and the plugin layer cost in the quickstart: [logging.md](../benchmarks/results/logging.md) |
+| `python -m benchmarks.logging` | share of the quickstart in logging, plugins: [logging.md](../benchmarks/results/logging.md) |
 
 ## Next to TRL
 

@@ -10,8 +10,9 @@ sampler_logps, old_logps, sum_sq_probs, scores, total_score (of each row), group
 once per rollout), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one),
 plain_weights (the policy's are numbers, not codes of 4 or 8 bits), double_backward (attention with second derivatives).
 Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need, beyond their positional
-arguments, as one keyword. Estimators and filters find theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with the log-probs of the
-whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
+arguments, as one keyword. Estimators and filters find theirs as fields of `Scored`. A KL estimator that needs
+full_distribution is called with the log-probs of the whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a
+time.
 
 What stops gradients on purpose, so that its gradient is not that of its value, says so: `stops_gradient = True`. A
 plugin that is costly to start implements `setup(context)` and `close()`; one with a memory implements `observe`,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.policy import Policy
     from hf_rlhf.prompts import Prompt
+    from hf_rlhf.settings import Model as ModelSettings  # noqa: F401
     from hf_rlhf.step import Step
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from hf_rlhf.settings import Model
+    from hf_rlhf.settings import Model as ModelSettings
 
 Head = Literal["sequence", "token", "causal"]
 """A score for each text, scores for each token, or the next token's logits."""
@@ -87,7 +87,7 @@ class OfflineTrainer(Plugin, ABC):
         not what `columns` promise; the core adds which row it is. Called before the model is loaded.
         """
 
-    def problems(self, model: Model) -> Iterable[str]:
+    def problems(self, model: ModelSettings) -> Iterable[str]:
         """Reasons why the model cannot be trained as the recipe's `model` says, each saying what to write instead. Asked before
         anything is loaded."""
         return ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,9 @@ def output_to_stderr(wanted: bool = True) -> Iterator[None]:
 
 
 def quiet_off_terminal() -> None:
-    """No progress bars of libraries where nobody watches them; what the environment says already stays."""
+    """No progress bars of libraries where nobody watches them; what the environment says already stays. Nor does
+    bitsandbytes tell everybody who imports peft which kernels it lacks on a CPU."""
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         quieted.update(name for name in NOISE if name not in os.environ)
         os.environ.update(dict.fromkeys(quieted, "1"))

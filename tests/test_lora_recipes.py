@@ -6,7 +6,6 @@ Recipes that together name every plugin that any of them names are run with the 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import runs
 import sft_runs as sft
 import torch
 from test_matrix import save_token_classifier
+from tiers import tiers
 
 from hf_rlhf.axes import TrainedCritic
 from hf_rlhf.offline_run import make
@@ -33,24 +33,9 @@ WITH_ROLLOUTS = [name for name in NAMES if not is_staged(name) and "trainer" not
 SEPARATE = [name for name in WITH_ROLLOUTS if (read_recipe(name).get("critic") or {}).get("use") == "separate"]
 
 
-def used(value: Any) -> Iterator[str]:
-    """The names of the plugins in a recipe, or part of one."""
-    if isinstance(value, dict):
-        yield from [value["use"]] if "use" in value else []
-        value = list(value.values())
-    for inner in value if isinstance(value, list) else []:
-        yield from used(inner)
-
-
-def tiers(names: list[str]) -> list[Any]:
-    """The recipes as parameters: marked `slow` but for those that name a plugin that no earlier one names."""
-    seen: set[str] = set()
-    found = []
-    for name in names:
-        own = set(used(read_recipe(name)))
-        found.append(name if own - seen else pytest.param(name, marks=pytest.mark.slow))
-        seen |= own
-    return found
+def read(names: list[str]) -> dict[str, Any]:
+    """Recipes as they are written, by name."""
+    return {name: read_recipe(name) for name in names}
 
 
 LORA = "model.lora={r: 2}"
@@ -119,7 +104,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return {name for name, x in after.items() if not torch.equal(x, before[name])}
 
 
-@pytest.mark.parametrize("name", tiers(WITH_ROLLOUTS))
+@pytest.mark.parametrize("name", tiers(read(WITH_ROLLOUTS)))
 def test_a_recipe_trains_the_adapter_and_the_critic_alone(name: str, folder: Path, tmp_path: Path):
     made, before = stepped(small(name, folder), tmp_path)
     moved = changed(before, copied(made.actor_critic))
@@ -131,7 +116,7 @@ def test_a_recipe_trains_the_adapter_and_the_critic_alone(name: str, folder: Pat
         assert (reference.own is None) != made.algorithm.reference.moves
 
 
-@pytest.mark.parametrize("name", tiers(SEPARATE))
+@pytest.mark.parametrize("name", tiers(read(SEPARATE)))
 def test_the_critic_of_a_recipe_may_be_a_second_adapter_or_a_head(name: str, folder: Path, tmp_path: Path):
     weights = {}
     for kind, critic in {
@@ -147,7 +132,7 @@ def test_the_critic_of_a_recipe_may_be_a_second_adapter_or_a_head(name: str, fol
     assert weights["head"] < weights["adapter"] < base / 4
 
 
-@pytest.mark.parametrize("name", tiers(WITHOUT_ROLLOUTS))
+@pytest.mark.parametrize("name", tiers(read(WITHOUT_ROLLOUTS)))
 def test_a_recipe_without_rollouts_trains_the_adapter_and_a_classifiers_head_alone(
     name: str, folder: Path, tmp_path: Path
 ):

@@ -69,9 +69,9 @@ def test_another_trainer_drops_what_it_does_not_share():
 
 @pytest.mark.parametrize("words", [["explain", "rm"], ["lab", "rm"]])
 def test_commands_about_algorithms_say_that_there_is_none(words):
-    import hf_rlhf.commands  # noqa: F401
-    from hf_rlhf.cli import app
+    from hf_rlhf.cli import add_commands, app
 
+    add_commands()
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, UserError)
     assert "the recipe rm trains on a dataset (trainer=reward_model) and has no algorithm" in str(result.exception)

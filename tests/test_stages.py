@@ -19,10 +19,9 @@ STAGED = ("instructgpt", "dpo_pipeline", "deepspeed_chat", "r1")
 
 
 def invoke(*words: str) -> Any:
-    import hf_rlhf.commands
-    import hf_rlhf.stage_command  # noqa: F401
-    from hf_rlhf.cli import app
+    from hf_rlhf.cli import add_commands, app
 
+    add_commands()
     return CliRunner().invoke(app, list(words), terminal_width=200)
 
 

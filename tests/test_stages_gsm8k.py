@@ -38,7 +38,7 @@ def prepared(example, tmp_path_factory) -> Path:
     few, folder = tmp_path_factory.mktemp("few"), tmp_path_factory.mktemp("prepared")
     for name in FILES:
         lines = [x for x in (SOURCE / name).read_text(encoding="utf-8").splitlines() if len(x) < 1200]
-        (few / name).write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
+        (few / name).write_text("\n".join(lines[:60]) + "\n", encoding="utf-8")
     assert example.prepare(few, folder).keys() == {f"{kind}_{side}.jsonl" for kind, side in KINDS}
     return folder
 

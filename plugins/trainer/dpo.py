@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from hf_rlhf.settings import Model
+    from hf_rlhf.axes import ModelSettings
 
 ALPHA, TAU = 0.5, 0.05
 """TRL's defaults of `f_alpha_divergence_coef` and `discopop_tau`."""
@@ -71,7 +71,7 @@ class DPOTrainer(OfflineTrainer):
         if found := reasons(self.loss_type, self.label_smoothing, self.f_divergence_type, **given):
             raise ValueError("; ".join(found))
 
-    def problems(self, model: Model) -> Iterable[str]:
+    def problems(self, model: ModelSettings) -> Iterable[str]:
         if self.reference == "adapter_off" and model.lora is None:
             yield "trainer.reference=adapter_off needs an adapter: set model.lora, or trainer.reference=frozen"
 
