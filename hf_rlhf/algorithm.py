@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from hf_rlhf.areas import titles
 from hf_rlhf.axes import (
     AXES,
     LISTS,
@@ -164,12 +165,8 @@ class Algorithm:
 
     def titled(self, axis: str) -> list[tuple[str, Any]]:
         """(name in logs, plugin) for each plugin of a list axis; the second of a kind is called `<name>_2`."""
-        seen: dict[str, int] = {}
-        titled = []
-        for plugin in getattr(self, axis):
-            seen[plugin.name] = seen.get(plugin.name, 0) + 1
-            titled.append((plugin.name if seen[plugin.name] == 1 else f"{plugin.name}_{seen[plugin.name]}", plugin))
-        return titled
+        own = getattr(self, axis)
+        return list(zip(titles(axis, own), own, strict=True))
 
     def extras(self, plugin: Plugin, available: dict[str, Any], positional: frozenset[str]) -> dict[str, Any]:
         """The keywords that a tensor function gets: one per name it needs beyond its positional arguments."""

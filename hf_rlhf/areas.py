@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,16 +14,16 @@ AREAS: dict[str, str] = {
     "rollout": "rollout",
     "rewards": "reward/<label>",
     "kl": "kl/<label>",
-    "kl_estimator": "plugin/<label>",
-    "kl_controller": "plugin/<label>",
+    "kl_estimator": "kl_estimator/<label>",
+    "kl_controller": "kl_controller/<label>",
     "advantages": "advantage",
-    "baseline": "plugin/<label>",
+    "baseline": "baseline/<label>",
     "critic": "value",
     "policy_loss": "policy",
     "rollout_correction": "rollout",
     "reference": "reference",
     "optimizer": "optimizer",
-    "aggregation": "plugin/<label>",
+    "aggregation": "aggregation",
     "loss_terms": "plugin/<label>",
     "filters": "filter/<label>",
     "trainer": "",
@@ -34,15 +35,26 @@ metrics have the names that its library logs.
 """
 
 
-def places(algorithm: Algorithm) -> Iterator[tuple[str, Plugin]]:
-    """Every plugin of an algorithm, nested ones included, with what stands before the names of its own metrics."""
-    from hf_rlhf.axes import AXES
+def titles(axis: str, plugins: Sequence[Plugin]) -> list[str]:
+    """What stands for `<label>` of each of the plugins of one axis, in their order."""
+    found: list[str] = []
+    for plugin in plugins:
+        label: str = (getattr(plugin, "label", None) if axis == "rewards" else None) or plugin.name
+        numbered = (f"{label}_{n}" for n in count(2))
+        found.append(label if label not in found else next(title for title in numbered if title not in found))
+    return found
 
-    seen: dict[str, int] = {}
-    for _, plugin in algorithm.plugins():
-        axis = next(axis for axis, base in AXES.items() if isinstance(plugin, base))
-        label = getattr(plugin, "label", None) or plugin.name
-        area = AREAS[axis].replace("<label>", label)
-        seen[area] = seen.get(area, 0) + 1
-        again = seen[area] > 1 and "<label>" in AREAS[axis]
-        yield f"{area}_{seen[area]}" if again else area, plugin
+
+def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:
+    """(what stands before the names of its own metrics, axis, plugin) of every plugin of an algorithm, nested ones included;
+    those of a list have the titles of `Algorithm.titled`."""
+    from hf_rlhf.axes import AXES, LISTS, axis_of
+
+    own: dict[str, list[Plugin]] = {axis: list(getattr(algorithm, axis)) if axis in LISTS else [] for axis in AXES}
+    for path, plugin in algorithm.plugins():
+        axis = axis_of(type(plugin))
+        if axis not in LISTS or path.rpartition(".")[0] != axis:
+            own[axis].append(plugin)
+    for axis, plugins in own.items():
+        for title, plugin in zip(titles(axis, plugins), plugins, strict=True):
+            yield AREAS[axis].replace("<label>", title), axis, plugin

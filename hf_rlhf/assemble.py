@@ -15,6 +15,7 @@ from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.arguments import DECISIVE, check_arguments
 from hf_rlhf.axes import Context, Plugin
 from hf_rlhf.data import Prompts, StreamedPrompts, check_columns, load_prompts, read_columns
+from hf_rlhf.held import offload_problems, offload_remarks, policy_state
 from hf_rlhf.host import get_host
 from hf_rlhf.models import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer, zero_dropout
 from hf_rlhf.plan import Plan, make_plan
@@ -148,16 +149,10 @@ def prepare(
     if train is not None:  # given in Python: no row is taken from it for evaluation
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     check_arguments(args)
-    refused = [f"optimizer={chosen.optimizer.name}: {reason}" for reason in chosen.optimizer.check_arguments(args)]
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
-    refused += section_problems(chosen, sections, lora)
-    if model is not None and not isinstance(model, str) and is_quantised(model_settings):
-        refused.append(
-            "model.load_in_4bit and load_in_8bit are for a model that is named: load it so yourself, or drop them"
-        )
-    if model_settings.save_merged and getattr(peft_config, "is_prompt_learning", False):
-        refused.append("model.save_merged: learned prompts are no change of weights: drop it")
-    plan, record = describe(chosen, args.world_size, args.per_device_train_batch_size, lora, refused)
+    refused = [f"optimizer={chosen.optimizer.name}: {reason}" for reason in chosen.optimizer.check_arguments(args)]
+    refused += [*section_problems(chosen, sections, lora), *_misfits(model, model_settings, peft_config)]
+    plan, record = describe(chosen, args, lora, refused)
     record["run"] = resumable_settings(args, sections, peft_config)
     record["name"], record["recipe"] = (None, None) if isinstance(recipe, Algorithm) else (recipe.name, recipe.raw)
     several = evaluation if isinstance(evaluation, dict) else None
@@ -175,17 +170,12 @@ def prepare(
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
     )
-    if lora and not hasattr(model, "peft_config"):  # a model that comes with an adapter keeps it
-        from peft import get_peft_model
-
-        with seeded(args.seed, "adapter"):
-            model = get_peft_model(model, peft_config if peft_config is not None else lora_config(model_settings.lora))  # type: ignore[arg-type]
     parts = Parts(
         algorithm=chosen,
         sections=sections,
         plan=plan,
         record=record,
-        model=model,
+        model=_adapted(model, peft_config, model_settings, args.seed) if lora else model,
         tokenizer=tokenizer,
         train=prompts,
         evaluation=held_out,
@@ -194,6 +184,24 @@ def prepare(
     if several is not None:
         parts.evaluation = parts.as_prompts(several)
     return parts
+
+
+def _misfits(model: Any, settings: Model, peft_config: Any) -> Iterator[str]:
+    """Reasons why the `model` section does not fit what was given in Python."""
+    if model is not None and not isinstance(model, str) and is_quantised(settings):
+        yield "model.load_in_4bit and load_in_8bit are for a model that is named: load it so yourself, or drop them"
+    if settings.save_merged and getattr(peft_config, "is_prompt_learning", False):
+        yield "model.save_merged: learned prompts are no change of weights: drop it"
+
+
+def _adapted(model: Any, peft_config: Any, settings: Model, seed: int) -> Any:
+    """The model with a new adapter; one that comes with an adapter keeps it."""
+    if hasattr(model, "peft_config"):
+        return model
+    from peft import get_peft_model
+
+    with seeded(seed, "adapter"):
+        return get_peft_model(model, lora_config(settings.lora) if peft_config is None else peft_config)  # type: ignore[arg-type]
 
 
 def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_remote_code: bool, lora: bool) -> Any:
@@ -228,11 +236,11 @@ def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool)
 
 
 def describe(
-    algorithm: Algorithm, processes: int, rows: int, lora: bool, refused: Sequence[str] = ()
+    algorithm: Algorithm, args: TrainingArguments, lora: bool, refused: Sequence[str] = ()
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once, those in
     `refused` included."""
-    problems = [*algorithm.problems(), *refused]
+    problems = [*algorithm.problems(), *refused, *offload_problems(algorithm, args)]
     if not lora:
         problems += [
             f"{path}={plugin.name} needs a policy with an adapter: set model.lora={{r: 16}} (--use_peft, or peft_config in "
@@ -243,7 +251,10 @@ def describe(
     if problems:
         raise AlgorithmError("this combination is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
     manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])
-    plan = make_plan(algorithm, manifest, processes=processes, rows_per_micro_batch=rows, lora=lora)
+    known = {"lora": lora, "policy_state": policy_state(algorithm, args)}
+    rows = args.per_device_train_batch_size
+    plan = make_plan(algorithm, manifest, processes=args.world_size, rows_per_micro_batch=rows, **known)
+    plan.remarks += offload_remarks(algorithm, args)
     record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
     return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back
 
@@ -257,6 +268,7 @@ def estimate_memory(
     model: Any = None,
     peft_config: Any = None,
     prompt_tokens: int | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Fills the plan's memory: of `model` where it is there, else of the one that the settings name. What the plan says
     already of the process itself stays."""
@@ -269,7 +281,7 @@ def estimate_memory(
     setting = Setting(algorithm=algorithm, args=args, prompt_tokens=known, process=before)
     base = getattr(model, "get_base_model", lambda: model)()
     if model is None or isinstance(model, str) or getattr(base, "is_quantized", False):
-        found = from_settings(settings, setting, peft_config)
+        found = from_settings(settings, setting, peft_config, trust_remote_code)
     else:
         found = from_model(model, settings, setting, peft_config)
     plan.memory, plan.memory_notes = found.phases, found.notes

@@ -343,6 +343,12 @@ AXES: dict[str, type[Plugin]] = {
 }
 """Recipe key -> base class, in the order of the step; last, what has no such step."""
 
+
+def axis_of(cls: type) -> str:
+    """The axis of a plugin class; empty where it is on none."""
+    return next((axis for axis, base in AXES.items() if issubclass(cls, base)), "")
+
+
 NESTED = frozenset({"kl_estimator", "kl_controller", "baseline"})
 """Axes whose plugins stand inside another plugin, not at the top of a recipe."""
 

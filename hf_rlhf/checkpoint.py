@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "rlhf_manifest.json"
 STATE = "rlhf_state_{rank}.pt"
-FREE = frozenset({"offload"})
-"""Settings that change no number, so that a resumed run may have others."""
+FREE = re.compile(r"(update|critic|reference|rewards\.\d+)\.offload")
+"""Dotted paths of settings that change nothing that is computed, so that a resumed run may have others."""
 
 
 class CheckpointError(ValueError):
@@ -137,10 +137,13 @@ def rotate(newest_folder: Path, limit: int | None, best: str | None) -> None:
         shutil.rmtree(folder)
 
 
-def check_same_run(folder: Path, manifest: dict[str, Any], record: dict[str, Any], processes: int | None) -> None:
+def check_same_run(
+    folder: Path, manifest: dict[str, Any], record: dict[str, Any], processes: int | None, blends_away: bool = False
+) -> None:
     """Raises `CheckpointError` naming what differs between the run of a checkpoint and this one.
 
-    `processes` is their number where it matters, within a rollout, whose rows lie with their processes.
+    `processes` is their number where it matters, within a rollout, whose rows lie with their processes. `blends_away`: where
+    the reference lies decides how it is rounded when it moves, so that another `reference.offload` gives a warning.
     """
     if not manifest["resumable"]:
         raise CheckpointError(f"{folder} was saved with save_only_model: it cannot be resumed")
@@ -153,12 +156,23 @@ def check_same_run(folder: Path, manifest: dict[str, Any], record: dict[str, Any
             + "\n  ".join(changed)
             + "\nResume with the same recipe, or start anew"
         )
+    if not blends_away:
+        return
+    before, now = (bool(run["algorithm"]["reference"].get("offload")) for run in (manifest, record))
+    if before != now:
+        logger.warning(
+            "reference.offload was %s in %s and is %s now: the reference moves where it lies, and a CPU may round its average "
+            "otherwise than this device, so the run may differ from the uninterrupted one by rounding",
+            *(str(before).lower(), folder, str(now).lower()),
+        )
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:
-    """Dotted paths at which two nested containers differ, with both values; not at the keys in `FREE`."""
+    """Dotted paths at which two nested containers differ, with both values; not those that are `FREE`."""
+    if FREE.fullmatch(path):
+        return []
     if isinstance(saved, dict) and isinstance(now, dict):
-        keys = [k for k in (*saved, *(k for k in now if k not in saved)) if k not in FREE]
+        keys = [*saved, *(k for k in now if k not in saved)]
         return [d for k in keys for d in differences(saved.get(k), now.get(k), f"{path}.{k}".lstrip("."))]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         return [d for i, (a, b) in enumerate(zip(saved, now, strict=True)) for d in differences(a, b, f"{path}.{i}")]

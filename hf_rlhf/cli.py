@@ -17,9 +17,9 @@ from typer.core import TyperGroup
 from hf_rlhf import __version__, completion, hookspecs
 from hf_rlhf.axes import AXES
 from hf_rlhf.failures import ASKED, report
-from hf_rlhf.host import Host, get_host
+from hf_rlhf.host import Host, check_axis, get_host
 from hf_rlhf.output import Json, examples, output_to_stderr, print_json, quiet_off_terminal, table
-from hf_rlhf.validation import Setting, UserError, describe, did_you_mean
+from hf_rlhf.validation import Setting, UserError, describe
 
 EXIT_CODES = (
     (0, "done"),
@@ -205,8 +205,7 @@ def show(
 ) -> None:
     """Explain a plugin and its settings; without NAME, an axis, with a complete plugin as an example."""
     host = get_host()
-    if axis not in AXES:
-        raise UserError(f"no axis named {axis!r}.{did_you_mean(axis, AXES)} The axes are: {', '.join(AXES)}")
+    check_axis(axis)
     if name is not None:
         _show_plugin(host, axis, name, as_json)
         return

@@ -92,7 +92,7 @@ class Collector:
         for title, kl in self.algorithm.titled("kl"):
             if isinstance(controller := getattr(kl, "controller", None), KLController):
                 self.meters.put(f"kl/{title}/beta", controller(kl.beta))
-        for area, plugin in places(self.algorithm):
+        for area, _, plugin in places(self.algorithm):
             for name, x in plugin.report().items():
                 self.meters.put(f"{area}/{name}", x)
 

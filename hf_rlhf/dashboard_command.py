@@ -55,11 +55,11 @@ def dashboard(
 
     wb.libraries()
     project = project or os.environ.get("WANDB_PROJECT", "hf_rlhf")
+    made: Any = _read(name, words) if name.endswith(SPECIFICATION) else wb.workspace_of(_made(name, words))
     if output is None and not wb.has_account():
         output = f"{Path(name).stem}-dashboard{SPECIFICATION}"
         typer.echo(f"no Weights & Biases account found, or offline: writing {output} instead", err=True)
     owner = "" if output is not None else wb.owner(entity)
-    made: Any = _read(name, words) if name.endswith(SPECIFICATION) else wb.workspace_of(_made(name, words))
     made.entity, made.project = (owner, project) if output is None else (entity or "", project)
     if output is None:
         print(wb.push(made))

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from importlib import metadata
 from typing import Annotated, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
@@ -31,7 +30,12 @@ PREFIXES = (
 )
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
 """Environment variables that change behaviour, besides those that begin with one of `PREFIXES`."""
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+SECRET = re.compile(
+    r"(^|_)((API|ACCESS)?(TOKEN|KEY)|SECRET|PASS(WORD|WD|PHRASE)?|CREDENTIAL|AUTH)S?(_|$)", re.IGNORECASE
+)
+"""Words of names whose values are not printed."""
+LOGIN = re.compile(r"((?<=://)|(?<!\S))((?!://)\S)*@")
+"""User and password: what stands before the last @ of a URL, with a scheme or without."""
 SANDBOXES: dict[str, dict[str, Any]] = {
     "bubblewrap": {},
     "docker": {},
@@ -150,7 +154,7 @@ def _wandb() -> dict[str, Any]:
         finally:
             wandb.teardown()
     except Exception as error:
-        return {"problem": f"{type(error).__name__}: {error}"}
+        return {"problem": _without_login(f"{type(error).__name__}: {error}")}
 
 
 def _sandboxes(host: Host) -> dict[str, str]:
@@ -200,9 +204,8 @@ def _variables() -> dict[str, str]:
 
 
 def _without_login(text: str) -> str:
-    """A URL without the user and the password in it; other text as it is."""
-    parts = urlsplit(text) if "://" in text and "@" in text else None
-    return text if parts is None else urlunsplit(parts._replace(netloc=f"...@{parts.netloc.rpartition('@')[2]}"))
+    """The text without users and passwords of the URLs in it."""
+    return LOGIN.sub("...@", text)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

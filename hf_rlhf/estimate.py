@@ -29,7 +29,7 @@ from hf_rlhf.counting import (
     trunk_of,
     without_storage,
 )
-from hf_rlhf.held import Held, first_line, held, local_config
+from hf_rlhf.held import Held, UnmadeError, first_line, held, local_config, without_weights
 from hf_rlhf.memory import MIB, resident
 from hf_rlhf.micro_batches import Batching
 from hf_rlhf.models import disable_dropout, lora_config
@@ -145,7 +145,7 @@ def from_settings(
         config = local_config(settings.path, settings.revision, trust_remote_code)
     except OSError:
         return Estimate(notes=[f"not estimated: the configuration of {settings.path} is not on this machine"])
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         return Estimate(notes=[f"not estimated: {first_line(error)}"])
 
     spared = [0.0, 0.0]
@@ -157,14 +157,16 @@ def from_settings(
         dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
         eager = "double_backward" in setting.algorithm.needs or settings.attn_implementation == "eager"
         attention = {"attn_implementation": "eager"} if eager else {}
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
-            )
+        model = without_weights(
+            AutoModelForCausalLM, config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
+        )
         spared[:] = bytes_of(model, settings)
         return with_adapter(model if settings.dropout else disable_dropout(model), settings, peft_config)
 
-    found = estimate(make, setting, -LIBRARIES)
+    try:
+        found = estimate(make, setting, -LIBRARIES)
+    except UnmadeError as error:
+        return Estimate(notes=[f"not estimated: {error}"])
     for parts in found.phases.values():
         lighten(parts, *(x / MIB for x in spared))
     return found

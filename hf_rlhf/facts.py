@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from hf_rlhf.axes import AXES, KLController, Plugin
+from hf_rlhf.axes import KLController, Plugin
 
 Claims = Iterator[tuple[str, Callable[[], None]]]
 Statistics = Sequence[Mapping[str, float]]
@@ -313,8 +313,3 @@ def second_of_two_processes() -> Iterator[None]:
             stack.enter_context(patch.object(torch.distributed, name, instead))
         stack.enter_context(patch.dict(os.environ, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}))
         yield
-
-
-def axis_of(plugin: Plugin) -> str | None:
-    """The axis of a plugin, None where it is on none."""
-    return next((axis for axis, base in AXES.items() if isinstance(plugin, base)), None)

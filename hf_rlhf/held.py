@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from hf_rlhf.quickstart import BUILTIN, addition_config
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import TrainingArguments
 
+    from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.estimate import Setting
 
 STATES: dict[str, float] = {
@@ -36,6 +39,8 @@ STATES: dict[str, float] = {
     "adafactor": 0,
 }
 """Optimizer of TrainingArguments -> bytes of its state per byte of float32 weights; `adamw` is every other AdamW."""
+CODED = ("adamw_torch_8bit", "adamw_torch_4bit")
+"""Optimizers of TrainingArguments whose state is torchao's codes, which are more than plain tensors."""
 
 
 @dataclass(kw_only=True)
@@ -70,7 +75,7 @@ def held(setting: Setting, model: nn.Module, critic: Any, notes: list[str]) -> H
     if type(a.optimizer).hold is not UpdateRule.hold:
         notes.append(f"without the vectors of optimizer={a.optimizer.name}")
     else:
-        factor = optimizer_bytes(str(getattr(setting.args.optim, "value", setting.args.optim)), 1, notes)
+        factor = optimizer_bytes(_optim(setting.args), 1, notes)
         _put(found, "optimizer", factor * trained, a.update)
         _put(found, "optimizer", factor * of_critic, a.update, a.critic)
     if setting.processes > 1:
@@ -82,6 +87,41 @@ def _put(found: Held, part: str, size: float, *choices: Any) -> None:
     """Adds to a part, away where one of `choices` has its `offload` set."""
     kept = found.away if any(getattr(choice, "offload", False) for choice in choices) else found.here
     kept[part] = kept.get(part, 0.0) + size
+
+
+def offload_problems(a: Algorithm, args: TrainingArguments) -> Iterator[str]:
+    """Why the optimizer's state cannot be offloaded, with what to write instead."""
+    optim, asked = _optim(args), [axis for axis in ("update", "critic") if getattr(getattr(a, axis), "offload", False)]
+    if asked and optim in CODED and type(a.optimizer).hold is UpdateRule.hold:
+        drop = " and ".join(f"{axis}.offload=false" for axis in asked)
+        yield (
+            f"offload moves plain tensors, and the state of training.optim={optim} is torchao's codes: set {drop}, or "
+            "training.optim=adamw_torch"
+        )
+
+
+def offload_remarks(a: Algorithm, args: TrainingArguments) -> Iterator[str]:
+    """What is said of an `update.offload` that finds nothing to offload."""
+    if a.update.offload and a.update.ema is None and _stateless(args) and type(a.optimizer).hold is UpdateRule.hold:
+        yield (
+            f"update.offload has no effect: training.optim={_optim(args)} without momentum keeps no state, and there is no "
+            "update.ema"
+        )
+
+
+def policy_state(a: Algorithm, args: TrainingArguments) -> bool:
+    """Whether an optimizer step leaves state of the policy's parameters behind, where that is known."""
+    return type(a.optimizer).hold is UpdateRule.hold and not _stateless(args)
+
+
+def _stateless(args: TrainingArguments) -> bool:
+    pairs = (pair.partition("=") for pair in str(args.optim_args or "").replace(" ", "").split(","))
+    momentum = next((value for name, _, value in pairs if name == "momentum"), "0")
+    return _optim(args) == "sgd" and float(momentum) == 0
+
+
+def _optim(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def _reward_models(setting: Setting, notes: list[str]) -> tuple[float, float]:
@@ -149,6 +189,22 @@ def local_config(path: str, revision: str | None, trust_remote_code: bool = Fals
     return AutoConfig.from_pretrained(
         place, revision=revision, local_files_only=True, trust_remote_code=trust_remote_code
     )
+
+
+class UnmadeError(ValueError):
+    """A model that cannot be made without weights; the message says why."""
+
+
+def without_weights(auto: Any, config: Any, **options: Any) -> Any:
+    """The model of a configuration on `meta`, by a class of transformers. Raises `UnmadeError` where code that comes with the
+    model does not allow that."""
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, **options)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, ImportError) as error:
+        raise UnmadeError(
+            f"the model cannot be made without weights ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ import pluggy
 
 from hf_rlhf import hookspecs
 from hf_rlhf.api import refusal, stated
-from hf_rlhf.axes import AXES, Plugin
+from hf_rlhf.axes import AXES, Plugin, axis_of
 from hf_rlhf.offers import (
     GROUP,
     RECIPES,
@@ -120,8 +120,7 @@ class Host:
 
     def find(self, axis: str, name: str) -> Offer:
         """Who offers `name` (or `package/name`), without importing it. Raises `PluginError` naming the choices."""
-        if axis not in AXES:
-            raise PluginError(f"no axis named {axis!r}.{did_you_mean(axis, AXES)} The axes are: {', '.join(AXES)}")
+        check_axis(axis)
         return pick([o for o in self._offers if o.axis == axis], name, f"{axis} plugin", self.names(axis))
 
     def find_recipe(self, name: str) -> RecipeOffer:
@@ -141,7 +140,7 @@ class Host:
         """What ran, for the record of a run: axis, name, package, version, module and SHA-256 of the module's file."""
         rows = []
         for cls in classes:
-            axis = next(axis for axis, base in AXES.items() if issubclass(cls, base))
+            axis = axis_of(cls)
             key = (cls.__module__, axis, cls.name)
             offer = next((o for o in self._offers if (o.module, o.axis, o.name) == key), None)
             file = getattr(sys.modules.get(cls.__module__), "__file__", None)
@@ -275,6 +274,12 @@ class Host:
                 label = getattr(cls, "__name__", repr(cls))
                 raise PluginError(f"{offer.source}: {label} in {offer.module} is no {offer.axis} plugin: {wrong}")
         return list(classes)
+
+
+def check_axis(axis: str) -> None:
+    """Raises `PluginError` where there is no such axis."""
+    if axis not in AXES:
+        raise PluginError(f"no axis named {axis!r}.{did_you_mean(axis, AXES)} The axes are: {', '.join(AXES)}")
 
 
 def _misfit(cls: Any, axis: str) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,36 @@ FOLDER = "adapter"
 def save_merged(model: Any, folder: Path) -> None:
     """Saves plain transformers weights with the adapter in them, and the adapter by itself in `FOLDER` within the folder.
 
-    The model in memory stays as it is; a whole copy of it is made in main memory. Raises `ValueError` as `merged`.
+    The model in memory stays as it is; a whole copy of it is made in main memory. The adapter is written first, so that it
+    is there when the merge fails. Raises `ValueError` as `merged`.
     """
-    merged(model).save_pretrained(folder)
     model.save_pretrained(folder / FOLDER)
+    merged(model).save_pretrained(folder)
+
+
+def drop_other_form(folder: Path, whole: bool) -> None:
+    """Removes what an earlier run left in a folder to which a model was just saved, `whole` or as an adapter: with both there,
+    the whole model would be loaded with the adapter on it once more.
+
+    Beside an adapter only a whole model that `save_merged` wrote goes, never the adapter's own base.
+    """
+    config = folder / "adapter_config.json"
+    if whole:
+        left = [config, *folder.glob("adapter_model.*")]
+    elif config.is_file() and (folder / FOLDER / config.name).is_file() and not _is_base(folder, config):
+        shutil.rmtree(folder / FOLDER)
+        left = [folder / "config.json", folder / "generation_config.json"]
+        left += [*folder.glob("model.safetensors*"), *folder.glob("model-*.safetensors")]
+    else:
+        left = []
+    for file in left:
+        file.unlink(missing_ok=True)
+
+
+def _is_base(folder: Path, config: Path) -> bool:
+    """Whether a folder is the base of the adapter with this configuration."""
+    base = json.loads(config.read_text()).get("base_model_name_or_path")
+    return base is not None and Path(base).expanduser().resolve() == folder.resolve()
 
 
 def merged(model: Any) -> Any:
@@ -37,11 +65,30 @@ def _copied(model: Any) -> Any:
     """A copy in main memory; tensors that are shared stay shared."""
     from torch import nn
 
-    here: dict[int, Any] = {}
+    here: dict[int, Any] = {id(m): _moved(m) for m in model.modules() if _holds_codes(m)}
+    coded = {id(p) for m in model.modules() if id(m) in here for p in (*m.parameters(), *m.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
-        moved = tensor.detach().to("cpu", copy=True)
-        here[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+        if id(tensor) not in coded:
+            moved = tensor.detach().to("cpu", copy=True)
+            here[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
     return copy.deepcopy(model, here)
+
+
+def _moved(module: Any) -> Any:
+    """A copy in main memory of one module that holds codes. It is made where the module lies and then moved, because what
+    stands beside the codes, scales say, moves with the module alone."""
+    copied = copy.deepcopy(module).to("cpu")
+    if hasattr(copied, "quant_state"):  # of the weight; the module names it a second time, and that one is not moved
+        copied.quant_state = getattr(copied.weight, "quant_state", None)
+    return copied
+
+
+def _holds_codes(module: Any) -> bool:
+    """Whether parameters of the module itself are not numbers, but a library's codes of them."""
+    from torch import nn
+
+    own = [p for p in module._parameters.values() if p is not None]
+    return any(type(p) is not nn.Parameter or not p.is_floating_point() for p in own)
 
 
 def _with_numbers(model: Any) -> Any:
@@ -49,9 +96,8 @@ def _with_numbers(model: Any) -> Any:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     name = model.active_adapter
-    copied = copy.deepcopy(model).to("cpu")
     try:
-        base = copied.unload().dequantize()
+        base = _copied(model).unload().dequantize()
     except (NotImplementedError, ValueError, AttributeError) as error:
         raise ValueError(
             f"the numbers behind this quantised base are not told ({error}): set model.save_merged=false"

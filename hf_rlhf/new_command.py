@@ -16,10 +16,10 @@ import typer
 from hf_rlhf import API_VERSION, __version__, completion
 from hf_rlhf.axes import AXES
 from hf_rlhf.cli import PluginOptions, app
-from hf_rlhf.host import Host, get_host
+from hf_rlhf.host import Host, check_axis, get_host
 from hf_rlhf.offers import spec_of
 from hf_rlhf.output import examples
-from hf_rlhf.validation import UserError, did_you_mean
+from hf_rlhf.validation import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONGEST = 30
@@ -93,12 +93,6 @@ def new(
         f"hf-rlhf train {recipe} {_quoted(words, name)} --max-steps 10",
     ):
         print(line)
-
-
-def check_axis(axis: str) -> None:
-    """Raises `UserError` where there is no such axis."""
-    if axis not in AXES:
-        raise UserError(f"no axis named {axis!r}.{did_you_mean(axis, AXES)} The axes are: {', '.join(AXES)}")
 
 
 def check_name(host: Host, axis: str, name: str, taken: bool) -> None:

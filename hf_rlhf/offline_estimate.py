@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hf_rlhf.counting import Live, count_step, hollow, tensor_bytes, trunk_of, whole_depth, without_storage
 from hf_rlhf.estimate import LIBRARIES, Estimate, with_adapter
-from hf_rlhf.held import first_line, local_config, optimizer_bytes
+from hf_rlhf.held import UnmadeError, first_line, local_config, optimizer_bytes, without_weights
 from hf_rlhf.memory import MIB, resident
 from hf_rlhf.models import disable_dropout
 from hf_rlhf.offline import Footprint, OfflineTrainer
-from hf_rlhf.quantised import is_quantised
+from hf_rlhf.quantised import bytes_of, lighten
 from hf_rlhf.settings import Model
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def estimate_offline(
         config = local_config(settings.path, settings.revision, trust_remote_code)
     except OSError:
         return Estimate(notes=[f"not estimated: the configuration of {settings.path} is not on this machine"])
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         return Estimate(notes=[f"not estimated: {first_line(error)}"])
     found = Estimate()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -82,12 +82,13 @@ def estimate_offline(
             return Estimate(notes=["not estimated: nothing bounds a row's tokens; set trainer.max_length"])
         tokens = room
         found.notes.append(f"rows of {room:,} tokens are assumed, as trainer.max_length and the model's context allow")
-    if is_quantised(settings):
-        found.notes.append("its weights are counted as if they were not held in few bits")
     footprint = trainer.footprint(settings.lora is not None)
-    blueprint = with_adapter(
-        _blueprint(settings, trainer, config, trust_remote_code), settings, _peft(settings, trainer)
-    )
+    try:
+        plain = _blueprint(settings, trainer, config, trust_remote_code)
+    except UnmadeError as error:
+        return Estimate(notes=[f"not estimated: {error}"])
+    spared, layer = bytes_of(plain, settings)
+    blueprint = with_adapter(plain, settings, _peft(settings, trainer))
     here = 0.0
     if args.device.type == "cpu":
         here = float(resident() + LIBRARIES) if process is None else process
@@ -106,6 +107,10 @@ def estimate_offline(
                 f"forwards cannot be counted for this model ({type(error).__name__}: {first_line(error)})"
             )
             found.phases = {"weights": held}
+    for parts in found.phases.values():
+        lighten(parts, spared, layer)
+        if "reference" in parts:
+            parts["reference"] -= spared
     found.phases = {
         phase: {part: size / MIB for part, size in parts.items() if size > 0} for phase, parts in found.phases.items()
     }
@@ -123,13 +128,13 @@ def _blueprint(settings: Model, trainer: OfflineTrainer, config: Any, trust_remo
         config.num_labels = trainer.outputs
         config.get_text_config().pad_token_id = 0
     options = {"attn_implementation": "eager"} if settings.attn_implementation == "eager" else {}
-    with torch.device("meta"):
-        model = getattr(transformers, AUTO[trainer.head]).from_config(
-            config,
-            dtype=own if settings.dtype == "auto" else getattr(torch, settings.dtype),
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
+    model = without_weights(
+        getattr(transformers, AUTO[trainer.head]),
+        config,
+        dtype=own if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
     return model if settings.dropout else disable_dropout(model)
 
 

@@ -50,8 +50,9 @@ DATA_ORDER = ("per_device_train_batch_size", "gradient_accumulation_steps", "tra
 """Arguments that a resumed run must share with its checkpoint, besides `DECISIVE`."""
 
 
-def check(recipe: OfflineRecipe, keywords: Mapping[str, Any]) -> Plan:
-    """The plan on this many processes. Raises `UserError` with every reason for refusal; loads no model."""
+def check(recipe: OfflineRecipe, keywords: Mapping[str, Any], trust_remote_code: bool = False) -> Plan:
+    """The plan on this many processes. Raises `UserError` with every reason for refusal; loads no model. Code that comes with
+    the model is run where `trust_remote_code` allows it: without, memory is not estimated for such a one."""
     from transformers import TrainingArguments
 
     args = _made(TrainingArguments, keywords)
@@ -71,7 +72,7 @@ def check(recipe: OfflineRecipe, keywords: Mapping[str, Any]) -> Plan:
         args, trainer, None if train is None else len(train), None if held_out is None else len(held_out)
     )
     plan.remarks += recipe.notes
-    _estimate_memory(plan, recipe, args)
+    _estimate_memory(plan, recipe, args, trust_remote_code=trust_remote_code)
     return plan
 
 
@@ -81,7 +82,7 @@ def train(
     """Runs the recipe; the summary that is also written to summary.json. `found`: the checkpoint to go on from."""
     from hf_rlhf.interrupts import StopOnSignal, only_run_in
 
-    plan = check(recipe, keywords)
+    plan = check(recipe, keywords, trust_remote_code)
     with only_run_in(Path(keywords["output_dir"])), StopOnSignal() as stop:
         return _train(recipe, keywords, plan, found, trust_remote_code, stop)
 
@@ -197,7 +198,7 @@ def make(
             f"{type(trainer).__name__}: its checkpoints and its evaluation would not be the run's"
         )
     tokens = max(longest(part) for part in (train, evaluation) if part is not None)
-    _estimate_memory(plan, recipe, trainer.args, tokens)
+    _estimate_memory(plan, recipe, trainer.args, tokens, trust_remote_code)
     packed: Any = trainer.train_dataset
     plan.arithmetic = _arithmetic(trainer.args, plugin, len(train), rows["evaluation"], len(packed))
     record["plan"] = json.loads(json.dumps(plan.as_dict()))
@@ -207,14 +208,15 @@ def make(
 def save(trainer: Any, folder: Path) -> None:
     """The model, an adapter merged into it unless `model.save_merged` is false, its tokenizer and its card, as the reward that
     it is for reads them."""
-    from hf_rlhf.merging import save_merged
+    from hf_rlhf.merging import drop_other_form, save_merged
 
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if hasattr(model, "peft_config") and trainer.record["recipe"]["model"].get("save_merged") is not False:
-            save_merged(model, folder)
-        else:
-            model.save_pretrained(folder)
+        adapted = hasattr(model, "peft_config")
+        whole = adapted and trainer.record["recipe"]["model"].get("save_merged") is not False
+        (save_merged if whole else type(model).save_pretrained)(model, folder)
+        if adapted:
+            drop_other_form(folder, whole)
         trainer.processing_class.save_pretrained(folder)
         trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
@@ -272,14 +274,21 @@ def _check_model(recipe: OfflineRecipe, trainer: OfflineTrainer) -> None:
         raise UserError("\n".join(problems))
 
 
-def _estimate_memory(plan: Plan, recipe: OfflineRecipe, args: TrainingArguments, tokens: int | None = None) -> None:
+def _estimate_memory(
+    plan: Plan,
+    recipe: OfflineRecipe,
+    args: TrainingArguments,
+    tokens: int | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Fills the plan's memory; `tokens` are those of the longest row where it is known. What the plan says already of the
     process itself stays."""
     from hf_rlhf.memory import MIB
     from hf_rlhf.offline_estimate import estimate_offline
 
     process = next((parts["process"] * MIB for parts in plan.memory.values() if "process" in parts), None)
-    found = estimate_offline(recipe.model, recipe.trainer(), args, tokens=tokens, process=process)
+    more: dict[str, Any] = {"tokens": tokens, "process": process, "trust_remote_code": trust_remote_code}
+    found = estimate_offline(recipe.model, recipe.trainer(), args, **more)
     plan.memory, plan.memory_notes = found.phases, found.notes
 
 

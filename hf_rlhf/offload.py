@@ -1,10 +1,11 @@
 """Where tensors lie while nothing reads them: on their device, or away from it.
 
-Away from a GPU and its like is main memory (pinned with CUDA): tensors are copied over for the phases that read them, and
-what has changed is copied back. Away from a CPU is a file that is mapped into memory: pages come in as they are read or
-written, and the process lets go of all of them after the phase. The system then keeps them in its cache of files for as long
-as it has room, and on the disk. The file has no name, so it is gone with the process; it lies in TMPDIR where that is set, else
-in /var/tmp, which is on a disk where /tmp may be memory.
+Away from a GPU and its like is main memory (with CUDA in a few large pinned blocks, which the tensors fill one after the
+other: torch takes a power of two of bytes for each block that is pinned, and keeps it): tensors are copied over for the
+phases that read them, and what has changed is copied back. Away from a CPU is a file that is mapped into memory: pages come
+in as they are read or written, and the process lets go of all of them after the phase. The system then keeps them in its
+cache of files for as long as it has room, and on the disk. The file has no name, so it is gone with the process; it lies in
+TMPDIR where that is set, else in /var/tmp, which is on a disk where /tmp may be memory.
 
 A tensor stays the same Python object throughout, and may be read and written wherever it lies: optimizers, checkpoints and
 whatever else holds it need not know. Numbers are copied, never changed.
@@ -17,6 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""Bytes between whose multiples a tensor begins in a file."""
+"""A tensor begins at a multiple of so many bytes in a file or a block."""
+SMALLEST_BLOCK = 4096
+"""Bytes of the smallest block of main memory."""
 PREFIX = "hf_rlhf-"
 """How the name of a file begins as long as it has one."""
 
@@ -58,8 +62,8 @@ class Keeper:
         self._tensors = tensors
         self._asked = 0
 
-    def bring(self) -> None:
-        """Has them on their device; nothing to do where they are."""
+    def bring(self, changed: bool = True) -> None:
+        """Has them on their device; nothing to do where they are. `changed`: whether they may change there."""
 
     def send(self) -> None:
         """Has them away from it, if that is where they are kept; nothing to do where they are."""
@@ -69,12 +73,12 @@ class Keeper:
         return 0
 
     @contextmanager
-    def there(self) -> Iterator[None]:
-        """On their device until the outermost of such blocks is left."""
+    def there(self, changed: bool = True) -> Iterator[None]:
+        """On their device until the outermost of such blocks is left. Without `changed` nothing changes them in this block."""
         self._asked += 1
         try:
-            if self._asked == 1:
-                self.bring()
+            if self._asked == 1 or changed:
+                self.bring(changed)
             yield
         finally:
             self._asked -= 1
@@ -82,10 +86,10 @@ class Keeper:
                 self.send()
 
     def _plain(self) -> list[Tensor]:
-        """The tensors as they are now. Raises TypeError where one is more than its numbers."""
+        """The tensors as they are now, each once. Raises TypeError where one is more than its numbers."""
         import torch
 
-        now = [x for x in self._tensors() if x.numel()]
+        now = list({id(x): x for x in self._tensors() if x.numel()}.values())
         for x in now:
             if type(x) not in (torch.Tensor, torch.nn.Parameter):
                 raise TypeError(
@@ -116,39 +120,43 @@ class ToMainMemory(Keeper):
         super().__init__(tensors)
         self._device, self._changes = device, changes
         self._homes: dict[int, tuple[Tensor, Tensor]] = {}
-        for x in self._plain() if at_home else ():
-            if device.type == "cuda":
-                x.data = x.detach().pin_memory()
-            self._homes[id(x)] = x, x.detach()
+        self._as_home: dict[int, int] = {}  # where the copies lie that do not change
+        own = self._plain() if at_home else []
+        if device.type == "cuda":
+            for x, home in in_blocks(own, pinned=True):
+                x.data = home.copy_(x.detach())
+        self._homes = {id(x): (x, x.detach()) for x in own}
 
-    def bring(self) -> None:
+    def bring(self, changed: bool = True) -> None:
+        if changed:
+            self._as_home.clear()
         for x in self._plain():
             _, home = self._homes.get(id(x), (None, None))
             if home is not None and x.data_ptr() == home.data_ptr():
                 x.data = home.to(self._device, non_blocking=True, copy=True)
+                if not changed:
+                    self._as_home[id(x)] = x.data_ptr()
 
     def send(self) -> None:
         import torch
 
-        homes: dict[int, tuple[Tensor, Tensor]] = {}
-        copied = False
+        known, new = [], []
         for x in self._plain():
             if id(x) in self._homes:
-                homes[id(x)] = self._homes[id(x)]
+                known.append(self._homes[id(x)])
             elif x.device.type == self._device.type:
-                pinned = self._device.type == "cuda"
-                homes[id(x)] = x, torch.empty_like(x.detach(), device="cpu", pin_memory=pinned)
-            else:
-                continue
-            home = homes[id(x)][1]
-            if x.data_ptr() != home.data_ptr() and (self._changes or id(x) not in self._homes):
-                home.copy_(x.detach(), non_blocking=True)
-                copied = True
+                new.append(x)
+        made = list(in_blocks(new, pinned=self._device.type == "cuda"))
+        changed = [(x, home) for x, home in known if self._changes and x.data_ptr() != home.data_ptr()]
+        copied = made + [(x, home) for x, home in changed if self._as_home.get(id(x)) != x.data_ptr()]
+        for x, home in copied:
+            home.copy_(x.detach(), non_blocking=True)
         if copied and self._device.type != "cpu":
             torch.get_device_module(self._device).synchronize(self._device)
-        for x, home in homes.values():
+        for x, home in (*known, *made):
             x.data = home
-        self._homes = homes
+        self._homes = {id(x): (x, home) for x, home in (*known, *made)}
+        self._as_home.clear()
 
     def away(self) -> int:
         return sum(home.nbytes for _, home in self._homes.values())
@@ -181,19 +189,58 @@ class ToFile(Keeper):
 
 def mapped(tensors: list[Tensor]) -> mmap.mmap:
     """Moves CPU tensors into a new mapped file, each with a storage of its own there. Raises OSError where the disk is full."""
+    sizes = [aligned(x) for x in tensors]
+    file = _file(sum(sizes))
+    for x, place in zip(tensors, accumulate(sizes, initial=0), strict=False):
+        x.data = _view(file, place, x.detach()).copy_(x.detach())
+    return file
+
+
+def in_blocks(tensors: list[Tensor], pinned: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tensor, one like it in main memory whose numbers are still to be written), block by block; each has a storage of its
+    own, and a block goes with the last that lies in it."""
     import torch
 
-    places, size = [], 0
-    for x in tensors:
-        places.append(size)
-        size += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
-    file = _file(size)
-    for x, place in zip(tensors, places, strict=True):
-        old = x.detach()
-        flat: Any = torch.frombuffer(file, dtype=x.dtype, count=x.numel(), offset=place)
-        dense = torch.empty_like(old, device="meta")  # in the order of dimensions that it has
-        x.data = flat.as_strided(dense.size(), dense.stride()).copy_(old)
-    return file
+    for size, inside in blocks([aligned(x) for x in tensors]):
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
+        for i, place in inside:
+            yield tensors[i], _view(block, place, tensors[i].detach())
+
+
+def blocks(sizes: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Blocks for things of these sizes: bytes, a power of two, and (index, place) of what lies in it.
+
+    The largest go first, each into the first block with room; where there is none, the next block is the largest that what
+    is left would fill, or the smallest that holds it.
+    """
+    made: list[tuple[int, list[tuple[int, int]]]] = []
+    free: list[int] = []
+    left = sum(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = next((k for k, room in enumerate(free) if room >= sizes[i]), len(made))
+        if at == len(made):
+            filled, holding = 1 << left.bit_length() - 1, 1 << (sizes[i] - 1).bit_length()
+            made.append((max(filled, holding, SMALLEST_BLOCK), []))
+            free.append(made[at][0])
+        made[at][1].append((i, made[at][0] - free[at]))
+        free[at] -= sizes[i]
+        left -= sizes[i]
+    return made
+
+
+def aligned(x: Tensor) -> int:
+    """Bytes of a tensor, and what lies empty up to the next."""
+    return -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _view(buffer: Any, place: int, like: Tensor) -> Tensor:
+    """A tensor at a place of a buffer, with a storage of its own, and the order of dimensions of another."""
+    import torch
+
+    flat: Any = torch.frombuffer(buffer, dtype=like.dtype, count=like.numel(), offset=place)
+    dense = torch.empty_like(like, device="meta")
+    viewed: Tensor = flat.as_strided(dense.size(), dense.stride())
+    return viewed
 
 
 def folder() -> str:

@@ -39,6 +39,9 @@ class Phases:
     """Optimizer state and the policy's average."""
     compares_in_update: bool
     """Whether the update reads the reference."""
+    blends_away: bool
+    """Whether the reference's moves would be rounded in another way where its `offload` were another: an average that is
+    computed in main memory, or on a device."""
     meters: Meters
 
     @classmethod
@@ -69,12 +72,14 @@ class Phases:
 
         compared, device = bool(algorithm.kl_over_distributions("update")), meters.device
         moves_there = algorithm.reference.moves and compared
+        blends = algorithm.reference.moves and getattr(algorithm.reference, "mixing", None) != 1  # 1 copies
         offload = [bool(getattr(part, "offload", False)) for part in (algorithm.reference, algorithm.critic)]
         made = cls(
             reference=keeper(own_weights, device, offload[0], changes=moves_there),
             critic=keeper(tensors_of(critic), device, offload[1], changes=True),
             update=keeper(state, device, offload[1] or everything, changes=True),
             compares_in_update=compared,
+            blends_away=blends and device.type != "cpu" and not compared,
             meters=meters,
         )
         made.sampling()
@@ -89,11 +94,11 @@ class Phases:
             self.meters.peak("memory/offloaded", away / MIB)
 
     def forward(self, *, critic: bool = False, reference: bool = False) -> ExitStack:
-        """A context in which the critic, or the reference, is there."""
+        """A context in which the critic, or the reference, is there to be read; nothing changes it."""
         there = ExitStack()
         for part, wanted in ((self.critic, critic), (self.reference, reference)):
             if wanted:
-                there.enter_context(part.there())
+                there.enter_context(part.there(changed=False))
         return there
 
     def updating(self) -> None:

@@ -35,10 +35,12 @@ def make_plan(
     processes: int = 1,
     rows_per_micro_batch: int | None = None,
     lora: bool = False,
+    policy_state: bool = True,
 ) -> Plan:
-    """The plan of `algorithm` on `processes` processes. `manifest` says which package offered each plugin."""
+    """The plan of `algorithm` on `processes` processes. `manifest` says which package offered each plugin; `policy_state`
+    whether the optimizer keeps state of the policy's parameters."""
     plan = Plan(plugins=manifest)
-    _models(plan, algorithm, lora)
+    _models(plan, algorithm, lora, policy_state)
     _forwards(plan, algorithm)
     plan.remarks += _second_model(algorithm) if lora else []
     for path, plugin in algorithm.plugins():
@@ -66,8 +68,10 @@ def _second_model(a: Algorithm) -> list[str]:
     ]
 
 
-def _models(plan: Plan, a: Algorithm, lora: bool) -> None:
-    state = "; its optimizer state is offloaded while completions are sampled and scored" if a.update.offload else ""
+def _models(plan: Plan, a: Algorithm, lora: bool, policy_state: bool) -> None:
+    kept = ["its optimizer state"] * policy_state + ["its average"] * (a.update.ema is not None)
+    away = " and ".join(kept) if a.update.offload else ""
+    state = f"; offloaded while completions are sampled and scored: {away}" if away else ""
     plan.models.append("policy: " + ("its adapter is trained, its base is frozen" if lora else "trained") + state)
     if "ref_logps" in a.provides:
         readers = ", ".join(f"kl.{kl.name} ({kl.estimator.name}, {kl.level})" for kl in a.kl)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest import SkipTest
 
@@ -93,6 +95,11 @@ def offers_of(host: Host, target: str) -> list[Offer]:
         return host.add_file(target)
     installed = [offer for offer in host.offers() if not offer.file]
     found = [offer for offer in installed if normal(offer.package) == normal(target)]
+    if not found and Path(target).is_dir():
+        raise UserError(
+            f"{target} is a folder: `pip install -e {shlex.quote(target)}`, then `hf-rlhf plugins check NAME`, with the name in "
+            "its pyproject.toml; or give its .py file"
+        )
     if not found:
         packages = sorted({offer.package for offer in installed})
         raise UserError(

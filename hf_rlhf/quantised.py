@@ -119,8 +119,9 @@ def bytes_of(model: nn.Module, settings: Model) -> tuple[float, float]:
     that the numbers of its largest layer take, which are made anew for each product."""
     from torch import nn
 
+    trunk: Any = getattr(model, "base_model", model)  # heads stay numbers
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    layers = [m.weight for m in trunk.modules() if isinstance(m, nn.Linear) and m is not head]
     if not is_quantised(settings) or not layers:
         return 0.0, 0.0
     scale = (1 / 64 + 4 / (64 * 256) if settings.use_bnb_nested_quant else 4 / 64) + 0.5

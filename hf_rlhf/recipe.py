@@ -28,6 +28,7 @@ from hf_rlhf.recipe_text import (
     STAGES,
     RecipeError,
     read_yaml,
+    unnamed,
     write_yaml,
 )
 from hf_rlhf.settings import SECTIONS, Dataset, Evaluation, Logging, Model, Update
@@ -190,15 +191,13 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
             reader.refuse(key, f"a recipe has no such key.{did_you_mean(key, KEYS)} It has: {', '.join(KEYS)}")
     plugins: dict[str, Any] = {}
     plain_plugins: dict[str, Any] = {}
-    for axis in ALGORITHM_AXES:
-        given = raw.get(axis, DEFAULTS.get(axis, MISSING))
-        if axis == "reference" and given is MISSING:
-            continue
-        plugins[axis], plain_plugins[axis] = reader.axis(axis, given)
-    if "reference" not in raw:
-        lora = isinstance(raw.get("model"), dict) and raw["model"].get("lora") is not None
-        default = reader.reference(plugins, lora)
-        plugins["reference"], plain_plugins["reference"] = reader.axis("reference", default)
+    for axis in sorted(ALGORITHM_AXES, key="reference".__eq__):  # which depends on the others
+        given, meant = raw.get(axis, DEFAULTS.get(axis, MISSING)), DEFAULTS.get(axis)
+        if axis == "reference":
+            lora = isinstance(raw.get("model"), dict) and raw["model"].get("lora") is not None
+            meant = reader.reference(plugins, lora)
+            given = raw.get(axis, meant)
+        plugins[axis], plain_plugins[axis] = reader.axis(axis, given, meant)
     sections, plain_sections = {}, {}
     for section, cls in SECTIONS.items():
         sections[section], plain_sections[section] = reader.group(cls, raw.get(section, {}), section)
@@ -275,15 +274,20 @@ class _Reader:
         self.problems.append((path, text))
         return None, None
 
-    def axis(self, axis: str, given: Any) -> tuple[Any, Any]:
-        """The plugin or plugins at the top of a recipe."""
+    def axis(self, axis: str, given: Any, meant: Any = None) -> tuple[Any, Any]:
+        """The plugin or plugins at the top of a recipe; `meant` by leaving it out."""
         names = ", ".join(self.host.names(axis))
         if given is MISSING:
             way = f"`{axis}: [{{use: NAME}}]`" if axis in LISTS else f"`{axis}: {{use: NAME}}`"
             return self.refuse(axis, f"is missing; write {way}. There are: {names}")
         if axis in LISTS:
             return self.plugins(axis, given, axis)
-        return self.plugin(axis, given, axis, DEFAULTS.get(axis))
+        before = len(self.problems)
+        made, text = self.plugin(axis, given, axis, DEFAULTS.get(axis))
+        if meant and isinstance(given, Mapping) and "use" not in given and len(self.problems) > before:
+            path, problem = self.problems[-1]
+            self.problems[-1] = path, problem + unnamed(axis, meant, given, self.host)
+        return made, text
 
     def plugins(self, axis: str, given: Any, path: str) -> tuple[Any, Any]:
         """A list of plugins."""

@@ -7,14 +7,18 @@ text; duplicate keys, tags, anchors and aliases are errors.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from hf_rlhf.axes import AXES, NESTED
 from hf_rlhf.offline_settings import OFFLINE_SECTIONS
 from hf_rlhf.settings import SECTIONS
-from hf_rlhf.validation import UserError
+from hf_rlhf.validation import UserError, plain_text, setting_types
+
+if TYPE_CHECKING:
+    from hf_rlhf.host import Host
 
 TOP_AXES = [axis for axis in AXES if axis not in NESTED]
 OFFLINE = "trainer"
@@ -35,6 +39,18 @@ DEFAULTS: dict[str, Any] = {
     "filters": [],
 }
 """What a recipe means by leaving an axis out. `reference` depends on the rest; see `hf_rlhf.recipe`."""
+
+
+def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:
+    """What to write where settings of an axis are given and no plugin, so that it would be `meant`; nothing where that has
+    these settings by default, or no plugin has."""
+    fit = [name for name in host.names(axis) if given.keys() <= setting_types(host.get(axis, name)).keys()]
+    if not fit or (meant in fit and axis in DEFAULTS):
+        return ""
+    use, *others = sorted(fit, key=meant.__ne__)
+    whole = ", ".join([f"use: {use}", *(f"{name}: {plain_text(value)}" for name, value in given.items())])
+    also = f" ({', '.join(others)} would do as well)" if others else ""
+    return f". The recipe names no {axis}, so it is {meant}: write {axis}.use={use} too, or {axis}={{{whole}}}{also}"
 
 
 class RecipeError(UserError):

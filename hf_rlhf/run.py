@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 OWN_FILES = ("summary.json", "metrics.jsonl", "recipe.yaml")
 
 
-def check(recipe: Recipe, output_dir: str = "outputs") -> Plan:
-    """The plan of a recipe on this many processes. Raises `UserError` with every reason for refusal; loads no model."""
+def check(recipe: Recipe, output_dir: str = "outputs", trust_remote_code: bool = False) -> Plan:
+    """The plan of a recipe on this many processes. Raises `UserError` with every reason for refusal; loads no model. Code that
+    comes with the model is run where `trust_remote_code` allows it: without, memory is not estimated for such a one."""
     if isinstance(recipe, OfflineRecipe):
         from hf_rlhf import offline_run
 
-        return offline_run.check(recipe, training_keywords(recipe, output_dir))
+        return offline_run.check(recipe, training_keywords(recipe, output_dir), trust_remote_code)
     from hf_rlhf.data import check_columns, read_columns
 
     args = training_arguments(recipe, output_dir)
@@ -42,8 +43,8 @@ def check(recipe: Recipe, output_dir: str = "outputs") -> Plan:
         algorithm = recipe.algorithm()
         lora = recipe.model.lora is not None
         refused = section_problems(algorithm, recipe.sections, lora)
-        plan, _ = describe(algorithm, args.world_size, args.per_device_train_batch_size, lora, refused)
-        estimate_memory(plan, algorithm, args, recipe.sections)
+        plan, _ = describe(algorithm, args, lora, refused)
+        estimate_memory(plan, algorithm, args, recipe.sections, trust_remote_code=trust_remote_code)
         if recipe.dataset.path is not None:
             columns, rows = read_columns(recipe.dataset)
             check_columns(columns, [plugin for _, plugin in algorithm.plugins()])
@@ -115,7 +116,7 @@ def train(
 
         keywords = training_keywords(recipe, str(folder))
         return offline_run.train(recipe, keywords, _checkpoint(resume, folder), trust_remote_code)
-    plan = check(recipe, str(folder))
+    plan = check(recipe, str(folder), trust_remote_code)
     checkpoint = _checkpoint(resume, folder)
     with only_run_in(folder), StopOnSignal() as stop:
         return _train(recipe, plan, folder, checkpoint, trust_remote_code, stop)
@@ -141,7 +142,7 @@ def _train(
         if checkpoint is not None:
             trainer.check_checkpoint(Path(checkpoint))
         _write_recipe(trainer, recipe)
-        _record_memory(trainer, plan)
+        _record_memory(trainer, plan, trust_remote_code)
         samples: dict[str, Any] = {}
         before = _evaluate(trainer, samples, "before") if checkpoint is None else _saved_before(checkpoint)
         trainer.run_log.record["before"] = before
@@ -202,12 +203,13 @@ def _write_recipe(trainer: RLHFTrainer, recipe: Recipe) -> None:
         (trainer.output_dir / "recipe.yaml").write_text(recipe.dump())
 
 
-def _record_memory(trainer: RLHFTrainer, plan: Plan) -> None:
+def _record_memory(trainer: RLHFTrainer, plan: Plan, trust_remote_code: bool) -> None:
     """The plan's memory into the run's record, once more where the model or its prompts were not known before."""
     parts = trainer.parts
     longest = max(map(len, parts.train.ids)) if isinstance(parts.train, Prompts) else None
     if not plan.memory or (longest and parts.dataset_settings.max_prompt_tokens is None):
-        estimate_memory(plan, parts.algorithm, trainer.args, parts.sections, model=parts.model, prompt_tokens=longest)
+        known = {"model": parts.model, "prompt_tokens": longest, "trust_remote_code": trust_remote_code}
+        estimate_memory(plan, parts.algorithm, trainer.args, parts.sections, **known)
     trainer.run_log.record["plan"] |= {"memory": plan.memory, "memory_notes": plan.memory_notes}
 
 

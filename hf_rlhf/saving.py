@@ -18,8 +18,9 @@ from hf_rlhf.collect import Collector
 from hf_rlhf.ema import FOLDER, PolicyEMA
 from hf_rlhf.log import RunLog
 from hf_rlhf.merging import FOLDER as ADAPTER
-from hf_rlhf.merging import merged, save_merged
+from hf_rlhf.merging import drop_other_form, merged, save_merged
 from hf_rlhf.meters import Meters
+from hf_rlhf.phases import Phases
 from hf_rlhf.policy import ActorCritic
 from hf_rlhf.prompts import PromptStream
 
@@ -41,8 +42,9 @@ class SavingTrainer(Trainer):
     ema: PolicyEMA | None = None
     """The moving average of the policy, where the recipe keeps one."""
     parts: Parts
+    phases: Phases
     _bad_steps: int
-    _saves_merged: bool = False
+    _saves_checkpoint: bool = False
     _tokens_logged: float
     _logged_at: float
 
@@ -69,7 +71,8 @@ class SavingTrainer(Trainer):
         """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
         manifest = checkpoint.verify(folder)
         within = manifest["step"] % self.algorithm.steps_per_rollout != 0
-        checkpoint.check_same_run(folder, manifest, self.run_log.record, self.args.world_size if within else None)
+        processes = self.args.world_size if within else None
+        checkpoint.check_same_run(folder, manifest, self.run_log.record, processes, self.phases.blends_away)
         return manifest
 
     def _last_step(self) -> int:
@@ -79,8 +82,8 @@ class SavingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's own. What is saved at the end has the adapter in its weights where `model.save_merged` asks for it;
-        checkpoints, which are internal calls, hold the adapter."""
-        self._saves_merged = not _internal_call and bool(self.parts.sections["model"].save_merged)
+        checkpoints, which are internal calls with a folder, hold the adapter."""
+        self._saves_checkpoint = _internal_call and output_dir is not None
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -143,13 +146,14 @@ class SavingTrainer(Trainer):
         average beside it."""
         folder = Path(output_dir or self.output_dir)
         policy: Any = self.model
-        if self._saves_merged and self.args.should_save:
+        whole = not self._saves_checkpoint and bool(self.parts.sections["model"].save_merged)
+        if whole and self.args.should_save:
+            policy.save_pretrained(folder / ADAPTER)  # before the merge, which may fail
             self.model = merged(policy)
             try:
                 super()._save(output_dir, state_dict)
             finally:
                 self.model = policy
-            policy.save_pretrained(folder / ADAPTER)
         else:
             super()._save(output_dir, state_dict)
         if not self.args.should_save:
@@ -157,11 +161,14 @@ class SavingTrainer(Trainer):
         for name, module in self._beside().items():
             checkpoint.save_module(folder / name, module)
         if self.ema is not None:
-            save = save_merged if self._saves_merged else type(policy).save_pretrained
+            save = save_merged if whole else type(policy).save_pretrained
             with self.ema.as_policy(policy, exact=True):
                 save(policy, folder / FOLDER)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder / FOLDER)
+        if hasattr(policy, "peft_config") and not self._saves_checkpoint:
+            for written in (folder, folder / FOLDER):
+                drop_other_form(written, whole)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The policy's weights by Trainer, and what lies beside them."""

@@ -32,9 +32,9 @@ from hf_rlhf.axes import (
     RolloutEngine,
     TextTerm,
     UpdateRule,
+    axis_of,
 )
 from hf_rlhf.batch import Rollouts, Scored
-from hf_rlhf.facts import axis_of
 from hf_rlhf.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ def conformance(
         the plugin says `stops_gradient = True`.
     rows: for offline trainers, eight rows or more of a dataset; left out, those of `builtin:addition` that are of its kind.
     """
-    axis = axis_of(plugin)
-    if axis is None:
+    axis = axis_of(type(plugin))
+    if not axis:
         raise TypeError(f"{type(plugin).__name__} is no plugin: it subclasses no class of hf_rlhf.axes")
     own_metrics = dict.fromkeys(invariance_facts.metric_names(plugin), 0.25)
     told = [facts.FIRST, {**facts.LATER, **own_metrics}]

@@ -32,7 +32,7 @@ from hf_rlhf.forwards import Forwards
 from hf_rlhf.log import RunLog, completion_rows
 from hf_rlhf.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
 from hf_rlhf.meters import HEALTH, Meters
-from hf_rlhf.metrics import aliased, metrics_of
+from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
 from hf_rlhf.micro_batches import Batching
 from hf_rlhf.optimizers import check_given, critic_groups
 from hf_rlhf.phases import Phases
@@ -99,7 +99,7 @@ class RLHFTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         check_accelerator(self.accelerator, self.args)
-        declared = metrics_of(self.algorithm, parts.logging_settings.metric_aliases)
+        declared = metrics_of(self.algorithm, parts.logging_settings)
         install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record, declared)
         self.actor_critic, reference = parts.build(self.model, self.args)
         decay = self.algorithm.update.ema
@@ -250,7 +250,7 @@ class RLHFTrainer(SavingTrainer):
         fused = torch.is_grad_enabled() and a.loss_is_token_level
         new = model(
             inputs["batch"],
-            entropy="entropy" in a.needs or self.parts.logging_settings.entropy == "exact",
+            entropy=entropy_is_exact(a, self.parts.logging_settings),
             values=critic is not None,
             measures=measures,
             derivative=derivative(a, inputs) if fused else None,
@@ -356,8 +356,7 @@ class RLHFTrainer(SavingTrainer):
             if tokens > self._tokens_logged:
                 logs["perf/tokens_per_s"] = (tokens - self._tokens_logged) / (now - self._logged_at)
                 self._tokens_logged, self._logged_at = tokens, now
-        if self.parts.logging_settings.metric_aliases == "trl":
-            logs = {**logs, **aliased(logs, self.meters.items, self.algorithm)}
+        logs = {**logs, **aliased(logs, self.meters.items, self.algorithm, self.parts.logging_settings)}
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast
 
-from hf_rlhf.axes import AXES, Plugin
+from hf_rlhf.axes import Plugin, axis_of
 
 MISSING = dataclasses.MISSING
 
@@ -131,7 +131,7 @@ def nested(hint: Any) -> Nested | None:
         return None
     if not issubclass(part, Plugin):
         return None if many else Nested(None, part, many, optional)
-    axis = next((axis for axis, base in AXES.items() if issubclass(part, base)), None)
+    axis = axis_of(part)
     return Nested(axis, None, many, optional) if axis else None
 
 

@@ -22,6 +22,8 @@ SECRETS = {
     "WANDB_BASE_URL": "https://ann:sesame@wandb.example.org",
     "HF_ENDPOINT": "https://bob:pumpkin@hub.example.org/x",
     "WANDB_IDENTITY_TOKEN_FILE": "/home/ann/identity",
+    "WANDB_HTTP_PROXY": "ann:secretpw@proxy:8080",
+    "HF_PROXIES": "http://ann:juniper@one:1,https://bob:walrus/nutmeg@two:2",
 }
 
 
@@ -65,19 +67,24 @@ def test_no_secret_is_in_it(env, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     for text in (env(), env("--json")):
-        for secret in (
-            SECRETS["WANDB_API_KEY"],
-            SECRETS["HF_TOKEN"],
-            "sesame",
-            "pumpkin",
-            "ann:",
-            "bob:",
-            "identity\n",
-        ):
+        whole = ("WANDB_API_KEY", "HF_TOKEN", "WANDB_IDENTITY_TOKEN_FILE")
+        parts = ("sesame", "pumpkin", "secretpw", "juniper", "walrus", "nutmeg", "ann:", "bob:")
+        for secret in (*(SECRETS[name] for name in whole), *parts):
             assert secret not in text
     listed = json.loads(env("--json"))["environment variables"]
     assert listed["HF_TOKEN"] == listed["WANDB_API_KEY"] == "(set)"
     assert listed["HF_ENDPOINT"] == "https://...@hub.example.org/x"
+    assert listed["WANDB_HTTP_PROXY"] == "...@proxy:8080"
+    assert listed["HF_PROXIES"] == "http://...@one:1,https://...@two:2"
+
+
+def test_names_are_secret_by_whole_words(env, monkeypatch):
+    shown = {"TOKENIZERS_PARALLELISM": "false", "HF_KEYNOTE": "a", "WANDB_AUTHOR": "ann", "HF_EMPTY": ""}
+    hidden = ("HF_KEY", "WANDB_APIKEY", "HF_PASSWORD_FILE", "HF_AUTH", "HF_CREDENTIALS", "HF_SECRET_A", "HF_TOKENS")
+    for name, value in {**shown, **dict.fromkeys(hidden, "x1")}.items():
+        monkeypatch.setenv(name, value)
+    listed = json.loads(env("--json"))["environment variables"]
+    assert {name: listed[name] for name in (*shown, *hidden)} == {**shown, **dict.fromkeys(hidden, "(set)")}
 
 
 def test_it_says_whether_there_is_an_account_which_mode_and_which_server(env, monkeypatch, tmp_path):

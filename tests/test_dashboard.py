@@ -244,6 +244,11 @@ def test_wrong_words_are_refused(tmp_path, monkeypatch):
     assert "overrides are for recipes" in str(refused.exception)
     refused = run("dashboard", "grpp", "--output", "x.json")
     assert "grpo" in str(refused.exception)
+    monkeypatch.setattr(wb, "has_account", lambda: False)
+    for name in ("grpp", "none.json"):
+        refused = run("dashboard", name)
+        assert isinstance(refused.exception, UserError)
+        assert not refused.output  # no file is announced
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     refused = run("dashboard", "grpo", "--output", "x.json")
     assert "pip install 'hf_rlhf[dashboard]'" in str(refused.exception)

@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from test_lora_saving import loaded, logits
 
+from hf_rlhf.memory import MIB
 from hf_rlhf.models import ModelError, load_model
+from hf_rlhf.offline_estimate import estimate_offline
+from hf_rlhf.offline_model import load_with_head
 from hf_rlhf.quantised import bytes_of
-from hf_rlhf.recipe import resolve
+from hf_rlhf.recipe import load_recipe, resolve
 from hf_rlhf.run import check
 from hf_rlhf.settings import Model
 from hf_rlhf.testing import tiny_policy
@@ -92,6 +95,32 @@ def test_the_plan_counts_its_bytes(chosen, path):
     spared, layer = bytes_of(whole, settings)
     assert sum(p.nbytes for p in whole.parameters()) - spared == pytest.approx(held, rel=1e-3)
     assert layer == 4 * 64 * 128
+
+
+@needs_library
+@pytest.mark.parametrize(("name", "bits"), [("rm_token", "load_in_8bit"), ("dpo", "load_in_4bit")])
+def test_the_plan_of_a_trainer_counts_its_bytes(name, bits, path):
+    """Weights and a reference of its own next to the loaded model's, heads apart, which stay numbers."""
+    from transformers import AutoTokenizer, TrainingArguments
+
+    reference = ["trainer.reference=frozen"] if name == "dpo" else []
+    settings = [f"model.path={path}", "model.dtype=float32", "model.lora={r: 2}", *reference]
+    args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
+    whole, few = (load_recipe(name, [*settings, *more]) for more in ([], [f"model.{bits}=true"]))
+    plans = [estimate_offline(made.model, made.trainer(), args, tokens=20, process=0.0) for made in (whole, few)]
+    assert not plans[1].notes
+    loaded = [
+        load_with_head(made.model, made.trainer(), AutoTokenizer.from_pretrained(path), 0, False)
+        for made in (whole, few)
+    ]
+    sizes = [sum(p.nbytes for p in model.parameters()) for model in loaded]
+    linear = sum(p.numel() for name, p in loaded[0].named_parameters() if "_proj" in name and "lora" not in name)
+    scales = linear / 16 if bits == "load_in_4bit" else 4 * sum(len(x) for x in codes(loaded[1]).values())
+    for phase in ("evaluation", "update"):
+        for part in ("weights", *(["reference"] if reference else [])):
+            spared = (plans[0].phases[phase][part] - plans[1].phases[phase][part]) * MIB
+            assert spared == pytest.approx(sizes[0] - sizes[1] - scales, rel=1e-6)
+        assert plans[1].phases[phase]["one layer's weights"] * MIB == 4 * 64 * 128
 
 
 @needs_library

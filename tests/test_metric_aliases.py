@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 from parity import CASES, of_ours, of_trl
-from runs import SAMPLED, problems, trainer
+from runs import SAMPLED, problems, recipe, trainer
 
-from hf_rlhf.metrics import metrics_of, pattern
+from hf_rlhf.metrics import aliased, metrics_of, pattern
 from hf_rlhf.metrics.aliases import MADE, RENAMED
+from hf_rlhf.settings import Logging
 
 ALIASED = {"metric_aliases": "trl", "entropy": "exact"}
 OF_TRAINER = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
@@ -59,13 +60,27 @@ def test_aliases_are_declared_and_stand_beside_our_own_names(tmp_path):
     before = made.evaluate()
     made.close()
     logged = {name for entry in made.state.log_history for name in entry}
-    declared = metrics_of(made.algorithm, "trl")
+    declared = metrics_of(made.algorithm, Logging(**ALIASED))
     assert not [n for n in logged - {"step"} if not any(pattern(d.name).fullmatch(n) for d in declared)]
     assert not [d.name for d in declared if not d.metric.optional and not any(map(pattern(d.name).fullmatch, logged))]
     named = {theirs.replace("<label>", "early") for _, theirs in RENAMED} | set(MADE)
     assert named <= logged
     assert {"eval_reward", "eval_rewards/early/mean", "eval_completions/mean_length"} <= logged
     assert "eval_reward" not in before  # what is returned has one name for each number
+    others = [entry for entry in made.state.log_history if entry.keys() & {"eval_runtime", "train_runtime"}]
+    assert len(others) == 2
+    assert not [name for entry in others for name in entry.keys() & MADE.keys()]
+    assert all(entry["step_time"] > 0 for entry in made.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "terms", "there"), [("sampled", [], False), ("exact", [], True), ("sampled", ["entropy"], True)]
+)
+def test_entropy_has_the_name_of_trl_only_where_it_is_exact(entropy, terms, there):
+    algorithm, logging = recipe(loss_terms=terms).algorithm(), Logging(metric_aliases="trl", entropy=entropy)
+    found = aliased({"loss": 0.0, "policy/entropy": 1.5, "policy/loss": 0.5}, {}, algorithm, logging)
+    assert found == {"policy_loss": 0.5, **({"entropy": 1.5} if there else {})}
+    assert ("entropy" in {named.name for named in metrics_of(algorithm, logging)}) is there
 
 
 def test_each_alias_stands_for_one_metric_that_is_declared():

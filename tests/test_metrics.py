@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from runs import FORMAT, SAMPLED, problems, trained, trainer
+from dataclasses import dataclass
+from typing import ClassVar
 
-from hf_rlhf.axes import AXES
+import pytest
+from runs import FORMAT, SAMPLED, entries, problems, trained, trainer
+from torch import Tensor
+
+from hf_rlhf.areas import places
+from hf_rlhf.axes import AXES, LossTerm
 from hf_rlhf.host import Host
 from hf_rlhf.metric import Metric
 from hf_rlhf.metrics import CORE, EVALUATION, SECTIONS, Named, declared_by, metrics_of, pattern
@@ -86,6 +91,36 @@ def test_a_run_whose_rollouts_are_all_dropped_counts_them(tmp_path):
         if n != "step" and not any(pattern(m.name).fullmatch(n) for m in metrics_of(dropped.algorithm))
     ]
     assert not unknown
+
+
+@dataclass(kw_only=True)
+class Term(LossTerm):
+    """A loss term that is called like a baseline."""
+
+    name: ClassVar[str] = "ema"
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("own", "count", "always 1"),)
+
+    def __call__(self, logps: Tensor, mask: Tensor) -> Tensor:
+        return -logps
+
+    def report(self) -> dict[str, float]:
+        return {"own": 1.0}
+
+
+def test_a_loss_term_and_a_baseline_of_one_name_log_in_places_of_their_own(tmp_path):
+    advantages = {"use": "baseline", "baseline": "ema"}
+    kl = ["monitor", {"use": "monitor", "estimator": "k1"}]
+    made = trained(tmp_path, advantages=advantages, loss_terms=[Term(), Term()], kl=kl, reference="frozen")
+    found = [(area, plugin) for area, _, plugin in places(made.algorithm)]
+    areas = [area for area, _ in found]
+    assert {"baseline/ema", "plugin/ema", "plugin/ema_2", "kl/monitor", "kl/monitor_2"} <= set(areas)
+    assert [plugin for _, plugin in found if isinstance(plugin, Term)] == made.algorithm.loss_terms
+    assert [area for area in areas if areas.count(area) > 1] == [
+        "rollout",
+        "rollout",
+    ]  # the engine's and the correction's
+    assert {"plugin/ema/loss", "plugin/ema/own", "plugin/ema_2/loss", "plugin/ema_2/own"} <= entries(made)[0].keys()
+    check_declared(made)
 
 
 def plugins() -> list[tuple[str, type]]:

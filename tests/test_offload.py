@@ -7,7 +7,9 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +17,19 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from hf_rlhf import load_plugin, offload, phases
+from hf_rlhf import held, load_plugin, offload, phases
+from hf_rlhf.checkpoint import check_same_run, differences
 from hf_rlhf.memory import MIB
 from hf_rlhf.offload import Keeper, ToFile, ToMainMemory, keeper, tensors_of
+from hf_rlhf.policy import ActorCritic
+from hf_rlhf.run import check
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.validation import UserError
 
 CPU = torch.device("cpu")
+EXACT_KL = {"use": "in_loss", "estimator": "exact", "beta": 0.5}
+KL = {"use": "in_loss", "estimator": "k3", "beta": 0.5}
+SYNC = {"use": "sync", "every": 2, "mixing": 0.5}
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs the kernel's table of mappings")
 
 
@@ -121,6 +130,57 @@ def test_what_does_not_change_is_not_copied_back():
     assert x.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("then", ["nothing", "a block within", "brought before", "brought after"])
+def test_a_block_that_only_reads_copies_nothing_back_unless_another_one_changes_it(then):
+    x, written = torch.zeros(3), 0.0 if then == "nothing" else 1.0
+    held = ToMainMemory(lambda: [x], CPU, changes=True)
+    held.send()
+    if then == "brought before":
+        held.bring()
+    with held.there(changed=False):
+        if then == "a block within":
+            with held.there():
+                x.add_(1)
+        elif then == "brought after":
+            held.bring()
+        if then != "a block within":
+            x.add_(1)
+    assert x.tolist() == [written] * 3
+    with held.there():
+        x.fill_(5)
+    assert x.tolist() == [5] * 3
+
+
+def test_main_memory_is_taken_in_blocks_that_a_model_fills():
+    """The tensors of a decoder of half a billion weights, tied, in float32: their shapes as of Qwen2.5-0.5B."""
+    layer = [896 * 896, 896, 128 * 896, 128, 128 * 896, 128, 896 * 896, *[4864 * 896] * 3, 896, 896]
+    sizes = [4 * -(-count // 16) * 16 for count in [151936 * 896, *layer * 24, 896]]
+    made = offload.blocks(sizes)
+    assert sorted(i for _, inside in made for i, _ in inside) == list(range(len(sizes)))
+    for size, inside in made:
+        assert size & (size - 1) == 0
+        ends = [(place, place + sizes[i]) for i, place in sorted(inside, key=lambda pair: pair[1])]
+        assert ends[-1][1] <= size
+        assert all(end <= place for (_, end), (place, _) in pairwise(ends))
+    assert sum(size for size, _ in made) < 1.01 * sum(sizes)
+    assert len(made) == 5
+    assert [size for size, _ in offload.blocks([5000])] == [8192], "one tensor alone takes the next power of two"
+
+
+def test_tensors_in_a_block_have_storages_of_their_own_and_keep_it():
+    tensors = mixed()
+    homes = list(offload.in_blocks(tensors, pinned=False))
+    for x, home in homes:
+        home.copy_(x.detach())
+    places = sorted(home.data_ptr() for _, home in homes)
+    assert places[-1] - places[0] < offload.SMALLEST_BLOCK
+    gc.collect()
+    for x, home in homes:
+        assert torch.equal(home, x)
+        assert (home.stride(), home.dtype, home.data_ptr() % offload.ALIGNMENT) == (x.stride(), x.dtype, 0)
+        assert home.untyped_storage().nbytes() == x.nbytes
+
+
 def test_what_another_device_holds_stays_there():
     counter, own = torch.ones(2, device="meta"), torch.ones(2)
     held = ToMainMemory(lambda: [counter, own], CPU)
@@ -137,12 +197,12 @@ def test_only_the_outermost_block_sends_away_and_an_error_does_too(way):
 
     def note(name: str) -> None:
         move = getattr(held, name)
-        setattr(held, name, lambda: (moves.append(name), move()))
+        setattr(held, name, lambda *changed: (moves.append(name), move(*changed)))
 
     note("bring")
     note("send")
     with held.there():
-        with held.there():
+        with held.there(changed=False):
             pass
         assert moves == ["bring"]
     assert moves == ["bring", "send"]
@@ -228,12 +288,105 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process():
     assert x.sum() == MIB
 
 
+# What is said before a run
+
+
+def told(*training: str, **parts: Any) -> Any:
+    """The plan of a small recipe."""
+    return check(
+        runs.resolve({**runs.BASE, "update": {}, **parts, "training": dict(x.split("=", 1) for x in training)})
+    )
+
+
+@pytest.mark.parametrize("optim", held.CODED)
+def test_state_that_cannot_be_moved_is_refused_before_anything_is_loaded(optim):
+    both = {"update": {"offload": True}, "advantages": "gae", "critic": {"use": "separate", "offload": True}}
+    text = f"the state of training.optim={optim} is torchao's codes: set update.offload=false and critic.offload=false, or "
+    with pytest.raises(UserError, match=text + "training.optim=adamw_torch"):
+        told(f"optim={optim}", **both)
+    assert told(f"optim={optim}").models == ["policy: trained"]
+
+
+def test_the_plan_says_what_of_the_policy_is_offloaded_and_where_there_is_nothing():
+    away, nothing = {"update": {"offload": True}}, "update.offload has no effect"
+    average = {"update": {"offload": True, "ema": 0.9}}
+    trpo = {"optimizer": "trpo", "policy_loss": "surrogate"}
+    cases = [
+        (told("optim=adamw_torch", **away), "its optimizer state", 0),
+        (told("optim=adamw_torch", **average), "its optimizer state and its average", 0),
+        (told("optim=sgd", "optim_args=momentum=0.9", **away), "its optimizer state", 0),
+        (told("optim=sgd", **average), "its average", 0),
+        (told("optim=sgd", **away), "", 1),
+        (told("max_grad_norm=0", **away, **trpo), "", 1),
+        (told("max_grad_norm=0", **away, **trpo, advantages="gae", critic="separate"), "", 0),
+    ]
+    for plan, kept, remarks in cases:
+        where = "; offloaded while completions are sampled and scored: "
+        assert plan.models[0] == "policy: trained" + (where + kept if kept else "")
+        assert sum(nothing in remark for remark in plan.remarks) == remarks
+
+
+def test_settings_of_a_reference_that_is_not_named_say_what_to_write():
+    def refusal(**parts: Any) -> str:
+        with pytest.raises(UserError) as error:
+            told(**parts)
+        return str(error.value)
+
+    found = refusal(kl=[KL], reference={"offload": True})
+    assert (
+        "names no reference, so it is frozen: write reference.use=frozen too, or reference={use: frozen, offload: true}"
+        in found
+    )
+    assert "so it is none: write critic.use=separate too" in refusal(critic={"offload": True})
+    assert "names no reference" not in refusal(kl=[KL], reference={"offlode": True})
+
+
+def test_only_the_settings_of_offload_may_differ_when_a_run_is_resumed():
+    def differ(path: str) -> list[str]:
+        def nested(value: bool) -> Any:
+            made: Any = value
+            for key in reversed(path.split(".")):
+                made = [made] if key == "0" else {key: made}
+            return made
+
+        return differences(nested(False), nested(True))
+
+    for free in ("update.offload", "critic.offload", "reference.offload", "rewards.0.offload"):
+        assert differ(free) == []
+    for other in ("offload", "model.offload", "rewards.0.options.offload", "update.offload_more"):
+        assert differ(other) == [f"{other}: False in the checkpoint, True now"]
+
+
+def test_a_resumed_average_that_may_round_otherwise_gives_a_warning(tmp_path, caplog):
+    def record(offloaded: bool) -> dict[str, Any]:
+        return {"algorithm": {"reference": {"use": "ema", "offload": offloaded}}, "run": {}, "resumable": True}
+
+    check_same_run(tmp_path, record(True), record(False), None)
+    check_same_run(tmp_path, record(True), record(True), None, blends_away=True)
+    assert not caplog.records
+    check_same_run(tmp_path, record(True), record(False), None, blends_away=True)
+    assert re.match(r"reference.offload was true in .* and is false now", caplog.records[0].getMessage())
+
+
+@pytest.mark.parametrize(
+    ("reference", "kl", "device", "blends"),
+    [
+        ("ema", KL, "meta", True),
+        (SYNC, KL, "meta", True),
+        ("sync", KL, "meta", False),
+        ("frozen", KL, "meta", False),
+        ("ema", EXACT_KL, "meta", False),
+        ("ema", KL, "cpu", False),
+    ],
+)
+def test_where_an_average_lies_matters_off_the_cpu_alone(reference, kl, device, blends):
+    algorithm = runs.recipe(kl=[kl], reference=reference).algorithm()
+    policy = ActorCritic(nn.Linear(2, 2), None, 1.0)
+    made = phases.Phases.of(algorithm, policy, None, lambda: None, None, SimpleNamespace(device=torch.device(device)))
+    assert made.blends_away is blends
+
+
 # Runs
-
-
-EXACT_KL = {"use": "in_loss", "estimator": "exact", "beta": 0.5}
-KL = {"use": "in_loss", "estimator": "k3", "beta": 0.5}
-SYNC = {"use": "sync", "every": 2, "mixing": 0.5}
 
 
 def parts(offloaded: bool, reference: dict[str, Any], **more: Any) -> dict[str, Any]:

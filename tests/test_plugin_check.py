@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from hf_rlhf import API_VERSION
 from hf_rlhf.cli import add_commands, app
 from hf_rlhf.host import Host, use_host
+from hf_rlhf.plugin_check import offers_of
 from hf_rlhf.validation import UserError
 
 GOOD = f'hf_rlhf_api = "{API_VERSION}"\n' + SIGN.replace(
@@ -135,3 +136,14 @@ def test_a_hook_on_its_way_out_is_shown_to_the_author(tmp_path: Path) -> None:
 def test_a_package_that_is_not_there_gets_the_nearest(check: Any) -> None:
     with pytest.raises(UserError, match="Did you mean 'hf_rlhf'"):
         check("hf_rlfh")
+
+
+def test_a_folder_is_told_how_to_install_it(tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hf-rlhf-new").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for target in ("hf-rlhf-new", "./hf-rlhf-new/"):
+        with pytest.raises(UserError) as refused:
+            check(target)
+        assert f"`pip install -e {target}`, then `hf-rlhf plugins check NAME`" in str(refused.value)
+    (tmp_path / "hf_rlhf").mkdir()  # beside a folder of its name, an installed package is what is meant
+    assert offers_of(Host(disable=""), "hf_rlhf")

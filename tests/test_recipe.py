@@ -218,7 +218,7 @@ def test_axes_left_out_have_defaults():
     ],
 )
 def test_the_reference_left_out_is_what_the_kl_needs(more, reference):
-    assert resolve(small(more)).raw["reference"] == {"use": reference}
+    assert resolve(small(more)).raw["reference"]["use"] == reference
 
 
 def test_rollout_rewards_and_advantages_must_be_chosen():

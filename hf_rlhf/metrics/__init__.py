@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_rlhf.areas import AREAS, places
 from hf_rlhf.metric import Metric
-from hf_rlhf.metrics.aliases import Library, aliased, named
+from hf_rlhf.metrics.aliases import aliased, entropy_is_exact, named
 from hf_rlhf.metrics.evaluation import EVALUATION
 from hf_rlhf.metrics.given import EVAL, GIVEN, SECTIONS, CoreMetric
 from hf_rlhf.metrics.learning import LEARNING
@@ -18,6 +18,7 @@ from hf_rlhf.metrics.running import RUNNING
 if TYPE_CHECKING:
     from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.plugin import Plugin
+    from hf_rlhf.settings import Logging
 
 __all__ = [
     "CORE",
@@ -30,6 +31,7 @@ __all__ = [
     "CoreMetric",
     "Named",
     "aliased",
+    "entropy_is_exact",
     "metrics_of",
     "metrics_of_trainer",
     "pattern",
@@ -39,7 +41,7 @@ CORE: tuple[CoreMetric, ...] = (*LEARNING, *RUNNING)
 """What training logs, whatever the plugins, where its `given` holds."""
 
 
-def metrics_of(algorithm: Algorithm, library: Library = "none") -> list[Named]:
+def metrics_of(algorithm: Algorithm, logging: Logging | None = None) -> list[Named]:
     """Every metric that a run of `algorithm` may log, with `logging.metric_aliases` under a library's names too; all but
     those that are `optional` appear."""
     found = [
@@ -54,28 +56,20 @@ def metrics_of(algorithm: Algorithm, library: Library = "none") -> list[Named]:
         if GIVEN[metric.given].holds(algorithm)
         for name in _expanded(metric.name, algorithm)
     ]
-    for area, plugin in places(algorithm):
-        axis = axis_of(plugin)
+    for area, axis, plugin in places(algorithm):
         found += [
             Named(under(area, metric), metric, axis, f"{axis}.{plugin.name}")
             for metric in plugin.metrics
             if is_logged(metric, plugin)
         ]
-    if library == "trl":
-        found += named(found, algorithm)
+    if logging is not None:
+        found += named(found, algorithm, logging)
     return found
 
 
 def declared_by(plugin: type[Plugin], axis: str) -> dict[str, Metric]:
     """What a plugin class declares, by whole names with the label left open."""
     return {under(AREAS[axis], metric): metric for metric in plugin.metrics}
-
-
-def axis_of(plugin: Plugin) -> str:
-    """The axis of a plugin."""
-    from hf_rlhf.axes import AXES
-
-    return next(axis for axis, base in AXES.items() if isinstance(plugin, base))
 
 
 def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from hf_rlhf.metric import Metric
 from hf_rlhf.metrics.given import EVAL
@@ -16,10 +16,11 @@ from hf_rlhf.metrics.names import Named, pattern
 
 if TYPE_CHECKING:
     from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.settings import Logging
 
-Library = Literal["none", "trl"]
 SECTION = "Aliases"
 """Of `Named`: no dashboard shows them, as the number stands under its own name."""
+ENTROPY = "policy/entropy"
 RENAMED: tuple[tuple[str, str], ...] = (
     ("reward/total/mean", "reward"),
     ("reward/total/std", "reward_std"),
@@ -27,7 +28,7 @@ RENAMED: tuple[tuple[str, str], ...] = (
     ("reward/<label>/std", "rewards/<label>/std"),
     ("reward/zero_std_frac", "frac_reward_zero_std"),
     ("policy/loss", "policy_loss"),
-    ("policy/entropy", "entropy"),
+    (ENTROPY, "entropy"),
     ("policy/clip_frac/low", "clip_ratio/low_mean"),
     ("policy/clip_frac/high", "clip_ratio/high_mean"),
     ("plugin/adaptive_entropy/coef", "entropy_coef"),
@@ -61,9 +62,17 @@ MADE: dict[str, tuple[tuple[str, ...], str, str]] = {
 PHASES = ("time/rollout_s", "time/forward_s", "time/reward_wait_s", "time/update_s")
 
 
-def aliased(logs: Mapping[str, float], counts: Mapping[str, float], algorithm: Algorithm) -> dict[str, float]:
-    """TRL's names of what stands in a log entry. `counts`: over how many rows, tokens or phases each average was taken."""
-    found = {theirs: x for name, x in logs.items() for theirs in renamed(name)}
+def aliased(
+    logs: Mapping[str, float], counts: Mapping[str, float], algorithm: Algorithm, logging: Logging
+) -> dict[str, float]:
+    """TRL's names of what stands in a log entry; those that are made of several numbers in entries of training alone.
+    `counts`: over how many rows, tokens or phases each average was taken."""
+    if logging.metric_aliases == "none":
+        return {}
+    left_out = set() if entropy_is_exact(algorithm, logging) else {ENTROPY}
+    found = {theirs: x for name, x in logs.items() if name not in left_out for theirs in renamed(name)}
+    if "loss" not in logs:
+        return found
     low, high = (logs.get(name) for name in MADE["clip_ratio/region_mean"][0])
     if low is not None and high is not None:
         found["clip_ratio/region_mean"] = low + high
@@ -75,12 +84,17 @@ def aliased(logs: Mapping[str, float], counts: Mapping[str, float], algorithm: A
     return found
 
 
+def entropy_is_exact(algorithm: Algorithm, logging: Logging) -> bool:
+    """Whether `policy/entropy` is the entropy of the distributions, as TRL's is, not an estimate from the sampled tokens."""
+    return "entropy" in algorithm.needs or logging.entropy == "exact"
+
+
 def per_token(logs: Mapping[str, float], counts: Mapping[str, float], algorithm: Algorithm) -> float | None:
     """The first placement's KL per token, from its mean over rows."""
     title = kl_of(algorithm)
     if title is None or title not in logs:
         return None
-    tokens = counts.get("policy/entropy", 0.0)
+    tokens = counts.get(ENTROPY, 0.0)
     in_update = not algorithm.kl[0].places or "loss" in algorithm.kl[0].places
     if in_update:
         return logs[title] * counts.get(title, 0.0) / tokens if tokens else None
@@ -106,12 +120,15 @@ def renamed(name: str) -> Iterator[str]:
             return
 
 
-def named(declared: list[Named], algorithm: Algorithm) -> Iterator[Named]:
+def named(declared: list[Named], algorithm: Algorithm, logging: Logging) -> Iterator[Named]:
     """What is declared under TRL's names of declared metrics."""
-    names = {each.name: each.metric for each in declared}
+    if logging.metric_aliases == "none":
+        return
+    exact = entropy_is_exact(algorithm, logging)
+    names = {each.name: each.metric for each in declared if exact or each.name != ENTROPY}
     for name, metric in names.items():
         for theirs in renamed(name):
-            meaning = f"TRL's name of `{name}`"
+            meaning = f"TRL's name of `{name}`" + (", where it is exact" if name == ENTROPY else "")
             yield Named(
                 theirs, Metric(theirs, metric.unit, meaning, when=metric.when, optional=metric.optional), SECTION
             )

@@ -69,7 +69,7 @@ GIVEN: dict[str, Given] = {
     "filters": Given("with that filter", lambda a: bool(a.filters)),
     "verifier": Given("with a verifier", lambda a: any(source.verifier for source in a.rewards)),
     "offload": Given("with `offload` of update, critic or reference", _offloads),
-    "ema": Given("with `evaluation.ema`", lambda a: a.update.ema is not None),
+    "ema": Given("with `update.ema` and `evaluation.ema`", lambda a: a.update.ema is not None),
 }
 
 

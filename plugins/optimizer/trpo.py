@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Interval
 
 from hf_rlhf import Metric, hookimpl
-from hf_rlhf.axes import Count, NonNegative, Positive, TextTerm, UpdateRule
+from hf_rlhf.axes import Count, NonNegative, Positive, TextTerm, TrainedCritic, UpdateRule
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -111,6 +111,9 @@ class TRPO(UpdateRule):
         yield (
             "training.learning_rate (logged as 0), its schedule and weight_decay do not scale the policy's step: max_kl does"
         )
+        update, has_critic = algorithm.update, isinstance(algorithm.critic, TrainedCritic)
+        if update.offload and update.ema is None and not has_critic:
+            yield "update.offload has no effect: a trust region keeps no state, and there is no critic and no update.ema"
         if "old_logps" not in algorithm.policy_loss.needs:
             yield (
                 f"the loss that has to fall is policy_loss={algorithm.policy_loss.name}, which does not estimate the new "
