@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 Bounds = tuple[float | None, float | None]
 NONE: Bounds = (None, None)
 
-OVERVIEW, EVALUATION, ROLLOUTS, THROUGHPUT, HEALTH, SAMPLES = (
-    *("Overview", "Evaluation", "Rollouts", "Throughput", "Health", "Samples"),
-)
+OVERVIEW, EVALUATION, SAMPLES = "Overview", "Evaluation", "Samples"
+ROLLOUTS, THROUGHPUT, HEALTH = "Rollouts", "Throughput", "Health"
 OF_AXIS = {
     "rewards": "Rewards",
     "kl": "KL",
@@ -62,16 +61,21 @@ OF_AREA = {
 }
 """First part of a name of the core -> its section; of names without one, Optimizer, or Training without rollouts."""
 HEADLINES = (
-    *(
-        "eval_accuracy",
-        "eval_reward/total/mean",
-        "reward/total/mean",
-        "kl/ref",
-        "policy/entropy",
-        "rollout/length/mean",
-    ),
-    *("policy/grad_norm", "perf/tokens_per_s", "loss", "eval_loss", "eval_pairs/accuracy", "eval_steps/accuracy"),
-    *("eval_tokens/accuracy", "eval_tokens/log_loss", "learning_rate"),
+    "eval_accuracy",
+    "eval_reward/total/mean",
+    "reward/total/mean",
+    "kl/ref",
+    "policy/entropy",
+    "rollout/length/mean",
+    "policy/grad_norm",
+    "perf/tokens_per_s",
+    "loss",
+    "eval_loss",
+    "eval_pairs/accuracy",
+    "eval_steps/accuracy",
+    "eval_tokens/accuracy",
+    "eval_tokens/log_loss",
+    "learning_rate",
 )
 """What the overview shows, where it is there."""
 MOST_HEADLINES = 9
