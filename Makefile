@@ -9,7 +9,7 @@ quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
 
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile -m "not learning and not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not learning and not slow"
 
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.
 bubblewrap:
@@ -23,8 +23,11 @@ check: .venv/.installed-dev
 test-learning: .venv/.installed-dev
 	$(BIN)/pytest -m learning
 
+# With bitsandbytes, for bases of 4 and 8 bits: importing it takes every process 2 s, so `make test` does without.
 test-slow: .venv/.installed-dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,quant]"
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
+	$(BIN)/pytest tests/test_lora_quantised.py tests/test_reward_models_memory.py
 
 lab-page: .venv/.installed-dev
 	$(BIN)/hf-rlhf lab --all --picture docs/lab.svg > docs/lab.unfinished

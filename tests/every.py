@@ -6,6 +6,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from hf_rlhf.axes import Plugin
+from hf_rlhf.host import Host
+
 PLUGINS = sorted(p.name for p in entry_points(group="hf_rlhf") if p.dist and p.dist.name == "hf_rlhf")
 """`axis.name` of each."""
 
@@ -78,6 +83,20 @@ def needs_lora(plugin: str) -> bool:
 
 TRAINED = [plugin for plugin in PLUGINS if plugin.split(".")[0] not in ("rewards", "rollout", "trainer")]
 """The plugins that `choices` knows: all but those that make completions and score them, or train without any."""
+
+
+def by_what_is_kept() -> list[Any]:
+    """TRAINED as parameters: `slow` are those that keep nothing themselves and need what an earlier one of their axis needs,
+    so that a checkpoint holds the same of both."""
+    host, seen, found = Host(disable=""), set(), []
+    for plugin in TRAINED:
+        axis, _, name = plugin.partition(".")
+        cls = host.get(axis, f"hf_rlhf/{name}")
+        needs = cls.needs if isinstance(cls.needs, frozenset) else frozenset({plugin})
+        alike = cls.state_dict is Plugin.state_dict and axis not in ("critic", "reference", "optimizer")
+        found.append(pytest.param(plugin, marks=pytest.mark.slow) if alike and (axis, needs) in seen else plugin)
+        seen.add((axis, needs))
+    return found
 
 
 def write_texts(folder: Path) -> None:

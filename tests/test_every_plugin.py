@@ -53,7 +53,7 @@ def test_two_processes_give_the_parameters_of_one(plugin, on_two_processes, tmp_
     assert_same(stepping.run(spec) - begin, on_two_processes[plugin] - begin)
 
 
-@pytest.mark.parametrize("plugin", every.TRAINED)
+@pytest.mark.parametrize("plugin", every.by_what_is_kept())
 def test_resuming_inside_a_rollout_gives_equal_bits(plugin, tmp_path):
     def spec(folder: str) -> dict[str, Any]:
         adam = {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 7}

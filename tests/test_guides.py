@@ -23,6 +23,7 @@ NOT_RUN = {
 """Blocks that need a package index, a model from the Hub or an account, by the beginning of each."""
 TRL_CONFIGS = {"GRPOConfig": "grpo", "RLOOConfig": "rloo", "DPOConfig": "dpo", "SFTConfig": "sft", "RewardConfig": "rm"}
 """Heading of from_trl.md -> the recipe whose keys stand in its table."""
+EVERY_TIME = ("first_run", "first_plugin")
 TABLES = [GUIDES / f"from_{name}.md" for name in ("trl", "verl", "openrlhf")]
 
 
@@ -37,7 +38,7 @@ def environment(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "page",
-    [page if page.stem.startswith("first") else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+    [page if page.stem in EVERY_TIME else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
     ids=lambda page: page.stem,
 )
 def test_a_guide_works_block_by_block_in_an_empty_folder(page, environment, tmp_path):

@@ -43,7 +43,7 @@ def stopped(folder: Path, words: list[str], number: int, cwd: Path) -> subproces
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_equal_bits(number, words, tmp_path):
     end(begin(*words, "--output-dir", "straight", cwd=tmp_path))
     folder = tmp_path / "stopped"

@@ -54,6 +54,13 @@ RECIPES = {
 }
 
 
+def kept(axes: dict[str, Any]) -> dict[str, Any]:
+    """The choices of a recipe that a checkpoint has something of: the others resume alike whatever they are."""
+    return {
+        axis: x for axis, x in axes.items() if axis in ("rollout", "filters", "critic", "reference", "optimizer", "kl")
+    }
+
+
 def specification(folder: Path, name: str, **more: Any) -> dict[str, Any]:
     chosen = {**CASES, **RECIPES}[name]
     by_trpo = chosen.get("optimizer", {}).get("use") == "trpo"
@@ -86,7 +93,7 @@ def test_resuming_anywhere_gives_equal_bits(name, tmp_path):
         assert torch.equal(stepping.run(spec, resume=True), straight), f"stopped at {stop}"
 
 
-@pytest.mark.parametrize("name", tiers(RECIPES))
+@pytest.mark.parametrize("name", tiers({name: kept(axes) for name, axes in RECIPES.items()}))
 def test_every_recipe_resumes_within_a_rollout_with_equal_bits(name, tmp_path):
     straight = stepping.run(specification(tmp_path / "straight", name))
     spec = specification(tmp_path / "stopped", name)

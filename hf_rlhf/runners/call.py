@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import random
 import sys
 import traceback
@@ -94,9 +95,14 @@ def answered(label: str, given: Any, unit: Unit) -> Outcome:
     return Outcome(answers=answers)
 
 
+def _own(frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
+    """The frames without wandb's, which stands in for `sys.exit` while a run is logged to it."""
+    return [frame for frame in frames if f"{os.sep}wandb{os.sep}" not in frame.filename]
+
+
 def failed(error: BaseException) -> Outcome:
     """The outcome of a call that raised."""
-    places = [traceback.extract_tb(one.__traceback__) for one in (error.__cause__, error) if one is not None]
+    places = [_own(traceback.extract_tb(one.__traceback__)) for one in (error.__cause__, error) if one is not None]
     place = next((f" (at {found[-1].filename}:{found[-1].lineno})" for found in places if found), "")
     return Outcome(
         kind="error",
