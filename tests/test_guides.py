@@ -23,7 +23,7 @@ NOT_RUN = {
 """Blocks that need a package index, a model from the Hub or an account, by the beginning of each."""
 TRL_CONFIGS = {"GRPOConfig": "grpo", "RLOOConfig": "rloo", "DPOConfig": "dpo", "SFTConfig": "sft", "RewardConfig": "rm"}
 """Heading of from_trl.md -> the recipe whose keys stand in its table."""
-EVERY_TIME = ("first_run", "first_plugin")
+EVERY_TIME = ("first_run",)
 TABLES = [GUIDES / f"from_{name}.md" for name in ("trl", "verl", "openrlhf")]
 
 

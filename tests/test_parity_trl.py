@@ -14,6 +14,7 @@ import parity
 import pytest
 import torch
 from parity import CASES, RECIPES, Case, Outcome, apart, of_ours, of_recipe, of_trl
+from tiers import slow
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "parity.md"
@@ -87,6 +88,7 @@ def test_an_update_is_that_of_trl(name):
         assert ours.logs[-1][f"policy/{metric}"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_another_setting_is_found_out(name):
     wrong = of_ours(CASES[name], **CASES[name].wrong)
@@ -98,6 +100,7 @@ def test_a_recipe_as_it_is_gives_the_update_of_trl(name):
     agree(of_recipe(name), of_ours(of_recipe(name)), of_trl(of_recipe(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "grpo, KL", "rloo", "rloo, clip"])
 def test_parity_holds_in_float32(name):
     ours, trl = of_ours(CASES[name], torch.float32), of_trl(CASES[name], torch.float32)
@@ -127,7 +130,7 @@ def test_rows_without_a_score_count_in_trl_s_means_and_not_in_ours(loss, factor)
     assert apart(ours, factor * trl) < ROUND_OFF
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", *slow("dapo", "dr_grpo"), "rloo"])
 def test_accumulation_changes_neither(name):
     case = replace(CASES[name], steps=1)
     agree(case, of_ours(case), of_trl(accumulated(case)))

@@ -60,6 +60,7 @@ def test_no_test_problem_is_trained_on(example, prepared):
     assert all(row["answer"] and "\n" not in row["answer"] for row in rows["ppo", "train"] + rows["ppo", "test"])
 
 
+@pytest.mark.slow
 def test_its_stages_run_to_their_end(example, prepared):
     example.save_model(prepared / "sft_train.jsonl", prepared / "model")
     words = [*example.overrides(prepared, (2, 2, 4)), "ppo.rollout.prompts=8", "ppo.rollout.max_new_tokens=12"]

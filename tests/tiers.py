@@ -17,6 +17,11 @@ def used(value: Any) -> Iterator[str]:
         yield from used(inner)
 
 
+def slow(*members: Any) -> list[Any]:
+    """Members that run with `pytest -m slow` alone."""
+    return [pytest.param(member, marks=pytest.mark.slow) for member in members]
+
+
 def tiers(members: Mapping[str, Any]) -> list[Any]:
     """The members as parameters: `slow` are those that name no plugin that an earlier one does not name."""
     seen: set[str] = set()
