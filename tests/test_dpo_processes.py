@@ -45,6 +45,7 @@ def test_the_command_line_trains_a_policy_that_a_recipe_goes_on_from(tmp_path):
     assert "trainer.loss_type" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """With precomputed log-probs, of which each process computes its share."""
     words = ("training.optim=sgd", "training.learning_rate=0.1", "training.max_grad_norm=0", "training.max_steps=3")

@@ -194,6 +194,7 @@ def test_another_decay_on_resume_is_refused(tmp_path: Path):
         run(tmp_path, ema=0.5).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_average_of_one_and_resume_it_to_the_bit(tmp_path: Path):
     def specification(folder: Path) -> dict[str, Any]:
         return {

@@ -58,6 +58,7 @@ def test_a_token_budget_gives_the_same_parameters(tmp_path):
     assert_same_movement(movement(tmp_path, spec), movement(tmp_path, tight))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_parameters_of_one(tmp_path):
     """Every aggregation, an uneven number of prompts, a process without rows in some steps, a resampling filter."""
     specs = {}

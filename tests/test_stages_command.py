@@ -102,6 +102,7 @@ def group_and_name(run: Path) -> tuple[str, str]:
     return found["run_group"], found["display_name"]
 
 
+@pytest.mark.slow
 def test_two_processes_skip_and_train_together(tmp_path):
     """One stage is there, the second one is trained by both; they write one summary."""
     given = {name: stage for name, stage in st.stages(tmp_path).items() if name != "ppo"}
