@@ -29,7 +29,7 @@ from hf_rlhf.counting import (
     trunk_of,
     without_storage,
 )
-from hf_rlhf.held import Held, UnmadeError, first_line, held, local_config, without_weights
+from hf_rlhf.held import Held, UnmadeError, first_line, held, named_config, without_weights
 from hf_rlhf.memory import MIB, resident
 from hf_rlhf.micro_batches import Batching
 from hf_rlhf.models import disable_dropout, lora_config
@@ -139,14 +139,10 @@ def from_settings(
     settings: Model, setting: Setting, peft_config: Any = None, trust_remote_code: bool = False
 ) -> Estimate:
     """The estimate for a model that is only named. Without its configuration on this machine it says why there is none."""
-    if settings.path is None:
-        return Estimate(notes=["not estimated: no model is named"])
     try:
-        config = local_config(settings.path, settings.revision, trust_remote_code)
-    except OSError:
-        return Estimate(notes=[f"not estimated: the configuration of {settings.path} is not on this machine"])
-    except (ValueError, ImportError) as error:
-        return Estimate(notes=[f"not estimated: {first_line(error)}"])
+        config = named_config(settings, trust_remote_code)
+    except UnmadeError as error:
+        return Estimate(notes=[f"not estimated: {error}"])
 
     spared = [0.0, 0.0]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from hf_rlhf.algorithm import Algorithm
     from hf_rlhf.estimate import Setting
+    from hf_rlhf.settings import Model
 
 STATES: dict[str, float] = {
     "adamw": 2,
@@ -193,6 +194,18 @@ def local_config(path: str, revision: str | None, trust_remote_code: bool = Fals
 
 class UnmadeError(ValueError):
     """A model that cannot be made without weights; the message says why."""
+
+
+def named_config(settings: Model, trust_remote_code: bool) -> Any:
+    """The configuration of the model that a recipe names. Raises `UnmadeError` where it is not on this machine."""
+    if settings.path is None:
+        raise UnmadeError("no model is named")
+    try:
+        return local_config(settings.path, settings.revision, trust_remote_code)
+    except OSError as error:
+        raise UnmadeError(f"the configuration of {settings.path} is not on this machine") from error
+    except (ValueError, ImportError) as error:
+        raise UnmadeError(first_line(error)) from error
 
 
 def without_weights(auto: Any, config: Any, **options: Any) -> Any:

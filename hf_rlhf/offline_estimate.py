@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_rlhf.counting import Live, count_step, hollow, tensor_bytes, trunk_of, whole_depth, without_storage
 from hf_rlhf.estimate import LIBRARIES, Estimate, with_adapter
-from hf_rlhf.held import UnmadeError, first_line, local_config, optimizer_bytes, without_weights
+from hf_rlhf.held import UnmadeError, first_line, named_config, optimizer_bytes, without_weights
 from hf_rlhf.memory import MIB, resident
 from hf_rlhf.models import disable_dropout
 from hf_rlhf.offline import Footprint, OfflineTrainer
@@ -66,27 +66,22 @@ def estimate_offline(
     `tokens`: of the longest row; as many as may be where it is left out. `process`: bytes of this process on CPU without any
     model; what it holds now, and what training loads, when left out.
     """
-    if settings.path is None:
-        return Estimate(notes=["not estimated: no model is named"])
-    try:
-        config = local_config(settings.path, settings.revision, trust_remote_code)
-    except OSError:
-        return Estimate(notes=[f"not estimated: the configuration of {settings.path} is not on this machine"])
-    except (ValueError, ImportError) as error:
-        return Estimate(notes=[f"not estimated: {first_line(error)}"])
     found = Estimate()
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    room = min((x for x in (trainer.max_length, context) if x is not None), default=None)
-    if tokens is None:
-        if room is None:
-            return Estimate(notes=["not estimated: nothing bounds a row's tokens; set trainer.max_length"])
-        tokens = room
-        found.notes.append(f"rows of {room:,} tokens are assumed, as trainer.max_length and the model's context allow")
-    footprint = trainer.footprint(settings.lora is not None)
     try:
+        config = named_config(settings, trust_remote_code)
+        room = _room(trainer, config)
+        if tokens is None:
+            if room is None:
+                raise UnmadeError("nothing bounds a row's tokens; set trainer.max_length")
+            tokens = room
+            found.notes.append(
+                f"rows of {room:,} tokens are assumed, as trainer.max_length and the model's context allow"
+            )
         plain = _blueprint(settings, trainer, config, trust_remote_code)
     except UnmadeError as error:
         return Estimate(notes=[f"not estimated: {error}"])
+    footprint = trainer.footprint(settings.lora is not None)
+    long = room if footprint.packed and room is not None else tokens
     spared, layer = bytes_of(plain, settings)
     blueprint = with_adapter(plain, settings, _peft(settings, trainer))
     here = 0.0
@@ -96,11 +91,10 @@ def estimate_offline(
         model = hollow(blueprint).train()
         held = {"process": here, **_held(model, footprint, args, found.notes)}
         try:
-            per_row = footprint.texts
-            evaluated = Rows(texts=args.per_device_eval_batch_size * per_row, tokens=tokens)
+            evaluated = Rows(texts=args.per_device_eval_batch_size * footprint.texts, tokens=tokens)
             found.phases["evaluation"] = held | _evaluation(model, trainer, footprint, evaluated, args)
-            long = room if footprint.packed and room is not None else tokens
-            batch = Rows(texts=args.per_device_train_batch_size * per_row, tokens=long, packed=footprint.packed)
+            texts = args.per_device_train_batch_size * footprint.texts
+            batch = Rows(texts=texts, tokens=long, packed=footprint.packed)
             found.phases["update"] = held | _update(model, trainer, footprint, batch, args)
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             found.notes.append(
@@ -115,6 +109,12 @@ def estimate_offline(
         phase: {part: size / MIB for part, size in parts.items() if size > 0} for phase, parts in found.phases.items()
     }
     return found
+
+
+def _room(trainer: OfflineTrainer, config: Any) -> int | None:
+    """The most tokens that a row can have, if anything bounds them."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min((x for x in (trainer.max_length, context) if x is not None), default=None)
 
 
 def _blueprint(settings: Model, trainer: OfflineTrainer, config: Any, trust_remote_code: bool) -> Any:

@@ -33,6 +33,8 @@ def _steady() -> Any:
     from bitsandbytes.nn import Linear8bitLt
 
     class Steady8bit(Linear8bitLt):
+        """Computes as in training, whatever mode it is set to."""
+
         def train(self, mode: bool = True) -> Steady8bit:
             return super().train(True)
 
