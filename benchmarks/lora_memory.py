@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import keep
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 24
@@ -146,24 +147,15 @@ def main() -> None:
             for kind in [*kinds, "frozen"] if repeat == 0 else kinds:
                 runs.append(in_own_process(kind, allocator))
                 print(json.dumps(runs[-1]), flush=True)
-    from hf_rlhf.assemble import versions
-
-    result = {
-        "command": "python -m benchmarks.lora_memory",
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "runs": runs,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    command = "python -m benchmarks.lora_memory"
     count = runs[0]["parameters"] / 1e6
     text = (
-        f"# Memory with an adapter\n\n`{result['command']}`: a base of {count:.0f} M parameters in float32, LoRA of rank 16, "
+        f"# Memory with an adapter\n\n`{command}`: a base of {count:.0f} M parameters in float32, LoRA of rank 16, "
         f"GRPO with `kl: in_loss` or without a KL; {options.repeats} processes each, one of `frozen`. The most that a process "
         "held, and that less what it held before the model was made: medians, least and most.\n\n"
         f"{table(runs)}\n"
     )
-    options.json.with_suffix(".md").write_text(text)
+    keep(options.json, command, {"runs": runs}, text)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import keep
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 32
@@ -173,18 +174,9 @@ def main() -> None:
         for allocator in options.allocators:
             rows.append(in_own_process(name, allocator))
             print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
-    from hf_rlhf.assemble import versions
-
-    result = {
-        "command": "python -m benchmarks.memory",
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
-    text = f"# Memory\n\n`{result['command']}`: MiB of a process, estimated and measured.\n\n{table(rows)}\n"
-    options.json.with_suffix(".md").write_text(text)
+    command = "python -m benchmarks.memory"
+    text = f"# Memory\n\n`{command}`: MiB of a process, estimated and measured.\n\n{table(rows)}\n"
+    keep(options.json, command, {"rows": rows}, text)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import PROMPT_TOKENS, RESULTS, in_own_process, make_run, trim
 from benchmarks.peak import peak
+from benchmarks.record import keep
 from hf_rlhf.memory import MIB, Phase
 
 TOKENS = 33
@@ -119,18 +119,9 @@ def main() -> None:
     for name in options.cases:
         rows.append(in_own_process(name, "exact", "benchmarks.offload"))
         print(table(rows).splitlines()[-1], flush=True)
-    from hf_rlhf.assemble import versions
-
-    result = {
-        "command": "python -m benchmarks.offload",
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
-    text = f"# Offload\n\n`{result['command']}`: MiB of a process, measured and (estimated).\n\n{table(rows)}\n"
-    options.json.with_suffix(".md").write_text(text)
+    command = "python -m benchmarks.offload"
+    text = f"# Offload\n\n`{command}`: MiB of a process, measured and (estimated).\n\n{table(rows)}\n"
+    keep(options.json, command, {"rows": rows}, text)
 
 
 if __name__ == "__main__":
