@@ -57,7 +57,7 @@ def run_ours(algorithm: str, seed: int, steps: int, folder: str) -> Curve:
     from transformers import PrinterCallback
 
     from hf_rlhf import RLHFTrainer, load_recipe
-    from hf_rlhf.run import training_arguments
+    from hf_rlhf.cli.runs.rollout_run import training_arguments
 
     recipe = load_recipe("quickstart", OURS[algorithm])
     assert (recipe.plugins["rollout"].prompts, recipe.plugins["rollout"].num_generations) == (PROMPTS, GROUP)
@@ -77,7 +77,7 @@ def run_trl(algorithm: str, seed: int, steps: int, folder: str) -> Curve:
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback
 
-    from hf_rlhf.quickstart import addition_dataset, addition_model
+    from hf_rlhf.data.addition_task import addition_dataset, addition_model
 
     def exact_match(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
@@ -193,7 +193,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def save(rows: list[dict[str, Any]], steps: int, path: Path) -> None:
     """Writes rows and, once every system has a run of every algorithm, the table."""
-    from hf_rlhf.assemble import versions
+    from hf_rlhf.training.setup import versions
 
     rows = sorted(rows, key=lambda row: (row["algorithm"], row["system"], row["seed"]))
     found = {
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each on one core")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    from hf_rlhf.quickstart import addition_model
+    from hf_rlhf.data.addition_task import addition_model
 
     addition_model()  # made once, before the runs share it
     rows: list[dict[str, Any]] = []

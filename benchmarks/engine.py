@@ -13,9 +13,8 @@ from benchmarks.work import EOS, FIRST_WORD, Line, forced_lengths
 from hf_rlhf_plugins.rollout.generate import Generate
 
 if TYPE_CHECKING:
-    from hf_rlhf.batch import Completions
-    from hf_rlhf.policy import Policy
-    from hf_rlhf.prompts import Prompt
+    from hf_rlhf.batch import Completions, Prompt
+    from hf_rlhf.modeling.policy import Policy
 
 
 @dataclass(kw_only=True)

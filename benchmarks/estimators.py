@@ -178,7 +178,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.loop_rows % GROUP or not 0 < options.loop_rows <= options.rows:
         parser.error(f"--loop-rows must be a multiple of {GROUP} from {GROUP} to --rows")
-    from hf_rlhf.assemble import versions
+    from hf_rlhf.training.setup import versions
 
     torch.set_num_threads(1)
     entries = measure(options.rows, options.tokens, options.loop_rows)

@@ -13,9 +13,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from hf_rlhf.overrides import apply_overrides
-from hf_rlhf.quickstart import BUILTIN
-from hf_rlhf.recipe import read_recipe
+from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.recipe import read_recipe
+from hf_rlhf.data.addition_task import BUILTIN
 
 COMPLETIONS = 256
 GROUP = 8

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_rlhf.quickstart import SUMS, addition_dataset, addition_model, addition_tokenizer
+from hf_rlhf.data.addition_task import SUMS, addition_dataset, addition_model, addition_tokenizer
 
 Row = tuple[str, str]
 """A prompt and an answer."""

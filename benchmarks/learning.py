@@ -47,8 +47,8 @@ def run(name: str, seed: int, rollouts: int | None = None, overrides: tuple[str,
 
     from benchmarks.watch import Watch
     from hf_rlhf import RLHFTrainer
-    from hf_rlhf.arguments import DEFAULTS
-    from hf_rlhf.recipe import resolve
+    from hf_rlhf.config.recipe import resolve
+    from hf_rlhf.config.training_arguments import DEFAULTS
 
     transformers_logging.disable_progress_bar()
     raw = fitted(name, seed, rollouts, overrides)
@@ -88,7 +88,7 @@ def run(name: str, seed: int, rollouts: int | None = None, overrides: tuple[str,
 def problems(name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Problems to train on and held-out ones, with the answers that the recipe's policy is to give."""
     from benchmarks.judges import lines
-    from hf_rlhf.quickstart import addition_dataset
+    from hf_rlhf.data.addition_task import addition_dataset
 
     train, held_out = addition_dataset()
     if not fit_of(name).two_lines:
@@ -122,7 +122,7 @@ def results(path: Path = RESULTS) -> dict[str, Any]:
 
 def save(found: dict[str, Any], path: Path) -> None:
     """Writes the results whole, or leaves the old ones."""
-    from hf_rlhf.assemble import versions
+    from hf_rlhf.training.setup import versions
 
     found = {
         "command": "python -m benchmarks.learning",

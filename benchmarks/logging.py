@@ -75,13 +75,14 @@ class Stopwatch:
 
 def install(watch: Stopwatch) -> None:
     """Times the parts in this process."""
-    from hf_rlhf import collect, trackers
-    from hf_rlhf.algorithm import Algorithm
-    from hf_rlhf.collect import Collector
-    from hf_rlhf.log import RunLog
-    from hf_rlhf.meters import Meters
-    from hf_rlhf.scoring import Scorer
-    from hf_rlhf.trainer import RLHFTrainer
+    from hf_rlhf.config.algorithm import Algorithm
+    from hf_rlhf.metrics import trackers
+    from hf_rlhf.metrics.aggregator import MetricAggregator
+    from hf_rlhf.metrics.jsonl_log import RunLog
+    from hf_rlhf.scoring.scorer import Scorer
+    from hf_rlhf.training import collector
+    from hf_rlhf.training.collector import Collector
+    from hf_rlhf.training.trainer import RLHFTrainer
     from hf_rlhf_plugins.rewards.exact_match import ExactMatch
 
     parts = {
@@ -90,9 +91,9 @@ def install(watch: Stopwatch) -> None:
         (RunLog, "on_log"): (LOGGING, "metrics.jsonl"),
         (RunLog, "_parquet"): (LOGGING, "completions/*.parquet, in a thread"),
         (trackers.WandbTracker, "on_log"): (LOGGING, "Weights & Biases, table included"),
-        (Meters, "read"): (LOGGING, "averages since the last entry"),
-        **{(collect, name): (LOGGING, "numbers of the rollout") for name in ("report_rewards", "report_credit")},
-        (collect, "report_drift"): (LOGGING, "numbers of the rollout"),
+        (MetricAggregator, "read"): (LOGGING, "averages since the last entry"),
+        **{(collector, name): (LOGGING, "numbers of the rollout") for name in ("report_rewards", "report_credit")},
+        (collector, "report_drift"): (LOGGING, "numbers of the rollout"),
         (Collector, "_tell_plugins"): (PLUGINS, "observe and report"),
         (Scorer, "ask"): (SCORING, "copies, time limits and checks around each call of a reward"),
         **{(Algorithm, name): (PLUGINS, "dispatch") for name in ("extras", "titled", "kl_in", "labels")},
@@ -111,8 +112,8 @@ def install(watch: Stopwatch) -> None:
 
 def measure(steps: int, overrides: list[str]) -> dict[str, Any]:
     """One run, and what its parts cost."""
-    from hf_rlhf.recipe import load_recipe
-    from hf_rlhf.run import train
+    from hf_rlhf.cli.runs.rollout_run import train
+    from hf_rlhf.config.recipe import load_recipe
 
     watch = Stopwatch()
     install(watch)

@@ -43,7 +43,7 @@ SIZES = {
 def run(kind: str, folder: str, size: str = "large") -> dict[str, float]:
     """One run in this process: MiB, parameters. A run of a far smaller model loads every library first."""
     from benchmarks.peak import mib, peak
-    from hf_rlhf.memory import MIB
+    from hf_rlhf.runtime.peak_memory import MIB
 
     _train(kind, f"{folder}/first", hidden=16, layers=1, intermediate=32, heads=4)
     with peak() as phase:
@@ -58,7 +58,7 @@ def _train(kind: str, folder: str, **sizes: int) -> int:
 
     from benchmarks.work import Line, make_model, make_tokenizer
     from hf_rlhf import RLHFTrainer
-    from hf_rlhf.recipe import resolve
+    from hf_rlhf.config.recipe import resolve
 
     line = Line(name="lora", **sizes)
     recipe = resolve(

@@ -64,12 +64,13 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
 
     A run of a far smaller model comes first, so that every library is loaded when the process is weighed.
     """
-    from hf_rlhf.estimate import Setting, from_model
-    from hf_rlhf.settings import Model
+    from hf_rlhf.contract.model_settings import Model
+    from hf_rlhf.training.memory.estimate import from_model
+    from hf_rlhf.training.memory.workload import Workload
 
     _train(case, f"{folder}/first", hidden=16, layers=1)
     model, args, peft_config, recipe, made = make_run(case, f"{folder}/second", hidden=256, layers=6)
-    setting = Setting(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
+    setting = Workload(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
     trim()
     estimated = from_model(model, Model(), setting, peft_config)
     trainer = made()
@@ -99,7 +100,7 @@ def make_run(case: dict[str, Any], folder: str, *, hidden: int, layers: int) -> 
 
     from benchmarks.work import Line, make_model, make_tokenizer
     from hf_rlhf import RLHFTrainer
-    from hf_rlhf.recipe import resolve
+    from hf_rlhf.config.recipe import resolve
 
     sizes = {"hidden": hidden, "layers": layers, "intermediate": 4 * hidden}
     line = Line(name="memory", vocabulary=case.get("vocabulary", 4096), **sizes)

@@ -100,7 +100,7 @@ def heads(linear: Any, states: Tensor, targets: Tensor, by_token: Tensor) -> Var
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    from hf_rlhf.head import Head, Wanted, score
+    from hf_rlhf.modeling.lm_head import Head, TokenStatistics, score
 
     def plain() -> Tensor:
         log_probs = linear(states).log_softmax(-1)
@@ -116,7 +116,7 @@ def heads(linear: Any, states: Tensor, targets: Tensor, by_token: Tensor) -> Var
         return entropy.detach()
 
     def ours() -> Tensor:
-        found = score(Head(linear), states, targets, 1.0, Wanted(entropy=True))
+        found = score(Head(linear), states, targets, 1.0, TokenStatistics(entropy=True))
         (found["logps"] * by_token).sum().backward()
         return found["entropy"].detach()
 
@@ -126,7 +126,7 @@ def heads(linear: Any, states: Tensor, targets: Tensor, by_token: Tensor) -> Var
             states,
             targets,
             1.0,
-            Wanted(entropy=True),
+            TokenStatistics(entropy=True),
             derivative=lambda values, chunk: {"logps": by_token[chunk]},
         )
         found["loss"].backward()
@@ -188,7 +188,8 @@ def sampling(vocabulary: int, rows: int, times: int) -> Part:
 
 def packing(line: Line, times: int) -> Part:
     """Forward and backward of the log-probs of one rollout's completions."""
-    from hf_rlhf.policy import ActorCritic, TokenBatch
+    from hf_rlhf.modeling.policy import ActorCritic
+    from hf_rlhf.modeling.token_batch import TokenBatch
 
     model = make_model(line)
     actor = ActorCritic(model, None, 1.0)
@@ -275,8 +276,8 @@ class All(Filter):
 
 def dispatch(calls: int, times: int) -> Part:
     """What a call costs by going through the recipe's choice: plugins that give back their argument, against functions."""
-    from hf_rlhf.losses import POLICY_GETS
-    from hf_rlhf.recipe import resolve
+    from hf_rlhf.config.recipe import resolve
+    from hf_rlhf.training.losses import POLICY_GETS
 
     a = resolve(
         {
@@ -350,7 +351,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     from benchmarks.speed_page import micro_section, write_page
-    from hf_rlhf.assemble import versions
+    from hf_rlhf.training.setup import versions
 
     torch.set_num_threads(1)
     path = options.json or RESULTS / ("micro_quick.json" if options.quick else "micro.json")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from benchmarks.micro import Part, Variants, part
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.scoring import Scorer
+from hf_rlhf.scoring.scorer import Scorer
 
 
 class Ones(RewardSource):

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.memory import PROMPT_TOKENS, RESULTS, in_own_process, make_run, trim
 from benchmarks.peak import peak
 from benchmarks.record import keep
-from hf_rlhf.memory import MIB, Phase
+from hf_rlhf.runtime.peak_memory import MIB, Phase
 
 TOKENS = 33
 STEPS = 2
@@ -57,13 +57,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run_case(chosen: dict[str, Any], folder: str) -> dict[str, Any]:
     """One run in this process: MiB of each phase, estimated and measured, CPU seconds, and a hash of what it trained."""
-    from hf_rlhf.estimate import Setting, from_model
-    from hf_rlhf.settings import Model
+    from hf_rlhf.contract.model_settings import Model
+    from hf_rlhf.training.memory.estimate import from_model
+    from hf_rlhf.training.memory.workload import Workload
 
     *_, first = make_run(chosen, f"{folder}/first", hidden=16, layers=1)  # so that every library is loaded
     _trained(first)
     model, args, peft_config, recipe, made = make_run(chosen, f"{folder}/second", hidden=768, layers=8)
-    setting = Setting(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
+    setting = Workload(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
     trim()
     estimated = from_model(model, Model(), setting, peft_config)
     del model

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import torch
 
-from hf_rlhf.memory import MIB, Phase, recorder
+from hf_rlhf.runtime.peak_memory import MIB, Phase, recorder
 
 
 @contextmanager
 def peak() -> Iterator[Phase]:
-    """A phase of `hf_rlhf.memory` on the CPU. Freed memory is handed back first, so that what was there before does not
-    make room for what comes."""
+    """A phase of `hf_rlhf.runtime.peak_memory` on the CPU. Freed memory is handed back first, so that what was there
+    before does not make room for what comes."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page again, from the figures that are there")
     options = parser.parse_args()
     if not options.page:
-        from hf_rlhf.assemble import versions
+        from hf_rlhf.training.setup import versions
 
         result = {
             "command": "python -m benchmarks.pipeline",

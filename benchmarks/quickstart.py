@@ -59,8 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.cold:
         os.environ["HF_RLHF_CACHE"] = tempfile.mkdtemp()
-    from hf_rlhf.assemble import versions
-    from hf_rlhf.quickstart import addition_model
+    from hf_rlhf.data.addition_task import addition_model
+    from hf_rlhf.training.setup import versions
 
     started = time.perf_counter()
     addition_model()

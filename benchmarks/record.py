@@ -10,7 +10,7 @@ from typing import Any
 
 def keep(path: Path, command: str, found: dict[str, Any], page: str) -> None:
     """Writes what was `found` with command, machine and versions to `path`, and `page` beside it as Markdown."""
-    from hf_rlhf.assemble import versions
+    from hf_rlhf.training.setup import versions
 
     machine = {"processor": platform.machine(), "system": platform.system()}
     result = {"command": command, "machine": machine, "versions": versions(), **found}

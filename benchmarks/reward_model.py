@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the table again, from the figures that are there")
     options = parser.parse_args()
     if not options.page:
-        from hf_rlhf.assemble import versions
+        from hf_rlhf.training.setup import versions
 
         result = {
             "command": "python -m benchmarks.reward_model",

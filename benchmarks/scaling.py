@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, metavar="AXIS", help=f"of {', '.join(names)}")
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
-    from hf_rlhf.assemble import versions
+    from hf_rlhf.training.setup import versions
 
     path = options.json or RESULTS / ("scaling_quick.json" if options.quick else "scaling.json")
     rounds = options.rounds or (1 if options.quick else 2)

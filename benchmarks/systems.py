@@ -163,7 +163,7 @@ class Run:
 def recipe(line: Line, engine: Any, tokens: int | None = TOKENS) -> Any:
     """Our recipe for a line: what TRL computes by default, with exact entropy measured as TRL does."""
     from hf_rlhf import load_recipe
-    from hf_rlhf.recipe import resolve
+    from hf_rlhf.config.recipe import resolve
 
     named = load_recipe({"grpo": "grpo@trl", "rloo": "rloo"}[line.algorithm])
     kl = (

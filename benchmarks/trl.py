@@ -216,7 +216,7 @@ def geometric_mean(numbers: list[float]) -> float | None:
 
 def result(rows: list[dict[str, Any]], command: str, rounds: int, cycles: int) -> dict[str, Any]:
     """What is written; the means are over the lines that compare whole cycles."""
-    from hf_rlhf.assemble import versions
+    from hf_rlhf.training.setup import versions
 
     whole = [row for row in rows if row["exact"] and row["compared"] == "cycle"]
     return {

@@ -22,7 +22,7 @@ from typing import Any
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.scoring import Scorer
+from hf_rlhf.scoring.scorer import Scorer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from hf_rlhf.seeding import seeded
+from hf_rlhf.runtime.seeding import seeded
 
 
 def measured(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hf_rlhf.compat.wandb_workspaces import specification, workspace_of
-from hf_rlhf.dashboard import Dashboard, dashboard_of, dashboard_of_stages
-from hf_rlhf.host import OWN_PACKAGE, Host, use_host
-from hf_rlhf.recipe import load_recipe
-from hf_rlhf.stages import is_staged, load_staged
+from hf_rlhf.cli.commands.dashboard import dashboard_of_stages
+from hf_rlhf.cli.runs.pipeline import is_pipeline, load_pipeline
+from hf_rlhf.config.recipe import load_recipe
+from hf_rlhf.metrics.dashboard import Dashboard, dashboard_of
+from hf_rlhf.metrics.wandb_workspace import specification, workspace_of
+from hf_rlhf.registry.host import OWN_PACKAGE, Host, use_host
 
 FOLDER = Path(__file__).parent
 
@@ -19,7 +20,7 @@ def made() -> dict[str, Dashboard]:
     with use_host(Host(disable="")) as host:
         names = [recipe.name for recipe in host.recipes() if recipe.package == OWN_PACKAGE]
         return {
-            name: dashboard_of_stages(load_staged(name)) if is_staged(name) else dashboard_of(load_recipe(name))
+            name: dashboard_of_stages(load_pipeline(name)) if is_pipeline(name) else dashboard_of(load_recipe(name))
             for name in names
         }
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import typer
 
-from hf_rlhf.cli import EXIT_CODES, add_commands, app
-from hf_rlhf.commands import FLAGS
+from hf_rlhf.cli.app import EXIT_CODES, app
+from hf_rlhf.cli.flags import FLAGS
+from hf_rlhf.cli.main import add_commands
 
 PRECEDENCE = """## What wins
 

@@ -13,17 +13,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # for commands.py and proofs.py,
 import commands
 import proofs
 
-from hf_rlhf import hookspecs
 from hf_rlhf.axes import AXES, LISTS, NESTED
-from hf_rlhf.host import Host, use_host
+from hf_rlhf.cli.runs.pipeline import is_pipeline, load_pipeline
+from hf_rlhf.config.offline_sections import OfflineDataset
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
+from hf_rlhf.config.recipe_yaml import DEFAULTS as AXIS_DEFAULTS
+from hf_rlhf.config.recipe_yaml import OFFLINE
+from hf_rlhf.config.sections import SECTIONS
+from hf_rlhf.contract.model_settings import Lora
 from hf_rlhf.metrics import declared_by
-from hf_rlhf.offline_settings import OfflineDataset
-from hf_rlhf.recipe import OfflineRecipe, load_recipe
-from hf_rlhf.recipe_text import DEFAULTS as AXIS_DEFAULTS
-from hf_rlhf.recipe_text import OFFLINE
-from hf_rlhf.settings import SECTIONS, Lora
-from hf_rlhf.stages import is_staged, load_staged
-from hf_rlhf.validation import default_text, describe, nested, plain_text, setting_types, settings_of
+from hf_rlhf.registry import hookspecs
+from hf_rlhf.registry.host import Host, use_host
+from hf_rlhf.registry.settings_schema import default_text, describe, nested, plain_text, setting_types, settings_of
 
 DOCS = Path(__file__).parent
 PACKAGE = "hf_rlhf"
@@ -200,8 +201,8 @@ def proofs_page() -> Iterator[str]:
 
 def recipes_page() -> Iterator[str]:
     """One entry per recipe of this package."""
-    from hf_rlhf.arguments import DEFAULTS
-    from hf_rlhf.plan import make_plan
+    from hf_rlhf.config.plan import make_plan
+    from hf_rlhf.config.training_arguments import DEFAULTS
 
     host = own_host()
     yield "# Recipes\n\n" + MADE
@@ -217,10 +218,10 @@ def recipes_page() -> Iterator[str]:
             text = offer.file.read_text(encoding="utf-8")
             lines = text.splitlines()
             comment = [line.lstrip("# ") for line in lines if line.startswith("#")]
-            if is_staged(offer.name):
+            if is_pipeline(offer.name):
                 yield f"## {offer.name}\n\n" + "\n".join(comment)
                 stages = (
-                    f"`{stage.name}` ([{stage.source}](#{stage.source}))" for stage in load_staged(offer.name).stages
+                    f"`{stage.name}` ([{stage.source}](#{stage.source}))" for stage in load_pipeline(offer.name).stages
                 )
                 yield f"**Stages.** {', '.join(stages)}: [pipelines.md](pipelines.md)."
                 yield from recipe_text(offer.file.name, lines)
@@ -258,8 +259,8 @@ def arguments_page() -> Iterator[str]:
     """Every field of TrainingArguments under honoured, forced, refused or without effect."""
     from transformers import TrainingArguments
 
-    from hf_rlhf.arguments import DEFAULTS, FORCED, REFUSED, WITHOUT_EFFECT
-    from hf_rlhf.offline_run import REFUSED as OFFLINE_REFUSED
+    from hf_rlhf.cli.runs.offline_run import REFUSED as OFFLINE_REFUSED
+    from hf_rlhf.config.training_arguments import DEFAULTS, FORCED, REFUSED, WITHOUT_EFFECT
 
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     as_in_trainer = AS_IN_TRAINER.split()
@@ -267,7 +268,9 @@ def arguments_page() -> Iterator[str]:
     placed = [name for part in parts for name in part]
     wrong = [name for name in [*fields, *placed] if placed.count(name) != 1 or name not in fields]
     if wrong:
-        raise SystemExit(f"not in exactly one list of docs/generate.py and hf_rlhf/arguments.py: {', '.join(wrong)}")
+        raise SystemExit(
+            f"not in exactly one list of docs/generate.py and hf_rlhf/config/training_arguments.py: {', '.join(wrong)}"
+        )
 
     def rows(part: dict[str, str]) -> list[list[str]]:
         return [[code(name), code(default_text(fields[name])), part[name]] for name in fields if name in part]

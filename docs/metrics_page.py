@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from hf_rlhf.areas import AREAS
-from hf_rlhf.host import Host
-from hf_rlhf.metric import Metric
+from hf_rlhf.contract.metric import Metric
+from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics import CORE, EVAL, EVALUATION, GIVEN, OFFLINE, OFFLINE_EVALUATION, CoreMetric
-from hf_rlhf.metrics.given import CRITIC, HEALTH, KL, POLICY, REWARDS, ROLLOUTS, THROUGHPUT, TRAINER
+from hf_rlhf.metrics.catalog import CRITIC, HEALTH, KL, POLICY, REWARDS, ROLLOUTS, THROUGHPUT, TRAINER
 from hf_rlhf.metrics.names import under
+from hf_rlhf.registry.host import Host
 
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from hf_rlhf.host import Host
-from hf_rlhf.metric import Metric
+from hf_rlhf.contract.metric import Metric
 from hf_rlhf.metrics import CORE, EVAL, EVALUATION, SECTIONS, declared_by
+from hf_rlhf.registry.host import Host
 
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from hf_rlhf import batch, hookspecs
-from hf_rlhf.areas import AREAS
+from hf_rlhf import batch
 from hf_rlhf.axes import AXES, LISTS, NESTED
-from hf_rlhf.plugin import Plugin
+from hf_rlhf.contract.base import Plugin
+from hf_rlhf.contract.metric_namespaces import AREAS
+from hf_rlhf.registry import hookspecs
 
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from hf_rlhf import API_VERSION
-from hf_rlhf.algorithm import CORE_PROVIDES, FIXES
-from hf_rlhf.areas import AREAS
 from hf_rlhf.axes import AXES
+from hf_rlhf.config.algorithm import CORE_PROVIDES, FIXES
+from hf_rlhf.contract.metric_namespaces import AREAS
 
 PAGE = Path(__file__).parent / "api.md"
 BEGIN, END = "<!-- Made by `python docs/surface.py`. -->\n\n```text\n", "```\n\n<!-- End of what is made. -->\n"
 HANDED = {
-    "hf_rlhf.algorithm.Algorithm": ("needs", "provides", "steps_per_rollout", "kl_in", "plugins"),
-    "hf_rlhf.policy.Policy": (),
-    "hf_rlhf.prompts.Prompt": (),
-    "hf_rlhf.step.Step": (),
+    "hf_rlhf.config.algorithm.Algorithm": ("needs", "provides", "steps_per_rollout", "kl_in", "plugins"),
+    "hf_rlhf.modeling.policy.Policy": (),
+    "hf_rlhf.batch.Prompt": (),
+    "hf_rlhf.contract.optimizer_step.Step": (),
 }
 """Types of which plugins are handed instances: their fields, and these members."""
 
@@ -76,7 +76,9 @@ def public(module: Any) -> set[str]:
 
 def described(name: str, value: Any) -> Iterator[str]:
     """A class with its members, a function with its signature, a constant with its type."""
-    if inspect.isclass(value) and value.__module__ == "hf_rlhf.trainer":  # for users of the trainer, not for plugins
+    if (
+        inspect.isclass(value) and value.__module__ == "hf_rlhf.training.trainer"
+    ):  # for users of the trainer, not for plugins
         yield f"class {name}{signature(value)}"
     elif inspect.isclass(value):
         bases = [base.__name__ for base in value.__bases__ if base.__name__ not in ("object", "ABC")]

@@ -21,6 +21,7 @@ plugin that is costly to start implements `setup(context)` and `close()`; one wi
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,27 +31,31 @@ from annotated_types import Ge
 
 from hf_rlhf.batch import Completions, Credit, Scored
 from hf_rlhf.batch import Context as Context
-from hf_rlhf.offline import Footprint as Footprint
-from hf_rlhf.offline import Materials as Materials
-from hf_rlhf.offline import OfflineTrainer
-from hf_rlhf.offload import Keeper as Keeper
-from hf_rlhf.offload import keeper as keeper
-from hf_rlhf.offload import tensors_of as tensors_of
-from hf_rlhf.plugin import Count, NonNegative, Plugin, Positive, choice
-from hf_rlhf.plugin import Fraction as Fraction
-from hf_rlhf.reward_source import Answers as Answers
-from hf_rlhf.reward_source import RewardSource
+from hf_rlhf.batch import Prompt as Prompt
+from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
+from hf_rlhf.contract.base import Count, NonNegative, Plugin, Positive, choice
+from hf_rlhf.contract.base import Fraction as Fraction
+from hf_rlhf.contract.offline_trainer import Footprint as Footprint
+from hf_rlhf.contract.offline_trainer import Materials as Materials
+from hf_rlhf.contract.offline_trainer import OfflineTrainer
+from hf_rlhf.contract.reward_source import Answers as Answers
+from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.modeling.offload import Keeper as Keeper
+from hf_rlhf.modeling.offload import keeper as keeper
+from hf_rlhf.modeling.offload import tensors_of as tensors_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, TrainingArguments
 
-    from hf_rlhf.algorithm import Algorithm
-    from hf_rlhf.policy import Policy
-    from hf_rlhf.prompts import Prompt
-    from hf_rlhf.settings import Model as ModelSettings  # noqa: F401
-    from hf_rlhf.step import Step
+    from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
+    from hf_rlhf.contract.optimizer_step import Step as Step
+    from hf_rlhf.modeling.attention import attend as attend
+    from hf_rlhf.modeling.attention import attention_refusal as attention_refusal
+    from hf_rlhf.modeling.lm_head import at_least_float32 as at_least_float32
+    from hf_rlhf.modeling.policy import Policy as Policy
+    from hf_rlhf.modeling.token_batch import TokenBatch as TokenBatch
 
 
 @dataclass(kw_only=True)
@@ -354,3 +359,19 @@ NESTED = frozenset({"kl_estimator", "kl_controller", "baseline"})
 
 LISTS = frozenset({"rewards", "kl", "loss_terms", "filters"})
 """Axes that hold any number of plugins."""
+
+_WITH_TORCH = {
+    "Policy": "hf_rlhf.modeling.policy",
+    "Step": "hf_rlhf.contract.optimizer_step",
+    "TokenBatch": "hf_rlhf.modeling.token_batch",
+    "attend": "hf_rlhf.modeling.attention",
+    "attention_refusal": "hf_rlhf.modeling.attention",
+    "at_least_float32": "hf_rlhf.modeling.lm_head",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for."""
+    if name in _WITH_TORCH:
+        return getattr(importlib.import_module(_WITH_TORCH[name]), name)
+    raise AttributeError(f"module 'hf_rlhf.axes' has no attribute {name!r}")

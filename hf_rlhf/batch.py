@@ -59,6 +59,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
+class Prompt:
+    """One prompt: its tokens, what the dataset had (text or chat messages), and the other columns of its row."""
+
+    ids: list[int]
+    prompt: str | list[dict[str, Any]]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
 class Completions:
     """What a rollout engine returns: `num_generations` neighbouring rows per prompt."""
 

@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from hf_rlhf.axes import Plugin
-    from hf_rlhf.offers import Offer
+    from hf_rlhf.registry.discovery import PluginEntry
     from hf_rlhf.testing import Fact
 
 OPTION = "--hf-rlhf-plugin"
@@ -55,14 +55,14 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
             items.extend(report.result)
 
 
-def _offers(name: str) -> list[Offer]:
+def _offers(name: str) -> list[PluginEntry]:
     """What a package or a file offers. Raises `pytest.UsageError` where that is nothing."""
-    from hf_rlhf.host import get_host
-    from hf_rlhf.plugin_check import offers_of
-    from hf_rlhf.validation import UserError
+    from hf_rlhf.conformance.subjects import entries_of
+    from hf_rlhf.registry.host import get_host
+    from hf_rlhf.runtime.errors import UserError
 
     try:
-        return offers_of(get_host(), name)
+        return entries_of(get_host(), name)
     except UserError as error:
         raise pytest.UsageError(f"{OPTION}: {error}") from error
 
@@ -70,19 +70,19 @@ def _offers(name: str) -> list[Offer]:
 class PluginFacts(pytest.Collector):
     """One plugin."""
 
-    def __init__(self, offer: Offer, **kwargs: Any) -> None:
+    def __init__(self, offer: PluginEntry, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.offer = offer
         self.plugin: Plugin | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
         """A test per fact; one skipped or failing test where there is no plugin to ask."""
-        from hf_rlhf.host import get_host
-        from hf_rlhf.plugin_check import made
+        from hf_rlhf.conformance.subjects import make_plugin
+        from hf_rlhf.registry.host import get_host
         from hf_rlhf.testing import conformance
 
         try:
-            self.plugin = made(get_host(), self.offer)
+            self.plugin = make_plugin(get_host(), self.offer)
             facts: list[Any] = conformance(self.plugin)
         except Exception as error:  # a stranger's module may raise anything
             facts = [_Unmade(f"{self.offer.axis}.{self.offer.name}", error)]
@@ -124,7 +124,7 @@ class FactItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """What is wrong, in one sentence; where the plugin itself raises, with the traceback."""
-        from hf_rlhf.validation import UserError
+        from hf_rlhf.runtime.errors import UserError
 
         if isinstance(excinfo.value, AssertionError | UserError):
             return f"{self.fact}\n  {excinfo.value}"

@@ -21,7 +21,6 @@ from unittest import SkipTest
 
 import torch
 
-from hf_rlhf import facts, invariance_facts, metric_facts, model_facts, reward_facts, tensor_facts, trainer_facts
 from hf_rlhf.axes import (
     Critic,
     KLController,
@@ -34,8 +33,8 @@ from hf_rlhf.axes import (
     UpdateRule,
     axis_of,
 )
-from hf_rlhf.batch import Rollouts, Scored
-from hf_rlhf.prompts import Prompt
+from hf_rlhf.batch import Prompt, Rollouts, Scored
+from hf_rlhf.conformance import common, invariances, metrics, models, offline_trainers, rewards, tensor_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -59,8 +58,8 @@ def scored(
 
     `fields` replace what was drawn, for instance `values=None` or `token_rewards=...`.
     """
-    drawn = tensor_facts.as_scored(
-        tensor_facts.draw_tensors(group_sizes=group_sizes, length=length, seed=seed, dtype=dtype)
+    drawn = tensor_inputs.as_scored(
+        tensor_inputs.draw_tensors(group_sizes=group_sizes, length=length, seed=seed, dtype=dtype)
     )
     return dataclasses.replace(drawn, **fields)
 
@@ -170,28 +169,28 @@ def conformance(
     axis = axis_of(type(plugin))
     if not axis:
         raise TypeError(f"{type(plugin).__name__} is no plugin: it subclasses no class of hf_rlhf.axes")
-    own_metrics = dict.fromkeys(invariance_facts.metric_names(plugin), 0.25)
-    told = [facts.FIRST, {**facts.LATER, **own_metrics}]
-    claims = [*facts.of_every_plugin(plugin, told), *metric_facts.of_metrics(plugin, axis, told)]
+    own_metrics = dict.fromkeys(invariances.metric_names(plugin), 0.25)
+    told = [common.FIRST, {**common.LATER, **own_metrics}]
+    claims = [*common.plugin_checks(plugin, told), *metrics.metric_checks(plugin, axis, told)]
     make = policy or (lambda: _policy(plugin.needs))
     if isinstance(plugin, RewardSource):
-        claims += reward_facts.of_a_reward(plugin, rollouts or _rollouts_for(plugin))
+        claims += rewards.reward_checks(plugin, rollouts or _rollouts_for(plugin))
     elif isinstance(plugin, RolloutEngine):
-        claims += model_facts.of_a_rollout_engine(plugin, make, tiny_policy()[1], prompts or _prompts())
+        claims += models.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts())
     elif isinstance(plugin, Critic):
-        claims += model_facts.of_a_critic(plugin, make)
+        claims += models.critic_checks(plugin, make)
     elif isinstance(plugin, Reference):
-        claims += model_facts.of_a_reference(plugin, make)
+        claims += models.reference_checks(plugin, make)
     elif isinstance(plugin, UpdateRule):
-        claims += model_facts.of_an_update_rule(plugin, make)
+        claims += models.update_rule_checks(plugin, make)
     elif isinstance(plugin, KLController):
-        claims += facts.of_a_controller(plugin)
+        claims += common.controller_checks(plugin)
     elif isinstance(plugin, OfflineTrainer):
-        claims += trainer_facts.of_a_trainer(plugin, tiny_policy(), rows)
-    elif axis in tensor_facts.OUTPUTS:
-        claims += invariance_facts.of_a_tensor_function(plugin, axis, finite_differences, told)
+        claims += offline_trainers.offline_trainer_checks(plugin, tiny_policy(), rows)
+    elif axis in tensor_inputs.OUTPUTS:
+        claims += invariances.tensor_function_checks(plugin, axis, finite_differences, told)
     if isinstance(plugin, TextTerm):
-        claims += model_facts.of_a_text_term(plugin)
+        claims += models.text_term_checks(plugin)
     name = f"{axis}.{getattr(plugin, 'name', type(plugin).__name__)}"
     return [Fact(f"{name}: {claim}", holds) for claim, holds in claims]
 

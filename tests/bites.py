@@ -19,13 +19,14 @@ import torch
 
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import RolloutCorrection, UpdateRule
-from hf_rlhf.data import load_prompts
-from hf_rlhf.models import load_model, load_tokenizer, lora_config
-from hf_rlhf.policy import Policy
-from hf_rlhf.prompts import Prompt
-from hf_rlhf.seeding import seeded
-from hf_rlhf.settings import Dataset, Lora, Model
-from hf_rlhf.tensor_facts import OUTPUTS, draw_tensors
+from hf_rlhf.batch import Prompt
+from hf_rlhf.config.sections import Dataset
+from hf_rlhf.conformance.tensor_inputs import OUTPUTS, draw_tensors
+from hf_rlhf.contract.model_settings import Lora, Model
+from hf_rlhf.data.model_loading import load_model, load_tokenizer, lora_config
+from hf_rlhf.data.prompts import load_prompts
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.testing import rollouts, tiny_policy
 
 

@@ -14,7 +14,7 @@ from bites import BITES, Bite
 from sandboxes import bubblewrap
 
 from hf_rlhf import load_plugin
-from hf_rlhf.recipe_text import RecipeError
+from hf_rlhf.config.recipe_yaml import RecipeError
 from hf_rlhf.testing import rollouts
 from hf_rlhf_plugins.rewards._sandbox import Limits, SandboxError
 from hf_rlhf_plugins.rewards._sandbox_server import serve

@@ -10,9 +10,9 @@ from bites import BITES, Bite, samples
 from transformers import LogitsProcessor
 
 from hf_rlhf import load_plugin
-from hf_rlhf.policy import Policy
-from hf_rlhf.prompts import Prompt
-from hf_rlhf.seeding import seeded
+from hf_rlhf.batch import Prompt
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.testing import tiny_policy
 
 

@@ -10,7 +10,7 @@ from bites import BITES, Bite, after, neighbours, of_tensors, one_kl
 from torch import Tensor, nn
 
 from hf_rlhf import load_plugin
-from hf_rlhf.step import Step
+from hf_rlhf.contract.optimizer_step import Step
 
 neighbours("kl_estimator", "abs", "k1_is", "k3_is")
 SLOPES = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)

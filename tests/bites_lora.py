@@ -11,8 +11,8 @@ import runs
 import test_lora_quantised as quantised
 from bites import BITES, Bite
 
-from hf_rlhf.models import load_model
-from hf_rlhf.settings import Model
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.data.model_loading import load_model
 
 
 def left(folder: Path, save_merged: Any) -> list[str]:

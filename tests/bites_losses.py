@@ -13,7 +13,7 @@ from bites import BITES, Bite, Parts, collected, dataset_folder, of_tensors
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import Context
 from hf_rlhf.batch import Scored
-from hf_rlhf.tensor_facts import draw_tensors
+from hf_rlhf.conformance.tensor_inputs import draw_tensors
 from hf_rlhf.testing import tiny_policy
 
 Show = Callable[[Path, Any], Any]

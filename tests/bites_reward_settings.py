@@ -12,7 +12,7 @@ from flaky_rewards import ByWord
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Context
-from hf_rlhf.scoring import RewardError, Scorer
+from hf_rlhf.scoring.scorer import RewardError, Scorer
 from hf_rlhf.testing import rollouts
 
 CONTEXT = Context(device=torch.device("cpu"), tokenizer=None, policy=None)

@@ -10,10 +10,10 @@ import torch
 from bites import BITES, FOLDER, Bite, dataset_folder
 
 from hf_rlhf import load_plugin
-from hf_rlhf.offline_data import read_rows
-from hf_rlhf.offline_run import make
-from hf_rlhf.offline_settings import OfflineDataset
-from hf_rlhf.run import check, training_keywords
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.rollout_run import check, training_keywords
+from hf_rlhf.config.offline_sections import OfflineDataset
+from hf_rlhf.data.offline_rows import read_rows
 
 
 def trainer_with(folder: Path, name: str, setting: str, value: Any) -> Any:

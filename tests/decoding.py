@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rlhf.policy import Policy
-from hf_rlhf.prompts import Prompt
+from hf_rlhf.batch import Prompt
+from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.testing import tiny_policy
 
 WORDS = 99

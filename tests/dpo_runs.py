@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_rlhf import load_plugin
-from hf_rlhf.offline_run import make
-from hf_rlhf.recipe import OfflineRecipe, load_recipe
-from hf_rlhf.run import check, train, training_keywords
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.rollout_run import check, train, training_keywords
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
+from hf_rlhf.conformance.offline_trainers import trainer_of
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.trainer_facts import trainer_of
 
 ROWS = [
     {"prompt": "1+1=", "chosen": "2", "rejected": "3"},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_rlhf.axes import Plugin
-from hf_rlhf.host import Host
+from hf_rlhf.registry.host import Host
 
 PLUGINS = sorted(p.name for p in entry_points(group="hf_rlhf") if p.dist and p.dist.name == "hf_rlhf")
 """`axis.name` of each."""

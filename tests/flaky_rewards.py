@@ -210,7 +210,7 @@ class Outer(RewardSource):
 
 def score(sources: Any, rollouts: Rollouts) -> dict[str, Any]:
     """label -> (n,) the total of each row by sources that are set up already; a failure is an error."""
-    from hf_rlhf.scoring import Scorer, totals
+    from hf_rlhf.scoring.scorer import Scorer, totals
 
     for _, source in sources:
         source.on_error = "raise"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_rlhf.recipe import OfflineRecipe, load_recipe
-from hf_rlhf.run import train
+from hf_rlhf.cli.runs.rollout_run import train
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
 from hf_rlhf.testing import tiny_policy
 
 KINDS = {"reward_model": "rm", "process_reward_model": "rm_process", "token_reward_model": "rm_token"}

@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from hf_rlhf import RLHFTrainer
-from hf_rlhf.recipe import Recipe, resolve
+from hf_rlhf.config.recipe import Recipe, resolve
 from hf_rlhf.testing import tiny_policy
 
 FORMAT = {"use": "format", "pattern": "[ -O].*", "label": "early"}

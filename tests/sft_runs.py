@@ -10,9 +10,9 @@ from typing import Any
 import offline_runs as off
 from conftest import CHAT_TEMPLATE
 
-from hf_rlhf.offline_run import make
-from hf_rlhf.recipe import OfflineRecipe, load_recipe
-from hf_rlhf.run import check, train, training_keywords
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.rollout_run import check, train, training_keywords
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
 
 
 def rows(count: int = 24, seed: int = 0) -> list[dict[str, Any]]:

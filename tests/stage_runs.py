@@ -13,9 +13,9 @@ from typing import Any, Literal
 import offline_runs as off
 import sft_runs as sft
 
-from hf_rlhf.recipe_text import write_yaml
-from hf_rlhf.stages import load_staged
-from hf_rlhf.stages_run import choose_root, run_stages
+from hf_rlhf.cli.runs.pipeline import load_pipeline
+from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
+from hf_rlhf.config.recipe_yaml import write_yaml
 
 STEPS = {"training.use_cpu": True, "training.max_steps": 4, "training.learning_rate": 0.01, "training.warmup_steps": 0}
 
@@ -46,7 +46,7 @@ def write(folder: Path, given: dict[str, Any] | None = None, name: str = "tiny")
 
 def run(folder: Path, *words: str, out: str = "out", resume: bool = True, given: Any = None) -> dict[str, Any]:
     """The summary of a run in `folder / out`."""
-    staged = load_staged(write(folder, given), words)
+    staged = load_pipeline(write(folder, given), words)
     return run_stages(staged, choose_root(str(folder / out), staged.name, resume))
 
 
@@ -63,7 +63,7 @@ def hook(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 getattr(optimizer, f"register_optimizer_step_{place}_hook")(hook)
-from hf_rlhf.cli import main
+from hf_rlhf.cli.app import main
 
 main()
 """

@@ -19,8 +19,8 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_rlhf import RLHFTrainer, load_plugin
-from hf_rlhf.algorithm import Algorithm
-from hf_rlhf.settings import Update
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.sections import Update
 from hf_rlhf.testing import tiny_policy
 
 NONE = {"rollout_correction": "none", "reference": "none", "critic": "none", "optimizer": "trainer"}

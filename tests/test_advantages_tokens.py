@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Credit, Scored
-from hf_rlhf.recipe import RecipeError
+from hf_rlhf.config.recipe import RecipeError
 from hf_rlhf.testing import scored
 from hf_rlhf_plugins.advantages._tokens import reward_to_go, whiten_tokens
 

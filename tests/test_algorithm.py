@@ -9,9 +9,9 @@ import pytest
 import runs
 
 from hf_rlhf import load_plugin
-from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import AdvantageEstimator, RolloutCorrection
-from hf_rlhf.plan import arithmetic, make_plan
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.plan import arithmetic, make_plan
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from hf_rlhf import API_VERSION, api
+from hf_rlhf import API_VERSION
 from hf_rlhf.axes import AXES, Plugin
+from hf_rlhf.registry import api_version
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,4 +85,4 @@ def test_the_surface_holds_no_imports(now: str) -> None:
     ],
 )
 def test_a_module_states_its_version_in_its_source(source: str, said: object) -> None:
-    assert api.stated(source) == said
+    assert api_version.stated(source) == said

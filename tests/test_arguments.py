@@ -11,7 +11,7 @@ import runs
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_rlhf.arguments import FORCED, REFUSED, ArgumentError, check_arguments
+from hf_rlhf.config.training_arguments import FORCED, REFUSED, ArgumentError, check_arguments
 
 ASKED: dict[str, Any] = {
     "gradient_accumulation_steps": 4,

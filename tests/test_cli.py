@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from hf_rlhf import __version__, cli, failures
-from hf_rlhf.host import Host, use_host
-from hf_rlhf.output import examples_of
-from hf_rlhf.recipe import load_recipe
-from hf_rlhf.stages import load_staged
+from hf_rlhf import __version__
+from hf_rlhf.cli import app, errors
+from hf_rlhf.cli.output import examples_of
+from hf_rlhf.cli.runs.pipeline import load_pipeline
+from hf_rlhf.config.recipe import load_recipe
+from hf_rlhf.registry.host import Host, use_host
 
 BAD = '''
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         monkeypatch.setattr(sys, "argv", ["hf-rlhf", *words])
         capfd.readouterr()
         with use_host(Host()), pytest.raises(SystemExit) as stopped:
-            cli.main()
+            app.main()
         return Said(int(stopped.value.code or 0), *capfd.readouterr())
 
     monkeypatch.setenv("HF_RLHF_TRACEBACK", "")  # what a command sets is put back
@@ -117,8 +118,8 @@ def commands() -> dict[str, Any]:
         for name, inner in getattr(command, "commands", {}).items():
             yield from walk(f"{title} {name}", inner)
 
-    cli.add_commands()
-    return dict(walk("hf-rlhf", typer.main.get_command(cli.app)))
+    app.add_commands()
+    return dict(walk("hf-rlhf", typer.main.get_command(app.app)))
 
 
 COMMANDS = commands()
@@ -157,7 +158,7 @@ def test_every_example_of_help_runs(line, run, place):
     if words[0] == "train" or alone:
         parsed(words)
     if words[0] == "run":
-        load_staged(words[1], [word for word in words if "=" in word])
+        load_pipeline(words[1], [word for word in words if "=" in word])
     if words[0] == "serve-reward":
         words = ["score", *words[1:2], *(w for w in words[2:] if "=" in w), "--dataset", "solutions.jsonl"]
     elif words[0] == "train":
@@ -233,7 +234,7 @@ def test_the_exit_code_says_what_happened(words, code, run, place):
         file.write("def fails(completions, **_):\n    raise ValueError('not today')\n")
     said = run(*words)
     assert said.code == code, said.err
-    assert code in dict(cli.EXIT_CODES)
+    assert code in dict(app.EXIT_CODES)
     assert "Traceback" not in said.out + said.err
 
 
@@ -276,7 +277,9 @@ def test_an_error_that_nobody_foresaw_names_the_plugin_and_the_file_with_the_tra
 def test_a_traceback_is_printed_where_it_is_asked_for(asked, run, place):
     said = run(*asked)
     assert "Traceback (most recent call last)" in said.err
-    assert said.err.rstrip().splitlines()[-1].startswith(("ZeroDivisionError", "hf_rlhf.offers.PluginError"))
+    assert (
+        said.err.rstrip().splitlines()[-1].startswith(("ZeroDivisionError", "hf_rlhf.registry.discovery.PluginError"))
+    )
     assert said.code == (2 if "nope" in asked else 1)
 
 
@@ -291,18 +294,18 @@ def test_the_flag_wins_over_the_variable_and_the_variable_does_the_same(run, pla
 def test_a_traceback_that_cannot_be_written_is_printed(run, place, monkeypatch):
     (place / "file").write_text("")
     monkeypatch.setenv("HF_RLHF_CACHE", str(place / "file"))
-    monkeypatch.setattr(failures, "tempfile", SimpleNamespace(gettempdir=lambda: place / "file"))
+    monkeypatch.setattr(errors, "tempfile", SimpleNamespace(gettempdir=lambda: place / "file"))
     assert "Traceback" in run(*FAULT).err
 
 
 def test_old_tracebacks_are_removed(run, place):
     folder = place / "cache" / "tracebacks"
     folder.mkdir(parents=True)
-    for i in range(failures.KEPT + 5):
+    for i in range(errors.KEPT + 5):
         (folder / f"20200101-0000{i:02}-1.txt").write_text("")
     run(*FAULT)
     kept = sorted(file.name for file in folder.iterdir())
-    assert len(kept) == failures.KEPT
+    assert len(kept) == errors.KEPT
     assert not kept[-1].startswith("2020")
 
 
@@ -325,7 +328,7 @@ def test_old_tracebacks_are_removed(run, place):
 def test_flags_win_over_overrides_and_these_over_the_recipe(words, temperature, run):
     plan = json.loads(run("check", "grpo", "--json", *words).out)
     assert plan
-    from hf_rlhf.commands import read
+    from hf_rlhf.cli.commands.train import read
 
     assert read("grpo", None, words, None, None, None, None).algorithm().rollout.temperature == temperature
 
@@ -342,8 +345,8 @@ def test_flags_win_over_overrides_and_these_over_the_recipe(words, temperature, 
 def test_the_environment_wins_over_the_default_and_loses_to_recipe_override_and_flag(
     named, override, flag, name, monkeypatch, place
 ):
-    from hf_rlhf.commands import read
-    from hf_rlhf.run import training_keywords
+    from hf_rlhf.cli.commands.train import read
+    from hf_rlhf.cli.runs.rollout_run import training_keywords
 
     monkeypatch.delenv("WANDB_NAME", raising=False)
     if named:
@@ -359,7 +362,7 @@ def test_the_environment_wins_over_the_default_and_loses_to_recipe_override_and_
 
 
 def test_options_win_over_overrides_and_flags_of_the_same_key():
-    from hf_rlhf.commands import read
+    from hf_rlhf.cli.commands.train import read
 
     words = ["--learning_rate", "0.5", "training.seed=1", "model.path=override", "training.max_steps=1"]
     recipe = read("grpo", None, words, "option", None, 2, 3)
@@ -367,7 +370,7 @@ def test_options_win_over_overrides_and_flags_of_the_same_key():
 
 
 def test_a_stage_is_named_after_the_environment(monkeypatch):
-    from hf_rlhf.run import training_keywords
+    from hf_rlhf.cli.runs.rollout_run import training_keywords
 
     recipe = load_recipe("grpo")
     recipe.name = "instructgpt/ppo"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_rlhf import cli
-from hf_rlhf.env_command import environment
-from hf_rlhf.host import Host, use_host
+from hf_rlhf.cli import app
+from hf_rlhf.cli.commands.env import environment
+from hf_rlhf.registry.host import Host, use_host
 
 Env = Callable[..., str]
 SECRETS = {
@@ -35,7 +35,7 @@ def env(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> E
         monkeypatch.setattr(sys, "argv", ["hf-rlhf", "env", *words])
         capfd.readouterr()
         with use_host(Host()), pytest.raises(SystemExit) as stopped:
-            cli.main()
+            app.main()
         assert not stopped.value.code
         return capfd.readouterr().out
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_rlhf import __version__, cli
-from hf_rlhf.recipe import load_recipe
+from hf_rlhf import __version__
+from hf_rlhf.cli import app
+from hf_rlhf.config.recipe import load_recipe
 
 SMALL = [
     "rollout.prompts=4",
@@ -246,7 +247,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """What `hf-rlhf train` prints as its one error, in this process."""
     monkeypatch.setattr(sys, "argv", ["hf-rlhf", "train", *words])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        app.main()
     assert stopped.value.code == 2
     out, errors = capsys.readouterr()
     assert errors.startswith("error: ")

@@ -237,7 +237,7 @@ def test_the_columns_that_a_reward_names_are_there():
 
 
 def test_an_engine_with_columns_of_its_own_conforms_on_prompts_that_have_them():
-    from hf_rlhf.prompts import Prompt
+    from hf_rlhf.batch import Prompt
 
     prompts = [Prompt(ids=[5], prompt="#", columns={"tries": [[7, 8, 1], [9, 1]]})]
     engine = load_plugin("rollout", "scripted", column="tries")

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaModel, TrainerCallback
 
 from hf_rlhf import load_plugin
-from hf_rlhf.losses import value_term
-from hf_rlhf.meters import Meters
-from hf_rlhf.policy import ActorCritic, TokenBatch
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import rollouts, tiny_policy
+from hf_rlhf.training.losses import value_term
 from hf_rlhf_plugins.critic._modules import TrunkHead
 
 GAE = {"use": "gae", "lam": 1.0}
@@ -31,7 +32,7 @@ def inputs(values, returns, mask, old):
 def test_the_plain_value_loss_is_coef_times_half_the_mean_squared_error():
     critic = load_plugin("critic", "separate", coef=0.3, value_clip="none")
     values, batch = inputs([1.0, 5.0, -2.0], [0.0, 99.0, 1.0], mask=[1, 0, 1], old=[0.0, 0.0, 0.0])
-    loss = value_term(critic, values, batch, Meters())["value/loss"]
+    loss = value_term(critic, values, batch, MetricAggregator())["value/loss"]
     assert loss.item() == pytest.approx(0.3 * 0.5 * (1.0**2 + 3.0**2) / 2, abs=1e-12)
     loss.backward()
     assert values.grad[0].tolist() == pytest.approx([0.3 * 1.0 / 2, 0.0, 0.3 * -3.0 / 2])
@@ -41,7 +42,7 @@ def test_the_clipped_value_loss_is_the_larger_of_both_errors():
     """Moved past the clip towards the return: the clipped error counts, without a gradient. Away from it: the plain one."""
     critic = load_plugin("critic", "value_head", coef=1.0, value_clip=0.2)
     values, batch = inputs([0.5, -0.5, 0.1], [1.0, 1.0, 1.0], mask=[1, 1, 1], old=[0.0, 0.0, 0.0])
-    meters = Meters()
+    meters = MetricAggregator()
     loss = value_term(critic, values, batch, meters)["value/loss"]
     assert loss.item() == pytest.approx(0.5 * (0.8**2 + 1.5**2 + 0.9**2) / 3, abs=1e-12)
     loss.backward()

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_rlhf import load_plugin
-from hf_rlhf.assemble import AlgorithmError
-from hf_rlhf.policy import ActorCritic, TokenBatch
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import conformance, tiny_policy
+from hf_rlhf.training.setup import AlgorithmError
 from hf_rlhf_plugins.critic._modules import SeparateCritic
 
 ADAPTER = {"use": "separate", "adapter": True}
@@ -172,9 +173,9 @@ def test_another_start_than_the_policy_is_refused():
 def test_the_plan_counts_its_own_weights_alone():
     from transformers import TrainingArguments
 
-    from hf_rlhf import estimate
-    from hf_rlhf.memory import MIB
-    from hf_rlhf.settings import Model
+    from hf_rlhf.contract.model_settings import Model
+    from hf_rlhf.runtime.peak_memory import MIB
+    from hf_rlhf.training.memory import estimate
 
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
     algorithm = runs.recipe(rollout=runs.SAMPLED, advantages="gae", critic=ADAPTER).algorithm()

@@ -29,7 +29,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import Context
-from hf_rlhf.policy import ActorCritic, TokenBatch
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf_plugins.critic._origins import first_difference
 

@@ -20,17 +20,18 @@ import pytest
 import sft_runs
 from typer.testing import CliRunner
 
-from hf_rlhf.cli import add_commands, app
-from hf_rlhf.dashboard import HIDDEN, ORDER, Dashboard, Panel, dashboard_of
+from hf_rlhf.cli.app import app
+from hf_rlhf.cli.main import add_commands
+from hf_rlhf.cli.runs.pipeline import is_pipeline
+from hf_rlhf.cli.runs.rollout_run import train
+from hf_rlhf.config.recipe import OfflineRecipe, Recipe, load_recipe
 from hf_rlhf.metrics import metrics_of, metrics_of_trainer, pattern
+from hf_rlhf.metrics.dashboard import HIDDEN, ORDER, Dashboard, Panel, dashboard_of
 from hf_rlhf.metrics.names import ONCE, is_open, tracked
-from hf_rlhf.recipe import OfflineRecipe, Recipe, load_recipe
-from hf_rlhf.run import train
-from hf_rlhf.stages import is_staged
-from hf_rlhf.validation import UserError
+from hf_rlhf.runtime.errors import UserError
 
 pytest.importorskip("wandb_workspaces")
-from hf_rlhf.compat import wandb_workspaces as wb
+from hf_rlhf.metrics import wandb_workspace as wb
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "dashboards").glob("*.json"))
@@ -96,7 +97,7 @@ def test_what_is_no_specification_is_refused(text):
 def test_sections_are_in_order_and_titles_and_ids_do_not_repeat(made):
     for name, dashboard in made.items():
         names = [s.name.rpartition(": ")[2] for s in dashboard.sections]
-        if not is_staged(name):
+        if not is_pipeline(name):
             assert names == [known for known in ORDER if known in names], name
             assert names[0] == "Overview"
         for part in dashboard.sections:
@@ -108,7 +109,7 @@ def test_sections_are_in_order_and_titles_and_ids_do_not_repeat(made):
 
 def test_panels_show_what_is_declared_and_leave_out_what_is_named(made):
     for name, dashboard in made.items():
-        if is_staged(name):
+        if is_pipeline(name):
             continue
         recipe = load_recipe(name)
         declared = of(recipe)

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from hf_rlhf.data import check_columns, load_prompts, read_columns
-from hf_rlhf.prompts import PromptStream
-from hf_rlhf.settings import Dataset
+from hf_rlhf.config.sections import Dataset
+from hf_rlhf.data.prompt_stream import PromptStream
+from hf_rlhf.data.prompts import check_columns, load_prompts, read_columns
 
 ROWS = [{"prompt": f"say {i}", "answer": str(i)} for i in range(30)]
 
@@ -199,7 +199,7 @@ def test_chat_wraps_text_with_the_system_message_before_it(chat_tokenizer):
 
 
 def test_text_gets_the_tokenizers_special_tokens_and_chats_only_their_templates():
-    from hf_rlhf.quickstart import addition_tokenizer
+    from hf_rlhf.data.addition_task import addition_tokenizer
 
     tokenizer = addition_tokenizer()
     (text,) = prompts_of(tokenizer, [{"prompt": "1+1="}])

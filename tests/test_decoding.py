@@ -10,7 +10,7 @@ from decoding import ARCHITECTURES, Synchronisations, plain_logps, policy_of, pr
 from transformers import GenerationConfig
 
 from hf_rlhf import load_plugin
-from hf_rlhf.seeding import seeded
+from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf_plugins.rollout import _checks, _layouts
 from hf_rlhf_plugins.rollout.generate import Generate
 

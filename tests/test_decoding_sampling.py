@@ -11,7 +11,7 @@ from decoding import policy_of, prompts_of, tiny
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hf_rlhf import load_plugin
-from hf_rlhf.seeding import seeded
+from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf_plugins.rollout._sampling import BLOCK, History, Uniforms, inverse_cdf
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from decoding import plain_logps, policy_of, prompts_of, tiny
 from transformers import LogitsProcessor
 
 from hf_rlhf import load_plugin
-from hf_rlhf.policy import Policy
-from hf_rlhf.seeding import seeded
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf_plugins.rollout import _checks
 from hf_rlhf_plugins.rollout._decoding import copy_of
@@ -256,8 +256,8 @@ def test_a_copy_keeps_ties_and_buffers():
 def test_autocast_and_adapters_are_served():
     from peft import get_peft_model
 
-    from hf_rlhf.models import lora_config
-    from hf_rlhf.settings import Lora
+    from hf_rlhf.contract.model_settings import Lora
+    from hf_rlhf.data.model_loading import lora_config
 
     model = get_peft_model(tiny("llama"), lora_config(Lora(r=4)))
     with torch.no_grad():

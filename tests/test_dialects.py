@@ -14,13 +14,14 @@ import pytest
 import runs
 import torch
 
-from hf_rlhf import load_recipe, worked_example
-from hf_rlhf.cli import split_names
-from hf_rlhf.explain import differences, explain
-from hf_rlhf.host import get_host
-from hf_rlhf.recipe import read_recipe, resolve
-from hf_rlhf.validation import UserError
-from hf_rlhf.worked_example import GREEDY, NEW, OLD, REFERENCE, SAMPLER, SCORES, VALUES, work
+from hf_rlhf import load_recipe
+from hf_rlhf.cli.commands.show import split_names
+from hf_rlhf.config.recipe import read_recipe, resolve
+from hf_rlhf.lab import worked_example
+from hf_rlhf.lab.explain import differences, explain
+from hf_rlhf.lab.worked_example import GREEDY, NEW, OLD, REFERENCE, SAMPLER, SCORES, VALUES, work
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))

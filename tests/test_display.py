@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hf_rlhf.display import LiveProgress, _short, number, show_plan, show_result
-from hf_rlhf.recipe import load_recipe
-from hf_rlhf.run import check
+from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.config.recipe import load_recipe
+from hf_rlhf.metrics.console import LiveProgress, _short, number, show_plan, show_result
 
 LOGS = {
     "loss": 0.1,
@@ -74,7 +74,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_display import run
-from hf_rlhf.display import LiveProgress, console
+from hf_rlhf.metrics.console import LiveProgress, console
 out = console()
 run(LiveProgress(out), pause_s=0.4)
 print("width", out.width)
@@ -174,7 +174,7 @@ def test_a_run_without_held_out_prompts_shows_where_everything_is():
 
 
 def test_output_that_cannot_encode_a_character_gets_it_escaped():
-    code = "from hf_rlhf.display import console; console().print('é 日 \\ud83e')"
+    code = "from hf_rlhf.metrics.console import console; console().print('é 日 \\ud83e')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -20,9 +20,9 @@ import torch
 from runs import SAMPLED, parameters, problems, trained
 from typer.testing import CliRunner
 
-from hf_rlhf.arguments import WITHOUT_EFFECT
 from hf_rlhf.axes import AXES, LISTS
-from hf_rlhf.host import Host, use_host
+from hf_rlhf.config.training_arguments import WITHOUT_EFFECT
+from hf_rlhf.registry.host import Host, use_host
 from hf_rlhf.testing import tiny_policy
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def workplace(tmp_path, monkeypatch):
     graded = [{**row, "completion": f"It is {i}.", "is_correct": i % 2 == 0} for i, row in enumerate(rows[:8])]
     graded = [{**row, "answer": str(i + i % 2)} for i, row in enumerate(graded)]
     (tmp_path / "graded.jsonl").write_text("\n".join(map(json.dumps, graded)))
-    from hf_rlhf.recipe import load_recipe
+    from hf_rlhf.config.recipe import load_recipe
 
     (tmp_path / "my_judges.yaml").write_text(load_recipe("grpo").dump())
     (tmp_path / "outputs" / "gsm8k").mkdir(parents=True)
@@ -217,7 +217,8 @@ def brief(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", WRITTEN_BY_HAND, ids=TITLES)
 def test_every_command_of_a_page_runs_or_passes_the_check(page, workplace):
-    from hf_rlhf.cli import add_commands, app
+    from hf_rlhf.cli.app import app
+    from hf_rlhf.cli.main import add_commands
 
     add_commands()
     lines = command_lines(page)
@@ -260,7 +261,7 @@ def test_the_plugin_example_conforms(workplace):
 
 
 def test_the_page_for_authors_explains_every_axis_and_every_need():
-    from hf_rlhf.algorithm import CORE_PROVIDES, FIXES
+    from hf_rlhf.config.algorithm import CORE_PROVIDES, FIXES
 
     page = ROOT / "docs" / "writing_plugins.md"
     rows = re.findall(r"^\| (\w+), `(\w+)` \|", page.read_text(), re.MULTILINE)
@@ -294,7 +295,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 
 def test_every_hook_stands_on_its_page_with_an_example_that_is_its_docstrings():
-    from hf_rlhf.hookspecs import example
+    from hf_rlhf.registry.hookspecs import example
 
     page = ROOT / "docs" / "hooks.md"
     assert re.findall(r"^## (\w+)$", page.read_text(), re.MULTILINE) == list(AXES)
@@ -303,7 +304,7 @@ def test_every_hook_stands_on_its_page_with_an_example_that_is_its_docstrings():
 
 
 def test_every_method_of_a_base_class_stands_on_the_page_of_hooks():
-    from hf_rlhf.plugin import Plugin
+    from hf_rlhf.contract.base import Plugin
 
     page = ROOT / "docs" / "hooks.md"
     for heading, cls in {"Every plugin": Plugin, **AXES}.items():
@@ -329,8 +330,9 @@ def test_the_page_of_hooks_leaves_out_nothing_that_plugins_see():
 
 
 def test_every_setting_of_a_section_stands_on_the_page_of_settings():
-    from hf_rlhf.offline_settings import OfflineDataset
-    from hf_rlhf.settings import SECTIONS, Lora
+    from hf_rlhf.config.offline_sections import OfflineDataset
+    from hf_rlhf.config.sections import SECTIONS
+    from hf_rlhf.contract.model_settings import Lora
 
     page = ROOT / "docs" / "settings.md"
     for section, cls in SECTIONS.items():
@@ -369,8 +371,8 @@ def test_every_module_of_the_core_is_explained():
 
 
 def test_a_run_leaves_the_files_and_summary_keys_that_the_docs_name(workplace):
-    from hf_rlhf.recipe import load_recipe
-    from hf_rlhf.run import train
+    from hf_rlhf.cli.runs.rollout_run import train
+    from hf_rlhf.config.recipe import load_recipe
 
     model, tokenizer = tiny_policy()
     model.save_pretrained(workplace / "tiny")

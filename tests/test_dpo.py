@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_rlhf import load_plugin
-from hf_rlhf.recipe import load_recipe
-from hf_rlhf.rows import DatasetError
+from hf_rlhf.config.recipe import load_recipe
+from hf_rlhf.data.sources import DatasetError
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf_plugins.trainer._dpo_measures import of_policy
 from hf_rlhf_plugins.trainer._dpo_rows import Pairs, pair_of, shared
@@ -212,7 +212,7 @@ def test_measures_of_two_pairs_by_hand():
 def test_what_is_measured_is_what_the_saved_model_says_of_the_held_out_pairs(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from hf_rlhf.offline_data import read_rows
+    from hf_rlhf.data.offline_rows import read_rows
 
     given = off.rows("reward_model", count=120)
     for row in given[::5]:

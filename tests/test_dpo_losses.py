@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_rlhf import load_plugin
+from hf_rlhf.conformance.offline_trainers import trainer_of
+from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.trainer_facts import trainer_of
-from hf_rlhf.validation import UserError
 from hf_rlhf_plugins.trainer._dpo_losses import BOUNDED, LossType, own_loss, score, smoothed
 
 BETA, SMOOTH, TAU = 0.7, 0.1, 0.05

@@ -109,7 +109,7 @@ def test_a_pair_whose_rows_are_in_different_micro_batches_makes_the_same_steps(t
 
 
 def test_more_steps_per_rollout_are_remarked_on():
-    from hf_rlhf.recipe import load_recipe
+    from hf_rlhf.config.recipe import load_recipe
 
     one, two = (load_recipe("online_dpo", [f"update.epochs={n}"]).algorithm() for n in (1, 2))
     estimator = load_plugin("advantages", "online_dpo")

@@ -1,4 +1,4 @@
-"""What hf_rlhf.compat.trl_dpo relies on and TRL does not document: each fact fails here, by name, where TRL has changed."""
+"""What the DPO trainer relies on and TRL does not document: each fact fails here, by name, where TRL has changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from hf_rlhf.compat.trl_dpo import REFERENCE, PairTrainer
+from hf_rlhf.training.offline.trl_dpo_compat import REFERENCE, PairTrainer
 from hf_rlhf_plugins.trainer._dpo_losses import LEFT_OUT, OF_DIFFERENCES, OWN, LossType
 
 CALLED = {

@@ -9,7 +9,7 @@ import runs
 import torch
 from torch import Tensor
 
-from hf_rlhf.ema import PolicyEMA, average_bytes
+from hf_rlhf.modeling.ema import PolicyEMA, average_bytes
 from hf_rlhf.testing import tiny_policy
 
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_rlhf.recipe import RecipeError
+from hf_rlhf.config.recipe import RecipeError
 from hf_rlhf.testing import tiny_policy
 
 DECAY = 0.8
@@ -162,10 +162,10 @@ def test_the_plan_refuses_it_too_and_counts_the_memory_of_an_average():
 
     from transformers import TrainingArguments
 
-    from hf_rlhf import estimate
-    from hf_rlhf.run import check
-    from hf_rlhf.settings import Model
-    from hf_rlhf.validation import UserError
+    from hf_rlhf.cli.runs.rollout_run import check
+    from hf_rlhf.contract.model_settings import Model
+    from hf_rlhf.runtime.errors import UserError
+    from hf_rlhf.training.memory import estimate
 
     with pytest.raises(UserError, match=r"evaluation\.ema rolls out"):
         check(runs.recipe(evaluation={"ema": True}, rollout=runs.SAMPLED))
@@ -185,7 +185,7 @@ def test_a_decay_that_averages_nothing_is_refused(decay: int, tmp_path: Path):
 
 
 def test_another_decay_on_resume_is_refused(tmp_path: Path):
-    from hf_rlhf.checkpoint import CheckpointError
+    from hf_rlhf.runtime.checkpoint_manifest import CheckpointError
 
     made = run(tmp_path)
     made.train()

@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 
-from hf_rlhf.evaluation import majority, pass_at_k
+from hf_rlhf.training.evaluation import majority, pass_at_k
 
 EXACT = {"use": "exact_match", "label": "exact"}
 

@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from wheels import ROOT, Environment, built, shared_folder
 
 from hf_rlhf import load_recipe
-from hf_rlhf.host import Host, use_host
-from hf_rlhf.recipe import OfflineRecipe
+from hf_rlhf.config.recipe import OfflineRecipe
+from hf_rlhf.registry.host import Host, use_host
 
 PAGES = sorted(GUIDES.glob("*.md"))
 NOT_RUN = {
@@ -91,8 +91,9 @@ def options() -> set[str]:
     """The options and flags of `hf-rlhf train`."""
     import typer
 
-    from hf_rlhf.cli import add_commands, app
-    from hf_rlhf.commands import FLAGS
+    from hf_rlhf.cli.app import app
+    from hf_rlhf.cli.flags import FLAGS
+    from hf_rlhf.cli.main import add_commands
 
     add_commands()
     train = typer.main.get_command(app).commands["train"]

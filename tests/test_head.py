@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from hf_rlhf import head as module
 from hf_rlhf import load_plugin
-from hf_rlhf.algorithm import Algorithm
-from hf_rlhf.counting import Live
-from hf_rlhf.head import Head, Wanted, score
-from hf_rlhf.losses import derivative, policy_terms
-from hf_rlhf.meters import Meters
-from hf_rlhf.policy import ActorCritic, TokenBatch
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.modeling import lm_head as module
+from hf_rlhf.modeling.lm_head import Head, TokenStatistics, score
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.losses import derivative, policy_terms
+from hf_rlhf.training.memory.fake_tensor_trace import LiveTensors
 
 N, H, V = 50, 6, 40
-ALL = Wanted(entropy=True, sum_sq_probs=True)
+ALL = TokenStatistics(entropy=True, sum_sq_probs=True)
 LIMITS = [1, 20 * V, 2**24]
 """Of the logits of a chunk: 16 (see `small`), 20 and all of N tokens at a time."""
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cap, impossible tokens": {"bias": True, "cap": 3.0, "scale": 2.0},
     "all": {"bias": True, "scale": 0.25, "temperature": 1.7, "tied": True, "impossible": True},
 }
-WANTED = [Wanted(), Wanted(entropy=True), Wanted(sum_sq_probs=True), ALL]
+WANTED = [TokenStatistics(), TokenStatistics(entropy=True), TokenStatistics(sum_sq_probs=True), ALL]
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +83,10 @@ class Setting:
             self.leaves = [self.states, self.linear.weight]
         self.leaves += [self.linear.bias] if bias else []
 
-    def score(self, wanted: Wanted = ALL, **options: Any) -> dict[str, Tensor]:
+    def score(self, wanted: TokenStatistics = ALL, **options: Any) -> dict[str, Tensor]:
         return score(self.head, self.states, self.targets, self.temperature, wanted, **options)
 
-    def textbook(self, wanted: Wanted = ALL) -> dict[str, Tensor]:
+    def textbook(self, wanted: TokenStatistics = ALL) -> dict[str, Tensor]:
         logits = self.linear(self.states) * self.head.scale
         if self.head.cap is not None:
             logits = self.head.cap * torch.tanh(logits / self.head.cap)
@@ -225,10 +226,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def run_head(case: dict[str, Any], wanted: Wanted, fused: bool, n: int = 400) -> tuple[int, int]:
+def run_head(case: dict[str, Any], wanted: TokenStatistics, fused: bool, n: int = 400) -> tuple[int, int]:
     """Most elements of a tensor and most bytes at a time, above what was there, of forward and backward."""
     setting = Setting(n=n, dtype=torch.float32, vocabulary=300, **case)
-    with Live() as live, Largest() as largest:
+    with LiveTensors() as live, Largest() as largest:
         found = setting.score(wanted, derivative=(lambda values, part: values) if fused else None)
         total = found["loss"] if "loss" in found else torch.stack([x.sum() for x in found.values()]).sum()
         total.backward()
@@ -251,7 +252,7 @@ def test_no_tensor_is_larger_than_a_chunk(case, wanted, fused, monkeypatch):
 def test_two_chunks_are_held_however_many_tokens_there_are(wanted, fused, monkeypatch):
     """One where the log-prob alone is asked for and its gradient comes later; beside them what is as large as the states,
     the weight and the numbers themselves."""
-    tiles = 1 if wanted == Wanted() and not fused else 2
+    tiles = 1 if wanted == TokenStatistics() and not fused else 2
     limit = 50 * 300
     monkeypatch.setattr(module, "LOGITS", limit)
     for n in (400, 1600):
@@ -311,7 +312,7 @@ def test_the_loss_in_one_pass_of_the_head_is_that_of_two(name, settings, kl, mon
         inputs = micro_batch(policy(micro_batch(torch.zeros(3, 4), a)["batch"])["logps"], a)
 
     def run(fused: bool) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
-        meters = Meters()
+        meters = MetricAggregator()
         new = policy(inputs["batch"], entropy=True, derivative=derivative(a, inputs) if fused else None)
         loss = new.pop("loss", None)
         terms = policy_terms(a, new, inputs, meters)

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_rlhf import API_VERSION, __version__, hookspecs, load_plugin
+from hf_rlhf import API_VERSION, __version__, load_plugin
 from hf_rlhf.axes import AXES
 from hf_rlhf.batch import Completions, Rollouts, Scored
-from hf_rlhf.host import Host, get_host, use_host
-from hf_rlhf.offers import PluginError
-from hf_rlhf.validation import UserError, describe
+from hf_rlhf.registry import hookspecs
+from hf_rlhf.registry.discovery import PluginError
+from hf_rlhf.registry.host import Host, get_host, use_host
+from hf_rlhf.registry.settings_schema import describe
+from hf_rlhf.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,8 +116,8 @@ def runs_rollout(plugin, tmp_path):
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    from hf_rlhf.policy import Policy
-    from hf_rlhf.prompts import Prompt
+    from hf_rlhf.batch import Prompt
+    from hf_rlhf.modeling.policy import Policy
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
     policy = Policy(model=tiny_llama(), tokenizer=tokenizer, device=torch.device("cpu"))
@@ -165,7 +167,8 @@ def runs_advantages(plugin, tmp_path):
 
 
 def runs_critic(plugin, tmp_path):
-    from hf_rlhf.policy import ActorCritic, TokenBatch
+    from hf_rlhf.modeling.policy import ActorCritic
+    from hf_rlhf.modeling.token_batch import TokenBatch
 
     policy = tiny_llama()
     plugin.start = 0.25
@@ -252,7 +255,7 @@ def test_the_example_of_each_hook_is_a_complete_plugin(axis, tmp_path):
 def test_listing_imports_neither_torch_nor_a_plugin_and_is_fast(command, tmp_path):
     code = f"""
 import resource, sys
-from hf_rlhf.cli import main
+from hf_rlhf.cli.app import main
 sys.argv = ["hf-rlhf", *{command!r}]
 try:
     main()

@@ -16,8 +16,8 @@ import pytest
 import torch
 from test_cli_train import SMALL, begin, end, load
 
-from hf_rlhf.interrupts import StopOnSignal, StoppedError, only_run_in
-from hf_rlhf.validation import UserError
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.signals import StopOnSignal, StoppedError, only_run_in
 
 PATIENCE_S = 120
 

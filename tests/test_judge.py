@@ -14,8 +14,8 @@ from servers import Raw, Server, free_port
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.recipe_text import RecipeError
-from hf_rlhf.scoring import Scorer
+from hf_rlhf.config.recipe_yaml import RecipeError
+from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.testing import conformance, rollouts
 from hf_rlhf_plugins.rewards import _http
 from hf_rlhf_plugins.rewards._http import HttpError

@@ -13,16 +13,16 @@ from truths import BETA, K1, algorithm, ascent, close, kl, lab, made, study, tru
 
 from hf_rlhf.axes import AdvantageEstimator
 from hf_rlhf.batch import Credit, Scored
-from hf_rlhf.collect import at_last_token
-from hf_rlhf.host import get_host
 from hf_rlhf.lab import World, run
 from hf_rlhf.lab.choices import aggregations, defaults, in_world, kl_choices, scaled, variants
 from hf_rlhf.lab.objectives import Candidate, fraction, nearest, parallel
 from hf_rlhf.lab.study import WITNESSES, Lab, Verdict
 from hf_rlhf.lab.table import cosine, number
 from hf_rlhf.lab.world import Policies
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.testing import rollouts
-from hf_rlhf.validation import UserError
+from hf_rlhf.training.collector import at_last_token
 
 # The enumeration
 

@@ -13,16 +13,16 @@ import pytest
 from truths import BETA, K1, kl, lab, made
 from typer.testing import CliRunner
 
-import hf_rlhf.lab.command
-from hf_rlhf.cli import app
-from hf_rlhf.host import get_host
+import hf_rlhf.cli.commands.lab
+from hf_rlhf.cli.app import app
 from hf_rlhf.lab import Matrix, World
 from hf_rlhf.lab import matrix as matrix_module
 from hf_rlhf.lab.choices import in_world
 from hf_rlhf.lab.matrix import rollout_recipes
 from hf_rlhf.lab.page import _kls, _recipes, page
 from hf_rlhf.lab.picture import of_matrix
-from hf_rlhf.validation import UserError
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -176,7 +176,7 @@ def test_the_whole_matrix_is_a_list(small: Matrix):
 
 
 def test_the_command_is_registered_without_torch():
-    code = "import sys, hf_rlhf.lab.command, hf_rlhf.lab; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    code = "import sys, hf_rlhf.cli.commands.lab, hf_rlhf.lab; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-    assert hf_rlhf.lab.command.lab.__doc__
+    assert hf_rlhf.cli.commands.lab.lab.__doc__

@@ -85,7 +85,7 @@ def test_a_measurement_gives_the_start_no_kl_and_right_answers_by_text():
     import torch
 
     from benchmarks.watch import _visited, measured
-    from hf_rlhf.quickstart import WarmUp, _model, addition_dataset, addition_tokenizer
+    from hf_rlhf.data.addition_task import WarmUp, _model, addition_dataset, addition_tokenizer
 
     tokenizer = addition_tokenizer()
     torch.manual_seed(0)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
 
 from hf_rlhf import RLHFTrainer
-from hf_rlhf.arguments import DEFAULTS
-from hf_rlhf.recipe import resolve
+from hf_rlhf.config.recipe import resolve
+from hf_rlhf.config.training_arguments import DEFAULTS
 
 LETTERS = "abc"
 TEXTS = ["", *LETTERS, *(one + two for one in LETTERS for two in LETTERS)]

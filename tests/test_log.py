@@ -20,10 +20,10 @@ from transformers.integrations import TensorBoardCallback
 
 from hf_rlhf import RLHFTrainer
 from hf_rlhf.axes import PolicyLoss
-from hf_rlhf.log import RunLog, completion_rows
-from hf_rlhf.meters import Meters
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
+from hf_rlhf.metrics.trackers import guard
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.trackers import guard
 
 TIMED = ("time/", "memory/", "perf/", "train_", "eval_runtime", "eval_samples", "eval_steps")
 
@@ -196,7 +196,7 @@ def test_as_many_completions_are_kept_as_the_recipe_says(tmp_path):
 
 
 def test_meters_average_sums_over_counts_and_numbers_over_entries_and_add_up_health():
-    meters, accelerator = Meters(), Accelerator(cpu=True)
+    meters, accelerator = MetricAggregator(), Accelerator(cpu=True)
     meters.add("policy/loss", torch.tensor(6.0), torch.tensor(2.0))
     meters.add("policy/loss", 3.0, 1.0)
     meters.add("nothing", 0.0, 0.0)
@@ -209,7 +209,7 @@ def test_meters_average_sums_over_counts_and_numbers_over_entries_and_add_up_hea
 
 
 def test_meters_go_on_from_their_state():
-    one, other, accelerator = Meters(), Meters(), Accelerator(cpu=True)
+    one, other, accelerator = MetricAggregator(), MetricAggregator(), Accelerator(cpu=True)
     one.add("a", torch.tensor(1.0), torch.tensor(4.0))
     one.put("b", 1.0)
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
@@ -220,7 +220,7 @@ def test_meters_go_on_from_their_state():
 
 
 def test_seconds_are_measured_per_phase():
-    meters = Meters()
+    meters = MetricAggregator()
     with meters.time("reward"):
         pass
     assert 0 <= meters.read(Accelerator(cpu=True))["time/reward_s"] < 1

@@ -11,8 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import lora_memory
-from hf_rlhf.recipe import resolve
-from hf_rlhf.settings import Lora, Model
+from hf_rlhf.config.recipe import resolve
+from hf_rlhf.contract.model_settings import Lora, Model
 
 pytest.importorskip("peft")
 
@@ -37,7 +37,8 @@ def expected(config: Path, **parts: Any) -> float:
     """MiB that the largest phase of a run is estimated to hold, the process without its libraries."""
     from transformers import TrainingArguments
 
-    from hf_rlhf.estimate import Setting, from_settings
+    from hf_rlhf.training.memory.estimate import from_settings
+    from hf_rlhf.training.memory.workload import Workload
 
     raw = {
         "rollout": {"use": "generate", "prompts": 2, "num_generations": 4, "max_new_tokens": 16},
@@ -47,7 +48,7 @@ def expected(config: Path, **parts: Any) -> float:
         **parts,
     }
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
-    setting = Setting(algorithm=resolve(raw).algorithm(), args=args, prompt_tokens=24, process=0.0)
+    setting = Workload(algorithm=resolve(raw).algorithm(), args=args, prompt_tokens=24, process=0.0)
     found = from_settings(Model(path=str(config), lora=Lora()), setting)
     assert {"rollout", "update"} <= found.phases.keys()
     return max(sum(phase.values()) for phase in found.phases.values())

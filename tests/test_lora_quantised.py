@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from test_lora_saving import loaded, logits
 
-from hf_rlhf.memory import MIB
-from hf_rlhf.models import ModelError, load_model
-from hf_rlhf.offline_estimate import estimate_offline
-from hf_rlhf.offline_model import load_with_head
-from hf_rlhf.quantised import bytes_of
-from hf_rlhf.recipe import load_recipe, resolve
-from hf_rlhf.run import check
-from hf_rlhf.settings import Model
+from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.config.recipe import load_recipe, resolve
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.data.model_loading import ModelError, load_model
+from hf_rlhf.data.quantization import bytes_of
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.validation import UserError
+from hf_rlhf.training.offline.memory_estimate import estimate_offline
+from hf_rlhf.training.offline.model import load_with_head
 
 pytest.importorskip("peft")
 

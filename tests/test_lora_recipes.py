@@ -18,18 +18,18 @@ from test_matrix import save_token_classifier
 from tiers import tiers
 
 from hf_rlhf.axes import TrainedCritic
-from hf_rlhf.offline_run import make
-from hf_rlhf.overrides import apply_overrides
-from hf_rlhf.recipe import OfflineRecipe, load_recipe, read_recipe, resolve
-from hf_rlhf.run import check, training_keywords
-from hf_rlhf.stages import is_staged
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.pipeline import is_pipeline
+from hf_rlhf.cli.runs.rollout_run import check, training_keywords
+from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, read_recipe, resolve
 from hf_rlhf.testing import tiny_policy
 
 pytest.importorskip("peft")
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-WITHOUT_ROLLOUTS = [name for name in NAMES if not is_staged(name) and "trainer" in read_recipe(name)]
-WITH_ROLLOUTS = [name for name in NAMES if not is_staged(name) and "trainer" not in read_recipe(name)]
+WITHOUT_ROLLOUTS = [name for name in NAMES if not is_pipeline(name) and "trainer" in read_recipe(name)]
+WITH_ROLLOUTS = [name for name in NAMES if not is_pipeline(name) and "trainer" not in read_recipe(name)]
 SEPARATE = [name for name in WITH_ROLLOUTS if (read_recipe(name).get("critic") or {}).get("use") == "separate"]
 
 

@@ -13,13 +13,13 @@ import stage_runs
 import torch
 from torch import Tensor
 
-from hf_rlhf.assemble import AlgorithmError
-from hf_rlhf.merging import merged
-from hf_rlhf.recipe import resolve
-from hf_rlhf.run import check
-from hf_rlhf.stages import load_staged
+from hf_rlhf.cli.runs.pipeline import load_pipeline
+from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.config.recipe import resolve
+from hf_rlhf.modeling.lora_merge import merged
+from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.validation import UserError
+from hf_rlhf.training.setup import AlgorithmError
 
 peft = pytest.importorskip("peft")
 
@@ -199,13 +199,13 @@ def test_a_stage_that_needs_a_whole_model_is_refused_an_adapter(tmp_path):
     given["ppo"]["set"]["model.lora"] = {"r": 2}
     given["dpo"] = {"recipe": "dpo", "set": {"model.path": "stage:ppo"}}
     with pytest.raises(UserError, match=r"stage:ppo leaves an adapter alone.*set ppo\.model\.save_merged=true"):
-        load_staged(stage_runs.write(tmp_path, given))
+        load_pipeline(stage_runs.write(tmp_path, given))
     given["rm"]["set"] |= {"model.lora": {"r": 2}, "model.save_merged": False}
     given["dpo"]["set"]["model.path"] = "stage:sft"
     with pytest.raises(
         UserError, match=r"stage:rm leaves an adapter alone, and rewards\.reward_model reads a whole model"
     ):
-        load_staged(stage_runs.write(tmp_path, given))
+        load_pipeline(stage_runs.write(tmp_path, given))
 
 
 def test_adapter_off_without_an_adapter_is_refused_before_the_model_loads(tmp_path):

@@ -78,7 +78,7 @@ def test_every_process_and_every_resumed_run_gets_the_same_texts(lines: Path):
 
 
 def test_the_global_random_generators_are_left_alone(lines: Path):
-    from hf_rlhf.facts import equal, generators_now
+    from hf_rlhf.conformance.common import equal, generators_now
 
     given, term = context(), load_plugin("loss_terms", "ptx", path=str(lines), max_tokens=16)
     before = generators_now()

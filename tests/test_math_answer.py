@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from verifiers import graded, rows
 
-from hf_rlhf.scoring import Scorer
+from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf_plugins.rewards.math_answer import MathAnswer
 
 ABSURD = [r"\boxed{9^{9^{9^9}}}", "9**9**9**9", r"\boxed{9^{9^{9^{9}}}+1}", r"\boxed{(10^9)!}"]

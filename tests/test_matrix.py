@@ -15,9 +15,9 @@ import runs
 import torch
 
 from hf_rlhf import load_plugin
-from hf_rlhf.algorithm import Algorithm, _with_nested
 from hf_rlhf.axes import AXES, LISTS, NESTED
-from hf_rlhf.settings import Update
+from hf_rlhf.config.algorithm import Algorithm, _with_nested
+from hf_rlhf.config.sections import Update
 
 ALGORITHM = [axis for axis in AXES if axis != "trainer"]
 REGISTERED: dict[str, list[str]] = {axis: [] for axis in ALGORITHM}

@@ -16,15 +16,25 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_rlhf import counting, estimate, held, memory
-from hf_rlhf.counting import MicroBatch, count_cache, count_forward, count_heads, count_update, hollow, without_storage
-from hf_rlhf.meters import Meters
-from hf_rlhf.policy import ActorCritic, TokenBatch
-from hf_rlhf.settings import Model
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import TokenBatch
+from hf_rlhf.runtime import peak_memory
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.memory import estimate, fake_tensor_trace, resident
+from hf_rlhf.training.memory.fake_tensor_trace import (
+    MicroBatch,
+    count_cache,
+    count_forward,
+    count_heads,
+    count_update,
+    hollow,
+    without_storage,
+)
 
 CPU = torch.device("cpu")
-linux = pytest.mark.skipif(not memory.ResidentMark.works(), reason="the kernel's mark cannot be set back here")
+linux = pytest.mark.skipif(not peak_memory.ResidentMark.works(), reason="the kernel's mark cannot be set back here")
 
 
 class Level:
@@ -50,7 +60,7 @@ class Level:
 
 def test_a_phase_sees_its_own_peak_and_not_that_of_its_neighbours():
     level = Level()
-    recorder = memory.Recorder(level)
+    recorder = peak_memory.Recorder(level)
     level.to(900)
     level.to(100)
     with recorder.phase() as first:
@@ -65,7 +75,7 @@ def test_a_phase_sees_its_own_peak_and_not_that_of_its_neighbours():
 
 def test_phases_may_nest_and_overlap():
     level = Level()
-    recorder = memory.Recorder(level)
+    recorder = peak_memory.Recorder(level)
     outer, inner, beside = recorder.phase(), recorder.phase(), recorder.phase()
     a = outer.__enter__()
     level.to(400)
@@ -86,8 +96,8 @@ def test_phases_may_nest_and_overlap():
 
 def test_an_error_in_a_phase_stays_and_the_phase_is_over():
     level = Level()
-    recorder = memory.Recorder(level)
-    phases: list[memory.Phase] = []
+    recorder = peak_memory.Recorder(level)
+    phases: list[peak_memory.Phase] = []
 
     def fails() -> None:
         with recorder.phase() as phase:
@@ -105,23 +115,23 @@ def test_an_error_in_a_phase_stays_and_the_phase_is_over():
 
 @linux
 def test_the_kernel_tells_of_memory_that_was_freed_again():
-    recorder = memory.Recorder(memory.ResidentMark())
+    recorder = peak_memory.Recorder(peak_memory.ResidentMark())
     with recorder.phase() as phase:
-        block = torch.ones(64 * memory.MIB // 4)
+        block = torch.ones(64 * peak_memory.MIB // 4)
         del block
     with recorder.phase() as after:
         pass
-    assert 60 * memory.MIB < phase.above < 70 * memory.MIB
-    assert after.above < 4 * memory.MIB
+    assert 60 * peak_memory.MIB < phase.above < 70 * peak_memory.MIB
+    assert after.above < 4 * peak_memory.MIB
 
 
 def test_samples_see_what_lasts_longer_than_their_interval():
-    recorder = memory.Recorder(memory.SampledMark(memory.resident))
+    recorder = peak_memory.Recorder(peak_memory.SampledMark(peak_memory.resident))
     with recorder.phase() as phase:
-        block = torch.ones(64 * memory.MIB // 4)
-        time.sleep(20 * memory.INTERVAL_S)
+        block = torch.ones(64 * peak_memory.MIB // 4)
+        time.sleep(20 * peak_memory.INTERVAL_S)
         del block
-    assert 60 * memory.MIB < phase.above < 70 * memory.MIB
+    assert 60 * peak_memory.MIB < phase.above < 70 * peak_memory.MIB
     deadline = time.monotonic() + 5
     while any(thread.name == "hf_rlhf-memory" for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "the thread goes on after the phase"
@@ -130,28 +140,28 @@ def test_samples_see_what_lasts_longer_than_their_interval():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_forked_child_measures_itself():
-    ours = memory.recorder(CPU)
+    ours = peak_memory.recorder(CPU)
     child = os.fork()
     if child == 0:
-        os._exit(0 if memory.recorder(CPU) is not ours else 1)
+        os._exit(0 if peak_memory.recorder(CPU) is not ours else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert memory.recorder(CPU) is ours
+    assert peak_memory.recorder(CPU) is ours
 
 
 def test_the_largest_of_an_entry_is_logged_and_the_next_starts_anew():
-    meters, accelerator = Meters(), Accelerator(cpu=True)
+    meters, accelerator = MetricAggregator(), Accelerator(cpu=True)
     for x in (3.0, 7.0, 5.0):
         meters.peak("memory/update/peak", x)
     kept = meters.state_dict()
     assert meters.read(accelerator) == {"memory/update/peak": 7.0}
     assert meters.read(accelerator) == {}
-    again = Meters()
+    again = MetricAggregator()
     again.load_state_dict(kept)
     assert again.read(accelerator) == {"memory/update/peak": 7.0}
 
 
 def test_plugins_are_not_told_of_memory():
-    meters = Meters()
+    meters = MetricAggregator()
     mark = meters.mark()
     with meters.time("update"):
         pass
@@ -185,7 +195,7 @@ def rows(attention: str = "packed", **more: Any) -> MicroBatch:
 
 
 def test_storages_count_from_when_they_are_made_until_they_are_dropped():
-    with without_storage(), counting.Live() as live:
+    with without_storage(), fake_tensor_trace.LiveTensors() as live:
         a = torch.empty(1000)
         b = a.view(10, 100).t()
         assert live.now == 4000
@@ -201,7 +211,7 @@ def test_a_linear_layer_by_hand():
     layer = nn.Linear(32, 16, bias=False)
     with without_storage():
         empty = hollow(layer)
-        with counting.Live() as live:
+        with fake_tensor_trace.LiveTensors() as live:
             x = torch.empty(100, 32)
             y = empty(x)
             loss = y.sum()
@@ -219,8 +229,8 @@ def test_a_hollow_copy_has_the_shape_and_none_of_the_memory():
     assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
     assert all(p.is_meta for p in empty.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert counting.tensor_bytes(empty) == counting.tensor_bytes(model)
-    assert counting.tensor_bytes(model, trainable=True) == 4 * sum(p.numel() for p in model.parameters())
+    assert fake_tensor_trace.tensor_bytes(empty) == fake_tensor_trace.tensor_bytes(model)
+    assert fake_tensor_trace.tensor_bytes(model, trainable=True) == 4 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("autocast", "width"), [(None, 4), (torch.bfloat16, 2)])
@@ -285,7 +295,7 @@ def test_without_memory_as_much_is_counted_as_with_it(attention, checkpointed, e
         options = {"entropy": False, "by_derivative": False, "later": False}
         counted = count_update(hollow(model).train(), None, rows(attention), **options)
     module, batch = really(attention, model)
-    with counting.Live() as live:
+    with fake_tensor_trace.LiveTensors() as live:
         loss = module(batch)["logps"].sum()
         assert counted.saved == pytest.approx(live.now, rel=error)
         loss.backward()
@@ -303,7 +313,7 @@ def test_few_layers_tell_what_all_of_them_take(later, by_derivative, vocabulary,
         found = count_update(model, None, rows(), **options)
         alone = count_forward(model, rows(), head=True), count_heads(model.base_model, None)
         assert len(model.base_model.layers) == model.config.num_hidden_layers == 5
-        monkeypatch.setattr(counting, "_kinds", lambda trunk: [])
+        monkeypatch.setattr(fake_tensor_trace, "_kinds", lambda trunk: [])
         assert found == count_update(model, None, rows(), **options)
         assert alone == (count_forward(model, rows(), head=True), count_heads(model.base_model, None))
 
@@ -313,14 +323,14 @@ def test_the_peak_of_a_micro_batch_is_that_of_the_whole_backward():
     with without_storage():
         model = hollow(llama(vocab_size=600)).train()
         found = count_update(model, None, rows(), entropy=False, by_derivative=False, later=False)
-        with counting.Live() as live:
-            counting._policy_loss(model, rows(), False, None).backward()
+        with fake_tensor_trace.LiveTensors() as live:
+            fake_tensor_trace._policy_loss(model, rows(), False, None).backward()
     assert found.peak == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("tokens", [16, 100])
 def test_logits_are_held_a_chunk_at_a_time(tokens, monkeypatch):
-    monkeypatch.setattr("hf_rlhf.head.tokens_at_a_time", lambda vocabulary: tokens)
+    monkeypatch.setattr("hf_rlhf.modeling.lm_head.tokens_at_a_time", lambda vocabulary: tokens)
     with without_storage():
         model = hollow(llama(vocab_size=50_000, num_hidden_layers=1)).eval()
         trunk = count_forward(model.base_model, rows(), head=False)
@@ -338,7 +348,7 @@ def setting(processes: int = 1, **parts: Any) -> estimate.Setting:
     training = parts.pop("training", {})
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none", **training)
     algorithm = runs.recipe(**{"rollout": runs.SAMPLED, "update": {}, **parts}).algorithm()
-    made = estimate.Setting(algorithm=algorithm, args=args, prompt_tokens=20, process=float(300 * memory.MIB))
+    made = estimate.Setting(algorithm=algorithm, args=args, prompt_tokens=20, process=float(300 * peak_memory.MIB))
     made.__dict__["processes"] = processes
     return made
 
@@ -348,11 +358,11 @@ def of_llama(made: estimate.Setting, peft_config: Any = None, **sizes: Any) -> e
 
 
 def test_weights_optimizer_reference_and_critic_by_hand():
-    weights = counting.tensor_bytes(llama()) / memory.MIB
-    trunk = counting.tensor_bytes(llama().base_model) / memory.MIB
+    weights = fake_tensor_trace.tensor_bytes(llama()) / peak_memory.MIB
+    trunk = fake_tensor_trace.tensor_bytes(llama().base_model) / peak_memory.MIB
     plain = of_llama(setting()).phases["update"]
     full = of_llama(setting(kl=["in_reward"], reference="frozen", critic="separate", advantages="gae")).phases["update"]
-    parameters = 4 * sum(p.numel() for p in llama().parameters()) / memory.MIB
+    parameters = 4 * sum(p.numel() for p in llama().parameters()) / peak_memory.MIB
     assert plain["process"] == 300
     assert plain["weights"] == full["weights"] == full["reference"] == weights
     assert plain["optimizer"] == pytest.approx(2 * parameters)
@@ -368,13 +378,13 @@ def test_weights_optimizer_reference_and_critic_by_hand():
 )
 def test_the_state_of_an_optimizer_by_hand(optim, factor):
     notes: list[str] = []
-    assert held.optimizer_bytes(optim, 400, notes) == factor * 400
+    assert resident.optimizer_bytes(optim, 400, notes) == factor * 400
     assert not notes
 
 
 def test_an_optimizer_that_is_not_known_is_named():
     notes: list[str] = []
-    assert held.optimizer_bytes("lomo", 400, notes) == 0
+    assert resident.optimizer_bytes("lomo", 400, notes) == 0
     assert notes == ["without the state of training.optim=lomo"]
 
 
@@ -384,8 +394,8 @@ def test_an_adapter_has_the_only_gradients():
     from peft import get_peft_model
 
     model = get_peft_model(llama(), adapter)
-    trained = counting.tensor_bytes(model, trainable=True) / memory.MIB
-    assert found["weights"] == counting.tensor_bytes(model) / memory.MIB
+    trained = fake_tensor_trace.tensor_bytes(model, trainable=True) / peak_memory.MIB
+    assert found["weights"] == fake_tensor_trace.tensor_bytes(model) / peak_memory.MIB
     assert found["optimizer"] == pytest.approx(2 * trained)
     assert found.get("gradients", 0) <= trained
 
@@ -447,7 +457,7 @@ def test_what_is_assumed_of_prompts_is_said_and_fits_the_context():
 
 
 def test_the_plan_prints_sums_of_parts():
-    from hf_rlhf.plan import Plan, memory_rows
+    from hf_rlhf.config.plan import Plan, memory_rows
 
     plan = Plan(plugins=[], memory={"update": {"weights": 1000.2, "tiny": 0.2, "gradients": 500.4}}, memory_notes=["n"])
     assert memory_rows(plan) == ["update: 1,501 = weights 1,000, gradients 500", "n"]
@@ -501,8 +511,8 @@ def test_the_update_is_the_larger_of_its_backward_and_the_optimizers_step():
 def test_a_critic_that_is_offloaded_takes_its_own_state_along():
     critic = {"use": "separate", "offload": True}
     away = of_llama(setting(**PPO, reference="frozen", critic=critic)).phases
-    weights = 4 * sum(p.numel() for p in llama().parameters()) / memory.MIB
-    trunk = 4 * sum(p.numel() for p in llama().base_model.parameters()) / memory.MIB
+    weights = 4 * sum(p.numel() for p in llama().parameters()) / peak_memory.MIB
+    trunk = 4 * sum(p.numel() for p in llama().base_model.parameters()) / peak_memory.MIB
     assert away["rollout"]["optimizer"] == pytest.approx(2 * weights)
     assert away["update"].get("optimizer") in (pytest.approx(2 * weights), pytest.approx(2 * (weights + trunk)))
     assert "critic" not in away["rollout"]
@@ -522,7 +532,7 @@ def test_the_reference_of_an_adapter_shares_the_base():
     found = of_llama(setting(kl=["in_loss"], reference="frozen"), runs.adapter()).phases["update"]
     from peft import get_peft_model
 
-    trained = counting.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / memory.MIB
+    trained = fake_tensor_trace.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / peak_memory.MIB
     assert found["reference"] == pytest.approx(trained, abs=0.01)
 
 

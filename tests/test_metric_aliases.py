@@ -8,9 +8,9 @@ import pytest
 from parity import CASES, of_ours, of_trl
 from runs import SAMPLED, problems, recipe, trainer
 
+from hf_rlhf.config.sections import Logging
 from hf_rlhf.metrics import aliased, metrics_of, pattern
 from hf_rlhf.metrics.aliases import MADE, RENAMED
-from hf_rlhf.settings import Logging
 
 ALIASED = {"metric_aliases": "trl", "entropy": "exact"}
 OF_TRAINER = {"loss", "grad_norm", "learning_rate", "epoch", "step"}

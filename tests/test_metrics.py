@@ -9,12 +9,12 @@ import pytest
 from runs import FORMAT, SAMPLED, entries, problems, trained, trainer
 from torch import Tensor
 
-from hf_rlhf.areas import places
 from hf_rlhf.axes import AXES, LossTerm
-from hf_rlhf.host import Host
-from hf_rlhf.metric import Metric
+from hf_rlhf.config.algorithm import places
+from hf_rlhf.contract.metric import Metric
 from hf_rlhf.metrics import CORE, EVALUATION, SECTIONS, Named, declared_by, metrics_of, pattern
-from hf_rlhf.trainer import RLHFTrainer
+from hf_rlhf.registry.host import Host
+from hf_rlhf.training.trainer import RLHFTrainer
 
 NAMED = {"step"}
 """What Trainer adds to an entry of its history."""

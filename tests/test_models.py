@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_rlhf.models import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer
-from hf_rlhf.settings import Lora, Model
+from hf_rlhf.contract.model_settings import Lora, Model
+from hf_rlhf.data.model_loading import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer
 
 
 def gpt2(**options):

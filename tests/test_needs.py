@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rlhf import head, load_plugin
+from hf_rlhf import load_plugin
 from hf_rlhf.axes import AdvantageEstimator, Filter, PolicyLoss, TextTerm
-from hf_rlhf.batch import Scored
-from hf_rlhf.policy import ActorCritic, Policy, ReferencePolicy, TokenBatch, sampled_states
-from hf_rlhf.prompts import Prompt
-from hf_rlhf.seeding import seeded
+from hf_rlhf.batch import Prompt, Scored
+from hf_rlhf.modeling import lm_head
+from hf_rlhf.modeling.policy import ActorCritic, Policy, sampled_states
+from hf_rlhf.modeling.reference import ReferencePolicy
+from hf_rlhf.modeling.token_batch import TokenBatch
+from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.testing import tiny_policy
 
 
@@ -115,8 +117,8 @@ def exact(own: Tensor, reference: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 def test_a_kl_over_distributions_is_the_closed_form_whatever_the_chunk(chunk, monkeypatch):
-    monkeypatch.setattr(head, "LOGITS", 16)
-    monkeypatch.setattr(head, "tokens_at_a_time", lambda vocabulary: chunk)
+    monkeypatch.setattr(lm_head, "LOGITS", 16)
+    monkeypatch.setattr(lm_head, "tokens_at_a_time", lambda vocabulary: chunk)
     trained, _ = tiny_policy(seed=0, dtype=torch.float64)
     frozen, _ = tiny_policy(seed=1, dtype=torch.float64)
     batch = batch_of()
@@ -166,7 +168,7 @@ def test_comparing_distributions_makes_nothing_larger_than_a_chunk():
         return exact(log_probs, reference)
 
     with Largest() as seen:
-        found = head.score(head.Head(module), states, targets, 1.0, head.Wanted(), {"kl": measure})
+        found = lm_head.score(lm_head.Head(module), states, targets, 1.0, lm_head.TokenStatistics(), {"kl": measure})
         found["kl"].sum().backward()
     assert seen.numbers == 256 * vocabulary
 

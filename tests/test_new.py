@@ -14,14 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_rlhf import API_VERSION, load_recipe
-from hf_rlhf.api import stated
-from hf_rlhf.areas import AREAS
 from hf_rlhf.axes import AXES
-from hf_rlhf.cli import add_commands, app
-from hf_rlhf.host import Host, use_host
+from hf_rlhf.cli.app import app
+from hf_rlhf.cli.commands.new import TEMPLATES, USE, class_of, overrides, package, write
+from hf_rlhf.cli.main import add_commands
+from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics.names import under
-from hf_rlhf.new_command import TEMPLATES, USE, class_of, overrides, package, write
-from hf_rlhf.validation import UserError
+from hf_rlhf.registry.api_version import stated
+from hf_rlhf.registry.host import Host, use_host
+from hf_rlhf.runtime.errors import UserError
 
 BUILD = """
 import os, sys
@@ -226,7 +227,7 @@ def test_the_command_of_the_readme_is_accepted(axis: str, written: dict[str, Pat
 def test_every_axis_has_a_small_template(axis: str) -> None:
     text = (TEMPLATES / f"{axis}.py").read_text()
     assert len(text.splitlines()) < 140
-    assert "hf_rlhf.trainer" not in text
+    assert "hf_rlhf.training.trainer" not in text
     assert "class MyName(" in text
 
 

@@ -19,16 +19,16 @@ import torch
 from typer.testing import CliRunner
 
 from hf_rlhf import load_plugin
-from hf_rlhf.offline_data import read_rows
-from hf_rlhf.offline_demo import demo_rows
-from hf_rlhf.offline_run import make
-from hf_rlhf.offline_settings import OfflineDataset
-from hf_rlhf.quickstart import addition_dataset
-from hf_rlhf.recipe import OfflineRecipe, load_recipe, resolve
-from hf_rlhf.recipe_text import RecipeError
-from hf_rlhf.rows import DatasetError
-from hf_rlhf.run import check, training_keywords
-from hf_rlhf.validation import UserError
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.rollout_run import check, training_keywords
+from hf_rlhf.config.offline_sections import OfflineDataset
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, resolve
+from hf_rlhf.config.recipe_yaml import RecipeError
+from hf_rlhf.data.addition_rows import demo_rows
+from hf_rlhf.data.addition_task import addition_dataset
+from hf_rlhf.data.offline_rows import read_rows
+from hf_rlhf.data.sources import DatasetError
+from hf_rlhf.runtime.errors import UserError
 
 TRAINERS = list(off.KINDS)
 
@@ -69,7 +69,8 @@ def test_another_trainer_drops_what_it_does_not_share():
 
 @pytest.mark.parametrize("words", [["explain", "rm"], ["lab", "rm"]])
 def test_commands_about_algorithms_say_that_there_is_none(words):
-    from hf_rlhf.cli import add_commands, app
+    from hf_rlhf.cli.app import app
+    from hf_rlhf.cli.main import add_commands
 
     add_commands()
     result = CliRunner().invoke(app, words)
@@ -78,8 +79,8 @@ def test_commands_about_algorithms_say_that_there_is_none(words):
 
 
 def test_check_show_and_trls_flags_work_as_for_other_recipes(tmp_path):
-    import hf_rlhf.commands  # noqa: F401
-    from hf_rlhf.cli import app
+    import hf_rlhf.cli.commands.train  # noqa: F401
+    from hf_rlhf.cli.app import app
 
     data = off.write(tmp_path / "pairs.jsonl", off.rows("reward_model"))
     words = ["check", "rm", "--dataset_name", str(data), "--per_device_train_batch_size", "4", "--max-steps", "7"]
@@ -166,7 +167,7 @@ def test_a_wrong_row_is_named_with_its_number(trainer, change, message, tmp_path
 def test_long_rows_and_rows_without_a_difference_are_dropped_and_counted(tmp_path, caplog):
     given = [*off.rows("reward_model"), {"prompt": "1?", "chosen": "a", "rejected": "a"}]
     given.append({"prompt": "2?", "chosen": "a" * 90, "rejected": "z"})
-    with caplog.at_level(logging.WARNING, logger="hf_rlhf.offline_data"):
+    with caplog.at_level(logging.WARNING, logger="hf_rlhf.data.offline_rows"):
         summary = off.run(tmp_path, "reward_model", "trainer.max_length=60", "dataset.held_out=0", given=given)
     assert summary["rows"] == {"train": 40, "evaluation": 0}
     assert (summary["before"], summary["after"]) == (None, None)

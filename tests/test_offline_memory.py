@@ -13,11 +13,11 @@ import offline_runs as off
 import pytest
 import sft_runs as sft
 
-from hf_rlhf import memory
-from hf_rlhf.estimate import Estimate
-from hf_rlhf.offline_estimate import TILE, estimate_offline
-from hf_rlhf.recipe import OfflineRecipe, load_recipe
-from hf_rlhf.run import check, train
+from hf_rlhf.cli.runs.rollout_run import check, train
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
+from hf_rlhf.runtime import peak_memory
+from hf_rlhf.training.memory.estimate import Estimate
+from hf_rlhf.training.offline.memory_estimate import TILE, estimate_offline
 
 LETTERS = 150
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -64,7 +64,7 @@ import json, sys, torch
 from pathlib import Path
 from hf_rlhf import memory
 from test_offline_memory import recipe, rows
-from hf_rlhf.run import train
+from hf_rlhf.cli.runs.rollout_run import train
 
 name, model, folder = sys.argv[1], *map(Path, sys.argv[2:])
 summary = train(recipe(name, model, rows(name, folder)), str(folder / "run"))
@@ -89,7 +89,7 @@ def test_weights_optimizer_and_reference_by_hand(model, tmp_path):
     """Only DPO has a second model, and none beside an adapter or with log-probs from before. Buffers count as weights."""
     from transformers import AutoModelForCausalLM
 
-    weights = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(model).parameters()) / memory.MIB
+    weights = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(model).parameters()) / peak_memory.MIB
     data = rows("dpo", tmp_path)
     for words, reference in (([], weights), (["trainer.reference=precomputed"], None), (["model.lora={r: 4}"], None)):
         found = estimate(recipe("dpo", model, data, *words)).phases["update"]

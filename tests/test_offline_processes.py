@@ -13,8 +13,8 @@ import offline_runs as off
 import pytest
 import torch
 
-from hf_rlhf.offline_run import make
-from hf_rlhf.run import check, training_keywords
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.rollout_run import check, training_keywords
 
 
 def parameters(folder: Path) -> torch.Tensor:
@@ -36,7 +36,10 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         commands.append(
             f"train(load_recipe({str(tmp_path / trainer) + '.yaml'!r}), {str(tmp_path / trainer / 'two')!r})"
         )
-    code = "from hf_rlhf.recipe import load_recipe\nfrom hf_rlhf.run import train\n" + "\n".join(commands)
+    code = (
+        "from hf_rlhf.config.recipe import load_recipe\nfrom hf_rlhf.cli.runs.rollout_run import train\n"
+        + "\n".join(commands)
+    )
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

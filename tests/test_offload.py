@@ -17,14 +17,17 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from hf_rlhf import held, load_plugin, offload, phases
-from hf_rlhf.checkpoint import check_same_run, differences
-from hf_rlhf.memory import MIB
-from hf_rlhf.offload import Keeper, ToFile, ToMainMemory, keeper, tensors_of
-from hf_rlhf.policy import ActorCritic
-from hf_rlhf.run import check
+from hf_rlhf import load_plugin
+from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.modeling import offload
+from hf_rlhf.modeling.offload import Keeper, ToFile, ToMainMemory, keeper, tensors_of
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.runtime.checkpoint_manifest import check_same_run, differences
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.validation import UserError
+from hf_rlhf.training import device_phases
+from hf_rlhf.training.memory import resident as held
 
 CPU = torch.device("cpu")
 EXACT_KL = {"use": "in_loss", "estimator": "exact", "beta": 0.5}
@@ -68,12 +71,12 @@ def test_a_tensor_stays_the_object_that_it_is_with_the_numbers_that_it_has(way):
     kept = [(x.detach().clone(), x.stride(), x.dtype, x.requires_grad) for x in tensors]
     held = way(lambda: tensors)
     for _ in range(2):
-        for move in (held.send, held.bring):
+        for move in (held.offload, held.load):
             move()
             for x, (was, stride, dtype, learns) in zip(tensors, kept, strict=True):
                 assert torch.equal(x, was)
                 assert (x.stride(), x.dtype, x.requires_grad) == (stride, dtype, learns)
-    assert held.away() == sum(x.nbytes for x in tensors)
+    assert held.offloaded_bytes() == sum(x.nbytes for x in tensors)
 
 
 @both
@@ -81,16 +84,16 @@ def test_a_tensor_stays_the_object_that_it_is_with_the_numbers_that_it_has(way):
 def test_what_changes_in_either_place_stays_changed(way, where):
     x = torch.zeros(5)
     held = way(lambda: [x])
-    held.send()
+    held.offload()
     for turn in range(1, 4):
         if where == "there":
-            with held.there():
+            with held.on_device():
                 x.add_(1)
         else:
             x.add_(1)
-            held.send()
+            held.offload()
         assert x.tolist() == [turn] * 5
-    held.bring()
+    held.load()
     assert x.tolist() == [3] * 5
 
 
@@ -98,14 +101,14 @@ def test_what_changes_in_either_place_stays_changed(way, where):
 def test_tensors_that_are_new_or_others_are_taken_along(way):
     tensors = [torch.ones(4)]
     held = way(lambda: tensors)
-    held.send()
+    held.offload()
     tensors.append(torch.full((2,), 7.0))
-    held.send()
-    assert held.away() == 4 * (4 + 2)
+    held.offload()
+    assert held.offloaded_bytes() == 4 * (4 + 2)
     tensors[0] = torch.full((3,), 5.0)
-    held.bring()
-    held.send()
-    assert held.away() == 4 * (3 + 2)
+    held.load()
+    held.offload()
+    assert held.offloaded_bytes() == 4 * (3 + 2)
     assert [x.tolist() for x in tensors] == [[5, 5, 5], [7, 7]]
 
 
@@ -113,9 +116,9 @@ def test_main_memory_holds_what_the_device_holds_a_copy_of():
     layer = nn.Linear(3, 2)
     held = ToMainMemory(tensors_of(layer), CPU)
     first = layer.weight.data_ptr()
-    held.send()
+    held.offload()
     home = layer.weight.data_ptr()
-    with held.there():
+    with held.on_device():
         there = layer.weight.data_ptr()
     assert len({first, home, there}) == 3
     assert layer.weight.data_ptr() == home
@@ -124,8 +127,8 @@ def test_main_memory_holds_what_the_device_holds_a_copy_of():
 def test_what_does_not_change_is_not_copied_back():
     x = torch.zeros(3)
     held = ToMainMemory(lambda: [x], CPU)
-    held.send()
-    with held.there():
+    held.offload()
+    with held.on_device():
         x.add_(1)
     assert x.tolist() == [0, 0, 0]
 
@@ -134,19 +137,19 @@ def test_what_does_not_change_is_not_copied_back():
 def test_a_block_that_only_reads_copies_nothing_back_unless_another_one_changes_it(then):
     x, written = torch.zeros(3), 0.0 if then == "nothing" else 1.0
     held = ToMainMemory(lambda: [x], CPU, changes=True)
-    held.send()
+    held.offload()
     if then == "brought before":
-        held.bring()
-    with held.there(changed=False):
+        held.load()
+    with held.on_device(changed=False):
         if then == "a block within":
-            with held.there():
+            with held.on_device():
                 x.add_(1)
         elif then == "brought after":
-            held.bring()
+            held.load()
         if then != "a block within":
             x.add_(1)
     assert x.tolist() == [written] * 3
-    with held.there():
+    with held.on_device():
         x.fill_(5)
     assert x.tolist() == [5] * 3
 
@@ -184,9 +187,9 @@ def test_tensors_in_a_block_have_storages_of_their_own_and_keep_it():
 def test_what_another_device_holds_stays_there():
     counter, own = torch.ones(2, device="meta"), torch.ones(2)
     held = ToMainMemory(lambda: [counter, own], CPU)
-    held.send()
+    held.offload()
     assert counter.is_meta
-    assert held.away() == own.nbytes
+    assert held.offloaded_bytes() == own.nbytes
 
 
 @both
@@ -201,12 +204,12 @@ def test_only_the_outermost_block_sends_away_and_an_error_does_too(way):
 
     note("bring")
     note("send")
-    with held.there():
-        with held.there(changed=False):
+    with held.on_device():
+        with held.on_device(changed=False):
             pass
         assert moves == ["bring"]
     assert moves == ["bring", "send"]
-    with pytest.raises(ZeroDivisionError), held.there():
+    with pytest.raises(ZeroDivisionError), held.on_device():
         raise ZeroDivisionError
     assert moves == ["bring", "send"] * 2
 
@@ -215,10 +218,10 @@ def test_resident_tensors_stay():
     layer = nn.Linear(3, 2)
     where = layer.weight.data_ptr()
     held = keeper(tensors_of(layer), CPU, False)
-    with held.there():
-        held.send()
+    with held.on_device():
+        held.offload()
     assert layer.weight.data_ptr() == where
-    assert held.away() == 0
+    assert held.offloaded_bytes() == 0
 
 
 @both
@@ -227,7 +230,7 @@ def test_a_tensor_that_is_more_than_its_numbers_is_refused(way):
         pass
 
     with pytest.raises(TypeError, match=r"here is a Quantised, as quantised weights.*set offload: false"):
-        way(lambda: [torch.ones(2).as_subclass(Quantised)]).send()
+        way(lambda: [torch.ones(2).as_subclass(Quantised)]).offload()
 
 
 def test_tied_weights_are_one_and_stay_tied():
@@ -236,8 +239,8 @@ def test_tied_weights_are_one_and_stay_tied():
     model.tie_weights()
     whole = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     held = keeper(tensors_of(model), CPU, True)
-    held.send()
-    assert held.away() == whole
+    held.offload()
+    assert held.offloaded_bytes() == whole
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -246,15 +249,15 @@ def test_the_process_lets_go_of_the_pages_and_has_them_back_when_they_are_read()
     size, _ = in_files()
     tensors = [x := torch.ones(8 * MIB // 4)]
     held = ToFile(lambda: tensors)
-    held.send()
+    held.offload()
     assert in_files() == (size + 8 * MIB, 0)
     assert x.sum() == 8 * MIB // 4
     assert in_files()[1] == 8 * MIB
-    held.send()
+    held.offload()
     assert in_files()[1] == 0
     x[: MIB // 4].mul_(2)
     assert in_files()[1] <= 2 * MIB
-    held.send()
+    held.offload()
     assert x.sum() == 9 * MIB // 4
     tensors.clear()
     del x, held
@@ -265,12 +268,12 @@ def test_a_file_has_no_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     x = torch.ones(5)
     held = ToFile(lambda: [x])
-    held.send()
+    held.offload()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     y = torch.ones(5)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        ToFile(lambda: [y]).send()
+        ToFile(lambda: [y]).offload()
 
 
 @linux
@@ -282,7 +285,7 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process():
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
     try:
         with pytest.raises(OSError, match=r"offload: no room for 4 MiB .*set TMPDIR to a larger disk"):
-            ToFile(lambda: [x]).send()
+            ToFile(lambda: [x]).offload()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert x.sum() == MIB
@@ -382,7 +385,9 @@ def test_a_resumed_average_that_may_round_otherwise_gives_a_warning(tmp_path, ca
 def test_where_an_average_lies_matters_off_the_cpu_alone(reference, kl, device, blends):
     algorithm = runs.recipe(kl=[kl], reference=reference).algorithm()
     policy = ActorCritic(nn.Linear(2, 2), None, 1.0)
-    made = phases.Phases.of(algorithm, policy, None, lambda: None, None, SimpleNamespace(device=torch.device(device)))
+    made = device_phases.Phases.of(
+        algorithm, policy, None, lambda: None, None, SimpleNamespace(device=torch.device(device))
+    )
     assert made.blends_away is blends
 
 
@@ -416,7 +421,7 @@ def main_memory(monkeypatch) -> None:
     def chosen(tensors: Any, device: torch.device, offloaded: bool, **options: bool) -> Keeper:
         return ToMainMemory(tensors, device, **options) if offloaded else Keeper(tensors)
 
-    monkeypatch.setattr(phases, "keeper", chosen)
+    monkeypatch.setattr(device_phases, "keeper", chosen)
 
 
 @pytest.fixture(scope="module")
@@ -562,7 +567,7 @@ def test_the_pages_of_what_is_away_are_away_while_completions_are_sampled(tmp_pa
         for x in (*tensors_of(made.collector.forwards.reference.own)(), *tensors_of(made.actor_critic.critic)())
     )
     assert seen[0][0] - before[0] >= models
-    assert seen[1][0] - before[0] >= models + made.phases.update.away()
+    assert seen[1][0] - before[0] >= models + made.phases.update.offloaded_bytes()
 
 
 def test_a_critic_takes_its_own_optimizer_state_along(tmp_path):
@@ -570,8 +575,8 @@ def test_a_critic_takes_its_own_optimizer_state_along(tmp_path):
     made.phases.sampling()
     critic = list(made.actor_critic.critic.parameters())
     of_critic = sum(x.nbytes for p in critic for x in made.optimizer.state[p].values())
-    assert made.phases.update.away() == of_critic
-    assert made.phases.critic.away() == sum(x.nbytes for x in tensors_of(made.actor_critic.critic)())
+    assert made.phases.update.offloaded_bytes() == of_critic
+    assert made.phases.critic.offloaded_bytes() == sum(x.nbytes for x in tensors_of(made.actor_critic.critic)())
 
 
 def test_a_frozen_reference_of_an_adapter_holds_the_base_once(tmp_path):
@@ -580,4 +585,4 @@ def test_a_frozen_reference_of_an_adapter_holds_the_base_once(tmp_path):
     reference = made.collector.forwards.reference.own
     assert all((id(p) in own) == ("lora_" not in name) for name, p in reference.named_parameters())
     adapter = sum(p.nbytes for name, p in reference.named_parameters() if "lora_" in name)
-    assert made.phases.reference.away() == adapter + sum(x.nbytes for x in reference.buffers())
+    assert made.phases.reference.offloaded_bytes() == adapter + sum(x.nbytes for x in reference.buffers())

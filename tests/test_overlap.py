@@ -23,14 +23,14 @@ import runs
 import torch
 from torch import Tensor
 
-from hf_rlhf import collect
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.beside import beside
-from hf_rlhf.log import RunLog
-from hf_rlhf.scoring import RewardError
-from hf_rlhf.seeding import seeded
-from hf_rlhf.trackers import guard
+from hf_rlhf.metrics.jsonl_log import RunLog
+from hf_rlhf.metrics.trackers import guard
+from hf_rlhf.runtime.background import run_in_thread
+from hf_rlhf.runtime.seeding import seeded
+from hf_rlhf.scoring.scorer import RewardError
+from hf_rlhf.training import collector
 
 PATIENCE_S = 20.0
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def draws(rollouts: Rollouts) -> list[float]:
 
 @contextmanager
 def one_after_the_other(work: Callable[[], Any], device: torch.device) -> Iterator[Future[Any]]:
-    """As `beside`, with `work` done before the block begins."""
+    """As `run_in_thread`, with `work` done before the block begins."""
     done: Future[Any] = Future()
     done.set_result(work())
     yield done
@@ -134,7 +134,7 @@ def test_the_numbers_are_those_of_one_after_the_other(tmp_path, monkeypatch, par
         return runs.parameters(runs.trained(tmp_path / name, **options))
 
     overlapped = run("overlapped")
-    monkeypatch.setattr(collect, "beside", one_after_the_other)
+    monkeypatch.setattr(collector, "beside", one_after_the_other)
     assert torch.equal(overlapped, run("in_turn"))
     assert lines(tmp_path / "overlapped") == lines(tmp_path / "in_turn")
     tables = [sorted((tmp_path / name).glob("completions/*.parquet")) for name in ("overlapped", "in_turn")]
@@ -277,7 +277,7 @@ def test_work_beside_has_as_many_threads_as_the_rest_and_draws_stay_seeded():
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        with beside(torch.get_num_threads, CPU) as count, seeded(0, "reward", 0):
+        with run_in_thread(torch.get_num_threads, CPU) as count, seeded(0, "reward", 0):
             drawn = random.random()
         assert count.result() == before + 1
     finally:
@@ -367,7 +367,7 @@ def test_a_table_that_cannot_be_written_is_one_warning_at_the_next_event_and_cos
 def test_a_process_that_ends_writes_its_last_table(tmp_path):
     program = f"""
 from types import SimpleNamespace
-from hf_rlhf.log import RunLog
+from hf_rlhf.metrics.jsonl_log import RunLog
 log = RunLog({str(tmp_path)!r}, {{}})
 log.completions = {rows()!r}
 log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=5, max_steps=9), None, logs={{}})

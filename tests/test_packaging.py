@@ -19,7 +19,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PLUGIN_FILES = [file for file in sorted((ROOT / "plugins").rglob("*.py")) if file.name != "__init__.py"]
 CORE_FILES = sorted((ROOT / "hf_rlhf").rglob("*.py"))
 ALLOWED_TO_PLUGINS = {"hf_rlhf", "hf_rlhf.axes", "hf_rlhf.batch"}
-RUN_TYPES = {"hf_rlhf.algorithm", "hf_rlhf.attention", "hf_rlhf.policy", "hf_rlhf.prompts", "hf_rlhf.step"}
+RUN_TYPES = {
+    "hf_rlhf.config.algorithm",
+    "hf_rlhf.modeling.attention",
+    "hf_rlhf.modeling.policy",
+    "hf_rlhf.data.prompt_stream",
+    "hf_rlhf.contract.optimizer_step",
+}
 """What plugins may import for annotations; where they meet the policy, also to use."""
 MEET_THE_POLICY = {"rollout", "critic", "reference"}
 LAYERS = ["cli", "trainer", "collect", "policy", "algorithm", "recipe", "host", "hookspecs", "axes", "batch"]
@@ -54,7 +60,7 @@ def test_every_plugin_module_has_its_entry_point_and_every_entry_point_its_modul
 
 
 def test_the_installed_entry_points_are_those_of_the_project():
-    from hf_rlhf.host import Host
+    from hf_rlhf.registry.host import Host
 
     installed = {f"{o.axis}.{o.name}": o.module for o in Host(disable="").offers() if o.package == "hf_rlhf"}
     assert installed == PROJECT["project"]["entry-points"]["hf_rlhf"], "run `pip install -e .` again"
@@ -88,7 +94,7 @@ def test_the_core_never_imports_built_in_plugins_or_recipes(file):
 @pytest.mark.parametrize("file", PLUGIN_FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_plugins_import_of_the_core_only_its_public_face(file):
     used = {name for name in imports(file, annotations=False) if name.split(".")[0].startswith("hf_rlhf")}
-    own = {"hf_rlhf.compat.trl_dpo"} if file.parent.name == "trainer" else set()
+    own = {"hf_rlhf.training.offline.trl_dpo_compat"} if file.parent.name == "trainer" else set()
     allowed = ALLOWED_TO_PLUGINS | own | (RUN_TYPES if file.parent.name in MEET_THE_POLICY else set())
     assert used <= allowed
     named = {name for name in imports(file) if name.split(".")[0].startswith("hf_rlhf")}
@@ -152,7 +158,7 @@ def test_the_wheel_works_elsewhere_next_to_a_foreign_package_called_recipes(whee
     code = """
 import sys
 import hf_rlhf
-from hf_rlhf.host import Host
+from hf_rlhf.registry.host import Host
 site = sys.argv[1]
 assert hf_rlhf.__file__.startswith(site), hf_rlhf.__file__
 host = Host(disable="")

@@ -15,11 +15,12 @@ from test_policy import PAD, SMALL, build, mask_of, models, tolerance
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_rlhf import packing
-from hf_rlhf.attention import attending
-from hf_rlhf.micro_batches import Batching
-from hf_rlhf.packing import Packed, Span
-from hf_rlhf.policy import ActorCritic, Attention, TokenBatch, packs, why_not_packed
+from hf_rlhf.modeling import packing
+from hf_rlhf.modeling.attention import attend
+from hf_rlhf.modeling.packing import Packed, Span
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import Attention, TokenBatch, packs, why_not_packed
+from hf_rlhf.training.micro_batches import Batching
 
 LONG = [(7 * i) % 50 + 3 for i in range(11)]
 """A prompt longer than the sliding windows of `models`, which are 4 tokens."""
@@ -261,7 +262,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(name, fails, train):
     model.train(train)
     if fails:
         layout.attend = attend  # type: ignore[method-assign]
-        with pytest.raises(Stop), attending(model.base_model, layout) as keywords:
+        with pytest.raises(Stop), attend(model.base_model, layout) as keywords:
             model.base_model(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords)
     else:
         batch("packed").states(model.base_model)
@@ -366,7 +367,7 @@ def other(name: str) -> Any:
 def test_other_architectures_run_padded_and_say_why_once(name, caplog):
     model, why = other(name), others()[name][1]
     module = ActorCritic(model, None, 0.9)
-    with caplog.at_level(logging.WARNING, "hf_rlhf.policy"), torch.no_grad():
+    with caplog.at_level(logging.WARNING, "hf_rlhf.modeling.policy"), torch.no_grad():
         found = module(batch("packed", torch.float32))["logps"]
         module(batch("packed", torch.float32))
         due = textbook(model, temperature=0.9)
@@ -478,7 +479,7 @@ def test_one_layout_serves_every_layer_of_a_forward():
     """Masks are built once for each window, not once for each layer."""
     layout, _ = batch("packed").packed
     model = packing_model("gemma2, norms, soft-capped, windowed")
-    with torch.no_grad(), attending(model.base_model, layout) as keywords:
+    with torch.no_grad(), attend(model.base_model, layout) as keywords:
         model.base_model(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords)
     assert isinstance(layout, Packed)
     windows = {window for block in layout._blocks for window, _ in block._masks}

@@ -12,10 +12,11 @@ from test_host import SIGN, install, one  # noqa: F401
 from typer.testing import CliRunner
 
 from hf_rlhf import API_VERSION
-from hf_rlhf.cli import add_commands, app
-from hf_rlhf.host import Host, use_host
-from hf_rlhf.plugin_check import offers_of
-from hf_rlhf.validation import UserError
+from hf_rlhf.cli.app import app
+from hf_rlhf.cli.main import add_commands
+from hf_rlhf.conformance.subjects import entries_of
+from hf_rlhf.registry.host import Host, use_host
+from hf_rlhf.runtime.errors import UserError
 
 GOOD = f'hf_rlhf_api = "{API_VERSION}"\n' + SIGN.replace(
     '    name = "mine"\n',
@@ -146,4 +147,4 @@ def test_a_folder_is_told_how_to_install_it(tmp_path: Path, check: Any, monkeypa
             check(target)
         assert f"`pip install -e {target}`, then `hf-rlhf plugins check NAME`" in str(refused.value)
     (tmp_path / "hf_rlhf").mkdir()  # beside a folder of its name, an installed package is what is meant
-    assert offers_of(Host(disable=""), "hf_rlhf")
+    assert entries_of(Host(disable=""), "hf_rlhf")

@@ -10,7 +10,9 @@ import runs
 import torch
 from torch import Tensor
 
-from hf_rlhf.policy import ActorCritic, Attention, ReferencePolicy, TokenBatch, packs
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.reference import ReferencePolicy
+from hf_rlhf.modeling.token_batch import Attention, TokenBatch, packs
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf_plugins.critic._modules import TrunkHead
 

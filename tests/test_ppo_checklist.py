@@ -14,10 +14,10 @@ import torch
 from transformers import TrainingArguments
 
 from hf_rlhf import load_plugin
-from hf_rlhf.host import get_host
-from hf_rlhf.seeding import seeded
-from hf_rlhf.settings import SECTIONS
-from hf_rlhf.validation import settings_of
+from hf_rlhf.config.sections import SECTIONS
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.registry.settings_schema import settings_of
+from hf_rlhf.runtime.seeding import seeded
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "ppo_checklist.md").read_text(encoding="utf-8")

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from hf_rlhf.prompts import Prompt, PromptStream
+from hf_rlhf.batch import Prompt
+from hf_rlhf.data.prompt_stream import PromptStream
 
 PROMPTS = [Prompt(ids=[i], prompt=str(i)) for i in range(10)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_rlhf.host import Host, use_host
+from hf_rlhf.registry.host import Host, use_host
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "hf-rlhf-quantile"
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from hf_rlhf import quickstart
-from hf_rlhf.quickstart import WarmUp, addition_dataset, addition_model, addition_tokenizer
+from hf_rlhf.data import addition_task
+from hf_rlhf.data.addition_task import WarmUp, addition_dataset, addition_model, addition_tokenizer
 
 SHORT = WarmUp(target=0.0)
 """One step."""
@@ -47,19 +47,19 @@ def test_the_tokenizer_gives_back_text_one_token_per_character():
 def test_demonstrations_have_the_stated_share_of_wrong_answers():
     import torch
 
-    right = quickstart._sums(addition_dataset()[0])
-    noisy = quickstart._noisy(right, 0.5, torch.Generator().manual_seed(0))
+    right = addition_task._sums(addition_dataset()[0])
+    noisy = addition_task._noisy(right, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(noisy[:, :2], right[:, :2])
-    assert set(noisy[:, 2].tolist()) == set(quickstart.SUMS) == set(right[:, 2].tolist())
+    assert set(noisy[:, 2].tolist()) == set(addition_task.SUMS) == set(right[:, 2].tolist())
     assert (noisy[:, 2] != right[:, 2]).double().mean().item() == pytest.approx(0.5 * 178 / 179, abs=0.02)
-    assert torch.equal(quickstart._noisy(right, 0.0, torch.Generator()), right)
+    assert torch.equal(addition_task._noisy(right, 0.0, torch.Generator()), right)
 
 
 def test_only_the_answer_and_its_end_are_learned():
     import torch
 
     tokenizer = addition_tokenizer()
-    ids, mask = quickstart._encode(tokenizer, torch.tensor([[1, 2, 3], [99, 99, 198]]))
+    ids, mask = addition_task._encode(tokenizer, torch.tensor([[1, 2, 3], [99, 99, 198]]))
     learned = [tokenizer.decode(row[chosen.bool()]) for row, chosen in zip(ids, mask, strict=True)]
     assert learned == ["3<eos>", "198<eos>"]
     assert tokenizer.decode(ids[1]) == "<bos>99+99=198<eos>"
@@ -70,10 +70,10 @@ def test_the_log_probs_of_answers_sum_to_the_probability_of_a_right_sample():
 
     tokenizer = addition_tokenizer()
     torch.manual_seed(0)
-    model = quickstart._model(WarmUp(), tokenizer).eval()
+    model = addition_task._model(WarmUp(), tokenizer).eval()
     problem = torch.tensor([[3, 4, 7]])
     with torch.no_grad():
-        logps, _ = quickstart._answer_logps(model, quickstart._encode(tokenizer, problem))
+        logps, _ = addition_task._answer_logps(model, addition_task._encode(tokenizer, problem))
         first = model(torch.tensor([tokenizer("3+4=")["input_ids"]])).logits[0, -1].softmax(-1)
         second = model(torch.tensor([tokenizer("3+4=7")["input_ids"]])).logits[0, -1].softmax(-1)
     expected = first[tokenizer.get_vocab()["7"]] * second[tokenizer.eos_token_id]
@@ -115,7 +115,7 @@ def test_an_interrupted_warm_up_leaves_nothing_that_looks_finished(cache, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart, "_warm_up", interrupted)
+        patch.setattr(addition_task, "_warm_up", interrupted)
         with pytest.raises(KeyboardInterrupt):
             addition_model(SHORT)
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rlhf import __version__, load_plugin, load_recipe
-from hf_rlhf.cli import app
-from hf_rlhf.host import Host, get_host, use_host
-from hf_rlhf.recipe import apply_overrides, describe, read_recipe, resolve
-from hf_rlhf.recipe_text import KEYS, RecipeError, read_yaml, write_yaml
-from hf_rlhf.settings import SECTIONS
-from hf_rlhf.validation import UserError
+from hf_rlhf.cli.app import app
+from hf_rlhf.config.recipe import apply_overrides, describe, read_recipe, resolve
+from hf_rlhf.config.recipe_yaml import KEYS, RecipeError, read_yaml, write_yaml
+from hf_rlhf.config.sections import SECTIONS
+from hf_rlhf.registry.host import Host, get_host, use_host
+from hf_rlhf.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ["dr_grpo", "grpo", "ppo", "reinforce", "rloo", "rlvr"]

@@ -10,8 +10,8 @@ import pytest
 from learning import fits
 
 from hf_rlhf.axes import AXES
-from hf_rlhf.recipe import OfflineRecipe, load_recipe, read_recipe, resolve
-from hf_rlhf.stages import is_staged, load_staged
+from hf_rlhf.cli.runs.pipeline import is_pipeline, load_pipeline
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, read_recipe, resolve
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -39,8 +39,8 @@ def test_every_promised_recipe_is_there(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_resolves_and_no_plugin_refuses_it(name):
-    if is_staged(name):
-        assert load_staged(name).stages
+    if is_pipeline(name):
+        assert load_pipeline(name).stages
         return
     recipe = load_recipe(name)
     if isinstance(recipe, OfflineRecipe):
@@ -57,7 +57,7 @@ def test_it_is_one_flat_file_of_fewer_than_60_lines(name):
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     assert first > 0, "a recipe begins with its comment"
     assert not any("#" in line for line in lines[first:]), "what there is to say stands in the comment"
-    inside = r"|  +[\w-]" if is_staged(name) else ""
+    inside = r"|  +[\w-]" if is_pipeline(name) else ""
     for line in lines[first:]:
         assert re.match(rf"\w+: |\w+:$|  - \{{{inside}", line), f"not flat: {line!r}"
 

@@ -15,7 +15,7 @@ from servers import Raw, Server, free_port
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
-from hf_rlhf.scoring import Scorer
+from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.testing import conformance, rollouts
 from hf_rlhf_plugins.rewards import _http
 from hf_rlhf_plugins.rewards._http import HttpError

@@ -10,7 +10,7 @@ import offline_runs as off
 import pytest
 import runs
 
-from hf_rlhf.run import check, train
+from hf_rlhf.cli.runs.rollout_run import check, train
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -14,10 +14,11 @@ import stepping
 import torch
 from tiers import tiers
 
-from hf_rlhf import checkpoint, load_recipe
+from hf_rlhf import load_recipe
 from hf_rlhf.axes import AXES
-from hf_rlhf.host import get_host
-from hf_rlhf.recipe import read_recipe
+from hf_rlhf.config.recipe import read_recipe
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime import checkpoint_manifest
 
 SAMPLED = {"rollout": {"use": "generate", "prompts": 3, "num_generations": 4, "max_new_tokens": 6}}
 REWARDS = {"rewards": [{"use": "format", "pattern": ".*[a-f].*"}]}
@@ -136,7 +137,7 @@ def test_a_run_killed_with_sigkill_resumes_with_equal_bits(name, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    found = checkpoint.verify(checkpoint.newest(out))
+    found = checkpoint_manifest.verify(checkpoint_manifest.newest(out))
     assert 0 < found["step"] < 30
     assert torch.equal(stepping.run(spec, resume=True), stepping.run(straight))
 
@@ -150,11 +151,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_taken(tmp_path, ca
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    (out / "checkpoint-6" / checkpoint.MANIFEST).unlink()
-    assert checkpoint.newest(out).name == "checkpoint-3"
+    (out / "checkpoint-6" / checkpoint_manifest.MANIFEST).unlink()
+    assert checkpoint_manifest.newest(out).name == "checkpoint-3"
     assert "SHA-256" in caplog.text
     assert "never completed" in caplog.text
-    with pytest.raises(checkpoint.CheckpointError, match="differs from the manifest"):
+    with pytest.raises(checkpoint_manifest.CheckpointError, match="differs from the manifest"):
         stepping.run(spec, resume=str(out / "checkpoint-9"))
     assert torch.equal(stepping.run(spec, resume=True), straight)
 
@@ -163,12 +164,12 @@ def test_a_checkpoint_of_another_algorithm_is_refused_with_the_difference(tmp_pa
     spec = specification(tmp_path, "recipe grpo")
     stepping.run(spec, stop=3)
     spec["algorithm"]["kl"] = [{"use": "in_loss", "estimator": "k3", "beta": 0.7}]
-    with pytest.raises(checkpoint.CheckpointError, match=r"kl\.0\.beta: 0\.04 in the checkpoint, 0\.7 now"):
+    with pytest.raises(checkpoint_manifest.CheckpointError, match=r"kl\.0\.beta: 0\.04 in the checkpoint, 0\.7 now"):
         stepping.run(spec, resume=True)
 
 
 def test_without_a_checkpoint_resuming_says_so(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match="nothing to resume"):
+    with pytest.raises(checkpoint_manifest.CheckpointError, match="nothing to resume"):
         stepping.run(specification(tmp_path, "recipe grpo"), resume=True)
 
 
@@ -180,9 +181,9 @@ def test_a_checkpoint_holds_the_policy_as_plain_transformers_and_no_pickled_code
     folder = Path(spec["output_dir"]) / "checkpoint-4"
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
     assert (folder / "critic" / "model.safetensors").is_file()
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((folder / checkpoint_manifest.MANIFEST).read_text())
     assert manifest["step"] == 4
-    assert checkpoint.load_state(folder, 0)["buffer"] is not None
+    assert checkpoint_manifest.load_state(folder, 0)["buffer"] is not None
     shutil.rmtree(folder)
 
 
@@ -197,7 +198,9 @@ def test_a_changed_learning_rate_is_refused_and_a_longer_run_is_not(tmp_path):
     spec = specification(tmp_path, "recipe grpo")
     stepping.run(spec, stop=3)
     changed = {**spec, "training": {**spec["training"], "learning_rate": 0.5}}
-    with pytest.raises(checkpoint.CheckpointError, match=r"training\.learning_rate: 0\.01 in the checkpoint, 0\.5 now"):
+    with pytest.raises(
+        checkpoint_manifest.CheckpointError, match=r"training\.learning_rate: 0\.01 in the checkpoint, 0\.5 now"
+    ):
         stepping.run(changed, resume=True)
     longer = {**spec, "training": {**spec["training"], "max_steps": 12}}
     trainer = stepping.make_trainer(longer)
@@ -210,9 +213,9 @@ def test_rotation_keeps_the_checkpoint_that_was_just_written(tmp_path):
     out = Path(spec["output_dir"])
     stepping.run(spec, stop=3)
     shutil.copytree(out / "checkpoint-3", out / "checkpoint-99")
-    (out / "checkpoint-99" / checkpoint.MANIFEST).unlink()
+    (out / "checkpoint-99" / checkpoint_manifest.MANIFEST).unlink()
     stepping.run(spec, resume=True)
-    assert checkpoint.newest(out).name == "checkpoint-9"
+    assert checkpoint_manifest.newest(out).name == "checkpoint-9"
 
 
 def test_an_adapter_starts_from_the_seed_whatever_came_before(tmp_path):

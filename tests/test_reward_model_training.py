@@ -14,9 +14,9 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from hf_rlhf import load_plugin
-from hf_rlhf.offline_run import make
-from hf_rlhf.recipe import load_recipe
-from hf_rlhf.run import check, training_keywords
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.rollout_run import check, training_keywords
+from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.testing import rollouts
 from hf_rlhf_plugins.trainer._measures import calibration_error, of_labels, of_pairs, of_values, wilson
 
@@ -244,7 +244,7 @@ def test_labels_are_measured_next_to_what_one_answer_for_all_would_reach():
 
 @pytest.mark.proves("trainer.reward_model", how="end to end", tolerance="exact")
 def test_what_was_measured_is_what_the_reward_says_of_the_held_out_pairs(tmp_path):
-    from hf_rlhf.offline_data import read_rows
+    from hf_rlhf.data.offline_rows import read_rows
 
     given = off.rows("reward_model", count=120)
     for row in given[::7]:

@@ -29,7 +29,7 @@ from flaky_rewards import score
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Context
-from hf_rlhf.offload import ToFile, ToMainMemory, tensors_of
+from hf_rlhf.modeling.offload import ToFile, ToMainMemory, tensors_of
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
@@ -90,7 +90,7 @@ def test_on_the_cpu_offloaded_weights_lie_in_a_file_and_the_scores_are_the_same_
     source = loaded(folder, offload=True)
     held = source._loaded
     assert isinstance(held.weights, ToFile)
-    assert held.weights.away() == sum(x.nbytes for x in tensors_of(held.model)())
+    assert held.weights.offloaded_bytes() == sum(x.nbytes for x in tensors_of(held.model)())
     expected = loaded(folder)(given(TEXTS))
     assert [source(given(TEXTS)), source(given(TEXTS))] == [expected, expected]
 
@@ -206,7 +206,7 @@ def test_tied_weights_are_one_on_the_device_too(tmp_path):
     model = direct("CausalLM", folder)
     held = ToMainMemory(tensors_of(model), CPU, at_home=True)
     home = model.lm_head.weight.data_ptr()
-    for move, at_home in ((held.bring, False), (held.send, True)):
+    for move, at_home in ((held.load, False), (held.offload, True)):
         move()
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert (model.lm_head.weight.data_ptr() == home) == at_home

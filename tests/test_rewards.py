@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.scoring import Scorer
+from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf_plugins.rewards.exact_match import ExactMatch
 from hf_rlhf_plugins.rewards.format import Format
 from hf_rlhf_plugins.rewards.function import Function

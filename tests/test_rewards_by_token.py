@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Spans
-from hf_rlhf.recipe_text import RecipeError
+from hf_rlhf.config.recipe_yaml import RecipeError
 from hf_rlhf.testing import conformance, rollouts
 
 PROMPT = "say: "

@@ -11,12 +11,12 @@ import torch
 from runs import FORMAT, SAMPLED, problems, trained, trainer
 from transformers import GPT2Config, GPT2ForSequenceClassification, TrainingArguments
 
-from hf_rlhf.arguments import ArgumentError, check_arguments
 from hf_rlhf.axes import RolloutEngine
 from hf_rlhf.batch import Completions
-from hf_rlhf.models import load_model
-from hf_rlhf.scoring import RewardError
-from hf_rlhf.settings import Model
+from hf_rlhf.config.training_arguments import ArgumentError, check_arguments
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.data.model_loading import load_model
+from hf_rlhf.scoring.scorer import RewardError
 
 
 def test_the_models_own_generation_settings_do_not_change_what_is_sampled(tmp_path):

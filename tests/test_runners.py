@@ -19,7 +19,7 @@ from flaky_rewards import Asynchronous, ByWord, Counting, Logging, Outer, Statef
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Context, Rollouts, Spans, TokenScores
-from hf_rlhf.scoring import RewardError, Scorer
+from hf_rlhf.scoring.scorer import RewardError, Scorer
 
 SLACK_S = 5.0
 """Seconds that a busy machine may add."""
@@ -305,7 +305,7 @@ def test_a_function_that_is_given_itself_runs_in_processes():
 
 
 def test_a_plugin_of_a_file_runs_in_processes(tmp_path):
-    from hf_rlhf.host import Host
+    from hf_rlhf.registry.host import Host
 
     file = tmp_path / "my_plugin.py"
     file.write_text(
@@ -358,7 +358,7 @@ def test_processes_give_way_when_their_parent_is_gone(tmp_path):
     script.write_text(
         f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
         "import torch\nfrom flaky_rewards import ByWord\nfrom hf_rlhf.batch import Context\n"
-        "from hf_rlhf.scoring import Scorer\nfrom hf_rlhf.testing import rollouts\n"
+        "from hf_rlhf.scoring.scorer import Scorer\nfrom hf_rlhf.testing import rollouts\n"
         "scorer = Scorer([('mine', ByWord(workers='processes', num_workers=1, timeout=1000.0))])\n"
         "print([w._process.pid for w in scorer._runners['mine']._workers][0], flush=True)\n"
         "scorer.ask(rollouts(['row']))\nprint('ready', flush=True)\n"
@@ -513,7 +513,7 @@ def test_an_interrupt_ends_the_program_at_once(workers, tmp_path):
     script.write_text(
         f"import signal, sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
-        "from flaky_rewards import ByWord\nfrom hf_rlhf.scoring import Scorer\nfrom test_runners import rollouts\n"
+        "from flaky_rewards import ByWord\nfrom hf_rlhf.scoring.scorer import Scorer\nfrom test_runners import rollouts\n"
         f"scorer = Scorer([('mine', ByWord(workers={workers!r}, num_workers=1, timeout=1000.0))])\n"
         "scorer.ask(rollouts(['row']))\nprint('ready', flush=True)\nscorer.ask(rollouts(['sleep']))\n"
     )

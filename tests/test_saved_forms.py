@@ -11,7 +11,7 @@ import runs
 import torch
 from test_lora_saving import loaded, logits, model
 
-from hf_rlhf.merging import drop_other_form, save_merged
+from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
 from hf_rlhf.testing import tiny_policy
 
 peft = pytest.importorskip("peft")

@@ -19,8 +19,8 @@ from flaky_rewards import score
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
-from hf_rlhf.scoring import RewardError, total
-from hf_rlhf.seeding import seeded
+from hf_rlhf.runtime.seeding import seeded
+from hf_rlhf.scoring.scorer import RewardError, total
 from hf_rlhf.testing import rollouts, tiny_policy
 
 
@@ -312,7 +312,7 @@ def test_with_a_second_source_the_row_stays_with_what_applies_to_it(tmp_path):
 
 def placed(answer: Any, completion: str = "ab cd\n\nef", mask: list[int] | None = None) -> list[float]:
     """Where the rewards of one row of `completion`, a token per character and the end of sequence, stand."""
-    from hf_rlhf.scoring import Scorer, place
+    from hf_rlhf.scoring.scorer import Scorer, place
 
     given = rollouts([completion])
     if mask is not None:
@@ -351,7 +351,7 @@ def test_tokens_of_several_characters_and_characters_of_several_tokens_are_found
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from hf_rlhf.scoring import place
+    from hf_rlhf.scoring.scorer import place
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("a", "b"), ("ab", "c")]

@@ -10,11 +10,12 @@ import pytest
 from bites import BITES
 
 from hf_rlhf.axes import RewardSource
-from hf_rlhf.facts import equal
-from hf_rlhf.host import get_host
-from hf_rlhf.offline_settings import OfflineDataset
-from hf_rlhf.settings import SECTIONS, Lora
-from hf_rlhf.validation import settings_of
+from hf_rlhf.config.offline_sections import OfflineDataset
+from hf_rlhf.config.sections import SECTIONS
+from hf_rlhf.conformance.common import equal
+from hf_rlhf.contract.model_settings import Lora
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.registry.settings_schema import settings_of
 
 for more in sorted(Path(__file__).parent.glob("bites_*.py")):
     importlib.import_module(more.stem)

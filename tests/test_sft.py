@@ -14,12 +14,12 @@ from conftest import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_rlhf import load_plugin
-from hf_rlhf.data import load_prompts
-from hf_rlhf.offline_run import make
-from hf_rlhf.recipe import load_recipe
-from hf_rlhf.rows import DatasetError
-from hf_rlhf.run import check, train, training_keywords
-from hf_rlhf.settings import Dataset
+from hf_rlhf.cli.runs.offline_run import make
+from hf_rlhf.cli.runs.rollout_run import check, train, training_keywords
+from hf_rlhf.config.recipe import load_recipe
+from hf_rlhf.config.sections import Dataset
+from hf_rlhf.data.prompts import load_prompts
+from hf_rlhf.data.sources import DatasetError
 from hf_rlhf.testing import conformance
 
 MARKED = (

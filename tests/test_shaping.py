@@ -14,25 +14,25 @@ from accelerate import Accelerator
 from flaky_rewards import ByWord
 
 from hf_rlhf import load_plugin
-from hf_rlhf.assemble import AlgorithmError
 from hf_rlhf.batch import Spans, TokenScores
-from hf_rlhf.scoring import RewardError
-from hf_rlhf.shaping import Running, Shaper
+from hf_rlhf.scoring.normalization import RewardNormalizer, RunningMoments
+from hf_rlhf.scoring.scorer import RewardError
 from hf_rlhf.testing import rollouts
+from hf_rlhf.training.setup import AlgorithmError
 
 
-def shaper(**settings: Any) -> Shaper:
-    return Shaper([("mine", load_plugin("rewards", "length", **settings))])
+def shaper(**settings: Any) -> RewardNormalizer:
+    return RewardNormalizer([("mine", load_plugin("rewards", "length", **settings))])
 
 
-def shaped(made: Shaper, answers: list[Any], learn: bool = True) -> list[Any]:
+def shaped(made: RewardNormalizer, answers: list[Any], learn: bool = True) -> list[Any]:
     return made({"mine": answers}, Accelerator(cpu=True) if learn else None)["mine"]
 
 
 def test_running_statistics_are_those_of_all_numbers_at_once():
     draw = random.Random(0)
     parts = [[1e6 + draw.gauss(0, 1e-3) for _ in range(n)] for n in (1, 7, 0, 30, 2)]
-    running = Running()
+    running = RunningMoments()
     for part in parts:
         mean = math.fsum(part) / max(1, len(part))
         running.add(len(part), mean, math.fsum((x - mean) ** 2 for x in part))

@@ -9,17 +9,18 @@ import pytest
 import stage_runs as st
 from typer.testing import CliRunner
 
-from hf_rlhf.recipe import OfflineRecipe, load_recipe, resolve
-from hf_rlhf.recipe_text import RecipeError, read_yaml
-from hf_rlhf.stages import check_named, check_stages, is_staged, load_staged
-from hf_rlhf.stages_run import choose_root
-from hf_rlhf.validation import UserError
+from hf_rlhf.cli.runs.pipeline import check_named, check_stages, is_pipeline, load_pipeline
+from hf_rlhf.cli.runs.pipeline_run import choose_root
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, resolve
+from hf_rlhf.config.recipe_yaml import RecipeError, read_yaml
+from hf_rlhf.runtime.errors import UserError
 
 STAGED = ("instructgpt", "dpo_pipeline", "deepspeed_chat", "r1")
 
 
 def invoke(*words: str) -> Any:
-    from hf_rlhf.cli import add_commands, app
+    from hf_rlhf.cli.app import app
+    from hf_rlhf.cli.main import add_commands
 
     add_commands()
     return CliRunner().invoke(app, list(words), terminal_width=200)
@@ -28,7 +29,7 @@ def invoke(*words: str) -> Any:
 def refused(folder: Path, change: dict[str, Any], *words: str) -> str:
     """What is said of the small staged recipe with some stages replaced."""
     with pytest.raises(UserError) as error:
-        check_stages(load_staged(st.write(folder, {**st.stages(folder), **change}), words), folder / "out")
+        check_stages(load_pipeline(st.write(folder, {**st.stages(folder), **change}), words), folder / "out")
     return str(error.value)
 
 
@@ -36,7 +37,7 @@ def refused(folder: Path, change: dict[str, Any], *words: str) -> str:
 
 
 def test_a_stage_is_its_recipe_with_what_is_set(tmp_path):
-    staged = load_staged(st.write(tmp_path), ["ppo.kl.0.beta=0.3", "rm.training.seed=9"], seed=4)
+    staged = load_pipeline(st.write(tmp_path), ["ppo.kl.0.beta=0.3", "rm.training.seed=9"], seed=4)
     assert staged.name == "tiny"
     assert [stage.name for stage in staged.stages] == ["sft", "rm", "ppo"]
     sft, rm, ppo = (stage.placed(tmp_path / "out") for stage in staged.stages)
@@ -51,34 +52,36 @@ def test_a_stage_is_its_recipe_with_what_is_set(tmp_path):
 
 
 def test_what_was_run_can_be_run_again(tmp_path):
-    staged = load_staged(st.write(tmp_path), ["ppo.kl.0.beta=0.3", "ppo.recipe=grpo", "sft.dataset.name=#1"], seed=4)
+    staged = load_pipeline(st.write(tmp_path), ["ppo.kl.0.beta=0.3", "ppo.recipe=grpo", "sft.dataset.name=#1"], seed=4)
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "recipe.yaml").write_text(staged.dump())
-    again = load_staged(tmp_path / "again" / "recipe.yaml")
+    again = load_pipeline(tmp_path / "again" / "recipe.yaml")
     assert again.name == "again"
     assert [stage.recipe.raw for stage in again.stages] == [stage.recipe.raw for stage in staged.stages]
 
 
 def test_another_algorithm_is_one_override(tmp_path):
-    staged = load_staged(st.write(tmp_path), ["ppo.recipe=grpo"])
+    staged = load_pipeline(st.write(tmp_path), ["ppo.recipe=grpo"])
     made = staged.stage("ppo").recipe
     assert made.plugins["advantages"].name == load_recipe("grpo").plugins["advantages"].name
     assert made.plugins["critic"].name == "none"
     check_stages(staged, tmp_path / "out")
-    assert load_staged("instructgpt", ["ppo.recipe=grpo"]).stage("ppo").recipe.plugins["rewards"][0].model == "stage:rm"
+    assert (
+        load_pipeline("instructgpt", ["ppo.recipe=grpo"]).stage("ppo").recipe.plugins["rewards"][0].model == "stage:rm"
+    )
 
 
 def test_a_place_in_a_stages_folder_can_be_read(tmp_path):
     given = st.stages(tmp_path)
     given["ppo"]["set"]["model.tokenizer"] = "stage:sft/checkpoint-4"
-    staged = load_staged(st.write(tmp_path, given))
+    staged = load_pipeline(st.write(tmp_path, given))
     assert staged.stage("ppo").placed(tmp_path).model.tokenizer == str(tmp_path / "sft" / "checkpoint-4")
 
 
 def test_a_recipe_that_saves_as_it_likes_is_left_alone(tmp_path):
     given = st.stages(tmp_path)
     given["rm"]["set"]["training.save_strategy"] = "no"
-    training = load_staged(st.write(tmp_path, given)).stage("rm").recipe.training
+    training = load_pipeline(st.write(tmp_path, given)).stage("rm").recipe.training
     assert "save_steps" not in training
 
 
@@ -131,7 +134,7 @@ def test_every_stage_is_checked_before_the_first_one_runs(tmp_path):
 
 def test_a_stage_without_model_or_dataset_is_refused_before_it_runs():
     with pytest.raises(UserError) as error:
-        check_named(load_staged("r1"))
+        check_named(load_pipeline("r1"))
     said = str(error.value).splitlines()
     assert said[0] == "stage sft has no model: say sft.model.path=..."
     assert said[-1] == "stage rl has no dataset: say rl.dataset.path=..."
@@ -154,7 +157,7 @@ def test_a_stage_without_model_or_dataset_is_refused_before_it_runs():
 def test_a_file_that_is_no_staged_recipe_is_refused(text, message, tmp_path):
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        load_staged(tmp_path / "wrong.yaml")
+        load_pipeline(tmp_path / "wrong.yaml")
     assert message in str(error.value)
 
 
@@ -170,28 +173,28 @@ def test_a_file_that_is_no_staged_recipe_is_refused(text, message, tmp_path):
 )
 def test_an_override_that_leads_nowhere_is_refused(word, message):
     with pytest.raises(RecipeError) as error:
-        load_staged("instructgpt", [word])
+        load_pipeline("instructgpt", [word])
     assert message in str(error.value)
 
 
 def test_what_does_not_fit_another_recipe_is_refused_with_the_stage():
     with pytest.raises(UserError, match=r"(?s)stage ppo: .*has only trainer, model, dataset, training"):
-        load_staged("instructgpt", ["ppo.recipe=rm"])
+        load_pipeline("instructgpt", ["ppo.recipe=rm"])
     with pytest.raises(UserError, match=r"(?s)stage ppo: .*critic"):
-        load_staged("instructgpt", ["ppo.recipe=grpo", "ppo.critic.int=reward"])
+        load_pipeline("instructgpt", ["ppo.recipe=grpo", "ppo.critic.int=reward"])
 
 
 def test_recipes_of_one_kind_are_refused_where_the_other_is_due(tmp_path):
     with pytest.raises(UserError, match="grpo has no stages: `hf-rlhf train grpo` is for it"):
-        load_staged("grpo")
+        load_pipeline("grpo")
     said = r"instructgpt has stages \(sft, rm, ppo\), each with a recipe of its own: `hf-rlhf run instructgpt` runs"
     with pytest.raises(UserError, match=said):
         load_recipe("instructgpt", ["ppo.kl=[]"])
     with pytest.raises(UserError, match="has stages"):
         resolve({"stages": {}})
-    assert is_staged("instructgpt")
-    assert not is_staged("grpo")
-    assert not is_staged("nothing")
+    assert is_pipeline("instructgpt")
+    assert not is_pipeline("grpo")
+    assert not is_pipeline("nothing")
     for words in (["train", "instructgpt"], ["explain", "instructgpt"], ["lab", "instructgpt"]):
         assert "has stages" in str(invoke(*words).exception)
 
@@ -218,7 +221,7 @@ def test_staged_recipes_are_listed_and_shown():
 
 @pytest.mark.parametrize("name", STAGED)
 def test_the_packaged_ones_are_checked_as_a_whole(name, tmp_path):
-    staged = load_staged(name)
+    staged = load_pipeline(name)
     plans = check_stages(staged, tmp_path)
     assert list(plans) == [stage.name for stage in staged.stages]
     assert isinstance(staged.stages[0].recipe, OfflineRecipe)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_rlhf.stages import load_staged
-from hf_rlhf.stages_run import run_stages
+from hf_rlhf.cli.runs.pipeline import load_pipeline
+from hf_rlhf.cli.runs.pipeline_run import run_stages
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -65,7 +65,7 @@ def test_its_stages_run_to_their_end(example, prepared):
     example.save_model(prepared / "sft_train.jsonl", prepared / "model")
     words = [*example.overrides(prepared, (2, 2, 4)), "ppo.rollout.prompts=8", "ppo.rollout.max_new_tokens=12"]
     words += [f"{stage}.training.use_cpu=true" for stage in ("sft", "rm", "ppo")]
-    summary = run_stages(load_staged("instructgpt", words), prepared / "run")["stages"]
+    summary = run_stages(load_pipeline("instructgpt", words), prepared / "run")["stages"]
     assert [stage["steps"] for stage in summary.values()] == [2, 2, 4]
     assert summary["sft"]["after"]["tokens/perplexity"] < summary["sft"]["before"]["tokens/perplexity"]
     assert summary["rm"]["after"]["pairs/count"] == summary["rm"]["rows"]["evaluation"]

@@ -9,8 +9,8 @@ from typing import Any
 import offline_runs as off
 import sft_runs as sft
 
-from hf_rlhf.stages import load_staged
-from hf_rlhf.stages_run import run_stages
+from hf_rlhf.cli.runs.pipeline import load_pipeline
+from hf_rlhf.cli.runs.pipeline_run import run_stages
 
 
 def run(name: str, folder: Path, *words: str) -> dict[str, Any]:
@@ -23,11 +23,11 @@ def run(name: str, folder: Path, *words: str) -> dict[str, Any]:
     }
     files |= {"dpo": files["rm"], "rl": files["ppo"]}
     given = [f"sft.model.path={folder / 'model'}", *words]
-    for stage in load_staged(name).stages:
+    for stage in load_pipeline(name).stages:
         set_to = {"use_cpu": "true", "max_steps": 2, "learning_rate": 0.01, "warmup_steps": 0}
         given += [f"{stage.name}.training.{key}={value}" for key, value in set_to.items()]
         given += [f"{stage.name}.dataset.path={files[stage.name]}", f"{stage.name}.dataset.held_out=4"]
-    return run_stages(load_staged(name, given), folder / "out")
+    return run_stages(load_pipeline(name, given), folder / "out")
 
 
 def finished(folder: Path, summary: dict[str, Any], *stages: str) -> None:

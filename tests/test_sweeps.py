@@ -16,9 +16,9 @@ import pytest
 import runs
 import yaml
 
-from hf_rlhf.dashboard import dashboard_of
-from hf_rlhf.recipe import OfflineRecipe, load_recipe
-from hf_rlhf.run import check
+from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
+from hf_rlhf.metrics.dashboard import dashboard_of
 from hf_rlhf.testing import tiny_policy
 
 pytest.importorskip("wandb")

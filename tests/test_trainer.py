@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from hf_rlhf import RLHFTrainer, load_plugin
 from hf_rlhf.axes import Filter, PolicyLoss, RewardSource, RolloutCorrection, RolloutEngine
 from hf_rlhf.batch import Completions
-from hf_rlhf.recipe import load_recipe
+from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.testing import tiny_policy
 
 # How long

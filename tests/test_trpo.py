@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_rlhf import load_plugin
-from hf_rlhf.policy import TokenBatch, distributions
-from hf_rlhf.step import Step
+from hf_rlhf.contract.optimizer_step import Step
+from hf_rlhf.modeling.policy import distributions
+from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import tiny_policy
 
 STATES, ACTIONS = 4, 5

@@ -14,9 +14,9 @@ from torch import Tensor
 from truths import BETA, K1, Plugins, Truth, ascent, close, differs, kl, lab, made, of_the_kl, study, truth
 
 from hf_rlhf.batch import Scored
-from hf_rlhf.collect import at_last_token
 from hf_rlhf.lab.study import Lab
 from hf_rlhf.lab.world import Policies, World
+from hf_rlhf.training.collector import at_last_token
 
 # k1 in the reward
 

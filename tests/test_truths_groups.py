@@ -23,9 +23,9 @@ from truths import (
     truth,
 )
 
-from hf_rlhf.host import get_host
 from hf_rlhf.lab.study import WITNESSES
 from hf_rlhf.lab.world import Policies
+from hf_rlhf.registry.host import get_host
 
 
 def angle(got: Tensor, want: Tensor) -> float:

@@ -12,7 +12,7 @@ import pytest
 import runs
 from sandboxes import all_stays_well, bubblewrap
 
-from hf_rlhf.scoring import Scorer
+from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.testing import conformance, rollouts
 from hf_rlhf_plugins.rewards._sandbox import SandboxError
 from hf_rlhf_plugins.rewards.unit_tests import UnitTests

@@ -21,9 +21,9 @@ import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rlhf.algorithm import Algorithm
-from hf_rlhf.buffer import Buffer
-from hf_rlhf.policy import why_not_packed
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.modeling.token_batch import why_not_packed
+from hf_rlhf.training.rollout_buffer import Buffer
 
 SCRIPTED = {**runs.SCRIPTED, "mask_column": "masks"}
 STEP = {

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import KLPlacement
-from hf_rlhf.head import Head, Wanted, score
-from hf_rlhf.policy import ActorCritic, TokenBatch
+from hf_rlhf.modeling.lm_head import Head, TokenStatistics, score
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import tiny_policy
 
 SAMPLED = {"rollout": runs.SAMPLED, "update": {"epochs": 2}}
@@ -48,7 +49,7 @@ def test_a_penalty_that_mixes_tokens_is_not_taken_token_by_token(tmp_path):
 
 def test_the_head_has_one_derivative_and_says_so():
     head, states = Head(torch.nn.Linear(4, 9, bias=False)), torch.randn(3, 4, requires_grad=True)
-    logps = score(head, states, torch.tensor([1, 2, 3]), 1.0, Wanted())["logps"]
+    logps = score(head, states, torch.tensor([1, 2, 3]), 1.0, TokenStatistics())["logps"]
     (first,) = torch.autograd.grad(logps.sum(), states, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         first.pow(2).sum().backward()

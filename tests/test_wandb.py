@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import runs
 
-from hf_rlhf.accounts import has_account
-from hf_rlhf.dashboard import dashboard_of
-from hf_rlhf.host import Host, use_host
+from hf_rlhf.config.recipe import Recipe, resolve
 from hf_rlhf.metrics import metrics_of
+from hf_rlhf.metrics.dashboard import dashboard_of
 from hf_rlhf.metrics.names import ONCE, globbed, tracked
-from hf_rlhf.recipe import Recipe, resolve
+from hf_rlhf.metrics.trackers import labels
+from hf_rlhf.registry.host import Host, use_host
+from hf_rlhf.runtime.wandb_account import has_account
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.trackers import labels
 
 pytest.importorskip("wandb")
 

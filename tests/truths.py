@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf import load_plugin
-from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.choices import in_world
 from hf_rlhf.lab.study import WITNESSES, Lab, Row
 from hf_rlhf.lab.world import Policies, World

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.reward_source import RewardSource
+from hf_rlhf.contract.reward_source import RewardSource
 
 HOSTILE = [
     "(" * 100_000,

@@ -13,7 +13,7 @@ from wrong_plugins import Wrong
 
 from hf_rlhf.axes import Critic, Reference, RewardSource, RolloutEngine, TrainedCritic, UpdateRule
 from hf_rlhf.batch import Completions, Rollouts, Spans, TokenScores
-from hf_rlhf.policy import TokenBatch
+from hf_rlhf.modeling.token_batch import TokenBatch
 
 
 class Reward(RewardSource):

@@ -17,8 +17,8 @@ from hf_rlhf.axes import Count, RolloutEngine
 from hf_rlhf.batch import Completions
 
 if TYPE_CHECKING:
-    from hf_rlhf.policy import Policy
-    from hf_rlhf.prompts import Prompt
+    from hf_rlhf.axes import Policy
+    from hf_rlhf.batch import Prompt
 
 
 @dataclass(kw_only=True)

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from hf_rlhf import load_plugin
-from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import AdvantageEstimator, Aggregation, KLPlacement, Plugin, PolicyLoss, RewardSource
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.host import get_host
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.recipe import Recipe, load_plugin, read_recipe, resolve
+from hf_rlhf.config.sections import Update
 from hf_rlhf.lab.world import World
-from hf_rlhf.overrides import apply_overrides
-from hf_rlhf.recipe import Recipe, read_recipe, resolve
-from hf_rlhf.settings import Update
-from hf_rlhf.validation import UserError, nested, setting_types, settings_of
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.registry.settings_schema import nested, setting_types, settings_of
+from hf_rlhf.runtime.errors import UserError
 
 BETA = 0.3
 """The largest beta, unless one is chosen: near the size of the rewards, so that pi* is not all on one completion."""

@@ -1,6 +1,6 @@
 """Expected gradients of a combination of plugins: every rollout of a world, weighed by its probability, in float64.
 
-The plugins, the loss (`hf_rlhf.losses`) and the place of the KL in the reward are the trainer's own. What the lab brings
+The plugins, the loss (`hf_rlhf.training.losses`) and the place of the KL in the reward are the trainer's own. What the lab brings
 is what a trainer would sample or learn: rollouts, log-probs, values, greedy rewards. All K policies and all R rollouts go
 through a plugin in one call where it treats rollouts apart; a plugin that looks across them (a deviation over the batch,
 whitening) gets them one by one. Which of the two holds is found by trying.
@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import AdvantageEstimator, Aggregation, KLPlacement, Plugin
 from hf_rlhf.batch import Credit, Scored
-from hf_rlhf.collect import at_last_token
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.world import Policies, World
-from hf_rlhf.losses import DISTRIBUTION, measured, policy_terms
-from hf_rlhf.meters import Meters
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.training.collector import at_last_token
+from hf_rlhf.training.losses import DISTRIBUTION, measured, policy_terms
 
 TRIED = 12
 """Rollouts on which a plugin is asked whether it treats them apart."""
@@ -65,7 +65,12 @@ class Expectation:
         """A KL as the rollout measures it, without gradient: (K, n, T), or (K, n) at level sequence."""
         known = {**self._known(self.sampler), "logps": self._logps(self.sampler)}
         value = measured(
-            algorithm, title, kl, self._with_distributions(algorithm, known, self.sampler), self._mask, Meters()
+            algorithm,
+            title,
+            kl,
+            self._with_distributions(algorithm, known, self.sampler),
+            self._mask,
+            MetricAggregator(),
         )
         return value.view(self.sampler.logps.shape[: value.dim() + 1])
 
@@ -249,7 +254,7 @@ class Expectation:
         }
         for title, kl in _over_distributions(algorithm):
             new[f"{DISTRIBUTION}{title}"] = self._states(self._distance(kl, now.log_probs), owner, rows)
-        found = policy_terms(algorithm, new, {**inputs, "mask": mask, "weights": weights}, Meters())
+        found = policy_terms(algorithm, new, {**inputs, "mask": mask, "weights": weights}, MetricAggregator())
         chosen = [x for name, x in found.items() if name.startswith(terms)]
         (gradient,) = torch.autograd.grad(sum(chosen, start=0.0 * leaf.sum()), leaf)
         return -gradient

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from hf_rlhf import load_plugin
-from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import AdvantageEstimator, Aggregation, KLPlacement, PolicyLoss
-from hf_rlhf.host import get_host
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.recipe import load_plugin, read_recipe
 from hf_rlhf.lab.choices import BETA, aggregations, defaults, in_world, kl_choices, read, scaled, variants
 from hf_rlhf.lab.expectation import Values
 from hf_rlhf.lab.study import Lab, Row
 from hf_rlhf.lab.world import World
-from hf_rlhf.recipe import read_recipe
+from hf_rlhf.registry.host import get_host
 
 
 def rollout_recipes() -> list[str]:

@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import KLPlacement
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.world import Policies, World
 
 MATCH = 1e-9

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hf_rlhf.algorithm import Algorithm
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.lab.choices import BETA, aggregations, beta_of, in_world, read, scaled
 from hf_rlhf.lab.expectation import Values
 from hf_rlhf.lab.study import Lab, Row
 from hf_rlhf.lab.world import World
-from hf_rlhf.recipe import Recipe
 
 
 def run(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rlhf.algorithm import Algorithm
 from hf_rlhf.axes import AdvantageEstimator, Plugin
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.expectation import OF_THE_POLICY, Expectation, Gradients, Values, with_inner
 from hf_rlhf.lab.objectives import MATCH, Match, Objectives, distance, fraction, nearest, parallel
 from hf_rlhf.lab.world import Policies, World

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_rlhf.validation import UserError
+from hf_rlhf.runtime.errors import UserError
 
 LARGEST = 200_000
 """Most rollouts that a world may have."""

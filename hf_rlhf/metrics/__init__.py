@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hf_rlhf.areas import AREAS, places
-from hf_rlhf.metric import Metric
+from hf_rlhf.config.algorithm import places
+from hf_rlhf.contract.metric import Metric
+from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics.aliases import aliased, entropy_is_exact, named
-from hf_rlhf.metrics.evaluation import EVALUATION
-from hf_rlhf.metrics.given import EVAL, GIVEN, SECTIONS, CoreMetric
-from hf_rlhf.metrics.learning import LEARNING
+from hf_rlhf.metrics.catalog import EVAL, GIVEN, SECTIONS, CoreMetric
+from hf_rlhf.metrics.catalog_evaluation import EVALUATION
+from hf_rlhf.metrics.catalog_offline import OFFLINE, OFFLINE_EVALUATION, metrics_of_trainer
+from hf_rlhf.metrics.catalog_rollout import RUNNING
+from hf_rlhf.metrics.catalog_training import LEARNING
 from hf_rlhf.metrics.names import Named, is_logged, pattern, under
-from hf_rlhf.metrics.offline import OFFLINE, OFFLINE_EVALUATION, metrics_of_trainer
-from hf_rlhf.metrics.running import RUNNING
 
 if TYPE_CHECKING:
-    from hf_rlhf.algorithm import Algorithm
-    from hf_rlhf.plugin import Plugin
-    from hf_rlhf.settings import Logging
+    from hf_rlhf.config.algorithm import Algorithm
+    from hf_rlhf.config.sections import Logging
+    from hf_rlhf.contract.base import Plugin
 
 __all__ = [
     "CORE",

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hf_rlhf.metric import Metric
-from hf_rlhf.metrics.given import EVAL
+from hf_rlhf.contract.metric import Metric
+from hf_rlhf.metrics.catalog import EVAL
 from hf_rlhf.metrics.names import Named, pattern
 
 if TYPE_CHECKING:
-    from hf_rlhf.algorithm import Algorithm
-    from hf_rlhf.settings import Logging
+    from hf_rlhf.config.algorithm import Algorithm
+    from hf_rlhf.config.sections import Logging
 
 SECTION = "Aliases"
 """Of `Named`: no dashboard shows them, as the number stands under its own name."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hf_rlhf.metric import Metric
-from hf_rlhf.metrics.given import EVAL
+from hf_rlhf.contract.metric import Metric
+from hf_rlhf.metrics.catalog import EVAL
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ._tokens import reward_to_go
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
     from hf_rlhf.batch import Scored
 
 

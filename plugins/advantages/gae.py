@@ -18,7 +18,7 @@ from hf_rlhf.batch import Credit
 from ._tokens import gae, given, on_mask, whiten_tokens
 
 if TYPE_CHECKING:
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
     from hf_rlhf.batch import Scored
 
 

@@ -19,7 +19,7 @@ from ._groups import centred
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
     from hf_rlhf.batch import Scored
 
 

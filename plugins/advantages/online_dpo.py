@@ -22,7 +22,7 @@ from ._tokens import given
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
     from hf_rlhf.batch import Scored
 
 

@@ -16,7 +16,7 @@ from hf_rlhf.axes import Aggregation, Count
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

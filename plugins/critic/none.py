@@ -11,7 +11,7 @@ from hf_rlhf.axes import Critic
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

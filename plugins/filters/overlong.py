@@ -16,7 +16,7 @@ from hf_rlhf.axes import Count, Filter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
     from hf_rlhf.batch import Scored
 
 

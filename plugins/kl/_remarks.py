@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._probe import KL, Trial, is_exponential, same, trial
 
 if TYPE_CHECKING:
-    from hf_rlhf.algorithm import Algorithm
-    from hf_rlhf.axes import KLPlacement
+    from hf_rlhf.axes import Algorithm, KLPlacement
 
 STATES = " state by state, the visits held fixed"
 

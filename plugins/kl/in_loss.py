@@ -20,7 +20,7 @@ from ._remarks import of_the_loss, of_the_value
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

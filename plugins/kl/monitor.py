@@ -12,7 +12,7 @@ from hf_rlhf.axes import KLPlacement
 from ._remarks import of_the_value
 
 if TYPE_CHECKING:
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import KLController, Positive
 
 if TYPE_CHECKING:
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from hf_rlhf.axes import LossTerm, NonNegative, Positive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

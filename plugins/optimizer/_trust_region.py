@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hf_rlhf.step import Step
+    from hf_rlhf.axes import Step
 
 
 class TrustRegion(torch.optim.AdamW):

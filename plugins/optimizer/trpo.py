@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import TrainingArguments
 
-    from hf_rlhf.algorithm import Algorithm
-    from hf_rlhf.step import Step
+    from hf_rlhf.axes import Algorithm, Step
 
     from ._trust_region import TrustRegion
 

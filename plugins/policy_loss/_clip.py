@@ -16,7 +16,7 @@ from ._ratio import bounded_exp, unbound
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 FAR = "The update moves far from the policy that rolled out: lower the learning rate, `update.epochs` or `update.mini_batches`."
 HIGH = Metric(

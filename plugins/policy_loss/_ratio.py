@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 LIMIT = 20.0
 """A log-ratio above this counts as this, without gradient: float32 overflows at e^88, and no clip is near e^20."""

@@ -21,7 +21,7 @@ from ._ratio import bounded_exp, log_ratio, unbound
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from ._ratio import LIMIT, log_ratio, row_mean, unbound
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from ._ratio import bounded_exp, kl_from_old, log_ratio, unbound
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 RANGE = 2.0**20
 

@@ -20,7 +20,7 @@ from ._ratio import log_ratio, unbound
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ from hf_rlhf.axes import Context, Count, Positive, RewardSource
 if TYPE_CHECKING:
     import httpx
 
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 T = TypeVar("T")
 

@@ -69,7 +69,7 @@ class Loaded:
         device = torch.device(self.wanted.device)
         known = torch.amp.is_autocast_available(device.type)
         plainly = torch.autocast(device.type, enabled=False) if known else nullcontext()
-        with self.lock, torch.no_grad(), plainly, self.weights.there():
+        with self.lock, torch.no_grad(), plainly, self.weights.on_device():
             yield
 
     def limit(self, max_length: int | None) -> int | None:
@@ -151,7 +151,7 @@ def kept(model: Any, wanted: Wanted) -> Keeper:
     import torch
 
     found = keeper(tensors_of(model), torch.device(wanted.device), wanted.offload, at_home=True)
-    found.send()
+    found.offload()
     return found
 
 

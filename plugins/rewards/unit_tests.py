@@ -25,7 +25,7 @@ from ._sandbox_remote import Remote
 from ._sandbox_rlimits import Rlimits
 
 if TYPE_CHECKING:
-    from hf_rlhf.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 READ_BY = {
     "image": ("docker", "podman"),

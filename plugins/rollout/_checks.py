@@ -11,8 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hf_rlhf.attention import refusal
-from hf_rlhf.policy import at_least_float32
+from hf_rlhf.axes import at_least_float32, attention_refusal
 
 from ._decoding import CHECK, Decoder
 
@@ -114,7 +113,7 @@ def unserved(model: Any, device: torch.device, longest: int) -> str | None:
     if (limit := _stretches_beyond(inner.config)) is not None and longest > limit:
         return f"beyond {limit} tokens its rotary embedding depends on the longest row of a batch"
     if inner not in _FOUND:
-        _FOUND[inner] = refusal(model) or _mismatch(model, device)
+        _FOUND[inner] = attention_refusal(model) or _mismatch(model, device)
     return _FOUND[inner]
 
 

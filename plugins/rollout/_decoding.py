@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rlhf.attention import attending
-from hf_rlhf.policy import at_least_float32
+from hf_rlhf.axes import at_least_float32, attend
 
 from ._layouts import Heads, Prefill, Shared
 from ._sampling import Sampler
@@ -57,7 +56,7 @@ class Decoder:
         ends = torch.tensor(sorted(self.eos), device=self.device, dtype=torch.long)
         logits = logits.index_select(0, torch.tensor(of_row, device=self.device))
         live.take(sampler(logits, live.rows, 0))
-        with attending(self.model, layout) as keywords:
+        with attend(self.model, layout) as keywords:
             while live.step < self.steps:
                 if live.step % CHECK == 0 and (order := live.look(ends)) is not None:
                     if not order:
@@ -77,7 +76,7 @@ class Decoder:
             layout = Prefill(lengths, self.device)
             ids = torch.tensor([[token for prompt in part for token in prompt]], device=self.device)
             positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(self.device)
-            with attending(self.model, layout) as keywords:
+            with attend(self.model, layout) as keywords:
                 logits.append(self._logits(ids, positions, layout.last, **keywords)[0])
             if not layout.layers:
                 raise RuntimeError("its attention does not go through transformers' attention registry")

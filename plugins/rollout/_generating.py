@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
-from hf_rlhf.policy import Policy, at_least_float32
+from hf_rlhf.axes import Policy, at_least_float32
 
 
 @dataclass(kw_only=True)

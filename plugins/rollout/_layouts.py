@@ -43,7 +43,7 @@ class Prefill:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See `hf_rlhf.attention.Layout`; here B is 1."""
+        """See `hf_rlhf.modeling.attention.Layout`; here B is 1."""
         key, value = _stored(key), _stored(value)
         self.layers.append((key[0], value[0]))
         groups = query.size(1) // key.size(1)
@@ -153,7 +153,7 @@ class Shared:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See `hf_rlhf.attention.Layout`; here L is 1."""
+        """See `hf_rlhf.modeling.attention.Layout`; here L is 1."""
         layer, self._layer = self._layer, self._layer + 1
         rows, heads, _, size = query.shape
         shared = key.size(1)

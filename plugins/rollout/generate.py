@@ -22,9 +22,8 @@ from hf_rlhf.batch import Completions
 if TYPE_CHECKING:
     import torch
 
-    from hf_rlhf.algorithm import Algorithm
-    from hf_rlhf.policy import Policy
-    from hf_rlhf.prompts import Prompt
+    from hf_rlhf.axes import Algorithm, Policy
+    from hf_rlhf.batch import Prompt
 
     from ._sampling import Sampler
 

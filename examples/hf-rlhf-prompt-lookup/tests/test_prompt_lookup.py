@@ -6,8 +6,8 @@ import pytest
 import torch
 from hf_rlhf_prompt_lookup import PromptLookup
 
-from hf_rlhf.policy import Policy
-from hf_rlhf.prompts import Prompt
+from hf_rlhf.axes import Policy
+from hf_rlhf.batch import Prompt
 from hf_rlhf.testing import conformance, tiny_policy
 
 ENGINE = PromptLookup(max_new_tokens=8, draft_tokens=4)

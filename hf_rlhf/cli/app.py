@@ -1,0 +1,123 @@
+"""The command line. Commands that only list import neither torch nor a plugin.
+
+Commands in modules of their own import `app` (or a group) and decorate with it; `add_commands` imports these modules.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hf_rlhf._version import __version__
+from hf_rlhf.cli import completion
+from hf_rlhf.cli.errors import ASKED
+from hf_rlhf.cli.output import examples, output_to_stderr
+from hf_rlhf.registry.host import get_host
+
+EXIT_CODES = (
+    (0, "done"),
+    (1, "failed on the way: an error that nobody foresaw, or, of `score`, a row whose scoring failed"),
+    (2, "refused before anything ran: the message says what to mend"),
+    (130, "interrupted (Ctrl-C, SIGINT); training saves a checkpoint first"),
+    (143, "terminated (SIGTERM); training saves a checkpoint first"),
+)
+"""Exit code and its meaning. Other signals give 128 + their number."""
+
+FIRST = ("train", "check", "run", "recipes", "plugins", "show", "explain", "lab", "score", "serve-reward")
+"""The order in which help lists commands; others follow."""
+
+
+class Ordered(TyperGroup):
+    """Lists its commands in the order of `FIRST`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names."""
+        order = {name: place for place, name in enumerate(FIRST)}
+        return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
+
+
+app = typer.Typer(
+    cls=Ordered,
+    help="Reinforcement learning on language models: recipes of interchangeable plugins.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=examples(
+        "hf-rlhf train quickstart --max-steps 20    # the embedded task: no download, no GPU",
+        "hf-rlhf recipes                            # the algorithms",
+        "hf-rlhf check grpo kl.0.beta=0.1           # what a change would do",
+        "hf-rlhf show advantages group_norm         # one plugin and its settings",
+        "hf-rlhf env                                # what to paste into a bug report",
+    )
+    + "\n\n\b\nExit codes:\n"
+    + "\n".join(f"{number:>5}  {meaning}" for number, meaning in EXIT_CODES),
+)
+recipes_app = typer.Typer(
+    help="List the recipes that are installed, or show one.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    epilog=examples("hf-rlhf recipes", "hf-rlhf recipes --json", "hf-rlhf recipes show grpo > mine.yaml"),
+)
+app.add_typer(recipes_app, name="recipes")
+plugins_app = typer.Typer(
+    help="List the plugins that are installed, without importing them.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    epilog=examples(
+        "hf-rlhf plugins",
+        "hf-rlhf plugins --json",
+        "hf-rlhf plugins -p no:rewards.judge    # as if it were not there",
+    ),
+)
+"""The group `plugins`: add a command with `@plugins_app.command()`."""
+app.add_typer(plugins_app, name="plugins")
+
+
+def _configure(context: typer.Context, values: list[str] | None) -> list[str] | None:
+    if not context.resilient_parsing:  # a shell that completes a line runs no file
+        with output_to_stderr(bool(values)):
+            get_host().configure(values or ())
+    return values
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf_rlhf {__version__}")
+        raise typer.Exit
+
+
+def _traceback(wanted: bool) -> None:
+    if wanted:
+        os.environ[ASKED] = "1"
+
+
+PluginOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-p",
+        "--plugin",
+        metavar="FILE.py|no:NAME",
+        callback=_configure,
+        autocompletion=completion.plugin_option,
+        help="Add the plugins of a file, or turn off a package (no:PACKAGE) or a plugin (no:axis.name). Repeatable.",
+    ),
+]
+"""The option `-p`, which every command takes before or after its name."""
+
+
+@app.callback()
+def options(
+    plugin: PluginOptions = None,
+    traceback: Annotated[
+        bool,
+        typer.Option("--traceback", callback=_traceback, help=f"Print tracebacks of errors, as does {ASKED}=1."),
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """What every command takes."""

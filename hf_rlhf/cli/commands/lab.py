@@ -1,0 +1,171 @@
+"""`hf-rlhf lab`: what a combination climbs, as a table, a picture, or the page of the whole matrix."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_rlhf.cli import completion
+from hf_rlhf.cli.app import PluginOptions, app
+from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
+from hf_rlhf.runtime.errors import UserError
+
+
+class Rewards(StrEnum):
+    """Choices of --rewards."""
+
+    real = "real"
+    binary = "binary"
+
+
+class Critic(StrEnum):
+    """Choices of --values."""
+
+    exact = "exact"
+    arbitrary = "arbitrary"
+
+
+@app.command(
+    short_help="What the expected gradient of a recipe climbs.",
+    epilog=examples(
+        "hf-rlhf lab rloo",
+        "hf-rlhf lab advantages.use=leave_one_out kl.0.use=in_reward",
+        "hf-rlhf lab ppo --length 2 --off-policy --json",
+        "hf-rlhf lab grpo --group 2 --picture grpo.svg",
+        "hf-rlhf lab --all > lab.md    # the whole matrix: minutes",
+    ),
+)
+def lab(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A recipe's name, package/name, or YAML file.",
+            autocompletion=completion.recipes_and_overrides,
+        ),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Axis choices such as advantages.use=gae kl.0.use=in_reward.",
+            autocompletion=completion.overrides,
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="The whole matrix, as Markdown: the page that the docs show.")
+    ] = False,
+    as_json: Json = False,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG picture to this file too.")] = None,
+    group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3.")] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", help="Prompts per rollout; 1.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Tokens of the vocabulary, the end included; 3.")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", help="Most tokens of a completion; 3.")] = None,
+    rewards: Annotated[
+        Rewards | None,
+        typer.Option("--rewards", help="real: one real-valued source and one of 0 and 1; binary: 0 and 1."),
+    ] = None,
+    values: Annotated[
+        Critic | None, typer.Option("--values", help="What the critic knows: exact values, or arbitrary numbers.")
+    ] = None,
+    off_policy: Annotated[
+        bool, typer.Option("--off-policy", help="Rollouts of another policy than the one that is updated.")
+    ] = False,
+    beta: Annotated[
+        float | None,
+        typer.Option("--beta", help="Largest beta, the others in proportion; 0.3, or as an override of a beta says."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the policy, the reference and the rewards.")] = 0,
+    plugin: PluginOptions = None,
+) -> None:
+    """Print what the expected gradient of a recipe, or of axis choices, is the gradient of, for each aggregation.
+
+    Exact: every completion and every group of a small tabular policy is enumerated. Refused combinations are computed too.
+    """
+    _check(picture, beta)
+    import torch
+
+    torch.set_num_threads(1)  # the tensors are small
+    sizes: dict[str, Any] = {"group": group, "prompts": prompts, "tokens": tokens, "length": length}
+    sizes["rewards"] = rewards.value if rewards else None
+    sizes = {name: x for name, x in sizes.items() if x is not None}
+    if everything:
+        given = [recipe, *(words or [])] if recipe else []
+        given += [f"--{name}" for name in sizes] + ["--values"] * (values is not None) + ["--off-policy"] * off_policy
+        if given:
+            raise UserError(f"--all goes through every combination and takes no {given[0]}; it takes --beta and --seed")
+        _everything(as_json, picture, beta, seed)
+        return
+    overrides = list(words or [])
+    if recipe is not None and "=" in recipe:
+        overrides.insert(0, recipe)
+        recipe = None
+    _one(recipe, overrides, as_json, picture, beta, {**sizes, "seed": seed}, values, off_policy)
+
+
+def _check(picture: Path | None, beta: float | None) -> None:
+    if picture is not None and picture.suffix != ".svg":
+        raise UserError(f"--picture {picture}: pictures are SVG; name a file that ends in .svg")
+    if beta is not None and not beta > 0:
+        raise UserError(f"--beta {beta:g}: give a number above 0, or leave the KL out with kl=[]")
+
+
+def _everything(as_json: bool, picture: Path | None, beta: float | None, seed: int) -> None:
+    from hf_rlhf.lab.choices import BETA
+    from hf_rlhf.lab.matrix import Matrix
+    from hf_rlhf.lab.page import page
+    from hf_rlhf.lab.picture import of_matrix
+
+    chosen = BETA if beta is None else beta
+    sections = Matrix(beta=chosen, seed=seed).sections()
+    if picture is not None:
+        picture.write_text(of_matrix(sections["whole"]), encoding="utf-8")
+    if as_json:
+        print_json([row.as_dict() for rows in sections.values() for row in rows])
+    else:
+        print(page(sections, beta=chosen, seed=seed, picture=picture.name if picture else None), end="")
+
+
+def _one(
+    recipe: str | None,
+    overrides: list[str],
+    as_json: bool,
+    picture: Path | None,
+    beta: float | None,
+    sizes: dict[str, Any],
+    values: Critic | None,
+    off_policy: bool,
+) -> None:
+    from hf_rlhf.lab.choices import BETA, read
+    from hf_rlhf.lab.picture import of_one
+    from hf_rlhf.lab.single import left_out, run
+    from hf_rlhf.lab.table import lines
+    from hf_rlhf.lab.world import World
+
+    world, chosen = World(**sizes), read(recipe, overrides)
+    own = any(word.startswith("kl.") and word.partition("=")[0].endswith(".beta") for word in overrides)
+    with output_to_stderr(as_json):
+        rows = run(
+            chosen,
+            world=world,
+            beta=beta if beta is not None or own else BETA,
+            values=values.value if values else "exact",
+            off_policy=off_policy,
+        )
+    if picture is not None:
+        title = " ".join([recipe or "", *overrides]).strip() or "reinforce"
+        picture.write_text(of_one(rows, title), encoding="utf-8")
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+        return
+    for line in lines(rows, world):
+        print(line)
+    notes = [*chosen.notes, *(f"left out: {name}" for name in left_out(chosen.algorithm()))]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,94 @@
+"""`run`, and `check` of a staged recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from hf_rlhf.cli import completion
+from hf_rlhf.cli.app import PluginOptions, app
+from hf_rlhf.cli.output import examples, output_to_stderr, print_json
+from hf_rlhf.runtime.errors import UserError
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A staged recipe: name, package/name, or YAML file.",
+        autocompletion=completion.staged_names,
+    ),
+]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[STAGE.KEY=VALUE]...",
+        help="Overrides such as ppo.kl.0.beta=0.1 or ppo.recipe=grpo.",
+        autocompletion=completion.stage_overrides,
+    ),
+]
+
+
+@app.command(
+    short_help="Run a staged recipe, such as instructgpt.",
+    epilog=examples(
+        "hf-rlhf run instructgpt",
+        "hf-rlhf run instructgpt ppo.kl.0.beta=0.1 --seed 1",
+        "hf-rlhf run instructgpt ppo.recipe=grpo --output-dir outputs/instructgpt-grpo",
+        "hf-rlhf check instructgpt    # the plan of every stage; trains nothing",
+    ),
+)
+def run(
+    name: Name,
+    words: Words = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output-dir", "--output_dir", help="Where the stages write; outputs/RECIPE.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="training.seed of every stage.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with what is in the output folder, or start anew.")
+    ] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the models.")
+    ] = False,
+    plugin: PluginOptions = None,
+) -> None:
+    """Run a staged recipe, such as instructgpt: each stage starts from what earlier ones left behind.
+
+    A run that was interrupted goes on where it was: finished stages are skipped, an unfinished one resumes.
+    """
+    from hf_rlhf.cli.runs.pipeline import load_pipeline
+    from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
+
+    staged = load_pipeline(name, words or (), seed)
+    run_stages(staged, choose_root(output_dir, staged.name, resume), trust_remote_code)
+
+
+def check_staged(
+    name: str, words: Sequence[str], output_dir: str | None, seed: int | None, as_json: bool = False
+) -> None:
+    """Print the plan of every stage, or why one is refused."""
+    from pathlib import Path
+
+    from rich.text import Text
+
+    from hf_rlhf.cli.runs.pipeline import check_stages, load_pipeline
+    from hf_rlhf.metrics.console import console, show_plan
+
+    flags = [word for word in words if word.startswith("-")]
+    if flags:
+        raise UserError(f"{flags[0]}: {name} has stages; write STAGE.KEY=VALUE, for instance rl.model.path=FOLDER")
+    with output_to_stderr(as_json):
+        staged = load_pipeline(name, words, seed)
+        plans = check_stages(staged, Path(output_dir or f"outputs/{staged.name}"))
+    if as_json:
+        stages = {stage.name: {"recipe": stage.source, **plans[stage.name].as_dict()} for stage in staged.stages}
+        print_json({"recipe": staged.name, "stages": stages})
+        return
+    out = console()
+    for stage in staged.stages:
+        out.print(Text(f"\nstage {stage.name}: recipe {stage.source}", style="bold"), soft_wrap=True)
+        for key, (source, place) in stage.reads.items():
+            out.print(Text(f"  {key} is the output of {source}{f', {place}' if place else ''}"), soft_wrap=True)
+        show_plan(plans[stage.name], out)

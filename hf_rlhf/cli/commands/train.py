@@ -1,0 +1,224 @@
+"""`train` and `check`: flags and overrides to a recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from hf_rlhf.cli import completion
+from hf_rlhf.cli.app import PluginOptions, app
+from hf_rlhf.cli.flags import FLAGS, TEXT
+from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
+from hf_rlhf.runtime.errors import UserError, did_you_mean
+
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides such as kl.0.beta=0.1 or advantages.use=leave_one_out.",
+        autocompletion=completion.overrides,
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe's name, package/name, or YAML file.",
+        autocompletion=completion.recipe_or_override,
+    ),
+]
+Model = Annotated[str | None, typer.Option("--model", "--model_name_or_path", help="Folder or Hub name of the policy.")]
+Data = Annotated[
+    str | None, typer.Option("--dataset", "--dataset_name", help="File, folder or Hub name of the prompts.")
+]
+OutputDir = Annotated[
+    str | None, typer.Option("--output-dir", "--output_dir", help="Where the run writes; outputs/RECIPE.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of rollouts, prompts and new weights.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", "--max_steps", help="Optimizer steps.")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="The recipe, as TRL writes it: a YAML file or a name.",
+        autocompletion=completion.recipe_names,
+    ),
+]
+
+
+def split_words(words: Sequence[str]) -> list[str]:
+    """Overrides from what typer left over: `key=value` as it is, then flags by FLAGS or as fields of TrainingArguments."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            overrides.append(word)
+            continue
+        flag, given, value = word[2:].partition("=")
+        if not given:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") and not _is_override(rest[0]) else "true"
+        flags.append(_override(flag.replace("-", "_"), value))
+    return overrides + flags
+
+
+def _is_override(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.replace(".", "").replace("_", "").isalnum()
+
+
+def _override(flag: str, value: str) -> str:
+    if flag == "use_peft":
+        return "model.lora={}" if value != "false" else "model.lora=null"
+    key = FLAGS.get(flag)
+    if key is None:
+        import dataclasses
+
+        from transformers import TrainingArguments
+
+        fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+        if flag not in fields:
+            known = [*FLAGS, "use_peft", "resume", "trust_remote_code", *fields]
+            raise UserError(
+                f"no option --{flag}.{did_you_mean(flag, known)} Recipe keys are written key=value without dashes, "
+                "for instance kl.0.beta=0.1"
+            )
+        key = f"training.{flag}"
+    return f"{key}={json.dumps(value) if key in TEXT else value}"
+
+
+def read(
+    recipe: str | None,
+    config: str | None,
+    words: Sequence[str],
+    model: str | None,
+    dataset: str | None,
+    seed: int | None,
+    max_steps: int | None,
+) -> Any:
+    """The recipe with what the command line says of it."""
+    from hf_rlhf.config.recipe import load_recipe
+
+    words = list(words)
+    if config is not None and recipe is not None:  # with --config the first word is an override, if there is one
+        words.insert(0, recipe)
+        recipe = None
+    name = config or recipe
+    if name is None:
+        raise UserError("which recipe? For instance `hf-rlhf train quickstart`; `hf-rlhf recipes` lists them")
+    overrides = split_words(words)
+    if any(word.startswith("model.lora.") for word in overrides) and "model.lora={}" not in overrides:
+        overrides.insert(0, "model.lora={}")
+    overrides.sort(key=lambda word: word != "model.lora={}")
+    for key, value in (("model.path", model), ("dataset.path", dataset)):
+        overrides += [f"{key}={json.dumps(value)}"] if value is not None else []
+    for key, number in (("training.seed", seed), ("training.max_steps", max_steps)):
+        overrides += [f"{key}={number}"] if number is not None else []
+    return load_recipe(name, overrides)
+
+
+@app.command(
+    cls=completion.WithFlags,
+    context_settings=EXTRA,
+    short_help="Print what a recipe would do, or why it is refused.",
+    epilog=examples(
+        "hf-rlhf check grpo advantages.use=leave_one_out kl.0.beta=0.1",
+        "hf-rlhf check grpo --num_generations 16 --learning_rate 1e-6",
+        "hf-rlhf check ppo --json",
+        "hf-rlhf check instructgpt ppo.recipe=grpo    # every stage of a staged recipe",
+    ),
+)
+def check(
+    context: typer.Context,
+    recipe: RecipeName = None,
+    words: Words = None,
+    model: Model = None,
+    dataset: Data = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    max_steps: MaxSteps = None,
+    config: Config = None,
+    as_json: Json = False,
+    plugin: PluginOptions = None,
+) -> None:
+    """Print what a recipe would do, or why it is refused, without loading a model.
+
+    It takes what `train` takes.
+    """
+    from hf_rlhf.cli.runs.pipeline import is_pipeline
+    from hf_rlhf.cli.runs.rollout_run import check as make_plan
+    from hf_rlhf.cli.runs.rollout_run import choose_output_dir
+
+    given = [*(words or []), *context.args]
+    name = config or recipe
+    if name is not None and is_pipeline(name):
+        from hf_rlhf.cli.commands.pipeline import check_staged
+
+        options = {"--model": model, "--dataset": dataset, "--max-steps": max_steps}
+        flags = [flag for flag, value in options.items() if value is not None]
+        check_staged(name, [*flags, *given], output_dir, seed, as_json)
+        return
+    with output_to_stderr(as_json):
+        chosen = read(recipe, config, given, model, dataset, seed, max_steps)
+        plan = make_plan(chosen, str(choose_output_dir(output_dir, chosen.name, False)))
+    if as_json:
+        print_json({"recipe": chosen.name, **plan.as_dict()})
+        return
+    from hf_rlhf.metrics.console import console, show_plan
+
+    show_plan(plan, console())
+
+
+@app.command(
+    cls=completion.WithFlags,
+    context_settings=EXTRA,
+    epilog=examples(
+        "hf-rlhf train quickstart --max-steps 20",
+        "hf-rlhf train grpo --model Qwen/Qwen3-0.6B --dataset problems.jsonl --output-dir outputs/grpo",
+        "hf-rlhf train quickstart advantages.use=leave_one_out --learning_rate 1e-4",
+        "hf-rlhf train mine.yaml --use_peft --report_to wandb --save_strategy steps --save_steps 50",
+        "hf-rlhf train outputs/grpo/recipe.yaml --output-dir outputs/grpo --resume",
+        "accelerate launch --num_processes 2 -m hf_rlhf train quickstart    # a process per device",
+    ),
+)
+def train(
+    context: typer.Context,
+    recipe: RecipeName = None,
+    words: Words = None,
+    model: Model = None,
+    dataset: Data = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    max_steps: MaxSteps = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")
+    ] = False,
+    resume_from_checkpoint: Annotated[
+        str | None, typer.Option("--resume_from_checkpoint", "--resume-from", help="Go on from this checkpoint.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the model.")
+    ] = False,
+    config: Config = None,
+    plugin: PluginOptions = None,
+) -> None:
+    """Train with a recipe.
+
+    Any field of TrainingArguments is a flag as well (--learning_rate 1e-6), and TRL's names work.
+
+    Precedence, the last wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in their order,
+    flags.
+    """
+    from hf_rlhf.cli.runs.rollout_run import train as run
+
+    chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
+    where: str | bool = resume
+    if resume_from_checkpoint is not None:
+        where = {"true": True, "false": False}.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
+    run(chosen, output_dir, where, trust_remote_code)

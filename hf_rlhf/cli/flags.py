@@ -1,0 +1,44 @@
+"""Flags of TRL and transformers that name settings of a recipe."""
+
+from __future__ import annotations
+
+FLAGS = {
+    "model": "model.path",
+    "model_name_or_path": "model.path",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attn_implementation",
+    "lora_r": "model.lora.r",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "lora_target_modules": "model.lora.target_modules",
+    "load_in_4bit": "model.load_in_4bit",
+    "load_in_8bit": "model.load_in_8bit",
+    "bnb_4bit_quant_type": "model.bnb_4bit_quant_type",
+    "use_bnb_nested_quant": "model.use_bnb_nested_quant",
+    "save_merged": "model.save_merged",
+    "dataset": "dataset.path",
+    "dataset_name": "dataset.path",
+    "dataset_config": "dataset.name",
+    "dataset_train_split": "dataset.split",
+    "dataset_test_split": "dataset.eval_split",
+    "dataset_streaming": "dataset.streaming",
+    "num_generations": "rollout.num_generations",
+    "max_completion_length": "rollout.max_new_tokens",
+    "temperature": "rollout.temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "min_p": "rollout.min_p",
+    "repetition_penalty": "rollout.repetition_penalty",
+    "num_iterations": "update.epochs",
+    "beta": "kl.0.beta",
+    "max_length": "trainer.max_length",
+    "center_rewards_coefficient": "trainer.center_rewards_coefficient",
+}
+"""Flag, with TRL's spellings -> recipe key. Every field of TrainingArguments is a flag too."""
+
+
+TEXT = frozenset(
+    {"model.path", "model.revision", "dataset.path", "dataset.name", "dataset.split", "dataset.eval_split"}
+)

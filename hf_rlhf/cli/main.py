@@ -1,0 +1,47 @@
+"""Entry point of the command line."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+
+from hf_rlhf.cli import completion
+from hf_rlhf.cli.app import app
+from hf_rlhf.cli.errors import ASKED, report
+from hf_rlhf.cli.output import quiet_off_terminal
+
+
+def add_commands() -> None:
+    """Adds the commands that lie in modules of their own."""
+
+
+def main() -> None:
+    """Run the command line. What goes wrong is one message on stderr, with an exit code of `EXIT_CODES` and no traceback
+    unless one is asked for."""
+    quiet_off_terminal()
+    if "--traceback" in sys.argv[1:]:  # before or after the command
+        sys.argv.remove("--traceback")
+        os.environ[ASKED] = "1"
+    try:
+        try:
+            add_commands()
+            completion.run(app)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _end(1)
+    except KeyboardInterrupt:
+        _end(130)
+    except Exception as error:
+        _end(report(error))
+
+
+def _end(code: int) -> None:
+    if "RANK" in os.environ:  # threads of a process group may hang or abort the interpreter's end
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""Run a recipe, or several stages, from the command line."""

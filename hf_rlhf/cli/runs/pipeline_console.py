@@ -1,0 +1,52 @@
+"""What a person at the terminal sees of a staged run: each stage's held-out metrics, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hf_rlhf.metrics.console import _indented, _with_interval, number
+
+HELD_OUT = ("accuracy", "pairs/accuracy", "steps/accuracy", "tokens/accuracy", "tokens/perplexity")
+LAST = ("kl/ref", "value/explained_var")
+"""Metrics of training of which the last is shown."""
+
+
+def show_stages(summary: dict[str, Any], out: Console) -> None:
+    """One line per stage and metric, before and after the stage."""
+    out.print(Text("\nstages", style="bold"))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("stage", "recipe", "steps", "held out", "before", "after"):
+        table.add_column(title, justify="right" if title in ("steps", "before", "after") else "left", no_wrap=True)
+    for name, stage in summary["stages"].items():
+        head = (name, stage["recipe"], str(stage["steps"]))
+        for cells in _lines(stage):
+            table.add_row(*(Text(cell) for cell in (*head, *cells)))
+            head = ("", "", "")
+        if head[0]:
+            table.add_row(*(Text(cell) for cell in (*head, "", "", "")))
+    out.print(_indented(table))
+    folder, last = summary["output_dir"], list(summary["stages"])[-1]
+    for line in (
+        f"\n{summary['seconds']:.0f} s. In {folder}:",
+        f"  a folder for each stage ({', '.join(summary['stages'])}), recipe.yaml, summary.json",
+        "next:",
+        f"  hf-rlhf train RECIPE --model {folder}/{last}",
+        "                                       goes on from here",
+    ):
+        out.print(Text(line), soft_wrap=True)
+
+
+def _lines(stage: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Metric, before, after."""
+    before, after, last = stage["before"] or {}, stage["after"] or {}, stage["last"]
+    rewards = [name for name in after if name.startswith("reward/") and name.endswith("/mean")]
+    for name in [name for name in HELD_OUT if name in after] + rewards:
+        yield name, *(_with_interval(found, name) for found in (before, after))
+    for name in LAST:
+        if name in last:
+            yield f"{name} in training", "", number(last[name])

@@ -1,0 +1,302 @@
+"""The chosen plugins as one algorithm: what they need together, and why a combination is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from hf_rlhf.axes import (
+    AXES,
+    LISTS,
+    AdvantageEstimator,
+    Aggregation,
+    Critic,
+    Filter,
+    KLPlacement,
+    LossTerm,
+    Plugin,
+    PolicyLoss,
+    Reference,
+    RewardSource,
+    RolloutCorrection,
+    RolloutEngine,
+    TextTerm,
+    TrainedCritic,
+    UpdateRule,
+    axis_of,
+)
+from hf_rlhf.config.sections import Update
+from hf_rlhf.contract.metric_namespaces import AREAS, titles
+from hf_rlhf.registry.settings_schema import callable_text
+
+CORE_PROVIDES = frozenset(
+    {
+        *("old_logps", "groups", "group_ids", "greedy", "scores", "total_score", "completion_ids", "advantages"),
+        *("selected", "entropy", "sum_sq_probs", "full_distribution", "double_backward", "adapter"),
+        "plain_weights",
+    }
+)
+"""What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins. Whether the policy
+has an adapter, and weights that are numbers, is known where the model's settings are (`hf_rlhf.training.setup`)."""
+
+FIXES = {
+    "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",
+    "ref_logps": "set reference.use=frozen (or adapter_off with a LoRA policy), or leave the KL out with kl=[]",
+    "sampler_logps": "choose a rollout engine that reports log-probs, or set rollout_correction.use=none",
+}
+
+
+@dataclass(kw_only=True)
+class Algorithm:
+    """One choice per axis."""
+
+    rollout: RolloutEngine
+    rewards: list[RewardSource]
+    kl: list[KLPlacement] = field(default_factory=list)
+    advantages: AdvantageEstimator
+    critic: Critic
+    policy_loss: PolicyLoss
+    rollout_correction: RolloutCorrection
+    reference: Reference
+    optimizer: UpdateRule
+    aggregation: Aggregation
+    loss_terms: list[LossTerm] = field(default_factory=list)
+    filters: list[Filter] = field(default_factory=list)
+    update: Update = field(default_factory=Update)
+
+    def plugins(self) -> Iterator[tuple[str, Plugin]]:
+        """Every plugin with its dotted place in the recipe, nested ones included."""
+        for axis in AXES:
+            if axis in LISTS:
+                for i, plugin in enumerate(getattr(self, axis)):
+                    yield from _with_nested(f"{axis}.{i}", plugin)
+            elif hasattr(self, axis):
+                yield from _with_nested(axis, getattr(self, axis))
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What any of the plugins needs."""
+        return frozenset().union(*(plugin.needs for _, plugin in self.plugins()))
+
+    @cached_property
+    def provides(self) -> frozenset[str]:
+        """What the core and the plugins bring."""
+        return CORE_PROVIDES.union(*(plugin.provides for _, plugin in self.plugins()))
+
+    @cached_property
+    def samples_old_logps(self) -> bool:
+        """Whether the log-probs that the rollout engine reports serve as the old ones, in float32 or better."""
+        return bool(self.readers_of_old_logps) and self.rollout.exact_logps and "sampler_logps" not in self.needs
+
+    @cached_property
+    def skips_rows_without_advantage(self) -> bool:
+        """Whether a row whose advantages are all 0 adds nothing to the gradient and to what is measured of every row."""
+        others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
+        return (
+            self.policy_loss.zero_without_advantage
+            and not others
+            and not isinstance(self.critic, TrainedCritic)
+            and "ref_logps" not in self.needs
+            and type(self.optimizer).hold is UpdateRule.hold
+        )
+
+    @cached_property
+    def loss_is_token_level(self) -> bool:
+        """Whether the loss of a token depends on that token's numbers alone."""
+        others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
+        whole = [
+            kl
+            for _, kl in self.kl_in("loss")
+            if not kl.token_level or kl.level != "token" or "full_distribution" in kl.estimator.needs
+        ]
+        by_row = self.policy_loss.needs & {"total_score", "group_ids"}
+        return self.policy_loss.token_level and not any((by_row, others, whole, "double_backward" in self.needs))
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that one rollout feeds."""
+        return self.update.mini_batches * self.update.epochs
+
+    def kl_in(self, place: str) -> list[tuple[str, KLPlacement]]:
+        """(name in logs, placement) of the KLs that enter at `place`: reward, loss or advantage."""
+        return [(title, kl) for title, kl in self.titled("kl") if place in kl.places]
+
+    @cached_property
+    def readers_of_old_logps(self) -> list[str]:
+        """Who needs log-probs before the first update; without any, the update's own forward gives them."""
+        several = self.steps_per_rollout > 1
+        # in a single step the ratio is 1, and the update's own log-probs serve
+        own = [f"kl.{i}.estimator" for i, kl in enumerate(self.kl) if kl.places <= {"loss"}]
+        readers = [
+            path
+            for path, p in self.plugins()
+            if "old_logps" in p.needs and not path.startswith("policy_loss") and (several or path not in own)
+        ]
+        readers += [f"kl.{kl.name} in the {place}" for place in ("reward", "advantage") for _, kl in self.kl_in(place)]
+        if several and "old_logps" in self.policy_loss.needs:
+            readers.append(f"policy_loss ({self.steps_per_rollout} optimizer steps per rollout)")
+        elif "selected" in self.policy_loss.needs:
+            readers.append("policy_loss (it selects tokens once per rollout)")
+        return readers
+
+    def kl_over_distributions(self, moment: str) -> list[tuple[str, KLPlacement]]:
+        """(name in logs, placement) of the KLs over whole distributions that are measured in the `rollout` or `update`."""
+        early = frozenset({"reward", "advantage"})
+        return [
+            (title, kl)
+            for title, kl in self.titled("kl")
+            if "full_distribution" in kl.estimator.needs
+            and (bool(kl.places & early) if moment == "rollout" else "loss" in kl.places or not kl.places & early)
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every choice with all its settings, as in a resolved recipe."""
+        chosen: dict[str, Any] = {}
+        for axis in AXES:
+            if hasattr(self, axis):
+                value = getattr(self, axis)
+                chosen[axis] = [_settings(p) for p in value] if axis in LISTS else _settings(value)
+        return {**chosen, "update": asdict(self.update)}
+
+    def labels(self) -> list[str]:
+        """The name of each reward source in logs and tables."""
+        return [source.label or source.name for source in self.rewards]
+
+    def titled(self, axis: str) -> list[tuple[str, Any]]:
+        """(name in logs, plugin) for each plugin of a list axis; the second of a kind is called `<name>_2`."""
+        own = getattr(self, axis)
+        return list(zip(titles(axis, own), own, strict=True))
+
+    def extras(self, plugin: Plugin, available: dict[str, Any], positional: frozenset[str]) -> dict[str, Any]:
+        """The keywords that a tensor function gets: one per name it needs beyond its positional arguments."""
+        return {name: available[name] for name in sorted(plugin.needs - positional) if name in available}
+
+    def problems(self) -> list[str]:
+        """Why this combination cannot run or cannot learn; empty when it can. Each says what to write instead."""
+        return [*self._missing(), *self._unused(), *self._counts(), *self._rewards(), *self._own_checks()]
+
+    def _missing(self) -> Iterator[str]:
+        known = CORE_PROVIDES | FIXES.keys()
+        for path, plugin in self.plugins():
+            for name in sorted(plugin.needs - self.provides):
+                if name in known:
+                    yield f"{path}={plugin.name} needs {name} and nothing provides them: {FIXES[name]}"
+                else:
+                    yield (
+                        f"{path}={plugin.name} needs {name!r}, which this version does not provide; "
+                        f"it provides: {', '.join(sorted(known))}"
+                    )
+
+    def _unused(self) -> Iterator[str]:
+        if not self.rewards:
+            yield "rewards is empty: nothing to learn from. Add one, for instance rewards=[{use: exact_match}]"
+        readers = [path for path, plugin in self.plugins() if "values" in plugin.needs]
+        if readers and not any(path.split(".")[0] == "advantages" for path in readers):
+            yield (
+                f"{readers[0]} reads values and advantages={self.advantages.name} gives the critic no returns to learn: choose "
+                "an estimator with a critic (gae, or baseline with baseline.use=critic)"
+            )
+        for name, axis in (("values", "critic"), ("ref_logps", "reference")):
+            plugin = getattr(self, axis)
+            if name in plugin.provides and name not in self.needs:
+                yield f"{axis}={plugin.name} provides {name} and nothing reads them: set {axis}.use=none"
+
+    def _counts(self) -> Iterator[str]:
+        rollout, update = self.rollout, self.update
+        if rollout.num_generations < 2:
+            for path, plugin in self.plugins():
+                if "groups" in plugin.needs:
+                    yield (
+                        f"{path}={plugin.name} compares the completions of a prompt and rollout.num_generations is 1: "
+                        "set it to 2 or more, or choose an estimator without groups (reinforce, reward_to_go, gae)"
+                    )
+        if "double_backward" in self.needs and update.attention in ("packed", "flex"):
+            yield (
+                f"update.attention={update.attention} has no second derivative, which something needs: set it to auto or padded"
+            )
+        if rollout.prompts % update.mini_batches:
+            fits = [n for n in range(1, rollout.prompts + 1) if rollout.prompts % n == 0]
+            yield (
+                f"rollout.prompts={rollout.prompts} does not split into update.mini_batches={update.mini_batches} equal "
+                f"parts: choose mini_batches from {', '.join(map(str, fits))}, or change rollout.prompts"
+            )
+        for i, chosen in enumerate(self.filters):
+            if chosen.resample and "advantages" in chosen.needs:
+                yield (
+                    f"filters.{i}={chosen.name}: resample={chosen.resample} has no meaning here: this filter runs when the "
+                    f"advantages of the rollout are there, and no more prompts are drawn. Set filters.{i}.resample=0"
+                )
+        for i, kl in enumerate(self.kl):
+            if "full_distribution" in kl.estimator.needs and kl.level == "sequence":
+                yield (
+                    f"kl.{i}.estimator={kl.estimator.name} reads the distributions of single tokens and has no sequence "
+                    f"level: set kl.{i}.level=token, or choose another estimator"
+                )
+            if "entropy" in kl.estimator.needs and kl.places & {"reward", "advantage"}:
+                yield (
+                    f"kl.{i}.estimator={kl.estimator.name} needs entropy, which is computed in the update only: "
+                    "set kl." + f"{i}.use=in_loss, or choose another estimator"
+                )
+
+    def _rewards(self) -> Iterator[str]:
+        for i, source in enumerate(self.rewards):
+            title = f"rewards.{i}={source.name}"
+            if source.runs_model and source.workers in ("processes", "ray"):
+                yield (
+                    f"{title} runs a model on this process's device, and workers={source.workers} would load it again in every "
+                    "worker: set workers=inline"
+                )
+            if source.clip is not None and not source.clip[0] < source.clip[1]:
+                yield f"{title}: clip={list(source.clip)} is [lowest, highest] with lowest < highest"
+            if source.when is not None and not source.when:
+                yield f"{title}: when is empty; write a column and its value, for instance when={{task: math}}, or leave it out"
+        labels = self.labels()
+        for label in sorted({"total", "after_kl"} & set(labels)):
+            yield f"a reward source is called {label!r}, which is the name of a sum in the logs: give it another label"
+        for label in sorted({x for x in labels if labels.count(x) > 1}):
+            yield f"{labels.count(label)} reward sources are called {label!r} in the logs: give each a `label` of its own"
+
+    def _own_checks(self) -> Iterator[str]:
+        for path, plugin in self.plugins():
+            for problem in plugin.check(self):
+                yield f"{path}: {problem}"
+
+
+def _settings(plugin: Plugin) -> dict[str, Any]:
+    found: dict[str, Any] = {"use": plugin.name}
+    for setting in fields(plugin):
+        value = getattr(plugin, setting.name)
+        if isinstance(value, Plugin):
+            value = _settings(value)
+        elif isinstance(value, list):
+            value = [_settings(x) if isinstance(x, Plugin) else x for x in value]
+        elif callable(value):
+            value = callable_text(value)
+        found[setting.name] = value
+    return found
+
+
+def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
+    yield path, plugin
+    for setting in fields(plugin):
+        value = getattr(plugin, setting.name)
+        place = f"{path}.{setting.name}"
+        children = [(f"{place}.{i}", x) for i, x in enumerate(value)] if isinstance(value, list) else [(place, value)]
+        for where, child in children:
+            if isinstance(child, Plugin):
+                yield from _with_nested(where, child)
+
+
+def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:
+    """(what stands before the names of its own metrics, axis, plugin) of every plugin of an algorithm, nested ones included;
+    those of a list have the titles of `Algorithm.titled`."""
+    own: dict[str, list[Plugin]] = {axis: list(getattr(algorithm, axis)) if axis in LISTS else [] for axis in AXES}
+    for path, plugin in algorithm.plugins():
+        axis = axis_of(type(plugin))
+        if axis not in LISTS or path.rpartition(".")[0] != axis:
+            own[axis].append(plugin)
+    for axis, plugins in own.items():
+        for title, plugin in zip(titles(axis, plugins), plugins, strict=True):
+            yield AREAS[axis].replace("<label>", title), axis, plugin

@@ -1,0 +1,162 @@
+"""The plan: what an algorithm will load and compute, what it skips and why, and the arithmetic of its batches."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_rlhf.axes import TrainedCritic
+from hf_rlhf.config.algorithm import Algorithm
+
+
+@dataclass
+class Plan:
+    """Rows of text, one list per question; `as_dict` is what a run's record keeps."""
+
+    plugins: list[dict[str, Any]]
+    models: list[str] = field(default_factory=list)
+    forwards: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    arithmetic: list[tuple[str, str, str]] = field(default_factory=list)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Phase -> part -> MiB on one process, an estimate (`hf_rlhf.training.memory.estimate`)."""
+    memory_notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts, for JSON."""
+        return asdict(self)
+
+
+def make_plan(
+    algorithm: Algorithm,
+    manifest: list[dict[str, Any]],
+    *,
+    processes: int = 1,
+    rows_per_micro_batch: int | None = None,
+    lora: bool = False,
+    policy_state: bool = True,
+) -> Plan:
+    """The plan of `algorithm` on `processes` processes. `manifest` says which package offered each plugin; `policy_state`
+    whether the optimizer keeps state of the policy's parameters."""
+    plan = Plan(plugins=manifest)
+    _models(plan, algorithm, lora, policy_state)
+    _forwards(plan, algorithm)
+    plan.remarks += _second_model(algorithm) if lora else []
+    for path, plugin in algorithm.plugins():
+        plan.remarks += [f"{path}={plugin.name}: {remark}" for remark in plugin.remarks(algorithm)]
+    plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)
+    return plan
+
+
+def memory_rows(plan: Plan) -> list[str]:
+    """A line for each phase: the most that it is estimated to hold, and what of."""
+    rows = []
+    for phase, parts in plan.memory.items():
+        named = ", ".join(f"{part} {size:,.0f}" for part, size in parts.items() if size >= 0.5)
+        rows.append(f"{phase}: {sum(parts.values()):,.0f} = {named}")
+    return rows + plan.memory_notes
+
+
+def _second_model(a: Algorithm) -> list[str]:
+    """A critic that is trained whole, though the policy trains an adapter."""
+    if not isinstance(a.critic, TrainedCritic) or a.critic.shares_forward or "adapter" in a.critic.needs:
+        return []
+    return [
+        f"critic={a.critic.name}: trains a whole second model; critic.adapter=true trains a second adapter on the policy's "
+        "base, and critic.use=value_head a head alone"
+    ]
+
+
+def _models(plan: Plan, a: Algorithm, lora: bool, policy_state: bool) -> None:
+    kept = ["its optimizer state"] * policy_state + ["its average"] * (a.update.ema is not None)
+    away = " and ".join(kept) if a.update.offload else ""
+    state = f"; offloaded while completions are sampled and scored: {away}" if away else ""
+    plan.models.append("policy: " + ("its adapter is trained, its base is frozen" if lora else "trained") + state)
+    if "ref_logps" in a.provides:
+        readers = ", ".join(f"kl.{kl.name} ({kl.estimator.name}, {kl.level})" for kl in a.kl)
+        moves = ", it moves and is saved with every checkpoint" if a.reference.moves else ""
+        plan.models.append(f"reference={a.reference.name}{_offloaded(a.reference)}{moves}: read by {readers}")
+    else:
+        plan.skipped.append("reference model: no KL is measured")
+    if isinstance(a.critic, TrainedCritic):
+        plan.models.append(
+            f"critic={a.critic.name}{_offloaded(a.critic)}: advantages={a.advantages.name} reads its values"
+        )
+    else:
+        plan.skipped.append(f"critic: advantages={a.advantages.name} reads no values")
+    for label, source in zip(a.labels(), a.rewards, strict=True):
+        if "reward_model" in source.provides:
+            plan.models.append(f"reward model {label}{_offloaded(source)}: scores the completions")
+
+
+def _offloaded(plugin: Any) -> str:
+    return ", offloaded but for its phases" if getattr(plugin, "offload", False) else ""
+
+
+def _forwards(plan: Plan, a: Algorithm) -> None:
+    rows = a.rollout.prompts * a.rollout.num_generations
+    forward = bool(a.readers_of_old_logps) and not a.samples_old_logps
+    if a.samples_old_logps:
+        plan.skipped.append(
+            f"old log-probs: rollout={a.rollout.name} notes them while sampling, for {'; '.join(a.readers_of_old_logps)} "
+            f"(in half precision or under autocast they take a forward over {rows} rows)"
+        )
+    elif forward:
+        plan.forwards.append(
+            f"policy over {rows} rows, without gradient: old log-probs for {'; '.join(a.readers_of_old_logps)}"
+        )
+    elif "old_logps" in a.policy_loss.needs:
+        plan.skipped.append("old log-probs: one optimizer step per rollout, so the update's own are the policy's")
+    else:
+        plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
+    if "ref_logps" in a.needs:
+        plan.forwards.append(f"reference over {rows} rows, without gradient")
+    if "sum_sq_probs" in a.needs and not forward:
+        plan.forwards.append(f"policy over {rows} rows, without gradient: squared probabilities")
+    if "greedy" in a.needs:
+        plan.forwards.append(f"greedy completions of {a.rollout.prompts} prompts, and their rewards")
+    for title, _ in a.kl_over_distributions("update"):
+        plan.forwards.append(
+            f"reference over {rows * a.update.epochs} rows in the update: whole distributions for kl.{title}"
+        )
+    if isinstance(a.critic, TrainedCritic):
+        shared = a.critic.shares_forward
+        what = f"values for advantages={a.advantages.name}"
+        if shared and forward:
+            plan.skipped.append(f"a forward of the critic: critic={a.critic.name} shares the policy's, {what}")
+        else:
+            plan.forwards.append(f"{'policy' if shared else 'critic'} over {rows} rows, without gradient: {what}")
+    plan.forwards.append(f"policy over {rows * a.update.epochs} rows, with gradient ({a.update.epochs} per row)")
+    if "entropy" not in a.needs:
+        plan.skipped.append(
+            "exact entropy: no plugin asks for it (policy/entropy is estimated from the sampled tokens, unless "
+            "logging.entropy is exact)"
+        )
+    if a.skips_rows_without_advantage:
+        plan.skipped.append("rows whose advantages are all 0, in the update: they would change nothing")
+
+
+def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -> list[tuple[str, str, str]]:
+    """(quantity, value, what others call it) from prompts to micro-batches. Raises ValueError where it cannot come out."""
+    prompts, group, steps = a.rollout.prompts, a.rollout.num_generations, a.update.mini_batches
+    if prompts < processes:
+        raise ValueError(
+            f"rollout.prompts={prompts} is less than the {processes} processes: a group stays on one process, so set "
+            f"rollout.prompts to {processes} or more, or start fewer processes"
+        )
+    bound = [f"{rows_per_micro_batch} rows (training.per_device_train_batch_size)"] if rows_per_micro_batch else []
+    if a.update.max_tokens_per_micro_batch:
+        bound.append(f"{a.update.max_tokens_per_micro_batch} tokens (update.max_tokens_per_micro_batch)")
+    return [
+        ("rollout.prompts", str(prompts), "verl train_batch_size; TRL generation_batch_size / num_generations"),
+        ("rollout.num_generations", str(group), "verl rollout.n; TRL num_generations"),
+        ("rows per rollout", str(prompts * group), "TRL generation_batch_size"),
+        ("processes", str(processes), "data-parallel size"),
+        ("rows per process", f"about {prompts * group / processes:g}", "a group stays on one process"),
+        ("update.mini_batches", str(steps), "verl train_batch_size / ppo_mini_batch_size; TRL steps_per_generation"),
+        ("rows per optimizer step", str(prompts * group // steps), "verl ppo_mini_batch_size x rollout.n"),
+        ("update.epochs", str(a.update.epochs), "verl ppo_epochs; TRL num_iterations"),
+        ("optimizer steps per rollout", str(a.steps_per_rollout), "mini_batches x epochs"),
+        ("micro-batch", " and ".join(["at most " + b for b in bound]) or "unbounded", "derived; gradient accumulation"),
+    ]

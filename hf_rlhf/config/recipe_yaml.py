@@ -1,0 +1,124 @@
+"""How a recipe is written: its keys, and its YAML, which is plain data with each key once.
+
+Departures from PyYAML's YAML 1.1: `1e-6` is a number, only `true` and `false` are truth values, dates and `1:30` are
+text; duplicate keys, tags, anchors and aliases are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hf_rlhf.axes import AXES, NESTED
+from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS
+from hf_rlhf.config.sections import SECTIONS
+from hf_rlhf.registry.settings_schema import plain_text, setting_types
+from hf_rlhf.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from hf_rlhf.registry.host import Host
+
+TOP_AXES = [axis for axis in AXES if axis not in NESTED]
+OFFLINE = "trainer"
+"""The axis of a recipe without rollouts, which has no other."""
+STAGES = "stages"
+"""The one key of a staged recipe, which names other recipes; see `hf_rlhf.cli.runs.pipeline`."""
+ALGORITHM_AXES = [axis for axis in TOP_AXES if axis != OFFLINE]
+KEYS = [*TOP_AXES, *SECTIONS, "training"]
+OFFLINE_KEYS = [OFFLINE, *OFFLINE_SECTIONS, "training"]
+DEFAULTS: dict[str, Any] = {
+    "kl": [],
+    "critic": "none",
+    "policy_loss": "ppo_clip",
+    "rollout_correction": "none",
+    "optimizer": "trainer",
+    "aggregation": "token_mean",
+    "loss_terms": [],
+    "filters": [],
+}
+"""What a recipe means by leaving an axis out. `reference` depends on the rest; see `hf_rlhf.config.recipe`."""
+
+
+def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:
+    """What to write where settings of an axis are given and no plugin, so that it would be `meant`; nothing where that has
+    these settings by default, or no plugin has."""
+    fit = [name for name in host.names(axis) if given.keys() <= setting_types(host.get(axis, name)).keys()]
+    if not fit or (meant in fit and axis in DEFAULTS):
+        return ""
+    use, *others = sorted(fit, key=meant.__ne__)
+    whole = ", ".join([f"use: {use}", *(f"{name}: {plain_text(value)}" for name, value in given.items())])
+    also = f" ({', '.join(others)} would do as well)" if others else ""
+    return f". The recipe names no {axis}, so it is {meant}: write {axis}.use={use} too, or {axis}={{{whole}}}{also}"
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with a recipe: `problems` holds (dotted path, what is wrong and what to write)."""
+
+    def __init__(self, title: str, problems: list[tuple[str, str]]):
+        self.problems = problems
+        lines = [f"{path}: {text}" for path, text in problems]
+        count = "one problem" if len(lines) == 1 else f"{len(lines)} problems"
+        super().__init__("\n  ".join([f"{title} has {count}", *lines]))
+
+
+FLOAT = re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$")
+RESOLVERS = [
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
+    ("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789")),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise _error("a recipe is flat: it has no anchors and aliases", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise _error(f"the key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise _error(f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _error(text: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, text, mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Loader.yaml_implicit_resolvers = {}
+for tag, pattern, first in RESOLVERS:
+    _Loader.add_implicit_resolver(tag, pattern, first)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Plain data. Raises `UserError` naming `source`, line and column."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{source}{place}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def write_yaml(data: Any) -> str:
+    """YAML that `read_yaml` reads back as the same data; innermost groups on one line."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)

@@ -1,0 +1,109 @@
+"""The parts of a recipe that are not plugins: model, dataset, update, evaluation. Validated like plugins, from outside.
+
+`training` is not here: it is handed to `transformers.TrainingArguments` as it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Interval
+
+from hf_rlhf.axes import Count, NonNegative
+from hf_rlhf.contract.model_settings import Model
+
+
+@dataclass(kw_only=True)
+class Dataset:
+    """Where prompts come from. Every column that is not the prompt reaches the rewards."""
+
+    path: str | None = None
+    """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, or `builtin:addition`."""
+    name: str | None = None
+    """Configuration of a dataset on the Hub."""
+    split: str = "train"
+    """Split to train on."""
+    eval_path: str | None = None
+    """Like `path`, for evaluation."""
+    eval_split: str | None = None
+    """Split to evaluate on, of `eval_path` or `path`."""
+    held_out: Annotated[int, Ge(0)] = 64
+    """Rows set aside for evaluation where there is no evaluation data: at most a tenth of the dataset."""
+    prompt: str = "prompt"
+    """Column of the prompt: text, or a list of chat messages."""
+    prompt_template: str | None = None
+    """A text with {column} places that makes the prompt, e.g. "Question: {question}\\nAnswer:"."""
+    chat: bool = False
+    """Wrap a text prompt as one user message and apply the tokenizer's chat template."""
+    system: str | None = None
+    """A system message before the prompt, for chat prompts."""
+    max_prompt_tokens: Count | None = None
+    """Longest prompt in tokens; the context left by the completion when left out."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """What to do with longer prompts."""
+    shuffle: bool = True
+    """A new order of the prompts in each epoch."""
+    streaming: bool = False
+    """Read the dataset as a stream (needs `training.max_steps`)."""
+
+
+@dataclass(kw_only=True)
+class Update:
+    """How a rollout becomes optimizer steps: mini_batches x epochs of them."""
+
+    mini_batches: Count = 1
+    """Optimizer steps per pass over a rollout (verl: train_batch_size / ppo_mini_batch_size)."""
+    epochs: Count = 1
+    """Passes over a rollout (TRL: num_iterations; verl: ppo_epochs)."""
+    max_tokens_per_micro_batch: Count | None = None
+    """Most tokens in one forward and backward, a prompt counted once for its rows there (where rows are padded, with their
+    padding); no bound but `training.per_device_train_batch_size` rows when left out."""
+    ema: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the policy's weights, taken after each optimizer step in float32 (InstructGPT: 0.992). It is
+    saved as a model of its own, in the folder `ema` of the output folder and of checkpoints; nothing is trained with it. None:
+    no average."""
+    attention: Literal["auto", "packed", "flex", "padded"] = "auto"
+    """How rows enter the model. `packed`: without padding, the completions of a prompt behind one copy of it; `flex`: the
+    same through FlexAttention; `padded`: one prompt and completion a row. `auto`: `flex` on CUDA, `packed` elsewhere,
+    `padded` where the architecture cannot or an update rule takes second derivatives."""
+    offload: bool = False
+    """Keep what only the update reads away from the device while completions are sampled and scored: the optimizer's state
+    and the average of `update.ema`, the critic's included. Gradients are freed before each rollout in any case. The trained
+    parameters are the same bits. docs/memory.md says where it lies."""
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """How held-out prompts are rolled out."""
+
+    num_generations: Count = 1
+    """Completions per prompt; with several, pass@k and maj@k are reported."""
+    temperature: NonNegative | None = None
+    """Temperature of sampling, the rollout's when left out; 0 is greedy."""
+    prompts: Count | None = None
+    """At most this many prompts; all when left out."""
+    ema: bool = False
+    """Roll out the moving average of the policy (update.ema) as well; its metrics are called `eval_ema/...`."""
+
+
+@dataclass(kw_only=True)
+class Logging:
+    """What is written besides the metrics."""
+
+    completions: Annotated[int, Ge(0)] = 16
+    """Completions per log entry in the table and in completions/*.parquet (0: none)."""
+    entropy: Literal["sampled", "exact"] = "sampled"
+    """What policy/entropy is: an estimate from the sampled tokens, which costs nothing, or the exact entropy."""
+    metric_aliases: Literal["none", "trl"] = "none"
+    """Log numbers under TRL's names too (`reward`, `completions/mean_length`, ...), so that dashboards made for it work."""
+
+
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "dataset": Dataset,
+    "update": Update,
+    "evaluation": Evaluation,
+    "logging": Logging,
+}
+"""Recipe key -> settings class."""

@@ -1,0 +1,1 @@
+"""Checks of plugins by kind; hf_rlhf.testing is their public face."""

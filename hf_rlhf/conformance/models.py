@@ -1,0 +1,399 @@
+"""What plugins that meet the model promise: rollout engines, critics, references, update rules, terms with texts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.axes import Critic, Reference, RolloutEngine, TextTerm, UpdateRule
+from hf_rlhf.batch import Completions, Prompt
+from hf_rlhf.conformance.common import Claims, equal, same
+from hf_rlhf.conformance.metrics import check_declared, check_finite
+from hf_rlhf.contract.optimizer_step import Step
+from hf_rlhf.modeling.policy import ActorCritic, Policy, distributions
+from hf_rlhf.modeling.token_batch import TokenBatch
+from hf_rlhf.runtime.seeding import seeded
+
+Make = Callable[[], Any]
+"""Makes a fresh model."""
+
+
+# Rollout engines
+
+
+def rollout_engine_checks(plugin: RolloutEngine, policy: Make, tokenizer: Any, prompts: Sequence[Prompt]) -> Claims:
+    """Of a rollout engine, on these prompts. Where it has a setting `max_new_tokens`, with that at 12 at most."""
+    engine: Any = copy.copy(plugin)
+    if hasattr(engine, "max_new_tokens"):
+        engine.max_new_tokens = min(engine.max_new_tokens, 12)
+    wants = "sampler_logps" in plugin.provides
+
+    def run(model: Any, given: Sequence[Prompt], generations: int, temperature: float | None = None) -> Completions:
+        own = Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"), wants_logps=wants)
+        with torch.no_grad(), seeded("conformance", 0):
+            out: Completions = engine(own, copy.deepcopy(given), generations, temperature=temperature)
+            return out
+
+    yield (
+        "it gives as many completions per prompt as it is asked for, none empty",
+        lambda: _are_completions(run, policy(), prompts, wants),
+    )
+    yield (
+        "log-probs that it calls exact are the policy's",
+        lambda: _are_the_policys(run, policy(), prompts, plugin.temperature),
+    )
+    yield "it leaves the model as it was", lambda: _leaves_model(run, policy(), prompts)
+    yield "equal random states give equal completions", lambda: _repeats(run, policy(), prompts)
+    yield (
+        "greedy completions depend on the prompt alone, and stand side by side",
+        lambda: _greedy(run, policy(), prompts),
+    )
+
+
+def _are_completions(run: Any, model: Any, prompts: Sequence[Prompt], wants_logps: bool) -> None:
+    words = model.get_input_embeddings().num_embeddings
+    for generations in (2, 1):
+        out = run(model, prompts, generations)
+        assert isinstance(out, Completions), f"it gives a {type(out).__name__}; Completions are due"
+        rows = len(prompts) * generations
+        said = f"for {len(prompts)} prompts with {generations} completions each"
+        assert len(out.ids) == rows, f"it gives {len(out.ids)} completions {said}, whatever its own setting says"
+        assert len(out.finish_reasons) == rows, f"it gives {len(out.finish_reasons)} finish reasons {said}"
+        other = set(out.finish_reasons) - {"stop", "length"}
+        assert not other, f"its finish reasons hold {sorted(map(str, other))}; they are stop or length"
+        for row, ids in enumerate(out.ids):
+            assert len(ids) > 0, f"row {row} is empty: the end-of-sequence token counts as a completion token"
+            assert all(isinstance(i, int) and 0 <= i < words for i in ids), f"row {row}: {ids} are not token ids"
+        for what, values in (("masks", out.masks), ("logps", out.logps)):
+            lengths = [len(x) for x in values or out.ids]
+            assert lengths == [len(ids) for ids in out.ids], f"{what}: one number per completion token is due"
+        assert all(set(mask) <= {0, 1} for mask in out.masks or ()), "its masks hold other numbers than 0 and 1"
+        if wants_logps:
+            assert out.logps is not None, "it declares sampler_logps and gives no logps"
+        high = [x for row in out.logps or () for x in row if not -torch.inf < x <= 1e-6]
+        assert not high, f"among its logps is {high[0]}: a log-prob is finite and not above 0"
+
+
+def _are_the_policys(run: Any, model: Any, prompts: Sequence[Prompt], temperature: float) -> None:
+    out = run(model, prompts, 2)
+    if not out.exact:
+        return
+    assert out.logps is not None, "it calls its log-probs exact and gives none"
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids)) for ids in out.ids], batch_first=True)
+    batch = TokenBatch([prompt.ids for prompt in prompts for _ in range(2)], out.ids, mask, 0, "padded")
+    with torch.no_grad():
+        due = ActorCritic(model, None, temperature)(batch)["logps"]
+    gap = max(
+        abs(found - x)
+        for row, logps in enumerate(out.logps)
+        for found, x in zip(logps, due[row].tolist(), strict=False)
+    )
+    assert gap < 1e-4, f"it calls its log-probs exact, and a forward of the policy gives others: {gap:.3g} apart"
+
+
+def _leaves_model(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:
+    for training in (False, True):
+        model.train(training)
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        settings = copy.deepcopy(model.generation_config)
+        learns = [p.requires_grad for p in model.parameters()]
+        run(model, prompts, 1)
+        assert model.training == training, (
+            f"it leaves the model in {'training' if model.training else 'evaluation'} mode"
+        )
+        changed = [name for name, x in model.state_dict().items() if not torch.equal(x, before[name])]
+        assert not changed, f"it changes the weights {', '.join(changed[:3])}"
+        assert learns == [p.requires_grad for p in model.parameters()], "it changes which parameters learn"
+        assert settings == model.generation_config, "it leaves settings of its own in model.generation_config"
+
+
+def _repeats(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:
+    first, again = run(model, prompts, 2), run(model, prompts, 2)
+    same = (first.ids, first.masks, first.logps) == (again.ids, again.masks, again.logps)
+    assert same, "called twice in the same random state it gives other completions: draw from the global generators"
+
+
+def _greedy(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:
+    together = run(model, prompts, 2, 0.0).ids
+    alone = [ids for prompt in prompts for ids in run(model, [prompt], 2, 0.0).ids]
+    assert together == alone, f"two prompts together complete to {together}, each alone to {alone}"
+
+
+# Critics
+
+
+def critic_checks(plugin: Critic, policy: Make) -> Claims:
+    """Of a critic, for policies that `policy` makes."""
+
+    @cache
+    def answers() -> bool:
+        try:
+            _gives_values(plugin, policy())
+        except Exception:
+            return False
+        return True
+
+    def asked(check: Callable[..., None]) -> Callable[[], None]:
+        def holds() -> None:
+            if not answers():
+                raise SkipTest("not asked: it does not give one value per sampled token")
+            check(plugin, policy())
+
+        return holds
+
+    yield "it gives one finite value per sampled token", lambda: _gives_values(plugin, policy())
+    yield "a value does not see what comes after its state", asked(_is_causal)
+    yield "neighbours and padding change no value", asked(_values_alone)
+    yield "it learns, and building it leaves the policy as it was", asked(_learns)
+
+
+def _built(plugin: Critic, policy: Any) -> Any:
+    algorithm: Any = None
+    module = plugin.build(policy, algorithm)
+    if module is None:
+        assert "values" not in plugin.provides, "it declares values and builds no module"
+        return None
+    return ActorCritic(policy, module, 1.0)
+
+
+def _random(plugin: Critic, policy: Any) -> Any:
+    """Built, with its parameters moved: a head that starts at 0 would hide what it sees."""
+    critic = _built(plugin, policy)
+    if critic is not None:
+        with torch.no_grad(), seeded("critic"):
+            for parameter in critic.critic.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return critic
+
+
+PROMPTS, ROWS = [[5, 6, 7], [8]], [[9, 10, 11, 12], [13, 14]]
+MASK = torch.tensor([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+
+
+def _values(critic: Any, prompts: list[list[int]], rows: list[list[int]], mask: Tensor) -> Tensor:
+    batch = TokenBatch(prompts, rows, mask, pad=0)
+    out: Tensor = critic(batch, values=True, logps=False)["values"]
+    return out
+
+
+def _gives_values(plugin: Critic, policy: Any) -> None:
+    critic = _random(plugin, policy)
+    if critic is None:
+        return
+    due, shapes = (int(MASK.sum()),), []
+
+    def look(_: Any, __: Any, out: Any) -> None:
+        shapes.append(tuple(getattr(out, "shape", ())))
+        assert shapes[-1] == due, f"it gives values of the shape {shapes[-1]}; (n,) = {due} is due"
+
+    critic.critic.register_forward_hook(look)
+    values = _values(critic, PROMPTS, ROWS, MASK)
+    assert bool(values.isfinite().all()), "its values are not finite"
+    assert values.requires_grad, "no gradient reaches its values"
+
+
+def _is_causal(plugin: Critic, policy: Any) -> None:
+    critic = _random(plugin, policy)
+    if critic is None:
+        return
+    before = _values(critic, PROMPTS, ROWS, MASK)
+    for column in (0, 2, 3):
+        rows = copy.deepcopy(ROWS)
+        rows[0][column] = 40
+        after = _values(critic, PROMPTS, rows, MASK)
+        why = (
+            f"token {column} became another one, and the state in which it was chosen did not: read at the token before"
+        )
+        same({"a value": after[0, : column + 1]}, {"a value": before[0, : column + 1]}, why)
+
+
+def _values_alone(plugin: Critic, policy: Any) -> None:
+    critic = _random(plugin, policy)
+    if critic is None:
+        return
+    together = _values(critic, PROMPTS, ROWS, MASK)
+    for row, ids in enumerate(ROWS):
+        mask = MASK[row : row + 1, : len(ids)]
+        alone = _values(critic, PROMPTS[row : row + 1], [ids], mask)
+        same({"a value": alone[0]}, {"a value": together[row, : len(ids)]}, "the row was computed alone")
+
+
+def _learns(plugin: Critic, policy: Any) -> None:
+    before = {name: x.clone() for name, x in policy.state_dict().items()}
+    learned, mode = [p.requires_grad for p in policy.parameters()], policy.training
+    critic = _built(plugin, policy)
+    changed = [name for name, x in policy.state_dict().items() if not torch.equal(x, before[name])]
+    assert not changed, f"building it changes the policy: {', '.join(changed[:3])}"
+    assert [p.requires_grad for p in policy.parameters()] == learned, (
+        "building it changes which of the policy's weights learn"
+    )
+    assert policy.training == mode, "building it changes the policy's mode"
+    if critic is None:
+        return
+    own = dict(critic.critic.named_parameters())
+    assert own, "it has no parameters"
+    shared = {id(p) for p in policy.parameters()} & {id(p) for p in own.values()}
+    assert not shared, "its parameters are the policy's own: hold no reference to the policy, or copy it"
+    (_values(critic, PROMPTS, ROWS, MASK) - 1).square().sum().backward()
+    without = [name for name, p in own.items() if p.requires_grad and p.grad is None]
+    assert not without, f"no gradient reaches {', '.join(without[:3])}: every process waits for it"
+    assert any(p.grad is not None and bool((p.grad != 0).any()) for p in own.values()), "its gradient is 0 everywhere"
+
+
+# References
+
+
+def reference_checks(plugin: Reference, policy: Make) -> Claims:
+    """Of a reference, for policies that `policy` makes."""
+    yield "the policy's updates leave its log-probs as they are", lambda: _stays(plugin, policy())
+    if plugin.moves:
+        yield "it moves towards the policy, and moves nothing else", lambda: _moves(plugin, policy())
+
+
+IDS = torch.tensor([[3, 5, 7, 9]])
+
+
+def _stays(plugin: Reference, policy: Any) -> None:
+    own = plugin.build(policy)
+    if own is None and "ref_logps" not in plugin.provides:
+        return
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        model: Any = own
+        if own is not None:
+            return model(input_ids=IDS).logits
+        with plugin.active(policy):
+            return policy(input_ids=IDS).logits
+
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    before = logits()
+    assert own is None or not any(p.requires_grad for p in own.parameters()), (
+        "its model has parameters that would learn"
+    )
+    assert own is None or not own.training, "its model is in training mode: call eval()"
+    assert trained, "building it left the policy nothing to learn"
+    _disturb(policy)
+    same({"the reference's logits": logits()}, {"the reference's logits": before}, "the policy moved")
+
+
+@torch.no_grad()
+def _disturb(policy: Any) -> None:
+    for p in policy.parameters():
+        if p.requires_grad:
+            p.add_(0.1)
+
+
+@torch.no_grad()
+def _moves(plugin: Reference, policy: Any) -> None:
+    own: Any = plugin.build(policy)
+    assert own is not None, "it moves and builds no model"
+    _disturb(policy)
+
+    def log_probs(model: Any) -> Tensor:
+        out: Tensor = model(input_ids=IDS).logits.log_softmax(-1)
+        return out
+
+    there = log_probs(policy)
+    start = float((log_probs(own) - there).abs().max())
+    for step in range(1, 1025):
+        plugin.move(own, policy, step)
+    moved = log_probs(own)
+    assert float((moved - there).abs().max()) < start, (
+        f"after 1024 steps it is as far from the policy as before ({start:.3g})"
+    )
+    assert not own.training, "moving puts its model into training mode"
+    assert not any(p.requires_grad for p in own.parameters()), "moving makes its parameters learn"
+    same({"the policy": log_probs(policy)}, {"the policy": there}, "the reference moved")
+    _disturb(policy)
+    same({"the reference": log_probs(own)}, {"the reference": moved}, "the policy moved: its weights have to be copied")
+
+
+# Update rules, terms with texts
+
+
+def update_rule_checks(plugin: UpdateRule, policy: Make) -> Claims:
+    """Of an update rule, for policies that `policy` makes."""
+    yield "its optimizer holds every parameter it is given", lambda: _holds_all(plugin, policy())
+    yield "a step moves policy and critic, and leaves them finite", lambda: _steps(plugin, policy())
+    yield "what it logs of a step is declared, each a finite number", lambda: _logs_steps(plugin, policy())
+
+
+def _holds_all(plugin: UpdateRule, policy: Any) -> None:
+    parameters = list(policy.parameters())
+    optimizer = plugin.build(policy, [{"params": parameters[:3]}, {"params": parameters[3:], "weight_decay": 0.0}])
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in parameters}, f"it holds {len(held)} of {len(parameters)} parameters"
+
+
+def _steps(plugin: UpdateRule, policy: Any) -> None:
+    critic = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = plugin.build(policy, [{"params": [critic], "lr": 1e-3}])
+    if optimizer is None:
+        return
+    if not any(critic is p for group in optimizer.param_groups for p in group["params"]):
+        raise AssertionError("its optimizer leaves out the critic's parameters")
+    batches = [
+        (TokenBatch(PROMPTS[i : i + 1], ROWS[i : i + 1], torch.ones(1, len(ROWS[i])), 0, "padded"), 1 - 2 * i)
+        for i in (0, 1)
+    ]
+
+    def log_probs(micro: Any) -> Tensor:
+        batch, _ = micro
+        return distributions(policy, batch, 1.0)
+
+    def sampled(micro: Any) -> Tensor:
+        batch, _ = micro
+        return log_probs(micro).gather(1, batch.targets.unsqueeze(1))
+
+    old = [sampled(micro).detach() for micro in batches]
+
+    def loss(micro: Any) -> Tensor:
+        place = [micro is each for each in batches].index(True)
+        return -micro[1] * (sampled(micro) - old[place]).exp().mean()
+
+    (torch.stack([loss(micro) for micro in batches]).sum() + critic.square().sum()).backward()
+    before = [p.detach().clone() for p in policy.parameters()]
+    plugin.hold(Step(micro_batches=batches, loss=loss, log_probs=log_probs, total=lambda x: x.detach()))
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in (critic, *policy.parameters())), (
+        "a step leaves a parameter that is not finite"
+    )
+    assert any(not torch.equal(p, x) for p, x in zip(policy.parameters(), before, strict=True)), (
+        "the policy stays as it was"
+    )
+    assert bool((critic != 1).any()), "the critic stays as it was"
+
+
+def _logs_steps(plugin: UpdateRule, policy: Any) -> None:
+    try:
+        _steps(plugin, policy)
+    except Exception as error:
+        raise SkipTest(f"not asked: a step fails. {error}") from None
+    said = plugin.take_logs()
+    check_finite(said, "it logs")
+    check_declared(plugin, said, "it logs")
+
+
+def text_term_checks(plugin: TextTerm) -> Claims:
+    """Of a loss term with texts of its own, once it is set up."""
+    yield "its texts depend on the step alone, and have two tokens or more", lambda: _texts(plugin)
+
+
+def _texts(plugin: TextTerm) -> None:
+    fresh = copy.deepcopy(plugin)
+    in_order = [plugin.texts(step) for step in range(4)]
+    for step, texts in enumerate(in_order):
+        assert texts, f"it has no text for step {step}"
+        for ids in texts:
+            whole = len(ids) >= 2 and all(isinstance(i, int) and i >= 0 for i in ids)
+            assert whole, f"step {step}: {ids} is no list of two or more token ids"
+    assert equal(fresh.texts(3), in_order[3]), "asked for step 3 at once, as after a resume, it gives other texts"

@@ -1,0 +1,230 @@
+"""What the axes of tensor functions get and give: random input with every tensor there is, and one call per axis.
+
+The facts about them stand in `hf_rlhf.conformance.invariances` and `hf_rlhf.conformance.gradients`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.axes import LossTerm, Plugin
+from hf_rlhf.batch import Credit, Scored
+from hf_rlhf.conformance.common import with_nested
+
+Tensors = dict[str, Tensor]
+Run = Callable[[Tensors], Tensors]
+
+ALWAYS = ("mask", "token_rewards", "group_ids", "kl_penalties", "finished")
+"""Fields of `Scored` that need not be asked for."""
+FIELDS = ("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "greedy", "completion_ids", "advantages")
+"""Fields of `Scored` that are there for those who need them, beside the scores."""
+SOURCES = {"score": ("reward", 1.0), "style": ("style", 0.5)}
+"""Tensor -> the reward source whose scores it is, and its weight."""
+PLACES = frozenset({"reward", "loss", "advantage"})
+VOCABULARY = 5
+
+
+def draw_tensors(
+    *,
+    group_sizes: Sequence[int] = (4, 3, 1, 2),
+    length: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensors:
+    """Every tensor that a plugin may see, rows first. Off the mask stand numbers that must not matter.
+
+    Of two reward sources `reward` and `style` the weighted sum is `total_score`; less `kl_penalties`, which are negative
+    here, it makes up `token_rewards`, so returns are not negative. `log_probs` are of a whole vocabulary, (N, T, V).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(group_sizes)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = (1 + draw(rows) * length).long().clamp(max=length)
+    lengths[0] = length
+    place = torch.arange(length)
+    sampled = (place < lengths[:, None]) & (draw(rows, length) > 0.25)
+    sampled[0, length // 2] = False
+    mask = (sampled | (place == lengths[:, None] - 1)).to(torch.float64)
+    last = (place == lengths[:, None] - 1).double()
+    groups = torch.repeat_interleave(torch.arange(len(group_sizes)), torch.tensor(group_sizes))
+    score, style = (draw(rows) * 4).round() / 4, draw(rows)
+    total = score + SOURCES["style"][1] * style
+    penalties = -0.1 * draw(rows, length) * mask
+    logps = -0.5 - 2 * draw(rows, length)
+    old_logps = logps + 0.4 * draw(rows, length) - 0.2
+    most = old_logps.exp() ** 2
+    tensors = {
+        "mask": mask,
+        "token_rewards": total[:, None] * last - penalties,
+        "kl_penalties": penalties,
+        "group_ids": groups * 3 + 5,
+        "values": 2 * draw(rows, length) - 1,
+        "score": score,
+        "style": style,
+        "total_score": total,
+        "greedy": 2 * draw(len(group_sizes))[groups],
+        "logps": logps,
+        "old_logps": old_logps,
+        "ref_logps": logps + 0.8 * draw(rows, length) - 0.4,
+        "sampler_logps": logps + 0.2 * draw(rows, length) - 0.1,
+        "sum_sq_probs": most + (1 - old_logps.exp()) ** 2 * draw(rows, length),
+        "entropy": draw(rows, length),
+        "advantages": (2 * draw(rows, length) - 1) * mask,
+        "finished": draw(rows) > 0.3,
+        "completion_ids": (3 + 60 * draw(rows, length)).long() * (place < lengths[:, None]),
+        "log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
+        "ref_log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
+    }
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def ordinary(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensors:
+    """Input without anything degenerate: groups of different sizes, none of a single row."""
+    return draw_tensors(group_sizes=(4, 3, 2), seed=seed, dtype=dtype)
+
+
+def as_scored(t: Tensors, needs: frozenset[str] | None = None) -> Scored:
+    """The tensors as a `Scored`: with every field, or with those alone that come with `needs`."""
+    fields = [name for name in FIELDS if needs is None or name in needs]
+    with_scores = needs is None or "scores" in needs
+    return Scored(
+        **{name: t[name] for name in (*ALWAYS, *fields) if name in t},
+        scores={source: t[name] for name, (source, _) in SOURCES.items()} if with_scores else None,
+        weights=dict(SOURCES.values()) if with_scores else None,
+    )
+
+
+def declared(plugin: Plugin) -> frozenset[str]:
+    """What it needs, with the plugins inside it."""
+    return frozenset().union(*(each.needs for each in with_nested(plugin)))
+
+
+# One call per axis. `strict` hands over what the plugin declares and nothing else, as a run does; otherwise it gets every
+# field, and the keywords that it declares or takes.
+
+
+def _asked(plugin: Any, call: Any, t: Tensors, strict: bool, *positional: str) -> Tensors:
+    names = set(plugin.needs)
+    if not strict:
+        parameters = inspect.signature(call).parameters.values()
+        takes = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        names = (names | takes) if any(p.kind is p.VAR_KEYWORD for p in parameters) else takes
+    return {name: t[name] for name in sorted(names - {"logps", "mask", *positional}) if name in t}
+
+
+def _scored(plugin: Any, t: Tensors, strict: bool) -> Scored:
+    return as_scored(t, declared(plugin) if strict else None)
+
+
+def _advantages(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    out = plugin(_scored(plugin, t, strict))
+    if "values" in declared(plugin):
+        returns = out.returns if isinstance(out, Credit) else None
+        assert returns is not None, "it needs values and gave no returns; a Credit with returns is due, for the critic"
+        return {"advantages": out.advantages, "returns": returns}
+    credit = Credit.of(out)
+    assert credit.returns is None, "it gave returns without needing values, and nothing would read them"
+    return {"advantages": credit.advantages}
+
+
+def _baseline(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    out, (rows, width) = plugin(_scored(plugin, t, strict)), t["mask"].shape
+    due = isinstance(out, Tensor) and tuple(out.shape) in ((rows, 1), (rows, width))
+    assert due, f"it gave {_shape(out)}; (N, 1) = {(rows, 1)} or (N, T) = {(rows, width)} is due"
+    return {"baseline": out.expand(rows, width)}
+
+
+def _shape(out: Any) -> str:
+    return f"the shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+
+
+def prepared(plugin: Any, t: Tensors) -> Tensors:
+    """With what a policy loss selects once per rollout, if it does and it is not there yet."""
+    if "selected" not in plugin.needs or "selected" in t:
+        return t
+    return {**t, "selected": plugin.select(t["old_logps"], t["advantages"], t["mask"])}
+
+
+def _policy_loss(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    t = prepared(plugin, t)
+    extras = _asked(plugin, plugin.__call__, t, strict, "old_logps", "advantages")
+    out = plugin(t["logps"], t["old_logps"], t["advantages"], t["mask"], **extras)
+    is_pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)
+    assert is_pair, "a policy loss gives a pair: the loss (B, T) and a dict of metrics"
+    selected = {"selected": t["selected"]} if "selected" in plugin.needs else {}
+    return {"loss": out[0], **{f"metric {name}": x for name, x in out[1].items()}, **selected}
+
+
+def _kl_estimator(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    if "full_distribution" in plugin.needs:
+        own, ref = (t[name].flatten(0, 1) for name in ("log_probs", "ref_log_probs"))
+        return {"kl": plugin(own, ref).view(t["mask"].shape)}
+    return {"kl": plugin(t["logps"], t["ref_logps"], **_asked(plugin, plugin.__call__, t, strict, "ref_logps"))}
+
+
+def _kl(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    if "full_distribution" in plugin.estimator.needs:
+        kl = plugin.limit(_kl_estimator(plugin.estimator, t)["kl"] * t["mask"])
+    else:
+        extras = _asked(plugin.estimator, plugin.estimator.__call__, t, strict, "ref_logps")
+        kl = plugin.measure(t["logps"], t["ref_logps"], t["mask"], **extras)
+    return {"kl": kl, **{f"{p}_penalty": getattr(plugin, f"{p}_penalty")(kl) for p in sorted(plugin.places & PLACES)}}
+
+
+def _loss_term(plugin: LossTerm, t: Tensors, strict: bool = False) -> Tensors:
+    per_row = {name: t[name] for name in ("group_ids", "total_score")}
+    weights = plugin.weights(t["mask"], **_asked(plugin, plugin.weights, per_row, strict))
+    return {
+        "loss": plugin(t["logps"], t["mask"], **_asked(plugin, plugin.__call__, t, strict, "group_ids")),
+        "weights": weights,
+    }
+
+
+def _aggregation(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
+    per_row = {name: t[name] for name in ("group_ids", "total_score")}
+    return {"weights": plugin(t["mask"], **_asked(plugin, plugin.__call__, per_row, strict))}
+
+
+OUTPUTS: dict[str, Callable[..., Tensors]] = {
+    "advantages": _advantages,
+    "baseline": _baseline,
+    "kl": _kl,
+    "kl_estimator": _kl_estimator,
+    "policy_loss": _policy_loss,
+    "rollout_correction": lambda p, t, strict=False: {"factors": p(t["old_logps"], t["sampler_logps"], t["mask"])},
+    "aggregation": _aggregation,
+    "loss_terms": _loss_term,
+    "filters": lambda p, t, strict=False: {"keep": p(_scored(p, t, strict))},
+}
+"""Axis -> (plugin, tensors) -> what it gives, by name."""
+
+
+# The same rollout, written down differently
+
+
+def rows_of(t: Tensors, rows: Any) -> Tensors:
+    """The tensors of these rows (a slice, or indices)."""
+    return {name: x[rows] for name, x in t.items()}
+
+
+def widened(t: Tensors, at: int, columns: int = 1, fill: Mapping[str, float] | None = None) -> Tensors:
+    """With columns that hold 0, or what `fill` says, put in before column `at`."""
+
+    def insert(name: str, x: Tensor) -> Tensor:
+        new = torch.full_like(x[:, :1], (fill or {}).get(name, 0)).expand(-1, columns, *x.shape[2:])
+        return torch.cat([x[:, :at], new, x[:, at:]], 1)
+
+    return {name: insert(name, x) if x.dim() >= 2 else x for name, x in t.items()}
+
+
+def on_mask(t: Tensors, outputs: Tensors) -> Tensors:
+    """Outputs times the mask, as the core takes them: an infinity off the mask becomes NaN and shows."""
+    return {name: x * t["mask"] if x.dim() == 2 else x for name, x in outputs.items()}

@@ -1,0 +1,1 @@
+"""Datasets, the stream of prompts, and model loading."""

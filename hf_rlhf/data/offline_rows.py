@@ -1,0 +1,165 @@
+"""The rows of a recipe without rollouts: read, split, checked and encoded before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.config.offline_sections import OfflineDataset
+from hf_rlhf.contract.offline_trainer import OfflineTrainer
+from hf_rlhf.data.addition_rows import demo_rows
+from hf_rlhf.data.addition_task import BUILTIN
+from hf_rlhf.data.sources import DatasetError, Row, load_rows
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class Numbered(Sequence[Row]):
+    """Rows with their places in the dataset, the first being 1, and columns under the names that the trainer reads."""
+
+    def __init__(self, rows: Any, places: Sequence[int], names: Mapping[str, str]):
+        self.rows, self.places, self.names = rows, places, names
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.rows[self.places[index]]
+        taken = set(self.names.values())
+        kept = {name: value for name, value in row.items() if name not in taken}
+        return {**kept, **{name: row[own] for name, own in self.names.items()}}
+
+    def number(self, index: int) -> int:
+        """Where the row stands in the dataset."""
+        return self.places[index] + 1
+
+    def part(self, indices: Iterable[int]) -> Numbered:
+        """Some of the rows."""
+        return Numbered(self.rows, [self.places[i] for i in indices], self.names)
+
+
+def read_rows(settings: OfflineDataset, trainer: OfflineTrainer) -> tuple[Numbered, Numbered | None]:
+    """The rows to train on and the held-out ones, their columns checked. Raises `DatasetError`."""
+    if settings.path is None:
+        raise DatasetError(
+            f"no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or {BUILTIN}"
+        )
+    if settings.path == BUILTIN:
+        train, built_in = _built_in(settings, trainer)
+    else:
+        train, built_in = _load(settings, settings.path, settings.split), None
+    if settings.eval_path is not None:
+        held_out = _load(settings, settings.eval_path, settings.eval_split or "train")
+    elif settings.eval_split is not None:
+        held_out = _load(settings, settings.path, settings.eval_split)
+    else:
+        held_out = built_in
+    whole = _numbered(train, settings, trainer, "dataset")
+    if held_out is not None:
+        return whole, _numbered(held_out, settings, trainer, "evaluation dataset")
+    return _hold_out(whole, settings.held_out)
+
+
+def encode(
+    rows: Numbered, trainer: OfflineTrainer, tokenizer: PreTrainedTokenizerBase, context: int | None, title: str
+) -> datasets.Dataset:
+    """What the trainer makes of each row. Raises `DatasetError` naming the first row that is wrong."""
+    import datasets
+
+    limit = min((x for x in (trainer.max_length, context) if x is not None), default=None)
+    examples: list[dict[str, Any]] = []
+    empty = long = 0
+    for index in range(len(rows)):
+        try:
+            made = trainer.encode(rows[index], tokenizer)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DatasetError(f"{title}, row {rows.number(index)} (the first is 1): {error}") from error
+        if made is None:
+            empty += 1
+        elif limit is not None and length(made) > limit:
+            long += 1
+        else:
+            examples.append(made)
+    for count, why in ((empty, "have nothing to learn from"), (long, f"are longer than {limit} tokens")):
+        if count:
+            logger.warning("%d of %d rows of the %s %s: dropped", count, len(rows), title, why)
+    if not examples:
+        raise DatasetError(
+            f"no row of the {title} is left: {empty} of {len(rows)} have nothing to learn from and {long} are longer than "
+            f"{limit} tokens (trainer.max_length, and the model's context)"
+        )
+    return datasets.Dataset.from_list(examples)
+
+
+def length(example: Mapping[str, Any]) -> int:
+    """Tokens of an encoded row: the longest of its lists."""
+    return max((len(value) for value in example.values() if isinstance(value, list)), default=0)
+
+
+def longest(examples: datasets.Dataset) -> int:
+    """Tokens of the longest encoded row."""
+    import pyarrow
+    import pyarrow.compute
+
+    lists = [column for column in examples.data.columns if pyarrow.types.is_list(column.type)]
+    return max((pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py() for column in lists), default=0)
+
+
+def _built_in(settings: OfflineDataset, trainer: OfflineTrainer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("columns", {})):
+        if getattr(settings, key) != default:
+            raise DatasetError(f"dataset.{key} has no meaning for {BUILTIN}: leave it out")
+    return demo_rows(trainer)
+
+
+def _load(settings: OfflineDataset, path: str, split: str) -> Any:
+    return load_rows(path, name=settings.name, split=split)
+
+
+def _numbered(rows: Any, settings: OfflineDataset, trainer: OfflineTrainer, title: str) -> Numbered:
+    first = next(iter(rows), None)
+    if first is None:
+        raise DatasetError(f"the {title} has no rows")
+    absent = sorted(set(settings.columns.values()) - set(first))
+    missing = sorted(trainer.columns() - {*settings.columns, *(set(first) - set(settings.columns.values()))})
+    if absent:
+        has = ", ".join(sorted(first))
+        raise DatasetError(f"dataset.columns: the {title} has no column {', '.join(map(repr, absent))}; it has: {has}")
+    if missing:
+        raise DatasetError(
+            f"trainer={trainer.name} reads {', '.join(sorted(trainer.columns()))}; the {title} has no "
+            f"{', '.join(map(repr, missing))}, but {', '.join(sorted(first))}. Where a column has another name, say "
+            f"dataset.columns={{{missing[0]}: NAME}}"
+        )
+    return Numbered(rows, range(len(rows)), settings.columns)
+
+
+def _hold_out(rows: Numbered, count: int) -> tuple[Numbered, Numbered | None]:
+    """Rows without a tenth of them, about `count` at most, whole prompts each; the same ones whatever the run's seed."""
+    count = min(count, len(rows) // 10)
+    groups: dict[str, list[int]] = {}
+    for index in range(len(rows)):
+        groups.setdefault(_group(rows[index], index), []).append(index)
+    order = list(groups.values())
+    random.Random("held-out").shuffle(order)
+    kept: list[int] = []
+    for group in order:
+        if len(kept) + len(group) <= count:
+            kept += group
+    if not kept:
+        return rows, None
+    taken = set(kept)
+    return rows.part(i for i in range(len(rows)) if i not in taken), rows.part(sorted(kept))
+
+
+def _group(row: Row, index: int) -> str:
+    """What rows of one prompt share; a row without a prompt of its own is alone."""
+    prompt = row.get("prompt")
+    return f"row {index}" if prompt is None else json.dumps(prompt, sort_keys=True, default=str)

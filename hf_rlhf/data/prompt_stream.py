@@ -1,0 +1,92 @@
+"""Which prompts come next: an endless, seeded, resumable stream, the same on every process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from hf_rlhf.batch import Prompt
+
+WINDOW = 1000
+"""Prompts among which a stream of unknown length is shuffled."""
+
+
+class PromptStream:
+    """Prompts of epoch after epoch, nothing dropped in between.
+
+    `source` is a sequence, of which each epoch is a permutation drawn from (seed, epoch), or an iterable, such as a
+    streamed dataset, which each epoch starts again and shuffles in a window of 1,000. The trainer takes each process'
+    share of what `next` gives.
+    """
+
+    def __init__(self, source: Sequence[Prompt] | Iterable[Prompt], *, seed: int = 0, shuffle: bool = True) -> None:
+        self._source = source
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+        self._position = 0
+        self._upcoming: Iterator[Prompt] | None = None
+        if self.rows == 0:
+            raise ValueError("the dataset has no prompts")
+
+    @property
+    def rows(self) -> int | None:
+        """Prompts in an epoch; None where the source is a stream."""
+        return len(self._source) if isinstance(self._source, Sequence) else None
+
+    @property
+    def epoch(self) -> float:
+        """Epochs given so far, counting part of the present one where its length is known."""
+        return self._epoch + (self._position / self.rows if self.rows else 0)
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts."""
+        prompts: list[Prompt] = []
+        while len(prompts) < n:
+            if self._upcoming is None:
+                self._upcoming = islice(self._order(), self._position, None)
+            taken = list(islice(self._upcoming, n - len(prompts)))
+            self._position += len(taken)
+            prompts += taken
+            if len(prompts) < n:
+                if self._position == 0:
+                    raise ValueError("the dataset has no prompts: its stream ended before the first one")
+                self._epoch, self._position, self._upcoming = self._epoch + 1, 0, None
+        return prompts
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact position, in plain numbers."""
+        return {"epoch": self._epoch, "position": self._position, "rows": self.rows, "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. Raises `ValueError` where this stream is another one."""
+        for name, here in (("rows", self.rows), ("seed", self._seed)):
+            if state[name] != here:
+                raise ValueError(f"the prompts have changed since the checkpoint: {name} was {state[name]}, now {here}")
+        self._epoch, self._position, self._upcoming = state["epoch"], state["position"], None
+
+    def _order(self) -> Iterator[Prompt]:
+        """The prompts of this epoch, from its first."""
+        generator = random.Random(f"{self._seed}-{self._epoch}")
+        if not isinstance(self._source, Sequence):
+            return _shuffled(self._source, generator) if self._shuffle else iter(self._source)
+        order = list(range(len(self._source)))
+        if self._shuffle:
+            generator.shuffle(order)
+        return (self._source[index] for index in order)
+
+
+def _shuffled(source: Iterable[Prompt], generator: random.Random) -> Iterator[Prompt]:
+    """Each prompt once, drawn from the next `WINDOW` of them."""
+    window: list[Prompt] = []
+    for prompt in source:
+        if len(window) < WINDOW:
+            window.append(prompt)
+            continue
+        index = generator.randrange(WINDOW)
+        window[index], drawn = prompt, window[index]
+        yield drawn
+    generator.shuffle(window)
+    yield from window

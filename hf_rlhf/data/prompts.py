@@ -1,0 +1,324 @@
+"""From what a recipe calls its dataset to prompts: splits, checks, chat templates, tokens.
+
+Whatever is wrong with a dataset is a `DatasetError` here, before a model is loaded: no rows, a missing column, an empty
+prompt (with its row number), a prompt longer than the context.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.batch import Prompt
+from hf_rlhf.config.sections import Dataset
+from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
+from hf_rlhf.data.sources import DatasetError, Row, Rows, load_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1000
+"""Prompts tokenized at once."""
+
+
+def load_prompts(
+    settings: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int | None = None,
+    train: Rows | None = None,
+    evaluation: Rows | None = None,
+) -> tuple[Prompts | StreamedPrompts, Prompts | StreamedPrompts | None]:
+    """The prompts to train on, and those to evaluate on or None.
+
+    `max_prompt_tokens` is what the context leaves; `settings.max_prompt_tokens` can only be stricter. `train` and
+    `evaluation` replace what `settings` would load.
+    """
+    limits = [limit for limit in (settings.max_prompt_tokens, max_prompt_tokens) if limit is not None]
+    rows, held_out = read_rows(settings, train, evaluation)
+
+    def prompts(rows: _Subset | Iterable[Row], title: str) -> Prompts | StreamedPrompts:
+        names = _columns(rows, title)
+        _check_prompt(settings, names)
+        maker = _Maker(settings=settings, tokenizer=tokenizer, limit=min(limits, default=None), names=names)
+        return maker.prompts(rows, title)
+
+    return prompts(rows, "dataset"), None if held_out is None else prompts(held_out, "evaluation dataset")
+
+
+def read_columns(
+    settings: Dataset, train: Rows | None = None, evaluation: Rows | None = None
+) -> tuple[set[str], int | None]:
+    """The columns that rewards can read, and the number of rows to train on (None for a stream). Needs no tokenizer."""
+    rows, held_out = read_rows(settings, train, evaluation)
+    columns = _columns(rows, "dataset")
+    _check_prompt(settings, columns)
+    if held_out is not None:
+        columns &= _columns(held_out, "evaluation dataset")
+    return columns - _consumed(settings), len(rows) if isinstance(rows, _Subset) else None
+
+
+def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:
+    """Raises `DatasetError` where a reward reads a column that is not there."""
+    problems = []
+    for reward in rewards:
+        reads = getattr(reward, "columns", None)
+        read = (reads() if reads is not None else set()) | set(getattr(reward, "when", None) or ())
+        missing = sorted(read - columns)
+        if missing:
+            problems.append(f"rewards.{reward.name} reads {', '.join(missing)}")
+    if problems:
+        raise DatasetError(f"{'; '.join(problems)}: the dataset has {', '.join(sorted(columns)) or 'no such columns'}")
+
+
+def read_rows(
+    settings: Dataset, train: Rows | None = None, evaluation: Rows | None = None
+) -> tuple[_Subset | Iterable[Row], _Subset | Iterable[Row] | None]:
+    """The rows to train on, and those to evaluate on: `evaluation`, `eval_path`, `eval_split`, else held-out rows."""
+    if train is None and settings.path == BUILTIN:
+        train, built_in = _addition(settings)
+        evaluation = built_in if evaluation is None and settings.eval_path is None else evaluation
+    if train is None:
+        train = _load(settings, settings.path, settings.split)
+    if evaluation is None and settings.eval_path is not None:
+        evaluation = _load(settings, settings.eval_path, settings.eval_split or "train")
+    elif evaluation is None and settings.eval_split is not None:
+        evaluation = _load(settings, settings.path, settings.eval_split)
+    if evaluation is not None or settings.held_out == 0:
+        return _sequence(train), None if evaluation is None else _sequence(evaluation)
+    return _hold_out(_sequence(train), settings.held_out)
+
+
+@dataclass
+class _Subset(Sequence[Row]):
+    """Some rows of a sequence, by index."""
+
+    rows: Any
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[self.indices[index]]
+
+    def number(self, index: int) -> int:
+        """Where the row stands in the dataset, the first being 1."""
+        place = self.indices[index]
+        return self.rows.number(place) if isinstance(self.rows, _Subset) else place + 1
+
+
+def _sequence(rows: Any) -> _Subset | Iterable[Row]:
+    """Whatever has a length and indices as a `Sequence`, which `datasets.Dataset` is not."""
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return _Subset(rows, range(len(rows)))
+    return rows
+
+
+def _hold_out(
+    rows: _Subset | Iterable[Row], count: int
+) -> tuple[_Subset | Iterable[Row], _Subset | Iterable[Row] | None]:
+    """The rows without a tenth of them, at most `count`; the same tenth whatever the seed of the run.
+
+    Of a `datasets.IterableDataset` the first `count` rows are taken; other iterables are left whole.
+    """
+    stream: Any = rows
+    if not isinstance(rows, _Subset):
+        return (stream.skip(count), stream.take(count)) if hasattr(stream, "skip") else (rows, None)
+    count = min(count, len(rows) // 10)
+    if count == 0:
+        return rows, None
+    order = list(range(len(rows)))
+    random.Random("held-out").shuffle(order)
+    return _Subset(rows, sorted(order[count:])), _Subset(rows, sorted(order[:count]))
+
+
+def _addition(settings: Dataset) -> tuple[Rows, Rows]:
+    for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("streaming", False)):
+        if getattr(settings, key) != default:
+            raise DatasetError(f"dataset.{key} has no meaning for {BUILTIN}: leave it out")
+    return addition_dataset()
+
+
+def _load(settings: Dataset, path: str | None, split: str) -> Rows:
+    if path is None:
+        raise DatasetError(
+            f"no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or {BUILTIN}"
+        )
+    return load_rows(path, name=settings.name, split=split, streaming=settings.streaming)
+
+
+def _columns(rows: Rows, title: str) -> set[str]:
+    """The columns of the first row. Raises `DatasetError` where there is none."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise DatasetError(f"the {title} has no rows")
+    return set(first)
+
+
+def _places(settings: Dataset) -> list[str]:
+    """The columns that make the prompt."""
+    if settings.prompt_template is None:
+        return [settings.prompt]
+    return [place for _, place, _, _ in Formatter().parse(settings.prompt_template) if place is not None]
+
+
+def _consumed(settings: Dataset) -> set[str]:
+    """The columns that rewards do not see: the prompt's. A template's columns are seen."""
+    return {settings.prompt} if settings.prompt_template is None else set()
+
+
+def _check_prompt(settings: Dataset, columns: set[str]) -> None:
+    missing = sorted(set(_places(settings)) - columns)
+    if missing:
+        key = "prompt" if settings.prompt_template is None else "prompt_template"
+        raise DatasetError(
+            f"dataset.{key}: there is no column {', '.join(map(repr, missing))}; the dataset has: "
+            f"{', '.join(sorted(columns))}. Name the prompt's column with dataset.prompt, or make the prompt from "
+            "others with dataset.prompt_template"
+        )
+
+
+@dataclass(kw_only=True)
+class Prompts(Sequence[Prompt]):
+    """Prompts with an order and a length; tokens are held, other columns read when asked for."""
+
+    ids: list[list[int]]
+    rows: _Subset
+    maker: _Maker
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        row = self.rows[index]
+        return Prompt(
+            ids=self.ids[index], prompt=self.maker.form(row, self.rows.number(index)), columns=self.maker.columns(row)
+        )
+
+
+@dataclass(kw_only=True)
+class StreamedPrompts:
+    """Prompts made as they are asked for, from the first row each time."""
+
+    rows: Iterable[Row]
+    maker: _Maker
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for number, row in enumerate(self.rows, start=1):
+            prompt = self.maker.form(row, number)
+            ids = self.maker.tokenize([prompt], [number])[0]
+            if not self.maker.too_long(ids, number):
+                yield Prompt(ids=ids, prompt=prompt, columns=self.maker.columns(row))
+
+
+@dataclass(kw_only=True)
+class _Maker:
+    """Rows to prompts."""
+
+    settings: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    limit: int | None
+    names: set[str]
+
+    def prompts(self, rows: _Subset | Iterable[Row], title: str) -> Prompts | StreamedPrompts:
+        if not isinstance(rows, _Subset):
+            return StreamedPrompts(rows=rows, maker=self)
+        ids: list[list[int]] = []
+        for start in range(0, len(rows), CHUNK):
+            chunk = range(start, min(start + CHUNK, len(rows)))
+            numbers = [rows.number(index) for index in chunk]
+            ids += self.tokenize(
+                [self.form(rows[i], number) for i, number in zip(chunk, numbers, strict=True)], numbers
+            )
+        kept = [index for index in range(len(rows)) if not self.too_long(ids[index], rows.number(index))]
+        if not kept:
+            raise DatasetError(f"all {len(rows)} prompts of the {title} are longer than {self.limit} tokens")
+        if len(kept) < len(rows):
+            logger.warning(
+                "%d of %d prompts are longer than %s tokens: dropped", len(rows) - len(kept), len(rows), self.limit
+            )
+        return Prompts(ids=[ids[index] for index in kept], rows=_Subset(rows, kept), maker=self)
+
+    def form(self, row: Row, number: int) -> str | list[dict[str, Any]]:
+        """The prompt of a row: text, or chat messages."""
+        settings = self.settings
+        for place in _places(settings):
+            if row.get(place) is None or (settings.prompt_template is None and not row[place]):
+                raise DatasetError(
+                    f"dataset: the prompt of row {number} is empty (column {place!r}; the first row is 1)"
+                )
+        template = settings.prompt_template
+        prompt = row[settings.prompt] if template is None else template.format_map(row)
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise DatasetError(f"dataset: the prompt of row {number} is empty (the first row is 1)")
+            if settings.system is not None and not settings.chat:
+                raise DatasetError("dataset.system needs a chat prompt: set dataset.chat, or leave it out")
+            if not settings.chat:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        elif settings.chat:
+            raise DatasetError("dataset.chat wraps text prompts, and these are chat messages already: leave it out")
+        messages = self._messages(prompt, number)
+        if settings.system is None:
+            return messages
+        if messages[0]["role"] == "system":
+            raise DatasetError(f"dataset.system: row {number} has a system message of its own (the first row is 1)")
+        return [{"role": "system", "content": settings.system}, *messages]
+
+    def _messages(self, prompt: Any, number: int) -> list[dict[str, Any]]:
+        if not isinstance(prompt, list) or not all(isinstance(part, Mapping) and "role" in part for part in prompt):
+            raise DatasetError(
+                f"dataset: the prompt of row {number} is a {type(prompt).__name__}, neither text nor a list of "
+                "messages with role and content (the first row is 1)"
+            )
+        return [{key: value for key, value in part.items() if value is not None} for part in prompt]
+
+    def tokenize(self, prompts: list[str | list[dict[str, Any]]], numbers: list[int]) -> list[list[int]]:
+        """Tokens of each prompt; a conversation ends where the assistant's turn begins, or goes on where it is open."""
+        texts = [prompt if isinstance(prompt, str) else self._chat(prompt) for prompt in prompts]
+        special = [isinstance(prompt, str) for prompt in prompts]
+        if all(special) or not any(special):
+            ids = self.tokenizer(texts, add_special_tokens=special[0])["input_ids"]
+        else:
+            raise DatasetError("dataset: some prompts are text and some are chat messages; make them alike")
+        for number, row in zip(numbers, ids, strict=True):
+            if not row:
+                raise DatasetError(f"dataset: the prompt of row {number} has no tokens (the first row is 1)")
+        return ids
+
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
+        if not self.tokenizer.chat_template:
+            raise DatasetError(
+                "the prompts are chat messages and the tokenizer has no chat template: set model.chat_template"
+            )
+        goes_on = messages[-1]["role"] == "assistant"
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+        )
+        assert isinstance(text, str)
+        return text
+
+    def too_long(self, ids: list[int], number: int) -> bool:
+        if self.limit is None or len(ids) <= self.limit:
+            return False
+        if self.settings.overlong_prompts == "error":
+            raise DatasetError(
+                f"dataset: the prompt of row {number} has {len(ids)} tokens and {self.limit} are allowed (the first "
+                "row is 1): set dataset.overlong_prompts=drop, or allow more with dataset.max_prompt_tokens or a "
+                "smaller rollout.max_new_tokens"
+            )
+        return True
+
+    def columns(self, row: Row) -> dict[str, Any]:
+        """What rewards see of a row: the same columns in every row."""
+        return {name: row.get(name) for name in sorted(self.names - _consumed(self.settings))}

@@ -1,0 +1,126 @@
+"""Rows of a dataset from a file, a folder or the Hub. Values stay what the file says."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_rlhf.runtime.errors import UserError
+
+FILES = (".json", ".jsonl", ".csv", ".parquet")
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row] | Iterable[Row]
+"""A sequence of rows (a list, a `datasets.Dataset`) or a stream of them (a `datasets.IterableDataset`)."""
+
+
+class DatasetError(UserError, ValueError):
+    """Something is wrong with a dataset; the message says what, where, and what to do."""
+
+
+def load_rows(path: str, *, name: str | None = None, split: str = "train", streaming: bool = False) -> Rows:
+    """The rows of one split. A file is one split, `train`. Raises `DatasetError`, saying what is wrong."""
+    place = Path(path).expanduser()
+    if not place.exists() and (place.suffix in FILES or path.startswith(("/", ".", "~"))):
+        raise DatasetError(f"no dataset file or folder {path}")
+    if place.is_file():
+        if place.suffix not in FILES:
+            raise DatasetError(f"{path}: files end in {', '.join(FILES)}, not {place.suffix!r}")
+        if name is not None:
+            raise DatasetError(f"dataset.name has no meaning for the file {path}: leave it out")
+        if split != "train":
+            raise DatasetError(f"{path}: a file is one split, 'train', and has no {split!r}")
+        if place.suffix in (".json", ".jsonl"):
+            return _json_stream(place) if streaming else _complete(list(_json_rows(place)))
+        kind = place.suffix[1:]
+        options: dict[str, Any] = {"data_files": {"train": str(place)}, "streaming": streaming}
+        if kind == "csv":
+            options |= {"features": _text_columns(place), "keep_default_na": False}
+        return _load(kind, path, split, options)
+    if any((place / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+        if name is not None:
+            raise DatasetError(f"dataset.name has no meaning for the folder {path}: leave it out")
+        return _from_disk(place, split, streaming)
+    return _load(str(place) if place.is_dir() else path, path, split, {"name": name, "streaming": streaming})
+
+
+def _load(kind: str, path: str, split: str, options: dict[str, Any]) -> Rows:
+    import datasets
+
+    try:
+        return datasets.load_dataset(kind, split=split, **options)
+    except Exception as error:
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        raise DatasetError(
+            f"cannot load split {split!r} of dataset {path}: {type(error).__name__}: {error}{cause}"
+        ) from error
+
+
+def _from_disk(place: Path, split: str, streaming: bool) -> Rows:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(place))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DatasetError(f"{place} has no split {split!r}; it has: {', '.join(loaded)}")
+        loaded = loaded[split]
+    elif split != "train":
+        raise DatasetError(f"{place} holds one dataset without splits; leave {split!r} out")
+    return loaded.to_iterable_dataset() if streaming else loaded
+
+
+def _text_columns(file: Path) -> Any:
+    """Every column of a CSV file as text: "007" stays "007", and whole numbers with a gap do not become 18.0."""
+    import datasets
+
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        header = next(csv.reader(lines), [])
+    if not header:
+        raise DatasetError(f"{file}: no header; the first line of a CSV file names its columns")
+    return datasets.Features({name: datasets.Value("string") for name in header})
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    """The objects of a JSON list, or of a file with one object per line.
+
+    Not through `datasets`, which makes a time of every text that looks like one: "2020-01-01" would no longer match.
+    """
+    with open(file, encoding="utf-8-sig") as lines:
+        if lines.read(1) == "[":
+            lines.seek(0)
+            try:
+                numbered: Iterable[tuple[int, Any]] = enumerate(json.load(lines), start=1)
+            except json.JSONDecodeError as error:
+                raise DatasetError(f"{file}: not JSON: {error}") from error
+            what = "row"
+        else:
+            lines.seek(0)
+            numbered, what = _json_lines(file, lines), "line"
+        for number, row in numbered:
+            if not isinstance(row, dict):
+                raise DatasetError(f"{file}, {what} {number}: a {type(row).__name__}, not an object with named columns")
+            yield row
+
+
+def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DatasetError(f"{file}, line {number}: not JSON: {error}") from error
+
+
+def _json_stream(file: Path) -> Rows:
+    import datasets
+
+    return datasets.IterableDataset.from_generator(_json_rows, gen_kwargs={"file": file})
+
+
+def _complete(rows: list[Row]) -> list[Row]:
+    """The rows with None where a row lacks a column that another has."""
+    names = {name: None for row in rows for name in row}
+    return [{**names, **row} for row in rows]

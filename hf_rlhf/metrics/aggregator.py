@@ -1,0 +1,136 @@
+"""Averages, and peaks, between two log entries."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from hf_rlhf.runtime.distributed import sum_over_processes
+from hf_rlhf.runtime.peak_memory import MIB, recorder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+HEALTH = dict.fromkeys(
+    (
+        *("health/reward_missing", "health/reward_error", "health/reward_timeout"),
+        *("health/empty_rollout", "health/nonfinite_step"),
+    ),
+    0.0,
+)
+"""Always logged, also where nothing was counted."""
+
+
+class MetricAggregator:
+    """Averages since the last log entry, and peaks.
+
+    `add` takes sums and counts of this process, which are added up over all processes when they are read; `put` takes
+    numbers that are equal on every process; of what `peak` takes the largest over all processes is read. `device` is the
+    one whose memory is measured.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self._peaks: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._sums: dict[str, tuple[Any, Any]] = {}
+        self._values: dict[str, list[float]] = {}
+        self._updates: dict[str, tuple[Any, Any]] = {}
+        self.items: dict[str, float] = {}
+        """Over how many items each average of the last `read` was taken."""
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Adds `total` over `count` items to the average `name`, without waiting for the device."""
+        detached = total.detach() if isinstance(total, Tensor) else total
+        for sums in (self._sums, self._updates) if name.startswith("policy/") else (self._sums,):
+            old_total, old_count = sums.get(name, (0.0, 0.0))
+            sums[name] = (old_total + detached, old_count + count)
+
+    def put(self, name: str, value: float) -> None:
+        """One number of the whole run; several between two log entries are averaged, those of `health/` added up."""
+        self._values.setdefault(name, []).append(float(value))
+
+    def count(self, name: str, number: int) -> None:
+        """A count of this process; those of all processes between two log entries are added up."""
+        if number:
+            self._counts[name] = self._counts.get(name, 0) + number
+
+    def peak(self, name: str, value: float) -> None:
+        """One number of this process; several between two log entries are not averaged: the largest counts."""
+        self._peaks[name] = max(value, self._peaks.get(name, value))
+
+    def mark(self) -> dict[str, int]:
+        """A place in what was put, for `since`."""
+        return {name: len(values) for name, values in self._values.items()}
+
+    def since(self, mark: dict[str, int]) -> dict[str, float]:
+        """The average of what was put under each name after `mark`."""
+        new = {name: values[mark.get(name, 0) :] for name, values in self._values.items()}
+        return {name: sum(values) / len(values) for name, values in new.items() if values}
+
+    def since_last_rollout(self, accelerator: Accelerator) -> dict[str, float]:
+        """The averages under `policy/` over all updates since this was asked last. One collective."""
+        several = accelerator.num_processes > 1
+        names = sorted(set(gather_object(list(self._updates)))) if several else sorted(self._updates)
+        flat = sum_over_processes(accelerator, [x for name in names for x in self._updates.get(name, (0.0, 0.0))])
+        self._updates = {}
+        averages = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] > 0}
+        return {name: x for name, x in averages.items() if math.isfinite(x)}
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Seconds spent inside, as `time/<name>_s`; MiB held at most, and above what was held at the start, as
+        `memory/<name>/peak` and `memory/<name>/above`."""
+        with recorder(self.device).phase() as phase:
+            start = time.perf_counter()
+            yield
+            self.put(f"time/{name}_s", time.perf_counter() - start)
+        self.peak(f"memory/{name}/peak", phase.peak / MIB)
+        self.peak(f"memory/{name}/above", phase.above / MIB)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The averages, and a fresh start. Names without a finite number are left out.
+
+        Processes may have added to different names: a reward function logs what it likes. Two collectives.
+        """
+        own = (list(self._sums), self._peaks, self._counts)
+        given = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        names = sorted({name for theirs, _, _ in given for name in theirs})
+        peaks: dict[str, float] = {}
+        tallies: dict[str, float] = {}
+        for _, theirs, found in given:
+            peaks |= {name: max(x, peaks.get(name, x)) for name, x in theirs.items()}
+            tallies |= {name: tallies.get(name, 0.0) + x for name, x in found.items()}
+        sums = [x for name in names for x in self._sums.get(name, (0.0, 0.0))]
+        flat = sum_over_processes(accelerator, sums)
+        averages = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1] > 0}
+        counts = {name: sum(v) for name, v in self._values.items() if name.startswith("health/")} | tallies
+        means = {name: sum(v) / len(v) for name, v in self._values.items()}
+        self.items = {name: flat[2 * i + 1] for i, name in enumerate(names)}
+        self.items |= {name: len(values) for name, values in self._values.items()}
+        self._sums, self._values, self._peaks, self._counts = {}, {}, {}, {}
+        return {name: x for name, x in sorted({**averages, **means, **counts, **peaks}.items()) if math.isfinite(x)}
+
+    def peak_memory(self, accelerator: Accelerator) -> float:
+        """MiB that a process held at most since it started, the largest of all processes. One collective."""
+        own = recorder(self.device).largest() / MIB
+        return max(gather_object([own])) if accelerator.num_processes > 1 else own
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the first log entry after a resume is complete."""
+        sums, updates = ({k: [float(x) for x in v] for k, v in kept.items()} for kept in (self._sums, self._updates))
+        return {"sums": sums, "values": self._values, "updates": updates, "peaks": self._peaks, "counts": self._counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._sums = {name: (x[0], x[1]) for name, x in state["sums"].items()}
+        self._values = {name: list(values) for name, values in state["values"].items()}
+        self._updates = {name: (x[0], x[1]) for name, x in state["updates"].items()}
+        self._peaks, self._counts = dict(state["peaks"]), dict(state["counts"])

@@ -1,0 +1,230 @@
+"""What a person at the terminal sees of a run: the plan, the progress, the result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from io import TextIOWrapper
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+from hf_rlhf.config.plan import Plan, memory_rows
+
+SHOWN = {
+    "reward": "reward/total/mean",
+    "KL": "kl/ref",
+    "length": "rollout/length/mean",
+    "entropy": "policy/entropy",
+    "value loss": "value/loss",
+    "held out": "eval_reward/total/mean",
+    "tokens/s": "perf/tokens_per_s",
+}
+"""Column of the progress display -> metric."""
+ENDLESS = 100_000
+"""Characters of a line that goes to no terminal."""
+OFFLINE_SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "preferred": "rewards/accuracies",
+    "reward margin": "rewards/margins",
+    "held-out loss": "eval_loss",
+    "gradient": "grad_norm",
+    "learning rate": "learning_rate",
+}
+"""The same of runs without rollouts."""
+
+
+def console() -> Console:
+    """A terminal of its own width; elsewhere wide enough that no line is cut or broken. Characters it lacks are escaped."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(width=None if sys.stdout.isatty() else ENDLESS, highlight=False)
+
+
+def show_plan(plan: Plan, out: Console) -> None:
+    """Plugins with provenance, models, forwards, what is skipped, remarks, memory, and the arithmetic of batches."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("axis", "plugin", "package", "version"):
+        table.add_column(name)
+    for offer in plan.plugins:
+        table.add_row(*(Text(str(offer[name])) for name in ("axis", "name", "package", "version")))
+    out.print(table)
+    for title, rows in (
+        ("models", plan.models),
+        ("forward passes per rollout", plan.forwards),
+        ("skipped", plan.skipped),
+        ("remarks", plan.remarks),
+        ("memory of a process at most, estimated, MiB", memory_rows(plan)),
+    ):
+        if rows:
+            out.print(Text(f"\n{title}", style="bold"))
+            for row in rows:
+                out.print(_indented(Text(row)))
+    out.print(Text("\nbatches", style="bold"))
+    batches = Table(box=None, show_header=False, pad_edge=False)
+    batches.add_column(no_wrap=True)
+    batches.add_column(no_wrap=True)
+    batches.add_column(ratio=1)
+    for quantity, value, elsewhere in plan.arithmetic:
+        if len(value) <= 12:
+            batches.add_row(Text(quantity), Text(value), Text(elsewhere))
+    out.print(_indented(batches))
+    for quantity, value, elsewhere in plan.arithmetic:
+        if len(value) > 12:
+            out.print(_indented(Text(f"{quantity}: {value} ({elsewhere})")))
+
+
+class LiveProgress(TrainerCallback):
+    """A progress bar with the newest numbers; off a terminal a line every few seconds."""
+
+    def __init__(self, out: Console, shown: dict[str, str] = SHOWN, every_s: float = 10.0):
+        self.out, self.shown, self.every_s = out, shown, every_s
+        self.numbers: dict[str, float] = {}
+        self.live: Live | None = None
+        self._said = 0.0
+        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=out)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the display."""
+        if not state.is_world_process_zero:
+            return
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step)
+        if self.out.is_terminal:
+            self.live = Live(self._render(), console=self.out, refresh_per_second=4)
+            self.live.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if state.is_world_process_zero:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Takes in the newest numbers."""
+        if not state.is_world_process_zero or not logs or state.max_steps == 0:  # 0: evaluated before training
+            return
+        self.numbers |= {name: logs[key] for name, key in self.shown.items() if key in logs}
+        if "loss" not in logs:
+            return
+        if self.live:
+            self.live.update(self._render())
+        elif time.monotonic() - self._said > self.every_s or state.global_step == state.max_steps:
+            self._said = time.monotonic()
+            numbers = "  ".join(f"{name} {number(self.numbers[name])}" for name in self.shown if name in self.numbers)
+            self.out.print(f"step {state.global_step}/{state.max_steps}  {numbers}", soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops the display."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Gives the terminal back, also after an error."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def _render(self) -> Group:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        names = [name for name in self.shown if name in self.numbers]
+        for name in names:
+            table.add_column(name, justify="right", min_width=7, no_wrap=True)
+        table.add_row(*(number(self.numbers[name]) for name in names))
+        return Group(self.bar, table)
+
+
+def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]], out: Console) -> None:
+    """Before and after, some completions, where everything is, what to type next."""
+    before, after = summary["before"] or {}, summary["after"] or {}
+    if after:
+        out.print(Text("\nheld-out prompts", style="bold"))
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for title in ("", "before", "after"):
+            table.add_column(title, justify="right" if title else "left", no_wrap=True)
+        for name in sorted(after, key=lambda name: "/" in name):  # accuracy, pass@k and maj@k first
+            table.add_row(name, *(number(x[name]) if name in x else "-" for x in (before, after)))
+        out.print(_indented(table))
+    pairs = list(zip(samples.get("before", []), samples.get("after", []), strict=False))[:4]
+    if pairs:
+        out.print(Text("\nsome of them", style="bold"))
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for title in ("prompt", "before", "reward", "after", "reward"):
+            table.add_column(title, overflow="fold", justify="right" if title == "reward" else "left")
+        for old, new in pairs:
+            cells = (_short(old["prompt"], 44), _short(old["completion"]), number(old["reward"]))
+            table.add_row(*map(Text, (*cells, _short(new["completion"]), number(new["reward"]))))
+        out.print(_indented(table))
+    folder = summary["output_dir"]
+    lines = [
+        f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:",
+        "  the policy (weights, tokenizer), recipe.yaml, summary.json,",
+        "  metrics.jsonl, completions/",
+        "next:",
+        "  hf-rlhf recipes                      other algorithms",
+        "  hf-rlhf plugins                      what can be swapped",
+        "  hf-rlhf show advantages group_norm   one plugin and its settings",
+        f"  hf-rlhf check {folder}/recipe.yaml advantages.use=leave_one_out",
+        "                                       what a change would do, or why not",
+        f"  hf-rlhf train RECIPE --model {folder}",
+        "                                       goes on from here",
+    ]
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+
+
+def show_offline_result(summary: dict[str, Any], reward: str, out: Console) -> None:
+    """Held-out metrics before and after, with their intervals; where everything is, what to type next."""
+    before, after = summary["before"] or {}, summary["after"] or {}
+    ends = {f"{name}{end}" for name in after for end in ("_low", "_high")} & set(after)
+    if after:
+        out.print(Text(f"\n{summary['rows']['evaluation']} held-out rows", style="bold"))
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for title in ("", "before", "after"):
+            table.add_column(title, justify="right" if title else "left", no_wrap=True)
+        named = [name for name in after if name not in ends]
+        own = [name for name in named if "/" in name]  # the plugin's; without any, what the Trainer class measures
+        for name in ["loss", *own] if own and "loss" in named else named:
+            table.add_row(name, *(_with_interval(x, name) for x in (before, after)))
+        out.print(_indented(table))
+    folder = summary["output_dir"]
+    lines = [
+        f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:",
+        "  the model (weights, tokenizer), recipe.yaml, summary.json, metrics.jsonl",
+    ]
+    if reward:
+        lines += ["next:", f"  hf-rlhf train RECIPE 'rewards=[{{use: {reward}, model: {folder}}}]'"]
+        lines += ["                                       trains a policy on what it says"]
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+
+
+def _with_interval(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return "-"
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return number(metrics[name]) + ("" if low is None or high is None else f" ({number(low)} to {number(high)})")
+
+
+def _indented(what: RenderableType) -> Padding:
+    return Padding(what, (0, 0, 0, 2), expand=False)
+
+
+def number(x: float) -> str:
+    """Three digits, without an exponent where it can be avoided: 0.0312, 12.5, 1,840; 2e-07."""
+    if x != 0 and abs(x) < 1e-3:
+        return f"{x:.0e}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def _short(value: Any, width: int = 60) -> str:
+    """One line of it, without what would steer the terminal."""
+    text = value if isinstance(value, str) else " ".join(str(message.get("content")) for message in value)
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,283 @@
+"""Which panels a recipe's dashboard has, from what its plugins declare: sections, titles, units, ranges, reference lines.
+
+Nothing here knows how Weights & Biases writes it down: that is `hf_rlhf.metrics.wandb_workspace`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf.config.recipe import OfflineRecipe
+from hf_rlhf.metrics import Named, metrics_of, metrics_of_trainer
+from hf_rlhf.metrics.catalog import EVAL
+from hf_rlhf.metrics.names import ONCE, TABLE, is_open, tracked
+
+if TYPE_CHECKING:
+    from hf_rlhf.config.recipe import Recipe
+    from hf_rlhf.config.sections import Dataset
+
+Bounds = tuple[float | None, float | None]
+NONE: Bounds = (None, None)
+
+OVERVIEW, EVALUATION, SAMPLES = "Overview", "Evaluation", "Samples"
+ROLLOUTS, THROUGHPUT, HEALTH = "Rollouts", "Throughput", "Health"
+OF_AXIS = {
+    "rewards": "Rewards",
+    "kl": "KL",
+    "kl_estimator": "KL",
+    "kl_controller": "KL",
+    "advantages": "Advantages",
+    "baseline": "Advantages",
+    "critic": "Critic",
+    "policy_loss": "Policy loss",
+    "loss_terms": "Loss terms",
+    "filters": "Filters",
+    "reference": "Reference",
+    "optimizer": "Optimizer",
+    "aggregation": "Aggregation",
+    "rollout_correction": "Rollout correction",
+    "rollout": ROLLOUTS,
+    "trainer": "Training",
+}
+"""Axis -> the section of what its plugins declare."""
+ORDER = tuple(dict.fromkeys((OVERVIEW, EVALUATION, *OF_AXIS.values(), THROUGHPUT, HEALTH, SAMPLES)))
+OF_AREA = {
+    "reward": "Rewards",
+    "kl": "KL",
+    "advantage": "Advantages",
+    "value": "Critic",
+    "policy": "Policy loss",
+    "plugin": "Loss terms",
+    "filter": "Filters",
+    "rollout": ROLLOUTS,
+    "time": THROUGHPUT,
+    "memory": THROUGHPUT,
+    "perf": THROUGHPUT,
+    "health": HEALTH,
+}
+"""First part of a name of the core -> its section; of names without one, Optimizer, or Training without rollouts."""
+HEADLINES = (
+    "eval_accuracy",
+    "eval_reward/total/mean",
+    "reward/total/mean",
+    "kl/ref",
+    "policy/entropy",
+    "rollout/length/mean",
+    "policy/grad_norm",
+    "perf/tokens_per_s",
+    "loss",
+    "eval_loss",
+    "eval_pairs/accuracy",
+    "eval_steps/accuracy",
+    "eval_tokens/accuracy",
+    "eval_tokens/log_loss",
+    "learning_rate",
+)
+"""What the overview shows, where it is there."""
+MOST_HEADLINES = 9
+HIDDEN = re.compile(
+    r"epoch|(eval_)?(num_tokens|model_preparation_time|samples_per_second|steps_per_second)|eval_.*/count"
+)
+"""Without a panel: counts of rows and Trainer's clocks. They are logged all the same."""
+PHASES = re.compile(r"time/(rollout|forward|reward_wait|update)_s")
+TOGETHER: tuple[tuple[re.Pattern[str], str], ...] = (
+    (PHASES, "time by phase"),
+    (re.compile(r"time/reward(_s|/.*)"), "time of rewards"),
+    (re.compile(r"memory/.*/(peak|above)"), r"memory, \1"),
+    (re.compile(r"(.*)/(?:mean|min|max)"), r"\1"),
+    (re.compile(r"(.*/clip_frac)/.*"), r"\1"),
+    (re.compile(r"kl/(?!rollout/).*/loss"), "kl in the loss"),
+    (re.compile(r"kl/(?!rollout/).*/beta"), "kl coefficients"),
+    (re.compile(r"kl/(?!rollout/).*/clamp_frac"), "kl that is clamped"),
+    (re.compile(r"kl/(?!rollout/).*/.*"), "kl by placement"),
+    (re.compile(r"filter/.*/kept_frac"), "rows that filters keep"),
+    (re.compile(r"((?:eval_)?.*)/(?:chosen|rejected)"), r"\1"),
+    (re.compile(r"(eval_.*/accuracy)(?:_low|_high)?"), r"\1"),
+    (re.compile(r"(eval_.*)/(?:longer|shorter)_wins"), r"\1, rules of thumb"),
+    (re.compile(r"(eval_.*)/all_(?:good|bad)"), r"\1, rules of thumb"),
+    (re.compile(r"(eval_(?:.*/)?(?:pass|maj))@.*"), r"\1@k"),
+)
+"""Metrics whose names match, and whose unit and healthy range are one, share a panel of this title."""
+FROM_ZERO = {"count", "seconds", "tokens", "rows", "MiB", "tokens/s", "norm", "prompts", "steps/s"}
+"""Units whose axis begins at 0."""
+CALM = ("evaluation", "end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A line plot over optimizer steps."""
+
+    title: str
+    metrics: tuple[str, ...]
+    """As Weights & Biases has them: `train/kl/ref`."""
+    unit: str
+    healthy: Bounds = NONE
+    """Where reference lines are drawn."""
+    axis: Bounds = NONE
+    smoothed: bool = False
+    stacked: bool = False
+
+    @property
+    def lines(self) -> tuple[float, ...]:
+        """The reference lines: the healthy bounds that are not the end of the axis."""
+        return tuple(x for x in self.healthy if x is not None and x not in self.axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Panels under a heading, or the table of completions."""
+
+    name: str
+    panels: tuple[Panel, ...] = ()
+    table: str | None = None
+    is_open: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dashboard:
+    """A whole dashboard."""
+
+    name: str
+    sections: tuple[Section, ...]
+
+    @property
+    def metrics(self) -> set[str]:
+        """Every metric that a panel shows."""
+        return {name for section in self.sections for panel in section.panels for name in panel.metrics}
+
+
+def dashboard_of(recipe: Recipe) -> Dashboard:
+    """The dashboard of a recipe."""
+    return Dashboard(name=f"hf_rlhf {recipe.name}", sections=tuple(sections_of(recipe)))
+
+
+def sections_of(recipe: Recipe) -> Iterator[Section]:
+    """The sections that have something to show, in the order of ORDER."""
+    offline = isinstance(recipe, OfflineRecipe)
+    twice = () if offline else ("grad_norm",)  # it is policy/grad_norm
+    shown = [named for named in declared(recipe) if not HIDDEN.fullmatch(named.name) and named.name not in twice]
+    stacked = not offline and recipe.update.mini_batches * recipe.update.epochs == 1
+    found: dict[str, list[Named]] = {OVERVIEW: headlines(shown)}
+    for named in shown:
+        found.setdefault(section_of(named, offline), []).append(named)
+    for name in ORDER:
+        if name == SAMPLES and not offline and recipe.logging.completions:
+            yield Section(name=name, table=TABLE, is_open=True)
+        elif found.get(name):
+            panels = tuple(panels_of(found[name], stacked=stacked, alone=name == OVERVIEW))
+            yield Section(name=name, panels=panels, is_open=name in (OVERVIEW, EVALUATION))
+
+
+def declared(recipe: Recipe) -> list[Named]:
+    """What a run of the recipe logs at steps, with the names that its evaluation settings decide; names that only a run
+    knows are left out."""
+    if isinstance(recipe, OfflineRecipe):
+        found = metrics_of_trainer(recipe.trainer())
+    else:
+        algorithm = recipe.algorithm()
+        sources = zip(algorithm.labels(), algorithm.rewards, strict=True)
+        verifiers = [label for label, source in sources if source.verifier]
+        found = [each for named in metrics_of(algorithm) for each in _by_evaluation(named, recipe, verifiers[1:])]
+    if not is_evaluated(recipe.dataset):
+        found = [named for named in found if not named.name.startswith(EVAL)]
+    return [named for named in found if named.name not in ONCE and not is_open(named.name) and not _rare(named)]
+
+
+def is_evaluated(dataset: Dataset) -> bool:
+    """Whether there are held-out rows."""
+    return dataset.held_out > 0 or dataset.eval_path is not None or dataset.eval_split is not None
+
+
+def _rare(named: Named) -> bool:
+    """What only some models log."""
+    return named.metric.optional and named.name.endswith("aux_loss")
+
+
+def _by_evaluation(named: Named, recipe: Recipe, labels: list[str]) -> Iterator[Named]:
+    """The names under which an evaluation with these settings logs a metric: none, one, or one for each k. `labels`: those of
+    all verifiers but the first, whose metrics have none."""
+    bare = named.name.removeprefix(EVAL)
+    if bare == named.name:
+        yield named
+        return
+    settings, own = recipe.evaluation, bare.removeprefix("ema/")
+    if own != bare and not settings.ema:
+        return
+    label, _, last = own.rpartition("/")
+    if last in ("accuracy", "pass@<k>", "maj@<k>") and label and label not in labels:
+        return
+    n = settings.num_generations
+    powers = [2**i for i in range(1, n.bit_length())]
+    for k in {"pass@<k>": powers, "maj@<k>": [n] if n > 1 else []}.get(last, [1]):
+        yield Named(named.name.replace("<k>", str(k)), named.metric, named.section, named.plugin)
+
+
+def headlines(shown: Iterable[Named]) -> list[Named]:
+    """What the overview shows."""
+    by_name = {named.name: named for named in shown}
+    return [by_name[name] for name in HEADLINES if name in by_name][:MOST_HEADLINES]
+
+
+def section_of(named: Named, offline: bool) -> str:
+    """The section of a metric."""
+    if named.name.startswith(EVAL):
+        return EVALUATION
+    if named.plugin:
+        return OF_AXIS[named.plugin.partition(".")[0]]
+    if named.name.startswith(("rollout/is_ratio", "rollout/logp_gap")):
+        return OF_AXIS["rollout_correction"]
+    area, slash, _ = named.name.partition("/")
+    return OF_AREA[area] if slash else OF_AXIS["trainer" if offline else "optimizer"]
+
+
+def panels_of(shown: Iterable[Named], *, stacked: bool, alone: bool = False) -> Iterator[Panel]:
+    """Panels of metrics, those that belong together in one; with `alone`, one for each."""
+    groups: dict[tuple[str, str, object], list[Named]] = {}
+    for named in shown:
+        title = named.name if alone else _title(named.name)
+        groups.setdefault((title, named.metric.unit, named.metric.healthy), []).append(named)
+    for (title, unit, _), members in groups.items():
+        name = members[0].name if len(members) == 1 else title
+        yield _panel(name, unit, members, stacked=stacked and all(PHASES.fullmatch(m.name) for m in members))
+
+
+def _title(name: str) -> str:
+    for found, title in TOGETHER:
+        if match := found.fullmatch(name):
+            return match.expand(title)
+    return name
+
+
+def _panel(name: str, unit: str, members: list[Named], stacked: bool) -> Panel:
+    metric = members[0].metric
+    healthy = metric.healthy or NONE
+    name = name.replace(EVAL, "eval/", 1) if name.startswith(EVAL) else name
+    title = f"{name} ({unit})" if unit not in ("", name) else name
+    if healthy != NONE:
+        title = f"{title}, healthy {_range(*healthy)}"
+    calm = metric.when in CALM or unit == "count" or name.startswith(("learning_rate", "kl coefficients"))
+    return Panel(
+        title=title,
+        metrics=tuple(tracked(member.name) for member in members),
+        unit=unit,
+        healthy=healthy,
+        axis=_axis(unit),
+        smoothed=not calm and not stacked,
+        stacked=stacked and len(members) > 1,
+    )
+
+
+def _axis(unit: str) -> Bounds:
+    """The ends of the axis: 0 and 1 of shares of something, 0 of what cannot be negative."""
+    if unit.startswith("share of ") or unit == "probability":
+        return (0.0, 1.0)
+    return (0.0, None) if unit in FROM_ZERO else NONE
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"up to {high:g}"
+    return f"from {low:g}" if high is None else f"from {low:g} to {high:g}"

@@ -1,0 +1,210 @@
+"""The trackers of Trainer's `report_to`: what Weights & Biases gets besides the numbers, and why none can stop a run."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
+
+from hf_rlhf.metrics.names import ONCE, STEP, TABLE, Named, globbed, tracked
+from hf_rlhf.runtime.wandb_account import has_account
+
+logger = logging.getLogger(__name__)
+
+EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+LONGEST_TAG = 64
+"""Characters that W&B takes."""
+ROWS_IN_TABLE = 10_000
+"""Completions after which the table in W&B starts anew, as it is held in memory."""
+TABLE_EVERY_S, TABLE_PATIENCE, TABLE_SHARE = 60.0, 200, 0.02
+"""Seconds between two parts of the table in W&B, each of which is files that are hashed and written out, and of which the
+newest 100 are shown; how many times as long as the last part took is waited at least, and which share of the run so far."""
+INIT_TIMEOUT_S = 8.0
+"""How long the server of W&B may take to answer at the start (WANDB_INIT_TIMEOUT sets another)."""
+
+
+def install(
+    handler: Any, report_to: list[str], run_log: Any, record: dict[str, Any], declared: Sequence[Named] = ()
+) -> None:
+    """Makes Trainer's W&B callback ours and guards every reporting callback. `declared`: what the run may log.
+
+    Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it.
+    """
+    classes = tuple(get_reporting_integration_callbacks(report_to))
+    for i, callback in enumerate(handler.callbacks):
+        if callback is run_log:
+            guard(callback, patience=None)
+        elif classes and isinstance(callback, classes):
+            handler.callbacks[i] = guard(
+                WandbTracker(record, run_log, declared) if type(callback) is WandbCallback else callback
+            )
+
+
+def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallback:
+    """The callback, whose errors are dropped from now on.
+
+    The first is a warning; after `patience` in a row the callback is not called any more (None: it always is).
+    """
+    failures, name, warned = 0, type(callback).__name__, False
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal failures, warned
+            if patience is not None and failures >= patience:
+                return None
+            try:
+                result = method(*args, **kwargs)
+            except Exception as error:
+                failures += 1
+                if not warned:
+                    logger.warning("%s failed; training goes on without it. %s: %s", name, type(error).__name__, error)
+                warned = True
+                return None
+            failures = 0
+            return result
+
+        return call
+
+    for event in EVENTS:
+        setattr(callback, event, guarded(getattr(callback, event)))
+    return callback
+
+
+class WandbTracker(WandbCallback):
+    """Trainer's callback, with labels and a config by which runs line up, and completions as a growing table.
+
+    Without an account, or where the server does not answer, the run is written offline: `wandb sync` uploads it later.
+    """
+
+    def __init__(self, record: dict[str, Any], run_log: Any, declared: Sequence[Named] = ()):
+        super().__init__()
+        self._record, self._run_log, self._declared = record, run_log, declared
+        self._table: Any = None
+        self._waiting: list[dict[str, Any]] = []
+        self._began, self._due = time.monotonic(), -math.inf
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        """Starts the run, puts what it is made of into its config, and says what its summary keeps of each metric."""
+        if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
+            self._start(args.run_name)
+        super().setup(args, state, model, **kwargs)
+        if state.is_world_process_zero:
+            run = self._wandb.run
+            run.config.update(config_of(self._record), allow_val_change=True)
+            for name, summary in summaries(self._declared).items():
+                run.define_metric(name, step_metric=STEP, summary=summary)
+
+    def _start(self, name: str | None) -> None:
+        options = {"project": os.environ.get("WANDB_PROJECT", "hf_rlhf"), "name": name, **labels(self._record)}
+        settings = self._wandb.setup().settings
+        if settings.mode in ("offline", "disabled", "dryrun"):
+            self._wandb.init(**options)
+        elif not has_account(settings):
+            logger.warning("no Weights & Biases account found: logging offline (`wandb sync` uploads it later)")
+            self._wandb.init(mode="offline", **options)
+        else:
+            patience = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": INIT_TIMEOUT_S}
+            try:
+                self._wandb.init(settings=self._wandb.Settings(**patience), **options)
+            except Exception as error:
+                logger.warning(
+                    "Weights & Biases did not start (%s): logging offline", str(error).strip().split("\n")[0]
+                )
+                self._wandb.init(mode="offline", **options)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        """The numbers; and the completions since the last part of the table as its next part, where it is time for one."""
+        super().on_log(args, state, control, model=model, logs=logs, **kwargs)
+        if state.is_world_process_zero:
+            self._waiting += self._run_log.completions
+            if time.monotonic() >= self._due:
+                self._send(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint has every completion up to it in the table."""
+        self._send(state)
+        super().on_save(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
+    ) -> None:
+        """Nothing waits after the end."""
+        self._send(state)
+        super().on_train_end(args, state, control, model=model, processing_class=processing_class, **kwargs)
+
+    def _send(self, state: Any) -> None:
+        """The rows that wait, as the next part of `samples/completions`."""
+        began, rows, self._waiting = time.monotonic(), self._waiting, []
+        for columns, part in itertools.groupby(rows, key=list):
+            if self._table is None or self._table.columns != columns or len(self._table.data) >= ROWS_IN_TABLE:
+                self._table = self._wandb.Table(columns=columns, allow_mixed_types=True, log_mode="INCREMENTAL")
+            *most, last = ([*row.values()] for row in part)
+            self._table.data.extend(most)  # add_data would look at every cell, whose types are mixed anyway
+            self._table.add_data(*last)
+            self._wandb.log({TABLE: self._table, STEP: state.global_step})
+        if rows:
+            now = time.monotonic()
+            waits = (TABLE_EVERY_S, TABLE_PATIENCE * (now - began), TABLE_SHARE * (now - self._began))
+            self._due = now + max(waits)
+
+
+def summaries(declared: Sequence[Named]) -> dict[str, str]:
+    """Metric, or its name up to the open part and a star -> what the summary keeps of it."""
+    found: dict[str, str] = {}
+    for named in declared:
+        if named.name not in ONCE:
+            kept = named.metric.summary
+            found.setdefault(globbed(tracked(named.name)), kept if kept == "last" else f"{kept},last")
+    return found
+
+
+def labels(record: dict[str, Any]) -> dict[str, Any]:
+    """Group, job type and tags of the run; what WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_TAGS say is left to them.
+
+    Runs of one recipe, and stages of one pipeline, are a group; the job is `train` with rollouts, else the trainer.
+    """
+    chosen, name = choices(record), record.get("name") or "recipe"
+    group, _, stage = name.partition("/")
+    trainer = chosen.get("trainer")
+    tags = [group, *([stage] if stage else [])]
+    tags += [f"{key}={chosen[key]}" for key in ("advantages", "policy_loss", "kl", "trainer") if key in chosen]
+    found = {
+        "group": ("WANDB_RUN_GROUP", group),
+        "job_type": ("WANDB_JOB_TYPE", trainer or "train"),
+        "tags": ("WANDB_TAGS", [tag[:LONGEST_TAG] for tag in dict.fromkeys(tags)]),
+    }
+    return {key: value for key, (variable, value) in found.items() if variable not in os.environ}
+
+
+def config_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the run is made of: flat, to group and filter by, and whole."""
+    whole = {key: record.get(key) for key in ("algorithm", "plan", "versions")}
+    return {**choices(record), "recipe": record.get("name"), "resolved_recipe": record.get("recipe"), **whole}
+
+
+def choices(record: dict[str, Any]) -> dict[str, str]:
+    """Axis -> the name of its plugin, or of its plugins in their order; `plugins`: all of them, with their packages."""
+    manifest = (record.get("plan") or {}).get("plugins") or ()
+    found: dict[str, str] = {}
+    for axis, names in _top(record.get("algorithm") or {}).items():
+        found[axis] = "+".join(names) or "none"
+    return {**found, "plugins": " ".join(sorted({f"{x['package']}/{x['axis']}.{x['name']}" for x in manifest}))}
+
+
+def _top(algorithm: dict[str, Any]) -> dict[str, list[str]]:
+    """Axis -> names of the plugins at the top of the recipe."""
+    found: dict[str, list[str]] = {}
+    for axis, value in algorithm.items():
+        plugins = value if isinstance(value, list) else [value]
+        if all(isinstance(plugin, dict) and "use" in plugin for plugin in plugins):
+            found[axis] = [plugin.get("label") or plugin["use"] for plugin in plugins]
+    return found

@@ -1,0 +1,1 @@
+"""Tensors: rows, packing, attention, the LM head, the policy and its reference."""

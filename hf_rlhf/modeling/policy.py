@@ -1,0 +1,147 @@
+"""Token log-probs, and the module that is wrapped for training: the policy with its critic.
+
+A `TokenBatch` holds rows of prompt and completion. Log-probs are computed for the tokens that the policy sampled and
+nowhere else; every (B, T) result is 0 off the mask. Where the architecture allows it the rows enter packed (see
+`hf_rlhf.modeling.packing`), else padded behind their completions, where causal attention never sees padding and neither positions
+nor an attention mask are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hf_rlhf.modeling.lm_head import Derivative, Head, Measure, TokenStatistics, at_least_float32, head_of, score, whole
+from hf_rlhf.modeling.token_batch import _PACKS, Attention, TokenBatch, _inner, _probing, packs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Policy:
+    """What a rollout engine gets: the unwrapped policy in evaluation mode, its tokenizer and device."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    wants_logps: bool = False
+    """Whether something reads the sampler's log-probs: then `Completions.logps` must be there."""
+
+
+class ActorCritic(nn.Module):
+    """The policy and its critic behind one forward: what DistributedDataParallel wraps.
+
+    `self.policy` stays the plain transformers (or PEFT) model that is saved.
+    """
+
+    def __init__(self, policy: nn.Module, critic: nn.Module | None, temperature: float):
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self.temperature = temperature
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        *,
+        logps: bool = True,
+        entropy: bool = False,
+        sum_sq_probs: bool = False,
+        values: bool = False,
+        measures: Mapping[str, Measure] | None = None,
+        derivative: Derivative | None = None,
+        temperature: float | None = None,
+    ) -> dict[str, Tensor]:
+        """`logps`, `entropy` (nats), `sum_sq_probs`, `values` and what `measures` makes of whole distributions, those
+        asked for, each (B, T) and 0 off the mask. `derivative` is that of
+        `hf_rlhf.modeling.lm_head.score`, which adds `loss`, a number."""
+        flat: dict[str, Tensor] = {}
+        on_trunk = values and self.critic is not None and bool(getattr(self.critic, "on_trunk", False))
+        states: Tensor | None = None
+        distributions = logps or entropy or sum_sq_probs or bool(measures)
+        if distributions or on_trunk:
+            states, head = sampled_states(self.policy, batch)
+            if distributions:
+                wanted = TokenStatistics(entropy=entropy, sum_sq_probs=sum_sq_probs)
+                heat = self.temperature if temperature is None else temperature
+                flat = score(head, states, batch.targets, heat, wanted, measures, derivative)
+        if values:
+            if self.critic is None:
+                raise ValueError("values were asked for and there is no critic")
+            if on_trunk and states is not None and not isinstance(head, Head):
+                raise ValueError("the policy is more than trunk and head: a value head on its trunk cannot work")
+            flat["values"] = at_least_float32(self.critic(batch, states if on_trunk else None))
+        return {name: x if name == "loss" else batch.place(x) for name, x in flat.items()}
+
+
+def sampled_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(n, H) hidden states at the token before each sampled one, and the function from them to logits (n, V).
+
+    A model that is more than trunk and head gives its logits instead, (n, V), and the function that returns its argument.
+    """
+    parts = _parts(model)
+    if parts is None:
+        return batch.logits(model), lambda logits: logits
+    trunk, head = parts
+    return batch.states(trunk), head
+
+
+def distributions(model: Any, batch: TokenBatch, temperature: float) -> Tensor:
+    """(n, V) log-probs of the whole vocabulary at each sampled token, all at once."""
+    states, head = sampled_states(model, batch)
+    return whole(head, states, temperature)
+
+
+_PARTS: WeakKeyDictionary[nn.Module, tuple[nn.Module, Head] | None] = WeakKeyDictionary()
+
+
+def _parts(model: Any) -> tuple[nn.Module, Head] | None:
+    """The trunk and head of a causal model, where the head of the trunk's states is what the model gives. Looked up once."""
+    causal = _inner(model)
+    known = _PARTS.get(model)
+    if model not in _PARTS or (known is not None and known[1].module is not causal.get_output_embeddings()):
+        head = None if _learns_prompts(model) else head_of(causal)
+        trunk = getattr(causal, "base_model", causal)
+        fits = head is not None and trunk is not causal and _fit(causal, trunk, head)
+        _PARTS[model] = (trunk, head) if head is not None and fits else None
+        if not fits:
+            logger.warning(
+                "%s is more than a trunk with a linear head: its rows enter padded, and the logits of a micro-batch are held "
+                "at once",
+                type(causal).__name__,
+            )
+    return _PARTS[model]
+
+
+def _fit(causal: Any, trunk: Any, head: Head) -> bool:
+    """Whether the logits are the head's of the trunk's states."""
+    with _probing(causal):
+        vocabulary = trunk.get_input_embeddings().num_embeddings  # not one token alone: padding may be embedded as 0
+        probe = torch.arange(min(8, vocabulary), device=causal.device).unsqueeze(0)
+        states = trunk(input_ids=probe, use_cache=False).last_hidden_state
+        logits = causal(input_ids=probe, use_cache=False).logits
+        return torch.allclose(head(states).to(logits.dtype), logits, rtol=1e-4, atol=1e-5)
+
+
+def _learns_prompts(model: Any) -> bool:
+    """Whether peft puts learned tokens before the text: then its own forward has to run."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+
+
+def why_not_packed(model: Any, attention: Attention = "packed") -> str | None:
+    """Why the rows of this causal model do not enter in such a layout; None where they do."""
+    parts = _parts(model)
+    if parts is None:
+        return "it is more than a trunk with a linear head"
+    packs(parts[0], attention)
+    return _PACKS[parts[0]][attention]

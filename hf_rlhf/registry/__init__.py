@@ -1,0 +1,1 @@
+"""Find plugins without importing them; API version, settings schema, hook specifications."""

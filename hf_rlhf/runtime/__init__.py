@@ -1,0 +1,1 @@
+"""Seeds, collectives, threads, signals, manifests and errors."""

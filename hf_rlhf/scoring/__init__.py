@@ -1,0 +1,1 @@
+"""Score completions, with a policy or without one."""

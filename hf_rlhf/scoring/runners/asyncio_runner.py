@@ -1,0 +1,96 @@
+"""Async sources: the calls of one are awaited together, on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from concurrent.futures import TimeoutError as Late
+from typing import Any
+
+from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, answered, call, failed, late
+
+GRACE_S = 0.5
+"""Seconds beyond the time limit after which a loop that is held up by a call is left behind."""
+
+
+class Awaited:
+    """Awaits the calls of one source, `num_workers` at a time, all at once when left out."""
+
+    inline, shared = False, True
+
+    def __init__(self, label: str, source: RewardSource) -> None:
+        self.label, self.source = label, source
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, units: list[RewardCall]) -> list[CallResult]:
+        """One outcome per unit, in order. A call that blocks the thread instead of awaiting holds up all others: whatever
+        has not ended by then is given up with it."""
+        if units and units[0].texts is not None:
+            return [call(self.label, self.source, unit) for unit in units]
+        limit = self.source.num_workers or len(units) or 1
+        outcomes: list[CallResult | None] = [None] * len(units)
+        done = asyncio.run_coroutine_threadsafe(self._all(units, outcomes, limit), self._running_loop())
+        seconds = self.source.timeout
+        if seconds is None:
+            done.result()
+        else:
+            try:
+                done.result(seconds * math.ceil(len(units) / limit) + GRACE_S)
+            except Late:
+                done.cancel()
+                self.close()
+        held_up = late(seconds or 0.0, ", or one beside it held up the event loop")
+        return [held_up if outcome is None else outcome for outcome in outcomes]
+
+    def close(self) -> None:
+        """Ends the loop, after the call that holds it up, if one does."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(
+                target=_serve, args=(self._loop,), name=f"hf_rlhf-reward-{self.label}", daemon=True
+            ).start()
+        return self._loop
+
+    async def _all(self, units: list[RewardCall], outcomes: list[CallResult | None], limit: int) -> None:
+        places = asyncio.Semaphore(limit)
+
+        async def one(i: int, unit: RewardCall) -> None:
+            async with places:
+                outcomes[i] = await self._one(unit)
+
+        await asyncio.gather(*(one(i, unit) for i, unit in enumerate(units)))
+
+    async def _one(self, unit: RewardCall) -> CallResult:
+        try:
+            async with asyncio.timeout(self.source.timeout) as limit:
+                given: Any = await self.source(unit.rollouts)  # type: ignore[arg-type, misc]
+            return answered(self.label, given, unit)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or _is_cancelled():
+                raise
+            if isinstance(error, TimeoutError) and limit.expired() and self.source.timeout is not None:
+                return late(self.source.timeout)
+            return failed(error)
+
+
+def _is_cancelled() -> bool:
+    """Whether the task is asked to end; a source may raise `CancelledError` on its own account as well."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

@@ -1,0 +1,68 @@
+"""In the caller's thread, call after call, each within its time where the thread can be interrupted."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, TimeUp, call, late, logged
+
+REPEAT_S = 1.0
+"""Seconds after which a call that swallowed the interruption is interrupted again."""
+
+
+class Inline:
+    """Calls a source itself."""
+
+    inline, shared = True, False
+
+    def __init__(self, label: str, source: RewardSource) -> None:
+        self.label, self.source = label, source
+
+    def run(self, units: list[RewardCall]) -> list[CallResult]:
+        """One outcome per unit. Only Python's main thread can interrupt a call, on systems with interval timers."""
+        seconds = self.source.timeout
+        if seconds is None or threading.current_thread() is not threading.main_thread() or not interruptible():
+            return [logged(self.label, self.source, call(self.label, self.source, unit)) for unit in units]
+        with alarms_put_back():
+            return [logged(self.label, self.source, self._timed(unit, seconds)) for unit in units]
+
+    def _timed(self, unit: RewardCall, seconds: float) -> CallResult:
+        signal.signal(signal.SIGALRM, _raise)  # for each call: one before it may have set its own
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT_S)
+            try:
+                return call(self.label, self.source, unit)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except TimeUp:
+            return late(seconds)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def interruptible() -> bool:
+    """Whether this system has interval timers."""
+    return hasattr(signal, "setitimer")
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise TimeUp
+
+
+@contextmanager
+def alarms_put_back() -> Iterator[None]:
+    """A handler of SIGALRM and a timer of others are after this what they were before."""
+    before, left = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left[0]:
+            signal.setitimer(signal.ITIMER_REAL, *left)

@@ -1,0 +1,131 @@
+"""In processes of their own, started as plain interpreters: nothing of the caller's main script runs again in them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from hf_rlhf.batch import Context
+from hf_rlhf.contract.base import Plugin
+from hf_rlhf.contract.reward_source import RewardSource, nested_of
+from hf_rlhf.scoring.answers import RewardError
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
+from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerDied, WorkerPool, count_of
+
+CHUNK = 8
+"""Rows that a process gets at a time at most."""
+PATIENCE_S = 1.0
+"""Seconds that an idle process has to close its source."""
+
+
+class Process:
+    """One process; `first` is what it reads first."""
+
+    def __init__(self, events: Events, label: str, first: list[bytes]) -> None:
+        self._events, self._label = events, label
+        self._sent = b""
+        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self._said = ""
+        self._listener = threading.Thread(target=self._listen, name="hf_rlhf-reward-process", daemon=True)
+        self._listener.start()
+        threading.Thread(target=self._wait, name="hf_rlhf-reward-process-end", daemon=True).start()
+        for frame in first:
+            self._write(frame)
+
+    def send(self, state: bytes, units: list[RewardCall]) -> None:
+        """The state only where it changed. Raises `RewardError` where a row cannot be pickled."""
+        changed = state if state != self._sent else None
+        self._sent = state
+        try:
+            frame = pickle.dumps((changed, units))
+        except Exception as error:
+            raise RewardError(
+                f"reward {self._label!r}: a row cannot be sent to a process: {type(error).__name__}: {error}. Set "
+                "workers=inline, or keep columns of plain data in the dataset"
+            ) from error
+        self._write(frame)
+
+    def stop(self, idle: bool = False) -> None:
+        """Kills it and its process group; one that is idle first gets `PATIENCE_S` to close its source."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        if idle:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE_S)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+
+    def _write(self, frame: bytes) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it died; the listener says so
+            self._process.stdin.write(struct.pack("<Q", len(frame)) + frame)
+            self._process.stdin.flush()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with contextlib.suppress(ValueError), self._process.stdout as lines:
+            for line in lines:
+                reply = json.loads(line)
+                if "broken" in reply:
+                    self._said = f": {reply['broken']}"
+                else:
+                    self._events.put((self, READY if "ready" in reply else CallResult.from_json(reply)))
+
+    def _wait(self) -> None:
+        """Says that it ended, after all that it said: not the end of its output, which a child may hold open, counts."""
+        code = self._process.wait()
+        self._listener.join(1.0)
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        self._events.put((self, WorkerDied(f"its process ended {how}{self._said}")))
+
+
+def fresh(source: RewardSource) -> RewardSource:
+    """A source with the same settings, as it is before it is set up."""
+    return type(source)(
+        **{field.name: getattr(source, field.name) for field in dataclasses.fields(source) if field.init}
+    )
+
+
+def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
+    """What a worker makes its source of. Raises `RewardError` where that cannot be sent."""
+    needs_setup = any(type(each).setup is not Plugin.setup for each in (source, *nested_of(source)))
+    own = fresh(source)
+    own.label = label
+    module = sys.modules.get(type(source).__module__)
+    file = getattr(module, "__file__", None)
+    given: dict[str, Any] = {"label": label, "source": own, "setup": needs_setup, "tokenizer": None}
+    if needs_setup and context is not None:
+        given |= {"tokenizer": context.tokenizer, "seed": context.seed}
+    try:
+        body = cloudpickle.dumps(given)
+    except Exception as error:
+        raise RewardError(
+            f"reward {label!r}: cannot be sent to workers={source.workers}: {type(error).__name__}: {error}. Give its function "
+            "as file.py:name, or set workers=inline"
+        ) from error
+    return pickle.dumps({"path": sys.path, "module": (type(source).__module__, file), "body": body})
+
+
+def processes(label: str, source: RewardSource, context: Context | None) -> WorkerPool:
+    """A pool of processes."""
+    header = json.dumps({"path": sys.path, "memory_mib": source.memory_mib, "timeout": source.timeout}).encode()
+    first = [header, packed(label, source, context)]
+    return WorkerPool(label, source, lambda events: Process(events, label, first), count=count_of(source), chunk=CHUNK)

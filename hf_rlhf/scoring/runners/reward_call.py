@@ -1,0 +1,156 @@
+"""One call of a reward source, in whatever thread, process or actor it happens. Needs no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import random
+import sys
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hf_rlhf.batch import Rollouts
+from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.scoring.answers import Answer, RewardError, as_json, checked, from_json
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["", "error", "timeout", "wrong"]
+
+
+@dataclass(kw_only=True)
+class RewardCall:
+    """What one call gets."""
+
+    rows: list[int]
+    """The places of its rows."""
+    rollouts: Rollouts | None = None
+    """These rows, to be scored; a copy that the source may change."""
+    texts: list[str] | None = None
+    """Completions whose final answers are asked for, instead."""
+    seed: int | None = None
+    """Of the global random generators during the call; they stay as they are when left out."""
+
+
+@dataclass(kw_only=True)
+class CallResult:
+    """What came of a unit: its answers, or why there are none."""
+
+    answers: list[Any] = field(default_factory=list)
+    """One per row: numbers, Spans or TokenScores, or the final answers as text or None."""
+    kind: Kind = ""
+    """error: it raised, or its process died; timeout; wrong: what it gave is not what is due; empty: all is well."""
+    reason: str = ""
+    trace: str = ""
+    error: BaseException | None = None
+    """What was raised, where it was raised in this process."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, without anything that runs when it is read."""
+        plain = {name: value for name, value in vars(self).items() if name != "error"}
+        return {**plain, "answers": [x if isinstance(x, str) else as_json(x) for x in self.answers]}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> CallResult:
+        """What `as_json` gave."""
+        return cls(**{**plain, "answers": [from_json(x) for x in plain["answers"]]})
+
+
+class TimeUp(BaseException):
+    """Ends a call; no `Exception`, which the call might catch."""
+
+
+def call(label: str, source: RewardSource, unit: RewardCall) -> CallResult:
+    """Calls the source and checks what it gives. Every error becomes an outcome, an exit too: a reward that exits must not
+    end the run as if it had succeeded. Only an interrupt and the end of its time pass."""
+    try:
+        if unit.seed is not None:
+            reseed(unit.seed)
+        if unit.texts is not None:
+            return CallResult(answers=[source.answer(text) for text in unit.texts])
+        assert unit.rollouts is not None
+        given: Any = source(unit.rollouts)
+        if inspect.isawaitable(given):
+            given = finish(given)
+        return answered(label, given, unit)
+    except (KeyboardInterrupt, TimeUp):
+        raise
+    except BaseException as error:
+        return failed(error)
+
+
+def answered(label: str, given: Any, unit: RewardCall) -> CallResult:
+    """The outcome of a call that gave `given`."""
+    assert unit.rollouts is not None
+    try:
+        answers: list[Answer] = checked(label, given, unit.rollouts, unit.rows)
+    except RewardError as error:
+        return CallResult(kind="wrong", reason=str(error))
+    return CallResult(answers=answers)
+
+
+def _own(frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
+    """The frames without wandb's, which stands in for `sys.exit` while a run is logged to it."""
+    return [frame for frame in frames if f"{os.sep}wandb{os.sep}" not in frame.filename]
+
+
+def failed(error: BaseException) -> CallResult:
+    """The outcome of a call that raised."""
+    places = [_own(traceback.extract_tb(one.__traceback__)) for one in (error.__cause__, error) if one is not None]
+    place = next((f" (at {found[-1].filename}:{found[-1].lineno})" for found in places if found), "")
+    return CallResult(
+        kind="error",
+        reason=f"raised {type(error).__name__}: {error}{place}",
+        trace="".join(traceback.format_exception(error)),
+        error=error,
+    )
+
+
+def late(seconds: float, why: str = "") -> CallResult:
+    """The outcome of a call that was given up."""
+    return CallResult(kind="timeout", reason=f"took over {seconds:g} s{why}")
+
+
+def logs_of(label: str, source: RewardSource) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+    """Columns and metrics that the source logged since it was asked last; what cannot be read is dropped with a warning."""
+    if type(source).take_logs is RewardSource.take_logs:
+        return {}, {}
+    try:
+        columns, metrics = source.take_logs()
+        numbers = {str(name): [float(x) for x in values] for name, values in metrics.items()}
+        return {str(name): list(column) for name, column in columns.items()}, numbers
+    except Exception:
+        logger.warning("reward %r: what it logged cannot be read and is dropped", label, exc_info=True)
+        return {}, {}
+
+
+def logged(label: str, source: RewardSource, outcome: CallResult) -> CallResult:
+    """The outcome with what the source logged during its call."""
+    outcome.columns, outcome.metrics = logs_of(label, source)
+    return outcome
+
+
+def reseed(seed: int) -> None:
+    """Seeds Python's generator, and NumPy's and torch's where they are loaded."""
+    random.seed(seed)
+    numbers, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
+    if numbers is not None:
+        numbers.seed(seed)
+    if torch is not None:  # its `manual_seed` looks for every kind of device, which takes long
+        (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)
+
+
+def finish(awaitable: Any) -> Any:
+    """What it gives, awaited in a thread, since the caller's may already run an event loop."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()

@@ -1,0 +1,113 @@
+"""The process that scores rows for `processes`: frames of bytes in, lines of JSON out.
+
+First comes a frame of JSON with the paths to import from and the limits, then one with the source, then one for each chunk
+of units: (state of the source or None, units). Out goes {"ready": true} or {"broken": text}, then one outcome per unit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import struct
+import sys
+import threading
+import time
+from typing import Any, BinaryIO
+
+GRACE_S = 2
+"""Seconds after which a process that nobody kills ends itself: after a time limit, or when the one that started it is
+gone."""
+
+
+def frame(stream: BinaryIO) -> bytes | None:
+    """The next frame, None at the end."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    body = stream.read(struct.unpack("<Q", head)[0])
+    return body if body else None
+
+
+def private_pipes() -> tuple[BinaryIO, Any]:
+    """Where frames come from and lines go to, out of reach of what a source prints and reads."""
+    frames = os.fdopen(os.dup(0), "rb")
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    return frames, lines
+
+
+def limit_memory(mib: int | None) -> None:
+    """Bounds the address space, where the system can."""
+    if mib is None:
+        return
+    try:
+        import resource
+    except ImportError:
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = mib << 20 if hard == resource.RLIM_INFINITY else min(mib << 20, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def main() -> None:
+    """Serves until the input ends."""
+    frames, lines = private_pipes()
+
+    def say(value: dict[str, Any]) -> None:
+        lines.write(json.dumps(value, default=str) + "\n")
+        lines.flush()
+
+    header = json.loads(frame(frames) or b"{}")
+    body = frame(frames)
+    if body is None:
+        return
+    sys.path[:] = header["path"]
+    try:
+        from hf_rlhf.scoring.runners.worker_source import Served
+
+        limit_memory(header["memory_mib"])
+        served = Served(body)
+    except BaseException as error:
+        say({"broken": f"{type(error).__name__}: {error}"})
+        raise
+    say({"ready": True})
+    chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=receive, args=(frames, chunks), daemon=True).start()
+    import pickle
+
+    while (chunk := chunks.get()) is not None:
+        state, units = pickle.loads(chunk)
+        for unit in units:
+            arm(header["timeout"])
+            outcome = served.run(state, unit)
+            arm(None)
+            state = None
+            say(outcome.as_json())
+    served.close()
+
+
+def receive(frames: BinaryIO, chunks: queue.SimpleQueue[bytes | None]) -> None:
+    """Passes frames on. When their sender is gone, a call that goes on for longer than `GRACE_S` is ended, and the whole
+    process group with it."""
+    while True:
+        chunk = frame(frames)
+        chunks.put(chunk)
+        if chunk is None:
+            time.sleep(GRACE_S)
+            if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+                os.killpg(0, signal.SIGKILL)
+            os._exit(1)
+
+
+def arm(seconds: float | None) -> None:
+    """Lets the system end this process some seconds after a time limit, should the one that watches it be gone."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(0 if seconds is None else int(seconds) + GRACE_S)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Units to workers and outcomes back: whoever takes too long or dies is replaced, and its other units go to the next."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.scoring.answers import RewardError
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, late
+
+START_S = 120.0
+"""Seconds that a worker has to get ready."""
+STARTS = 3
+"""How many in a row may fail to."""
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """A worker waits for units."""
+
+
+READY = WorkerReady()
+
+
+@dataclass(frozen=True)
+class WorkerDied:
+    """A worker is gone."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class PoolClosed:
+    """The pool is closed."""
+
+
+CLOSED = PoolClosed()
+Said = WorkerReady | WorkerDied | PoolClosed | CallResult
+Events = queue.SimpleQueue[tuple[Any, Said]]
+"""(worker, what it says): READY once, then an outcome per unit, in the order in which it got them."""
+
+
+class Worker(Protocol):
+    """Something that calls a copy of the source. Made with the pool's `Events`."""
+
+    def send(self, state: bytes, units: list[RewardCall]) -> None:
+        """Takes units, and the pickled state of the source before them. Called only when it has none left."""
+
+    def stop(self, idle: bool = False) -> None:
+        """Ends it at once, if that can be, with all that it started; one that is idle may close its source first."""
+
+
+def count_of(source: RewardSource) -> int:
+    """How many workers a source has: one where a call gets all rows."""
+    if not source.rowwise:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return source.num_workers or (min(32, cores + 4) if source.workers == "threads" else cores)
+
+
+@dataclass
+class WorkerState:
+    """What the pool knows of a worker."""
+
+    ready: bool = False
+    since: float = field(default_factory=time.monotonic)
+    """When it was started, or when its first unit's turn came."""
+    units: deque[int] = field(default_factory=deque)
+
+
+class WorkerPool:
+    """Workers of one source. `start(events)` makes one; `chunk`: most units that one gets at a time."""
+
+    inline = False
+
+    def __init__(
+        self,
+        label: str,
+        source: RewardSource,
+        start: Callable[[Events], Worker],
+        *,
+        count: int,
+        chunk: int = 1,
+        shared: bool = False,
+    ) -> None:
+        self.label, self.source, self.shared = label, source, shared
+        self._start, self._chunk = start, chunk
+        self._events: Events = queue.SimpleQueue()
+        self._lock, self._failed_starts, self._closed = threading.Lock(), 0, False
+        self._workers: dict[Any, WorkerState] = {}
+        try:
+            for _ in range(count):
+                self._add()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, units: list[RewardCall]) -> list[CallResult]:
+        """One outcome per unit. Raises `RewardError` where workers do not start, or the pool is closed meanwhile."""
+        found: dict[int, CallResult] = {}
+        todo = deque(range(len(units)))
+        state = pickle.dumps(self.source.state_dict())
+        try:
+            while not self._events.empty():  # workers that died, or got ready, since the last run
+                self._hear(*self._events.get(), found, todo)
+            while len(found) < len(units):
+                self._feed(units, todo, state)
+                self._take(found, todo)
+        except BaseException:
+            self._replace_busy()
+            raise
+        return [found[i] for i in range(len(units))]
+
+    def close(self) -> None:
+        """Stops every worker, and whoever runs units in another thread."""
+        with self._lock:
+            self._closed = True
+            workers, self._workers = self._workers, {}
+        self._events.put((None, CLOSED))
+        for worker, held in workers.items():
+            worker.stop(idle=held.ready and not held.units)
+
+    def _add(self) -> None:
+        if self._closed:
+            return
+        worker = self._start(self._events)
+        with self._lock:
+            if not self._closed:
+                self._workers[worker] = WorkerState()
+                return
+        worker.stop()
+
+    def _remove(self, worker: Any) -> WorkerState | None:
+        with self._lock:
+            return self._workers.pop(worker, None)
+
+    def _known(self) -> list[tuple[Any, WorkerState]]:
+        with self._lock:
+            if self._closed:
+                raise RewardError(f"reward {self.label!r} was closed")
+            return list(self._workers.items())
+
+    def _feed(self, units: list[RewardCall], todo: deque[int], state: bytes) -> None:
+        workers = self._known()
+        chunk = max(1, min(self._chunk, len(units) // (4 * max(1, len(workers)))))
+        for worker, held in workers:
+            if todo and held.ready and not held.units:
+                held.units.extend(todo.popleft() for _ in range(min(chunk, len(todo))))
+                held.since = time.monotonic()
+                worker.send(state, [units[i] for i in held.units])
+
+    def _take(self, found: dict[int, CallResult], todo: deque[int]) -> None:
+        """Waits for the next event, or for the next one whose time is up."""
+        limits = {worker: self._until(held) for worker, held in self._known()}
+        nearest = min(limits.values(), default=0.0)
+        try:
+            wait = None if nearest == float("inf") else max(0.0, nearest - time.monotonic())
+            worker, said = self._events.get(timeout=wait)
+        except queue.Empty:
+            now = time.monotonic()
+            for worker in [worker for worker, limit in limits.items() if limit <= now]:
+                self._lose(worker, late(self.source.timeout or START_S), found, todo)
+            return
+        self._hear(worker, said, found, todo)
+
+    def _hear(self, worker: Any, said: Said, found: dict[int, CallResult], todo: deque[int]) -> None:
+        held = self._workers.get(worker)
+        if held is None:  # what a worker that was given up says after all
+            return
+        if isinstance(said, WorkerReady):
+            held.ready, self._failed_starts = True, 0
+        elif isinstance(said, WorkerDied):
+            self._lose(worker, CallResult(kind="error", reason=said.reason), found, todo)
+        elif held.units and isinstance(said, CallResult):
+            found[held.units.popleft()] = said
+            held.since = time.monotonic()
+
+    def _until(self, held: WorkerState) -> float:
+        if not held.ready:
+            return held.since + START_S
+        return held.since + self.source.timeout if held.units and self.source.timeout else float("inf")
+
+    def _lose(self, worker: Any, outcome: CallResult, found: dict[int, CallResult], todo: deque[int]) -> None:
+        """Ends a worker: its first unit has this outcome, the others are for another one."""
+        held = self._remove(worker)
+        worker.stop()
+        if held is None:
+            return
+        if held.units:
+            found[held.units.popleft()] = outcome
+            todo.extendleft(reversed(held.units))
+        if not held.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= STARTS:
+                reason = outcome.reason if outcome.kind == "error" else f"no sign of life after {START_S:g} s"
+                raise RewardError(f"reward {self.label!r}: its workers ({self.source.workers}) do not start: {reason}")
+        self._add()
+
+    def _replace_busy(self) -> None:
+        with self._lock:
+            busy = [worker for worker, held in self._workers.items() if held.units]
+        for worker in busy:
+            self._remove(worker)
+            worker.stop()
+            self._add()

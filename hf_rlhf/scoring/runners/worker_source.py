@@ -1,0 +1,61 @@
+"""A copy of a source in a process or an actor of its own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pickle
+import sys
+from typing import Any
+
+from hf_rlhf.contract.reward_source import RewardSource, nested_of
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, call, logged
+
+
+class Served:
+    """The source that `processes.packed` sent, set up."""
+
+    def __init__(self, packed: bytes) -> None:
+        sent = pickle.loads(packed)
+        sys.path[:] = [*sys.path, *(place for place in sent["path"] if place not in sys.path)]
+        _import(*sent["module"])
+        given: dict[str, Any] = pickle.loads(sent["body"])
+        self.label: str = given["label"]
+        self.source: RewardSource = given["source"]
+        self._plugins = [self.source, *nested_of(self.source)]
+        if given["setup"]:
+            import torch
+
+            from hf_rlhf.batch import Context
+
+            device = torch.device("cpu")
+            context = Context(device=device, tokenizer=given["tokenizer"], policy=None, seed=given.get("seed", 0))
+            for plugin in self._plugins:
+                plugin.setup(context)
+
+    def run(self, state: bytes | None, unit: RewardCall) -> CallResult:
+        """The outcome of a unit; before it the source takes the pickled `state`, where there is one."""
+        if state and (loaded := pickle.loads(state)):
+            self.source.load_state_dict(loaded)
+        return logged(self.label, self.source, call(self.label, self.source, unit))
+
+    def close(self) -> None:
+        """Closes the source and what is nested in it."""
+        for plugin in self._plugins:
+            plugin.close()
+
+
+def _import(name: str, file: str | None) -> None:
+    """Makes the source's module known under its name, from its file where no import finds it."""
+    if name == "__main__":
+        return
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        if file is None:
+            raise
+        specification = importlib.util.spec_from_file_location(name, file)
+        assert specification is not None
+        assert specification.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)

@@ -1,0 +1,312 @@
+"""`hf-rlhf score`: what reward sources say of completions that are there already, and how well that agrees with labels."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.batch import Rollouts, Spans, TokenScores
+from hf_rlhf.data.sources import Row, load_rows
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.scoring.agreement import Agreement, Number, agreement
+from hf_rlhf.scoring.lookup import NO_TOKENS, NamedRewards, NoTokens, columns_of, scorer_of, tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_rlhf.scoring.scorer import SourceResult
+
+HEAD = 60
+"""Characters of a text that are shown."""
+
+
+@dataclass(kw_only=True)
+class Columns:
+    """Where the parts of a row stand."""
+
+    prompt: str | None = None
+    """The recipe's `dataset.prompt` when left out."""
+    completion: str = "completion"
+    finish_reason: str = "finish_reason"
+    """Where a dataset has it: `stop`, or `length` for a completion that was cut off."""
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """What came of scoring a dataset."""
+
+    rollouts: Rollouts
+    asked: dict[str, SourceResult]
+    totals: dict[str, list[Number]]
+    """label -> the total of each row, None without a score."""
+    agreement: dict[str, Agreement]
+    labels: list[Number]
+    """What was compared with, one per row; empty where nothing was."""
+
+    @property
+    def failed(self) -> int:
+        """Rows that failed, over all sources."""
+        return sum(len(found.failures) for found in self.asked.values())
+
+
+def score(
+    rewards: NamedRewards,
+    dataset: str,
+    *,
+    columns: Columns | None = None,
+    against: str | None = None,
+    tokenizer: str | None = None,
+    split: str = "train",
+) -> Scores:
+    """Scores the completions of a dataset. Raises `UserError` for what a user can mend; rows that fail are counted."""
+    places = columns or Columns()
+    rows = _rows(dataset, split)
+    names = {name for row in rows for name in row}
+    _check_columns(rewards, places, names, against)
+    chosen = tokenizer_of(tokenizer)
+    rollouts = rollouts_of(rewards, rows, places, names, chosen)
+    labels = [] if against is None else [_label(row[against], number, against) for number, row in enumerate(rows)]
+    with scorer_of(rewards.sources, chosen) as scorer, _without_warnings():
+        asked = scorer.ask(rollouts, 0, counts=False)
+    _check_tokens(asked)
+    totals = {label: [total(answer) for answer in found.answers] for label, found in asked.items()}
+    compared = {label: agreement(found, labels) for label, found in totals.items()} if labels else {}
+    return Scores(rollouts=rollouts, asked=asked, totals=totals, agreement=compared, labels=labels)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Failures are not logged: they are listed with the scores."""
+    log = logging.getLogger("hf_rlhf.scoring.scorer")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def total(answer: float | Spans | TokenScores) -> Number:
+    """The score of a row: the number, or the sum over its steps or tokens; None without one."""
+    if isinstance(answer, Spans):
+        return math.fsum(value for _, value in answer.values)
+    if isinstance(answer, TokenScores):
+        return math.fsum(answer.values)
+    return None if math.isnan(answer) else answer
+
+
+def _rows(dataset: str, split: str) -> list[Row]:
+    rows: list[Row] = [dict(row) for row in load_rows(dataset, split=split)]
+    if not rows:
+        raise UserError(f"{dataset} has no rows")
+    return rows
+
+
+def _check_columns(rewards: NamedRewards, places: Columns, names: set[str], against: str | None) -> None:
+    """Raises `UserError` naming every column that is not there."""
+    prompts = _prompt_columns(rewards, places)
+    wanted = [(name, "the prompt: name its column with --prompt-column") for name in prompts]
+    wanted += [(places.completion, "the completion: name its column with --completion-column")]
+    wanted += [(against, "the labels of --against")] if against is not None else []
+    for label, source in rewards.sources:
+        wanted += [(name, f"what reward {label!r} reads") for name in sorted(columns_of(source))]
+    missing = [f"no column {name!r} ({what})" for name, what in wanted if name not in names]
+    if missing:
+        raise UserError(f"{'; '.join(missing)}. The dataset has: {', '.join(sorted(names))}")
+
+
+def _prompt_columns(rewards: NamedRewards, places: Columns) -> list[str]:
+    from string import Formatter
+
+    template = rewards.dataset.prompt_template
+    if places.prompt is not None or template is None:
+        return [places.prompt or rewards.dataset.prompt]
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def rollouts_of(
+    rewards: NamedRewards,
+    rows: Sequence[Row],
+    places: Columns,
+    names: set[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Rollouts:
+    """The rows of a dataset as sources see them; without a tokenizer their tokens are not known."""
+    from dataclasses import replace
+
+    from hf_rlhf.data.prompts import _Maker
+
+    settings = rewards.dataset
+    if places.prompt is not None:
+        settings = replace(settings, prompt=places.prompt, prompt_template=None)
+    maker = _Maker(settings=settings, tokenizer=tokenizer, limit=None, names=names)  # type: ignore[arg-type]
+    prompts = [maker.form(row, number) for number, row in enumerate(rows, start=1)]
+    completions = [completion_of(row[places.completion], number) for number, row in enumerate(rows)]
+    reasons = [_reason(row.get(places.finish_reason), number) for number, row in enumerate(rows)]
+    taken = {places.completion, places.finish_reason}
+    columns = {name: [row.get(name) for row in rows] for name in sorted(maker.columns({}).keys() - taken)}
+    prompt_ids: list[Any] = [NoTokens()] * len(rows)
+    completion_ids: list[Any] = [NoTokens()] * len(rows)
+    masks: list[Any] = [NoTokens()] * len(rows)
+    if tokenizer is not None:
+        prompt_ids = maker.tokenize(prompts, list(range(1, len(rows) + 1)))
+        completion_ids = [_ids(tokenizer, text, why) for text, why in zip(completions, reasons, strict=True)]
+        masks = [[1] * len(ids) for ids in completion_ids]
+    return Rollouts(
+        prompts=prompts,
+        completions=completions,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        masks=masks,
+        finish_reasons=reasons,
+        columns=columns,
+        group_ids=_groups(prompts),
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, why: str) -> list[int]:
+    """The completion's tokens, with the end of sequence where it was not cut off."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [*ids, tokenizer.eos_token_id] if why == "stop" else ids
+
+
+def completion_of(value: Any, row: int) -> str:
+    """A completion as text: it itself, or what the assistant's messages say, joined by line breaks."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, Sequence) and all(isinstance(part, Mapping) for part in value) and value:
+        said = [_content(part.get("content")) for part in value if part.get("role", "assistant") == "assistant"]
+        if said:
+            return "\n".join(said)
+    raise UserError(f"row {row}: the completion is {str(value)[:HEAD]!r}, neither text nor messages of an assistant")
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+    return "" if content is None else str(content)
+
+
+def _reason(value: Any, row: int) -> str:
+    if value in (None, ""):
+        return "stop"
+    if value not in ("stop", "length"):
+        raise UserError(f"row {row}: the finish reason is {value!r}; it is 'stop' or 'length'")
+    return str(value)
+
+
+def _groups(prompts: Sequence[Any]) -> list[int]:
+    """Equal numbers for rows of equal prompts."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(repr(prompt), len(seen)) for prompt in prompts]
+
+
+def _label(value: Any, row: int, column: str) -> Number:
+    """A label as a number; None where a row has none."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"row {row}: {column} is {value!r}; --against takes numbers, true or false") from None
+    return None if math.isnan(number) else number
+
+
+def _check_tokens(asked: Mapping[str, SourceResult]) -> None:
+    for label, found in asked.items():
+        if any(NO_TOKENS in failure.reason for failure in found.failures):
+            raise UserError(
+                f"reward {label!r} reads token ids or masks, and texts alone are given: name the policy's tokenizer with "
+                "--tokenizer FOLDER"
+            )
+
+
+# What is printed
+
+
+def as_json(scores: Scores) -> dict[str, Any]:
+    """All of it as plain data. Rows count from 0."""
+    return {
+        "scores": scores.totals,
+        "agreement": {label: found.number for label, found in scores.agreement.items()},
+        "errors": [
+            {"source": label, "row": failure.row, "kind": failure.kind, "reason": failure.reason}
+            for label, found in scores.asked.items()
+            for failure in found.failures
+        ],
+    }
+
+
+HEADER = ["source", "rows", "scored", "missing", "failed", "mean", "std", "min", "max", "s/row"]
+
+
+def table(scores: Scores) -> list[list[str]]:
+    """A line per source under HEADER. `missing`: no score, and not because it failed; std: of the population."""
+    lines = []
+    for label, totals in scores.totals.items():
+        found = scores.asked[label]
+        given = [x for x in totals if x is not None]
+        failed = {failure.row for failure in found.failures}
+        missing = sum(x is None and row not in failed for row, x in enumerate(totals))
+        numbers = [statistics.fmean(given), statistics.pstdev(given), min(given), max(given)] if given else [None] * 4
+        counts = [len(totals), len(given), missing, len(failed)]
+        lines.append([label, *map(str, counts), *map(shown, numbers), f"{found.seconds / len(totals):.2g}"])
+    return lines
+
+
+def shown(number: Number) -> str:
+    """A number in a table; `-` for none. -0 is 0."""
+    return "-" if number is None else f"{number + 0.0:.4g}"
+
+
+def remarks(scores: Scores, most: int) -> list[str]:
+    """What else is to say, a line each: metrics of the sources, failures, agreement and disagreements; `most` of a kind."""
+    lines: list[str] = []
+    for label, found in scores.asked.items():
+        said = [f"{name} {shown(statistics.fmean(values))}" for name, values in found.metrics.items() if values]
+        lines += [f"{label}, mean over rows: {', '.join(said)}"] if said else []
+    for label, found in scores.asked.items():
+        for failure in found.failures[:most]:
+            lines.append(f"{label}, row {failure.row}: {failure.kind}: {failure.reason}")
+        lines += _rest(len(found.failures), most, "rows failed")
+    for label, compared in scores.agreement.items():
+        lines += ["", *_compared(label, compared, scores, most)]
+    return lines
+
+
+def _compared(label: str, found: Agreement, scores: Scores, most: int) -> list[str]:
+    if not found.rows:
+        return [f"{label}: no row has both a score and a label"]
+    if not found.binary:
+        numbers = f"Pearson {shown(found.pearson)}, Spearman {shown(found.spearman)}"
+        return [f"{label}: {numbers} with the labels, over {found.rows} rows"]
+    equal = found.rows - len(found.differing)
+    lines = [f"{label}: equal to the label in {equal} of {found.rows} rows ({shown(found.equal)})"]
+    lines += [f"{'':>12}{'score 1':>10}{'score 0':>10}{'no score':>10}"]
+    for name, value in (("label 1", 1), ("label 0", 0), ("no label", None)):
+        counts = [found.confusion[value, score] for score in (1, 0, None)]
+        lines.append(f"{name:>12}" + "".join(f"{count:>10}" for count in counts))
+    for row in found.differing[:most]:
+        prompt, completion = scores.rollouts.prompts[row], scores.rollouts.completions[row]
+        given = f"label {scores.labels[row]:g}, score {scores.totals[label][row]:g}"
+        lines.append(f"  row {row}: {given}: {_head(prompt)} -> {_head(completion)}")
+    return lines + _rest(len(found.differing), most, "rows differ")
+
+
+def _rest(count: int, most: int, what: str) -> list[str]:
+    return [f"  {count} {what}; the first {most} are shown"] if count > most else []
+
+
+def _head(text: Any) -> str:
+    if isinstance(text, list):
+        text = _content(text[-1].get("content"))
+    return repr(text[:HEAD] + ("..." if len(text) > HEAD else ""))

@@ -1,0 +1,1 @@
+"""The step: trainer, collector, rollout buffer, losses and checkpoints."""

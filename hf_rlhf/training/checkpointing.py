@@ -1,0 +1,195 @@
+"""Checkpoints of a run: Trainer's own, our state beside it, a manifest written last."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.data.prompt_stream import PromptStream
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.metrics.jsonl_log import RunLog
+from hf_rlhf.modeling.ema import FOLDER, PolicyEMA
+from hf_rlhf.modeling.lora_merge import FOLDER as ADAPTER
+from hf_rlhf.modeling.lora_merge import drop_other_form, merged, save_merged
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.training.collector import Collector
+from hf_rlhf.training.device_phases import Phases
+from hf_rlhf.training.rollout_buffer import Buffer
+
+if TYPE_CHECKING:
+    from hf_rlhf.training.setup import RunComponents
+
+
+class SavingTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints hold buffer, prompt stream, critic, reference, average and plugins, and resume
+    exactly."""
+
+    algorithm: Algorithm
+    actor_critic: ActorCritic
+    collector: Collector
+    stream: PromptStream
+    meters: MetricAggregator
+    run_log: RunLog
+    buffer: Buffer | None
+    ema: PolicyEMA | None = None
+    """The moving average of the policy, where the recipe keeps one."""
+    parts: RunComponents
+    phases: Phases
+    _bad_steps: int
+    _saves_checkpoint: bool = False
+    _tokens_logged: float
+    _logged_at: float
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.args.output_dir or "outputs")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
+        comes from another run. A checkpoint of the last step is loaded, and nothing is trained."""
+        if resume_from_checkpoint:
+            own = resume_from_checkpoint is True
+            folder = checkpoint_manifest.newest(self.output_dir) if own else Path(str(resume_from_checkpoint))
+            resume_from_checkpoint = str(folder)
+            if self.check_checkpoint(folder)["step"] >= self._last_step():
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+                return TrainOutput(self.state.global_step, 0.0, {})
+        self._logged_at = time.perf_counter()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
+        manifest = checkpoint_manifest.verify(folder)
+        within = manifest["step"] % self.algorithm.steps_per_rollout != 0
+        processes = self.args.world_size if within else None
+        checkpoint_manifest.check_same_run(folder, manifest, self.run_log.record, processes, self.phases.blends_away)
+        return manifest
+
+    def _last_step(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own. What is saved at the end has the adapter in its weights where `model.save_merged` asks for it;
+        checkpoints, which are internal calls with a folder, hold the adapter."""
+        self._saves_checkpoint = _internal_call and output_dir is not None
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with checkpoint_manifest.written_whole(folder, self.args) as limit:
+            super()._save_checkpoint(model, trial)
+        checkpoint_manifest.save_state(folder, self.args.process_index, self._state())
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            facts = {"step": self.state.global_step, "processes": self.args.world_size}
+            checkpoint_manifest.seal(
+                folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record}
+            )
+            checkpoint_manifest.rotate(folder, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self) -> dict[str, Any]:
+        used_up = self.state.global_step % self.algorithm.steps_per_rollout == 0
+        return {
+            "stream": self.stream.state_dict(),
+            "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
+            "plugins": {path: state for path, plugin in self.algorithm.plugins() if (state := plugin.state_dict())},
+            "meters": self.meters.state_dict(),
+            "rewards": self.collector.shaper.state_dict(),
+            "tokens": self.collector.tokens,
+            "bad_steps": self._bad_steps,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        """Trainer's own, and the state that `_save_checkpoint` wrote beside it."""
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is None:
+            return
+        rank = min(self.args.process_index, checkpoint_manifest.read_manifest(Path(checkpoint_folder))["processes"] - 1)
+        state = checkpoint_manifest.load_state(Path(checkpoint_folder), rank)
+        self._bad_steps = state["bad_steps"]
+        try:
+            self.stream.load_state_dict(state["stream"])
+        except ValueError as error:
+            raise checkpoint_manifest.CheckpointError(str(error)) from error
+        self.buffer = None if state["buffer"] is None else Buffer.from_state_dict(state["buffer"], self.args.device)
+        for path, plugin in self.algorithm.plugins():
+            if path in state["plugins"]:
+                plugin.load_state_dict(state["plugins"][path])
+        self.meters.load_state_dict(state["meters"])
+        self.collector.shaper.load_state_dict(state["rewards"])
+        self.collector.tokens = self._tokens_logged = state["tokens"]
+
+    def _beside(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds beside the policy: the critic, and a reference that moves."""
+        modules = {"critic": self.actor_critic.critic, "reference": self.moving_reference()}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def moving_reference(self) -> nn.Module | None:
+        """The reference's model where the recipe's reference moves."""
+        reference = self.collector.forwards.reference
+        return reference.own if reference is not None and self.algorithm.reference.moves else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The policy as plain transformers, an adapter alone or in its weights; critic, a moving reference and the policy's
+        average beside it."""
+        folder = Path(output_dir or self.output_dir)
+        policy: Any = self.model
+        whole = not self._saves_checkpoint and bool(self.parts.sections["model"].save_merged)
+        if whole and self.args.should_save:
+            policy.save_pretrained(folder / ADAPTER)  # before the merge, which may fail
+            self.model = merged(policy)
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                self.model = policy
+        else:
+            super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        for name, module in self._beside().items():
+            checkpoint_manifest.save_module(folder / name, module)
+        if self.ema is not None:
+            save = save_merged if whole else type(policy).save_pretrained
+            with self.ema.as_policy(policy, exact=True):
+                save(policy, folder / FOLDER)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder / FOLDER)
+        if hasattr(policy, "peft_config") and not self._saves_checkpoint:
+            for written in (folder, folder / FOLDER):
+                drop_other_form(written, whole)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The policy's weights by Trainer, and what lies beside them."""
+        policy: Any = self.model
+        adapters = set(getattr(policy, "peft_config", ()))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name in set(getattr(policy, "peft_config", ())) - adapters:
+            policy.delete_adapter(name)  # Trainer takes the average's folder for one more adapter
+        self._load_beside(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """The policy by Trainer, and what was saved beside it."""
+        super()._load_best_model()
+        if self.state.best_model_checkpoint:
+            self._load_beside(Path(self.state.best_model_checkpoint))
+
+    def _load_beside(self, folder: Path) -> None:
+        for name, module in self._beside().items():
+            checkpoint_manifest.load_module(folder / name, module)
+        if self.ema is not None:
+            with self.ema.as_policy(self.model, exact=True):
+                super()._load_from_checkpoint(str(folder / FOLDER))

@@ -1,0 +1,376 @@
+"""Prompts to rollouts to rewards to KL to advantages: everything between two updates."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.axes import KLController, TrainedCritic
+from hf_rlhf.batch import Completions, Credit, Prompt, Rollouts, Scored
+from hf_rlhf.config.algorithm import Algorithm, places
+from hf_rlhf.data.prompt_stream import PromptStream
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.metrics.rollout_statistics import SCORED, report_credit, report_drift, report_rewards
+from hf_rlhf.modeling.policy import ActorCritic, Policy
+from hf_rlhf.runtime.background import run_in_thread
+from hf_rlhf.runtime.distributed import gather_rows
+from hf_rlhf.runtime.seeding import seeded
+from hf_rlhf.scoring.answers import Answer, RewardError
+from hf_rlhf.scoring.normalization import RewardNormalizer
+from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
+from hf_rlhf.training.logprobs import Forwards
+from hf_rlhf.training.losses import measured
+from hf_rlhf.training.rollout_buffer import Buffer, Collected
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Collector:
+    """Fills the buffer. One per process; all processes call `collect` together."""
+
+    algorithm: Algorithm
+    policy: Policy
+    actor_critic: ActorCritic
+    forwards: Forwards
+    scorer: Scorer
+    shaper: RewardNormalizer
+    accelerator: Accelerator
+    stream: PromptStream
+    meters: MetricAggregator
+    seed: int
+    tokens: float = 0.0
+    """Completion tokens so far, over all processes."""
+    unscored: int = 0
+    """Rounds of prompts in a row in which no reward source scored a row."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 for a float64 policy, else float32."""
+        parameter = next(self.actor_critic.parameters())
+        return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+    @torch.no_grad()
+    def collect(self, index: int) -> Buffer:
+        """Rollout number `index`: rolled out, scored, filtered and credited."""
+        self.actor_critic.eval()
+        mark = self.meters.mark()
+        wanted, drawn = self.algorithm.rollout.prompts, 0
+        parts: list[Collected] = []
+        for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
+            have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
+            if have >= wanted:
+                break
+            prompts = self._draw(wanted - have)
+            part = self._round(prompts, drawn, index, attempt)
+            drawn += len(prompts)
+            parts.append(self._keep(part))
+        collected = self._first_groups(Collected.join(parts), wanted)
+        self.meters.put("rollout/prompts_drawn", drawn)
+        report_drift(self.meters.put, collected.table)
+        buffer = self._credit(index, collected)
+        self._tell_plugins(self.meters.since(mark))
+        return buffer
+
+    def _tell_plugins(self, statistics: dict[str, float]) -> None:
+        """Every plugin observes what was measured of this rollout and of the updates before it, equal on every process; so
+        no times."""
+        told = {name: x for name, x in statistics.items() if not name.startswith("time/")}
+        told |= self.meters.since_last_rollout(self.accelerator)
+        for _, plugin in self.algorithm.plugins():
+            plugin.observe(told)
+        for title, kl in self.algorithm.titled("kl"):
+            if isinstance(controller := getattr(kl, "controller", None), KLController):
+                self.meters.put(f"kl/{title}/beta", controller(kl.beta))
+        for area, _, plugin in places(self.algorithm):
+            for name, x in plugin.report().items():
+                self.meters.put(f"{area}/{name}", x)
+
+    def _draw(self, missing: int) -> list[Prompt]:
+        """At least one prompt for each process."""
+        processes = self.accelerator.num_processes
+        return self.stream.next(
+            -(-missing // processes) * processes if missing < self.algorithm.rollout.prompts else missing
+        )
+
+    def _round(self, prompts: Sequence[Prompt], first_group: int, index: int, attempt: int) -> Collected:
+        """One round of prompts: completions, log-probs, rewards and in-reward KL, gathered into one table."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = prompts[rank::processes]
+        group_ids = [first_group + rank + processes * i for i in range(len(mine))]
+        with self.meters.time("rollout"), seeded(self.seed, "rollout", index, attempt, rank):
+            completions, rollouts = self.roll_out(mine, group_ids, self.algorithm.rollout.num_generations)
+        rows = {"mask": _padded(rollouts.masks, self.dtype).to(self.accelerator.device)}
+        sampled = None
+        if completions.logps is not None:
+            sampled = _padded(completions.logps, self.dtype).to(self.accelerator.device)
+            sampled = sampled.masked_fill(rows["mask"] == 0, 0.0)
+        if "sampler_logps" in self.algorithm.needs:
+            assert sampled is not None
+            rows["sampler_logps"] = sampled
+        exact = sampled if completions.exact else None
+        with run_in_thread(lambda: self._forward(rollouts, rows["mask"], exact), self.accelerator.device) as forward:
+            if any(source.runs_model for source in self.algorithm.rewards):
+                forward.result()  # two models at a time would need the memory of both
+            with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
+                asked = self.scorer.ask(rollouts, self.seed, "reward", index, attempt, rank)
+            scored_at = time.perf_counter()
+            known, known_at = forward.result()
+        rows |= known
+        self.meters.put("time/reward_wait_s", max(0.0, scored_at - known_at))
+        logged = self._logged(asked)
+        if "greedy" in self.algorithm.needs:
+            seed = (self.seed, "greedy", index, attempt, rank)
+            with seeded(*seed):
+                greedy = self._greedy(mine, group_ids, seed)
+        else:
+            greedy = None
+        return self._table(rollouts, rows, {label: found.answers for label, found in asked.items()}, logged, greedy)
+
+    def _forward(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None) -> tuple[dict[str, Tensor], float]:
+        """What is known of the rows before the first update, and when it was. Runs beside the reward sources, which keep
+        the main thread (they may use signals) and the global generators: nothing here draws from them."""
+        with self.meters.time("forward"):
+            known = self.forwards(rollouts, mask, sampled)
+        return known, time.perf_counter()
+
+    def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int], seed: tuple[int | str, ...]) -> Tensor:
+        """(n,) the total score of the greedy completion of each row's prompt; 0 where no source applies to it."""
+        with self.meters.time("rollout"):
+            _, rollouts = self.roll_out(prompts, group_ids, 1, temperature=0.0)
+        with self.meters.time("reward"):
+            asked = self.scorer.ask(rollouts, *seed, counts=False)
+            answers = self.shaper({label: found.answers for label, found in asked.items()}, None)
+            sums, _ = total(totals(answers, rollouts), self.weights())
+        return sums.repeat_interleave(self.algorithm.rollout.num_generations)
+
+    def _logged(self, asked: dict[str, SourceResult]) -> dict[str, list[Any]]:
+        """Columns that reward sources logged beside their scores; metrics and failures go to the meters."""
+        for label, found in asked.items():
+            self.meters.add(f"time/reward/{label}_s", found.seconds, 1)
+            for kind in ("error", "timeout"):
+                self.meters.count(f"health/reward_{kind}", found.count(kind))
+            for name, values in found.metrics.items():
+                self.meters.add(f"reward/{label}/{name}", sum(values), len(values))
+        return {f"{label}/{name}": column for label, found in asked.items() for name, column in found.columns.items()}
+
+    def roll_out(
+        self, prompts: Sequence[Prompt], group_ids: list[int], group: int, temperature: float | None = None
+    ) -> tuple[Completions, Rollouts]:
+        """`group` completions of each prompt, and what the reward sources see of them."""
+        with self.accelerator.autocast():
+            completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
+        completions = self._checked(completions, len(prompts) * group, sampled=temperature is None)
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        return completions, Rollouts(
+            prompts=[prompt.prompt for prompt in repeated],
+            completions=self.policy.tokenizer.batch_decode(completions.ids, skip_special_tokens=True),
+            prompt_ids=[list(prompt.ids) for prompt in repeated],
+            completion_ids=completions.ids,
+            masks=completions.masks or [[1] * len(ids) for ids in completions.ids],
+            finish_reasons=completions.finish_reasons,
+            columns={name: [prompt.columns.get(name) for prompt in repeated] for name in names},
+            group_ids=[i for i in group_ids for _ in range(group)],
+        )
+
+    def _checked(self, completions: Completions, rows: int, sampled: bool) -> Completions:
+        name = self.algorithm.rollout.name
+        if len(completions.ids) != rows or len(completions.finish_reasons) != rows:
+            raise ValueError(f"rollout={name} gave {len(completions.ids)} completions where {rows} were asked for")
+        empty = [i for i, ids in enumerate(completions.ids) if not ids]
+        if empty:
+            raise ValueError(
+                f"rollout={name} gave an empty completion in rows {empty}: the end-of-sequence token counts as a "
+                "completion token, so give at least that"
+            )
+        for what in ("masks", "logps"):
+            for i, values in enumerate(getattr(completions, what) or ()):
+                if len(values) != len(completions.ids[i]):
+                    raise ValueError(
+                        f"rollout={name} gave {len(values)} {what} for the {len(completions.ids[i])} tokens of row {i}: one "
+                        "per token is due, the end-of-sequence token included"
+                    )
+        if sampled and completions.logps is None and "sampler_logps" in self.algorithm.needs:
+            raise ValueError(
+                f"rollout={name} declares sampler_logps and gave none, and something needs them: give log-probs with every "
+                "completion, or set rollout_correction.use=none"
+            )
+        return completions
+
+    def _sources(self) -> list[tuple[str, Any]]:
+        return list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True))
+
+    def _table(
+        self,
+        rollouts: Rollouts,
+        rows: dict[str, Tensor],
+        answers: dict[str, list[Answer]],
+        logged: dict[str, list[Any]],
+        greedy: Tensor | None,
+    ) -> Collected:
+        device, mask, weights = self.accelerator.device, rows["mask"], self.weights()
+        given = totals(answers, rollouts)
+        answers = self.shaper(answers, self.accelerator)
+        scores = totals(answers, rollouts)
+        sums, valid = total(scores, weights)
+        valid &= torch.tensor([any(row) for row in rollouts.masks])
+        tokenizer, width = self.policy.tokenizer, mask.size(1)
+        placed = [weights[label] * place(x, rollouts, tokenizer, width) for label, x in answers.items()]
+        token_rewards = sum(placed, start=torch.zeros(mask.shape, dtype=torch.float64)).to(device, self.dtype)
+        if self.algorithm.kl_in("reward"):
+            rows["kl_penalties"] = self._kl_penalties(rows)
+            token_rewards = token_rewards - rows["kl_penalties"]
+        narrow = {
+            "group_ids": torch.tensor(rollouts.group_ids, device=device),
+            "finished": torch.tensor([reason == "stop" for reason in rollouts.finish_reasons], device=device),
+            "total": sums.to(device, self.dtype),
+            "valid": valid.to(device),
+        }
+        narrow |= {f"score:{label}": x.to(device, self.dtype) for label, x in scores.items()}
+        narrow |= {f"given:{x}": given[x].to(device, self.dtype) for x in scores if self.shaper.changes(x)}
+        if greedy is not None:
+            narrow["greedy"] = greedy.to(device, self.dtype)
+        wide = {**rows, "token_rewards": token_rewards}
+        if "completion_ids" in self.algorithm.needs:
+            wide["completion_ids"] = _padded(rollouts.completion_ids, torch.long).to(device)
+        table = gather_rows(self.accelerator, wide, narrow)
+        order = table["group_ids"].argsort(stable=True)
+        own = torch.isin(table["group_ids"][order], narrow["group_ids"].unique())
+        collected = Collected(
+            prompt_ids=rollouts.prompt_ids,
+            completion_ids=rollouts.completion_ids,
+            texts={
+                "prompt": rollouts.prompts,
+                "completion": rollouts.completions,
+                "finish_reason": rollouts.finish_reasons,
+                **logged,
+            },
+            rows=rows,
+            table={name: x[order] for name, x in table.items()},
+            places=own.nonzero().flatten(),
+        )
+        reported = report_rewards(self.meters.put, collected.table, self.algorithm.labels())
+        self.tokens += reported["rollout/tokens"]
+        self._count_unscored(len(table["valid"]), reported[SCORED])
+        return collected.select(collected.table["valid"].bool())
+
+    def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
+        """(n, T) what the KLs in the reward take from it."""
+        mask, known = rows["mask"], {**rows, "logps": rows["old_logps"]}
+        taken = torch.zeros_like(mask)
+        for title, kl in self.algorithm.kl_in("reward"):
+            penalty = kl.reward_penalty(measured(self.algorithm, title, kl, known, mask, self.meters))
+            taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
+        return taken
+
+    def _count_unscored(self, rows: int, scored: float) -> None:
+        """Warns of a round without a single score, and stops the run at the third in a row."""
+        self.unscored = 0 if scored else self.unscored + 1
+        if self.unscored:
+            logger.warning("no reward source scored any of %d completions", rows)
+        if self.unscored >= 3:
+            labels = ", ".join(self.algorithm.labels())
+            raise RewardError(
+                f"no completion was scored in {self.unscored} rounds of prompts in a row: {labels} gave None or NaN for "
+                "every row. Look at the column with the reference answers"
+            )
+
+    def _keep(self, part: Collected, after_advantages: bool = False) -> Collected:
+        """The rows that every filter keeps, of those filters that run before (or after) the advantages are there."""
+        for title, chosen in self.algorithm.titled("filters"):
+            if ("advantages" in chosen.needs) != after_advantages or len(part.table["mask"]) == 0:
+                continue
+            keep = chosen(self._scored(part))
+            self.meters.put(f"filter/{title}/kept_frac", keep.float().mean().item())
+            part = part.select(keep)
+        return part
+
+    def _first_groups(self, collected: Collected, wanted: int) -> Collected:
+        groups = collected.table["group_ids"]
+        return collected.select(torch.isin(groups, groups.unique()[:wanted]))
+
+    def weights(self) -> dict[str, float]:
+        """label -> weight of each reward source."""
+        return {label: source.weight for label, source in self._sources()}
+
+    def _scored(self, collected: Collected) -> Scored:
+        return collected.scored(self.algorithm.labels(), self.weights())
+
+    def _credit(self, index: int, collected: Collected) -> Buffer:
+        """Advantages over all N rows, cut to this process's rows."""
+        a, table = self.algorithm, collected.table
+        scored = self._scored(collected)
+        credit = Credit(advantages=scored.mask, returns=scored.mask)
+        if len(scored.mask):
+            credit = Credit.of(a.advantages(scored))
+            report_credit(self.meters.put, scored, credit)
+        else:
+            self.meters.put("health/empty_rollout", 1)
+        advantages = credit.advantages
+        if isinstance(a.critic, TrainedCritic) and credit.returns is not None:
+            self._share(collected, "returns", credit.returns)
+        if a.kl_in("advantage"):
+            advantages = advantages - self._advantage_penalties(table)
+        self._share(collected, "advantages", advantages)
+        if "selected" in a.policy_loss.needs:
+            self._share(collected, "selected", a.policy_loss.select(table["old_logps"], advantages, table["mask"]))
+        collected = self._keep(collected, after_advantages=True)
+        table, rows = collected.table, collected.rows
+        if len(scored.mask) and not len(table["mask"]):
+            self.meters.put("health/empty_rollout", 1)
+        if "sampler_logps" in a.rollout_correction.needs:
+            rows["correction"] = a.rollout_correction(rows["old_logps"], rows["sampler_logps"], rows["mask"])
+            on = rows["mask"].sum()
+            self.meters.add("rollout/is_ratio/mean", (rows["correction"] * rows["mask"]).sum(), on)
+            self.meters.add("rollout/is_ratio/zero_frac", ((rows["correction"] == 0) * rows["mask"]).sum(), on)
+        return Buffer(
+            index=index,
+            prompt_ids=collected.prompt_ids,
+            completion_ids=collected.completion_ids,
+            rows=rows,
+            places=collected.places,
+            mask=table["mask"].bool(),
+            group_ids=table["group_ids"],
+            total_score=table["total"],
+            extra={"texts": collected.texts, "numbers": self._numbers(collected)},
+        )
+
+    def _advantage_penalties(self, table: dict[str, Tensor]) -> Tensor:
+        """(N, T) what the KLs in the advantage take from it."""
+        mask, known = table["mask"], {**table, "logps": table["old_logps"]}
+        taken = torch.zeros_like(mask)
+        for title, kl in self.algorithm.kl_in("advantage"):
+            penalty = kl.advantage_penalty(measured(self.algorithm, title, kl, known, mask, self.meters))
+            taken = taken + (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * mask
+        return taken
+
+    @staticmethod
+    def _share(collected: Collected, name: str, x: Tensor) -> None:
+        """Puts (N, T) into the table, and this process's part of it into the rows."""
+        collected.table[name] = x
+        collected.rows[name] = x[collected.places, : collected.rows["mask"].size(1)]
+
+    def _numbers(self, collected: Collected) -> dict[str, Tensor]:
+        table, places = collected.table, collected.places
+        numbers = {f"reward/{label}": table[f"score:{label}"][places] for label in self.algorithm.labels()}
+        return {**numbers, "reward/total": table["total"][places]}
+
+
+def at_last_token(x: Tensor, mask: Tensor) -> Tensor:
+    """(n,) -> (n, T): `x` at the last position with mask 1 of its row, 0 elsewhere."""
+    last = mask.size(1) - 1 - (mask > 0).int().flip(1).argmax(1)
+    return torch.zeros_like(mask).scatter(1, last.unsqueeze(1), x.unsqueeze(1)) * (mask > 0)
+
+
+def _padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)

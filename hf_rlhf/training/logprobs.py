@@ -1,0 +1,96 @@
+"""Forwards without gradient over the rows of a rollout: what is known of them before the first update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.batch import Rollouts
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.reference import ReferencePolicy
+from hf_rlhf.modeling.token_batch import TokenBatch
+from hf_rlhf.training.device_phases import Phases
+from hf_rlhf.training.losses import DISTRIBUTION
+from hf_rlhf.training.micro_batches import Batching
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Forward = Callable[[TokenBatch], dict[str, Tensor]]
+
+
+@dataclass(kw_only=True)
+class Forwards:
+    """Old log-probs, reference log-probs, values and more, each only if something reads it."""
+
+    algorithm: Algorithm
+    actor_critic: ActorCritic
+    reference: ReferencePolicy | None
+    accelerator: Accelerator
+    batching: Batching
+    phases: Phases
+
+    @property
+    def takes_old_logps(self) -> bool:
+        """Whether the sampler's log-probs are the old ones: not where autocast or half precision rounds them on the way."""
+        whole = next(self.actor_critic.parameters()).dtype in (torch.float32, torch.float64)
+        return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
+
+    def __call__(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None) -> dict[str, Tensor]:
+        """name -> (n, T), 0 off the mask: old_logps, sum_sq_probs, values, ref_logps, KLs over whole distributions.
+
+        `sampled` (n, T) are the sampler's log-probs, which are the old ones where `takes_old_logps` says so.
+        """
+        a = self.algorithm
+        results: dict[str, Tensor] = {}
+        taken = sampled is not None and self.takes_old_logps
+        if taken and sampled is not None:
+            results["old_logps"] = sampled
+        wanted = {
+            "logps": bool(a.readers_of_old_logps) and not taken,
+            "values": "values" in a.needs,
+            "sum_sq_probs": "sum_sq_probs" in a.needs,
+        }
+        compared = a.kl_over_distributions("rollout")
+        if any(wanted.values()) or compared:
+
+            def act(batch: TokenBatch) -> dict[str, Tensor]:
+                measures = None
+                with self.accelerator.autocast():
+                    if compared and self.reference is not None:
+                        named = {f"{DISTRIBUTION}{title}": (kl.estimator, False) for title, kl in compared}
+                        measures = self.reference.measures(batch, named)
+                    found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures)
+                    return found
+
+            with self.phases.forward(critic=wanted["values"], reference=bool(compared)):
+                found = self._over_rows(act, rollouts, mask)
+            if not wanted["logps"]:
+                found.pop("logps", None)
+            results |= {"old_logps" if name == "logps" else name: x for name, x in found.items()}
+        if self.reference is not None:
+            reference = self.reference
+
+            def refer(batch: TokenBatch) -> dict[str, Tensor]:
+                with self.accelerator.autocast():
+                    return {"ref_logps": reference(batch)}
+
+            with self.phases.forward(reference=True):
+                results |= self._over_rows(refer, rollouts, mask)
+        return results
+
+    def _over_rows(self, forward: Forward, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
+        """`forward` over micro-batches, put back in order: name -> (n, T)."""
+        prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
+        results: dict[str, Tensor] = {}
+        for part in self.batching.cut(range(len(rollouts)), prompts, completions):
+            width = max(len(completions[i]) for i in part)
+            rows = self.batching.batch([prompts[i] for i in part], [completions[i] for i in part], mask[part, :width])
+            for name, x in forward(rows).items():
+                results.setdefault(name, torch.zeros_like(mask))[part, :width] = x.to(mask.dtype)
+        return results

@@ -1,0 +1,143 @@
+"""The terms of the loss of one micro-batch, each a sum under the weights of the whole optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rlhf.axes import KLPlacement, TextTerm, TrainedCritic
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.modeling.lm_head import Derivative
+
+POLICY_GETS = frozenset({"old_logps"})
+ESTIMATOR_GETS = frozenset({"ref_logps"})
+DISTRIBUTION = "distribution:"
+"""Prefix of the (B, T) tensors that KL estimators over whole distributions gave."""
+MEASURED = frozenset({"loss", "approx_kl", "ratio", "entropy", "grad_norm"})
+"""Names under `policy/` that are measured for every policy loss alike."""
+
+
+def policy_terms(
+    a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: MetricAggregator
+) -> dict[str, Tensor]:
+    """Policy loss, KL in the loss and loss terms. `new` holds the forward's (B, T) tensors, `inputs` the micro-batch."""
+    terms, known, metrics = _terms(a, new, inputs, meters)
+    with torch.no_grad():
+        _measure(a, known, inputs["mask"], metrics, meters)
+    return terms
+
+
+def derivative(a: Algorithm, inputs: dict[str, Any]) -> Derivative:
+    """The loss of each sampled token differentiated by that token's numbers, where `a.loss_is_token_level`."""
+    batch = inputs["batch"]
+    flat = {
+        name: x[batch.rows, batch.columns] for name, x in inputs.items() if name != "batch" and x.shape == batch.shape
+    }
+
+    def of_tokens(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+        with torch.enable_grad(), torch.autocast(batch.device.type, enabled=False):
+            leaves = {name: x.detach().unsqueeze(0).requires_grad_() for name, x in values.items()}
+            own = {name: x[part].unsqueeze(0) for name, x in flat.items()}
+            terms, _, _ = _terms(a, leaves, own, MetricAggregator())
+            total = torch.stack(list(terms.values())).sum()
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return {name: x.squeeze(0) for name, x in zip(leaves, found, strict=True) if x is not None}
+
+    return of_tokens
+
+
+def _terms(
+    a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: MetricAggregator
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The terms, everything that is known of each token, and the metrics of the policy loss."""
+    logps, mask, weights = new["logps"], inputs["mask"], inputs["weights"]
+    known = {name: x for name, x in inputs.items() if name != "batch"} | new
+    known.setdefault("old_logps", logps.detach())
+
+    extras = a.extras(a.policy_loss, known, POLICY_GETS)
+    per_token, metrics = a.policy_loss(logps, known["old_logps"], inputs["advantages"], mask, **extras)
+    if "correction" in inputs:
+        per_token = per_token * inputs["correction"]
+    terms = {"policy/loss": (per_token * weights).sum()}
+    for title, kl in a.kl_in("loss"):
+        penalty = kl.loss_penalty(measured(a, title, kl, known, mask, meters))
+        weight = weights if penalty.dim() == 2 else one_token(weights, mask)
+        terms[f"kl/{title}/loss"] = (penalty * weight).sum()
+    for i, (title, term) in enumerate(a.titled("loss_terms")):
+        if not isinstance(term, TextTerm):
+            value = term(logps, mask, **a.extras(term, known, frozenset()))
+            terms[f"plugin/{title}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
+    return terms, known, metrics
+
+
+def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The loss of a micro-batch of texts that a term brought along."""
+    title, term = a.titled("loss_terms")[inputs["text_term"]]
+    value = term(new["logps"], inputs["mask"], **a.extras(term, new, frozenset()))
+    return {f"plugin/{title}/loss": (value * inputs["weights"]).sum()}
+
+
+def measured(
+    a: Algorithm, title: str, kl: KLPlacement, known: dict[str, Tensor], mask: Tensor, meters: MetricAggregator
+) -> Tensor:
+    """A KL within its limit: (R, T), 0 off the mask, at level token, (R,) at level sequence. `known` holds logps,
+    ref_logps and what the estimator needs; a KL over whole distributions was measured where they were.
+
+    Counts it as `kl/<title>/<estimator>`, summed over each row, and what the limit cuts.
+    """
+    if "full_distribution" in kl.estimator.needs:
+        raw = known[f"{DISTRIBUTION}{title}"] * mask
+    else:
+        raw = kl.estimate(known["logps"], known["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
+    value, rows = kl.limit(raw), (mask > 0).any(1).sum()
+    meters.add(f"kl/{title}/{kl.estimator.name}", value.sum(), rows)
+    if kl.clamp is not None:
+        meters.add(f"kl/{title}/clamp_frac", (raw != value).sum(), mask.sum() if raw.dim() == 2 else rows)
+    return value
+
+
+def one_token(weights: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) -> (B,) the weight of one of each row's tokens, so that beta means the same at both levels."""
+    first = (mask > 0).int().argmax(1, keepdim=True)
+    return weights.gather(1, first).squeeze(1)
+
+
+def _measure(
+    a: Algorithm, known: dict[str, Tensor], mask: Tensor, metrics: dict[str, Tensor], meters: MetricAggregator
+) -> None:
+    tokens, rows = mask.sum(), (mask > 0).any(1).sum()
+    logps, old = known["logps"], known["old_logps"]
+    log_ratio = (logps - old) * mask
+    if "old_logps" in a.policy_loss.needs or a.readers_of_old_logps:  # else nobody knows the policy that rolled out
+        meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
+        meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
+    meters.add("policy/entropy", (known.get("entropy", -logps) * mask).sum(), tokens)
+    if taken := sorted(MEASURED & metrics.keys()):
+        raise ValueError(
+            f"policy_loss={a.policy_loss.name} returns the metric {', '.join(map(repr, taken))}, and policy/{taken[0]} is "
+            "measured for every policy loss: give it another name"
+        )
+    for name, x in metrics.items():
+        meters.add(f"policy/{name}", (x * mask).sum(), tokens)
+    if "ref_logps" in known:
+        meters.add("kl/ref", ((old - known["ref_logps"]) * mask).sum(), rows)
+    for title, kl in a.titled("kl"):
+        if not kl.places:
+            measured(a, title, kl, known, mask, meters)
+
+
+def value_term(
+    critic: TrainedCritic, values: Tensor, inputs: dict[str, Any], meters: MetricAggregator
+) -> dict[str, Tensor]:
+    """coef x 0.5 x mean over tokens of the squared error, clipped as in PPO (arXiv:1707.06347; implementation detail 9)."""
+    mask, returns, old = inputs["mask"], inputs["returns"], inputs["values"]
+    error = (values - returns) ** 2
+    if critic.value_clip != "none":
+        bounded = old + (values - old).clamp(-critic.value_clip, critic.value_clip)
+        clipped = (bounded - returns) ** 2
+        meters.add("value/clip_frac", ((clipped > error) * mask).sum(), mask.sum())
+        error = torch.maximum(error, clipped)
+    return {"value/loss": critic.coef * 0.5 * (error * inputs["value_weights"]).sum()}

@@ -1,0 +1,1 @@
+"""Estimate the peak memory of each phase before a model is loaded."""

@@ -1,0 +1,109 @@
+"""How rows become micro-batches: as many as a number of rows and a number of tokens allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.modeling.packing import by_prompt
+from hf_rlhf.modeling.policy import why_not_packed
+from hf_rlhf.modeling.token_batch import Attention, TokenBatch
+
+
+def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
+    """What `update.attention` means for this model where it now lies. Raises ValueError where it asks for what the
+    architecture cannot do."""
+    wanted = algorithm.update.attention
+    if wanted == "padded" or (wanted == "auto" and "double_backward" in algorithm.needs):
+        return "padded"
+    if wanted == "auto":
+        fastest: list[Attention] = ["flex", "packed"] if model.device.type == "cuda" else ["packed"]
+        return next((attention for attention in fastest if why_not_packed(model, attention) is None), "padded")
+    reason = why_not_packed(model, wanted)
+    if reason is None and wanted == "flex" and model.device.type == "cpu":
+        reason = "FlexAttention has no backward on a CPU"
+    if reason is not None:
+        raise ValueError(
+            f"update.attention={wanted}: {type(model).__name__} cannot: {reason}. Set it to auto or padded"
+        )
+    return wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """Bounds of one forward and backward.
+
+    Packed rows count their tokens and each prompt once; padded rows count their padding. A row that is longer than
+    `max_tokens` on its own makes a micro-batch of its own.
+    """
+
+    pad: int
+    max_rows: int
+    max_tokens: int | None = None
+    attention: Attention = "packed"
+
+    @classmethod
+    def of(cls, algorithm: Algorithm, model: Any, pad: int, max_rows: int) -> Batching:
+        """What the recipe says, for this model where it now lies. Raises as `choose_attention`."""
+        tokens = algorithm.update.max_tokens_per_micro_batch
+        return cls(pad=pad, max_rows=max_rows, max_tokens=tokens, attention=choose_attention(algorithm, model))
+
+    def batch(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor) -> TokenBatch:
+        """The rows as the model takes them; `mask` (B, T)."""
+        return TokenBatch(prompts, completions, mask, self.pad, self.attention)
+
+    def cut(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """`rows`, indices of `prompts` and `completions`, in parts."""
+        if self.attention == "padded":
+            return self._by_length(rows, [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+        return self._by_prompt(rows, prompts, [len(c) for c in completions])
+
+    def _by_length(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Shortest first, so that rows of one part are of similar length."""
+        parts: list[list[int]] = []
+        for row in sorted(rows, key=lambda i: lengths[i]):
+            part = parts[-1] if parts else []
+            fits = self.max_tokens is None or (len(part) + 1) * lengths[row] <= self.max_tokens
+            if part and len(part) < self.max_rows and fits:
+                part.append(row)
+            else:
+                parts.append([row])
+        return parts
+
+    def _by_prompt(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> list[list[int]]:
+        """The rows of a prompt together where they fit, so that it is read once."""
+        parts: list[list[int]] = []
+        used = 0
+        for group in by_prompt([prompts[row] for row in rows]):
+            for piece in self._pieces([rows[i] for i in group], prompts, lengths):
+                cost = len(prompts[piece[0]]) + sum(lengths[row] for row in piece)
+                fits = self.max_tokens is None or used + cost <= self.max_tokens
+                if parts and len(parts[-1]) + len(piece) <= self.max_rows and fits:
+                    parts[-1] += piece
+                    used += cost
+                else:
+                    parts.append(list(piece))
+                    used = cost
+        return parts
+
+    def _pieces(self, group: list[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
+        """The rows of one prompt, split where they are too many for one part."""
+        pieces: list[list[int]] = []
+        used = 0
+        for row in group:
+            fits = self.max_tokens is None or used + lengths[row] <= self.max_tokens
+            if pieces and len(pieces[-1]) < self.max_rows and fits:
+                pieces[-1].append(row)
+                used += lengths[row]
+            else:
+                pieces.append([row])
+                used = len(prompts[row]) + lengths[row]
+        return pieces

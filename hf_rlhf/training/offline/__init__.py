@@ -1,0 +1,1 @@
+"""Train on a dataset, without rollouts, through TRL's and transformers' trainers."""

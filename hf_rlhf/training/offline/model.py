@@ -1,0 +1,109 @@
+"""Loading a model with the head that an offline trainer asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.contract.model_settings import Lora, Model
+from hf_rlhf.contract.offline_trainer import Head, OfflineTrainer
+from hf_rlhf.data.model_loading import ModelError, disable_dropout, lora_config, model_path
+from hf_rlhf.data.quantization import quantisation, ready
+from hf_rlhf.runtime.seeding import seeded
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AUTO: dict[Head, str] = {
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "causal": "AutoModelForCausalLM",
+}
+TASKS: dict[Head, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "causal": "CAUSAL_LM"}
+"""What peft calls them: it trains a classifier's head whole, beside the adapter."""
+
+
+def context_of(settings: Model, trust_remote_code: bool) -> int | None:
+    """The most positions that the model has, from its configuration alone."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            model_path(settings.path), revision=settings.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{settings.path}: no model there ({error})") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_with_head(
+    settings: Model, trainer: OfflineTrainer, tokenizer: PreTrainedTokenizerBase, seed: int, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model, without dropout unless the settings keep it, on an adapter where they have one.
+
+    A head that the folder does not hold is new and depends on the seed alone. Raises `ModelError` where other weights are
+    missing, or the head has another number of outputs.
+    """
+    path = model_path(settings.path)
+    if (Path(path) / "adapter_config.json").is_file():
+        raise ModelError(f"{path} holds an adapter alone: merge it into its base and name the merged model")
+    with seeded(seed, "model"):
+        model = _load(path, settings, trainer, trust_remote_code)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if not settings.dropout:
+            disable_dropout(model)
+        return model if settings.lora is None else _adapted(model, settings, trainer.head)
+
+
+def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code: bool) -> Any:
+    import transformers
+
+    loader = getattr(transformers, AUTO[trainer.head])
+    options: dict[str, Any] = {} if trainer.head == "causal" else {"num_labels": trainer.outputs}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report of a new head; what else is missing is checked below
+    try:
+        model, loading = loader.from_pretrained(
+            path,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+            **quantisation(settings, path, trust_remote_code),
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"{path} cannot be loaded as a {trainer.head} model with {trainer.outputs} output(s), which "
+            f"trainer={trainer.name} trains: {error}"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    try:
+        model = ready(model, settings, settings.lora is not None, merges=settings.save_merged is not False)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    trunk = f"{model.base_model_prefix}."
+    missing = sorted(name for name in loading["missing_keys"] if trainer.head == "causal" or name.startswith(trunk))
+    if missing:
+        raise ModelError(f"{path} has no weights for {', '.join(missing[:6])}; it does not hold the whole model")
+    return model
+
+
+def _adapted(model: Any, settings: Model, head: Head) -> Any:
+    assert settings.lora is not None
+    config = lora_for(settings.lora, head)
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
+
+
+def lora_for(settings: Lora, head: Head) -> LoraConfig:
+    """The settings as peft takes them for a model with this head, which is trained whole where it is a classifier's."""
+    config = lora_config(settings)
+    config.task_type = TASKS[head]
+    if head == "token" and config.target_modules == "all-linear":  # peft knows the head of a sequence classifier alone
+        config.exclude_modules = ["score", "classifier"]
+    return config

@@ -1,0 +1,213 @@
+"""One rollout, ready to train on, and the slots of micro-batches that are cut from it.
+
+Rows of this process are kept apart from the table of all N rows, which every process holds: weights and mini-batches
+come from the table, forwards from the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_rlhf.axes import TextTerm
+from hf_rlhf.batch import Scored
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.runtime.seeding import permutation
+from hf_rlhf.training.micro_batches import Batching
+
+OPTIONAL = (
+    *("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs"),
+    *("greedy", "kl_penalties", "completion_ids", "advantages"),
+)
+"""Fields of `Scored` that the table holds where something needs them."""
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """n rows of this process and the table of all N.
+
+    `rows` are (n, T) tensors, `table` (N, T') and (N,) tensors, `places` (n,) says where each row stands in the table.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    texts: dict[str, list[Any]]
+    rows: dict[str, Tensor]
+    table: dict[str, Tensor]
+    places: Tensor
+
+    def select(self, keep: Tensor) -> Collected:
+        """The rows on which `keep` (N,) is True, in table and rows."""
+        if bool(keep.all()):
+            return self
+        kept, own = keep.nonzero().flatten(), keep[self.places].nonzero().flatten()
+        index = own.tolist()
+        return Collected(
+            prompt_ids=[self.prompt_ids[i] for i in index],
+            completion_ids=[self.completion_ids[i] for i in index],
+            texts={name: [values[i] for i in index] for name, values in self.texts.items()},
+            rows={name: x.index_select(0, own) for name, x in self.rows.items()},
+            table={name: x.index_select(0, kept) for name, x in self.table.items()},
+            places=(keep.cumsum(0) - 1)[self.places[own]],
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Collected]) -> Collected:
+        """The rows of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = [0]
+        for part in parts:
+            offsets.append(offsets[-1] + len(part.table["mask"]))
+        return Collected(
+            prompt_ids=[x for part in parts for x in part.prompt_ids],
+            completion_ids=[x for part in parts for x in part.completion_ids],
+            texts={
+                name: [x for part in parts for x in part.texts[name]]
+                for name in parts[0].texts
+                if all(name in part.texts for part in parts)
+            },
+            rows={name: _join([part.rows[name] for part in parts]) for name in parts[0].rows},
+            table={name: _join([part.table[name] for part in parts]) for name in parts[0].table},
+            places=torch.cat([part.places + offset for part, offset in zip(parts, offsets, strict=False)]),
+        )
+
+    def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
+        """The table as estimators and filters see it."""
+        table = self.table
+        optional = {name: table[name] for name in OPTIONAL if name in table}
+        return Scored(
+            mask=table["mask"],
+            token_rewards=table["token_rewards"],
+            group_ids=table["group_ids"],
+            scores={label: table[f"score:{label}"] for label in labels},
+            weights=weights,
+            finished=table["finished"],
+            **optional,
+        )
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].dim() == 1:
+        return torch.cat(list(tensors))
+    width = max(x.size(1) for x in tensors)
+    return torch.cat([functional.pad(x, (0, width - x.size(1))) for x in tensors])
+
+
+@dataclass(kw_only=True)
+class Buffer:
+    """One rollout with its advantages.
+
+    `rows` holds (n, T) tensors of this process: mask, advantages and, where they are needed, old_logps, ref_logps, values,
+    returns, correction, selected. `mask` (N, T) bool, `group_ids` (N,) and `total_score` (N,) are of all rows, `places` as
+    in `Collected`.
+    """
+
+    index: int
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    rows: dict[str, Tensor]
+    places: Tensor
+    mask: Tensor
+    group_ids: Tensor
+    total_score: Tensor
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Buffer:
+        """What `state_dict` gave, on `device`."""
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
+        moved["rows"] = {name: x.to(device) for name, x in state["rows"].items()}
+        return cls(**moved)
+
+    def step_rows(self, position: int, algorithm: Algorithm, seed: int) -> Tensor:
+        """(N_u,) the table rows of one optimizer step: whole groups, in order in the first epoch, shuffled after it."""
+        epoch, mini_batch = divmod(position, algorithm.update.mini_batches)
+        groups = self.group_ids.unique()
+        if epoch > 0:
+            order = permutation(len(groups), seed, "epoch", self.index, epoch)
+            groups = groups[torch.tensor(order, dtype=torch.long, device=groups.device)]
+        chosen = groups.tensor_split(algorithm.update.mini_batches)[mini_batch]
+        return torch.isin(self.group_ids, chosen).nonzero().flatten()
+
+    def slot(self, position: int, algorithm: Algorithm, seed: int, batching: Batching) -> list[dict[str, Any]]:
+        """The micro-batches of one optimizer step on this process, with the weights of the whole step in them.
+
+        Empty where no process has a row; one row without weight where only this process has none, since every process
+        takes part in the backward.
+        """
+        step = self.step_rows(position, algorithm, seed)
+        if len(step) == 0:
+            return []
+        mask = self.mask[step].to(self.rows["mask"].dtype)
+        available = {"group_ids": self.group_ids[step], "total_score": self.total_score[step].to(mask.dtype)}
+        weights = {
+            "weights": algorithm.aggregation(mask, **algorithm.extras(algorithm.aggregation, available, frozenset())),
+            "value_weights": mask / mask.sum().clamp(min=1),
+        }
+        for i, term in enumerate(algorithm.loss_terms):
+            if not isinstance(term, TextTerm):
+                extras = algorithm.extras(term, available, frozenset())
+                weights[f"term_weights:{i}"] = term.weights(mask, **extras)
+        where = torch.full((len(self.mask),), -1, dtype=torch.long, device=step.device)
+        where[step] = torch.arange(len(step), device=step.device)
+        mine = where[self.places]
+        learned = mine >= 0
+        if algorithm.skips_rows_without_advantage:
+            learned &= ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1)
+        rows = [row for row, learns in enumerate(learned.tolist()) if learns]
+        if not rows:
+            return [self._empty(weights, batching)]
+        parts = batching.cut(rows, self.prompt_ids, self.completion_ids)
+        return [self._micro_batch(part, mine, weights, batching) for part in parts]
+
+    def _micro_batch(
+        self, rows: list[int], mine: Tensor, weights: dict[str, Tensor], batching: Batching
+    ) -> dict[str, Any]:
+        completions = [self.completion_ids[i] for i in rows]
+        width = max(map(len, completions))
+        index = torch.tensor(rows, device=self.places.device)
+        micro: dict[str, Any] = {name: x[index, :width] for name, x in self.rows.items()}
+        micro |= {name: w[mine[index], :width] for name, w in weights.items()}
+        micro["total_score"] = self.total_score[self.places[index]].to(micro["mask"].dtype)
+        micro["batch"] = batching.batch([self.prompt_ids[i] for i in rows], completions, micro["mask"])
+        return micro
+
+    def _empty(self, weights: dict[str, Tensor], batching: Batching) -> dict[str, Any]:
+        """One row without a sampled token, under the same names as any micro-batch."""
+        zero = self.rows["mask"].new_zeros((1, 1))
+        batch = batching.batch([[batching.pad]], [[batching.pad]], zero)
+        return {**dict.fromkeys([*self.rows, *weights], zero), "total_score": zero[0], "batch": batch}
+
+
+def text_micro_batches(
+    algorithm: Algorithm, step: int, share: slice, like: Tensor, batching: Batching
+) -> list[dict[str, Any]]:
+    """Micro-batches of the texts that loss terms bring along for optimizer step number `step`.
+
+    `share` says which texts are this process's; `like` has the device and dtype. Weights are of all texts of the step.
+    """
+    found = []
+    for i, term in enumerate(algorithm.loss_terms):
+        if not isinstance(term, TextTerm):
+            continue
+        texts = term.texts(step)
+        counts = torch.tensor([len(ids) - 1 for ids in texts], device=like.device)
+        mask = (torch.arange(int(counts.max()), device=like.device) < counts[:, None]).to(like.dtype)
+        weights = term.weights(mask)
+        prompts, rest = [ids[:1] for ids in texts], [ids[1:] for ids in texts]
+        for rows in batching.cut(range(len(texts))[share], prompts, rest):
+            width = max(len(texts[row]) for row in rows) - 1
+            part = mask[rows, :width]
+            batch = batching.batch([prompts[row] for row in rows], [rest[row] for row in rows], part)
+            found.append({"text_term": i, "mask": part, "weights": weights[rows, :width], "batch": batch})
+    return found

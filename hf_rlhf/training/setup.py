@@ -1,0 +1,351 @@
+"""From what a user hands over to what a trainer holds: everything is checked before the model is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_rlhf.axes import Context, Plugin
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.plan import Plan, make_plan
+from hf_rlhf.config.recipe import Recipe, load_recipe
+from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
+from hf_rlhf.config.training_arguments import DECISIVE, check_arguments
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.contract.reward_source import nested_of
+from hf_rlhf.data.model_loading import (
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    prepare_tokenizer,
+    zero_dropout,
+)
+from hf_rlhf.data.prompts import Prompts, StreamedPrompts, check_columns, load_prompts, read_columns
+from hf_rlhf.data.quantization import is_quantised, model_problems
+from hf_rlhf.modeling.policy import ActorCritic, Policy
+from hf_rlhf.modeling.reference import ReferencePolicy
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.seeding import seeded
+from hf_rlhf.scoring.scorer import Scorer
+from hf_rlhf.training.memory.resident import offload_problems, offload_remarks, policy_state
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+class AlgorithmError(ValueError):
+    """A combination of plugins that cannot run or cannot learn."""
+
+
+@dataclass(kw_only=True)
+class RunComponents:
+    """What a trainer is made of."""
+
+    algorithm: Algorithm
+    sections: dict[str, Any]
+    plan: Plan
+    record: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    train: Any
+    evaluation: Any
+    room: int | None
+    """Most tokens of a prompt."""
+
+    @property
+    def dataset_settings(self) -> Dataset:
+        """The recipe's `dataset`."""
+        return self.sections["dataset"]
+
+    @property
+    def evaluation_settings(self) -> Evaluation:
+        """The recipe's `evaluation`."""
+        return self.sections["evaluation"]
+
+    @property
+    def logging_settings(self) -> Logging:
+        """The recipe's `logging`."""
+        return self.sections["logging"]
+
+    def as_prompts(self, rows: Any) -> Any:
+        """Rows of another dataset as prompts, made as the recipe's `dataset` says; prompts as they are."""
+        if isinstance(rows, dict):
+            return {name: self.as_prompts(part) for name, part in rows.items()}
+        if isinstance(rows, Prompts | StreamedPrompts):
+            return rows
+        settings = _replace(self.dataset_settings, held_out=0)
+        check_columns(read_columns(settings, rows)[0], [plugin for _, plugin in self.algorithm.plugins()])
+        return load_prompts(settings, self.tokenizer, max_prompt_tokens=self.room, train=rows)[0]
+
+    def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, ReferencePolicy | None]:
+        """The policy with its critic, and the reference if there is one; the critic's new weights depend on the seed alone."""
+        a = self.algorithm
+        with seeded(args.seed, "critic"):
+            critic = a.critic.build(model, a)
+        if critic is not None and not self.sections["model"].dropout:
+            zero_dropout(critic)
+        actor_critic = ActorCritic(model, critic, a.rollout.temperature).to(args.device)
+        if "ref_logps" not in a.needs:
+            return actor_critic, None
+        own = a.reference.build(model)
+        if own is not None:
+            own.to(args.device)
+        return actor_critic, ReferencePolicy(own, model, a.reference.active, a.rollout.temperature)
+
+    def policy(self, model: Any, args: TrainingArguments) -> Policy:
+        """What rollout engines get."""
+        wants = "sampler_logps" in self.algorithm.needs or self.algorithm.samples_old_logps
+        return Policy(model=model, tokenizer=self.tokenizer, device=args.device, wants_logps=wants)
+
+    def set_up(self, model: Any, args: TrainingArguments) -> Scorer:
+        """Calls `setup` of every plugin; the reward sources with the workers that they run in."""
+        context = Context(
+            device=args.device,
+            tokenizer=self.tokenizer,
+            policy=model,
+            seed=args.seed,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+        )
+        for plugin in _others(self.algorithm):
+            plugin.setup(context)
+        return Scorer(list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)), context)
+
+
+def close_plugins(algorithm: Algorithm) -> None:
+    """Calls `close` of every plugin but the reward sources, which their scorer closes."""
+    for plugin in _others(algorithm):
+        plugin.close()
+
+
+def _others(algorithm: Algorithm) -> Iterator[Plugin]:
+    """Every plugin but the recipe's reward sources; what is nested in one that runs here is among them."""
+    own = {id(source) for source in algorithm.rewards}
+    elsewhere = {
+        id(x) for source in algorithm.rewards if source.workers in ("processes", "ray") for x in nested_of(source)
+    }
+    for _, plugin in algorithm.plugins():
+        if id(plugin) not in own | elsewhere:
+            yield plugin
+
+
+def setup_run(
+    model: Any,
+    algorithm: Algorithm | Recipe | str,
+    args: TrainingArguments,
+    train: Any,
+    evaluation: Any,
+    tokenizer: Any,
+    peft_config: Any,
+    trust_remote_code: bool = False,
+) -> RunComponents:
+    """Checks algorithm, arguments and dataset, in that order, then loads tokenizer, prompts and model."""
+    recipe = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
+    chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
+    sections = (
+        {name: cls() for name, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
+    )
+    model_settings: Model = sections["model"]
+    if isinstance(model, str):
+        sections["model"] = model_settings = _replace(model_settings, path=model)
+    if train is not None:  # given in Python: no row is taken from it for evaluation
+        sections["dataset"] = _replace(sections["dataset"], held_out=0)
+    check_arguments(args)
+    lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
+    refused = [f"optimizer={chosen.optimizer.name}: {reason}" for reason in chosen.optimizer.check_arguments(args)]
+    refused += [*section_problems(chosen, sections, lora), *_misfits(model, model_settings, peft_config)]
+    plan, record = describe(chosen, args, lora, refused)
+    record["run"] = resumable_settings(args, sections, peft_config)
+    record["name"], record["recipe"] = (None, None) if isinstance(recipe, Algorithm) else (recipe.name, recipe.raw)
+    several = evaluation if isinstance(evaluation, dict) else None
+    if several is not None:
+        evaluation = None
+        sections["dataset"] = _replace(sections["dataset"], held_out=0)
+    columns, _ = read_columns(sections["dataset"], train, evaluation)
+    check_columns(columns, [plugin for _, plugin in chosen.plugins()])
+
+    tokenizer = prepare_tokenizer(
+        _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer
+    )
+    model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
+    room = _room(model, chosen)
+    prompts, held_out = load_prompts(
+        sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
+    )
+    parts = RunComponents(
+        algorithm=chosen,
+        sections=sections,
+        plan=plan,
+        record=record,
+        model=_adapted(model, peft_config, model_settings, args.seed) if lora else model,
+        tokenizer=tokenizer,
+        train=prompts,
+        evaluation=held_out,
+        room=room,
+    )
+    if several is not None:
+        parts.evaluation = parts.as_prompts(several)
+    return parts
+
+
+def _misfits(model: Any, settings: Model, peft_config: Any) -> Iterator[str]:
+    """Reasons why the `model` section does not fit what was given in Python."""
+    if model is not None and not isinstance(model, str) and is_quantised(settings):
+        yield "model.load_in_4bit and load_in_8bit are for a model that is named: load it so yourself, or drop them"
+    if settings.save_merged and getattr(peft_config, "is_prompt_learning", False):
+        yield "model.save_merged: learned prompts are no change of weights: drop it"
+
+
+def _adapted(model: Any, peft_config: Any, settings: Model, seed: int) -> Any:
+    """The model with a new adapter; one that comes with an adapter keeps it."""
+    if hasattr(model, "peft_config"):
+        return model
+    from peft import get_peft_model
+
+    with seeded(seed, "adapter"):
+        return get_peft_model(model, lora_config(settings.lora) if peft_config is None else peft_config)  # type: ignore[arg-type]
+
+
+def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_remote_code: bool, lora: bool) -> Any:
+    """The model, loaded where it is only named, without dropout unless the settings keep it."""
+    if model is None or isinstance(model, str):
+        with seeded(seed, "model"):  # a checkpoint without a head gets a new one
+            model = load_model(settings, trust_remote_code, lora)
+    elif not settings.dropout:
+        model = disable_dropout(model)
+    if "double_backward" in algorithm.needs:  # fused attention has no second derivative
+        model.set_attn_implementation("eager")
+    return model
+
+
+def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
+    """The tokenizer that lies with the model."""
+    path = model if isinstance(model, str) or model is None else model.config.name_or_path
+    if not path and settings.path is None and model is not None:
+        raise ValueError("the model does not say where it comes from: pass its tokenizer as processing_class")
+    return load_tokenizer(_replace(settings, path=path or settings.path), trust_remote_code)
+
+
+def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool) -> list[str]:
+    """Why the sections of a recipe do not fit its algorithm, each reason with what to write instead. `lora`: whether an adapter
+    is trained."""
+    found = model_problems(sections["model"], lora, algorithm.plugins())
+    if sections["evaluation"].ema and algorithm.update.ema is None:
+        found.append(
+            "evaluation.ema rolls out the policy's moving average and there is none: set update.ema=0.992, or drop it"
+        )
+    return found
+
+
+def describe(
+    algorithm: Algorithm, args: TrainingArguments, lora: bool, refused: Sequence[str] = ()
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once, those in
+    `refused` included."""
+    problems = [*algorithm.problems(), *refused, *offload_problems(algorithm, args)]
+    if not lora:
+        problems += [
+            f"{path}={plugin.name} needs a policy with an adapter: set model.lora={{r: 16}} (--use_peft, or peft_config in "
+            "Python), or choose another"
+            for path, plugin in algorithm.plugins()
+            if "adapter" in plugin.needs
+        ]
+    if problems:
+        raise AlgorithmError("this combination is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])
+    known = {"lora": lora, "policy_state": policy_state(algorithm, args)}
+    rows = args.per_device_train_batch_size
+    plan = make_plan(algorithm, manifest, processes=args.world_size, rows_per_micro_batch=rows, **known)
+    plan.remarks += offload_remarks(algorithm, args)
+    record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
+    return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back
+
+
+def estimate_memory(
+    plan: Plan,
+    algorithm: Algorithm,
+    args: TrainingArguments,
+    sections: dict[str, Any],
+    *,
+    model: Any = None,
+    peft_config: Any = None,
+    prompt_tokens: int | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Fills the plan's memory: of `model` where it is there, else of the one that the settings name. What the plan says
+    already of the process itself stays."""
+    from hf_rlhf.runtime.peak_memory import MIB
+    from hf_rlhf.training.memory.estimate import from_model, from_settings
+    from hf_rlhf.training.memory.workload import Workload
+
+    settings: Model = sections["model"]
+    known = prompt_tokens or sections["dataset"].max_prompt_tokens
+    before = next((parts["process"] * MIB for parts in plan.memory.values() if "process" in parts), None)
+    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=known, process=before)
+    base = getattr(model, "get_base_model", lambda: model)()
+    if model is None or isinstance(model, str) or getattr(base, "is_quantized", False):
+        found = from_settings(settings, setting, peft_config, trust_remote_code)
+    else:
+        found = from_model(model, settings, setting, peft_config)
+    plan.memory, plan.memory_notes = found.phases, found.notes
+
+
+def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_config: Any) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resumption, besides the algorithm."""
+    chosen = {name: getattr(args, name) for name in DECISIVE}
+    chosen["data_seed"] = args.seed if args.data_seed is None else args.data_seed
+    model = {name: x for name, x in asdict(sections["model"]).items() if name != "save_merged"}
+    kept = {"training": chosen, "model": model, "dataset": asdict(sections["dataset"])}
+    if peft_config is not None:
+        kept["peft"] = {
+            name: x for name, x in peft_config.to_dict().items() if name in ("peft_type", "r", "lora_alpha")
+        }
+    return json.loads(json.dumps(kept, default=str))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = (
+        "hf_rlhf",
+        "torch",
+        "transformers",
+        "trl",
+        "datasets",
+        "accelerate",
+        "tokenizers",
+        "pluggy",
+        "peft",
+        "bitsandbytes",
+        "wandb",
+    )
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found, "torch_build": torch.__version__}
+
+
+def _room(model: Any, algorithm: Algorithm) -> int | None:
+    """Prompt tokens that the model's context leaves beside the longest completion."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(algorithm.rollout, "max_new_tokens", None)
+    if context is None or longest is None:
+        return context
+    if longest >= context:
+        raise ValueError(
+            f"rollout.max_new_tokens={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
+        )
+    return context - longest
+
+
+def _replace(settings: Any, **changes: Any) -> Any:
+    return type(settings)(**{**vars(settings), **changes})

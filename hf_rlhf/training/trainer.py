@@ -1,0 +1,417 @@
+"""The reinforcement-learning step on `transformers.Trainer`.
+
+A ticket from the dataloader stands for one optimizer step. On the first ticket of a rollout the collector fills the
+buffer; each ticket then takes its slot of micro-batches from it. Everything after the loss is Trainer's own.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from contextlib import nullcontext
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_rlhf.axes import TextTerm, TrainedCritic
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.training_arguments import check_accelerator
+from hf_rlhf.contract.optimizer_step import Step
+from hf_rlhf.data.prompt_stream import PromptStream
+from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
+from hf_rlhf.metrics.aggregator import HEALTH, MetricAggregator
+from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
+from hf_rlhf.metrics.trackers import install
+from hf_rlhf.modeling.ema import PolicyEMA
+from hf_rlhf.modeling.policy import distributions
+from hf_rlhf.modeling.reference import ReferencePolicy
+from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.scoring.normalization import RewardNormalizer
+from hf_rlhf.training.callbacks import StepCallback
+from hf_rlhf.training.checkpointing import SavingTrainer
+from hf_rlhf.training.collector import Collector
+from hf_rlhf.training.device_phases import Phases
+from hf_rlhf.training.evaluation import evaluate
+from hf_rlhf.training.logprobs import Forwards
+from hf_rlhf.training.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
+from hf_rlhf.training.micro_batches import Batching
+from hf_rlhf.training.parameter_groups import check_given, critic_groups
+from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
+from hf_rlhf.training.setup import close_plugins, setup_run
+
+if TYPE_CHECKING:
+    from hf_rlhf.config.recipe import Recipe
+
+
+class RLHFTrainer(SavingTrainer):
+    """`transformers.Trainer` whose batches are scored rollouts and whose loss is the recipe's.
+
+    Args:
+        model: a causal language model, or its folder or Hub name; the recipe's `model.path` when left out.
+        algorithm: a recipe's name or path, a `Recipe`, or an `Algorithm`.
+        args: TrainingArguments; docs/training_arguments.md says which are honoured, forced and refused.
+        train_dataset: a `datasets.Dataset` or a list of dicts with a prompt column.
+        eval_dataset: the same, or a dict of several; so is what `evaluate` takes.
+        processing_class: the tokenizer; the model's own when left out.
+        callbacks: as Trainer's.
+        peft_config: a peft configuration; the policy then trains its adapter alone.
+        trust_remote_code: run code that comes with a model from the Hub.
+
+    Raises `ValueError` before the model loads where the combination or an argument is refused.
+    """
+
+    loss_is_scaled_for_ga = True  # weights span the whole optimizer step; nothing is left to divide
+
+    def __init__(
+        self,
+        model: Any = None,
+        algorithm: Algorithm | Recipe | str = "grpo",
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        peft_config: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        trust_remote_code: bool = False,
+    ):
+        args = args or TrainingArguments(output_dir="outputs")
+        parts = setup_run(
+            model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config, trust_remote_code
+        )
+        self.parts, self.algorithm = parts, parts.algorithm
+        self.meters = MetricAggregator(args.device)
+        self.buffer: Buffer | None = None
+        self._optimizer_given = optimizers[0] is not None
+        self.run_log = RunLog(args.output_dir or "outputs", parts.record)
+        trainer = weakref.proxy(self)
+        around_step = StepCallback(lambda: trainer.phases.stepping(), lambda step: trainer._after_step(step))
+        super().__init__(
+            parts.model,
+            args,
+            data_collator=list,  # type: ignore[arg-type]
+            train_dataset=parts.train,
+            eval_dataset=parts.evaluation,
+            processing_class=parts.tokenizer,
+            callbacks=[around_step, *(callbacks or []), self.run_log],
+            optimizers=optimizers,
+        )
+        check_accelerator(self.accelerator, self.args)
+        declared = metrics_of(self.algorithm, parts.logging_settings)
+        install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record, declared)
+        self.actor_critic, reference = parts.build(self.model, self.args)
+        decay = self.algorithm.update.ema
+        self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)
+        own = None if reference is None else reference.own
+        self.phases = Phases.of(
+            self.algorithm, self.actor_critic, own, lambda: trainer.optimizer, self.ema, self.meters
+        )
+        data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
+        self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
+        self.collector = self._collector(reference)
+        self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
+        self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
+
+    def _collector(self, reference: ReferencePolicy | None) -> Collector:
+        """What makes rollouts; every plugin is set up for it."""
+        policy = self.parts.policy(self.model, self.args)
+        pad, rows = policy.tokenizer.pad_token_id, self.args.per_device_train_batch_size
+        forwards = Forwards(
+            algorithm=self.algorithm,
+            actor_critic=self.actor_critic,
+            reference=reference,
+            accelerator=self.accelerator,
+            batching=Batching.of(self.algorithm, self.model, pad, rows),
+            phases=self.phases,
+        )
+        scorer = self.parts.set_up(self.model, self.args)
+        self._scorer_finalizer = weakref.finalize(self, scorer.close)
+        return Collector(
+            algorithm=self.algorithm,
+            policy=policy,
+            actor_critic=self.actor_critic,
+            forwards=forwards,
+            scorer=scorer,
+            shaper=RewardNormalizer(list(scorer.sources.items())),
+            accelerator=self.accelerator,
+            stream=self.stream,
+            meters=self.meters,
+            seed=self.args.seed,
+        )
+
+    # Rollouts become slots
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Tickets, one per optimizer step of an epoch. Prompts come from the stream, whose position is saved."""
+        per_rollout, prompts = self.algorithm.steps_per_rollout, self.algorithm.rollout.prompts
+        rows = self.stream.rows
+        if rows is None and self.args.max_steps <= 0:
+            raise ValueError("a streamed dataset has no length: set training.max_steps")
+        if rows is not None and rows < prompts:
+            raise ValueError(
+                f"rollout.prompts={prompts} and the dataset has {rows} rows: lower rollout.prompts to {rows} or less"
+            )
+        steps = self.args.max_steps if rows is None else max(1, rows // prompts) * per_rollout
+        return DataLoader(range(steps), batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The slot of the coming optimizer step; collects a new rollout when the last one is used up."""
+        next(epoch_iterator)
+        index, position = divmod(self.state.global_step, self.algorithm.steps_per_rollout)
+        if position == 0:
+            self.phases.sampling()
+            self.buffer = self.collector.collect(index)
+            self._sample_completions(self.buffer)
+        if self.buffer is None or self.buffer.index != index:
+            raise checkpoint_manifest.CheckpointError(
+                f"step {self.state.global_step} lies within a rollout that was not saved"
+            )
+        batching = self.collector.forwards.batching
+        slot = self.buffer.slot(position, self.algorithm, self.args.seed, batching)
+        if slot:
+            share, like = slice(self.args.process_index, None, self.args.world_size), self.buffer.rows["mask"]
+            slot = text_micro_batches(self.algorithm, self.state.global_step, share, like, batching) + slot
+        return [slot], None
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's own step on each micro-batch of the slot; gradients meet at the last one."""
+        loss = torch.zeros((), device=self.args.device)
+        self.phases.updating()
+        with self.meters.time("update"):
+            for i, micro in enumerate(inputs):
+                last = i == len(inputs) - 1
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    loss += super().training_step(model, micro).to(loss.dtype)
+                micro["batch"].release()
+            self.accelerator.gradient_state._set_sync_gradients(True)
+        if inputs:
+            self._step_sums |= {
+                f"plugin/{title}/loss"
+                for title, term in self.algorithm.titled("loss_terms")
+                if isinstance(term, TextTerm)
+            }
+        for name in self._step_sums:
+            self.meters.add(name, 0.0, 1 / self.args.world_size)
+        self._step_sums.clear()
+        loss = self._guard(loss)
+        self.algorithm.optimizer.hold(self._step(inputs))
+        return loss
+
+    def _step(self, micro_batches: list[dict[str, Any]]) -> Step:
+        """The step for update rules that look at the loss again; nothing is logged of what they compute."""
+        rollout = [micro for micro in micro_batches if "text_term" not in micro]
+        module = self.actor_critic
+
+        def prepared(micro: dict[str, Any]) -> dict[str, Any]:
+            return self._prepare_inputs(micro)
+
+        def loss(micro: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                terms = self._terms(module, prepared(micro), MetricAggregator(), with_critic=False)
+                return sum(terms.values(), start=torch.zeros(()))
+
+        def log_probs(micro: dict[str, Any]) -> Tensor:
+            with self.accelerator.autocast():
+                return distributions(module.policy, micro["batch"], module.temperature)
+
+        return Step(
+            micro_batches=rollout,
+            loss=loss,
+            log_probs=log_probs,
+            total=lambda x: self.accelerator.reduce(x.detach(), "sum") if self.args.world_size > 1 else x.detach(),
+        )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The recipe's loss of one micro-batch, times the number of processes, whose gradients are averaged."""
+        sums = self._terms(model, inputs, self.meters)
+        for name, x in sums.items():
+            self.meters.add(name, x, 0.0)
+        self._step_sums |= set(sums)
+        return sum(sums.values()) * self.args.world_size
+
+    def _terms(
+        self, model: nn.Module, inputs: dict[str, Any], meters: MetricAggregator, with_critic: bool = True
+    ) -> dict[str, Tensor]:
+        """The terms of the loss of one micro-batch, each this process's share of the step's."""
+        a = self.algorithm
+        if "text_term" in inputs:
+            return text_term(a, model(inputs["batch"], entropy="entropy" in a.needs, temperature=1.0), inputs)
+        critic = a.critic if with_critic and isinstance(a.critic, TrainedCritic) else None
+        reference, compared = self.collector.forwards.reference, a.kl_over_distributions("update")
+        measures = None
+        if compared and reference is not None:
+            named = {f"{DISTRIBUTION}{title}": (kl.estimator, "loss" in kl.places) for title, kl in compared}
+            with self.accelerator.autocast():
+                measures = reference.measures(inputs["batch"], named)
+        fused = torch.is_grad_enabled() and a.loss_is_token_level
+        new = model(
+            inputs["batch"],
+            entropy=entropy_is_exact(a, self.parts.logging_settings),
+            values=critic is not None,
+            measures=measures,
+            derivative=derivative(a, inputs) if fused else None,
+        )
+        gradient = new.pop("loss", None)  # a zero with the gradient of all that follows
+        sums = policy_terms(a, new, inputs, meters)
+        if gradient is not None:
+            sums["policy/loss"] = sums["policy/loss"] + gradient
+        if critic is not None:
+            sums |= value_term(critic, new["values"], inputs, meters)
+        return sums
+
+    def _after_step(self, step: int) -> None:
+        """Move the reference and the average, and collect what the update rule measured."""
+        if (model := self.moving_reference()) is not None:
+            policy: Any = self.model
+            self.algorithm.reference.move(model, policy, step)
+            self.phases.moved()
+        if self.ema is not None:
+            self.ema.update()
+        for name, x in self.algorithm.optimizer.take_logs().items():
+            self.meters.put(f"optimizer/{name}", x)
+
+    def _guard(self, loss: Tensor) -> Tensor:
+        """Leaves out a step whose gradient is not finite, and all but the critic during its warm-up."""
+        critic = self.algorithm.critic
+        if isinstance(critic, TrainedCritic) and self.state.global_step < critic.warmup_steps:
+            for parameter in self.actor_critic.policy.parameters():
+                parameter.grad = None
+        gradients = [p.grad for p in self.actor_critic.parameters() if p.grad is not None]
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all())
+        self.meters.put("health/nonfinite_step", 0 if finite else 1)
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        if finite:
+            return loss
+        if self._bad_steps >= 3:
+            raise FloatingPointError(
+                f"{self._bad_steps} optimizer steps in a row had a gradient that is not finite; the last at step "
+                f"{self.state.global_step}. Lower the learning rate, or look at policy/approx_kl in metrics.jsonl"
+            )
+        self.actor_critic.zero_grad()
+        return torch.zeros_like(loss)
+
+    def _sample_completions(self, buffer: Buffer) -> None:
+        texts, numbers = buffer.extra.pop("texts"), buffer.extra.pop("numbers")
+        limit = self.parts.logging_settings.completions
+        advantages, mask = buffer.rows["advantages"], buffer.rows["mask"]
+        self.run_log.completions = completion_rows(self.state.global_step, texts, numbers, advantages, mask, limit)
+
+    # The module that is trained, and its optimizer
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Wraps policy and critic together, so that both forwards run inside what synchronises gradients."""
+        if not training or model is not self.model:
+            return model
+        return self.accelerator.prepare_model(self.actor_critic)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer (or the recipe's update rule), with the critic in parameter groups of its own."""
+        groups = critic_groups(
+            self.actor_critic.critic, self.algorithm.critic, self.args, self.get_decay_parameter_names
+        )
+        if self.optimizer is not None:
+            if self._optimizer_given and self.algorithm.optimizer.build(self.actor_critic, groups) is not None:
+                raise ValueError(
+                    f"optimizers: the recipe's optimizer={self.algorithm.optimizer.name} makes its own. Leave optimizers out, "
+                    "or set optimizer.use=trainer"
+                )
+            check_given(self.optimizer, groups)
+        else:
+            self.optimizer = self.algorithm.optimizer.build(self.actor_critic, groups)
+            if self.optimizer is None:
+                super().create_optimizer(model)
+                for group in groups:
+                    self.optimizer.add_param_group(group)  # type: ignore[attr-defined]
+        return self.optimizer  # type: ignore[return-value]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips policy and critic each by its own norm: a large value error must not shrink the policy's step."""
+        return self._norms(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The policy's norm, also where nothing is clipped."""
+        return super()._get_grad_norm(model, self._norms(float("inf")) if grad_norm is None else grad_norm)
+
+    def _norms(self, limit: float) -> Any:
+        if self.actor_critic.critic is not None:
+            norm = self.accelerator.clip_grad_norm_(self.actor_critic.critic.parameters(), limit)
+            self.meters.put("value/grad_norm", float(norm))
+        return self.accelerator.clip_grad_norm_(self.actor_critic.policy.parameters(), limit)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Rows per optimizer step over all processes."""
+        return (
+            self.algorithm.rollout.prompts
+            * self.algorithm.rollout.num_generations
+            // self.algorithm.update.mini_batches
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 x parameters x tokens over the micro-batches of a slot."""
+        tokens = sum(micro["batch"].positions for micro in inputs)
+        model: Any = self.model
+        return 6 * tokens * model.num_parameters(exclude_embeddings=True)
+
+    # Log and evaluate
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was measured since the last entry to Trainer's own."""
+        if "loss" in logs:
+            logs |= {"policy/grad_norm": logs["grad_norm"], **HEALTH, **self.meters.read(self.accelerator)}
+            now, tokens = time.perf_counter(), self.collector.tokens
+            if tokens > self._tokens_logged:
+                logs["perf/tokens_per_s"] = (tokens - self._tokens_logged) / (now - self._logged_at)
+                self._tokens_logged, self._logged_at = tokens, now
+        logs = {**logs, **aliased(logs, self.meters.items, self.algorithm, self.parts.logging_settings)}
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The prompts of the evaluation dataset."""
+        own: Any = self.eval_dataset
+        source = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        if source is None:
+            raise ValueError("there is no eval_dataset to evaluate on")
+        chosen = list(islice(self.parts.as_prompts(source), self.parts.evaluation_settings.prompts))
+        return DataLoader(chosen, batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """What `predict` reads: the same as for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Rolls out held-out prompts and reports rewards and, for verifiers, accuracy, pass@k and maj@k."""
+        prompts: Any = dataloader.dataset
+        settings = self.parts.evaluation_settings
+        self.phases.sampling()
+        metrics, self.samples = evaluate(self.collector, prompts, settings)
+        if settings.ema and self.ema is not None:
+            with self.ema.as_policy(self.model):
+                averaged, _ = evaluate(self.collector, prompts, settings)
+            metrics |= {f"ema/{name}": x for name, x in averaged.items()}
+        named = {f"{metric_key_prefix}_{name}": x for name, x in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(prompts))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""
+        try:
+            self.run_log.flush()
+        finally:
+            self._scorer_finalizer()
+            self._finalizer()
