@@ -16,8 +16,8 @@ from sandboxes import bubblewrap
 from hf_rlhf import load_plugin
 from hf_rlhf.config.recipe_yaml import RecipeError
 from hf_rlhf.testing import rollouts
-from hf_rlhf_plugins.rewards._sandbox import Limits, SandboxError
-from hf_rlhf_plugins.rewards._sandbox_server import serve
+from hf_rlhf_plugins.rewards._sandbox.backend import Limits, SandboxError
+from hf_rlhf_plugins.rewards._sandbox.server import serve
 
 FENCED = "It is\n```python\ndef f(x): return x * x\n```\n"
 BARE = "def f(x): return x * x"

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from hf_rlhf_plugins.rewards._sandbox import Answer, Backend, Limits, Question
-from hf_rlhf_plugins.rewards._sandbox_bubblewrap import Bubblewrap
+from hf_rlhf_plugins.rewards._sandbox.backend import Answer, Backend, Limits, Question
+from hf_rlhf_plugins.rewards._sandbox.bubblewrap import Bubblewrap
 
 
 def bubblewrap() -> Bubblewrap:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from hf_rlhf.training.offline.trl_dpo_compat import REFERENCE, PairTrainer
 from hf_rlhf_plugins.trainer._dpo_losses import LEFT_OUT, OF_DIFFERENCES, OWN, LossType
+from hf_rlhf_plugins.trainer._pair_trainer import REFERENCE, PairTrainer
 
 CALLED = {
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],

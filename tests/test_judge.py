@@ -19,7 +19,7 @@ from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.testing import conformance, rollouts
 from hf_rlhf_plugins.rewards import _http
 from hf_rlhf_plugins.rewards._http import HttpError
-from hf_rlhf_plugins.rewards._judge_reply import UnreadableError
+from hf_rlhf_plugins.rewards._judge.reply import UnreadableError
 from hf_rlhf_plugins.rewards.judge import Judge
 
 TEXTS = ["5", "abc", "", "longer text"]

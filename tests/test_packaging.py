@@ -94,7 +94,7 @@ def test_the_core_never_imports_built_in_plugins_or_recipes(file):
 @pytest.mark.parametrize("file", PLUGIN_FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_plugins_import_of_the_core_only_its_public_face(file):
     used = {name for name in imports(file, annotations=False) if name.split(".")[0].startswith("hf_rlhf")}
-    own = {"hf_rlhf.training.offline.trl_dpo_compat"} if file.parent.name == "trainer" else set()
+    own = {"hf_rlhf_plugins.trainer._pair_trainer"} if file.parent.name == "trainer" else set()
     allowed = ALLOWED_TO_PLUGINS | own | (RUN_TYPES if file.parent.name in MEET_THE_POLICY else set())
     assert used <= allowed
     named = {name for name in imports(file) if name.split(".")[0].startswith("hf_rlhf")}

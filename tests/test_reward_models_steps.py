@@ -24,7 +24,7 @@ from classifiers import (
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts, Spans
 from hf_rlhf.testing import rollouts
-from hf_rlhf_plugins.rewards._reward_steps import Step, by_column, by_delimiter, prepared
+from hf_rlhf_plugins.rewards._models.steps import Step, by_column, by_delimiter, prepared
 from hf_rlhf_plugins.rewards.process_reward_model import ProcessRewardModel
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sandboxes import all_stays_well, ask, bubblewrap, refused, seen
 
-from hf_rlhf_plugins.rewards._sandbox import MIB, Answer, Question
+from hf_rlhf_plugins.rewards._sandbox.backend import MIB, Answer, Question
 
 ROOT = Path(__file__).parents[1]
 

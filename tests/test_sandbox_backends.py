@@ -14,10 +14,10 @@ import pytest
 from sandboxes import ask, bubblewrap, descendants, nothing_left, refused, seen
 
 from hf_rlhf_plugins.rewards import _sandbox_bubblewrap, _sandbox_engine
-from hf_rlhf_plugins.rewards._sandbox import MIB, Answer, Limits, Question, SandboxError
-from hf_rlhf_plugins.rewards._sandbox_bubblewrap import Bubblewrap
-from hf_rlhf_plugins.rewards._sandbox_engine import Engine
-from hf_rlhf_plugins.rewards._sandbox_rlimits import Rlimits
+from hf_rlhf_plugins.rewards._sandbox.backend import MIB, Answer, Limits, Question, SandboxError
+from hf_rlhf_plugins.rewards._sandbox.bubblewrap import Bubblewrap
+from hf_rlhf_plugins.rewards._sandbox.engine import Engine
+from hf_rlhf_plugins.rewards._sandbox.rlimits import Rlimits
 
 SQUARE = "def f(x): return x * x"
 

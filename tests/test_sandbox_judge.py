@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sandboxes import all_stays_well, ask, bubblewrap, descendants, nothing_left, value
 
-from hf_rlhf_plugins.rewards._sandbox import MIB, Answer, Question, SandboxError
-from hf_rlhf_plugins.rewards._sandbox_cases import cases_of
+from hf_rlhf_plugins.rewards._sandbox.backend import MIB, Answer, Question, SandboxError
+from hf_rlhf_plugins.rewards._sandbox.cases import cases_of
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +215,8 @@ def test_it_works_off_the_main_thread_and_in_several_at_once(sandbox):
 
 def test_a_killed_parent_takes_its_sandbox_along(sandbox):
     before = descendants()
-    code = "from hf_rlhf_plugins.rewards._sandbox_bubblewrap import Bubblewrap as B\n"
-    code += "from hf_rlhf_plugins.rewards._sandbox import Limits, Question\n"
+    code = "from hf_rlhf_plugins.rewards._sandbox.bubblewrap import Bubblewrap as B\n"
+    code += "from hf_rlhf_plugins.rewards._sandbox.backend import Limits, Question\n"
     code += "print('on', flush=True); B().run('while True: pass', [Question('call', '1')], Limits(seconds=60.0))"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:

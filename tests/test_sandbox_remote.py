@@ -19,10 +19,10 @@ from sandboxes import ask, bubblewrap, refused, seen, value
 
 from hf_rlhf import load_plugin
 from hf_rlhf_plugins.rewards import _sandbox_remote
-from hf_rlhf_plugins.rewards._sandbox import Answer, Question, SandboxError
-from hf_rlhf_plugins.rewards._sandbox_cases import cases_of
-from hf_rlhf_plugins.rewards._sandbox_remote import BOUNDS, Remote
-from hf_rlhf_plugins.rewards._sandbox_server import HIGHEST, LARGEST, serve
+from hf_rlhf_plugins.rewards._sandbox.backend import Answer, Question, SandboxError
+from hf_rlhf_plugins.rewards._sandbox.cases import cases_of
+from hf_rlhf_plugins.rewards._sandbox.remote import BOUNDS, Remote
+from hf_rlhf_plugins.rewards._sandbox.server import HIGHEST, LARGEST, serve
 
 SQUARE = "def f(x): return x * x"
 
@@ -181,7 +181,7 @@ def test_the_recipes_that_the_page_shows_can_be_read():
 
 def test_the_runner_is_a_command(tmp_path):
     bubblewrap()
-    command = [sys.executable, "-m", "hf_rlhf_plugins.rewards._sandbox_server", "--port", "0"]
+    command = [sys.executable, "-m", "hf_rlhf_plugins.rewards._sandbox.server", "--port", "0"]
     environment = {name: text for name, text in os.environ.items() if name != "UNIT_TESTS_TOKEN"}
     open_to_all = subprocess.run([*command, "--host", "0.0.0.0"], env=environment, capture_output=True, text=True)
     assert open_to_all.returncode == 2

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rlhf_plugins.rewards._sandbox import Answer, Limits, Question, new_nonce, packed, unpacked
-from hf_rlhf_plugins.rewards._sandbox_cases import cases_of, program_of
-from hf_rlhf_plugins.rewards._sandbox_child import Job, fields_of, joined
-from hf_rlhf_plugins.rewards._sandbox_encode import NotPlain, encode
-from hf_rlhf_plugins.rewards._sandbox_values import equal_text, equal_value
+from hf_rlhf_plugins.rewards._sandbox.backend import Answer, Limits, Question, new_nonce, packed, unpacked
+from hf_rlhf_plugins.rewards._sandbox.cases import cases_of, program_of
+from hf_rlhf_plugins.rewards._sandbox.sandbox_child import Job, fields_of, joined
+from hf_rlhf_plugins.rewards._sandbox.sandbox_encode import NotPlain, encode
+from hf_rlhf_plugins.rewards._sandbox.values import equal_text, equal_value
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | st.text() | st.binary()
 HASHABLE = st.recursive(SCALARS, lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=3), max_leaves=6)

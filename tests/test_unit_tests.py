@@ -14,7 +14,7 @@ from sandboxes import all_stays_well, bubblewrap
 
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.testing import conformance, rollouts
-from hf_rlhf_plugins.rewards._sandbox import SandboxError
+from hf_rlhf_plugins.rewards._sandbox.backend import SandboxError
 from hf_rlhf_plugins.rewards.unit_tests import UnitTests
 
 SQUARE = "Here it is:\n```python\ndef f(x):\n    return x * x\n```\nDone."

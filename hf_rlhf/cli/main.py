@@ -13,7 +13,8 @@ from hf_rlhf.cli.output import quiet_off_terminal
 
 
 def add_commands() -> None:
-    """Adds the commands that lie in modules of their own."""
+    """Import the modules of `commands`, which register themselves with `app`."""
+    from hf_rlhf.cli.commands import dashboard, env, lab, new, pipeline, plugins_check, rewards, show, train  # noqa: F401
 
 
 def main() -> None:

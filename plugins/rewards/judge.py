@@ -15,9 +15,9 @@ from hf_rlhf.axes import Count, NonNegative, Positive, RewardSource
 from hf_rlhf.batch import Rollouts
 
 from ._http import HttpError, HttpReward, check_url, shown, together
-from ._judge_cache import Replies, Turns
-from ._judge_costs import Costs
-from ._judge_reply import SCORE, UnreadableError, content_of, default_template, filled, finite_range, number_in, places
+from ._judge.cache import Replies, Turns
+from ._judge.costs import Costs
+from ._judge.reply import SCORE, UnreadableError, content_of, default_template, filled, finite_range, number_in, places
 
 OWN = frozenset({"model", "messages", "temperature", "max_tokens", "seed", "stream", "n"})
 """Fields of a request that settings fill, or that would give another kind of reply."""

@@ -17,9 +17,9 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans
 
-from ._reward_loading import Wanted
-from ._reward_steps import Prepared, Step, by_column, by_delimiter, check_token, prepared, reduced
-from ._token_classifier import Read, TokenModelReward, at_end
+from ._models.files import ModelFiles
+from ._models.steps import Prepared, Step, by_column, by_delimiter, check_token, prepared, reduced
+from ._models.token_classifier import Read, TokenModelReward, at_end
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ class ProcessRewardModel(TokenModelReward):
                 return None
         return [None if token is None else token.score for token in found]
 
-    def _wanted(self, device: torch.device) -> Wanted:
+    def _wanted(self, device: torch.device) -> ModelFiles:
         wanted = super()._wanted(device)
         words = tuple(word for word in (self.bad_token, self.good_token) if word is not None)
         return wanted._replace(kind="causal", words=words) if words else wanted

@@ -14,10 +14,10 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._classifier import ModelReward
-from ._reward_batches import Row
-from ._reward_loading import Loaded
-from ._reward_text import rendered, row_of
+from ._models.batches import Row
+from ._models.classifier import ModelReward
+from ._models.loading import Loaded
+from ._models.text import rendered, row_of
 
 
 @dataclass(kw_only=True)

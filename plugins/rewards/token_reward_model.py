@@ -14,7 +14,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans
 
-from ._token_classifier import TokenModelReward
+from ._models.token_classifier import TokenModelReward
 
 
 @dataclass(kw_only=True)

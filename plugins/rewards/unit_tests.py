@@ -17,12 +17,12 @@ from hf_rlhf.axes import Context, Count, NonNegative, Positive, RewardSource
 from hf_rlhf.batch import Rollouts
 
 from ._http import check_url
-from ._sandbox import MIB, Backend, Limits, SandboxError
-from ._sandbox_bubblewrap import Bubblewrap
-from ._sandbox_cases import cases_of, program_of
-from ._sandbox_engine import Engine
-from ._sandbox_remote import Remote
-from ._sandbox_rlimits import Rlimits
+from ._sandbox.backend import MIB, Backend, Limits, SandboxError
+from ._sandbox.bubblewrap import Bubblewrap
+from ._sandbox.cases import cases_of, program_of
+from ._sandbox.engine import Engine
+from ._sandbox.remote import Remote
+from ._sandbox.rlimits import Rlimits
 
 if TYPE_CHECKING:
     from hf_rlhf.axes import Algorithm

@@ -94,7 +94,7 @@ class DPOTrainer(OfflineTrainer):
         import torch
         from trl import DPOConfig
 
-        from hf_rlhf.training.offline.trl_dpo_compat import PairTrainer
+        from ._pair_trainer import PairTrainer
 
         wide = torch.float64 if materials.model.dtype == torch.float64 else torch.float32
         loss = own_loss(self.loss_type, self.beta, self.label_smoothing, self.f_divergence_type, self._alpha)

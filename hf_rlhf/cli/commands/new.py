@@ -22,7 +22,7 @@ from hf_rlhf.registry.discovery import spec_of
 from hf_rlhf.registry.host import Host, check_axis, get_host
 from hf_rlhf.runtime.errors import UserError
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parents[1] / "templates"
 LONGEST = 30
 
 USE: dict[str, tuple[str, str]] = {

@@ -36,7 +36,7 @@ class Process:
     def __init__(self, events: Events, label: str, first: list[bytes]) -> None:
         self._events, self._label = events, label
         self._sent = b""
-        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("worker_main.py"))]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
         self._said = ""

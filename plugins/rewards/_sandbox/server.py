@@ -1,6 +1,6 @@
 """A runner for `sandbox: remote`: runs what it is sent under Bubblewrap.
 
-    UNIT_TESTS_TOKEN=... python -m hf_rlhf_plugins.rewards._sandbox_server --host 0.0.0.0 --port 8900
+    UNIT_TESTS_TOKEN=... python -m hf_rlhf_plugins.rewards._sandbox.server --host 0.0.0.0 --port 8900
 
 It holds no data, no model and no expected value: a machine of its own, that can be thrown away, is the place for it.
 """
@@ -16,9 +16,9 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from ._sandbox import Backend, Limits, Question, SandboxError
-from ._sandbox_bubblewrap import Bubblewrap
-from ._sandbox_remote import BOUNDS, VERSION
+from .backend import Backend, Limits, Question, SandboxError
+from .bubblewrap import Bubblewrap
+from .remote import BOUNDS, VERSION
 
 LARGEST = 16 << 20
 """Bytes of a request."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +13,30 @@ INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 BESIDE = ("value_head.safetensors", "value_head.bin")
 """A value head in a file of its own, as LLaMA-Factory saves it."""
+
+
+Kind = Literal["sequence", "token", "causal"]
+
+
+class ModelFiles(NamedTuple):
+    """Which model, and how it is to lie in memory."""
+
+    path: str
+    revision: str | None
+    tokenizer: str | None
+    dtype: str
+    device: str
+    offload: bool
+    kwargs: dict[str, Any]
+    kind: Kind
+    words: tuple[str | int, ...] = ()
+    """Of a causal model: the vocabulary tokens whose logits are its labels."""
+
+    def key(self) -> tuple[str, ...]:
+        """Equal for models that are one; files that were written again since make another."""
+        files = sorted(Path(self.path).glob("*")) if Path(self.path).is_dir() else []
+        stamps = [(file.name, file.stat().st_mtime_ns) for file in files]
+        return (json.dumps(self, sort_keys=True, default=str), str(stamps))
 
 
 class Stored:

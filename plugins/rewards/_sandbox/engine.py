@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
-from ._sandbox import (
+from .backend import (
     Answer,
     Backend,
     Limits,

@@ -1,4 +1,4 @@
-"""A value as JSON, made inside the sandbox. Runs there beside `_sandbox_child`; imports nothing of the package."""
+"""A value as JSON, made inside the sandbox. Runs there beside `sandbox_child`; imports nothing of the package."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class _Different(Exception):
 
 
 def equal_value(text: str, expected: Any, tolerance: float, *, json_types: bool) -> bool:
-    """Whether JSON of `_sandbox_encode.encode` is the expected plain value.
+    """Whether JSON of `sandbox_encode.encode` is the expected plain value.
 
     As Python's ==, but for floats: these are equal within `tolerance`, relative and absolute, and nan is nan. `json_types`:
     the expected value was JSON, which has no tuples, so that a list stands for them too.

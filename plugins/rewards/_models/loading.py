@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from hf_rlhf.axes import Keeper, keeper, tensors_of
 
+from .files import ModelFiles
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-Kind = Literal["sequence", "token", "causal"]
 RESERVED = {
     "dtype": "dtype",
     "torch_dtype": "dtype",
@@ -27,27 +27,6 @@ RESERVED = {
 """Arguments of `from_pretrained` that are not `model_kwargs`', and the setting that is meant."""
 
 
-class Wanted(NamedTuple):
-    """Which model, and how it is to lie in memory."""
-
-    path: str
-    revision: str | None
-    tokenizer: str | None
-    dtype: str
-    device: str
-    offload: bool
-    kwargs: dict[str, Any]
-    kind: Kind
-    words: tuple[str | int, ...] = ()
-    """Of a causal model: the vocabulary tokens whose logits are its labels."""
-
-    def key(self) -> tuple[str, ...]:
-        """Equal for models that are one; files that were written again since make another."""
-        files = sorted(Path(self.path).glob("*")) if Path(self.path).is_dir() else []
-        stamps = [(file.name, file.stat().st_mtime_ns) for file in files]
-        return (json.dumps(self, sort_keys=True, default=str), str(stamps))
-
-
 @dataclass(eq=False)
 class Loaded:
     """A frozen model in eval mode with its tokenizer, run by one caller at a time."""
@@ -55,7 +34,7 @@ class Loaded:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
-    wanted: Wanted
+    wanted: ModelFiles
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -84,7 +63,7 @@ _HELD: WeakValueDictionary[tuple[str, ...], Loaded] = WeakValueDictionary()
 _LOADING = threading.Lock()
 
 
-def loaded(wanted: Wanted, asker: str) -> Loaded:
+def loaded(wanted: ModelFiles, asker: str) -> Loaded:
     """The model on its device, shared with the sources that hold the same one. It is freed when the last one closes."""
     with _LOADING:
         key = wanted.key()
@@ -117,11 +96,11 @@ def refusals(asker: str, device: str, offload: bool, kwargs: Mapping[str, Any]) 
         yield f"{asker}.offload moves whole plain weights: leave quantization_config and device_map out, or set offload: false"
 
 
-def model_of(wanted: Wanted, asker: str) -> tuple[Any, PreTrainedTokenizerBase, list[str]]:
+def model_of(wanted: ModelFiles, asker: str) -> tuple[Any, PreTrainedTokenizerBase, list[str]]:
     """The model as `wanted` says, its tokenizer and the names of its labels. Raises `ValueError` where it is no such model."""
     import torch
 
-    from ._reward_heads import causal, classifier
+    from .heads import causal, classifier
 
     device = torch.device(wanted.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -146,7 +125,7 @@ def model_of(wanted: Wanted, asker: str) -> tuple[Any, PreTrainedTokenizerBase, 
     return model if "device_map" in kwargs else model.to(home), tokenizer, labels
 
 
-def kept(model: Any, wanted: Wanted) -> Keeper:
+def kept(model: Any, wanted: ModelFiles) -> Keeper:
     """What has the weights on their device when they are asked for."""
     import torch
 
@@ -171,7 +150,7 @@ def output_of(held: Loaded, output: int | str | None, defaults: Mapping[int, int
     )
 
 
-def _config(wanted: Wanted, asker: str) -> PretrainedConfig:
+def _config(wanted: ModelFiles, asker: str) -> PretrainedConfig:
     import transformers
 
     path = Path(wanted.path)
@@ -188,7 +167,7 @@ def _config(wanted: Wanted, asker: str) -> PretrainedConfig:
         ) from error
 
 
-def _tokenizer(wanted: Wanted, asker: str) -> PreTrainedTokenizerBase:
+def _tokenizer(wanted: ModelFiles, asker: str) -> PreTrainedTokenizerBase:
     import transformers
 
     path = wanted.tokenizer or wanted.path

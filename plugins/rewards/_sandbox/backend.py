@@ -1,7 +1,7 @@
 """Running a program that nobody trusts: what is sent into a sandbox, what comes back, and how the exchange is bounded.
 
-A backend starts `_sandbox_child` somewhere (`_sandbox_bubblewrap`, `_sandbox_engine`, `_sandbox_rlimits`) or asks another
-machine to (`_sandbox_remote`). Expected values stay here: a sandbox gets a program with expressions and inputs, and what it
+A backend starts `sandbox_child` somewhere (`bubblewrap`, `engine`, `rlimits`) or asks another
+machine to (`remote`). Expected values stay here: a sandbox gets a program with expressions and inputs, and what it
 answers is data from a stranger. docs/sandbox.md says what is and what is not promised.
 """
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ._sandbox_child import LIMITS, fields_of, joined
+from .sandbox_child import LIMITS, fields_of, joined
 
-INSIDE = ("_sandbox_confine", "_sandbox_encode", "_sandbox_child")
+INSIDE = ("sandbox_confine", "sandbox_encode", "sandbox_child")
 """The modules that run inside, in the order in which they import each other."""
 GRACE = 0.7
 """Seconds beyond the time limit after which the sandbox is killed if the harness has not answered."""
@@ -86,7 +86,7 @@ class Backend(ABC):
 
 
 def packed(code: str, questions: Sequence[Question], limits: Limits, *, nonce: str, **more: float) -> bytes:
-    """What the harness reads (see `_sandbox_child`). `more`: deadline, user, and limits that differ."""
+    """What the harness reads (see `sandbox_child`). `more`: deadline, user, and limits that differ."""
     numbers = {"deadline": 0.0, "user": -1, **vars(limits), **more}
     marks = {"call": b"c", "stdin": b"s"}
     tests = [marks[question.kind] + question.text.encode("utf-8", "surrogatepass") for question in questions]
@@ -117,7 +117,7 @@ def new_nonce() -> str:
 def bootstrap(folder: str) -> str:
     """Python that runs the harness from a folder that holds the modules of `INSIDE`; the program does not import from it."""
     before = f"import sys; sys.path[:] = filter(None, sys.path); sys.path.append({folder!r}); "
-    return before + f"import _sandbox_child; sys.path.remove({folder!r}); _sandbox_child.main()"
+    return before + f"import sandbox_child; sys.path.remove({folder!r}); sandbox_child.main()"
 
 
 def carried() -> str:

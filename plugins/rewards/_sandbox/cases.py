@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ._sandbox import Answer, Question
-from ._sandbox_values import equal_text, equal_value
+from .backend import Answer, Question
+from .values import equal_text, equal_value
 
 FORMS = '{"call": EXPRESSION, "expected": VALUE}, {"stdin": TEXT, "stdout": TEXT}, or the text "assert EXPRESSION == LITERAL"'
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from hf_rlhf import Metric
 from hf_rlhf.axes import Context, Count, RewardSource
 
-from ._reward_batches import Row, Value, scores_of
-from ._reward_loading import Kind, Loaded, Wanted, loaded, model_of, output_of, refusals
+from .batches import Row, Value, scores_of
+from .files import Kind, ModelFiles
+from .loading import Loaded, loaded, model_of, output_of, refusals
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ class ModelReward(RewardSource):
     def fresh_model(self, device: torch.device) -> nn.Module:
         """The model once more, on `device`, for a critic that starts from it and then learns; where it has several labels
         and a linear head, with the one that scores alone."""
-        from ._reward_heads import narrow
+        from .heads import narrow
 
         wanted = self._wanted(device)._replace(device=str(device), offload=False)
         model, tokenizer, labels = model_of(wanted, self.asker)
@@ -117,8 +118,8 @@ class ModelReward(RewardSource):
         cut, self._cut = self._cut, []
         return {}, {"truncated": cut} if cut else {}
 
-    def _wanted(self, device: torch.device) -> Wanted:
-        return Wanted(
+    def _wanted(self, device: torch.device) -> ModelFiles:
+        return ModelFiles(
             path=self.model,
             revision=self.revision,
             tokenizer=self.tokenizer,

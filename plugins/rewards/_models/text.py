@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._reward_batches import Row
+from .batches import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._reward_files import Stored
+from .files import Stored
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from ._reward_loading import Wanted
+    from .files import ModelFiles
 
 LINEAR = ("v_head.summary", "v_head", "score", "value_head.summary", "value_head", "regression_head", "reward_head")
 """Names of linear heads."""
@@ -64,7 +64,7 @@ class Headed(nn.Module):
 
 
 def classifier(
-    wanted: Wanted, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], asker: str
+    wanted: ModelFiles, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], asker: str
 ) -> tuple[Any, list[str]]:
     """A classifier of sequences or tokens and its labels: transformers' own, or a trunk with a value head."""
     declared = " ".join(config.architectures or [])
@@ -86,7 +86,7 @@ def classifier(
 
 
 def causal(
-    wanted: Wanted, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], asker: str
+    wanted: ModelFiles, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], asker: str
 ) -> tuple[Any, list[str]]:
     """A causal language model whose labels are the logits of some tokens of its vocabulary; the others are not computed."""
     import transformers
@@ -112,7 +112,7 @@ def narrow(model: Any, index: int) -> Any:
     return model
 
 
-def _own(wanted: Wanted, config: PretrainedConfig, kwargs: dict[str, Any], asker: str) -> tuple[Any, list[str]]:
+def _own(wanted: ModelFiles, config: PretrainedConfig, kwargs: dict[str, Any], asker: str) -> tuple[Any, list[str]]:
     import transformers
 
     sequence = wanted.kind == "sequence"
@@ -132,7 +132,7 @@ def _own(wanted: Wanted, config: PretrainedConfig, kwargs: dict[str, Any], asker
     return model, _names(model.config.num_labels, model.config)
 
 
-def _trunk(wanted: Wanted, stored: Stored, prefix: str, kwargs: dict[str, Any], asker: str) -> Any:
+def _trunk(wanted: ModelFiles, stored: Stored, prefix: str, kwargs: dict[str, Any], asker: str) -> Any:
     """The trunk alone. Raises `ValueError` where the checkpoint holds less than it, or more than it and known heads."""
     import transformers
 
@@ -154,7 +154,7 @@ def _trunk(wanted: Wanted, stored: Stored, prefix: str, kwargs: dict[str, Any], 
     return trunk
 
 
-def _load(auto: Any, wanted: Wanted, kwargs: dict[str, Any], asker: str) -> tuple[Any, dict[str, Any]]:
+def _load(auto: Any, wanted: ModelFiles, kwargs: dict[str, Any], asker: str) -> tuple[Any, dict[str, Any]]:
     try:
         model, loading = auto.from_pretrained(
             wanted.path,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._sandbox import (
+from .backend import (
     GRACE,
     Answer,
     Backend,
@@ -27,7 +27,7 @@ from ._sandbox import (
     new_nonce,
     packed,
 )
-from ._sandbox_bubblewrap import interpreter
+from .bubblewrap import interpreter
 
 
 class Rlimits(Backend):

@@ -23,8 +23,8 @@ from functools import cache, cached_property
 from importlib.util import cache_from_source
 from pathlib import Path
 
-from . import _sandbox_seccomp
-from ._sandbox import (
+from . import seccomp
+from .backend import (
     GRACE,
     INSIDE,
     Answer,
@@ -118,7 +118,7 @@ class Bubblewrap(Backend):
         told, tell = os.pipe()
         wait, release = os.pipe()
         rules, written = os.pipe()
-        os.write(written, _sandbox_seccomp.program())  # less than a pipe holds
+        os.write(written, seccomp.program())  # less than a pipe holds
         os.close(written)
         more = ["--seccomp", str(rules), "--info-fd", str(tell)]
         more += ["--userns-block-fd", str(wait)] if mapped else ["--uid", str(NOBODY), "--gid", str(NOBODY)]
@@ -193,7 +193,7 @@ def _parents(*places: str) -> list[str]:
 
 def _private(seen: list[str]) -> list[str]:
     """The home and working folders and the repository where they lie in what is seen: something empty is put over them."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     places = {os.path.realpath(os.path.expanduser("~")), os.path.realpath(os.getcwd())}
     places |= set() if root.name in ("site-packages", "dist-packages") else {str(root)}
     inside = [place for place in places if any(place != s and Path(place).is_relative_to(s) for s in seen)]
@@ -260,8 +260,8 @@ def _kill(process: subprocess.Popen[bytes], child: int) -> None:
 @cache
 def _problem(python: str | None) -> str | None:
     """What a try finds: a program that forks, in a sandbox."""
-    if sys.platform != "linux" or not _sandbox_seccomp.known_machine():
-        return f"sandbox `bubblewrap` needs Linux on {' or '.join(_sandbox_seccomp.ARCHITECTURES)}: choose docker or remote"
+    if sys.platform != "linux" or not seccomp.known_machine():
+        return f"sandbox `bubblewrap` needs Linux on {' or '.join(seccomp.ARCHITECTURES)}: choose docker or remote"
     probe = (
         "import os\npid = os.fork()\nif not pid: os._exit(7)\nchild = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])"
     )

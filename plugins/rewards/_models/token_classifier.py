@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar, NamedTuple
 
-from ._classifier import ModelReward
-from ._reward_batches import Value
-from ._reward_loading import Kind, Loaded
-from ._reward_text import Text, row_in, text_in
+from .batches import Value
+from .classifier import ModelReward
+from .files import Kind
+from .loading import Loaded
+from .text import Text, row_in, text_in
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """A runner on another machine, over HTTP: code, expressions and inputs as JSON out, what they gave as JSON back.
 
-docs/sandbox.md holds the protocol; `_sandbox_server` is a runner. What a test should give is never sent.
+docs/sandbox.md holds the protocol; `server` is a runner. What a test should give is never sent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from ._sandbox import MIB, Answer, Backend, Limits, Question, SandboxError, new_nonce
+from .backend import MIB, Answer, Backend, Limits, Question, SandboxError, new_nonce
 
 VERSION = 1
 WAITING = 30.0

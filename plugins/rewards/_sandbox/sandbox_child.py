@@ -29,11 +29,11 @@ except ImportError:
     from signal import ITIMER_REAL, setitimer
 
 if __package__:
-    from ._sandbox_confine import Bounds, confine, die_with_parent, harden, sweep
-    from ._sandbox_encode import NotPlain, encode
+    from .sandbox_confine import Bounds, confine, die_with_parent, harden, sweep
+    from .sandbox_encode import NotPlain, encode
 else:
-    from _sandbox_confine import Bounds, confine, die_with_parent, harden, sweep  # type: ignore[no-redef]
-    from _sandbox_encode import NotPlain, encode  # type: ignore[no-redef]
+    from sandbox_confine import Bounds, confine, die_with_parent, harden, sweep  # type: ignore[no-redef]
+    from sandbox_encode import NotPlain, encode  # type: ignore[no-redef]
 
 LIMITS = ("deadline", "seconds", "test_seconds", "memory", "processes", "disk", "files", "output", "user")
 """Seconds of the monotonic clock at the end, 0 where the parent has another clock; seconds in all and per test; bytes of

@@ -1,4 +1,4 @@
-"""What a process inside the sandbox gives up, and how it ends others. Runs there beside `_sandbox_child`; imports nothing of
+"""What a process inside the sandbox gives up, and how it ends others. Runs there beside `sandbox_child`; imports nothing of
 the package."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OPEN_FILES = 128
 
 
 class Bounds:
-    """What a program may use; `_sandbox_child.LIMITS` says in what units."""
+    """What a program may use; `sandbox_child.LIMITS` says in what units."""
 
     seconds: float
     memory: int

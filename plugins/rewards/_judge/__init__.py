@@ -1,0 +1,1 @@
+"""Prompts, replies, costs and cached answers of judges."""

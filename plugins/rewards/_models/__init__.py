@@ -1,0 +1,1 @@
+"""Load reward models and read their scores."""

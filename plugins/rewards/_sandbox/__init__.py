@@ -1,0 +1,1 @@
+"""Run programs of completions in a sandbox."""
