@@ -63,7 +63,7 @@ def hook(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 getattr(optimizer, f"register_optimizer_step_{place}_hook")(hook)
-from hf_rlhf.cli.app import main
+from hf_rlhf.cli.main import main
 
 main()
 """

@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from hf_rlhf import __version__
-from hf_rlhf.cli import app, errors
+from hf_rlhf.cli import app, errors, main
 from hf_rlhf.cli.output import examples_of
 from hf_rlhf.cli.runs.pipeline import load_pipeline
 from hf_rlhf.config.recipe import load_recipe
@@ -73,7 +73,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         monkeypatch.setattr(sys, "argv", ["hf-rlhf", *words])
         capfd.readouterr()
         with use_host(Host()), pytest.raises(SystemExit) as stopped:
-            app.main()
+            main.main()
         return Said(int(stopped.value.code or 0), *capfd.readouterr())
 
     monkeypatch.setenv("HF_RLHF_TRACEBACK", "")  # what a command sets is put back
@@ -118,7 +118,7 @@ def commands() -> dict[str, Any]:
         for name, inner in getattr(command, "commands", {}).items():
             yield from walk(f"{title} {name}", inner)
 
-    app.add_commands()
+    main.add_commands()
     return dict(walk("hf-rlhf", typer.main.get_command(app.app)))
 
 

@@ -15,7 +15,7 @@ from hf_rlhf.cli import completion
 from hf_rlhf.registry.host import Host
 from hf_rlhf.registry.settings_schema import settings_of
 
-HERE = ["-c", "import sys; from hf_rlhf.cli.app import main; sys.argv[0] = 'hf-rlhf'; main()"]
+HERE = ["-c", "import sys; from hf_rlhf.cli.main import main; sys.argv[0] = 'hf-rlhf'; main()"]
 
 
 def ask(place: Path, **environment: str) -> list[str]:
@@ -105,10 +105,10 @@ def here(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import contextlib
     import io
 
-    from hf_rlhf.cli import app
+    from hf_rlhf.cli import app, main
     from hf_rlhf.registry.host import use_host
 
-    app.add_commands()
+    main.add_commands()
     monkeypatch.chdir(place)
     asked = {
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
@@ -167,7 +167,7 @@ def test_no_plugin_is_run_and_torch_is_not_imported(place):
 def test_bash_completes_with_the_script_that_is_installed(place):
     program = place / "bin" / "hf-rlhf"
     program.parent.mkdir(exist_ok=True)
-    program.write_text(f"#!{sys.executable}\nfrom hf_rlhf.cli.app import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nfrom hf_rlhf.cli.main import main\nmain()\n")
     program.chmod(0o755)
     env = {
         **os.environ,

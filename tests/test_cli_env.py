@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_rlhf.cli import app
+from hf_rlhf.cli import main
 from hf_rlhf.cli.commands.env import environment
 from hf_rlhf.registry.host import Host, use_host
 
@@ -35,7 +35,7 @@ def env(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> E
         monkeypatch.setattr(sys, "argv", ["hf-rlhf", "env", *words])
         capfd.readouterr()
         with use_host(Host()), pytest.raises(SystemExit) as stopped:
-            app.main()
+            main.main()
         assert not stopped.value.code
         return capfd.readouterr().out
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hf_rlhf import __version__
-from hf_rlhf.cli import app
+from hf_rlhf.cli import main
 from hf_rlhf.config.recipe import load_recipe
 
 SMALL = [
@@ -247,7 +247,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """What `hf-rlhf train` prints as its one error, in this process."""
     monkeypatch.setattr(sys, "argv", ["hf-rlhf", "train", *words])
     with pytest.raises(SystemExit) as stopped:
-        app.main()
+        main.main()
     assert stopped.value.code == 2
     out, errors = capsys.readouterr()
     assert errors.startswith("error: ")

@@ -255,7 +255,7 @@ def test_the_example_of_each_hook_is_a_complete_plugin(axis, tmp_path):
 def test_listing_imports_neither_torch_nor_a_plugin_and_is_fast(command, tmp_path):
     code = f"""
 import resource, sys
-from hf_rlhf.cli.app import main
+from hf_rlhf.cli.main import main
 sys.argv = ["hf-rlhf", *{command!r}]
 try:
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,27 +19,16 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PLUGIN_FILES = [file for file in sorted((ROOT / "plugins").rglob("*.py")) if file.name != "__init__.py"]
 CORE_FILES = sorted((ROOT / "hf_rlhf").rglob("*.py"))
-ALLOWED_TO_PLUGINS = {"hf_rlhf", "hf_rlhf.axes", "hf_rlhf.batch"}
-RUN_TYPES = {
-    "hf_rlhf.config.algorithm",
-    "hf_rlhf.modeling.attention",
-    "hf_rlhf.modeling.policy",
-    "hf_rlhf.data.prompt_stream",
-    "hf_rlhf.contract.optimizer_step",
-}
-"""What plugins may import for annotations; where they meet the policy, also to use."""
-MEET_THE_POLICY = {"rollout", "critic", "reference"}
-LAYERS = ["cli", "trainer", "collect", "policy", "algorithm", "recipe", "host", "hookspecs", "axes", "batch"]
-"""A module may import those after it, never those before it."""
+ALLOWED_TO_PLUGINS = {"hf_rlhf", "hf_rlhf.axes", "hf_rlhf.batch", "hf_rlhf.testing"}
+"""What built-in plugins, templates and examples may import of hf_rlhf."""
+OUTSIDE = sorted({*(ROOT / "examples").rglob("*.py"), *(ROOT / "hf_rlhf" / "cli" / "templates").rglob("*.py")})
 
 
-def imports(file: Path, *, annotations: bool = True) -> set[str]:
-    """The absolute modules that a file imports anywhere in it; `annotations=False` skips `if TYPE_CHECKING:`."""
+def imports(file: Path) -> set[str]:
+    """The absolute modules that a file imports anywhere in it."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not annotations:
-            return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -55,7 +45,7 @@ def imports(file: Path, *, annotations: bool = True) -> set[str]:
 
 def test_every_plugin_module_has_its_entry_point_and_every_entry_point_its_module():
     modules = {file.relative_to(ROOT / "plugins").with_suffix("") for file in PLUGIN_FILES}
-    on_disk = {".".join(module.parts) for module in modules if not module.name.startswith("_")}
+    on_disk = {".".join(module.parts) for module in modules if not any(part.startswith("_") for part in module.parts)}
     assert PROJECT["project"]["entry-points"]["hf_rlhf"] == {name: f"hf_rlhf_plugins.{name}" for name in on_disk}
 
 
@@ -91,38 +81,17 @@ def test_the_core_never_imports_built_in_plugins_or_recipes(file):
     assert not roots & {"hf_rlhf_plugins", "hf_rlhf_recipes", "plugins", "recipes"}
 
 
-@pytest.mark.parametrize("file", PLUGIN_FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_plugins_import_of_the_core_only_its_public_face(file):
-    used = {name for name in imports(file, annotations=False) if name.split(".")[0].startswith("hf_rlhf")}
-    own = {"hf_rlhf_plugins.trainer._pair_trainer"} if file.parent.name == "trainer" else set()
-    allowed = ALLOWED_TO_PLUGINS | own | (RUN_TYPES if file.parent.name in MEET_THE_POLICY else set())
-    assert used <= allowed
-    named = {name for name in imports(file) if name.split(".")[0].startswith("hf_rlhf")}
-    assert named <= ALLOWED_TO_PLUGINS | RUN_TYPES | own
+@pytest.mark.parametrize("file", [*PLUGIN_FILES, *OUTSIDE], ids=lambda file: str(file.relative_to(ROOT)))
+def test_plugins_templates_and_examples_import_only_the_public_modules(file):
+    assert {name for name in imports(file) if re.match(r"hf_rlhf(\.|$)", name)} <= ALLOWED_TO_PLUGINS
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_of_the_core_go_one_way(layer):
-    file = ROOT / "hf_rlhf" / f"{layer}.py"
-    above = {f"hf_rlhf.{name}" for name in LAYERS[: LAYERS.index(layer)]}
-    # An import inside a function is a use at run time; what ties modules together is imported at their top.
-    top = ast.Module([node for node in ast.parse(file.read_text()).body if not _is_typing(node)], [])
-    used = {f"hf_rlhf.{name.split('.')[1]}" for name in _top_imports(top) if name.startswith("hf_rlhf.")}
-    assert not used & above
-
-
-def _is_typing(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-
-
-def _top_imports(tree: ast.Module) -> set[str]:
-    found: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+def test_every_module_keeps_the_import_contracts():
+    """The layers of pyproject.toml; lazy and type-only imports count."""
+    found = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout
 
 
 def test_only_one_module_imports_what_trl_does_not_document():
@@ -131,8 +100,8 @@ def test_only_one_module_imports_what_trl_does_not_document():
         file: {name for name in imports(file) if name.split(".")[0] == "trl"} for file in CORE_FILES + PLUGIN_FILES
     }
     deep = {file for file, names in users.items() if names - {"trl"}}
-    assert deep <= {ROOT / "hf_rlhf" / "compat" / "trl.py"}
-    assert {file.parent.name for file, names in users.items() if names} <= {"compat", "trainer"}
+    assert deep <= {ROOT / "hf_rlhf" / "training" / "offline" / "trl_compat.py"}
+    assert {file.parent.name for file, names in users.items() if names} <= {"offline", "trainer"}
 
 
 def test_files_stay_short():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from servers import Server
 
-from hf_rlhf.cli import app
+from hf_rlhf.cli import main
 from hf_rlhf.scoring.agreement import agreement, ranks
 from hf_rlhf.testing import tiny_policy
 
@@ -81,7 +81,7 @@ class Run:
     def __call__(self, *words: str, code: int = 0) -> str:
         self.monkeypatch.setattr(sys, "argv", ["hf-rlhf", "score", *words])
         with pytest.raises(SystemExit) as stopped:
-            app.main()
+            main.main()
         out, errors = self.capfd.readouterr()
         assert (stopped.value.code or 0) == code, errors
         assert "Traceback" not in out + errors

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Spans, TokenScores
-from hf_rlhf.cli import app
+from hf_rlhf.cli import main
 from hf_rlhf.testing import rollouts
 
 FUNCTIONS = """
@@ -235,7 +235,7 @@ def test_it_prints_where_it_serves_and_ends_in_peace(number):
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["hf-rlhf", "serve-reward", *words])
     with pytest.raises(SystemExit) as stopped:
-        app.main()
+        main.main()
     out, errors = capsys.readouterr()
     assert stopped.value.code == 2
     assert errors.startswith("error: ")

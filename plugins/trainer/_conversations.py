@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..rewards._reward_text import Span, row_in, row_of, text_in
+from ..rewards._models.text import Span, row_in, row_of, text_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..rewards._reward_batches import Row, scores_of
+from ..rewards._models.batches import Row, scores_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
