@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..rewards._reward_files import Stored
-from ..rewards._reward_heads import LINEAR, Headed, classifier
-from ..rewards._reward_loading import Wanted
+from ..rewards._models.files import ModelFiles, Stored
+from ..rewards._models.heads import LINEAR, Headed, classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +37,7 @@ def from_path(path: str) -> tuple[Any, nn.Module | None]:
     if not heads and not any(name in declared for name in CLASSIFIERS):
         return AutoModel.from_pretrained(path).base_model, None
     kind: Any = "token" if "TokenClassification" in declared else "sequence"
-    wanted = Wanted(path, None, None, "float32", "cpu", False, {}, kind)
+    wanted = ModelFiles(path, None, None, "float32", "cpu", False, {}, kind)
     tokenizer: Any = None  # only causal models are read by words
     model, labels = classifier(wanted, config, tokenizer, {}, who)
     if len(labels) > 1:
