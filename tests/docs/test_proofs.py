@@ -66,7 +66,8 @@ def number(tolerance: str) -> float:
 
 
 def test_a_proof_is_read_from_its_decorator(proofs, tmp_path):
-    (tmp_path / "test_two.py").write_text(
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "test_two.py").write_text(
         "import pytest\n\n"
         '@pytest.mark.proves("a.b", "c.d", how="parity", tolerance="1e-6")\n'
         '@pytest.mark.proves("a.b", how="closed form", tolerance="exact")\n'
@@ -76,8 +77,10 @@ def test_a_proof_is_read_from_its_decorator(proofs, tmp_path):
         '    @pytest.mark.proves("e.f", how="end to end", tolerance="0")\n'
         "    def test_inside(self):\n        pass\n"
     )
-    (tmp_path / "bites.py").write_text('@pytest.mark.proves("no.test", how="parity", tolerance="0")\ndef f(): pass\n')
-    read = [(p.plugin, p.test, p.how, p.tolerance) for p in proofs.read(tmp_path)]
+    (tmp_path / "helper.py").write_text('@pytest.mark.proves("no.test", how="parity", tolerance="0")\ndef f(): pass\n')
+    found = proofs.read(tmp_path)
+    read = [(p.plugin, p.test, p.how, p.tolerance) for p in found]
+    assert {p.file for p in found} == {"room/test_two.py"}
     assert read == [
         ("a.b", "test_it", "closed form", "exact"),
         ("a.b", "test_it", "parity", "1e-6"),
