@@ -27,7 +27,7 @@ test-learning: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,quant]"
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
-	$(BIN)/pytest tests/test_lora_quantised.py tests/test_reward_models_memory.py
+	$(BIN)/pytest tests/integration/test_lora_quantised.py tests/integration/test_reward_models_memory.py
 
 lab-page: .venv/.installed-dev
 	$(BIN)/hf-rlhf lab --all --picture docs/lab.svg > docs/lab.unfinished

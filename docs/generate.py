@@ -184,7 +184,7 @@ def proofs_page() -> Iterator[str]:
         "Every plugin of this package with the tests that show that it computes what it says, how, and how exactly. A test "
         "says so itself, by `@pytest.mark.proves`; a plugin without one fails the suite. Besides, every plugin passes the "
         "[conformance kit](writing_plugins.md#the-conformance-kit), runs the same however its rows are split and on two "
-        "processes, and resumes with equal bits (`tests/test_conformance.py`, `tests/test_every_plugin.py`)."
+        "processes, and resumes with equal bits (`tests/contract/test_conformance.py`, `tests/contract/test_every_plugin.py`)."
     )
     yield table(["how", "means"], [[how, f"{means[0].upper()}{means[1:]}."] for how, means in proofs.HOW.items()])
     found = proofs.read(DOCS.parent / "tests")

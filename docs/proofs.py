@@ -30,29 +30,28 @@ class Proof:
     plugin: str
     """`axis.name`"""
     file: str
+    """Below the folder of tests."""
     test: str
     how: str
     tolerance: str
 
 
 def read(folder: Path) -> list[Proof]:
-    """Every proof in the tests of a folder. Raises `ValueError` where a decorator is not written as it should be."""
-    return sorted(proof for file in sorted(folder.glob("test_*.py")) for proof in _of_file(file))
+    """Every proof in the tests below a folder. Raises `ValueError` where a decorator is not written as it should be."""
+    return sorted(proof for file in sorted(folder.rglob("test_*.py")) for proof in _of_file(file, folder))
 
 
-def _of_file(file: Path) -> Iterator[Proof]:
+def _of_file(file: Path, folder: Path) -> Iterator[Proof]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         for mark in node.decorator_list:
             if "mark.proves" in ast.unparse(mark):
-                yield from _of_mark(file, node, mark)
+                yield from _of_mark(file.relative_to(folder).as_posix(), node, mark)
 
 
-def _of_mark(
-    file: Path, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, mark: ast.expr
-) -> Iterator[Proof]:
-    place = f"{file.name}, line {mark.lineno}"
+def _of_mark(file: str, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, mark: ast.expr) -> Iterator[Proof]:
+    place = f"{file}, line {mark.lineno}"
     if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
         raise ValueError(f"{place}: {node.name} is no test function, so it proves nothing")
     if not isinstance(mark, ast.Call) or not mark.args:
@@ -66,7 +65,7 @@ def _of_mark(
     if said["how"] not in HOW:
         raise ValueError(f"{place}: how={said['how']!r}; choose from {', '.join(HOW)}")
     for name in names:
-        yield Proof(plugin=name, file=file.name, test=node.name, how=said["how"], tolerance=said["tolerance"])
+        yield Proof(plugin=name, file=file, test=node.name, how=said["how"], tolerance=said["tolerance"])
 
 
 def _text(place: str, node: ast.expr) -> str:

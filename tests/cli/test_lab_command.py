@@ -1,0 +1,183 @@
+"""What the lab shows: the page of the docs, the pictures, and `hf-rlhf lab`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+import hf_rlhf.cli.commands.lab
+from hf_rlhf.cli.app import app
+from hf_rlhf.lab import Matrix, World
+from hf_rlhf.lab import matrix as matrix_module
+from hf_rlhf.lab.choices import in_world
+from hf_rlhf.lab.matrix import rollout_recipes
+from hf_rlhf.lab.page import _kls, _recipes, page
+from hf_rlhf.lab.picture import of_matrix
+from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.errors import UserError
+from tests.helpers.paths import ROOT
+from tests.helpers.truths import BETA, K1, kl, lab, made
+
+DOCS = ROOT / "docs"
+
+
+# The page
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Matrix:
+    """A matrix of few choices and short completions, and one recipe."""
+    chosen = [made("advantages", name) for name in ("leave_one_out", "group_norm", "reinforce")]
+    kls = [[made("kl", {"beta": BETA, **x})] for x in (K1, kl("in_loss", "k1"), kl("in_loss", "exact", "sequence"))]
+    monkeypatch.setattr(matrix_module, "defaults", lambda axis: chosen)
+    monkeypatch.setattr(matrix_module, "kl_choices", lambda beta: kls)
+    monkeypatch.setattr(matrix_module, "World", functools.partial(World, length=2))
+    monkeypatch.setattr(Matrix, "_losses", [made("policy_loss", name) for name in ("reinforce", "surrogate")])
+    offers = [offer for offer in get_host().recipes() if offer.name == "rloo"]
+    monkeypatch.setattr(type(get_host()), "recipes", lambda self: offers)
+    return Matrix()
+
+
+TITLES = ("Recipes", "KL", "Advantages", "Aggregations", "Critics", "Policy losses", "The whole matrix")
+
+
+def test_the_page_has_every_section_and_says_why_something_is_refused(small: Matrix):
+    text = page(small.sections(), beta=BETA, seed=0, picture="lab.svg")
+    assert all(f"\n## {title}\n" in text for title in TITLES)
+    assert "| `rloo` | `leave_one_out` | `in_reward k1 token` |" in text
+    assert "k1 in the loss has the expected gradient 0" in text
+    assert "exact reads the distributions of single tokens" in text
+    assert "![The cosine with the goal of every combination](lab.svg)" in text
+
+
+def test_the_picture_of_the_matrix_is_well_formed(small: Matrix):
+    picture = ElementTree.fromstring(of_matrix(list(small.whole())))
+    words = {element.text for element in picture.iter() if element.text}
+    assert {"group_norm", "in_reward k1 token", "token_mean"} <= words
+
+
+def test_the_page_in_the_docs_is_what_the_lab_says_today():
+    """Its table of KLs is computed again, and so are some recipes; of the others the choices are compared."""
+    text, matrix = (DOCS / "lab.md").read_text(), Matrix()
+    again = "run `hf-rlhf lab --all --picture docs/lab.svg > docs/lab.md`"
+    where = lab()
+    rows = [
+        where.study(in_world(where.world, advantages=made("advantages", "leave_one_out"), kl=kls))
+        for kls in [[], *matrix.kls]
+    ]
+    assert all(part in text for part in _kls(rows)), again
+    for name in rollout_recipes():
+        chosen = matrix.recipe(name)
+        row = where.study(chosen) if name in ("rloo", "grpo", "dr_grpo", "opo") else where.describe(chosen)
+        row.recipe = name
+        header, _, line = list(_recipes([row]))[1].splitlines()
+        assert header in text, again
+        assert (line if row.objective else line.split(" |  |")[0]) in text, again
+    for axis in ("advantages", "baseline", "kl_estimator", "aggregation", "policy_loss"):
+        assert not [name for name in get_host().names(axis) if name not in text], again
+
+
+# The command
+
+
+def invoke(*words: str) -> str:
+    result = CliRunner().invoke(app, ["lab", *words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command_prints_a_line_for_each_aggregation(tmp_path: Path):
+    shown = invoke("rloo", "--group", "2", "--length", "2", "--picture", str(tmp_path / "rloo.svg"))
+    assert "advantages leave_one_out, KL in_reward k1 token, policy loss reinforce, beta 0.3" in shown
+    lines = {line.split("  ")[0]: line for line in shown.splitlines()}
+    assert "E[r] - beta KL(pi||ref)" in lines["seq_mean_token_sum"]
+    assert "Nearest to what is not recognised:" in shown
+    words = "".join(ElementTree.parse(tmp_path / "rloo.svg").getroot().itertext())
+    assert "seq_mean_token_sum, cosine 1" in words
+
+
+def test_axis_choices_need_no_recipe_and_json_is_a_list_of_objects():
+    words = ["advantages.use=leave_one_out", "kl.0.use=in_reward", "kl.0.estimator=k1", "--group", "2", "--json"]
+    rows = json.loads(invoke(*words))
+    (row,) = [row for row in rows if row["aggregation"] == "seq_mean_token_sum"]
+    assert (row["advantages"], row["kl"], row["estimator"], row["level"]) == (
+        "leave_one_out",
+        "in_reward",
+        "k1",
+        "token",
+    )
+    assert row["objective"] == "E[r] - beta KL(pi||ref)"
+    assert row["relative_error"] < 1e-9
+    assert row["cosine"] == pytest.approx(1)
+    assert row["variance"] > 0
+
+
+def test_refused_combinations_are_computed_and_explained():
+    shown = invoke("kl.0.use=in_loss", "kl.0.estimator=k1", "--length", "2")
+    assert "A trainer refuses it:" in shown
+    assert "k1 in the loss has the expected gradient 0" in shown
+
+
+def test_an_override_of_a_beta_counts_and_so_does_the_flag():
+    def betas(*words: str) -> set[float]:
+        return {row["beta"] for row in json.loads(invoke("rloo", "--length", "1", "--json", *words))}
+
+    assert betas() == {0.3}
+    assert betas("kl.0.beta=0.5") == {0.5}
+    assert betas("--beta", "0.7") == {0.7}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--picture", "a.png"], "pictures are SVG"),
+        (["--all", "--group", "2"], "takes no --group"),
+        (["--all", "rloo"], "takes no rloo"),
+        (["--beta", "0"], "give a number above 0"),
+        (["--group", "20"], "too many to enumerate"),
+        (["nonesuch"], "no recipe named"),
+    ],
+)
+def test_wrong_words_are_explained(words: list[str], text: str):
+    with pytest.raises(UserError, match=text):
+        CliRunner().invoke(app, ["lab", *words], catch_exceptions=False)
+
+
+def test_the_whole_matrix_is_a_page(small: Matrix, tmp_path: Path):
+    text = invoke("--all", "--seed", "1", "--picture", str(tmp_path / "all.svg"))
+    assert all(f"\n## {title}\n" in text for title in TITLES)
+    assert "(all.svg)" in text
+    assert "seed 1" in text
+    assert ElementTree.parse(tmp_path / "all.svg").getroot().tag.endswith("svg")
+
+
+def test_the_whole_matrix_is_a_list(small: Matrix):
+    rows = json.loads(invoke("--all", "--json"))
+    keys = {
+        "advantages",
+        "kl",
+        "estimator",
+        "level",
+        "aggregation",
+        "objective",
+        "relative_error",
+        "cosine",
+        "variance",
+    }
+    assert all(keys <= row.keys() for row in rows)
+    assert {row["kl"] for row in rows} == {"in_reward", "in_loss", "none"}
+    assert {row["recipe"] for row in rows} == {None, "rloo"}
+
+
+def test_the_command_is_registered_without_torch():
+    code = "import sys, hf_rlhf.cli.commands.lab, hf_rlhf.lab; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    assert hf_rlhf.cli.commands.lab.lab.__doc__

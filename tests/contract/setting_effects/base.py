@@ -1,0 +1,600 @@
+"""For every setting two values that give different results: a setting that nothing reads cannot be in this table.
+
+`EFFECTS` has a key `axis.name.setting` for each setting of each plugin, `axis.name` for a plugin without any (it is compared
+with a neighbour on its axis) and `section.setting` for the sections of a recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+
+from hf_rlhf import load_plugin
+from hf_rlhf.axes import RolloutCorrection, UpdateRule
+from hf_rlhf.batch import Prompt
+from hf_rlhf.config.sections import Dataset
+from hf_rlhf.conformance.tensor_inputs import OUTPUTS, draw_tensors
+from hf_rlhf.contract.model_settings import Lora, Model
+from hf_rlhf.data.model_loading import load_model, load_tokenizer, lora_config
+from hf_rlhf.data.prompts import load_prompts
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.seeding import seeded
+from hf_rlhf.testing import rollouts, tiny_policy
+from tests.helpers import runs
+
+
+@dataclass(frozen=True)
+class SettingEffect:
+    """Two values of a setting, and what shows which of them was set: `show(folder, value)`."""
+
+    first: Any
+    second: Any
+    show: Callable[[Path, Any], Any]
+
+
+EFFECTS: dict[str, SettingEffect] = {}
+
+Parts = dict[str, Any]
+
+
+# Tensor functions
+
+
+def tensors(axis: str, name: str, **settings: Any) -> Any:
+    """What a tensor function gives on random input."""
+    return OUTPUTS[axis](load_plugin(axis, name, **settings), draw_tensors())
+
+
+def of_tensors(axis: str, name: str, setting: str, first: Any, second: Any, **others: Any) -> None:
+    EFFECTS[f"{axis}.{name}.{setting}"] = SettingEffect(
+        first, second, lambda folder, value: tensors(axis, name, **{setting: value}, **others)
+    )
+
+
+def neighbours(axis: str, *names: str) -> None:
+    """Plugins without settings: each gives something else than the next."""
+    for name, other in zip(names, [*names[1:], names[0]], strict=True):
+        EFFECTS[f"{axis}.{name}"] = SettingEffect(name, other, lambda folder, value: tensors(axis, value))
+
+
+of_tensors("policy_loss", "ppo_clip", "epsilon_low", 0.2, 0.05)
+of_tensors("policy_loss", "ppo_clip", "epsilon_high", 0.2, 0.05)
+of_tensors("aggregation", "seq_mean_token_sum_norm", "length", 1024, 8)
+of_tensors("loss_terms", "entropy", "coef", 0.01, -0.5)
+neighbours("aggregation", "token_mean", "seq_mean_token_mean", "seq_mean_token_sum")
+neighbours("kl_estimator", "k1", "k2", "k3")
+neighbours("policy_loss", "reinforce", "surrogate")
+
+
+# Small runs
+
+
+def after(make: Callable[[Path, Any], Parts]) -> Callable[[Path, Any], Any]:
+    """The parameters after a run with these parts."""
+    return lambda folder, value: runs.parameters(runs.trained(folder, **make(folder, value)))
+
+
+def logged(make: Callable[[Path, Any], Parts]) -> Callable[[Path, Any], Any]:
+    """What a run logs, without times."""
+
+    def show(folder: Path, value: Any) -> Any:
+        entries = runs.entries(runs.trained(folder, **make(folder, value)))
+        return [
+            {k: v for k, v in entry.items() if not k.startswith(("time/", "memory/", "perf/"))} for entry in entries
+        ]
+
+    return show
+
+
+def collected(make: Callable[[Path, Any], Parts]) -> Callable[[Path, Any], Any]:
+    """How many rows and groups the first rollout has."""
+
+    def show(folder: Path, value: Any) -> Any:
+        buffer = runs.trainer(folder, **make(folder, value)).collector.collect(0)
+        return [len(buffer.mask), len(buffer.group_ids.unique())]
+
+    return show
+
+
+def one_kl(name: str, setting: str, value: Any) -> Parts:
+    """Two rollouts: in the first the policy is still the reference."""
+    kl = {"use": name, "estimator": "k3", setting: value}
+    return {"kl": [kl], "reference": "frozen", "update": {"mini_batches": 1}}
+
+
+for kl_name in ("in_loss", "in_reward", "monitor"):
+    show = logged if kl_name == "monitor" else after
+    for setting, values in {"estimator": ("k2", "k3"), "level": ("token", "sequence"), "beta": (0.1, 1.0)}.items():
+        if (kl_name, setting) != ("monitor", "beta"):
+            EFFECTS[f"kl.{kl_name}.{setting}"] = SettingEffect(
+                *values, show(lambda folder, value, n=kl_name, s=setting: one_kl(n, s, value))
+            )
+
+
+def with_critic(name: str, setting: str, value: Any) -> Parts:
+    critic = {"use": name, "coef": 5.0, setting: value}
+    return {"critic": critic, "advantages": "gae", "update": {"epochs": 2}}
+
+
+CRITIC = {"coef": (5.0, 0.5), "value_clip": ("none", 1e-3), "learning_rate": (None, 0.01), "warmup_steps": (0, 1)}
+for critic_name in ("separate", "value_head"):
+    for setting, values in CRITIC.items():
+        EFFECTS[f"critic.{critic_name}.{setting}"] = SettingEffect(
+            *values, after(lambda folder, value, n=critic_name, s=setting: with_critic(n, s, value))
+        )
+EFFECTS["critic.value_head.trunk_gradient"] = SettingEffect(
+    1.0, 0.0, after(lambda folder, value: with_critic("value_head", "trunk_gradient", value))
+)
+
+
+def critic_from(folder: Path, init: str) -> Any:
+    """The critic's weights at the start."""
+    place = str(folder / "other") if init == "path" else init
+    tiny_policy(seed=7)[0].save_pretrained(folder / "other")
+    return runs.parameters(load_plugin("critic", "separate", init=place).build(tiny_policy()[0], None))
+
+
+EFFECTS["critic.separate.init"] = SettingEffect("policy", "path", critic_from)
+EFFECTS["critic.none"] = SettingEffect(
+    "none", "value_head", lambda folder, value: load_plugin("critic", value).build(tiny_policy()[0], None) is None
+)
+
+
+def flat_groups(folder: Path, resample: int) -> Parts:
+    flat = [{**row, "completions": ["zz"] * 8} for row in runs.problems(3)]
+    rewards = [{"use": "length", "unit": "characters", "target": 1, "maximum": 99}]
+    data = [*flat, *runs.problems(3, seed=4)]
+    return {"filters": [{"use": "zero_variance", "resample": resample}], "data": data, "rewards": rewards}
+
+
+EFFECTS["filters.zero_variance.resample"] = SettingEffect(0, 9, collected(flat_groups))
+
+
+def with_lora(name: str) -> Any:
+    """Log-probs of the reference after a rollout's updates, from a policy that begins with an adapter of its own."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    policy = get_peft_model(tiny_policy()[0], runs.adapter())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(0.1)
+        reference = load_plugin("reference", name)
+        model = reference.build(policy)
+        ids = torch.tensor([[5, 6, 7]])
+        if model is not None:
+            return model(ids).logits
+        if not reference.provides:
+            return None
+        with reference.active(policy):
+            return policy(ids).logits
+
+
+for reference_name, other in (("adapter_off", "frozen"), ("none", "adapter_off")):
+    EFFECTS[f"reference.{reference_name}"] = SettingEffect(
+        reference_name, other, lambda folder, value: with_lora(value)
+    )
+
+
+@dataclass(kw_only=True)
+class Still(UpdateRule):
+    """An optimizer that does not move."""
+
+    name = "still"
+
+    def build(self, policy: Any, groups: Any) -> Any:
+        return torch.optim.SGD(policy.parameters(), lr=0.0)
+
+
+@dataclass(kw_only=True)
+class Doubled(RolloutCorrection):
+    """Twice every token's loss, without a look at the sampler."""
+
+    name = "doubled"
+    needs = frozenset({"sampler_logps"})
+
+    def __call__(self, old_logps: Any, sampler_logps: Any, mask: Any) -> Any:
+        return 2 * mask
+
+
+EFFECTS["optimizer.trainer"] = SettingEffect("trainer", Still(), after(lambda folder, value: {"optimizer": value}))
+EFFECTS["rollout_correction.none"] = SettingEffect(
+    load_plugin("rollout_correction", "none"),
+    Doubled(),
+    lambda folder, value: value(*[torch.zeros(1, 2)] * 2, torch.ones(1, 2)),
+)
+
+
+# Rewards
+
+REWARDS: dict[str, Callable[[Path], Parts]] = {
+    "exact_match": lambda folder: {},
+    "format": lambda folder: {"pattern": "[ -O].*"},
+    "function": lambda folder: {"function": function_file(folder) + ":length"},
+    "length": lambda folder: {"target": 1, "maximum": 9},
+    "math_answer": lambda folder: {"workers": "inline"},
+}
+
+
+def function_file(folder: Path) -> str:
+    file = folder / "functions.py"
+    file.write_text(
+        "def length(completions):\n    return [float(len(text)) for text in completions]\n"
+        "def first(completions):\n    return [float(ord((text + ' ')[0])) for text in completions]\n"
+    )
+    return str(file)
+
+
+def one_reward(name: str, setting: str) -> Callable[[Path, Any], Parts]:
+    def make(folder: Path, value: Any) -> Parts:
+        source = {"use": name, **REWARDS[name](folder), setting: value}
+        return {"rewards": [source], "advantages": "group_mean", "training": {"max_steps": 1}}
+
+    return make
+
+
+COLUMNS = {
+    "answer": ["5", "5", "x", "7"],
+    "other": ["7", "X", "", "5"],
+}
+
+
+def scores(name: str, setting: str, **others: Any) -> Callable[[Path, Any], Any]:
+    """What a reward gives to a few texts."""
+
+    def show(folder: Path, value: Any) -> Any:
+        settings = {**REWARDS[name](folder), **others, setting: value}
+        source = load_plugin("rewards", name, **settings)
+        try:
+            given = rollouts(["5", " the answer is X", "x", "#### 7"], columns=COLUMNS)
+            given.completions[2] = "x "
+            return [-1.0 if x is None else float(x) for x in source(given)]
+        finally:
+            source.close()
+
+    return show
+
+
+def of_scores(name: str, setting: str, first: Any, second: Any, **others: Any) -> None:
+    EFFECTS[f"rewards.{name}.{setting}"] = SettingEffect(first, second, scores(name, setting, **others))
+
+
+of_scores("exact_match", "column", "answer", "other")
+of_scores("exact_match", "strip", True, False)
+EFFECTS["rewards.exact_match.ignore_case"] = SettingEffect(
+    False,
+    True,
+    lambda folder, value: load_plugin("rewards", "exact_match", ignore_case=value)(
+        rollouts(["X", "x"], columns={"answer": ["x", "x"]})
+    ),
+)
+of_scores("format", "pattern", ".*[0-9]", "x.*")
+of_scores("length", "unit", "tokens", "words")
+of_scores("length", "target", 1, 4)
+of_scores("length", "maximum", 9, 99)
+of_scores("math_answer", "column", "answer", "other")
+EFFECTS["rewards.function.runs_model"] = SettingEffect(
+    False, True, lambda folder, value: load_plugin("rewards", "function", function=len, runs_model=value).runs_model
+)
+EFFECTS["rewards.function.function"] = SettingEffect(
+    "length",
+    "first",
+    lambda folder, value: list(
+        load_plugin("rewards", "function", function=f"{function_file(folder)}:{value}")(rollouts(["5", "ab"]))
+    ),
+)
+
+
+def forward_sizes(module: Any, call: Callable[[], Any]) -> list[int]:
+    """The rows of each forward of `module` during `call`."""
+    seen: list[int] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    call()
+    handle.remove()
+    return seen
+
+
+@dataclass
+class Hub:
+    """A cache of the Hub in a folder, with one repository of two revisions; nothing is fetched."""
+
+    folder: Path
+    save: Callable[[Path, int], Any]
+    revisions: dict[str, int] = field(default_factory=lambda: {"main": 0, "v2": 1})
+
+    def __enter__(self) -> str:
+        from huggingface_hub import constants
+
+        repository = self.folder / "hub" / "models--someone--model"
+        for name, seed in self.revisions.items():
+            commit = f"{seed}" * 40
+            (repository / "refs").mkdir(parents=True, exist_ok=True)
+            (repository / "refs" / name).write_text(commit)
+            self.save(repository / "snapshots" / commit, seed)
+        self._stack = ExitStack()
+        self._stack.enter_context(patch.object(constants, "HF_HUB_CACHE", str(self.folder / "hub")))
+        self._stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", True))
+        return "someone/model"
+
+    def __exit__(self, *reason: Any) -> None:
+        self._stack.close()
+
+
+def model_of_revision(folder: Path, revision: str | None) -> Any:
+    with Hub(folder, lambda place, seed: tiny_policy(seed=seed)[0].save_pretrained(place)) as name:
+        return runs.parameters(load_model(Model(path=name, revision=revision)))
+
+
+EFFECTS["model.revision"] = SettingEffect(None, "v2", model_of_revision)
+
+
+# Rollouts
+
+
+def engine(name: str, setting: str) -> Callable[[Path, Any], Parts]:
+    base = runs.SAMPLED if name == "generate" else runs.SCRIPTED
+    return lambda folder, value: {"rollout": {**base, setting: value}}
+
+
+for engine_name in ("generate", "scripted"):
+    EFFECTS[f"rollout.{engine_name}.prompts"] = SettingEffect(4, 2, collected(engine(engine_name, "prompts")))
+    EFFECTS[f"rollout.{engine_name}.num_generations"] = SettingEffect(
+        4, 3, collected(engine(engine_name, "num_generations"))
+    )
+EFFECTS["rollout.scripted.temperature"] = SettingEffect(1.0, 0.7, after(engine("scripted", "temperature")))
+EFFECTS["rollout.scripted.mask_column"] = SettingEffect(None, "masks", after(engine("scripted", "mask_column")))
+
+
+def reported(folder: Path, column: str | None) -> Parts:
+    data = [{**row, "reported": [[-0.5] * len(mask) for mask in row["masks"]]} for row in runs.problems()]
+    engine = {**runs.SCRIPTED, "mask_column": "masks", "logps_column": column}
+    return {"data": data, "rollout": engine, "rollout_correction": "truncated" if column else "none"}
+
+
+EFFECTS["rollout.scripted.logps_column"] = SettingEffect(None, "reported", after(reported))
+
+
+def other_column(folder: Path, column: str) -> Parts:
+    data = [{**row, "backwards": row["completions"][::-1]} for row in runs.problems()]
+    return {"data": data, "rollout": {**runs.SCRIPTED, "column": column}}
+
+
+EFFECTS["rollout.scripted.column"] = SettingEffect("completions", "backwards", after(other_column))
+
+
+def samples(setting: str, value: Any, show: Callable[[Any, Callable[[], Any]], Any] | None = None) -> Any:
+    """The completions that `generate` samples, always with the same random numbers."""
+    model, tokenizer = tiny_policy()
+    policy = Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"))
+    prompts = [Prompt(ids=[5, 6, 7][: 1 + i], prompt="") for i in range(3)]
+    chosen = load_plugin("rollout", "generate", **{"max_new_tokens": 12, setting: value})
+    with seeded(0, "effect"), torch.no_grad():
+        return show(model, lambda: chosen(policy, prompts, 4)) if show else chosen(policy, prompts, 4).ids
+
+
+CUTS = {
+    "max_new_tokens": (12, 5),
+    "temperature": (1.0, 0.3),
+    "top_p": (1.0, 0.1),
+    "top_k": (0, 1),
+    "min_p": (0.0, 0.95),
+    "repetition_penalty": (1.0, 9.0),
+}
+for setting, values in CUTS.items():
+    EFFECTS[f"rollout.generate.{setting}"] = SettingEffect(*values, lambda folder, value, s=setting: samples(s, value))
+EFFECTS["rollout.generate.max_rows"] = SettingEffect(
+    None, 4, lambda folder, value: max(samples("max_rows", value, forward_sizes), default=0)
+)
+
+
+# Sections of a recipe
+
+EFFECTS["update.mini_batches"] = SettingEffect(1, 2, after(lambda folder, value: {"update": {"mini_batches": value}}))
+EFFECTS["update.epochs"] = SettingEffect(1, 2, after(lambda folder, value: {"update": {"epochs": value}}))
+
+
+def micro_batches(folder: Path, tokens: int | None) -> list[int]:
+    """The rows of each micro-batch."""
+    made = runs.trainer(folder, update={"max_tokens_per_micro_batch": tokens})
+    buffer = made.collector.collect(0)
+    return [len(micro["mask"]) for micro in buffer.slot(0, made.algorithm, 0, made.collector.forwards.batching)]
+
+
+EFFECTS["update.max_tokens_per_micro_batch"] = SettingEffect(None, 20, micro_batches)
+
+
+def positions(folder: Path, attention: Literal["packed", "padded"]) -> int:
+    """Tokens that pass the trunk in one optimizer step, padding included."""
+    made = runs.trainer(folder, update={"attention": attention})
+    slot = made.collector.collect(0).slot(0, made.algorithm, 0, made.collector.forwards.batching)
+    return sum(micro["batch"].positions for micro in slot)
+
+
+EFFECTS["update.attention"] = SettingEffect("packed", "padded", positions)
+
+
+def evaluation(setting: str) -> Callable[[Path, Any], Any]:
+    def show(folder: Path, value: Any) -> Any:
+        sampled = {"rollout": runs.SAMPLED, "evaluation": {"num_generations": 2, setting: value}}
+        made = runs.trainer(folder, eval_data=runs.problems(5, seed=2), **sampled)
+        return {name: x for name, x in made.evaluate().items() if "runtime" not in name and "per_second" not in name}
+
+    return show
+
+
+EFFECTS["evaluation.num_generations"] = SettingEffect(1, 3, evaluation("num_generations"))
+EFFECTS["evaluation.temperature"] = SettingEffect(None, 0, evaluation("temperature"))
+EFFECTS["evaluation.prompts"] = SettingEffect(None, 2, evaluation("prompts"))
+
+
+def written(folder: Path, completions: int) -> int:
+    """Rows of completions in the files of a run."""
+    import pyarrow.parquet as pq
+
+    place = folder / str(completions)
+    runs.trained(place, logging={"completions": completions})
+    return sum(pq.read_table(file).num_rows for file in place.glob("completions/*.parquet"))
+
+
+EFFECTS["logging.completions"] = SettingEffect(3, 0, written)
+
+
+def entropy_logged(folder: Path, kind: str) -> float:
+    made = runs.trainer(folder, logging={"entropy": kind})
+    made.train()
+    return next(entry["policy/entropy"] for entry in made.state.log_history if "policy/entropy" in entry)
+
+
+EFFECTS["logging.entropy"] = SettingEffect("sampled", "exact", entropy_logged)
+
+
+def saved(folder: Path, seed: int = 0, **config: Any) -> str:
+    model, tokenizer = tiny_policy(seed=seed)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    place = folder / f"model{seed}"
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return str(place)
+
+
+def model_of(setting: str, show: Callable[[Any], Any], **config: Any) -> Callable[[Path, Any], Any]:
+    return lambda folder, value: show(load_model(Model(**{"path": saved(folder, **config), setting: value})))
+
+
+EFFECTS["model.path"] = SettingEffect(
+    0, 1, lambda folder, value: runs.parameters(load_model(Model(path=saved(folder, seed=value))))
+)
+EFFECTS["model.dtype"] = SettingEffect("float32", "float64", model_of("dtype", lambda m: str(m.dtype)))
+EFFECTS["model.attn_implementation"] = SettingEffect(
+    "sdpa", "eager", model_of("attn_implementation", lambda m: m.config._attn_implementation)
+)
+EFFECTS["model.dropout"] = SettingEffect(
+    False, True, model_of("dropout", lambda m: m.config.attention_dropout, attention_dropout=0.5)
+)
+
+
+def tokens_of(folder: Path, where: str | None) -> Any:
+    other = folder / "tokenizer"
+    _, tokenizer = tiny_policy()
+    tokenizer.add_tokens(["1+1"])
+    tokenizer.save_pretrained(other)
+    place = str(other) if where else None
+    return load_tokenizer(Model(path=saved(folder), tokenizer=place))("1+1=")["input_ids"]
+
+
+def chat_of(folder: Path, template: str | None) -> Any:
+    tokenizer = load_tokenizer(Model(path=saved(folder), chat_template=template))
+    return tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+
+
+def trainable(folder: Path, lora: dict[str, Any] | None) -> Any:
+    made = runs.trainer(folder, model={"path": saved(folder), "lora": lora})
+    return sum(p.requires_grad for p in made.model.parameters())
+
+
+EFFECTS["model.tokenizer"] = SettingEffect(None, "other", tokens_of)
+EFFECTS["model.chat_template"] = SettingEffect(None, "{{ messages[0]['content'] }}!", chat_of)
+EFFECTS["model.lora"] = SettingEffect(None, {"r": 2}, trainable)
+
+
+def adapted(setting: str) -> Callable[[Path, Any], Any]:
+    """The adapter that peft makes of the settings: its modules, ranks, scales and dropout."""
+
+    def show(folder: Path, value: Any) -> Any:
+        from peft import get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        model = get_peft_model(tiny_policy()[0], lora_config(Lora(**{setting: value})))
+        return [
+            [name, layer.r["default"], layer.scaling["default"], getattr(layer.lora_dropout["default"], "p", 0.0)]
+            for name, layer in model.named_modules()
+            if isinstance(layer, LoraLayer)
+        ]
+
+    return show
+
+
+EFFECTS["model.lora.r"] = SettingEffect(16, 4, adapted("r"))
+EFFECTS["model.lora.alpha"] = SettingEffect(32, 8, adapted("alpha"))
+EFFECTS["model.lora.dropout"] = SettingEffect(0.0, 0.5, adapted("dropout"))
+EFFECTS["model.lora.target_modules"] = SettingEffect("all-linear", ["q_proj"], adapted("target_modules"))
+
+
+ROWS = [
+    {"prompt": f"{i}+{i}=", "question": "q" * i, "talk": [{"role": "user", "content": str(i)}]} for i in range(1, 31)
+]
+
+
+def dataset_folder(folder: Path) -> Path:
+    """Files, and a folder of them that `datasets` reads with two configurations and two splits."""
+    place = folder / "data"
+    place.mkdir(exist_ok=True)
+    for name, rows in {"a": ROWS, "b": ROWS[:20], "test": ROWS[20:23]}.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: one\n  default: true\n  data_files:\n"
+        "  - {split: train, path: a.jsonl}\n  - {split: test, path: test.jsonl}\n"
+        "- config_name: two\n  data_files:\n  - {split: train, path: b.jsonl}\n---\n"
+    )
+    return place
+
+
+def loaded(setting: str, **others: Any) -> Callable[[Path, Any], Any]:
+    """The prompts that are read: their tokens, for training and evaluation. `{data}` is the folder."""
+
+    def show(folder: Path, value: Any) -> Any:
+        place = dataset_folder(folder)
+        settings = {"path": "{data}/a.jsonl", "held_out": 0, **others, setting: value}
+        for name, text in settings.items():
+            settings[name] = text.replace("{data}", str(place)) if isinstance(text, str) else text
+        both = load_prompts(Dataset(**settings), tiny_policy()[1])
+        return [type(both[0]).__name__, *[[prompt.ids for prompt in part or []] for part in both]]
+
+    return show
+
+
+def of_dataset(setting: str, first: Any, second: Any, **others: Any) -> None:
+    EFFECTS[f"dataset.{setting}"] = SettingEffect(first, second, loaded(setting, **others))
+
+
+FOLDER = {"path": "{data}"}
+of_dataset("path", "{data}/a.jsonl", "{data}/b.jsonl")
+of_dataset("name", "one", "two", **FOLDER)
+of_dataset("split", "train", "test", **FOLDER)
+of_dataset("eval_path", None, "{data}/test.jsonl")
+of_dataset("eval_split", None, "test", **FOLDER)
+of_dataset("held_out", 0, 2)
+of_dataset("prompt", "prompt", "question")
+of_dataset("prompt_template", None, "Say {question}:")
+of_dataset("chat", False, True)
+of_dataset("system", None, "Be brief.", chat=True)
+of_dataset("max_prompt_tokens", None, 4, overlong_prompts="drop")
+of_dataset("streaming", False, True)
+
+
+def order(folder: Path, shuffle: bool) -> Any:
+    made = runs.trainer(folder, dataset={"shuffle": shuffle})
+    return [prompt.ids for prompt in made.stream.next(6)]
+
+
+def overlong(folder: Path, choice: str) -> Any:
+    try:
+        return loaded("overlong_prompts", max_prompt_tokens=4)(folder, choice)
+    except ValueError as error:
+        return str(error)
+
+
+EFFECTS["dataset.overlong_prompts"] = SettingEffect("error", "drop", overlong)
+EFFECTS["dataset.shuffle"] = SettingEffect(True, False, order)

@@ -1,0 +1,395 @@
+"""The documentation is true: made pages are up to date, examples run, names that are logged are explained, links lead
+somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_rlhf.axes import AXES, LISTS
+from hf_rlhf.config.training_arguments import WITHOUT_EFFECT
+from hf_rlhf.registry.host import Host, use_host
+from hf_rlhf.testing import tiny_policy
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import SAMPLED, parameters, problems, trained
+
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+]
+BY_HAND = ("data.md", "reward_models.md", "writing_plugins.md")
+WRITTEN_BY_HAND = [ROOT / "README.md", *(ROOT / "docs" / name for name in BY_HAND)]
+TITLES = [page.name for page in WRITTEN_BY_HAND]
+
+
+@pytest.fixture(scope="session")
+def generate() -> ModuleType:
+    """docs/generate.py as a module."""
+    specification = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def first_columns(page: Path, heading: str = "") -> Iterator[str]:
+    """What stands in backticks in the first column of the tables under a heading."""
+    text = page.read_text()
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0] if heading else text
+    assert section, f"{page.name} has no heading {heading!r}"
+    for row in re.findall(r"^\| (`.*)$", section, re.MULTILINE):
+        yield from re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", row)[0])
+
+
+# Made pages
+
+
+def test_made_pages_are_up_to_date(generate):
+    stale = [name for name, text in generate.pages().items() if (ROOT / "docs" / name).read_text() != text]
+    assert not stale, f"stale: {', '.join(stale)}; run `python docs/generate.py`"
+
+
+def test_generate_says_which_page_is_stale(generate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    monkeypatch.setattr(generate, "PAGES", {"settings.md": generate.settings_page})
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 1
+    assert "docs/settings.md is stale" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "--check writes nothing"
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    assert generate.main() == 0
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 0
+
+
+def test_every_plugin_and_recipe_has_an_entry():
+    host = Host(disable="")
+    plugins = [f"{offer.axis}.{offer.name}" for offer in host.offers() if offer.package == "hf_rlhf"]
+    recipes = [offer.name for offer in host.recipes() if offer.package == "hf_rlhf"]
+    headings = re.findall(r"^### (\S+)$", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
+    assert headings == plugins
+    assert re.findall(r"^## (\S+)$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE) == recipes
+    assert sorted(first_columns(ROOT / "README.md", "Recipes")) == sorted(recipes)
+
+
+def test_the_readme_lists_the_plugins_of_every_axis():
+    host = Host(disable="")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (`.*`) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {axis: (re.findall(r"`(\w+)`", names), "any number" in what) for axis, what, names in rows if axis in AXES}
+    own = {axis: [o.name for o in host.offers(axis) if o.package == "hf_rlhf"] for axis in AXES}
+    assert listed == {axis: (own[axis], axis in LISTS) for axis in AXES}
+
+
+def test_every_training_argument_stands_in_one_table():
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    text = (ROOT / "docs" / "training_arguments.md").read_text().partition("## Defaults of the command line")[0]
+    for field in fields(TrainingArguments):
+        places = len(re.findall(rf"^\| `{field.name}` \||(?:: |, )`{field.name}` \(`", text, re.MULTILINE))
+        assert places == 1, f"{field.name} stands in {places} tables"
+
+
+def test_arguments_listed_without_effect_change_no_number(tmp_path):
+    odd: dict[str, Any] = {
+        "per_device_eval_batch_size": 3,
+        "prediction_loss_only": True,
+        "eval_do_concat_batches": False,
+        "eval_use_gather_object": True,
+        "eval_accumulation_steps": 1,
+        "label_names": ["answer"],
+        "dataloader_drop_last": True,
+        "dataloader_num_workers": 2,
+        "dataloader_pin_memory": False,
+        "dataloader_persistent_workers": True,
+        "dataloader_prefetch_factor": 3,
+        "dataloader_multiprocessing_context": "spawn",
+        "dataloader_in_order": False,
+        "length_column_name": "answer",
+        "accelerator_config": {"split_batches": True, "even_batches": False},
+        "use_cache": True,
+        "liger_kernel_config": {"rope": False},
+        "do_train": True,
+        "do_eval": True,
+        "do_predict": True,
+        "resume_from_checkpoint": "nowhere",
+    }
+    elsewhere = {"torch_compile_backend", "torch_compile_mode", "fsdp_config"}  # they come with what is refused
+    assert odd.keys() | elsewhere == WITHOUT_EFFECT.keys()
+    options: dict[str, Any] = {"rollout": SAMPLED, "eval_data": problems(4, seed=1)}
+    plain = trained(tmp_path / "plain", training={"eval_strategy": "steps", "eval_steps": 1}, **options)
+    other = trained(tmp_path / "odd", training={"eval_strategy": "steps", "eval_steps": 1, **odd}, **options)
+    assert torch.equal(parameters(plain), parameters(other))
+    for a, b in zip(plain.state.log_history, other.state.log_history, strict=True):
+        names = {name for name in a if not re.search(r"time|^memory/|_s$|per_second|runtime", name)}
+        assert {name: a[name] for name in names} == {name: b.get(name) for name in names}
+
+
+# Examples
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what the examples name: problems, a run that was made before, and every file that a page shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("train", "test"):
+        rows = [{"question": f"What is {i} + 1?", "answer": f"One more. #### {i + 1}"} for i in range(200)]
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(200)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    graded = [{**row, "completion": f"It is {i}.", "is_correct": i % 2 == 0} for i, row in enumerate(rows[:8])]
+    graded = [{**row, "answer": str(i + i % 2)} for i, row in enumerate(graded)]
+    (tmp_path / "graded.jsonl").write_text("\n".join(map(json.dumps, graded)))
+    from hf_rlhf.config.recipe import load_recipe
+
+    (tmp_path / "my_judges.yaml").write_text(load_recipe("grpo").dump())
+    (tmp_path / "outputs" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "outputs" / "gsm8k" / "recipe.yaml").write_text(load_recipe("grpo").dump())
+    for page in WRITTEN_BY_HAND:
+        for text in blocks(page, "python"):
+            if file := re.match(r"# (\w+\.py)\n", text):
+                (tmp_path / file[1]).write_text(text)
+    return tmp_path
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words after `hf-rlhf` of every command in a page's shell blocks, whatever launches it."""
+    found = []
+    for text in blocks(page, "sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            start = [i for i, word in enumerate(words) if word in ("hf-rlhf", "hf_rlhf")]
+            if start:
+                found.append(words[start[0] + 1 :])
+            elif words[0] == "make":
+                assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+            else:
+                assert line in PYTEST_LINES, f"no test runs {line!r}"
+    return found
+
+
+PYTEST_LINES = ["pytest --hf-rlhf-plugin ./group_median.py"]
+"""Commands of writing_plugins.md that `test_the_plugin_example_conforms` runs."""
+
+
+def without_training(words: list[str]) -> list[str]:
+    """`check` in place of `train`, without the options that only `train` has and without data that is not here."""
+    kept: list[str] = []
+    rest = iter(["check", *words[1:]])
+    for word in rest:
+        if word in ("--output-dir", "--dataset"):
+            value = next(rest)
+            kept += [word, value] if word == "--dataset" and Path(value).exists() else []
+        elif word not in ("--resume", "--trust-remote-code"):
+            kept.append(word)
+    return kept
+
+
+def brief(words: list[str]) -> list[str]:
+    """A command that ends soon: what trains is checked, and what a server would serve is checked too."""
+    if words[0] == "train":
+        return without_training(words)
+    return ["check", words[1]] if words[0] in ("serve-reward", "run") else words
+
+
+@pytest.mark.parametrize("page", WRITTEN_BY_HAND, ids=TITLES)
+def test_every_command_of_a_page_runs_or_passes_the_check(page, workplace):
+    from hf_rlhf.cli.app import app
+    from hf_rlhf.cli.main import add_commands
+
+    add_commands()
+    lines = command_lines(page)
+    assert lines
+    for words in lines:
+        target = words[words.index(">") + 1] if ">" in words else None
+        words = words[: words.index(">")] if target else words
+        with use_host(Host()):
+            result = CliRunner().invoke(app, brief(words))
+        assert result.exit_code == 0, f"hf-rlhf {shlex.join(words)}: {result.exception} {result.output}"
+        if target:
+            Path(target).write_text(result.stdout)
+
+
+def test_the_python_example_of_the_readme_runs(workplace, capsys):
+    (text,) = [block for block in blocks(ROOT / "README.md", "python") if not block.startswith("# ")]
+    assert len(text.splitlines()) <= 10
+    model, tokenizer = tiny_policy()
+    model.save_pretrained(workplace / "tiny")
+    tokenizer.save_pretrained(workplace / "tiny")
+    small = {"builtin:addition": "tiny", "max_steps=100": "max_steps=2", "problems[:500]": "problems[:20]"}
+    for what, instead in small.items():
+        assert what in text
+        text = text.replace(what, instead)
+    exec(compile(text, "README.md", "exec"), {})
+    assert "eval_accuracy" in capsys.readouterr().out
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(workplace / "outputs" / "python")
+
+
+def test_the_plugin_example_conforms(workplace):
+    files = {re.match(r"# (\w+\.py)\n", text): text for text in blocks(ROOT / "docs" / "writing_plugins.md", "python")}
+    assert all(files), "every Python block of writing_plugins.md names its file"
+    plain = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    assert pytest.main([*plain, str(workplace / "test_group_median.py")]) == 0
+    for line in PYTEST_LINES:
+        with use_host(Host(disable="")):
+            assert pytest.main([*plain, *shlex.split(line)[1:]]) == 0
+
+
+def test_the_page_for_authors_explains_every_axis_and_every_need():
+    from hf_rlhf.config.algorithm import CORE_PROVIDES, FIXES
+
+    page = ROOT / "docs" / "writing_plugins.md"
+    rows = re.findall(r"^\| (\w+), `(\w+)` \|", page.read_text(), re.MULTILINE)
+    bases = {axis: {base.__name__, *(cls.__name__ for cls in base.__subclasses__())} for axis, base in AXES.items()}
+    assert [axis for axis, _ in rows] == list(AXES)
+    assert all(base in bases[axis] for axis, base in rows)
+    assert set(first_columns(page, "needs and provides")) == CORE_PROVIDES | FIXES.keys()
+
+
+def test_the_packaging_example_is_that_of_the_example_package():
+    import tomllib
+
+    (text,) = blocks(ROOT / "docs" / "writing_plugins.md", "toml")
+    shown = tomllib.loads(text)["project"]["entry-points"]
+    real = tomllib.loads((ROOT / "examples" / "hf-rlhf-quantile" / "pyproject.toml").read_text())["project"]
+    assert shown.keys() == real["entry-points"].keys()
+    assert {name.split(".")[0] for name in shown["hf_rlhf"]} <= set(AXES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_every_hook_stands_on_its_page_with_an_example_that_is_its_docstrings():
+    from hf_rlhf.registry.hookspecs import example
+
+    page = ROOT / "docs" / "hooks.md"
+    assert re.findall(r"^## (\w+)$", page.read_text(), re.MULTILINE) == list(AXES)
+    shown = [text.replace("\n\n\n", "\n\n").strip() for text in blocks(page, "python")]
+    assert shown == [example(axis).strip() for axis in AXES]
+
+
+def test_every_method_of_a_base_class_stands_on_the_page_of_hooks():
+    from hf_rlhf.contract.base import Plugin
+
+    page = ROOT / "docs" / "hooks.md"
+    for heading, cls in {"Every plugin": Plugin, **AXES}.items():
+        own = [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")]
+        if own:
+            assert {name.partition("(")[0] for name in first_columns(page, heading)} >= set(own)
+
+
+@pytest.mark.parametrize("name", ["Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context"])
+def test_every_field_that_plugins_see_stands_on_the_page_of_hooks(name):
+    from hf_rlhf import batch
+
+    text = (ROOT / "docs" / "hooks.md").read_text().partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+    documented = re.findall(r"^\| `(\w+)` \| \S", text, re.MULTILINE)
+    assert documented == [field.name for field in dataclasses.fields(getattr(batch, name))]
+
+
+def test_the_page_of_hooks_leaves_out_nothing_that_plugins_see():
+    from hf_rlhf import batch
+
+    own = {name for name, x in vars(batch).items() if dataclasses.is_dataclass(x) and x.__module__ == batch.__name__}
+    assert own == set(re.findall(r"^### (\w+)$", (ROOT / "docs" / "hooks.md").read_text(), re.MULTILINE))
+
+
+def test_every_setting_of_a_section_stands_on_the_page_of_settings():
+    from hf_rlhf.config.offline_sections import OfflineDataset
+    from hf_rlhf.config.sections import SECTIONS
+    from hf_rlhf.contract.model_settings import Lora
+
+    page = ROOT / "docs" / "settings.md"
+    for section, cls in SECTIONS.items():
+        assert {field.name for field in dataclasses.fields(cls)} <= set(first_columns(page, section))
+    for cls in (Lora, OfflineDataset):
+        assert {field.name for field in dataclasses.fields(cls)} <= set(first_columns(page))
+
+
+@pytest.mark.parametrize("page", ["metrics.md", "guides/reading_the_dashboard.md"])
+def test_every_metric_stands_on_both_pages_of_metrics(page):
+    from hf_rlhf.metrics import CORE, EVAL, EVALUATION, declared_by, pattern
+
+    host = Host(disable="")
+    known = {metric.name for metric in CORE} | {f"{EVAL}{metric.name}" for metric in EVALUATION}
+    for offer in host.offers():
+        if offer.package == "hf_rlhf":
+            known |= declared_by(host.get(offer.axis, f"hf_rlhf/{offer.name}"), offer.axis).keys()
+    named = set(re.findall(r"`([^`\s]+)`", (ROOT / "docs" / page).read_text()))
+    missing = {name for name in known - named if not any(pattern(name).fullmatch(other) for other in named)}
+    assert not missing
+
+
+def test_a_metric_with_a_range_says_what_lies_outside_of_it():
+    from hf_rlhf.metrics import CORE, EVALUATION
+
+    assert not [metric.name for metric in (*CORE, *EVALUATION) if metric.healthy and not metric.unhealthy]
+
+
+def test_every_module_of_the_core_is_explained():
+    text = (ROOT / "docs" / "how_it_works.md").read_text().partition("## Where the code is")[2].partition("\n## ")[0]
+    modules = {file.name for file in (ROOT / "hf_rlhf").glob("*.py") if not file.name.startswith("__")}
+    assert set(re.findall(r"`(\w+\.py)`", text)) == modules
+
+
+# Files of a run
+
+
+def test_a_run_leaves_the_files_and_summary_keys_that_the_docs_name(workplace):
+    from hf_rlhf.cli.runs.rollout_run import train
+    from hf_rlhf.config.recipe import load_recipe
+
+    model, tokenizer = tiny_policy()
+    model.save_pretrained(workplace / "tiny")
+    tokenizer.save_pretrained(workplace / "tiny")
+    overrides = ["model.path=tiny", "training.max_steps=2", "training.save_strategy=steps", "training.save_steps=2"]
+    overrides += ["reference={use: sync, every: 1}", "critic=value_head", "advantages=gae", "update.ema=0.9"]
+    overrides += ["training.use_cpu=true", "evaluation.prompts=8"]
+    train(load_recipe("quickstart", [*overrides, "rollout.prompts=4"]), output_dir="run")
+    run, page = workplace / "run", ROOT / "docs" / "how_it_works.md"
+    keys = json.loads((run / "summary.json").read_text()).keys()
+    assert list(first_columns(ROOT / "docs" / "metrics.md", "summary.json")) == list(keys)
+    for name in first_columns(page, "Files of a run"):
+        assert list(run.glob(name.replace("-N", "-2").rstrip("/"))), f"{name} is documented and not there"
+    for name in first_columns(page, "Checkpoints and exact resume"):
+        assert (run / "checkpoint-2" / name.replace("RANK", "0")).is_file(), name
+    import pyarrow.parquet as pq
+
+    columns = pq.read_table(next((run / "completions").glob("*.parquet"))).column_names
+    section = (ROOT / "docs" / "metrics.md").read_text().partition("## Completions")[2].partition("## ")[0]
+    assert {re.sub("exact_match", "<label>", name) for name in columns} <= set(re.findall(r"`([^`]+)`", section))

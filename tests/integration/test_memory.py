@@ -1,0 +1,551 @@
+"""What a run holds: peaks of its phases as they are measured, and as they are estimated before it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.token_batch import TokenBatch
+from hf_rlhf.runtime import peak_memory
+from hf_rlhf.runtime.peak_memory import resident
+from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.memory import fake_tensor_trace
+from hf_rlhf.training.memory.estimate import estimate
+from hf_rlhf.training.memory.fake_tensor_trace import (
+    MicroBatch,
+    count_cache,
+    count_forward,
+    count_heads,
+    count_update,
+    hollow,
+    without_storage,
+)
+from hf_rlhf.training.memory.workload import Workload
+from tests.helpers import runs
+
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(not peak_memory.ResidentMark.works(), reason="the kernel's mark cannot be set back here")
+
+
+class Level:
+    """The high-water mark of a number."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 100
+        self.watched = False
+
+    def to(self, level: int) -> None:
+        self.now, self.most = level, max(level, self.most)
+
+    def take(self) -> tuple[int, int]:
+        most, self.most = self.most, self.now
+        return most, self.now
+
+    def watch(self, on: bool) -> None:
+        self.watched = on
+
+
+# Measured
+
+
+def test_a_phase_sees_its_own_peak_and_not_that_of_its_neighbours():
+    level = Level()
+    recorder = peak_memory.Recorder(level)
+    level.to(900)
+    level.to(100)
+    with recorder.phase() as first:
+        level.to(300)
+        level.to(150)
+    with recorder.phase() as second:
+        level.to(200)
+    assert (first.held, first.peak, first.above) == (100, 300, 200)
+    assert (second.held, second.peak, second.above) == (150, 200, 50)
+    assert recorder.largest() == 900
+
+
+def test_phases_may_nest_and_overlap():
+    level = Level()
+    recorder = peak_memory.Recorder(level)
+    outer, inner, beside = recorder.phase(), recorder.phase(), recorder.phase()
+    a = outer.__enter__()
+    level.to(400)
+    level.to(100)
+    b = inner.__enter__()
+    level.to(250)
+    c = beside.__enter__()
+    level.to(300)
+    outer.__exit__(None, None, None)  # ends before those that began in it
+    level.to(500)
+    inner.__exit__(None, None, None)
+    assert level.watched
+    beside.__exit__(None, None, None)
+    assert [a.peak, b.peak, c.peak] == [400, 500, 500]
+    assert [a.held, b.held, c.held] == [100, 100, 250]
+    assert not level.watched
+
+
+def test_an_error_in_a_phase_stays_and_the_phase_is_over():
+    level = Level()
+    recorder = peak_memory.Recorder(level)
+    phases: list[peak_memory.Phase] = []
+
+    def fails() -> None:
+        with recorder.phase() as phase:
+            phases.append(phase)
+            level.to(200)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fails()
+    level.to(700)
+    recorder.largest()
+    assert phases[0].peak == 200
+    assert not level.watched
+
+
+@linux
+def test_the_kernel_tells_of_memory_that_was_freed_again():
+    recorder = peak_memory.Recorder(peak_memory.ResidentMark())
+    with recorder.phase() as phase:
+        block = torch.ones(64 * peak_memory.MIB // 4)
+        del block
+    with recorder.phase() as after:
+        pass
+    assert 60 * peak_memory.MIB < phase.above < 70 * peak_memory.MIB
+    assert after.above < 4 * peak_memory.MIB
+
+
+def test_samples_see_what_lasts_longer_than_their_interval():
+    recorder = peak_memory.Recorder(peak_memory.SampledMark(peak_memory.resident))
+    with recorder.phase() as phase:
+        block = torch.ones(64 * peak_memory.MIB // 4)
+        time.sleep(20 * peak_memory.INTERVAL_S)
+        del block
+    assert 60 * peak_memory.MIB < phase.above < 70 * peak_memory.MIB
+    deadline = time.monotonic() + 5
+    while any(thread.name == "hf_rlhf-memory" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the thread goes on after the phase"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_forked_child_measures_itself():
+    ours = peak_memory.recorder(CPU)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if peak_memory.recorder(CPU) is not ours else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert peak_memory.recorder(CPU) is ours
+
+
+def test_the_largest_of_an_entry_is_logged_and_the_next_starts_anew():
+    meters, accelerator = MetricAggregator(), Accelerator(cpu=True)
+    for x in (3.0, 7.0, 5.0):
+        meters.peak("memory/update/peak", x)
+    kept = meters.state_dict()
+    assert meters.read(accelerator) == {"memory/update/peak": 7.0}
+    assert meters.read(accelerator) == {}
+    again = MetricAggregator()
+    again.load_state_dict(kept)
+    assert again.read(accelerator) == {"memory/update/peak": 7.0}
+
+
+def test_plugins_are_not_told_of_memory():
+    meters = MetricAggregator()
+    mark = meters.mark()
+    with meters.time("update"):
+        pass
+    assert not any(name.startswith("memory/") for name in meters.since(mark))
+
+
+def test_every_phase_of_a_run_is_logged(tmp_path):
+    made = runs.trained(tmp_path, kl=["in_loss"], reference="frozen", update={})
+    for entry in runs.entries(made):
+        for phase in ("rollout", "forward", "reward", "update"):
+            peak, above = entry[f"memory/{phase}/peak"], entry[f"memory/{phase}/above"]
+            assert 0 <= above < peak < made.meters.peak_memory(made.accelerator) + 1
+
+
+# Counted
+
+
+def llama(**sizes: Any) -> Any:
+    """Two layers, two heads of 16 numbers for keys and values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+    own |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**own, **sizes}))
+
+
+def rows(attention: str = "packed", **more: Any) -> MicroBatch:
+    prompts = [[i // 4, *[5] * 15] for i in range(8)]
+    return MicroBatch(prompts=prompts, completions=[[7] * 24] * 8, attention=attention, **more)
+
+
+def test_storages_count_from_when_they_are_made_until_they_are_dropped():
+    with without_storage(), fake_tensor_trace.LiveTensors() as live:
+        a = torch.empty(1000)
+        b = a.view(10, 100).t()
+        assert live.now == 4000
+        c = b + 1
+        del a, b
+        assert (live.now, live.peak) == (4000, 8000)
+        del c
+    assert (live.now, live.peak) == (0, 8000)
+
+
+def test_a_linear_layer_by_hand():
+    """y = W x saves x (the input has no gradient): n x in; the backward makes dW and, for the loss, dy."""
+    layer = nn.Linear(32, 16, bias=False)
+    with without_storage():
+        empty = hollow(layer)
+        with fake_tensor_trace.LiveTensors() as live:
+            x = torch.empty(100, 32)
+            y = empty(x)
+            loss = y.sum()
+            assert live.now == 4 * (100 * 32 + 100 * 16 + 1)
+            loss.backward()
+            del x, y, loss
+            assert live.now == 4 * 32 * 16
+
+
+def test_a_hollow_copy_has_the_shape_and_none_of_the_memory():
+    model = llama(tie_word_embeddings=True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    empty = hollow(model, "meta")
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in before.items()}
+    assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
+    assert all(p.is_meta for p in empty.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert fake_tensor_trace.tensor_bytes(empty) == fake_tensor_trace.tensor_bytes(model)
+    assert fake_tensor_trace.tensor_bytes(model, trainable=True) == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("autocast", "width"), [(None, 4), (torch.bfloat16, 2)])
+def test_a_tokens_keys_and_values_by_hand(autocast, width):
+    by_hand = 2 * 2 * 2 * 16 * width  # keys and values, layers, heads, numbers of a head, bytes
+    with without_storage():
+        trunk = hollow(llama()).base_model
+        assert count_heads(trunk, autocast) == by_hand
+        assert autocast or count_cache(trunk, 30, None) == 30 * by_hand
+
+
+def test_transformers_cache_keeps_a_window_of_sliding_layers():
+    from transformers import MistralConfig, MistralModel
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    with torch.device("meta"):
+        trunk = MistralModel(MistralConfig(vocab_size=96, intermediate_size=160, sliding_window=16, **sizes))
+    with without_storage():
+        assert count_cache(hollow(trunk), 100, None) <= 16 * 2 * 3 * 2 * 16 * 4
+
+
+def really(attention: str, model: Any) -> tuple[ActorCritic, TokenBatch]:
+    """The same rows for a model with memory, after the look at whether rows can be packed."""
+    micro, module = rows(attention), ActorCritic(model.train(), None, 1.0)
+
+    def batch() -> TokenBatch:
+        return TokenBatch(micro.prompts, micro.completions, torch.ones(8, 24), 0, attention)  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        module(batch())
+    return module, batch()
+
+
+def test_activations_are_what_a_real_forward_saves():
+    model = llama()
+    with without_storage():
+        counted = count_update(hollow(model).train(), None, rows(), entropy=False, by_derivative=False, later=False)
+    module, batch = really("packed", model)
+    saved: dict[int, int] = {}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        module(batch)["logps"].sum().backward()
+    assert counted.saved == pytest.approx(sum(saved.values()), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("attention", "checkpointed", "error"), [("packed", False, 0.05), ("packed", True, 0.1), ("padded", False, 0.1)]
+)
+def test_without_memory_as_much_is_counted_as_with_it(attention, checkpointed, error):
+    """Padded rows go through transformers' own attention, which repeats keys and values where it believes to be traced;
+    under checkpointing the gradients of so small a model are most of the peak, and their order is not followed."""
+    model = llama()
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    with without_storage():
+        options = {"entropy": False, "by_derivative": False, "later": False}
+        counted = count_update(hollow(model).train(), None, rows(attention), **options)
+    module, batch = really(attention, model)
+    with fake_tensor_trace.LiveTensors() as live:
+        loss = module(batch)["logps"].sum()
+        assert counted.saved == pytest.approx(live.now, rel=error)
+        loss.backward()
+    assert counted.peak == pytest.approx(live.peak, rel=error)
+
+
+@pytest.mark.parametrize(
+    ("later", "by_derivative", "vocabulary"),
+    [(False, True, 6000), (True, False, 96)],
+)
+def test_few_layers_tell_what_all_of_them_take(later, by_derivative, vocabulary, monkeypatch):
+    with without_storage():
+        model = hollow(llama(num_hidden_layers=5, vocab_size=vocabulary, tie_word_embeddings=True)).train()
+        options = {"entropy": True, "by_derivative": by_derivative, "later": later}
+        found = count_update(model, None, rows(), **options)
+        alone = count_forward(model, rows(), head=True), count_heads(model.base_model, None)
+        assert len(model.base_model.layers) == model.config.num_hidden_layers == 5
+        monkeypatch.setattr(fake_tensor_trace, "_kinds", lambda trunk: [])
+        assert found == count_update(model, None, rows(), **options)
+        assert alone == (count_forward(model, rows(), head=True), count_heads(model.base_model, None))
+
+
+def test_the_peak_of_a_micro_batch_is_that_of_the_whole_backward():
+    """Without the shortcut: every storage of forward and backward, gradients as they come."""
+    with without_storage():
+        model = hollow(llama(vocab_size=600)).train()
+        found = count_update(model, None, rows(), entropy=False, by_derivative=False, later=False)
+        with fake_tensor_trace.LiveTensors() as live:
+            fake_tensor_trace._policy_loss(model, rows(), False, None).backward()
+    assert found.peak == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("tokens", [16, 100])
+def test_logits_are_held_a_chunk_at_a_time(tokens, monkeypatch):
+    monkeypatch.setattr("hf_rlhf.modeling.lm_head.tokens_at_a_time", lambda vocabulary: tokens)
+    with without_storage():
+        model = hollow(llama(vocab_size=50_000, num_hidden_layers=1)).eval()
+        trunk = count_forward(model.base_model, rows(), head=False)
+        found = count_forward(model, rows(), head=True)
+    chunk = 4 * 50_000 * tokens
+    assert chunk <= found <= chunk + trunk
+
+
+# Estimated
+
+
+def setting(processes: int = 1, **parts: Any) -> Workload:
+    from transformers import TrainingArguments
+
+    training = parts.pop("training", {})
+    args = TrainingArguments("nowhere", use_cpu=True, report_to="none", **training)
+    algorithm = runs.recipe(**{"rollout": runs.SAMPLED, "update": {}, **parts}).algorithm()
+    made = Workload(algorithm=algorithm, args=args, prompt_tokens=20, process=float(300 * peak_memory.MIB))
+    made.__dict__["processes"] = processes
+    return made
+
+
+def of_llama(made: Workload, peft_config: Any = None, **sizes: Any) -> estimate.Estimate:
+    return estimate.from_model(llama(**sizes), Model(), made, peft_config)
+
+
+def test_weights_optimizer_reference_and_critic_by_hand():
+    weights = fake_tensor_trace.tensor_bytes(llama()) / peak_memory.MIB
+    trunk = fake_tensor_trace.tensor_bytes(llama().base_model) / peak_memory.MIB
+    plain = of_llama(setting()).phases["update"]
+    full = of_llama(setting(kl=["in_reward"], reference="frozen", critic="separate", advantages="gae")).phases["update"]
+    parameters = 4 * sum(p.numel() for p in llama().parameters()) / peak_memory.MIB
+    assert plain["process"] == 300
+    assert plain["weights"] == full["weights"] == full["reference"] == weights
+    assert plain["optimizer"] == pytest.approx(2 * parameters)
+    assert plain["gradients"] <= parameters
+    assert full["critic"] == pytest.approx(trunk)
+    assert full["optimizer"] == pytest.approx(plain["optimizer"] + 2 * trunk, rel=1e-3)
+    assert not {"reference", "critic"} & plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("optim", "factor"),
+    [("adamw_torch", 2), ("adamw_torch_fused", 2), ("sgd", 0), ("adamw_bnb_8bit", 0.5), ("rmsprop", 1)],
+)
+def test_the_state_of_an_optimizer_by_hand(optim, factor):
+    notes: list[str] = []
+    assert resident.optimizer_bytes(optim, 400, notes) == factor * 400
+    assert not notes
+
+
+def test_an_optimizer_that_is_not_known_is_named():
+    notes: list[str] = []
+    assert resident.optimizer_bytes("lomo", 400, notes) == 0
+    assert notes == ["without the state of training.optim=lomo"]
+
+
+def test_an_adapter_has_the_only_gradients():
+    made, adapter = setting(), runs.adapter()
+    found = of_llama(made, adapter).phases["update"]
+    from peft import get_peft_model
+
+    model = get_peft_model(llama(), adapter)
+    trained = fake_tensor_trace.tensor_bytes(model, trainable=True) / peak_memory.MIB
+    assert found["weights"] == fake_tensor_trace.tensor_bytes(model) / peak_memory.MIB
+    assert found["optimizer"] == pytest.approx(2 * trained)
+    assert found.get("gradients", 0) <= trained
+
+
+def test_checkpointing_and_smaller_micro_batches_hold_less():
+    plain = of_llama(setting()).phases["update"]["activations"]
+    checkpointed = of_llama(setting(training={"gradient_checkpointing": True})).phases["update"]["activations"]
+    bounded = of_llama(setting(update={"max_tokens_per_micro_batch": 60})).phases["update"]["activations"]
+    assert checkpointed < plain / 2
+    assert bounded < plain
+
+
+def test_several_processes_share_the_prompts_and_hold_buckets():
+    one, two = of_llama(setting()).phases, of_llama(setting(processes=2)).phases
+    assert two["rollout"]["cache"] == one["rollout"]["cache"] / 2
+    assert two["update"]["gradient buckets"] == pytest.approx(one["update"]["optimizer"] / 2)
+
+
+def test_room_and_prefill_are_those_of_the_rollout_engine():
+    from hf_rlhf_plugins.rollout import _decoding, _layouts
+
+    assert (estimate.GROWTH, estimate.PREFILL) == (_layouts.GROWTH, _decoding.PREFILL)
+    assert [estimate.room(n) for n in (1, 32, 33, 64, 65, 500)] == [32, 32, 64, 64, 128, 512]
+
+
+def test_the_model_that_is_given_stays_as_it_is():
+    model = llama().eval()
+    before = runs.parameters(model)
+    estimate.from_model(model, Model(), setting(training={"gradient_checkpointing": True}))
+    assert torch.equal(runs.parameters(model), before)
+    assert not model.training
+    assert not model.is_gradient_checkpointing
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_name_a_folder_and_a_model_give_the_same(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    made = setting()
+    named = estimate.from_settings(Model(path=str(tmp_path)), made)
+    given = estimate.from_model(model, Model(), made)
+    assert named.phases == given.phases
+    assert list(named.phases) == ["rollout", "update"]
+
+
+def test_without_a_configuration_the_plan_says_why():
+    found = estimate.from_settings(Model(path="nobody/nothing-of-the-kind"), setting())
+    assert not found.phases
+    assert re.match("not estimated: .*(nobody/nothing-of-the-kind|cache)", found.notes[0])
+    scripted = replace(setting(rollout=runs.SCRIPTED), prompt_tokens=None)
+    (note,) = estimate.from_model(llama(), Model(), scripted).notes
+    assert "rollout=scripted does not say" in note
+
+
+def test_what_is_assumed_of_prompts_is_said_and_fits_the_context():
+    made = replace(setting(), prompt_tokens=None)
+    found = of_llama(made, max_position_embeddings=64)
+    assert found.notes == ["prompts of 59 tokens are assumed: dataset.max_prompt_tokens sets a bound"]
+
+
+def test_the_plan_prints_sums_of_parts():
+    from hf_rlhf.config.plan import Plan, memory_rows
+
+    plan = Plan(plugins=[], memory={"update": {"weights": 1000.2, "tiny": 0.2, "gradients": 500.4}}, memory_notes=["n"])
+    assert memory_rows(plan) == ["update: 1,501 = weights 1,000, gradients 500", "n"]
+
+
+def test_tiny_policies_can_be_estimated(tmp_path):
+    model, _ = tiny_policy()
+    found = estimate.from_model(model, Model(), setting())
+    assert found.peak("update") > found.peak("rollout") - found.phases["rollout"]["layers"] > 300
+
+
+# Offloaded
+
+
+def of_phases(found: estimate.Estimate, part: str) -> set[str]:
+    """The phases in which a part is there."""
+    return {phase for phase, sizes in found.phases.items() if part in sizes}
+
+
+PPO: dict[str, Any] = {"kl": ["in_reward"], "advantages": "gae"}
+
+
+def test_what_is_offloaded_counts_in_the_phases_that_read_it():
+    here = of_llama(setting(**PPO, reference="frozen", critic="separate"))
+    own = {"reference": {"use": "frozen", "offload": True}, "critic": {"use": "separate", "offload": True}}
+    away = of_llama(setting(**PPO, **own, update={"offload": True}))
+    for part in ("reference", "critic", "optimizer"):
+        assert of_phases(here, part) == {"rollout", "forward", "update"}
+    assert of_phases(away, "reference") | of_phases(away, "critic") == {"forward", "update"}
+    assert "reference" not in away.phases["update"]
+    assert of_phases(away, "optimizer") <= {"update"}
+    less = sum(here.phases["rollout"][part] for part in ("reference", "critic", "optimizer"))
+    assert away.peak("rollout") == pytest.approx(here.peak("rollout") - less)
+    assert len({"critic", "reference"} & away.phases["forward"].keys()) == 1, "one after the other"
+
+
+def test_the_update_is_the_larger_of_its_backward_and_the_optimizers_step():
+    one = of_llama(setting(update={"offload": True})).phases["update"]
+    two = of_llama(setting(update={"offload": True, "epochs": 2})).phases["update"]
+    plain = of_llama(setting()).phases["update"]
+    assert "optimizer" not in one, "activations are more than the state"
+    assert two == plain, "from the second step on the state is there"
+    small = {"max_tokens_per_micro_batch": 30, "offload": True}
+    step = of_llama(setting(update=small, rollout={**runs.SAMPLED, "max_new_tokens": 2}), hidden_size=128).phases[
+        "update"
+    ]
+    assert {"optimizer", "gradients"} <= step.keys()
+    assert "activations" not in step
+
+
+def test_a_critic_that_is_offloaded_takes_its_own_state_along():
+    critic = {"use": "separate", "offload": True}
+    away = of_llama(setting(**PPO, reference="frozen", critic=critic)).phases
+    weights = 4 * sum(p.numel() for p in llama().parameters()) / peak_memory.MIB
+    trunk = 4 * sum(p.numel() for p in llama().base_model.parameters()) / peak_memory.MIB
+    assert away["rollout"]["optimizer"] == pytest.approx(2 * weights)
+    assert away["update"].get("optimizer") in (pytest.approx(2 * weights), pytest.approx(2 * (weights + trunk)))
+    assert "critic" not in away["rollout"]
+    assert away["update"]["critic"] == pytest.approx(trunk, rel=1e-3)
+
+
+def test_a_reference_over_whole_distributions_is_there_in_the_update():
+    def found(estimator: str) -> set[str]:
+        kl = {"use": "in_loss", "estimator": estimator}
+        return of_phases(of_llama(setting(kl=[kl], reference={"use": "frozen", "offload": True})), "reference")
+
+    assert found("k3") == {"forward"}
+    assert found("exact") == {"forward", "update"}
+
+
+def test_the_reference_of_an_adapter_shares_the_base():
+    found = of_llama(setting(kl=["in_loss"], reference="frozen"), runs.adapter()).phases["update"]
+    from peft import get_peft_model
+
+    trained = fake_tensor_trace.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / peak_memory.MIB
+    assert found["reference"] == pytest.approx(trained, abs=0.01)
+
+
+def test_offloaded_reward_models_are_there_to_score(tmp_path):
+    path = runs.save_classifier(tmp_path)
+
+    def found(**settings: Any) -> estimate.Estimate:
+        return of_llama(setting(rewards=[{"use": "reward_model", "model": path, **settings}]))
+
+    assert of_phases(found(), "reward models") == {"rollout", "reward", "update"}
+    away = found(offload=True)
+    assert of_phases(away, "reward models") == {"reward"}
+    assert "the phase reward is without what the forwards of reward models take" in away.notes

@@ -1,0 +1,38 @@
+"""Every recipe learns, and beta controls the KL: run with `make test-learning` (about forty minutes on one core), or one
+recipe with `pytest -m learning -k "it_learns and grpo"` (a quarter of a minute for each seed)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+
+from benchmarks import fits, learning
+
+pytestmark = pytest.mark.learning
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quickstart_rises_from_a_weak_start_to_92_percent(seed, tmp_path):
+    command = [sys.executable, "-m", "hf_rlhf", "train", "quickstart", "--seed", str(seed)]
+    subprocess.run([*command, "--output-dir", str(tmp_path / "run")], check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0.20 <= summary["before"]["accuracy"] <= 0.45
+    assert summary["after"]["accuracy"] >= 0.92
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", fits.RECIPES)
+def test_it_learns(name, seed):
+    row = learning.run(name, seed)
+    assert row["right"][1] >= row["right"][0] + fits.MARGIN, f"right answers: {row['right']}"
+    assert row["reward"][1] > row["reward"][0], f"what it is rewarded for: {row['reward']}"
+
+
+@pytest.mark.parametrize("penalty", learning.PENALTIES)
+def test_the_final_kl_falls_with_beta(penalty):
+    kls = [learning.run_beta(penalty, beta)["kl"] for beta in learning.BETAS]
+    assert all(later < earlier for earlier, later in pairwise(kls)), kls

@@ -1,0 +1,127 @@
+"""A run that is asked to stop saves where it is and goes on from there; a folder has one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.signals import StopOnSignal, StoppedError, only_run_in
+from tests.cli.test_cli_train import SMALL, begin, end, load
+
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def words(tmp_path: Path, tiny_model_path: Path) -> list[str]:
+    rows = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(40)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["grpo", "--model", str(tiny_model_path), "--dataset", "problems.jsonl", *SMALL]
+    given += ["--max-steps", "6", "--learning_rate", "0.01", "training.warmup_steps=0", "--save_strategy", "no"]
+    return [*given, "update.mini_batches=2", "rewards=[{use: length, target: 3, maximum: 9}]"]
+
+
+def stopped(folder: Path, words: list[str], number: int, cwd: Path) -> subprocess.Popen[str]:
+    """A run that got the signal after its first step."""
+    process = begin(*words, "--output-dir", str(folder), cwd=cwd)
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + PATIENCE_S
+    while not (metrics.exists() and metrics.read_text().count('"loss"')):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_equal_bits(number, words, tmp_path):
+    end(begin(*words, "--output-dir", "straight", cwd=tmp_path))
+    folder = tmp_path / "stopped"
+    process = stopped(folder, words, number, tmp_path)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    checkpoints = sorted(folder.glob("checkpoint-*"))
+    if len(checkpoints) == 0:  # the run was over first
+        pytest.skip("the run ended before the signal came")
+    assert process.returncode == 128 + number
+    step = checkpoints[-1].name.removeprefix("checkpoint-")
+    assert f"stopped by {signal.Signals(number).name} after step {step}, whose checkpoint is in {folder}" in errors
+    assert "Traceback" not in errors
+    assert not (folder / "summary.json").exists()
+    end(begin(str(folder / "recipe.yaml"), "--resume", "--output-dir", str(folder), cwd=tmp_path))
+    assert torch.equal(load(folder)[1], load(tmp_path / "straight")[1])
+
+
+def test_processes_stop_after_the_same_step_though_one_alone_was_asked(words, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [*words, "training.max_steps=400", "--output-dir", "two"]
+    ranks = [begin(*words, cwd=tmp_path, RANK=str(i), LOCAL_RANK=str(i), **both) for i in range(2)]
+    metrics, deadline = tmp_path / "two" / "metrics.jsonl", time.monotonic() + PATIENCE_S
+    while not (metrics.exists() and metrics.read_text().count('"loss"')):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    said = [process.communicate(timeout=PATIENCE_S)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [143, 143], said
+    (checkpoint,) = (tmp_path / "two").glob("checkpoint-*")
+    assert all(f"after step {checkpoint.name.removeprefix('checkpoint-')}," in text for text in said)
+
+
+def test_two_runs_do_not_share_a_folder(words, tmp_path):
+    folder = tmp_path / "out"
+    with only_run_in(folder):
+        process = begin(*words, "--output-dir", str(folder), cwd=tmp_path)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 2
+        assert f"another run is writing into {folder}" in errors
+        with pytest.raises(UserError, match="another run"), only_run_in(folder):
+            pass
+    shutil.rmtree(folder)
+    end(begin(*words, "--output-dir", str(folder), "training.max_steps=1", cwd=tmp_path))
+
+
+class Control:
+    should_save = should_training_stop = False
+
+
+def after_step(stop: StopOnSignal, control: Any) -> None:
+    arguments = type("Arguments", (), {"world_size": 1, "device": torch.device("cpu")})
+    stop.on_step_end(arguments, type("State", (), {"global_step": 7}), control)
+
+
+def test_the_first_signal_is_noted_and_the_second_one_acts():
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        the_second_one_acts()
+    finally:
+        signal.signal(signal.SIGINT, given)
+
+
+def the_second_one_acts() -> None:
+    before, control = signal.getsignal(signal.SIGINT), Control()
+    with StopOnSignal() as stop:
+        after_step(stop, control)
+        assert not control.should_save
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        after_step(stop, control)
+        assert control.should_save
+        assert control.should_training_stop
+        with pytest.raises(StoppedError, match="stopped by SIGINT after step 7") as error:
+            stop.check(Path("out"))
+        assert error.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before

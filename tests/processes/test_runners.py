@@ -1,0 +1,556 @@
+"""However a reward source runs, it gives the same scores, and no row that hangs, raises or dies takes another with it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_rlhf import load_plugin
+from hf_rlhf.batch import Context, Rollouts, Spans, TokenScores
+from hf_rlhf.scoring.scorer import RewardError, Scorer
+from tests.helpers.flaky_rewards import Asynchronous, ByWord, Counting, Logging, Outer, Stateful, Unmakeable, Whole
+from tests.helpers.paths import environment
+
+SLACK_S = 5.0
+"""Seconds that a busy machine may add."""
+HERE = ["threads", "processes"]
+EVERYWHERE = ["inline", *HERE, "ray"]
+CONTEXT = Context(device=torch.device("cpu"), tokenizer=None, policy=None)
+
+
+def rollouts(completions: list[str], columns: Any = None) -> Rollouts:
+    """A token per character, and the end of the sequence."""
+    ids = [[*map(ord, text), 1] for text in completions]
+    return Rollouts(
+        prompts=["?"] * len(ids),
+        completions=list(completions),
+        prompt_ids=[[2]] * len(ids),
+        completion_ids=ids,
+        masks=[[1] * len(row) for row in ids],
+        finish_reasons=["stop"] * len(ids),
+        columns=dict(columns or {}),
+        group_ids=list(range(len(ids))),
+    )
+
+
+def asked(source: Any, completions: list[str], seed: tuple[Any, ...] = (), columns: Any = None) -> Any:
+    given = rollouts(completions, columns=columns)
+    with Scorer([("mine", source)], CONTEXT) as scorer:
+        return scorer.ask(given, *seed)["mine"]
+
+
+def texts_of(rows: int) -> list[str]:
+    return [f"row {i} " + "x" * (i % 7) for i in range(rows)]
+
+
+def lengths(texts: list[str]) -> list[float]:
+    return [float(len(text)) for text in texts]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_ends():
+    yield
+    import sys
+
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+@pytest.mark.parametrize("workers", EVERYWHERE)
+def test_scores_are_the_same_wherever_a_source_runs(workers):
+    if workers == "ray":
+        pytest.importorskip("ray")
+    texts = [*texts_of(9), "none", "steps of two", "tokens", "", "é漢"]
+    found = asked(ByWord(workers=workers, num_workers=2, extra=0.5), texts).answers
+    numbers = [x + 0.5 for x in lengths(texts)]
+    assert found[:9] == numbers[:9]
+    assert math.isnan(found[9])
+    assert found[10] == Spans([(2, 0.5), (12, -1.0)])
+    assert found[11] == TokenScores([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert found[12:] == numbers[12:]
+
+
+@pytest.mark.parametrize("workers", ["inline", "processes", "ray"])
+def test_random_numbers_depend_on_the_seed_and_the_row_alone(workers):
+    if workers == "ray":
+        pytest.importorskip("ray")
+    texts = ["draw", "draw", "row", "draw"]
+    found = asked(ByWord(workers=workers, num_workers=2), texts, seed=(3, "reward")).answers
+    again = asked(ByWord(), texts, seed=(3, "reward")).answers
+    assert found == again
+    assert len({found[0], found[1], found[3]}) == 3
+    assert asked(ByWord(), texts, seed=(4, "reward")).answers != found
+
+
+@pytest.mark.parametrize("workers", ["inline", *HERE])
+@pytest.mark.parametrize("what", ["raise", "exit"])
+def test_a_row_that_raises_or_exits_loses_its_own_score_alone(workers, what, caplog):
+    texts = texts_of(8)
+    texts[3] = f"{what} it"
+    with caplog.at_level(logging.WARNING):
+        found = asked(ByWord(workers=workers, num_workers=2), texts)
+    assert math.isnan(found.answers[3])
+    assert [x for i, x in enumerate(found.answers) if i != 3] == [x for i, x in enumerate(lengths(texts)) if i != 3]
+    (failure,) = found.failures
+    assert (failure.row, failure.kind) == (3, "error")
+    assert "flaky_rewards.py" in failure.reason
+    assert f"reward 'mine' (ByWord) {failure.reason}: row 3, which get no score" in caplog.text
+
+
+@pytest.mark.parametrize("workers", ["inline", *HERE])
+@pytest.mark.parametrize("what", ["sleep", "spin"])
+def test_a_row_that_hangs_is_given_up_after_its_time(workers, what):
+    if (workers, what) == ("threads", "spin"):
+        pytest.skip("a thread that spins would go on and slow the tests after it")
+    texts = texts_of(8)
+    texts[2] = f"{what} for an hour"
+    source = ByWord(workers=workers, num_workers=2, timeout=1.0)
+    with Scorer([("mine", source)], CONTEXT) as scorer:
+        scorer.ask(rollouts(texts_of(4)))  # the workers are there
+        started = time.monotonic()
+        found = scorer.ask(rollouts(texts))["mine"]
+        assert time.monotonic() - started < 1.0 + SLACK_S
+    assert [x.kind for x in found.failures] == ["timeout"]
+    assert [math.isnan(x) for x in found.answers] == [i == 2 for i in range(8)]
+    assert found.failures[0].reason == "took over 1 s"
+
+
+def test_a_call_that_never_lets_the_interpreter_go_is_killed():
+    found = asked(ByWord(workers="processes", num_workers=1, timeout=1.0), ["power of nine", "after it"])
+    assert [x.kind for x in found.failures] == ["timeout"]
+    assert found.answers[1] == 8.0
+
+
+def test_a_process_that_dies_is_replaced():
+    texts = ["die now", "die again", *texts_of(6)]
+    found = asked(ByWord(workers="processes", num_workers=2, failure_budget=1.0), texts)
+    assert [failure.row for failure in found.failures] == [0, 1]
+    assert all("ended with exit code 139" in failure.reason for failure in found.failures)
+    assert found.answers[2:] == lengths(texts[2:])
+
+
+def test_memory_of_a_process_is_bounded():
+    found = asked(ByWord(workers="processes", num_workers=1, memory_mib=2048), ["eat it all", "row"])
+    assert "MemoryError" in found.failures[0].reason
+    assert found.answers[1] == 3.0
+
+
+def test_a_killed_process_takes_its_children_with_it():
+    asked(ByWord(workers="processes", num_workers=1, timeout=1.0), ["child", "row"])
+    time.sleep(0.2)
+    assert "sleep 3601" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_closing_leaves_no_process():
+    scorer = Scorer([("mine", ByWord(workers="processes", num_workers=2))], CONTEXT)
+    scorer.ask(rollouts(texts_of(4)))
+    pids = [worker._process.pid for worker in scorer._runners["mine"]._workers]
+    assert len(pids) == 2
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    scorer.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_what_a_process_prints_does_not_disturb_its_answers(capfd):
+    assert asked(ByWord(workers="processes", num_workers=1), ["print this"]).answers == [10.0]
+    assert "printed" in capfd.readouterr().err
+
+
+def test_the_state_of_a_source_reaches_its_processes_and_its_logs_come_back():
+    source = Counting(workers="processes", num_workers=2)
+    with Scorer([("mine", source)], CONTEXT) as scorer:
+        assert scorer.ask(rollouts(["abcd", "efgh"]))["mine"].answers == [100.0, 100.0]
+        source.observe({})
+        source.observe({})
+        found = scorer.ask(rollouts(["abcd", "efgh", "ij"]))["mine"]
+    assert found.answers == [102.0] * 3
+    assert found.columns == {"heads": ["abc", "efg", "ij"]}
+    assert found.metrics == {"size": [1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize("workers", ["inline", *HERE])
+def test_a_source_of_whole_rollouts_fails_as_a_whole(workers):
+    source = Whole(workers=workers, num_workers=1)
+    with Scorer([("mine", source)], CONTEXT) as scorer:
+        assert scorer.ask(rollouts(["a", "bb"]))["mine"].answers == [1.0, 2.0]
+        found = scorer.ask(rollouts(["a", "raise", "ccc"]))["mine"]
+    assert all(map(math.isnan, found.answers))
+    assert [failure.row for failure in found.failures] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", ["inline", *HERE])
+def test_an_answer_that_is_none_ends_the_run_wherever_it_was_given(workers):
+    with pytest.raises(RewardError, match=r"reward 'mine', row 1: 'a word' is no number and not None"):
+        asked(ByWord(workers=workers, num_workers=1), ["row", "word"])
+
+
+@pytest.mark.parametrize("workers", ["inline", *HERE])
+def test_a_row_is_tried_again(workers, tmp_path):
+    texts = ["row", f"once {tmp_path / 'file'}"]
+    found = asked(ByWord(workers=workers, num_workers=1, retries=1), texts)
+    assert found.answers == [3.0, 7.0]
+    assert not found.failures
+
+
+def test_a_failure_may_give_a_number():
+    assert asked(ByWord(on_error=-1.0), ["row", "raise"]).answers == [3.0, -1.0]
+
+
+def test_a_failure_may_end_the_run():
+    with pytest.raises(
+        RewardError, match=r"reward 'mine' \(ByWord\) raised ValueError: cannot score 'raise'.*row 1"
+    ) as error:
+        asked(ByWord(on_error="raise"), ["row", "raise"])
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_a_source_whose_first_call_fails_for_every_row_ends_the_run():
+    with pytest.raises(RewardError, match="as for every row so far"):
+        asked(ByWord(), ["raise"] * 8)
+    asked(ByWord(), ["raise"])  # a single row says little
+
+
+def test_a_source_that_keeps_failing_ends_the_run_with_its_last_traceback():
+    with Scorer([("mine", ByWord(failure_budget=0.25))], CONTEXT) as scorer:
+
+        def ask(failing: int, rows: int = 8) -> None:
+            scorer.ask(rollouts(["raise"] * failing + ["row"] * (rows - failing)))
+
+        for failing in (2, 4, 8, 2, 4, 4):  # two in eight are within the budget
+            ask(failing)
+        ask(4, rows=4)  # too few to judge by
+        with pytest.raises(RewardError, match=r"more than 25% of its rows failed 3 times in a row"):
+            ask(0, rows=4)
+    half = rollouts(["raise"] * 4 + ["row"] * 4)
+    with Scorer([("mine", ByWord(failure_budget=0.25))], CONTEXT) as scorer:
+        scorer.ask(half)
+        scorer.ask(half)
+        with pytest.raises(RewardError, match="Traceback"):
+            scorer.ask(half)
+
+
+def test_async_sources_are_awaited_together():
+    sources = [(f"s{i}", Asynchronous(timeout=1.0)) for i in range(3)]
+    texts = texts_of(20)
+    texts[4] = "sleep"
+    texts[5] = "raise"
+    started = time.monotonic()
+    with Scorer(sources, CONTEXT) as scorer:
+        found = scorer.ask(rollouts(texts))
+    assert time.monotonic() - started < 1.0 + SLACK_S  # one after the other: three seconds for the sleep alone
+    for one in found.values():
+        assert {(failure.row, failure.kind) for failure in one.failures} == {(4, "timeout"), (5, "error")}
+        assert [x for i, x in enumerate(one.answers) if i not in (4, 5)] == [
+            x for i, x in enumerate(lengths(texts)) if i not in (4, 5)
+        ]
+
+
+def test_an_async_source_that_holds_up_the_loop_is_left_behind():
+    with Scorer([("mine", Asynchronous(timeout=0.5, failure_budget=1.0))], CONTEXT) as scorer:
+        assert scorer.ask(rollouts(["row"]))["mine"].answers == [3.0]
+        started = time.monotonic()
+        found = scorer.ask(rollouts(["block for two seconds", "row"]))["mine"]
+        assert time.monotonic() - started < 1.0 + SLACK_S
+        assert [failure.kind for failure in found.failures] == ["timeout", "timeout"]
+        assert scorer.ask(rollouts(["row"]))["mine"].answers == [3.0]
+
+
+def test_sources_see_only_the_rows_that_they_are_for():
+    columns = {"task": ["maths", "code", "maths", "prose"], "level": [1, 1, 2, 2]}
+    texts = ["a", "raise", "ccc", "raise"]
+    found = asked(ByWord(when={"task": "maths"}), texts, columns=columns)
+    assert [x if x == x else None for x in found.answers] == [1.0, None, 3.0, None]
+    assert not found.failures
+    both = asked(ByWord(when={"task": ["maths", "code"], "level": 2}), texts, columns=columns)
+    assert [x if x == x else None for x in both.answers] == [None, None, 3.0, None]
+    assert not asked(ByWord(when={"task": "none"}), texts, columns=columns).failures
+
+
+def test_final_answers_come_from_the_workers_too():
+    with Scorer([("mine", ByWord(workers="processes", num_workers=2))], CONTEXT) as scorer:
+        assert scorer.final_answers("mine", ["it is 5", "", "7"]) == ["5", None, "7"]
+
+
+@pytest.mark.parametrize("workers", ["inline", "processes"])
+def test_a_function_of_a_file_runs_anywhere(workers, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def score(completions, log_metric, **columns):\n"
+        "    log_metric('rows', len(completions))\n"
+        "    if completions[0] == 'x':\n        raise ValueError('an x')\n"
+        "    return [len(text) for text in completions]\n"
+    )
+    settings = {"function": f"{file}:score", "workers": workers, "num_workers": 1, "rowwise": True}
+    found = asked(load_plugin("rewards", "function", **settings), ["ab", "x", "cde"])
+    assert [x if x == x else None for x in found.answers] == [2.0, None, 3.0]
+    assert found.metrics == {"rows": [1.0, 1.0, 1.0]}
+    assert "an x" in found.failures[0].reason
+
+
+def test_a_function_that_is_given_itself_runs_in_processes():
+    bonus = 5.0
+    source = load_plugin("rewards", "function", function=lambda completions: [bonus] * len(completions))
+    source.workers, source.num_workers = "processes", 1
+    assert asked(source, ["a", "b"]).answers == [5.0, 5.0]
+
+
+def test_a_plugin_of_a_file_runs_in_processes(tmp_path):
+    from hf_rlhf.registry.host import Host
+
+    file = tmp_path / "my_plugin.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom hf_rlhf import hookimpl\nfrom hf_rlhf.axes import RewardSource\n\n"
+        "@dataclass(kw_only=True)\nclass Mine(RewardSource):\n    'Twos.'\n    name = 'mine'\n"
+        "    def __call__(self, rollouts):\n        return [2.0] * len(rollouts)\n\n"
+        "@hookimpl\ndef rewards():\n    return [Mine]\n"
+    )
+    host = Host(disable="")
+    host.configure([str(file)])
+    source = host.get("rewards", "mine")(workers="processes", num_workers=1)
+    assert asked(source, ["a"]).answers == [2.0]
+
+
+def test_a_function_that_is_not_there_says_so_from_its_process():
+    source = load_plugin("rewards", "function", function="nowhere.py:nothing", workers="processes", num_workers=1)
+    assert "no file" in asked(source, ["a"]).failures[0].reason
+
+
+def test_a_source_that_cannot_be_made_in_a_process_says_why():
+    with pytest.raises(RewardError, match=r"its workers \(processes\) do not start: .*ImportError: not here"):
+        asked(Unmakeable(workers="processes"), ["a"])
+
+
+def test_what_cannot_be_sent_to_a_process_is_refused_by_name():
+    lock = threading.Lock()
+    source = load_plugin("rewards", "function", function=lambda completions: [lock.locked()])
+    source.workers = "processes"
+    with pytest.raises(RewardError, match="cannot be sent to workers=processes"):
+        asked(source, ["a"])
+
+
+def test_timers_of_others_are_put_back():
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 100.0)
+        asked(ByWord(timeout=5.0), ["a"])
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+        assert 90 < left <= 100
+        signal.raise_signal(signal.SIGALRM)
+        assert rang == [1]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_processes_give_way_when_their_parent_is_gone(tmp_path):
+    """A process whose parent was killed ends by itself, even in the middle of a call, and so do its children."""
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import torch\nfrom tests.helpers.flaky_rewards import ByWord\nfrom hf_rlhf.batch import Context\n"
+        "from hf_rlhf.scoring.scorer import Scorer\nfrom hf_rlhf.testing import rollouts\n"
+        "scorer = Scorer([('mine', ByWord(workers='processes', num_workers=1, timeout=1000.0))])\n"
+        "print([w._process.pid for w in scorer._runners['mine']._workers][0], flush=True)\n"
+        "scorer.ask(rollouts(['row']))\nprint('ready', flush=True)\n"
+        "scorer.ask(rollouts(['child']))\n"
+    )
+    import sys
+
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    assert "sleep 3601" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_one_row_hangs_and_one_raises_among_four_sources(caplog):
+    """64 rows: the step takes the time limit and a second, and 62 rows keep every score."""
+    hangs, raises = texts_of(64), 40
+    hangs[17] = "sleep for an hour"
+    given = rollouts(hangs)
+    columns = {"text": list(hangs)}
+    given.columns = columns
+    sources = [
+        ("hangs", ByWord(workers="processes", num_workers=2, timeout=2.0)),
+        ("raises", load_plugin("rewards", "function", function=raising(raises), rowwise=True)),
+        ("inline", load_plugin("rewards", "length")),
+        ("threads", load_plugin("rewards", "missing_eos", workers="threads")),
+    ]
+    with Scorer(sources, CONTEXT) as scorer, caplog.at_level(logging.WARNING):
+        scorer.ask(rollouts(texts_of(4)))
+        started = time.monotonic()
+        found = scorer.ask(given)
+        took = time.monotonic() - started
+    assert took < 2.0 + SLACK_S
+    missing = {label: [i for i, x in enumerate(one.answers) if x != x] for label, one in found.items()}
+    assert missing == {"hangs": [17], "raises": [raises], "inline": [], "threads": []}
+    assert "reward 'hangs' (ByWord) took over 2 s: row 17, which get no score" in caplog.text
+    assert re.search(rf"reward 'raises' \(Function\) raised RuntimeError: .*no 40.*: row {raises}, which", caplog.text)
+
+
+def raising(row: int) -> Any:
+    def score(completions: list[str]) -> list[float]:
+        if completions[0].startswith(f"row {row} "):
+            raise ValueError(f"no {row}")
+        return [1.0] * len(completions)
+
+    return score
+
+
+# Errors of odd kinds
+
+
+@pytest.mark.parametrize("workers", ["inline", *HERE])
+@pytest.mark.parametrize("what", ["caused", "cancel"])
+def test_errors_without_a_place_and_cancellations_are_failures_of_their_row(workers, what):
+    found = asked(ByWord(workers=workers, num_workers=1, timeout=30.0), [what, "row"])
+    assert [failure.kind for failure in found.failures] == ["error"]
+    assert found.answers[1] == 3.0
+
+
+@pytest.mark.parametrize("what", ["caused", "cancel", "exit", "expire"])
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_errors_of_odd_kinds_stay_with_their_row_of_an_async_source(what, timeout):
+    found = asked(Asynchronous(timeout=timeout), [what, "row"])
+    assert [failure.kind for failure in found.failures] == ["error"]
+    assert found.answers[1] == 3.0
+
+
+def test_a_source_with_an_alarm_of_its_own_leaves_the_next_row_its_limit():
+    found = asked(ByWord(timeout=1.0), ["alarm", "sleep", "row"])
+    assert [(failure.row, failure.kind) for failure in found.failures] == [(1, "timeout")]
+    assert found.answers[2] == 3.0
+
+
+# State, logs, nested sources
+
+
+@pytest.mark.parametrize("seen", [torch.tensor([1.0, 2.0]), [0.0]])
+def test_state_of_any_kind_reaches_the_processes_each_time(seen):
+    source = Stateful(workers="processes", num_workers=1)
+    source.seen = seen
+    with Scorer([("mine", source)], CONTEXT) as scorer:
+        first = scorer.ask(rollouts(["a"]))["mine"].answers
+        if isinstance(seen, list):
+            seen.append(5.0)
+        second = scorer.ask(rollouts(["a"]))["mine"].answers
+    assert first == [float(sum(seen[: 2 if torch.is_tensor(seen) else 1]))]
+    assert second == [float(sum(seen))]
+
+
+def test_metrics_are_numbers_from_everywhere_and_survive_retries(tmp_path):
+    for workers in ("inline", *HERE):
+        texts = ["row", f"once {tmp_path / workers}"]
+        found = asked(Logging(workers=workers, num_workers=1, retries=1), texts)
+        assert found.metrics == {"size": [0.5, 0.5, 0.5]}, workers
+        assert not found.failures
+
+
+def test_a_column_logged_by_rows_beside_each_other_is_dropped_with_a_reason(caplog):
+    with caplog.at_level(logging.WARNING):
+        found = asked(Counting(workers="threads", num_workers=2), ["abc", "def"])
+    assert found.columns == {}
+    assert "nobody can tell whose a value is" in caplog.text
+
+
+@pytest.mark.parametrize("workers", ["inline", "processes"])
+def test_a_source_within_a_source_is_set_up_and_closed(workers, tmp_path):
+    from tests.helpers import runs
+
+    source = Outer(inner=Counting(), workers=workers, num_workers=1)
+    made = runs.trainer(tmp_path, rewards=[source, {"use": "length", "target": 1, "maximum": 9}])
+    buffer = made.collector.collect(0)
+    assert (buffer.extra["numbers"]["reward/outer"] == 100).all()
+    made.close()
+
+
+# Ends
+
+
+def test_workers_that_died_idle_cost_no_row():
+    with Scorer([("mine", ByWord(workers="processes", num_workers=2))], CONTEXT) as scorer:
+        scorer.ask(rollouts(texts_of(4)))
+        for worker in list(scorer._runners["mine"]._workers):
+            os.kill(worker._process.pid, signal.SIGKILL)
+            worker._process.wait()
+        time.sleep(1.5)
+        assert scorer.ask(rollouts(texts_of(4)))["mine"].answers == lengths(texts_of(4))
+
+
+def test_a_scorer_that_is_closed_meanwhile_says_so_and_leaves_no_process():
+    scorer = Scorer([("mine", ByWord(workers="processes", num_workers=2))], CONTEXT)
+    scorer.ask(rollouts(texts_of(4)))
+    pids = [worker._process.pid for worker in scorer._runners["mine"]._workers]
+    threading.Timer(0.5, scorer.close).start()
+    with pytest.raises(RewardError, match="was closed"):
+        scorer.ask(rollouts(["sleep", "sleep", "sleep"]))
+    deadline = time.monotonic() + SLACK_S
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("workers", HERE)
+def test_an_interrupt_ends_the_program_at_once(workers, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
+        "from tests.helpers.flaky_rewards import ByWord\nfrom hf_rlhf.scoring.scorer import Scorer\n"
+        "from tests.processes.test_runners import rollouts\n"
+        f"scorer = Scorer([('mine', ByWord(workers={workers!r}, num_workers=1, timeout=1000.0))])\n"
+        "scorer.ask(rollouts(['row']))\nprint('ready', flush=True)\nscorer.ask(rollouts(['sleep']))\n"
+    )
+    import sys
+
+    program = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    os.kill(program.pid, signal.SIGINT)
+    try:
+        assert program.wait(timeout=4 * SLACK_S) != 0
+    finally:
+        program.kill()
+
+
+def test_two_sources_of_one_label_are_refused():
+    with pytest.raises(ValueError, match="two reward sources have one label"):
+        Scorer([("mine", ByWord()), ("mine", ByWord())])
+
+
+def test_a_row_costs_no_more_where_there_are_many():
+    """The calls that a row makes grow neither with the rows nor with their tokens."""
+    import cProfile
+    import pstats
+
+    def calls(rows: int) -> float:
+        with Scorer([("mine", ByWord())], CONTEXT) as scorer:
+            profile = cProfile.Profile()
+            profile.runcall(scorer.ask, rollouts(["x" * 50] * rows))
+        return pstats.Stats(profile).total_calls / rows  # type: ignore[attr-defined]
+
+    assert calls(1000) < 1.1 * calls(100)

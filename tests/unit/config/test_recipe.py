@@ -1,0 +1,521 @@
+"""Recipes: their YAML, overrides, defaults, every problem at once, and the ones that are shipped."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_rlhf import __version__, load_plugin, load_recipe
+from hf_rlhf.cli.app import app
+from hf_rlhf.config.recipe import apply_overrides, describe, read_recipe, resolve
+from hf_rlhf.config.recipe_yaml import KEYS, RecipeError, read_yaml, write_yaml
+from hf_rlhf.config.sections import SECTIONS
+from hf_rlhf.registry.host import Host, get_host, use_host
+from hf_rlhf.runtime.errors import UserError
+from tests.helpers.paths import ROOT
+
+SHIPPED = ["dr_grpo", "grpo", "ppo", "reinforce", "rloo", "rlvr"]
+
+SMALL = """
+rollout: {use: generate, prompts: 4}
+rewards: [{use: exact_match}]
+kl: [{use: in_loss, beta: 0.04, estimator: {use: k3}}]
+advantages: {use: group_norm, eps: 1e-3}
+"""
+
+NESTING = '''
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import AdvantageEstimator, choice
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """A group of settings."""
+
+    size: int = 3
+    """A number."""
+
+
+@dataclass(kw_only=True)
+class Mix(AdvantageEstimator):
+    """A weighted sum of estimators."""
+
+    name = "blend"
+
+    parts: list[AdvantageEstimator]
+    """What is summed."""
+    weights: Annotated[list[float], MinLen(1)] = field(default_factory=lambda: [1.0])
+    """Factors."""
+    baseline: AdvantageEstimator | None = None
+    """Subtracted where there is one."""
+    first: AdvantageEstimator = choice("group_norm")
+    """Added."""
+    mode: Literal["sum", "mean"] = "sum"
+    """How."""
+    file: Path | None = None
+    """A path."""
+    group: Parts = field(default_factory=Parts)
+    """More."""
+
+    def __post_init__(self):
+        if len(self.weights) != len(self.parts):
+            raise ValueError(f"{len(self.parts)} parts need as many weights, not {len(self.weights)}")
+
+    def __call__(self, scored):
+        return sum(w * part(scored) for w, part in zip(self.weights, self.parts))
+
+
+@hookimpl
+def advantages():
+    return [Mix]
+'''
+
+
+def small(text: str = "") -> dict:
+    return read_yaml(SMALL + text, "small.yaml")
+
+
+def problems(raw) -> dict[str, str]:
+    with pytest.raises(RecipeError) as error:
+        resolve(raw)
+    return dict(error.value.problems)
+
+
+@pytest.fixture
+def nesting_host(tmp_path):
+    file = tmp_path / "blend.py"
+    file.write_text(NESTING)
+    host = Host(disable="")
+    host.add_file(file)
+    with use_host(host):
+        yield host
+
+
+# YAML
+
+
+def test_numbers_are_read_as_anyone_would():
+    text = "{a: 1e-6, b: 1.0e-6, c: .5, d: -3, e: 1E3, f: 007, g: 0.2, h: 1:30, i: 2024-01-01, j: on, k: true, l: ~}"
+    assert read_yaml(text, "x") == {
+        "a": 1e-6,
+        "b": 1e-6,
+        "c": 0.5,
+        "d": -3,
+        "e": 1000.0,
+        "f": "007",
+        "g": 0.2,
+        "h": "1:30",
+        "i": "2024-01-01",
+        "j": "on",
+        "k": True,
+        "l": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kl: []\nkl: []", "r.yaml, line 2, column 1: the key 'kl' stands twice"),
+        ("kl: [{use: a, use: b}]", "the key 'use' stands twice"),
+        ("kl: !!python/object/apply:os.system ['touch ran']", "could not determine a constructor for the tag"),
+        ("kl: !!python/name:os.system", "could not determine a constructor for the tag"),
+        ("a: &x 1\nb: *x", "no anchors and aliases"),
+        ("a: &x [*x]", "no anchors and aliases"),
+        ("1: a", "the key 1 is not text"),
+        ("kl: [", "r.yaml, line 1"),
+        ("a: \x00", "r.yaml"),
+    ],
+)
+def test_yaml_that_is_more_than_plain_data_is_refused_with_its_place(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_yaml(text, "r.yaml")
+    assert not (tmp_path / "ran").exists()
+
+
+plain_data = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs", "Cc"]))
+    | st.sampled_from(["1e-6", "1e6", ".5", "yes", "null", "~", "1:30", "2024-01-01", "007", "<<", "=", "a: b", "*x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab1e-6.", min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(data=plain_data)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_what_is_written_is_read_back(data):
+    assert read_yaml(write_yaml(data), "x") == data
+
+
+# Resolving
+
+
+def test_a_recipe_becomes_plugins_sections_and_the_whole_of_itself():
+    recipe = resolve(small("update: {epochs: '2'}"))
+    assert recipe.plugins["advantages"].eps == 1e-3
+    assert recipe.plugins["kl"][0].estimator.name == "k3"
+    assert recipe.update.epochs == 2
+    assert recipe.sections["update"] is recipe.update
+    assert list(recipe.raw) == [key for key in KEYS if key != "trainer"]
+    assert recipe.raw["rollout"]["num_generations"] == 8
+    assert recipe.raw["model"]["lora"] is None
+    again = resolve(read_yaml(recipe.dump(), "dump"))
+    assert again.raw == recipe.raw
+    assert again.plugins == recipe.plugins
+    assert again.sections == recipe.sections
+
+
+def test_a_plugin_may_be_just_a_name():
+    raw = small()
+    raw |= {"advantages": "leave_one_out", "rewards": ["exact_match"]}
+    raw["kl"] = [{"use": "in_loss", "estimator": "k2"}]
+    recipe = resolve(raw)
+    assert recipe.raw["advantages"]["use"] == "leave_one_out"
+    assert recipe.plugins["kl"][0].estimator.name == "k2"
+
+
+def test_axes_left_out_have_defaults():
+    raw = small()
+    del raw["kl"]
+    plugins = resolve(raw).plugins
+    names = {axis: plugin.name for axis, plugin in plugins.items() if not isinstance(plugin, list)}
+    assert names == {
+        "rollout": "generate",
+        "advantages": "group_norm",
+        "critic": "none",
+        "policy_loss": "ppo_clip",
+        "rollout_correction": "none",
+        "reference": "none",
+        "optimizer": "trainer",
+        "aggregation": "token_mean",
+    }
+    assert [plugins[axis] for axis in ["kl", "loss_terms", "filters"]] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("more", "reference"),
+    [
+        ("", "frozen"),
+        ("model: {lora: {r: 4}}", "adapter_off"),
+        ("model: {lora: null}", "frozen"),
+        ("reference: none", "none"),
+    ],
+)
+def test_the_reference_left_out_is_what_the_kl_needs(more, reference):
+    assert resolve(small(more)).raw["reference"]["use"] == reference
+
+
+def test_rollout_rewards_and_advantages_must_be_chosen():
+    found = problems({})
+    assert set(found) == {"rollout", "rewards", "advantages"}
+    assert "write `rewards: [{use: NAME}]`. There are: choice, constraints, exact_match" in found["rewards"]
+
+
+def test_all_problems_are_told_at_once_with_path_choices_and_fix():
+    raw = small() | {
+        "kl_estimator": "k1",
+        "env": {"LD_PRELOAD": "evil.so"},
+        "advantage": {"use": "gae"},
+        "advantages": {"use": "group_nrom"},
+        "policy_loss": {"use": "ppo_clip", "epsilon_lo": 0.1, "epsilon_high": -1},
+        "kl": [{"use": "in_loss", "estimator": {"use": "k4"}, "level": "tokn", "beta": "many"}],
+        "update": {"epochs": 0, "mini_batches": True},
+        "model": {"path": {"a": 1}, "lora": {"rank": 1}},
+        "filters": {"use": "zero_variance"},
+        "critic": None,
+        "training": {"learnin_rate": 1, "learning_rate": math.nan, "max_steps": "ten"},
+    }
+    found = problems(raw)
+    assert found == {
+        "kl_estimator": "an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
+        "env": f"a recipe has no such key. It has: {', '.join(KEYS)}",
+        "advantage": f"a recipe has no such key. Did you mean 'advantages'? It has: {', '.join(KEYS)}",
+        "advantages": "no advantages plugin named 'group_nrom'. Did you mean 'group_norm'? There are: "
+        + ", ".join(get_host().names("advantages")),
+        "policy_loss.epsilon_lo": "policy_loss=ppo_clip has no such setting. Did you mean 'epsilon_low'? "
+        "It has: epsilon_low, epsilon_high",
+        "policy_loss.epsilon_high": "got -1; takes number > 0 (default 0.2)",
+        "kl.0.estimator": "no kl_estimator plugin named 'k4'. There are: "
+        + ", ".join(get_host().names("kl_estimator")),
+        "kl.0.level": "got 'tokn'; takes one of 'token', 'sequence' (default 'token'). Did you mean 'token'?",
+        "kl.0.beta": "got 'many'; takes number >= 0 (default 0.04)",
+        "update.epochs": "got 0; takes whole number >= 1 (default 1)",
+        "update.mini_batches": "got true; takes whole number >= 1 (default 1)",
+        "model.path": "got {'a': 1}; takes text or null (default null). Text with ': ', '[' or '{' needs quotes",
+        "model.lora.rank": "model.lora has no such setting. It has: r, alpha, dropout, target_modules",
+        "filters": "takes a list, `[]` for none and `[{use: NAME}]` for one; got {'use': 'zero_variance'}",
+        "critic": "takes `{use: NAME, ...}` or just a name; got null. There are: none, separate, value_head",
+        "training.learnin_rate": "transformers.TrainingArguments has no such setting. Did you mean 'learning_rate'?",
+        "training.learning_rate": "got nan; takes number (default 5e-05)",
+        "training.max_steps": "got 'ten'; takes whole number (default -1)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("kl.0.beta", "-0.5"),
+        ("kl.0.beta", ".nan"),
+        ("kl.0.beta", ".inf"),
+        ("policy_loss.epsilon_low", "-1"),
+        ("rewards.0.weight", ".nan"),
+        ("rollout.temperature", "0"),
+        ("update.epochs", "0"),
+        ("update.epochs", "1.5"),
+        ("dataset.column", "x"),
+        ("dataset.prompt", "3"),
+        ("evaluation.temperature", "-1"),
+    ],
+)
+def test_nonsense_is_refused_where_others_train_on_it(path, value):
+    raw, _ = apply_overrides(small(), [f"{path}={value}"])
+    assert list(problems(raw)) == [path]
+
+
+def test_training_keeps_what_is_written_and_reads_numbers_in_text():
+    raw = small('training: {learning_rate: "1e-5", optim: sgd, lr_scheduler_kwargs: {num_cycles: 2}, bf16: false}')
+    training = resolve(raw).training
+    kept = {"learning_rate": 1e-5, "optim": "sgd", "lr_scheduler_kwargs": {"num_cycles": 2}, "bf16": False}
+    assert training == kept
+
+
+def test_nested_plugins_lists_of_them_and_groups_are_read_and_written_back(nesting_host):
+    raw = small()
+    raw["advantages"] = read_yaml(
+        """
+        use: blend
+        parts: [gae, {use: group_norm, eps: 0.5}, {use: blend, parts: [reinforce], mode: mean}]
+        weights: [1, 2, "3"]
+        baseline: {use: reward_to_go, gamma: 0.5}
+        first: {eps: 0.25}
+        file: a/b
+        group: {size: 4}
+        """,
+        "x",
+    )
+    recipe = resolve(raw)
+    mix = recipe.plugins["advantages"]
+    assert [part.name for part in mix.parts] == ["gae", "group_norm", "blend"]
+    assert (mix.parts[1].eps, mix.baseline.gamma, mix.first.name, mix.first.eps) == (0.5, 0.5, "group_norm", 0.25)
+    assert (mix.weights, mix.file, mix.group.size, mix.parts[2].baseline) == ([1.0, 2.0, 3.0], Path("a/b"), 4, None)
+    again = resolve(read_yaml(recipe.dump(), "dump"))
+    assert again.raw == recipe.raw
+    assert again.plugins == recipe.plugins
+
+
+def test_problems_inside_nested_plugins_have_their_whole_path(nesting_host):
+    raw = small()
+    part = {"use": "blend", "parts": [], "weights": []}
+    raw["advantages"] = {"use": "blend", "parts": [{"use": "gae", "lam": 2}, part], "group": {"size": "x"}, "first": 3}
+    found = problems(raw)
+    assert set(found) == {f"advantages.{path}" for path in ["parts.0.lam", "parts.1.weights", "group.size", "first"]}
+    assert "with length >= 1" in found["advantages.parts.1.weights"]
+    raw["advantages"] = {"use": "blend", "parts": ["gae"], "weights": [1, 2]}
+    assert problems(raw) == {"advantages": "1 parts need as many weights, not 2"}
+    raw["advantages"] = {"use": "blend"}
+    assert problems(raw) == {"advantages.parts": "advantages=blend needs it; it takes list of advantages plugins"}
+
+
+def test_a_qualified_name_stays_qualified():
+    raw = small() | {"advantages": {"use": "hf_rlhf/gae"}}
+    assert resolve(raw).raw["advantages"]["use"] == "hf_rlhf/gae"
+
+
+def test_every_setting_of_a_section_is_described():
+    for cls in SECTIONS.values():
+        assert all(setting.doc for setting in describe(cls))
+    assert describe(SECTIONS["update"])[0][:3] == ("mini_batches", "whole number >= 1", "1")
+
+
+# load_plugin
+
+
+def test_load_plugin_checks_settings_and_fills_nested_plugins():
+    assert load_plugin("kl", "in_loss").estimator.name == "k3"
+    assert load_plugin("kl", "in_loss", beta="1e-2").beta == 0.01
+    own = load_plugin("kl_estimator", "k2")
+    for estimator in ["k2", {"use": "k2"}, own]:
+        assert load_plugin("kl", "in_loss", estimator=estimator).estimator == own
+    with pytest.raises(RecipeError) as error:
+        load_plugin("kl", "in_loss", beta=-1, estimater="k2")
+    assert [path for path, _ in error.value.problems] == ["kl.estimater", "kl.beta"]
+    with pytest.raises(RecipeError, match="takes a kl_estimator plugin"):
+        load_plugin("kl", "in_loss", estimator=load_plugin("advantages", "gae"))
+    with pytest.raises(UserError, match="no kl plugin named 'in_los'"):
+        load_plugin("kl", "in_los")
+
+
+# Overrides
+
+
+def test_overrides_set_append_and_clear():
+    raw, notes = apply_overrides(
+        small(),
+        ["kl.0.beta=0.1", "rewards.1={use: length, weight: 0.5}", "update.epochs=2", "policy_loss.epsilon_high=0.28"],
+    )
+    recipe = resolve(raw)
+    assert (recipe.plugins["kl"][0].beta, recipe.update.epochs, notes) == (0.1, 2, [])
+    assert [reward.name for reward in recipe.plugins["rewards"]] == ["exact_match", "length"]
+    assert (recipe.plugins["policy_loss"].name, recipe.plugins["policy_loss"].epsilon_high) == ("ppo_clip", 0.28)
+    raw, _ = apply_overrides(raw, ["kl=[]", "rewards.2.use=format", "training.lr_scheduler_kwargs.num_cycles=2"])
+    assert raw["kl"] == []
+    assert raw["rewards"][2] == {"use": "format"}
+    assert raw["training"] == {"lr_scheduler_kwargs": {"num_cycles": 2}}
+
+
+def test_overrides_leave_the_recipe_they_are_applied_to():
+    raw = small()
+    apply_overrides(raw, ["kl.0.beta=9", "advantages=gae"])
+    assert raw == small()
+
+
+@pytest.mark.parametrize("override", ["advantages.use=leave_one_out", "advantages=leave_one_out"])
+def test_another_plugin_drops_the_settings_it_does_not_have_and_says_so(override):
+    raw, notes = apply_overrides(small(), [override])
+    assert raw["advantages"] == {"use": "leave_one_out"}
+    assert notes == ["advantages.eps=0.001 dropped: leave_one_out has no eps"]
+
+
+def test_another_plugin_keeps_the_settings_that_it_shares():
+    raw, notes = apply_overrides(small(), ["kl.0.use=in_reward"])
+    assert raw["kl"] == [{"use": "in_reward", "beta": 0.04, "estimator": {"use": "k3"}}]
+    assert notes == []
+    raw, _ = apply_overrides(small(), ["rollout={use: scripted, prompts: 2}"])
+    assert raw["rollout"] == {"use": "scripted", "prompts": 2}
+
+
+def test_what_an_override_sets_is_never_dropped():
+    raw, notes = apply_overrides(small(), ["advantages.lam=0.9", "advantages.eps=1", "advantages.use=gae"])
+    assert raw["advantages"] == {"use": "gae", "eps": 1, "lam": 0.9}
+    assert notes == []
+    assert list(problems(raw)) == ["advantages.eps"]
+
+
+def test_nested_plugins_can_be_overridden(nesting_host):
+    raw, _ = apply_overrides(small(), ["kl.0.estimator=k2"])
+    assert resolve(raw).plugins["kl"][0].estimator.name == "k2"
+    raw = small() | {"advantages": {"use": "blend", "parts": ["group_norm"]}}
+    overrides = ["advantages.parts.0.eps=2", "advantages.parts.0.use=gae", "advantages.parts.0.lam=0.5"]
+    raw, notes = apply_overrides(raw, [*overrides[:1], "advantages.first.eps=3", "advantages.first=gae"])
+    assert raw["advantages"]["parts"] == [{"use": "group_norm", "eps": 2}]
+    assert raw["advantages"]["first"] == {"use": "gae", "eps": 3}
+    raw, notes = apply_overrides(raw, overrides[1:])
+    assert raw["advantages"]["parts"] == [{"use": "gae", "lam": 0.5}]
+    assert notes == ["advantages.parts.0.eps=2 dropped: gae has no eps"]
+
+
+def test_overrides_that_lead_nowhere_are_told_all_at_once():
+    overrides = ["advantage.use=gae", "kl.3.beta=1", "kl.x=1", "update.epochs.x=1", "word", "rewards.0.column=[a"]
+    with pytest.raises(RecipeError) as error:
+        apply_overrides(small("update: {epochs: 1}"), overrides)
+    found = dict(error.value.problems)
+    assert list(found) == [override.split("=")[0] for override in overrides]
+    assert "Did you mean 'advantages'?" in found["advantage.use"]
+    assert found["kl.3.beta"] == "kl is a list: write kl.0, or kl.1 to append"
+    assert found["update.epochs.x"] == "update.epochs is 1, which has nothing inside"
+    assert "write KEY=VALUE" in found["word"]
+
+
+def test_a_misspelt_setting_in_an_override_gets_the_nearest():
+    raw, _ = apply_overrides(small(), ["advantages.epz=1"])
+    assert problems(raw)["advantages.epz"].startswith("advantages=group_norm has no such setting. Did you mean 'eps'?")
+
+
+# Shipped recipes
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_is_short_names_its_source_and_makes_an_algorithm(name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    assert len(text.splitlines()) < 60
+    assert re.match(r"# .*(arXiv:\d{4}\.\d{5}|Williams)", text)
+    recipe = load_recipe(name)
+    assert recipe.algorithm().problems() == []
+    assert resolve(read_yaml(recipe.dump(), "dump")).raw == recipe.raw
+    assert set(read_recipe(name)) <= set(recipe.raw)
+
+
+def test_only_ppo_has_a_critic_and_only_kl_brings_a_reference():
+    recipes = {name: load_recipe(name).plugins for name in SHIPPED}
+    assert [name for name, plugins in recipes.items() if plugins["critic"].name != "none"] == ["ppo"]
+    references = [name for name, plugins in recipes.items() if plugins["reference"].name != "none"]
+    assert references == [name for name, plugins in recipes.items() if plugins["kl"]] == ["grpo", "ppo", "rloo"]
+
+
+def test_a_recipe_may_be_a_name_a_qualified_name_or_a_path(tmp_path):
+    path = tmp_path / "own.yml"
+    path.write_text(SMALL)
+    assert load_recipe(path).name == "own"
+    assert load_recipe(str(path), ["advantages=gae"]).notes == ["advantages.eps=0.001 dropped: gae has no eps"]
+    assert load_recipe("hf_rlhf/grpo").raw == load_recipe("grpo").raw
+    with pytest.raises(UserError, match=r"no recipe named 'gprpo'\. Did you mean 'grpo'"):
+        load_recipe("gprpo")
+    with pytest.raises(UserError, match="there is no recipe file"):
+        load_recipe(tmp_path / "gone.yaml")
+    path.write_text("- a list")
+    with pytest.raises(UserError, match="a recipe is a mapping"):
+        load_recipe(path)
+
+
+# The command line
+
+
+def cli(*arguments, **options):
+    command = [sys.executable, "-m", "hf_rlhf", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_recipes_are_listed_with_their_first_line_and_shown_as_they_are():
+    listed = cli("recipes").stdout
+    first = (ROOT / "recipes" / "grpo.yaml").read_text().splitlines()[0].removeprefix("# ")
+    assert re.search(rf"^grpo +hf_rlhf {__version__} +{re.escape(first)}$", listed, re.MULTILINE)
+    assert cli("recipes", "show", "grpo").stdout == (ROOT / "recipes" / "grpo.yaml").read_text()
+
+
+def test_show_explains_a_plugin_and_where_it_comes_from():
+    shown = cli("show", "advantages", "group_norm").stdout
+    assert f"advantages.group_norm, from hf_rlhf {__version__}, hf_rlhf_plugins.advantages.group_norm" in shown
+    assert "2402.03300" in shown
+    assert re.search(r"^eps +number > 0 +0.0001 +Added to", shown, re.MULTILINE)
+
+
+def test_an_error_of_the_user_is_one_message_without_traceback(tmp_path):
+    for arguments in [["recipes", "show", "gprpo"], ["show", "advantages", "gea"], ["-p", "no:nothing", "plugins"]]:
+        done = cli(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_plugin_file_is_taken_before_and_after_the_command(tmp_path):
+    (tmp_path / "blend.py").write_text(NESTING)
+    for arguments in [
+        ["-p", "./blend.py", "show", "advantages", "blend"],
+        ["show", "advantages", "blend", "-p", "./blend.py"],
+    ]:
+        done = cli(*arguments, cwd=tmp_path)
+        assert "advantages.blend, from file ./blend.py (sha256 " in done.stdout, done.stderr
+    assert "./blend.py" in cli("plugins", "-p", "./blend.py", cwd=tmp_path).stdout
+
+
+def test_every_command_has_help():
+    assert app.registered_commands
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert command.callback.__doc__
