@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from hf_rlhf import load_plugin
+from hf_rlhf_plugins.rewards._sandbox import remote as remote_module
 from hf_rlhf_plugins.rewards._sandbox.backend import Answer, Question, SandboxError
 from hf_rlhf_plugins.rewards._sandbox.cases import cases_of
 from hf_rlhf_plugins.rewards._sandbox.remote import BOUNDS, Remote
