@@ -11,9 +11,8 @@ import pytest
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from hf_rlhf.lab.worked_example import REFERENCE
 from hf_rlhf_plugins.trainer._dpo_losses import LEFT_OUT, OF_DIFFERENCES, OWN, LossType
-from hf_rlhf_plugins.trainer._pair_trainer import PairTrainer
+from hf_rlhf_plugins.trainer._pair_trainer import REFERENCE, PairTrainer
 from tests.helpers import dpo_runs as dpo
 
 CALLED = {
