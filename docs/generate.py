@@ -259,8 +259,7 @@ def arguments_page() -> Iterator[str]:
     """Every field of TrainingArguments under honoured, forced, refused or without effect."""
     from transformers import TrainingArguments
 
-    from hf_rlhf.cli.runs.offline_run import REFUSED as OFFLINE_REFUSED
-    from hf_rlhf.config.training_arguments import DEFAULTS, FORCED, REFUSED, WITHOUT_EFFECT
+    from hf_rlhf.config.training_arguments import DEFAULTS, FORCED, OFFLINE_REFUSED, REFUSED, WITHOUT_EFFECT
 
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     as_in_trainer = AS_IN_TRAINER.split()
@@ -292,9 +291,10 @@ def arguments_page() -> Iterator[str]:
     )
     started = [[code(name), code(plain_text(value))] for name, value in DEFAULTS.items()]
     yield (
-        "## Defaults of the command line\n\n`hf-rlhf train` starts from these where TrainingArguments would choose "
-        "otherwise; a recipe's `training` and flags come after them. `RLHFTrainer` in Python takes its arguments as they "
-        "are.\n\n" + table(["argument", "default"], started)
+        "## Defaults\n\n`hf-rlhf train` and `recipe.training_arguments(output_dir, **own)` start from these where "
+        "TrainingArguments would choose otherwise; a recipe's `training`, flags and `own` come after them. `RLHFTrainer` "
+        "without `args` uses them too. TrainingArguments that are passed to it are taken verbatim, and one remark lists "
+        "where they differ from the recipe's.\n\n" + table(["argument", "default"], started)
     )
     yield (
         "More than one GPU in one process is refused, as it would mean `nn.DataParallel`: start one process per GPU. "

@@ -48,6 +48,8 @@ from hf_rlhf.registry.settings_schema import describe as describe
 from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from hf_rlhf.config.algorithm import Algorithm
 
 
@@ -84,8 +86,17 @@ class Recipe:
         plugins = copy.deepcopy(self.plugins, {id(plugin): plugin for plugin in self.given})
         return Algorithm(**plugins, update=self.update)
 
+    def training_arguments(self, output_dir: str | None = None, **own: Any) -> TrainingArguments:
+        """Return TrainingArguments with the recipe's `training` and the command line's defaults; `own` wins over both.
+
+        The output folder is `outputs/NAME` by default. Raises `UserError` where transformers rejects the arguments.
+        """
+        from hf_rlhf.config.training_arguments import training_arguments
+
+        return training_arguments(self, output_dir or f"outputs/{self.name}", own)
+
     def dump(self) -> str:
-        """The whole recipe as YAML."""
+        """Return the whole recipe as YAML."""
         return write_yaml(self.raw)
 
 

@@ -1,48 +1,65 @@
-"""Which TrainingArguments are honoured, forced or refused, and why. The table in docs/training_arguments.md is made from this."""
+"""TrainingArguments of a recipe, and the arguments that are forced, refused or without effect.
+
+The tables in docs/training_arguments.md are made from this module.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from hf_rlhf.config.recipe import Recipe
+
 
 FORCED: dict[str, tuple[Any, str]] = {
-    "remove_unused_columns": (False, "columns that are not the prompt reach the rewards"),
-    "logging_nan_inf_filter": (False, "a step that is not finite is skipped and counted, never smoothed over"),
+    "remove_unused_columns": (False, "columns other than the prompt reach the rewards"),
+    "logging_nan_inf_filter": (False, "a non-finite step is skipped and counted, never smoothed over"),
     "average_tokens_across_devices": (False, "aggregation weights already span the whole optimizer step"),
 }
 """Argument -> (value it is set to, why)."""
 
-REFUSED: dict[str, str] = {
-    "gradient_accumulation_steps": "it is derived: set update.mini_batches for the number of optimizer steps per rollout, "
-    "per_device_train_batch_size or update.max_tokens_per_micro_batch for the size of a micro-batch",
-    "auto_find_batch_size": "a retry would roll out again; set per_device_train_batch_size or "
-    "update.max_tokens_per_micro_batch",
-    "label_smoothing_factor": "there are no labels; a policy loss has its own settings",
-    "neftune_noise_alpha": "noise in the update makes its log-probs other than the rollout's",
-    "ignore_data_skip": "a resumed run goes on exactly where it was",
-    "train_sampling_strategy": "prompts come from PromptStream; see dataset.shuffle",
+SHARDED = "sharded training is untested here; use one process per device (DistributedDataParallel)"
+OFFLINE_REFUSED: dict[str, str] = {
+    "auto_find_batch_size": "a retry would repeat the rollout or change the batches of the plan; set "
+    "per_device_train_batch_size (or update.max_tokens_per_micro_batch)",
+    "label_smoothing_factor": "the recipe's loss does not read it",
+    "ignore_data_skip": "a resumed run continues exactly where it stopped",
     "fp16": "its loss scaler is untested here; use bf16",
-    "fp16_full_eval": "evaluation rolls out with the policy as it trains",
-    "bf16_full_eval": "evaluation rolls out with the policy as it trains",
-    "fsdp": "sharded training is untested here; use one process per device (DistributedDataParallel)",
-    "deepspeed": "sharded training is untested here; use one process per device (DistributedDataParallel)",
+    "fp16_full_eval": "evaluation uses the policy as it trains",
+    "fsdp": SHARDED,
+    "deepspeed": SHARDED,
     "parallelism_config": "only data parallelism is tested here",
-    "torch_compile": "compiled forwards are untested here",
+    "torch_compile": "compiled forward passes are untested here",
     "use_liger_kernel": "its fused losses are not the recipe's",
-    "include_num_input_tokens_seen": "rollout/tokens counts the completion tokens",
-    "batch_eval_metrics": "evaluation rolls out and scores; it has no logits to batch",
-    "include_for_metrics": "evaluation rolls out and scores; it has no logits to pass on",
+    "batch_eval_metrics": "held-out metrics are the recipe's own; no logits are batched",
+    "include_for_metrics": "held-out metrics are the recipe's own; no logits are passed on",
     "enable_jit_checkpoint": "its checkpoint mixes the states of two moments; use save_steps",
     "debug": "the underflow tracer and TPU debugging are untested here",
 }
-"""Argument -> what to do instead. Refused when it differs from its default."""
+"""Argument -> what to use instead, in recipes without rollouts. An argument is refused when it differs from its default."""
+REFUSED: dict[str, str] = {
+    "gradient_accumulation_steps": "it is derived: set update.mini_batches for the number of optimizer steps per rollout, "
+    "per_device_train_batch_size or update.max_tokens_per_micro_batch for the size of a micro-batch",
+    **OFFLINE_REFUSED,
+    "neftune_noise_alpha": "with noise in the update its log-probs differ from the rollout's",
+    "train_sampling_strategy": "prompts come from PromptStream; see dataset.shuffle",
+    "bf16_full_eval": "evaluation uses the policy as it trains",
+    "include_num_input_tokens_seen": "rollout/tokens counts the completion tokens",
+}
+"""The same in recipes with rollouts."""
 
 NO_LOADER = "prompts come from PromptStream, not from a dataloader"
-NO_LOGITS = "evaluation rolls out and scores; it gathers no logits"
+NO_LOGITS = "evaluation samples and scores completions; it gathers no logits"
 WITHOUT_EFFECT: dict[str, str] = {
-    "per_device_eval_batch_size": "evaluation decodes as many rows at a time as a rollout has; it enters Trainer's "
-    "`eval_steps_per_second` only",
+    "per_device_eval_batch_size": "evaluation decodes as many rows at a time as a rollout has; it only enters Trainer's "
+    "`eval_steps_per_second`",
     "prediction_loss_only": NO_LOGITS,
     "eval_do_concat_batches": NO_LOGITS,
     "eval_use_gather_object": NO_LOGITS,
@@ -55,20 +72,20 @@ WITHOUT_EFFECT: dict[str, str] = {
     "dataloader_prefetch_factor": NO_LOADER,
     "dataloader_multiprocessing_context": NO_LOADER,
     "dataloader_in_order": NO_LOADER,
-    "length_column_name": "rows of a prompt stay together, padded rows are sorted by their own lengths",
-    "accelerator_config": "what it says of dataloaders; the rest is Accelerate's",
+    "length_column_name": "rows of a prompt stay together; padded rows are sorted by their own lengths",
+    "accelerator_config": "its dataloader settings are not read; the rest is Accelerate's",
     "use_cache": "rollouts use the cache and updates do not",
     "fsdp_config": "`fsdp` is refused",
     "liger_kernel_config": "`use_liger_kernel` is refused",
-    "do_train": "as in Trainer: it is for scripts",
-    "do_eval": "as in Trainer: it is for scripts",
-    "do_predict": "as in Trainer: it is for scripts",
-    "resume_from_checkpoint": "as in Trainer: pass it to `train()`; on the command line `--resume` or "
+    "do_train": "as in Trainer, it is for scripts",
+    "do_eval": "as in Trainer, it is for scripts",
+    "do_predict": "as in Trainer, it is for scripts",
+    "resume_from_checkpoint": "as in Trainer, pass it to `train()`; on the command line use `--resume` or "
     "`--resume_from_checkpoint`",
     "torch_compile_backend": "it turns `torch_compile` on, which is refused",
     "torch_compile_mode": "it turns `torch_compile` on, which is refused",
 }
-"""Argument -> why nothing reads it here. The plan names those that a recipe sets."""
+"""Argument -> why nothing reads it here. The plan lists those that a recipe sets."""
 
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
@@ -77,8 +94,7 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "per_device_train_batch_size": 64,
 }
-"""What a recipe's `training` starts from on the command line, where TrainingArguments would choose otherwise."""
-
+"""Defaults of a recipe's `training` that differ from those of TrainingArguments."""
 
 DECISIVE = (
     *("seed", "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -88,18 +104,70 @@ DECISIVE = (
 
 
 class ArgumentError(ValueError):
-    """TrainingArguments that reinforcement learning here cannot honour."""
+    """TrainingArguments that the recipe's trainer cannot honor."""
 
 
-def check_arguments(args: Any) -> None:
-    """Sets what is forced; raises `ArgumentError` naming every refused argument and what to use instead."""
+def training_keywords(recipe: Recipe, output_dir: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keywords of TrainingArguments: `own` over the recipe's `training` over `DEFAULTS`.
+
+    Raises `UserError` for keywords that a recipe may not set.
+    """
+    import torch
+
+    for key, instead in (("output_dir", "--output-dir"), ("resume_from_checkpoint", "--resume")):
+        if recipe.training.get(key):
+            raise UserError(f"training.{key} is not read from a recipe: pass {instead}")
+    if recipe.training.get("hub_token"):
+        raise UserError("training.hub_token would be written to the run's files: set HF_TOKEN, or use `hf auth login`")
+    cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}  # several processes then meet over gloo
+    named = os.environ.get("WANDB_NAME")  # of a stage, PIPELINE/STAGE, in place of PIPELINE
+    run_name = named + "".join(recipe.name.partition("/")[1:]) if named else recipe.name
+    return {**DEFAULTS, **cpu, "run_name": run_name, **recipe.training, **own, "output_dir": output_dir}
+
+
+def training_arguments(recipe: Recipe, output_dir: str, own: Mapping[str, Any]) -> TrainingArguments:
+    """Return TrainingArguments from `training_keywords`. Raises `UserError` where transformers rejects them."""
+    from transformers import TrainingArguments
+
+    try:
+        args = TrainingArguments(**training_keywords(recipe, output_dir, own))
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training: {error}") from error
+    args._own = frozenset(own)  # type: ignore[attr-defined]  # differs_from_recipe leaves these out
+    return args
+
+
+def differences_from_recipe(args: TrainingArguments, recipe: Recipe) -> list[str]:
+    """Return one remark that lists where `args` differ from the recipe's defaults; empty where they agree.
+
+    Arguments that were passed to `recipe.training_arguments` are not listed.
+    """
+    lines = []
+    for name, expected in {**DEFAULTS, **recipe.training}.items():
+        value = getattr(args, name, expected)
+        if name == "report_to":
+            expected = [] if expected in (None, "none", ["none"]) else expected
+            expected = [expected] if isinstance(expected, str) else expected
+        if name not in getattr(args, "_own", ()) and value != expected:
+            lines.append(f"{name}={getattr(value, 'value', value)!r} (recipe: {expected!r})")
+    if not lines:
+        return []
+    return [
+        f"the TrainingArguments differ from the recipe's: {', '.join(lines)}. "
+        "recipe.training_arguments(output_dir, **changes) starts from the recipe's"
+    ]
+
+
+def check_arguments(args: Any, rollouts: bool = True) -> None:
+    """Raise `ArgumentError` naming every refused argument and its replacement; with rollouts, set what is forced."""
     defaults = {f.name: _default(f) for f in dataclasses.fields(args)}
     refused = []
-    for name, instead in REFUSED.items():
+    for name, instead in (REFUSED if rollouts else OFFLINE_REFUSED).items():
         value = getattr(args, name, None)
         if value != defaults.get(name) and value not in (None, False, "no", [], ""):
             refused.append(f"training.{name}={value!r} is refused: {instead}")
-    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss"):
+    best = args.metric_for_best_model in (None, "loss", "eval_loss")
+    if rollouts and args.load_best_model_at_end and best:
         refused.append(
             "training.load_best_model_at_end needs training.metric_for_best_model: evaluation has no loss; name one of its "
             "metrics, for instance accuracy or reward/total/mean"
@@ -112,18 +180,20 @@ def check_arguments(args: Any) -> None:
     if args.n_gpu > 1:
         refused.append(
             f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which is refused: start one process per GPU with "
-            "`accelerate launch -m hf_rlhf train ...`, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+            "`accelerate launch -m hf_rlhf train ...`, or select one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     if refused:
         raise ArgumentError("\n".join(refused))
-    for name, (value, _) in FORCED.items():
-        setattr(args, name, value)
+    if not rollouts:
+        return
+    for name, (forced, _) in FORCED.items():
+        setattr(args, name, forced)
     if args.ddp_find_unused_parameters is None:  # every parameter takes part; the search costs a traversal per step
         args.ddp_find_unused_parameters = False
 
 
 def check_accelerator(accelerator: Any, args: Any) -> None:
-    """The same refusals for what a launcher asks for through the environment. Raises `ArgumentError`."""
+    """Raise `ArgumentError` where a launcher asks for the same through the environment."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ArgumentError(f"the launcher asks for {kind}: {REFUSED['fsdp']}")

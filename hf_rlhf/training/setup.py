@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +15,15 @@ import torch
 from hf_rlhf.axes import Context, Plugin
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.plan import Plan, make_plan
-from hf_rlhf.config.recipe import Recipe, load_recipe
+from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
-from hf_rlhf.config.training_arguments import DECISIVE, check_arguments
+from hf_rlhf.config.training_arguments import (
+    DECISIVE,
+    DEFAULTS,
+    WITHOUT_EFFECT,
+    check_arguments,
+    differences_from_recipe,
+)
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.reward_source import nested_of
 from hf_rlhf.data.model_loading import (
@@ -38,6 +45,9 @@ from hf_rlhf.training.memory.resident import offload_problems, offload_remarks, 
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 class AlgorithmError(ValueError):
@@ -136,9 +146,18 @@ def _others(algorithm: Algorithm) -> Iterator[Plugin]:
             yield plugin
 
 
+def default_arguments(recipe: Algorithm | Recipe) -> TrainingArguments:
+    """Return the recipe's TrainingArguments; for an algorithm, the defaults of a recipe in the folder `outputs`."""
+    if isinstance(recipe, Recipe):
+        return recipe.training_arguments()
+    from transformers import TrainingArguments
+
+    return TrainingArguments(output_dir="outputs", **DEFAULTS)
+
+
 def setup_run(
     model: Any,
-    algorithm: Algorithm | Recipe | str,
+    recipe: Algorithm | Recipe,
     args: TrainingArguments,
     train: Any,
     evaluation: Any,
@@ -146,8 +165,7 @@ def setup_run(
     peft_config: Any,
     trust_remote_code: bool = False,
 ) -> RunComponents:
-    """Checks algorithm, arguments and dataset, in that order, then loads tokenizer, prompts and model."""
-    recipe = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
+    """Check algorithm, arguments and dataset, in that order, then load tokenizer, prompts and model."""
     chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
     sections = (
         {name: cls() for name, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
@@ -161,7 +179,8 @@ def setup_run(
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
     refused = [f"optimizer={chosen.optimizer.name}: {reason}" for reason in chosen.optimizer.check_arguments(args)]
     refused += [*section_problems(chosen, sections, lora), *_misfits(model, model_settings, peft_config)]
-    plan, record = describe(chosen, args, lora, refused)
+    remarks = [] if isinstance(recipe, Algorithm) else recipe_remarks(recipe, args)
+    plan, record = describe(chosen, args, lora, refused, remarks)
     record["run"] = resumable_settings(args, sections, peft_config)
     record["name"], record["recipe"] = (None, None) if isinstance(recipe, Algorithm) else (recipe.name, recipe.raw)
     several = evaluation if isinstance(evaluation, dict) else None
@@ -244,11 +263,26 @@ def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool)
     return found
 
 
+def recipe_remarks(recipe: Recipe, args: TrainingArguments) -> list[str]:
+    """Return remarks on a recipe's overrides and arguments; log where `args` differ from the recipe's."""
+    idle = [
+        f"training.{name} has no effect here: {WITHOUT_EFFECT[name]}"
+        for name in recipe.training
+        if name in WITHOUT_EFFECT
+    ]
+    differing = differences_from_recipe(args, recipe)
+    for remark in differing if args.process_index == 0 else ():
+        logger.warning(remark)
+    return [*idle, *recipe.notes, *differing]
+
+
 def describe(
-    algorithm: Algorithm, args: TrainingArguments, lora: bool, refused: Sequence[str] = ()
+    algorithm: Algorithm, args: TrainingArguments, lora: bool, refused: Sequence[str] = (), remarks: Sequence[str] = ()
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once, those in
-    `refused` included."""
+    """Return the plan, with `remarks`, and the record of a run.
+
+    Raises `AlgorithmError` with every reason for refusal at once, those in `refused` included.
+    """
     problems = [*algorithm.problems(), *refused, *offload_problems(algorithm, args)]
     if not lora:
         problems += [
@@ -263,7 +297,7 @@ def describe(
     known = {"lora": lora, "policy_state": policy_state(algorithm, args)}
     rows = args.per_device_train_batch_size
     plan = make_plan(algorithm, manifest, processes=args.world_size, rows_per_micro_batch=rows, **known)
-    plan.remarks += offload_remarks(algorithm, args)
+    plan.remarks += [*offload_remarks(algorithm, args), *remarks]
     record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
     return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back
 

@@ -10,7 +10,7 @@ import time
 import weakref
 from contextlib import nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_rlhf.axes import TextTerm, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.recipe import Recipe, load_recipe
 from hf_rlhf.config.training_arguments import check_accelerator
 from hf_rlhf.contract.optimizer_step import Step
 from hf_rlhf.data.prompt_stream import PromptStream
@@ -42,10 +43,7 @@ from hf_rlhf.training.losses import DISTRIBUTION, derivative, policy_terms, text
 from hf_rlhf.training.micro_batches import Batching
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
 from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
-from hf_rlhf.training.setup import close_plugins, setup_run
-
-if TYPE_CHECKING:
-    from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.training.setup import close_plugins, default_arguments, setup_run
 
 
 class RLHFTrainer(SavingTrainer):
@@ -54,7 +52,8 @@ class RLHFTrainer(SavingTrainer):
     Args:
         model: a causal language model, or its folder or Hub name; the recipe's `model.path` when left out.
         algorithm: a recipe's name or path, a `Recipe`, or an `Algorithm`.
-        args: TrainingArguments; docs/training_arguments.md says which are honoured, forced and refused.
+        args: TrainingArguments, taken as they are; `recipe.training_arguments()` when left out. docs/training_arguments.md
+            lists which are honoured, forced and refused.
         train_dataset: a `datasets.Dataset` or a list of dicts with a prompt column.
         eval_dataset: the same, or a dict of several; so is what `evaluate` takes.
         processing_class: the tokenizer; the model's own when left out.
@@ -80,7 +79,8 @@ class RLHFTrainer(SavingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         trust_remote_code: bool = False,
     ):
-        args = args or TrainingArguments(output_dir="outputs")
+        algorithm = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
+        args = default_arguments(algorithm) if args is None else args
         parts = setup_run(
             model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config, trust_remote_code
         )
