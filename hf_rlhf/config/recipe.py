@@ -93,7 +93,7 @@ class Recipe:
         """
         from hf_rlhf.config.training_arguments import training_arguments
 
-        return training_arguments(self, output_dir or f"outputs/{self.name}", own)
+        return training_arguments(self.name, self.training, output_dir or f"outputs/{self.name}", own)
 
     def dump(self) -> str:
         """Return the whole recipe as YAML."""

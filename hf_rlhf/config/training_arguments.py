@@ -15,8 +15,6 @@ from hf_rlhf.runtime.errors import UserError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from hf_rlhf.config.recipe import Recipe
-
 
 FORCED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "columns other than the prompt reach the rewards"),
@@ -107,43 +105,47 @@ class ArgumentError(ValueError):
     """TrainingArguments that the recipe's trainer cannot honor."""
 
 
-def training_keywords(recipe: Recipe, output_dir: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keywords of TrainingArguments: `own` over the recipe's `training` over `DEFAULTS`.
+def training_keywords(
+    name: str, training: Mapping[str, Any], output_dir: str, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return keywords of TrainingArguments: `own` over `training` over `DEFAULTS`, for the recipe `name`.
 
     Raises `UserError` for keywords that a recipe may not set.
     """
     import torch
 
     for key, instead in (("output_dir", "--output-dir"), ("resume_from_checkpoint", "--resume")):
-        if recipe.training.get(key):
+        if training.get(key):
             raise UserError(f"training.{key} is not read from a recipe: pass {instead}")
-    if recipe.training.get("hub_token"):
+    if training.get("hub_token"):
         raise UserError("training.hub_token would be written to the run's files: set HF_TOKEN, or use `hf auth login`")
     cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}  # several processes then meet over gloo
     named = os.environ.get("WANDB_NAME")  # of a stage, PIPELINE/STAGE, in place of PIPELINE
-    run_name = named + "".join(recipe.name.partition("/")[1:]) if named else recipe.name
-    return {**DEFAULTS, **cpu, "run_name": run_name, **recipe.training, **own, "output_dir": output_dir}
+    run_name = named + "".join(name.partition("/")[1:]) if named else name
+    return {**DEFAULTS, **cpu, "run_name": run_name, **training, **own, "output_dir": output_dir}
 
 
-def training_arguments(recipe: Recipe, output_dir: str, own: Mapping[str, Any]) -> TrainingArguments:
+def training_arguments(
+    name: str, training: Mapping[str, Any], output_dir: str, own: Mapping[str, Any]
+) -> TrainingArguments:
     """Return TrainingArguments from `training_keywords`. Raises `UserError` where transformers rejects them."""
     from transformers import TrainingArguments
 
     try:
-        args = TrainingArguments(**training_keywords(recipe, output_dir, own))
+        args = TrainingArguments(**training_keywords(name, training, output_dir, own))
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {error}") from error
-    args._own = frozenset(own)  # type: ignore[attr-defined]  # differs_from_recipe leaves these out
+    args._own = frozenset(own)  # type: ignore[attr-defined]  # not listed by differences_from_recipe
     return args
 
 
-def differences_from_recipe(args: TrainingArguments, recipe: Recipe) -> list[str]:
-    """Return one remark that lists where `args` differ from the recipe's defaults; empty where they agree.
+def differences_from_recipe(args: TrainingArguments, training: Mapping[str, Any]) -> list[str]:
+    """Return one remark that lists where `args` differ from a recipe's `training` over `DEFAULTS`; empty where they agree.
 
     Arguments that were passed to `recipe.training_arguments` are not listed.
     """
     lines = []
-    for name, expected in {**DEFAULTS, **recipe.training}.items():
+    for name, expected in {**DEFAULTS, **training}.items():
         value = getattr(args, name, expected)
         if name == "report_to":
             expected = [] if expected in (None, "none", ["none"]) else expected

@@ -270,7 +270,7 @@ def recipe_remarks(recipe: Recipe, args: TrainingArguments) -> list[str]:
         for name in recipe.training
         if name in WITHOUT_EFFECT
     ]
-    differing = differences_from_recipe(args, recipe)
+    differing = differences_from_recipe(args, recipe.training)
     for remark in differing if args.process_index == 0 else ():
         logger.warning(remark)
     return [*idle, *recipe.notes, *differing]
