@@ -57,12 +57,11 @@ def run_ours(algorithm: str, seed: int, steps: int, folder: str) -> Curve:
     from transformers import PrinterCallback
 
     from hf_rlhf import RLHFTrainer, load_recipe
-    from hf_rlhf.cli.runs.rollout_run import training_arguments
 
     recipe = load_recipe("quickstart", OURS[algorithm])
     assert (recipe.plugins["rollout"].prompts, recipe.plugins["rollout"].num_generations) == (PROMPTS, GROUP)
     recipe.training = {**TRAINING, "max_steps": steps, "seed": seed, "report_to": "none", "disable_tqdm": True}
-    trainer = RLHFTrainer(None, recipe, training_arguments(recipe, folder))
+    trainer = RLHFTrainer(None, recipe, recipe.training_arguments(folder))
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train()

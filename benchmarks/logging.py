@@ -112,7 +112,7 @@ def install(watch: Stopwatch) -> None:
 
 def measure(steps: int, overrides: list[str]) -> dict[str, Any]:
     """One run, and what its parts cost."""
-    from hf_rlhf.cli.runs.rollout_run import train
+    from hf_rlhf.cli.runs.run import train
     from hf_rlhf.config.recipe import load_recipe
 
     watch = Stopwatch()

@@ -95,6 +95,12 @@ class Recipe:
 
         return training_arguments(self.name, self.training, output_dir or f"outputs/{self.name}", own)
 
+    def training_keywords(self, output_dir: str | None = None, **own: Any) -> dict[str, Any]:
+        """Return the keywords of `training_arguments`, for subclasses of TrainingArguments."""
+        from hf_rlhf.config.training_arguments import training_keywords
+
+        return training_keywords(self.name, self.training, output_dir or f"outputs/{self.name}", own)
+
     def dump(self) -> str:
         """Return the whole recipe as YAML."""
         return write_yaml(self.raw)

@@ -101,6 +101,10 @@ DECISIVE = (
 """Arguments that a resumed run must share with its checkpoint."""
 
 
+NOT_IN_RECIPE = ("output_dir", "logging_dir", "resume_from_checkpoint", "hub_token", "run_name", "local_rank")
+"""Arguments that `recipe.yaml` does not keep."""
+
+
 class ArgumentError(ValueError):
     """TrainingArguments that the recipe's trainer cannot honor."""
 
@@ -135,7 +139,7 @@ def training_arguments(
         args = TrainingArguments(**training_keywords(name, training, output_dir, own))
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {error}") from error
-    args._own = frozenset(own)  # type: ignore[attr-defined]  # not listed by differences_from_recipe
+    args._own = dict(own)  # type: ignore[attr-defined]  # chosen by the user, so differences_from_recipe skips them
     return args
 
 
@@ -158,6 +162,21 @@ def differences_from_recipe(args: TrainingArguments, training: Mapping[str, Any]
         f"the TrainingArguments differ from the recipe's: {', '.join(lines)}. "
         "recipe.training_arguments(output_dir, **changes) starts from the recipe's"
     ]
+
+
+def training_of(args: TrainingArguments, training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `training` of a recipe with which a run would get `args`.
+
+    `training` is the recipe's own. Folders, tokens and arguments that YAML cannot hold are left out.
+    """
+    own = getattr(args, "_own", None)
+    if own is None:
+        defaults = {f.name: _default(f) for f in dataclasses.fields(args)}
+        values = {name: getattr(args, name) for name in defaults}
+        own = {name: x for name, x in values.items() if name in DEFAULTS or name in training or x != defaults[name]}
+        training = {}
+    own = {name: getattr(value, "value", value) for name, value in own.items() if name not in NOT_IN_RECIPE}
+    return {**training, **{name: x for name, x in own.items() if isinstance(x, int | float | str | list | dict)}}
 
 
 def check_arguments(args: Any, rollouts: bool = True) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from hf_rlhf.config.plan import Plan, memory_rows
+from hf_rlhf.contract.offline_trainer import OfflineTrainer
 
 SHOWN = {
     "reward": "reward/total/mean",
@@ -140,16 +141,25 @@ class LiveProgress(TrainerCallback):
         return Group(self.bar, table)
 
 
-def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]], out: Console) -> None:
-    """Before and after, some completions, where everything is, what to type next."""
+def show_result(
+    summary: dict[str, Any],
+    samples: dict[str, list[dict[str, Any]]],
+    out: Console,
+    trained: OfflineTrainer | None = None,
+) -> None:
+    """Print held-out metrics before and after, some completions, where the files are and what to type next.
+
+    `trained`: the trainer of a recipe without rollouts.
+    """
     before, after = summary["before"] or {}, summary["after"] or {}
     if after:
-        out.print(Text("\nheld-out prompts", style="bold"))
+        rows = "held-out prompts" if trained is None else f"{summary['rows']['evaluation']} held-out rows"
+        out.print(Text(f"\n{rows}", style="bold"))
         table = Table(box=None, header_style="bold", pad_edge=False)
         for title in ("", "before", "after"):
             table.add_column(title, justify="right" if title else "left", no_wrap=True)
-        for name in sorted(after, key=lambda name: "/" in name):  # accuracy, pass@k and maj@k first
-            table.add_row(name, *(number(x[name]) if name in x else "-" for x in (before, after)))
+        for name in _listed(after):
+            table.add_row(name, *(_with_interval(x, name) for x in (before, after)))
         out.print(_indented(table))
     pairs = list(zip(samples.get("before", []), samples.get("after", []), strict=False))[:4]
     if pairs:
@@ -162,8 +172,23 @@ def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]
             table.add_row(*map(Text, (*cells, _short(new["completion"]), number(new["reward"]))))
         out.print(_indented(table))
     folder = summary["output_dir"]
-    lines = [
-        f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:",
+    out.print(Text(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:"), soft_wrap=True)
+    for line in _next(folder) if trained is None else _next_offline(folder, trained.reward):
+        out.print(Text(line), soft_wrap=True)
+
+
+def _listed(metrics: dict[str, float]) -> list[str]:
+    """Return the names to print: not the ends of intervals; the loss and a plugin's own metrics where it has any."""
+    ends = {f"{name}{end}" for name in metrics for end in ("_low", "_high")}
+    named = [name for name in metrics if name not in ends]
+    own = [name for name in named if "/" in name]
+    if own and "loss" in named:
+        return ["loss", *own]
+    return sorted(named, key=lambda name: "/" in name)  # accuracy, pass@k and maj@k first
+
+
+def _next(folder: str) -> list[str]:
+    return [
         "  the policy (weights, tokenizer), recipe.yaml, summary.json,",
         "  metrics.jsonl, completions/",
         "next:",
@@ -171,38 +196,18 @@ def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]
         "  hf-rlhf plugins                      what can be swapped",
         "  hf-rlhf show advantages group_norm   one plugin and its settings",
         f"  hf-rlhf check {folder}/recipe.yaml advantages.use=leave_one_out",
-        "                                       what a change would do, or why not",
+        "                                       what a change would do, or why it is refused",
         f"  hf-rlhf train RECIPE --model {folder}",
-        "                                       goes on from here",
+        "                                       continues from here",
     ]
-    for line in lines:
-        out.print(Text(line), soft_wrap=True)
 
 
-def show_offline_result(summary: dict[str, Any], reward: str, out: Console) -> None:
-    """Held-out metrics before and after, with their intervals; where everything is, what to type next."""
-    before, after = summary["before"] or {}, summary["after"] or {}
-    ends = {f"{name}{end}" for name in after for end in ("_low", "_high")} & set(after)
-    if after:
-        out.print(Text(f"\n{summary['rows']['evaluation']} held-out rows", style="bold"))
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("", "before", "after"):
-            table.add_column(title, justify="right" if title else "left", no_wrap=True)
-        named = [name for name in after if name not in ends]
-        own = [name for name in named if "/" in name]  # the plugin's; without any, what the Trainer class measures
-        for name in ["loss", *own] if own and "loss" in named else named:
-            table.add_row(name, *(_with_interval(x, name) for x in (before, after)))
-        out.print(_indented(table))
-    folder = summary["output_dir"]
-    lines = [
-        f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:",
-        "  the model (weights, tokenizer), recipe.yaml, summary.json, metrics.jsonl",
-    ]
+def _next_offline(folder: str, reward: str) -> list[str]:
+    lines = ["  the model (weights, tokenizer), recipe.yaml, summary.json, metrics.jsonl"]
     if reward:
         lines += ["next:", f"  hf-rlhf train RECIPE 'rewards=[{{use: {reward}, model: {folder}}}]'"]
-        lines += ["                                       trains a policy on what it says"]
-    for line in lines:
-        out.print(Text(line), soft_wrap=True)
+        lines += ["                                       trains a policy with it as the reward"]
+    return lines
 
 
 def _with_interval(metrics: dict[str, float], name: str) -> str:

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput
 
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.data.prompt_stream import PromptStream
-from hf_rlhf.metrics.aggregator import MetricAggregator
-from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.modeling.ema import FOLDER, PolicyEMA
 from hf_rlhf.modeling.lora_merge import FOLDER as ADAPTER
 from hf_rlhf.modeling.lora_merge import drop_other_form, merged, save_merged
@@ -23,56 +19,39 @@ from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.rollout_buffer import Buffer
+from hf_rlhf.training.run_trainer import RunTrainer
 
 if TYPE_CHECKING:
     from hf_rlhf.training.setup import RunComponents
 
 
-class SavingTrainer(Trainer):
-    """`transformers.Trainer` whose checkpoints hold buffer, prompt stream, critic, reference, average and plugins, and resume
-    exactly."""
+class SavingTrainer(RunTrainer):
+    """A trainer whose checkpoints hold buffer, prompt stream, critic, reference, average and plugins, and resume exactly."""
 
     algorithm: Algorithm
     actor_critic: ActorCritic
     collector: Collector
     stream: PromptStream
-    meters: MetricAggregator
-    run_log: RunLog
     buffer: Buffer | None
     ema: PolicyEMA | None = None
     """The moving average of the policy, where the recipe keeps one."""
     parts: RunComponents
     phases: Phases
     _bad_steps: int
-    _saves_checkpoint: bool = False
     _tokens_logged: float
     _logged_at: float
 
-    @property
-    def output_dir(self) -> Path:
-        """Where the run writes."""
-        return Path(self.args.output_dir or "outputs")
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
-        comes from another run. A checkpoint of the last step is loaded, and nothing is trained."""
-        if resume_from_checkpoint:
-            own = resume_from_checkpoint is True
-            folder = checkpoint_manifest.newest(self.output_dir) if own else Path(str(resume_from_checkpoint))
-            resume_from_checkpoint = str(folder)
-            if self.check_checkpoint(folder)["step"] >= self._last_step():
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-                return TrainOutput(self.state.global_step, 0.0, {})
+        """Train, or resume from a checkpoint; see `RunTrainer.train`."""
         self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
+        """Return the manifest of a checkpoint that this run can resume from; raise `CheckpointError` for any other."""
         manifest = checkpoint_manifest.verify(folder)
         within = manifest["step"] % self.algorithm.steps_per_rollout != 0
         processes = self.args.world_size if within else None
-        checkpoint_manifest.check_same_run(folder, manifest, self.run_log.record, processes, self.phases.blends_away)
+        checkpoint_manifest.check_same_run(folder, manifest, self.record, processes, self.phases.blends_away)
         return manifest
 
     def _last_step(self) -> int:
@@ -80,26 +59,8 @@ class SavingTrainer(Trainer):
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's own. What is saved at the end has the adapter in its weights where `model.save_merged` asks for it;
-        checkpoints, which are internal calls with a folder, hold the adapter."""
-        self._saves_checkpoint = _internal_call and output_dir is not None
-        super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with checkpoint_manifest.written_whole(folder, self.args) as limit:
-            super()._save_checkpoint(model, trial)
+    def _save_state(self, folder: Path) -> None:
         checkpoint_manifest.save_state(folder, self.args.process_index, self._state())
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            facts = {"step": self.state.global_step, "processes": self.args.world_size}
-            checkpoint_manifest.seal(
-                folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record}
-            )
-            checkpoint_manifest.rotate(folder, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:
         used_up = self.state.global_step % self.algorithm.steps_per_rollout == 0

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from hf_rlhf.config.training_arguments import (
     WITHOUT_EFFECT,
     check_arguments,
     differences_from_recipe,
+    training_of,
 )
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.reward_source import nested_of
@@ -175,20 +176,16 @@ def setup_run(
         sections["model"] = model_settings = _replace(model_settings, path=model)
     if train is not None:  # given in Python: no row is taken from it for evaluation
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
-    check_arguments(args)
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
-    refused = [f"optimizer={chosen.optimizer.name}: {reason}" for reason in chosen.optimizer.check_arguments(args)]
-    refused += [*section_problems(chosen, sections, lora), *_misfits(model, model_settings, peft_config)]
-    remarks = [] if isinstance(recipe, Algorithm) else recipe_remarks(recipe, args)
-    plan, record = describe(chosen, args, lora, refused, remarks)
+    named = None if isinstance(recipe, Algorithm) else recipe
+    plan, record = describe(chosen, sections, args, lora, _misfits(model, model_settings, peft_config), named)
     record["run"] = resumable_settings(args, sections, peft_config)
-    record["name"], record["recipe"] = (None, None) if isinstance(recipe, Algorithm) else (recipe.name, recipe.raw)
+    record["name"], record["recipe"] = (None, None) if named is None else (named.name, _as_run(named, model, args))
     several = evaluation if isinstance(evaluation, dict) else None
     if several is not None:
         evaluation = None
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
-    columns, _ = read_columns(sections["dataset"], train, evaluation)
-    check_columns(columns, [plugin for _, plugin in chosen.plugins()])
+    _check_dataset(chosen, sections["dataset"], train, evaluation)
 
     tokenizer = prepare_tokenizer(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer
@@ -211,7 +208,39 @@ def setup_run(
     )
     if several is not None:
         parts.evaluation = parts.as_prompts(several)
+    record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
     return parts
+
+
+def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:
+    """Return the plan of a recipe without loading a model. Raises `ValueError` with every reason for refusal."""
+    algorithm = recipe.algorithm()
+    plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, (), recipe)
+    if recipe.dataset.path is not None:
+        _check_dataset(algorithm, recipe.dataset)
+    return plan
+
+
+def _check_dataset(algorithm: Algorithm, settings: Dataset, train: Any = None, evaluation: Any = None) -> None:
+    """Raise `ValueError` where a column is missing, or a named dataset has fewer rows than a rollout has prompts."""
+    columns, rows = read_columns(settings, train, evaluation)
+    check_columns(columns, [plugin for _, plugin in algorithm.plugins()])
+    if train is None and rows is not None and rows < algorithm.rollout.prompts:
+        raise ValueError(f"rollout.prompts={algorithm.rollout.prompts} and the dataset has {rows} rows to train on")
+
+
+def _as_run(recipe: Recipe, model: Any, args: TrainingArguments) -> dict[str, Any]:
+    """Return the recipe with the model and the arguments that were given in Python: the content of `recipe.yaml`."""
+    raw = {**recipe.raw, "training": training_of(args, recipe.training)}
+    return {**raw, "model": {**raw["model"], "path": model}} if isinstance(model, str) else raw
+
+
+def _count(prompts: Any) -> int | None:
+    """Return the number of prompts; None for a stream."""
+    if isinstance(prompts, dict):
+        counts = [_count(part) for part in prompts.values()]
+        return None if None in counts else sum(filter(None, counts))
+    return None if isinstance(prompts, StreamedPrompts) else len(prompts or ())
 
 
 def _misfits(model: Any, settings: Model, peft_config: Any) -> Iterator[str]:
@@ -277,13 +306,22 @@ def recipe_remarks(recipe: Recipe, args: TrainingArguments) -> list[str]:
 
 
 def describe(
-    algorithm: Algorithm, args: TrainingArguments, lora: bool, refused: Sequence[str] = (), remarks: Sequence[str] = ()
+    algorithm: Algorithm,
+    sections: dict[str, Any],
+    args: TrainingArguments,
+    lora: bool,
+    refused: Iterable[str] = (),
+    recipe: Recipe | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan, with `remarks`, and the record of a run.
+    """Return the plan and the record of a run. `lora`: an adapter is trained.
 
-    Raises `AlgorithmError` with every reason for refusal at once, those in `refused` included.
+    Raises `ArgumentError` for refused arguments, and `AlgorithmError` with every other reason for refusal at once, those in
+    `refused` included.
     """
-    problems = [*algorithm.problems(), *refused, *offload_problems(algorithm, args)]
+    check_arguments(args)
+    problems = [*algorithm.problems(), *section_problems(algorithm, sections, lora), *refused]
+    problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
+    problems += offload_problems(algorithm, args)
     if not lora:
         problems += [
             f"{path}={plugin.name} needs a policy with an adapter: set model.lora={{r: 16}} (--use_peft, or peft_config in "
@@ -297,7 +335,7 @@ def describe(
     known = {"lora": lora, "policy_state": policy_state(algorithm, args)}
     rows = args.per_device_train_batch_size
     plan = make_plan(algorithm, manifest, processes=args.world_size, rows_per_micro_batch=rows, **known)
-    plan.remarks += [*offload_remarks(algorithm, args), *remarks]
+    plan.remarks += [*offload_remarks(algorithm, args), *([] if recipe is None else recipe_remarks(recipe, args))]
     record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
     return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back
 

@@ -79,12 +79,13 @@ class RLHFTrainer(SavingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         trust_remote_code: bool = False,
     ):
+        self.started = time.perf_counter()
         algorithm = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
         args = default_arguments(algorithm) if args is None else args
         parts = setup_run(
             model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config, trust_remote_code
         )
-        self.parts, self.algorithm = parts, parts.algorithm
+        self.parts, self.algorithm, self.plan, self.record = parts, parts.algorithm, parts.plan, parts.record
         self.meters = MetricAggregator(args.device)
         self.buffer: Buffer | None = None
         self._optimizer_given = optimizers[0] is not None
@@ -409,9 +410,9 @@ class RLHFTrainer(SavingTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(prompts))  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""
+        """Stop what the plugins started. Also called when the trainer is garbage-collected and at exit."""
         try:
-            self.run_log.flush()
+            super().close()
         finally:
             self._scorer_finalizer()
             self._finalizer()

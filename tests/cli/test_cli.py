@@ -346,14 +346,13 @@ def test_the_environment_wins_over_the_default_and_loses_to_recipe_override_and_
     named, override, flag, name, monkeypatch, place
 ):
     from hf_rlhf.cli.commands.train import read
-    from hf_rlhf.cli.runs.rollout_run import training_keywords
 
     monkeypatch.delenv("WANDB_NAME", raising=False)
     if named:
         monkeypatch.setenv("WANDB_NAME", named)
 
     def chosen(recipe: str) -> str:
-        return training_keywords(read(recipe, None, [*flag, *override], None, None, None, None), "out")["run_name"]
+        return read(recipe, None, [*flag, *override], None, None, None, None).training_keywords("out")["run_name"]
 
     assert chosen("mine.yaml") == name
     written = load_recipe("grpo", ["training.run_name=recipe"]).dump()
@@ -370,12 +369,11 @@ def test_options_win_over_overrides_and_flags_of_the_same_key():
 
 
 def test_a_stage_is_named_after_the_environment(monkeypatch):
-    from hf_rlhf.cli.runs.rollout_run import training_keywords
 
     recipe = load_recipe("grpo")
     recipe.name = "instructgpt/ppo"
     monkeypatch.setenv("WANDB_NAME", "tuesday")
-    assert training_keywords(recipe, "out")["run_name"] == "tuesday/ppo"
+    assert recipe.training_keywords("out")["run_name"] == "tuesday/ppo"
 
 
 def test_the_variable_turns_off_and_the_option_adds_to_it(run, place, monkeypatch):

@@ -371,7 +371,7 @@ def test_every_module_of_the_core_is_explained():
 
 
 def test_a_run_leaves_the_files_and_summary_keys_that_the_docs_name(workplace):
-    from hf_rlhf.cli.runs.rollout_run import train
+    from hf_rlhf.cli.runs.run import train
     from hf_rlhf.config.recipe import load_recipe
 
     model, tokenizer = tiny_policy()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
 from hf_rlhf.metrics.dashboard import dashboard_of
 from hf_rlhf.testing import tiny_policy

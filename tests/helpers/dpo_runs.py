@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_rlhf import load_plugin
-from hf_rlhf.cli.runs.offline_run import make
-from hf_rlhf.cli.runs.rollout_run import check, train, training_keywords
+from hf_rlhf.cli.runs.run import train
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
 from hf_rlhf.conformance.offline_trainers import trainer_of
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.offline.setup import make_trainer
 from tests.helpers import offline_runs as off
 
 ROWS = [
@@ -48,7 +48,7 @@ def run(folder: Path, *words: str, given: Any = None, resume: bool = False, out:
 def made(folder: Path, *words: str, given: Any = ROWS) -> Any:
     """The trainer of the recipe, before its first step."""
     own = recipe(folder, "dataset.held_out=0", *words, given=given)
-    return make(own, training_keywords(own, str(folder / "out")), check(own, str(folder / "out")), [])
+    return make_trainer(own, str(folder / "out"))
 
 
 def small(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS, training: Any = None, **settings: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_rlhf.cli.runs.rollout_run import train
+from hf_rlhf.cli.runs.run import train
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
 from hf_rlhf.testing import tiny_policy
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_rlhf.cli.runs.offline_run import make
-from hf_rlhf.cli.runs.rollout_run import check, train, training_keywords
+from hf_rlhf.cli.runs.run import train
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
+from hf_rlhf.training.offline.setup import make_trainer
 from tests.helpers import offline_runs as off
 from tests.helpers.models import CHAT_TEMPLATE
 
@@ -55,7 +55,7 @@ def chat(folder: Path) -> Path:
 def made(folder: Path, *words: str, given: Sequence[dict[str, Any]] | None = None) -> Any:
     """The trainer, before training."""
     chosen, out = recipe(folder, *words, given=given), str(folder / "out")
-    return make(chosen, training_keywords(chosen, out), check(chosen, out), [])
+    return make_trainer(chosen, out)
 
 
 def run(folder: Path, *words: str, given: Any = None, resume: bool = False, out: str = "out") -> Any:

@@ -162,7 +162,7 @@ def test_the_plan_refuses_it_too_and_counts_the_memory_of_an_average():
 
     from transformers import TrainingArguments
 
-    from hf_rlhf.cli.runs.rollout_run import check
+    from hf_rlhf.cli.runs.run import check
     from hf_rlhf.contract.model_settings import Model
     from hf_rlhf.runtime.errors import UserError
     from hf_rlhf.training.memory import estimate

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.recipe import load_recipe, resolve
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.model_loading import ModelError, load_model

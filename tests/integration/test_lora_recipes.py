@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from hf_rlhf.axes import TrainedCritic
-from hf_rlhf.cli.runs.offline_run import make
 from hf_rlhf.cli.runs.pipeline import is_pipeline
-from hf_rlhf.cli.runs.rollout_run import check, training_keywords
+from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.overrides import apply_overrides
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, read_recipe, resolve
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.offline.setup import make_trainer
 from tests.helpers import offline_runs as off
 from tests.helpers import runs
 from tests.helpers import sft_runs as sft
@@ -87,7 +87,7 @@ def stepped(recipe: Any, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
 
     from hf_rlhf import RLHFTrainer
 
-    settings = {**training_keywords(recipe, str(folder)), "save_strategy": "no", "report_to": "none"}
+    settings = {**recipe.training_keywords(str(folder)), "save_strategy": "no", "report_to": "none"}
     args = TrainingArguments(**{**settings, "disable_tqdm": True, "lr_scheduler_type": "constant"})
     made = RLHFTrainer(None, recipe, args, train_dataset=runs.problems(), processing_class=tiny_policy()[1])
     made.remove_callback(PrinterCallback)
@@ -143,7 +143,7 @@ def test_a_recipe_without_rollouts_trains_the_adapter_and_a_classifiers_head_alo
     words = [f"model.path={folder / 'model'}", f"dataset.path={data}", "dataset.held_out=0", LORA, *STEP]
     recipe = load_recipe(name, [*words, "training.per_device_train_batch_size=4"])
     assert isinstance(recipe, OfflineRecipe)
-    made = make(recipe, training_keywords(recipe, str(tmp_path / "out")), check(recipe, str(tmp_path / "out")), [])
+    made = make_trainer(recipe, str(tmp_path / "out"))
     before = copied(made.model)
     made.train()
     moved = changed(before, copied(made.model))

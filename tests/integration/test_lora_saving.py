@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.cli.runs.pipeline import load_pipeline
-from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.recipe import resolve
 from hf_rlhf.modeling.lora_merge import merged
 from hf_rlhf.runtime.errors import UserError

@@ -18,8 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_rlhf import load_plugin
-from hf_rlhf.cli.runs.offline_run import make
-from hf_rlhf.cli.runs.rollout_run import check, training_keywords
+from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.offline_sections import OfflineDataset
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, resolve
 from hf_rlhf.config.recipe_yaml import RecipeError
@@ -28,6 +27,7 @@ from hf_rlhf.data.addition_task import addition_dataset
 from hf_rlhf.data.offline_rows import read_rows
 from hf_rlhf.data.sources import DatasetError
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.training.offline.setup import make_trainer
 from tests.helpers import offline_runs as off
 
 TRAINERS = list(off.KINDS)
@@ -246,7 +246,7 @@ def test_a_head_of_another_size_and_a_model_that_is_not_whole_are_refused(tmp_pa
     off.run(tmp_path, "process_reward_model")
     other = off.recipe(tmp_path, "token_reward_model", f"model.path={tmp_path / 'out'}")
     with pytest.raises(UserError, match=r"cannot be loaded as a token model with 1 output"):
-        make(other, training_keywords(other, str(tmp_path / "x")), check(other, str(tmp_path / "x")), [])
+        make_trainer(other, str(tmp_path / "x"))
     from safetensors.torch import save_file
 
     part = {name: x for name, x in off.weights(tmp_path / "model").items() if "layers.1.mlp" not in name}
@@ -258,7 +258,7 @@ def test_a_head_of_another_size_and_a_model_that_is_not_whole_are_refused(tmp_pa
 def test_new_weights_depend_on_the_seed_alone(tmp_path):
     def start(*words: str) -> torch.Tensor:
         recipe = off.recipe(tmp_path, "reward_model", *words)
-        made = make(recipe, training_keywords(recipe, str(tmp_path / "x")), check(recipe, str(tmp_path / "x")), [])
+        made = make_trainer(recipe, str(tmp_path / "x"))
         return made.model.score.weight
 
     torch.rand(5)
@@ -275,7 +275,7 @@ def test_making_a_trainer_of_trl_tells_nobody(tmp_path, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     assert callable(RewardTrainer._send_telemetry)
     recipe = off.recipe(tmp_path, "reward_model")
-    made = make(recipe, training_keywords(recipe, str(tmp_path / "x")), check(recipe, str(tmp_path / "x")), [])
+    made = make_trainer(recipe, str(tmp_path / "x"))
     assert isinstance(made, RewardTrainer)
     assert told == []
     RewardTrainer._send_telemetry(made)
@@ -305,13 +305,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_run(tmp_path):
                 assert all(torch.equal(p, self.before[name]) for name, p in kwargs["model"].named_parameters())
 
     recipe = off.recipe(tmp_path, "token_reward_model")
-    plan = check(recipe, str(tmp_path / "one"))
-    made = make(recipe, training_keywords(recipe, str(tmp_path / "one")), plan, [Spoil({2})])
+    made = make_trainer(recipe, str(tmp_path / "one"), [Spoil({2})])
     made.train()
     counted = [entry["health/nonfinite_step"] for entry in made.state.log_history if "loss" in entry]
     assert counted == [0, 0, 1, 0, 0, 0]
     assert all(p.isfinite().all() for p in made.model.parameters())
-    made = make(recipe, training_keywords(recipe, str(tmp_path / "two")), plan, [Spoil({1, 2, 3})])
+    made = make_trainer(recipe, str(tmp_path / "two"), [Spoil({1, 2, 3})])
     with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
         made.train()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_rlhf.cli.runs.rollout_run import check, train
+from hf_rlhf.cli.runs.run import check, train
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
 from hf_rlhf.runtime import peak_memory
 from hf_rlhf.training.memory.estimate import Estimate
@@ -64,7 +64,7 @@ import json, sys, torch
 from pathlib import Path
 from hf_rlhf import memory
 from tests.integration.test_offline_memory import recipe, rows
-from hf_rlhf.cli.runs.rollout_run import train
+from hf_rlhf.cli.runs.run import train
 
 name, model, folder = sys.argv[1], *map(Path, sys.argv[2:])
 summary = train(recipe(name, model, rows(name, folder)), str(folder / "run"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rlhf import load_plugin
-from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.cli.runs.run import check
 from hf_rlhf.modeling import offload
 from hf_rlhf.modeling.offload import Keeper, ToFile, ToMainMemory, keeper, tensors_of
 from hf_rlhf.modeling.policy import ActorCritic

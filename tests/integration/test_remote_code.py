@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_rlhf.cli.runs.rollout_run import check, train
+from hf_rlhf.cli.runs.run import check, train
 from tests.helpers import dpo_runs as dpo
 from tests.helpers import offline_runs as off
 from tests.helpers import runs

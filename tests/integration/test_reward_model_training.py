@@ -12,10 +12,9 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from hf_rlhf import load_plugin
-from hf_rlhf.cli.runs.offline_run import make
-from hf_rlhf.cli.runs.rollout_run import check, training_keywords
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.testing import rollouts
+from hf_rlhf.training.offline.setup import make_trainer
 from hf_rlhf_plugins.trainer._measures import calibration_error, of_labels, of_pairs, of_values, wilson
 from tests.helpers import offline_runs as off
 from tests.helpers import runs
@@ -28,7 +27,7 @@ WHOLE = "training.per_device_eval_batch_size=64"
 def made(folder: Path, trainer: str, *words: str, given: Any = None) -> Any:
     """A trainer that has not trained, in float64, its head large enough to be seen."""
     recipe = off.recipe(folder, trainer, *words, given=given)
-    trainer_ = make(recipe, training_keywords(recipe, str(folder / "out")), check(recipe, str(folder / "out")), [])
+    trainer_ = make_trainer(recipe, str(folder / "out"))
     with torch.no_grad():
         trainer_.model.score.weight.mul_(30)
     return trainer_

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_rlhf import load_plugin
-from hf_rlhf.cli.runs.offline_run import make
-from hf_rlhf.cli.runs.rollout_run import check, train, training_keywords
+from hf_rlhf.cli.runs.run import train
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.data.prompts import load_prompts
 from hf_rlhf.data.sources import DatasetError
 from hf_rlhf.testing import conformance
+from hf_rlhf.training.offline.setup import make_trainer
 from tests.helpers import offline_runs as off
 from tests.helpers import sft_runs as sft
 from tests.helpers.models import CHAT_TEMPLATE, byte_tokenizer
@@ -232,7 +232,7 @@ def test_it_keeps_what_every_trainer_promises():
 
 def test_it_has_rows_of_the_quickstarts_task(tmp_path):
     chosen, out = load_recipe("sft"), str(tmp_path / "out")
-    trainer = make(chosen, training_keywords(chosen, out), check(chosen, out), [])
+    trainer = make_trainer(chosen, out)
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (7588, 512)
     with torch.no_grad():
         found = trainer.plugin.measure(trainer, trainer.eval_dataset.select(range(64)))

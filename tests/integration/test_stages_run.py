@@ -68,7 +68,7 @@ def test_each_stage_leaves_what_a_run_leaves_and_one_summary_holds_them(done):
 
 def test_a_stage_starts_from_what_an_earlier_one_left(done):
     """What the reward model's training moved least is near the fine-tuned model, not the first one; the critic has its head."""
-    from hf_rlhf.cli.runs.rollout_run import train
+    from hf_rlhf.cli.runs.run import train
 
     folder, _ = done
     staged = st.load_pipeline(st.write(folder))

@@ -55,7 +55,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = "from hf_rlhf.config.recipe import load_recipe\nfrom hf_rlhf.cli.runs.rollout_run import train\n"
+    code = "from hf_rlhf.config.recipe import load_recipe\nfrom hf_rlhf.cli.runs.run import train\n"
     code += f"train(load_recipe({str(tmp_path / 'two.yaml')!r}), {str(tmp_path / 'two')!r})"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     started: list[Any] = [

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_rlhf.cli.runs.offline_run import make
-from hf_rlhf.cli.runs.rollout_run import check, training_keywords
+from hf_rlhf.training.offline.setup import make_trainer
 from tests.helpers import offline_runs as off
 
 
@@ -36,9 +35,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         commands.append(
             f"train(load_recipe({str(tmp_path / trainer) + '.yaml'!r}), {str(tmp_path / trainer / 'two')!r})"
         )
-    code = (
-        "from hf_rlhf.config.recipe import load_recipe\nfrom hf_rlhf.cli.runs.rollout_run import train\n"
-        + "\n".join(commands)
+    code = "from hf_rlhf.config.recipe import load_recipe\nfrom hf_rlhf.cli.runs.run import train\n" + "\n".join(
+        commands
     )
     env = {
         **os.environ,
@@ -73,6 +71,6 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 def start(folder: Path, trainer: str, *words: str) -> list[torch.Tensor]:
     recipe = off.recipe(folder, trainer, *words)
-    first = make(recipe, training_keywords(recipe, str(folder / "x")), check(recipe, str(folder / "x")), [])
+    first = make_trainer(recipe, str(folder / "x"))
     first.model.save_pretrained(folder / "start")
     return list(off.weights(folder / "start").values())

@@ -152,8 +152,6 @@ def check(
     It takes what `train` takes.
     """
     from hf_rlhf.cli.runs.pipeline import is_pipeline
-    from hf_rlhf.cli.runs.rollout_run import check as make_plan
-    from hf_rlhf.cli.runs.rollout_run import choose_output_dir
 
     given = [*(words or []), *context.args]
     name = config or recipe
@@ -166,6 +164,9 @@ def check(
         return
     with output_to_stderr(as_json):
         chosen = read(recipe, config, given, model, dataset, seed, max_steps)
+        from hf_rlhf.cli.runs.run import check as make_plan
+        from hf_rlhf.cli.runs.run import choose_output_dir
+
         plan = make_plan(chosen, str(choose_output_dir(output_dir, chosen.name, False)))
     if as_json:
         print_json({"recipe": chosen.name, **plan.as_dict()})
@@ -205,6 +206,10 @@ def train(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the model.")
     ] = False,
+    forecast: Annotated[
+        bool,
+        typer.Option("--plan", help="Add a memory forecast to the plan, as in `check`, and train; takes some seconds."),
+    ] = False,
     config: Config = None,
     plugin: PluginOptions = None,
 ) -> None:
@@ -215,10 +220,10 @@ def train(
     Precedence, the last wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in their order,
     flags.
     """
-    from hf_rlhf.cli.runs.rollout_run import train as run
-
     chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
+    from hf_rlhf.cli.runs.run import train as run  # after the names are checked: it imports torch
+
     where: str | bool = resume
     if resume_from_checkpoint is not None:
         where = {"true": True, "false": False}.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
-    run(chosen, output_dir, where, trust_remote_code)
+    run(chosen, output_dir, where, trust_remote_code, forecast)

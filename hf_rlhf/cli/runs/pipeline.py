@@ -111,16 +111,16 @@ def load_pipeline(name_or_path: str | Path, words: Iterable[str] = (), seed: int
     return Pipeline(name=name, stages=stages)
 
 
-def check_stages(staged: Pipeline, root: Path) -> dict[str, Plan]:
-    """Stage -> its plan. Raises `UserError` with what is refused in any stage; loads no model."""
-    from hf_rlhf.cli.runs.rollout_run import check
+def check_stages(staged: Pipeline, root: Path, forecast: bool = True) -> dict[str, Plan]:
+    """Return the plan of each stage without loading a model. Raises `UserError` with every refusal of any stage."""
+    from hf_rlhf.cli.runs.run import check
 
     plans, refused = {}, []
     for stage in staged.stages:
         recipe = stage.placed(root)
         recipe.model = _first_model(staged, stage, recipe)
         try:
-            plan = plans[stage.name] = check(recipe, str(root / stage.name))
+            plan = plans[stage.name] = check(recipe, str(root / stage.name), forecast=forecast)
         except UserError as error:
             refused.append(f"stage {stage.name}: {error}")
             continue

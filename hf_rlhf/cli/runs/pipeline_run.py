@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_rlhf.cli.runs.pipeline import Pipeline, PipelineStage, check_named, check_stages
-from hf_rlhf.cli.runs.rollout_run import OWN_FILES, train
+from hf_rlhf.cli.runs.run import OWN_FILES, train, unused
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.signals import only_run_in
@@ -41,17 +41,14 @@ def choose_root(asked: str | None, name: str, resume: bool) -> Path:
         raise UserError(
             f"{folder} holds a run already: leave --no-resume out to go on with it, or say another --output-dir"
         )
-    number = 2
-    while (Path("outputs") / f"{name}-{number}").exists():
-        number += 1
-    return Path("outputs") / f"{name}-{number}"
+    return unused(Path("outputs"), name)
 
 
 def run_stages(staged: Pipeline, root: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Runs what is left of the stages; the summary that is also written to summary.json. Raises `UserError` before any model
     is loaded where a stage is refused, or is not the one that was begun in this folder."""
     check_named(staged)
-    check_stages(staged, root)
+    check_stages(staged, root, forecast=False)
     with only_run_in(root):
         return _run_stages(staged, root, trust_remote_code)
 

@@ -1,5 +1,4 @@
-"""What a run adds to any class of Trainer: checkpoints that are whole or do not count, the plugin's metrics with every
-evaluation, steps that are not finite left out."""
+"""Mixin for any Trainer class: files and checkpoints of a run, the plugin's metrics, non-finite steps skipped."""
 
 from __future__ import annotations
 
@@ -10,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_rlhf.config.recipe_yaml import write_yaml
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.metrics import metrics_of_trainer
+from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.trackers import install
+from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.training.offline.trl_compat import Quiet, unrounded
+from hf_rlhf.training.run_trainer import RunTrainer
 
 if TYPE_CHECKING:
     import datasets
@@ -28,14 +29,14 @@ MOST_BAD_STEPS = 3
 
 
 class FiniteSteps(TrainerCallback):
-    """Leaves out optimizer steps whose gradient is not finite; three in a row end the run."""
+    """Skip optimizer steps whose gradient is not finite; three in a row end the run."""
 
     def __init__(self) -> None:
         self.left_out = 0
         self.in_a_row = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops the gradient: the optimizer then changes no weight and no moment."""
+        """Drop the gradient, so that the optimizer changes no weight and no moment."""
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         if not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
             self.in_a_row = 0
@@ -51,23 +52,19 @@ class FiniteSteps(TrainerCallback):
             parameter.grad = None
 
 
-class Run(Quiet, Trainer):
-    """In front of a Trainer class: what a run adds."""
+class OfflineRun(Quiet, RunTrainer):
+    """Mixin in front of a Trainer class: what a run adds to it."""
 
     plugin: OfflineTrainer
-    record: dict[str, Any]
-    run_log: RunLog
     finite: FiniteSteps
+    longest: int
+    """Tokens of the longest row."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own. A checkpoint of the last step is loaded, and nothing is trained."""
-        if resume_from_checkpoint:
-            folder = str(resume_from_checkpoint)
-            if checkpoint_manifest.read_manifest(Path(folder))["step"] >= self._last_step():
-                self._load_from_checkpoint(folder)
-                self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
-                return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def check_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Return the manifest of a checkpoint that this run can resume from; raise `CheckpointError` for any other."""
+        manifest = checkpoint_manifest.verify(folder)
+        checkpoint_manifest.check_same_run(folder, manifest, self.record, self.args.world_size)
+        return manifest
 
     def _last_step(self) -> int:
         if self.args.max_steps > 0:
@@ -83,7 +80,7 @@ class Run(Quiet, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Trainer's own, and what the plugin measures."""
+        """Evaluate as Trainer does, and add what the plugin measures."""
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -97,34 +94,51 @@ class Run(Quiet, Trainer):
         return output
 
     def _forget_preparation(self) -> None:
-        """Of an evaluation before training: the model would count as prepared, training would not wrap it, and processes would
-        silently not share their gradients."""
+        """Undo the preparation of an evaluation before training.
+
+        The model would count as prepared, training would not wrap it, and processes would silently not share gradients.
+        """
         model: Any = self.model
         self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.accelerator._models.clear()
         model._is_accelerate_prepared = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's own, with the number of steps left out since the last entry."""
+        """Log, with the number of steps skipped since the last entry."""
         if "loss" in logs:
             logs["health/nonfinite_step"] = self.finite.left_out
             self.finite.left_out = 0
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's own, then the manifest; older checkpoints go only after it is whole."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with checkpoint_manifest.written_whole(folder, self.args) as limit:
-            super()._save_checkpoint(model, trial)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a checkpoint's model as Trainer does; at the end, save model, tokenizer and card, and `summary.json`.
+
+        At the end an adapter is merged unless `model.save_merged` is false.
+        """
+        if _internal_call and output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.is_world_process_zero():
+            folder = Path(output_dir or self.output_dir)
+            model = self.accelerator.unwrap_model(self.model)
+            adapted = hasattr(model, "peft_config")
+            whole = adapted and self.record["recipe"]["model"].get("save_merged") is not False
+            (save_merged if whole else type(model).save_pretrained)(model, folder)
+            if adapted:
+                drop_other_form(folder, whole)
+            self.processing_class.save_pretrained(folder)
+            self.create_model_card()
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            facts = {"step": self.state.global_step, "processes": self.args.world_size}
-            checkpoint_manifest.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.record})
-            checkpoint_manifest.rotate(folder, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        self._saves_checkpoint = False
+        self._write_summary()
+
+    def close(self) -> None:
+        """Finish writing, and close the plugin."""
+        super().close()
+        self.plugin.close()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """README.md with the recipe and the versions."""
+        """Write README.md with the recipe and the versions."""
         if not self.is_world_process_zero():
             return
         base = self.record["recipe"]["model"]["path"]
@@ -151,10 +165,10 @@ def factory(
     evaluation: datasets.Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Any:
-    """`Materials.trainer`: makes a Trainer class with what a run adds, of this model, tokenizer and data."""
+    """Return `Materials.trainer`, which makes a Trainer class with `OfflineRun` in front, of this model, tokenizer and data."""
 
     def trainer(cls: type[Trainer], args: Any, **options: Any) -> Trainer:
-        kind: Any = type(cls.__name__, (Run, cls), {"plugin": plugin, "record": record})
+        kind: Any = type(cls.__name__, (OfflineRun, cls), {"plugin": plugin, "record": record})
         run_log, finite = RunLog(args.output_dir, record), FiniteSteps()
         with unrounded(model):
             made = kind(
@@ -166,7 +180,7 @@ def factory(
                 callbacks=[finite, *callbacks, run_log],
                 **options,
             )
-        made.run_log, made.finite = run_log, finite
+        made.run_log, made.finite, made.meters = run_log, finite, MetricAggregator(made.args.device)
         if plugin.head != "causal":  # a classifier's own loss is a mean over its micro-batch, whatever it is told
             made.model_accepts_loss_kwargs = False
         made.remove_callback(PrinterCallback)
@@ -177,7 +191,7 @@ def factory(
 
 
 def complete(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords, and TrainingArguments' defaults of the rest: a subclass may have others."""
+    """Return the keywords over TrainingArguments' own defaults: a subclass may have other defaults."""
     from transformers import TrainingArguments
 
     plain = {

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from hf_rlhf import load_plugin
-from hf_rlhf.cli.runs.offline_run import make
-from hf_rlhf.cli.runs.rollout_run import check, training_keywords
 from hf_rlhf.config.offline_sections import OfflineDataset
 from hf_rlhf.data.offline_rows import read_rows
+from hf_rlhf.training.offline.setup import make_trainer
 from tests.contract.setting_effects.base import EFFECTS, FOLDER, SettingEffect, dataset_folder
 from tests.helpers import offline_runs as off
 
@@ -21,7 +20,7 @@ def trainer_with(folder: Path, name: str, setting: str, value: Any) -> Any:
     settings = {**recipe.raw["trainer"], setting: value}
     recipe.plugins["trainer"] = load_plugin("trainer", settings.pop("use"), **settings)
     out = str(folder / "out")
-    return make(recipe, training_keywords(recipe, out), check(recipe, out), [])
+    return make_trainer(recipe, out)
 
 
 def first_loss(name: str, setting: str) -> Any:

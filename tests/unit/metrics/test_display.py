@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hf_rlhf.cli.runs.rollout_run import check
+from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.metrics.console import LiveProgress, _short, number, show_plan, show_result
 from tests.helpers.paths import environment

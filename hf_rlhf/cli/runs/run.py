@@ -1,0 +1,183 @@
+"""One run of a recipe, with or without rollouts: build its trainer, evaluate, train, evaluate, save."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.config.recipe import OfflineRecipe
+from hf_rlhf.runtime.checkpoint_manifest import CheckpointError, newest
+from hf_rlhf.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from hf_rlhf.config.plan import Plan
+    from hf_rlhf.config.recipe import Recipe
+    from hf_rlhf.runtime.signals import StopOnSignal
+    from hf_rlhf.training.run_trainer import RunTrainer
+
+OWN_FILES = ("summary.json", "metrics.jsonl", "recipe.yaml")
+
+
+def check(
+    recipe: Recipe, output_dir: str | None = None, trust_remote_code: bool = False, forecast: bool = True
+) -> Plan:
+    """Return the plan of a recipe on this many processes, with a memory forecast unless told otherwise; load no model.
+
+    The forecast runs code that comes with the model only with `trust_remote_code`. Raises `UserError` with every reason for
+    refusal.
+    """
+    args = recipe.training_arguments(output_dir)
+    try:
+        if isinstance(recipe, OfflineRecipe):
+            from hf_rlhf.training.offline import setup as offline
+
+            plan = offline.check_recipe(recipe, args)
+            if forecast:
+                offline.estimate_memory(plan, recipe, args, trust_remote_code=trust_remote_code)
+        else:
+            from hf_rlhf.training import setup
+
+            plan = setup.check_recipe(recipe, args)
+            if forecast:
+                known = {"trust_remote_code": trust_remote_code}
+                setup.estimate_memory(plan, recipe.algorithm(), args, recipe.sections, **known)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return plan
+
+
+def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Path:
+    """Return the folder of this run. Raises `UserError` where it contains another run that is not resumed."""
+    if asked is None and isinstance(resume, str):
+        return Path(resume).resolve().parent
+    # agents of a sweep may start at the same time
+    own = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    folder = Path(asked) if asked else Path("outputs") / (f"{recipe}-{own}" if own else recipe)
+    taken = any((folder / name).exists() for name in OWN_FILES) or any(folder.glob("checkpoint-*"))
+    if resume or not taken:
+        return folder
+    if asked:
+        raise UserError(
+            f"{folder} already contains a run. Pass --resume to continue it, or choose another --output-dir"
+        )
+    return unused(Path("outputs"), recipe)
+
+
+def unused(parent: Path, name: str) -> Path:
+    """Return `parent/name-2`, or with the first higher number that is not taken."""
+    number = 2
+    while (parent / f"{name}-{number}").exists():
+        number += 1
+    return parent / f"{name}-{number}"
+
+
+def train(
+    recipe: Recipe,
+    output_dir: str | None = None,
+    resume: str | bool = False,
+    trust_remote_code: bool = False,
+    forecast: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe and return the content of summary.json. Raises `UserError` before the model is loaded.
+
+    `resume` is a checkpoint, or True for the newest one. `forecast` adds the memory forecast to the plan.
+    """
+    from hf_rlhf.runtime.signals import StopOnSignal, only_run_in
+
+    folder = choose_output_dir(output_dir, recipe.name, resume)
+    try:
+        checkpoint = str(newest(folder)) if resume is True else resume or None
+        with only_run_in(folder), StopOnSignal() as stop:
+            return _train(recipe, folder, checkpoint, trust_remote_code, forecast, stop)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    checkpoint: str | None,
+    trust_remote_code: bool,
+    forecast: bool,
+    stop: StopOnSignal,
+) -> dict[str, Any]:
+    from transformers.utils import logging as transformers_logging
+
+    from hf_rlhf.metrics.console import OFFLINE_SHOWN, SHOWN, LiveProgress, console, show_plan, show_result
+
+    transformers_logging.disable_progress_bar()
+    out, offline = console(), isinstance(recipe, OfflineRecipe)
+    progress = LiveProgress(out, OFFLINE_SHOWN if offline else SHOWN)
+    trainer = build_trainer(recipe, str(folder), [progress, stop], trust_remote_code)
+    try:
+        if forecast:
+            _forecast_memory(trainer, recipe, trust_remote_code)
+        if trainer.is_world_process_zero():
+            show_plan(trainer.plan, out)
+        samples: dict[str, Any] = {}
+        if checkpoint is None:
+            samples["before"] = _evaluate(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        stop.check(folder)
+        samples["after"] = _evaluate(trainer)
+        trainer.save_model(str(folder))
+        summary = trainer.summary
+        assert summary is not None
+        if trainer.is_world_process_zero():
+            show_result(summary, samples, out, trained=recipe.trainer() if isinstance(recipe, OfflineRecipe) else None)
+        return summary
+    finally:
+        progress.stop()
+        trainer.close()
+
+
+def build_trainer(recipe: Recipe, output_dir: str, callbacks: list[Any], trust_remote_code: bool = False) -> RunTrainer:
+    """Check the recipe, load its model and return its trainer: the one place where recipes with and without rollouts differ.
+
+    Raises `UserError` for what is refused.
+    """
+    from transformers import PrinterCallback
+
+    try:
+        if isinstance(recipe, OfflineRecipe):
+            from hf_rlhf.training.offline.setup import make_trainer
+
+            return make_trainer(recipe, output_dir, callbacks, trust_remote_code)
+        from hf_rlhf.training.trainer import RLHFTrainer
+
+        args = recipe.training_arguments(output_dir)
+        trainer = RLHFTrainer(None, recipe, args, callbacks=callbacks, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _evaluate(trainer: RunTrainer) -> Any:
+    """Evaluate where there are held-out rows, and return the completions."""
+    if trainer.eval_dataset is None:
+        return []
+    trainer.evaluate()
+    return trainer.samples
+
+
+def _forecast_memory(trainer: Any, recipe: Recipe, trust_remote_code: bool) -> None:
+    """Add the memory forecast to the trainer's plan and to the record of its run."""
+    plan = trainer.plan
+    if isinstance(recipe, OfflineRecipe):
+        from hf_rlhf.training.offline import setup as offline
+
+        known: dict[str, Any] = {"tokens": trainer.longest, "trust_remote_code": trust_remote_code}
+        offline.estimate_memory(plan, recipe, trainer.args, **known)
+    else:
+        from hf_rlhf.data.prompts import Prompts
+        from hf_rlhf.training import setup
+
+        parts = trainer.parts
+        longest = max(map(len, parts.train.ids)) if isinstance(parts.train, Prompts) else None
+        if parts.dataset_settings.max_prompt_tokens is not None:
+            longest = None
+        known = {"model": parts.model, "prompt_tokens": longest, "trust_remote_code": trust_remote_code}
+        setup.estimate_memory(plan, parts.algorithm, trainer.args, parts.sections, **known)
+    trainer.record["plan"] |= {"memory": plan.memory, "memory_notes": plan.memory_notes}
