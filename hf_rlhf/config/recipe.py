@@ -398,15 +398,19 @@ class _Reader:
             return {}
         if not given:
             return {}
-        from transformers import TrainingArguments
+        from hf_rlhf.config.training_arguments import argument_names
 
-        names = setting_types(TrainingArguments)
-        kept = {}
-        for key, value in given.items():
+        names, before = argument_names(), len(self.problems)
+        for key in given:
             if key not in names:
                 text = f"transformers.TrainingArguments has no such setting.{did_you_mean(key, names)}"
                 self.refuse(f"training.{key}", text)
-                continue
+        if self.host.only_names or len(self.problems) > before:
+            return dict(given)
+        from transformers import TrainingArguments
+
+        kept = {}
+        for key, value in given.items():
             try:
                 number = checked(TrainingArguments, key, value)
             except ValueError as error:

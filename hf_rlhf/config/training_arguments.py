@@ -5,11 +5,16 @@ The tables in docs/training_arguments.md are made from this module.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import os
+import re
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.registry.discovery import source_of
 from hf_rlhf.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,6 +108,23 @@ DECISIVE = (
 
 NOT_IN_RECIPE = ("output_dir", "logging_dir", "resume_from_checkpoint", "hub_token", "run_name", "local_rank")
 """Arguments that `recipe.yaml` does not keep."""
+
+
+@functools.cache
+def argument_names() -> list[str]:
+    """Return the fields of TrainingArguments, read from its source: importing it imports torch."""
+    if "transformers.training_args" in sys.modules:
+        return [
+            f.name for f in dataclasses.fields(sys.modules["transformers.training_args"].TrainingArguments) if f.init
+        ]
+    tree = ast.parse(source_of("transformers.training_args"))
+    (cls,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    annotated = (node for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+    return [
+        node.target.id  # type: ignore[union-attr]
+        for node in annotated
+        if not {"ClassVar", "init=False"} & set(re.findall(r"ClassVar|init=False", ast.unparse(node)))
+    ]
 
 
 class ArgumentError(ValueError):

@@ -53,6 +53,9 @@ class Host:
     variable HF_RLHF_DISABLE_PLUGINS when left out.
     """
 
+    only_names = False
+    """Whether its classes are stand-ins, whose settings take any value (`hf_rlhf.config.outline`)."""
+
     def __init__(self, *, disable: str | None = None) -> None:
         self._manager = pluggy.PluginManager("hf_rlhf")
         self._manager.add_hookspecs(hookspecs)

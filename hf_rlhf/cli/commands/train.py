@@ -78,11 +78,9 @@ def _override(flag: str, value: str) -> str:
         return "model.lora={}" if value != "false" else "model.lora=null"
     key = FLAGS.get(flag)
     if key is None:
-        import dataclasses
+        from hf_rlhf.config.training_arguments import argument_names
 
-        from transformers import TrainingArguments
-
-        fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+        fields = argument_names()
         if flag not in fields:
             known = [*FLAGS, "use_peft", "resume", "trust_remote_code", *fields]
             raise UserError(
@@ -103,6 +101,7 @@ def read(
     max_steps: int | None,
 ) -> Any:
     """The recipe with what the command line says of it."""
+    from hf_rlhf.config.outline import check_names
     from hf_rlhf.config.recipe import load_recipe
 
     words = list(words)
@@ -120,6 +119,7 @@ def read(
         overrides += [f"{key}={json.dumps(value)}"] if value is not None else []
     for key, number in (("training.seed", seed), ("training.max_steps", max_steps)):
         overrides += [f"{key}={number}"] if number is not None else []
+    check_names(name, overrides)
     return load_recipe(name, overrides)
 
 
