@@ -84,6 +84,8 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 
 def _inherited(module: str, name: str) -> Settings | None:
     """Return the settings of a class and its bases, in the order of a dataclass; None where a base is not found."""
+    if name == "ABC":
+        return {}
     if module == axes.__name__:
         base = getattr(axes, name, None)
         if isinstance(base, type) and issubclass(base, Plugin):
@@ -91,7 +93,7 @@ def _inherited(module: str, name: str) -> Settings | None:
                 setting.name: (setting_types(base)[setting.name], dict(setting.metadata))
                 for setting in settings_of(base)
             }
-        return {} if name == "ABC" else None
+        return None
     cls = _classes(module).get(name)
     if cls is None:
         origin = _imported_from(module, name)

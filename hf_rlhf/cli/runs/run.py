@@ -148,6 +148,8 @@ def build_trainer(recipe: Recipe, output_dir: str, callbacks: list[Any], trust_r
 
         args = recipe.training_arguments(output_dir)
         trainer = RLHFTrainer(None, recipe, args, callbacks=callbacks, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     trainer.remove_callback(PrinterCallback)

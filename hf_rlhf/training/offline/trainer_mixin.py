@@ -126,7 +126,8 @@ class OfflineRun(Quiet, RunTrainer):
             (save_merged if whole else type(model).save_pretrained)(model, folder)
             if adapted:
                 drop_other_form(folder, whole)
-            self.processing_class.save_pretrained(folder)
+            tokenizer: Any = self.processing_class
+            tokenizer.save_pretrained(folder)
             self.create_model_card()
         self.accelerator.wait_for_everyone()
         self._saves_checkpoint = False
