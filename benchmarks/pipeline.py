@@ -1,4 +1,4 @@
-"""The classic pipeline on the quickstart's task: what each stage of `hf-rlhf run instructgpt` reaches.
+"""The classic pipeline on the quickstart's task: what each stage of `hf-rlhf pipeline instructgpt` reaches.
 
 `python -m benchmarks.pipeline [--seeds N] [--page]`
 
@@ -39,7 +39,7 @@ def run(folder: Path, words: list[str]) -> tuple[dict[str, Any], float]:
     """The summary of a run, and its seconds from start to end."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
-    command = [sys.executable, "-m", "hf_rlhf", "run", "instructgpt", "--output-dir", str(folder), *words]
+    command = [sys.executable, "-m", "hf_rlhf", "pipeline", "instructgpt", "--output-dir", str(folder), *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
     return json.loads((folder / "summary.json").read_text()), time.perf_counter() - started
 
@@ -101,7 +101,7 @@ def page(result: dict[str, Any]) -> str:
         "# Pipeline",
         f"`{result['command']}`: supervised fine-tuning, a reward model and PPO on the quickstart's task, 512 held-out "
         f"problems. One core, torch {versions['torch']}, transformers {versions['transformers']}, trl {versions['trl']}. "
-        f"`hf-rlhf run instructgpt` took {result['seconds']:.0f} s from start to end, beside other work on the machine.",
+        f"`hf-rlhf pipeline instructgpt` took {result['seconds']:.0f} s from start to end, beside other work on the machine.",
         "| stage | steps | seconds | held out | before | after |\n| --- | --- | --- | --- | --- | --- |\n"
         + "\n".join(
             [

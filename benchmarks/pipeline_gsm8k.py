@@ -1,4 +1,4 @@
-"""`hf-rlhf run instructgpt` on GSM8K from nothing: what each stage reaches on problems that no stage has seen.
+"""`hf-rlhf pipeline instructgpt` on GSM8K from nothing: what each stage reaches on problems that no stage has seen.
 
 `python -m benchmarks.pipeline_gsm8k [--source GSM8K] [--run FOLDER] [--page]`
 
@@ -96,7 +96,7 @@ def page(result: dict[str, Any]) -> str:
     seconds = f"{result['seconds']:.0f} s of processor time" if result["seconds"] else "processor time not taken"
     text = [
         "# GSM8K from nothing",
-        f"`{result['command']}`: `hf-rlhf run instructgpt` over the rows and the model that "
+        f"`{result['command']}`: `hf-rlhf pipeline instructgpt` over the rows and the model that "
         "[examples/gsm8k_pipeline.py](../../examples/gsm8k_pipeline.py) makes: a Llama of 1.1 million new weights, whose "
         f"tokenizer is trained on the training rows. {seconds} on one core, beside other work; torch "
         f"{versions['torch']}, transformers {versions['transformers']}, trl {versions['trl']}. Everything is measured on "

@@ -23,7 +23,7 @@ A setting is looked for in five places. A later one wins over an earlier one, wh
 | 4. overrides, in the order in which they are typed | `training.run_name=third` |
 | 5. flags, in the order in which they are typed; `--model`, `--dataset`, `--seed` and `--max-steps` last | `--run_name fourth` |
 
-So `hf-rlhf train grpo --temperature 0.7 rollout.temperature=1` samples at 0.7. In `hf-rlhf run`, `--seed` wins over every
+So `hf-rlhf train grpo --temperature 0.7 rollout.temperature=1` samples at 0.7. In `hf-rlhf pipeline`, `--seed` wins over every
 `STAGE.training.seed`. `-p` adds to what `HF_RLHF_DISABLE_PLUGINS` turned off and cannot turn it on again; the plugins of a
 file named by `-p` are there in any case. `--traceback` wins over `HF_RLHF_TRACEBACK=0`. What has no key in a recipe, such
 as `HF_TOKEN` or `WANDB_MODE`, comes from the environment alone."""

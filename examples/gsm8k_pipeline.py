@@ -1,4 +1,4 @@
-"""`hf-rlhf run instructgpt` on GSM8K, with a small model that knows nothing beforehand.
+"""`hf-rlhf pipeline instructgpt` on GSM8K, with a small model that knows nothing beforehand.
 
     python examples/gsm8k_pipeline.py GSM8K OUTPUT [--steps SFT RM PPO] [STAGE.KEY=VALUE]...
 
@@ -12,7 +12,7 @@ solutions, and solutions of two models that say whether they are correct). Writt
     ppo_train.jsonl, ppo_test.jsonl      prompt, answer
     model/                               a Llama of 1.1 million weights, all of them new, and a byte-level BPE tokenizer
                                          trained on sft_train.jsonl
-    run/                                 what `hf-rlhf run` leaves
+    run/                                 what `hf-rlhf pipeline` leaves
 
 and the command is printed. A fifth of the problems with graded solutions is the test side of all three stages; no stage
 trains on them. The policy is trained on the reward model's score alone: `rewards.numeric`, which reads the answer, has weight 0.
@@ -126,7 +126,7 @@ def save_model(texts: Path, folder: Path) -> None:
 
 
 def overrides(folder: Path, steps: Sequence[int]) -> list[str]:
-    """STAGE.KEY=VALUE of `hf-rlhf run instructgpt` over what `prepare` and `save_model` wrote."""
+    """STAGE.KEY=VALUE of `hf-rlhf pipeline instructgpt` over what `prepare` and `save_model` wrote."""
     sft, rm, ppo = steps
     chosen: dict[str, str | dict[str, Any] | list[Any]] = {
         "sft.model.path": str(folder / "model"),
@@ -167,7 +167,7 @@ def main() -> None:
         for name, count in prepare(options.source, folder).items():
             print(f"{folder / name}: {count} rows")
         save_model(folder / "sft_train.jsonl", folder / "model")
-    command = ["run", "instructgpt", "--output-dir", str(folder / "run"), *overrides(folder, options.steps)]
+    command = ["pipeline", "instructgpt", "--output-dir", str(folder / "run"), *overrides(folder, options.steps)]
     command += options.words
     print(shlex.join(["hf-rlhf", *command]), flush=True)
     sys.exit(subprocess.call([sys.executable, "-m", "hf_rlhf", *command], env={**os.environ, "HF_HUB_OFFLINE": "1"}))

@@ -26,7 +26,7 @@ EXIT_CODES = (
 )
 """Exit code and its meaning. Other signals give 128 + their number."""
 
-FIRST = ("train", "check", "run", "recipes", "plugins", "show", "explain", "lab", "score", "serve-reward")
+FIRST = ("train", "check", "pipeline", "recipes", "plugins", "show", "explain", "lab", "score", "serve-reward")
 """The order in which help lists commands; others follow."""
 
 

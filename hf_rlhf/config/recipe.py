@@ -235,7 +235,7 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
 def _refuse_stages(raw: Mapping[str, Any], name: str) -> None:
     if STAGES in raw:
         raise UserError(
-            f"{name} has stages ({', '.join(raw[STAGES] or ())}), each with a recipe of its own: `hf-rlhf run {name}` runs "
+            f"{name} has stages ({', '.join(raw[STAGES] or ())}), each with a recipe of its own: `hf-rlhf pipeline {name}` runs "
             f"them, and `hf-rlhf check {name}` checks them"
         )
 

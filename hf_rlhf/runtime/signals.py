@@ -25,7 +25,7 @@ class StoppedError(UserError):
         self.code = 128 + number
         super().__init__(
             f"stopped by {signal.Signals(number).name} after step {step}, whose checkpoint is in {folder}: "
-            "`hf-rlhf train --resume` goes on, and so does the same `hf-rlhf run`"
+            "`hf-rlhf train --resume` goes on, and so does the same `hf-rlhf pipeline`"
         )
 
 

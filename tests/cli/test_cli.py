@@ -124,7 +124,7 @@ def commands() -> dict[str, Any]:
 
 COMMANDS = commands()
 EXAMPLES = [line for command in COMMANDS.values() for line in examples_of(command)]
-PARSED_ALONE = ("serve-reward", "run", "dashboard")
+PARSED_ALONE = ("serve-reward", "pipeline", "dashboard")
 """Commands that run long: their examples are parsed, and what they name is looked at where that is cheap."""
 
 
@@ -157,7 +157,7 @@ def test_every_example_of_help_runs(line, run, place):
     alone = words[0] in PARSED_ALONE or "--all" in words or words[:2] == ["plugins", "check"]
     if words[0] == "train" or alone:
         parsed(words)
-    if words[0] == "run":
+    if words[0] == "pipeline":
         load_pipeline(words[1], [word for word in words if "=" in word])
     if words[0] == "serve-reward":
         words = ["score", *words[1:2], *(w for w in words[2:] if "=" in w), "--dataset", "solutions.jsonl"]

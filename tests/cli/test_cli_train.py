@@ -269,7 +269,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["grpo", "rollout.prompts=100"], "rollout.prompts=100 and the dataset has 45 rows"),
         (["grpo", "--gradient_accumulation_steps", "2"], "gradient_accumulation_steps=2 is refused"),
         (["grpo", "--resume"], "nothing to resume"),
-        ([], "which recipe?"),
+        ([], "a recipe is missing"),
     ],
     ids=lambda x: " ".join(x[-2:]) if isinstance(x, list) else "",
 )

@@ -212,7 +212,7 @@ def brief(words: list[str]) -> list[str]:
     """A command that ends soon: what trains is checked, and what a server would serve is checked too."""
     if words[0] == "train":
         return without_training(words)
-    return ["check", words[1]] if words[0] in ("serve-reward", "run") else words
+    return ["check", words[1]] if words[0] in ("serve-reward", "pipeline") else words
 
 
 @pytest.mark.parametrize("page", WRITTEN_BY_HAND, ids=TITLES)

@@ -1,4 +1,4 @@
-"""`hf-rlhf run` in processes of its own: killed and started again, printed, and its runs in W&B."""
+"""`hf-rlhf pipeline` in processes of its own: killed and started again, printed, and its runs in W&B."""
 
 from __future__ import annotations
 

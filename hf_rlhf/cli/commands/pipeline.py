@@ -1,4 +1,4 @@
-"""`run`, and `check` of a staged recipe."""
+"""`pipeline`, and `check` of a pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A staged recipe: name, package/name, or YAML file.",
+        help="A recipe with stages: name, package/name, or YAML file.",
         autocompletion=completion.staged_names,
     ),
 ]
@@ -31,32 +31,33 @@ Words = Annotated[
 
 
 @app.command(
-    short_help="Run a staged recipe, such as instructgpt.",
+    short_help="Run a recipe with stages, such as instructgpt.",
     epilog=examples(
-        "hf-rlhf run instructgpt",
-        "hf-rlhf run instructgpt ppo.kl.0.beta=0.1 --seed 1",
-        "hf-rlhf run instructgpt ppo.recipe=grpo --output-dir outputs/instructgpt-grpo",
-        "hf-rlhf check instructgpt    # the plan of every stage; trains nothing",
+        "hf-rlhf pipeline instructgpt",
+        "hf-rlhf pipeline instructgpt ppo.kl.0.beta=0.1 --seed 1",
+        "hf-rlhf pipeline instructgpt ppo.recipe=grpo --output-dir outputs/instructgpt-grpo",
+        "hf-rlhf check instructgpt    # the plan of every stage, without training",
     ),
 )
-def run(
+def pipeline(
     name: Name,
     words: Words = None,
     output_dir: Annotated[
-        str | None, typer.Option("--output-dir", "--output_dir", help="Where the stages write; outputs/RECIPE.")
+        str | None,
+        typer.Option("--output-dir", "--output_dir", help="Folder of the stages; outputs/RECIPE by default."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="training.seed of every stage.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with what is in the output folder, or start anew.")
+        bool, typer.Option("--resume/--no-resume", help="Continue what is in the output folder, or start anew.")
     ] = True,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the models.")
     ] = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """Run a staged recipe, such as instructgpt: each stage starts from what earlier ones left behind.
+    """Run a recipe with stages, such as instructgpt: each stage starts from the output of earlier ones.
 
-    A run that was interrupted goes on where it was: finished stages are skipped, an unfinished one resumes.
+    An interrupted run continues where it stopped: finished stages are skipped, an unfinished one resumes.
     """
     from hf_rlhf.cli.runs.pipeline import load_pipeline
     from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
@@ -68,7 +69,7 @@ def run(
 def check_staged(
     name: str, words: Sequence[str], output_dir: str | None, seed: int | None, as_json: bool = False
 ) -> None:
-    """Print the plan of every stage, or why one is refused."""
+    """Print the plan of every stage, or why a stage is refused."""
     from pathlib import Path
 
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""`train` and `check`: flags and overrides to a recipe."""
+"""`train` and `check`: turn flags and overrides into a recipe."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ RecipeName = Annotated[
         autocompletion=completion.recipe_or_override,
     ),
 ]
-Model = Annotated[str | None, typer.Option("--model", "--model_name_or_path", help="Folder or Hub name of the policy.")]
+Model = Annotated[str | None, typer.Option("--model", "--model_name_or_path", help="Folder or Hub name of the model.")]
 Data = Annotated[
-    str | None, typer.Option("--dataset", "--dataset_name", help="File, folder or Hub name of the prompts.")
+    str | None, typer.Option("--dataset", "--dataset_name", help="File, folder or Hub name of the dataset.")
 ]
 OutputDir = Annotated[
-    str | None, typer.Option("--output-dir", "--output_dir", help="Where the run writes; outputs/RECIPE.")
+    str | None, typer.Option("--output-dir", "--output_dir", help="Folder of the run; outputs/RECIPE by default.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of rollouts, prompts and new weights.")]
-MaxSteps = Annotated[int | None, typer.Option("--max-steps", "--max_steps", help="Optimizer steps.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", "--max_steps", help="Number of optimizer steps.")]
 Config = Annotated[
     str | None,
     typer.Option(
         "--config",
-        help="The recipe, as TRL writes it: a YAML file or a name.",
+        help="The recipe, as in TRL: a YAML file or a name.",
         autocompletion=completion.recipe_names,
     ),
 ]
 
 
 def split_words(words: Sequence[str]) -> list[str]:
-    """Overrides from what typer left over: `key=value` as it is, then flags by FLAGS or as fields of TrainingArguments."""
+    """Return overrides: `key=value` words as they are, then flags, which are those of FLAGS or fields of TrainingArguments."""
     overrides: list[str] = []
     flags: list[str] = []
     rest = list(words)
@@ -100,7 +100,7 @@ def read(
     seed: int | None,
     max_steps: int | None,
 ) -> Any:
-    """The recipe with what the command line says of it."""
+    """Return the recipe with the command line's overrides, flags and options."""
     from hf_rlhf.config.outline import check_names
     from hf_rlhf.config.recipe import load_recipe
 
@@ -110,7 +110,7 @@ def read(
         recipe = None
     name = config or recipe
     if name is None:
-        raise UserError("which recipe? For instance `hf-rlhf train quickstart`; `hf-rlhf recipes` lists them")
+        raise UserError("a recipe is missing. For instance `hf-rlhf train quickstart`; `hf-rlhf recipes` lists them")
     overrides = split_words(words)
     if any(word.startswith("model.lora.") for word in overrides) and "model.lora={}" not in overrides:
         overrides.insert(0, "model.lora={}")
@@ -131,7 +131,7 @@ def read(
         "hf-rlhf check grpo advantages.use=leave_one_out kl.0.beta=0.1",
         "hf-rlhf check grpo --num_generations 16 --learning_rate 1e-6",
         "hf-rlhf check ppo --json",
-        "hf-rlhf check instructgpt ppo.recipe=grpo    # every stage of a staged recipe",
+        "hf-rlhf check instructgpt ppo.recipe=grpo    # every stage of a pipeline",
     ),
 )
 def check(
@@ -147,9 +147,9 @@ def check(
     as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """Print what a recipe would do, or why it is refused, without loading a model.
+    """Print what a recipe would do, with a memory forecast, or why it is refused; load no model.
 
-    It takes what `train` takes.
+    It takes the arguments of `train`.
     """
     from hf_rlhf.cli.runs.pipeline import is_pipeline
 
@@ -198,17 +198,17 @@ def train(
     seed: Seed = None,
     max_steps: MaxSteps = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint in the output folder.")
     ] = False,
     resume_from_checkpoint: Annotated[
-        str | None, typer.Option("--resume_from_checkpoint", "--resume-from", help="Go on from this checkpoint.")
+        str | None, typer.Option("--resume_from_checkpoint", "--resume-from", help="Resume from this checkpoint.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the model.")
     ] = False,
     forecast: Annotated[
         bool,
-        typer.Option("--plan", help="Add a memory forecast to the plan, as in `check`, and train; takes some seconds."),
+        typer.Option("--plan", help="Add the memory forecast of `check` to the printed plan, then train."),
     ] = False,
     config: Config = None,
     plugin: PluginOptions = None,
@@ -217,8 +217,7 @@ def train(
 
     Any field of TrainingArguments is a flag as well (--learning_rate 1e-6), and TRL's names work.
 
-    Precedence, the last wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in their order,
-    flags.
+    The last of these wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in order, flags.
     """
     chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
     from hf_rlhf.cli.runs.run import train as run  # after the names are checked: it imports torch

@@ -42,6 +42,8 @@ def check(
             if forecast:
                 known = {"trust_remote_code": trust_remote_code}
                 setup.estimate_memory(plan, recipe.algorithm(), args, recipe.sections, **known)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from error
     return plan
