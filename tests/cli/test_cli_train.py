@@ -286,7 +286,7 @@ def test_an_output_folder_in_use_is_refused(trained, place, monkeypatch, capsys)
     monkeypatch.chdir(place)
     before = (trained[0] / "metrics.jsonl").read_bytes()
     said = refused(monkeypatch, capsys, "out/recipe.yaml", "--output-dir", "out")
-    assert "out holds a run already: --resume goes on with it" in said
+    assert "out already contains a run. Pass --resume to continue it" in said
     assert (trained[0] / "metrics.jsonl").read_bytes() == before
 
 

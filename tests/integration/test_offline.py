@@ -223,7 +223,7 @@ def test_a_run_leaves_model_tokenizer_recipe_metrics_and_summary(tmp_path, capsy
     printed = capsys.readouterr().out
     assert "pairs/accuracy" in printed
     assert "use: reward_model, model:" in printed
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         off.run(tmp_path, "reward_model")
 
 

@@ -241,7 +241,7 @@ def test_a_folder_of_another_run_is_not_written_into(tmp_path, monkeypatch):
     (tmp_path / "outputs" / "tiny" / "stages.json").write_text("{}")
     assert choose_root(None, "tiny", True) == Path("outputs/tiny")
     assert choose_root(None, "tiny", False) == Path("outputs/tiny-2")
-    with pytest.raises(UserError, match="holds a run already: leave --no-resume out"):
+    with pytest.raises(UserError, match=r"already contains a run\. Leave --no-resume out"):
         choose_root("outputs/tiny", "tiny", False)
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "summary.json").write_text("{}")

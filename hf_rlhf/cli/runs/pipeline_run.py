@@ -39,7 +39,7 @@ def choose_root(asked: str | None, name: str, resume: bool) -> Path:
         return folder
     if asked:
         raise UserError(
-            f"{folder} holds a run already: leave --no-resume out to go on with it, or say another --output-dir"
+            f"{folder} already contains a run. Leave --no-resume out to continue it, or choose another --output-dir"
         )
     return unused(Path("outputs"), name)
 

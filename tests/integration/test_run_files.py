@@ -1,0 +1,189 @@
+"""Python and the command line: the same files, the same arguments, and no memory forecast that nobody asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PrinterCallback, TrainingArguments
+
+from hf_rlhf import RLHFTrainer, load_recipe
+from hf_rlhf.cli.runs.run import train
+from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.config.training_arguments import DEFAULTS
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.testing import tiny_policy
+from tests.helpers import offline_runs as off
+
+SMALL = ["rollout.prompts=4", "rollout.num_generations=4", "rollout.max_new_tokens=5", "evaluation.prompts=8"]
+TRAINING = ["training.max_steps=2", "training.use_cpu=true", "training.save_strategy=steps", "training.save_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    for part in tiny_policy():
+        part.save_pretrained(folder)
+    return folder
+
+
+def recipe(model: Path, *words: str) -> Recipe:
+    return load_recipe("quickstart", [f"model.path={model}", *SMALL, *TRAINING, *words])
+
+
+@pytest.fixture(scope="module")
+def both(model, tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a run from the command line and of one from Python."""
+    root = tmp_path_factory.mktemp("runs")
+    train(recipe(model), str(root / "command"))
+    chosen = recipe(model)
+    trainer = RLHFTrainer(None, chosen, chosen.training_arguments(str(root / "python")))
+    trainer.remove_callback(PrinterCallback)
+    trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    assert not (root / "python" / "summary.json").exists()
+    trainer.save_model()
+    trainer.close()
+    return root / "command", root / "python"
+
+
+def shape(value: Any) -> Any:
+    """Keys all the way down, and the types of numbers and texts."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items()}
+    return [shape(x) for x in value] if isinstance(value, list) else type(value)
+
+
+def test_python_leaves_the_files_of_the_command_line(both):
+    command, python = ({str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in both)
+    assert python == command - {".lock"}
+    assert {"recipe.yaml", "summary.json", "metrics.jsonl", "model.safetensors"} <= python
+    assert any(name.startswith("completions/") for name in python)
+
+
+def test_their_recipes_summaries_and_metrics_have_the_same_keys_and_numbers(both):
+    command, python = both
+    assert (python / "recipe.yaml").read_text() == (command / "recipe.yaml").read_text()
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in both]
+    assert shape(summaries[0]) == shape(summaries[1])
+    for key in ("recipe", "model", "dataset", "rows", "before", "after", "steps", "plan", "versions"):
+        assert summaries[0][key] == summaries[1][key], key
+    entries = [off.lines(folder) for folder in both]
+    assert [list(entry) for entry in entries[0]] == [list(entry) for entry in entries[1]]
+
+
+def test_a_resumed_run_in_python_keeps_before(both, model):
+    folder = both[1]
+    before = json.loads((folder / "summary.json").read_text())["before"]
+    chosen = recipe(model)
+    trainer = RLHFTrainer(None, chosen, chosen.training_arguments(str(folder)))
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    trainer.close()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["before"], summary["steps"]) == (before, 2)
+    assert summary == trainer.summary
+
+
+def test_recipe_yaml_holds_what_python_chose(model, tmp_path):
+    chosen = load_recipe("quickstart", [*SMALL, *TRAINING])
+    for name, args in (
+        ("own", chosen.training_arguments(str(tmp_path / "own"), max_steps=1, learning_rate=0.25)),
+        ("verbatim", TrainingArguments(str(tmp_path / "verbatim"), max_steps=1, learning_rate=0.25, use_cpu=True)),
+    ):
+        trainer = RLHFTrainer(str(model), chosen, args)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.close()
+        written = load_recipe(tmp_path / name / "recipe.yaml")
+        assert written.model.path == str(model)
+        again = written.training_arguments(str(tmp_path / name))
+        for field in ("max_steps", "learning_rate", *DEFAULTS, *chosen.training):
+            assert getattr(again, field) == getattr(args, field), field
+
+
+# Arguments
+
+
+def test_a_recipe_gives_its_training_over_the_defaults_and_under_what_is_passed(tmp_path):
+    chosen = load_recipe("grpo", ["training.learning_rate=0.5", "training.logging_steps=3", "training.seed=7"])
+    args = chosen.training_arguments(str(tmp_path), use_cpu=True, seed=9)
+    assert (args.output_dir, args.learning_rate, args.logging_steps, args.seed) == (str(tmp_path), 0.5, 3, 9)
+    assert args.per_device_train_batch_size == DEFAULTS["per_device_train_batch_size"]
+    assert chosen.training_arguments(use_cpu=True).output_dir == "outputs/grpo"
+    with pytest.raises(UserError, match=r"training: .*no_such"):
+        chosen.training_arguments(no_such=1)
+
+
+def test_without_args_the_trainer_uses_the_recipes(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = RLHFTrainer(None, recipe(model))
+    trainer.close()
+    assert (trainer.args.max_steps, trainer.args.logging_steps) == (2, 1)
+    assert trainer.args.output_dir == "outputs/quickstart"
+    assert not [remark for remark in trainer.plan.remarks if "TrainingArguments" in remark]
+
+
+def test_arguments_that_are_passed_are_taken_verbatim_and_one_remark_lists_where_they_differ(model, tmp_path, caplog):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=5, report_to="none", learning_rate=0.125)
+    given = args.to_dict()
+    with caplog.at_level(logging.WARNING):
+        trainer = RLHFTrainer(None, recipe(model, "training.learning_rate=0.5"), args)
+    trainer.close()
+    from hf_rlhf.config.training_arguments import FORCED
+
+    forced = {*FORCED, "ddp_find_unused_parameters"}
+    assert {k: v for k, v in args.to_dict().items() if k not in forced} == {
+        k: v for k, v in given.items() if k not in forced
+    }
+    (remark,) = [remark for remark in trainer.plan.remarks if "TrainingArguments differ" in remark]
+    for said in (
+        "learning_rate=0.125 (recipe: 0.5)",
+        "max_steps=5 (recipe: 2)",
+        "logging_steps=500 (recipe: 1)",
+        "per_device_train_batch_size=8 (recipe: 64)",
+        "disable_tqdm=False (recipe: True)",
+    ):
+        assert said in remark
+    assert "report_to" not in remark  # none in both
+    assert [record.getMessage() for record in caplog.records if "differ" in record.getMessage()] == [remark]
+
+
+# The forecast
+
+
+class AskedError(Exception):
+    pass
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AskedError
+
+
+@pytest.fixture
+def no_forecast(monkeypatch) -> None:
+    from hf_rlhf.training.memory import estimate
+    from hf_rlhf.training.offline import memory_estimate
+
+    for module, names in ((estimate, ("from_model", "from_settings")), (memory_estimate, ("estimate_offline",))):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "offline"])
+def test_training_forecasts_memory_only_when_asked(kind, model, tmp_path, no_forecast):
+    chosen = recipe(model) if kind == "rollouts" else off.recipe(tmp_path, "reward_model", "training.max_steps=1")
+    summary = train(chosen, str(tmp_path / "plain"))
+    assert summary["plan"]["memory"] == {}
+    with pytest.raises(AskedError):
+        train(chosen, str(tmp_path / "asked"), forecast=True)
+
+
+def test_the_plan_of_a_run_has_the_forecast_where_it_was_asked_for(model, tmp_path, capsys):
+    summary = train(recipe(model), str(tmp_path / "asked"), forecast=True)
+    assert summary["plan"]["memory"]["update"]["weights"] > 0
+    assert "memory of a process at most" in capsys.readouterr().out
