@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hf_rlhf.cli.commands.dashboard import dashboard_of_stages
-from hf_rlhf.cli.runs.pipeline import is_pipeline, load_pipeline
+from hf_rlhf.config.pipeline import is_pipeline, load_pipeline
 from hf_rlhf.config.recipe import load_recipe
-from hf_rlhf.metrics.dashboard import Dashboard, dashboard_of
+from hf_rlhf.metrics.dashboard import Dashboard, dashboard_of, dashboard_of_stages
 from hf_rlhf.metrics.wandb_workspace import specification, workspace_of
 from hf_rlhf.registry.host import OWN_PACKAGE, Host, use_host
 

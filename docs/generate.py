@@ -14,8 +14,8 @@ import commands
 import proofs
 
 from hf_rlhf.axes import AXES, LISTS, NESTED
-from hf_rlhf.cli.runs.pipeline import is_pipeline, load_pipeline
 from hf_rlhf.config.offline_sections import OfflineDataset
+from hf_rlhf.config.pipeline import is_pipeline, load_pipeline
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
 from hf_rlhf.config.recipe_yaml import DEFAULTS as AXIS_DEFAULTS
 from hf_rlhf.config.recipe_yaml import OFFLINE

@@ -25,7 +25,7 @@ TOP_AXES = [axis for axis in AXES if axis not in NESTED]
 OFFLINE = "trainer"
 """The axis of a recipe without rollouts, which has no other."""
 STAGES = "stages"
-"""The one key of a staged recipe, which names other recipes; see `hf_rlhf.cli.runs.pipeline`."""
+"""The one key of a staged recipe, which names other recipes; see `hf_rlhf.config.pipeline`."""
 ALGORITHM_AXES = [axis for axis in TOP_AXES if axis != OFFLINE]
 KEYS = [*TOP_AXES, *SECTIONS, "training"]
 OFFLINE_KEYS = [OFFLINE, *OFFLINE_SECTIONS, "training"]

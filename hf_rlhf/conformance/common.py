@@ -107,7 +107,7 @@ def _needs_are_known(plugin: Plugin) -> None:
 
 
 def _settings_survive(plugin: Plugin) -> None:
-    from hf_rlhf.config import recipe
+    from hf_rlhf.config import recipe, recipe_reader
     from hf_rlhf.config.recipe_yaml import read_yaml, write_yaml
     from hf_rlhf.registry.settings_schema import nested, setting_types
 
@@ -119,7 +119,7 @@ def _settings_survive(plugin: Plugin) -> None:
             f"the type of a setting is unknown when it runs: {error}; import it outside TYPE_CHECKING"
         ) from error
     try:
-        written = recipe.settings_as_plain(plugin)
+        written = recipe_reader.settings_as_plain(plugin)
         read = read_yaml(write_yaml(written), "its settings") or {}
     except Exception as error:
         raise AssertionError(
@@ -129,7 +129,7 @@ def _settings_survive(plugin: Plugin) -> None:
     made, problems = recipe.make(cls, given)
     said = "; ".join(f"{path}: {text}" for path, text in problems)
     assert made is not None, f"a recipe with its own settings is refused: {said}"
-    again = recipe.settings_as_plain(made)
+    again = recipe_reader.settings_as_plain(made)
     changed = [f"{name} {written[name]!r} becomes {again[name]!r}" for name in written if again[name] != written[name]]
     assert not changed, f"made again from its own settings it differs: {', '.join(changed)}"
 

@@ -16,6 +16,7 @@ from hf_rlhf.metrics.catalog import EVAL
 from hf_rlhf.metrics.names import ONCE, TABLE, is_open, tracked
 
 if TYPE_CHECKING:
+    from hf_rlhf.config.pipeline import Pipeline
     from hf_rlhf.config.recipe import Recipe
     from hf_rlhf.config.sections import Dataset
 
@@ -152,6 +153,16 @@ class Dashboard:
 def dashboard_of(recipe: Recipe) -> Dashboard:
     """The dashboard of a recipe."""
     return Dashboard(name=f"hf_rlhf {recipe.name}", sections=tuple(sections_of(recipe)))
+
+
+def dashboard_of_stages(staged: Pipeline) -> Dashboard:
+    """Return one dashboard for all stages, with sections called `STAGE: SECTION`."""
+    sections = [
+        Section(name=f"{stage.name}: {part.name}", panels=part.panels, table=part.table, is_open=part.is_open)
+        for stage in staged.stages
+        for part in sections_of(stage.recipe)
+    ]
+    return Dashboard(name=f"hf_rlhf {staged.name}", sections=tuple(sections))
 
 
 def sections_of(recipe: Recipe) -> Iterator[Section]:

@@ -21,7 +21,7 @@ import typer
 from hf_rlhf import __version__
 from hf_rlhf.cli import app, errors, main
 from hf_rlhf.cli.output import examples_of
-from hf_rlhf.cli.runs.pipeline import load_pipeline
+from hf_rlhf.config.pipeline import load_pipeline
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.registry.host import Host, use_host
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from hf_rlhf.cli.app import app
 from hf_rlhf.cli.main import add_commands
-from hf_rlhf.cli.runs.pipeline import is_pipeline
 from hf_rlhf.cli.runs.run import train
+from hf_rlhf.config.pipeline import is_pipeline
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe, load_recipe
 from hf_rlhf.metrics import metrics_of, metrics_of_trainer, pattern
 from hf_rlhf.metrics.dashboard import HIDDEN, ORDER, Dashboard, Panel, dashboard_of

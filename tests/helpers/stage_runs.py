@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_rlhf.cli.runs.pipeline import load_pipeline
 from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
+from hf_rlhf.config.pipeline import load_pipeline
 from hf_rlhf.config.recipe_yaml import write_yaml
 from tests.helpers import offline_runs as off
 from tests.helpers import sft_runs as sft

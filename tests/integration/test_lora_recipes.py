@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hf_rlhf.axes import TrainedCritic
-from hf_rlhf.cli.runs.pipeline import is_pipeline
 from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.pipeline import is_pipeline
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, read_recipe, resolve
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.offline.setup import make_trainer

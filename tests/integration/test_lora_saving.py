@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_rlhf.cli.runs.pipeline import load_pipeline
 from hf_rlhf.cli.runs.run import check
+from hf_rlhf.config.pipeline import load_pipeline
 from hf_rlhf.config.recipe import resolve
 from hf_rlhf.modeling.lora_merge import merged
 from hf_rlhf.runtime.errors import UserError
@@ -197,12 +197,12 @@ def test_a_stage_that_needs_a_whole_model_is_refused_an_adapter(tmp_path):
     given = stage_runs.stages(tmp_path)
     given["ppo"]["set"]["model.lora"] = {"r": 2}
     given["dpo"] = {"recipe": "dpo", "set": {"model.path": "stage:ppo"}}
-    with pytest.raises(UserError, match=r"stage:ppo leaves an adapter alone.*set ppo\.model\.save_merged=true"):
+    with pytest.raises(UserError, match=r"stage:ppo leaves only an adapter.*set ppo\.model\.save_merged=true"):
         load_pipeline(stage_runs.write(tmp_path, given))
     given["rm"]["set"] |= {"model.lora": {"r": 2}, "model.save_merged": False}
     given["dpo"]["set"]["model.path"] = "stage:sft"
     with pytest.raises(
-        UserError, match=r"stage:rm leaves an adapter alone, and rewards\.reward_model reads a whole model"
+        UserError, match=r"stage:rm leaves only an adapter, and rewards\.reward_model reads a whole model"
     ):
         load_pipeline(stage_runs.write(tmp_path, given))
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hf_rlhf.cli.runs.pipeline import check_named, check_stages, is_pipeline, load_pipeline
-from hf_rlhf.cli.runs.pipeline_run import choose_root
+from hf_rlhf.cli.runs.pipeline_run import check_named, check_stages, choose_root
+from hf_rlhf.config.pipeline import is_pipeline, load_pipeline
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, resolve
 from hf_rlhf.config.recipe_yaml import RecipeError, read_yaml
 from hf_rlhf.runtime.errors import UserError
@@ -95,16 +95,16 @@ def test_a_recipe_that_saves_as_it_likes_is_left_alone(tmp_path):
         (
             "sft",
             {"model.path": "stage:rm"},
-            "sft.model.path: stage:rm comes later; a stage reads earlier ones: there is none",
+            "sft.model.path: stage:rm comes later; a stage can read earlier ones: there are none",
         ),
         ("rm", {"model.path": "stage:rm"}, "rm.model.path: stage:rm is this stage itself"),
         ("rm", {"dataset.path": "stage:sft"}, "rm.dataset.path: stage:sft is a model's folder"),
         (
             "ppo",
             {"model.path": "stage:rm"},
-            "ppo.model.path: stage:rm is a classifier of sequences, and a language model",
+            "ppo.model.path: stage:rm is a sequence classifier, and a language model",
         ),
-        ("ppo", {"rewards.0.model": "stage:sft"}, "stage:sft leaves no reward model behind, and rewards.reward_model"),
+        ("ppo", {"rewards.0.model": "stage:sft"}, "stage:sft leaves no reward model, and rewards.reward_model"),
         ("ppo", {"kl.0.beta": "much"}, "stage ppo: the recipe tiny/ppo has one problem"),
         ("rm", {"trainer.margn": 1}, "trainer.margn: trainer=reward_model has no such setting. Did you mean 'margin'?"),
         ("rm", {"dataset.path": "/nowhere/rows.jsonl"}, "stage rm: "),
@@ -136,22 +136,22 @@ def test_a_stage_without_model_or_dataset_is_refused_before_it_runs():
     with pytest.raises(UserError) as error:
         check_named(load_pipeline("r1"))
     said = str(error.value).splitlines()
-    assert said[0] == "stage sft has no model: say sft.model.path=..."
-    assert said[-1] == "stage rl has no dataset: say rl.dataset.path=..."
+    assert said[0] == "stage sft has no model: set sft.model.path=..."
+    assert said[-1] == "stage rl has no dataset: set rl.dataset.path=..."
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stages: {}", "stages: takes a mapping"),
-        ("stages: [a]", "stages: takes a mapping"),
-        ("stages: {a: sft}\nmodel: {}", "model: a staged recipe has the key stages alone"),
-        ("stages: {a-b: sft}", "stages.a-b: a stage's name has letters, digits and underscores"),
-        ("stages: {a: {set: {}}}", "stages.a: takes `{recipe: RECIPE, set: {KEY: VALUE}}`"),
-        ("stages: {a: {recipe: sft, set: [1]}}", "stages.a.set: takes a mapping of dotted keys"),
-        ("stages: {a: {recipe: sft, seed: 1}}", "stages.a.seed: a stage has recipe, set"),
+        ("stages: {}", "stages: must be a mapping"),
+        ("stages: [a]", "stages: must be a mapping"),
+        ("stages: {a: sft}\nmodel: {}", "model: a recipe with stages has only the key stages"),
+        ("stages: {a-b: sft}", "stages.a-b: a stage's name must consist of letters, digits and underscores"),
+        ("stages: {a: {set: {}}}", "stages.a: must be `{recipe: RECIPE, set: {KEY: VALUE}}`"),
+        ("stages: {a: {recipe: sft, set: [1]}}", "stages.a.set: must be a mapping of dotted keys"),
+        ("stages: {a: {recipe: sft, seed: 1}}", "stages.a.seed: unknown key; a stage has recipe, set"),
         ("stages: {a: nothing}", "stage a: no recipe named 'nothing'"),
-        ("stages: {a: instructgpt}", "stage a: its recipe instructgpt has stages of its own"),
+        ("stages: {a: instructgpt}", "stage a: its recipe instructgpt has stages itself"),
     ],
 )
 def test_a_file_that_is_no_staged_recipe_is_refused(text, message, tmp_path):
@@ -185,7 +185,7 @@ def test_what_does_not_fit_another_recipe_is_refused_with_the_stage():
 
 
 def test_recipes_of_one_kind_are_refused_where_the_other_is_due(tmp_path):
-    with pytest.raises(UserError, match="grpo has no stages: `hf-rlhf train grpo` is for it"):
+    with pytest.raises(UserError, match="grpo has no stages: use `hf-rlhf train grpo`"):
         load_pipeline("grpo")
     said = (
         r"instructgpt has stages \(sft, rm, ppo\), each with a recipe of its own: `hf-rlhf pipeline instructgpt` runs"
@@ -245,5 +245,5 @@ def test_a_folder_of_another_run_is_not_written_into(tmp_path, monkeypatch):
         choose_root("outputs/tiny", "tiny", False)
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a run of a single recipe"):
+    with pytest.raises(UserError, match="contains the run of a single recipe"):
         choose_root("single", "tiny", True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_rlhf.cli.runs.pipeline import load_pipeline
 from hf_rlhf.cli.runs.pipeline_run import run_stages
+from hf_rlhf.config.pipeline import load_pipeline
 from tests.helpers.paths import DATA, ROOT
 
 SOURCE = DATA / "gsm8k"

@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from hf_rlhf.cli.runs.pipeline import load_pipeline
 from hf_rlhf.cli.runs.pipeline_run import run_stages
+from hf_rlhf.config.pipeline import load_pipeline
 from tests.helpers import offline_runs as off
 from tests.helpers import sft_runs as sft
 

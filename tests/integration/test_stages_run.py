@@ -1,4 +1,4 @@
-"""Runs of a staged recipe: what is left behind, what is skipped, what goes on, what is refused."""
+"""Runs of pipelines: files, skipped stages, resumed stages, refusals."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_stage_that_read_another_run_of_an_earlier_one_is_refused(done, again)
     with pytest.raises(UserError) as error:
         rerun(again, done)
     said = str(error.value)
-    assert "rm read another run of sft than the one that is there" in said
+    assert "rm read another run of sft than the one in this folder" in said
     assert "ppo read another run of sft" in said
     assert "remove the folders of the stages" in said
     for name in ("rm", "ppo"):
@@ -134,7 +134,7 @@ def test_a_stage_that_is_no_more_is_refused(done, again):
     given["judge"] = given.pop("rm")
     given["ppo"]["set"]["rewards"][0]["model"] = "stage:judge"
     given = {name: given[name] for name in ("sft", "judge", "ppo")}
-    with pytest.raises(UserError, match="rm was a stage, and is none now"):
+    with pytest.raises(UserError, match="rm was a stage and is no longer one"):
         st.run(again, given=given)
 
 
@@ -146,7 +146,7 @@ def test_half_a_summary_does_not_count_and_the_stage_goes_on_from_its_checkpoint
     before, kept = off.weights(tmp_path / "out" / "rm"), (tmp_path / "out" / "sft" / "summary.json").read_bytes()
     capsys.readouterr()
     summary = st.run(tmp_path, given=given)
-    assert "rm, recipe rm (goes on)" in capsys.readouterr().out
+    assert "rm, recipe rm (resumes)" in capsys.readouterr().out
     assert summary["stages"]["rm"]["steps"] == 4
     assert off.same(off.weights(tmp_path / "out" / "rm"), before)
     assert (tmp_path / "out" / "sft" / "summary.json").read_bytes() == kept

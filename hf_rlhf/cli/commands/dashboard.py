@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +12,6 @@ from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.output import examples
 from hf_rlhf.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from hf_rlhf.cli.runs.pipeline import Pipeline
-    from hf_rlhf.metrics.dashboard import Dashboard
 
 SPECIFICATION = ".json"
 
@@ -76,9 +72,9 @@ def dashboard(
 
 
 def _made(name: str, words: list[str] | None) -> Any:
-    from hf_rlhf.cli.runs.pipeline import is_pipeline, load_pipeline
+    from hf_rlhf.config.pipeline import is_pipeline, load_pipeline
     from hf_rlhf.config.recipe import load_recipe
-    from hf_rlhf.metrics.dashboard import dashboard_of
+    from hf_rlhf.metrics.dashboard import dashboard_of, dashboard_of_stages
 
     if is_pipeline(name):
         return dashboard_of_stages(load_pipeline(name, words or ()))
@@ -94,15 +90,3 @@ def _read(name: str, words: list[str] | None) -> Any:
         return read_specification(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"there is no file {name}: {error.strerror}") from error
-
-
-def dashboard_of_stages(staged: Pipeline) -> Dashboard:
-    """One dashboard for all stages, whose sections are called `STAGE: SECTION`."""
-    from hf_rlhf.metrics.dashboard import Dashboard, Section, sections_of
-
-    sections = [
-        Section(name=f"{stage.name}: {part.name}", panels=part.panels, table=part.table, is_open=part.is_open)
-        for stage in staged.stages
-        for part in sections_of(stage.recipe)
-    ]
-    return Dashboard(name=f"hf_rlhf {staged.name}", sections=tuple(sections))

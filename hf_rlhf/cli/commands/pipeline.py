@@ -59,8 +59,8 @@ def pipeline(
 
     An interrupted run continues where it stopped: finished stages are skipped, an unfinished one resumes.
     """
-    from hf_rlhf.cli.runs.pipeline import load_pipeline
     from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
+    from hf_rlhf.config.pipeline import load_pipeline
 
     staged = load_pipeline(name, words or (), seed)
     run_stages(staged, choose_root(output_dir, staged.name, resume), trust_remote_code)
@@ -74,7 +74,8 @@ def check_staged(
 
     from rich.text import Text
 
-    from hf_rlhf.cli.runs.pipeline import check_stages, load_pipeline
+    from hf_rlhf.cli.runs.pipeline_run import check_stages
+    from hf_rlhf.config.pipeline import load_pipeline
     from hf_rlhf.metrics.console import console, show_plan
 
     flags = [word for word in words if word.startswith("-")]

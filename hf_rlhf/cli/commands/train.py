@@ -151,7 +151,7 @@ def check(
 
     It takes the arguments of `train`.
     """
-    from hf_rlhf.cli.runs.pipeline import is_pipeline
+    from hf_rlhf.config.pipeline import is_pipeline
 
     given = [*(words or []), *context.args]
     name = config or recipe

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees of a staged run: each stage's held-out metrics, and where everything is."""
+"""Terminal output of a pipeline: each stage's held-out metrics, and where the files are."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hf_rlhf.metrics.console import _indented, _with_interval, number
 
 HELD_OUT = ("accuracy", "pairs/accuracy", "steps/accuracy", "tokens/accuracy", "tokens/perplexity")
 LAST = ("kl/ref", "value/explained_var")
-"""Metrics of training of which the last is shown."""
+"""Training metrics whose last value is shown."""
 
 
 def show_stages(summary: dict[str, Any], out: Console) -> None:
-    """One line per stage and metric, before and after the stage."""
+    """Print one line per stage and metric, before and after the stage."""
     out.print(Text("\nstages", style="bold"))
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("stage", "recipe", "steps", "held out", "before", "after"):
@@ -36,13 +36,13 @@ def show_stages(summary: dict[str, Any], out: Console) -> None:
         f"  a folder for each stage ({', '.join(summary['stages'])}), recipe.yaml, summary.json",
         "next:",
         f"  hf-rlhf train RECIPE --model {folder}/{last}",
-        "                                       goes on from here",
+        "                                       continues from here",
     ):
         out.print(Text(line), soft_wrap=True)
 
 
 def _lines(stage: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Metric, before, after."""
+    """Yield metric, value before and value after."""
     before, after, last = stage["before"] or {}, stage["after"] or {}, stage["last"]
     rewards = [name for name in after if name.startswith("reward/") and name.endswith("/mean")]
     for name in [name for name in HELD_OUT if name in after] + rewards:

@@ -1,12 +1,13 @@
-"""A run of a staged recipe: what is finished is skipped, what was interrupted goes on, everything else is trained in turn.
+"""One run of a pipeline: skip finished stages, resume an interrupted one, train the others in turn.
 
-In the output folder each stage has a folder of its own, as `hf-rlhf train` leaves it. `stages.json` holds the recipe of each
-stage that has begun, and of which runs of earlier stages it read the output; `recipe.yaml` is the staged recipe as it was run;
-`summary.json` is written at the end.
+Each stage has a folder in the output folder, with the files of `hf-rlhf train`. `stages.json` holds the recipe of each stage
+that has begun and the runs of earlier stages that it read; `recipe.yaml` is the pipeline as it was run; `summary.json` is
+written at the end.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
@@ -18,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_rlhf.cli.runs.pipeline import Pipeline, PipelineStage, check_named, check_stages
-from hf_rlhf.cli.runs.run import OWN_FILES, train, unused
+from hf_rlhf.cli.runs.run import OWN_FILES, check, train, unused
+from hf_rlhf.config.pipeline import OUTPUT_OF, Pipeline, PipelineStage
+from hf_rlhf.config.plan import Plan
+from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.signals import only_run_in
@@ -29,11 +32,11 @@ State = Literal["new", "begun", "finished"]
 
 
 def choose_root(asked: str | None, name: str, resume: bool) -> Path:
-    """The folder of this run. Raises `UserError` where another run lives there."""
+    """Return the folder of this run. Raises `UserError` where it contains another run."""
     folder = Path(asked) if asked else Path("outputs") / name
     if not (folder / RECORD).exists():
         if any((folder / file).exists() for file in OWN_FILES):
-            raise UserError(f"{folder} holds a run of a single recipe: say another --output-dir")
+            raise UserError(f"{folder} contains the run of a single recipe. Choose another --output-dir")
         return folder
     if resume:
         return folder
@@ -45,19 +48,65 @@ def choose_root(asked: str | None, name: str, resume: bool) -> Path:
 
 
 def run_stages(staged: Pipeline, root: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Runs what is left of the stages; the summary that is also written to summary.json. Raises `UserError` before any model
-    is loaded where a stage is refused, or is not the one that was begun in this folder."""
+    """Run the stages that are not finished and return the content of summary.json.
+
+    Raises `UserError` before any model is loaded where a stage is refused, or differs from the one that was begun here.
+    """
     check_named(staged)
     check_stages(staged, root, forecast=False)
     with only_run_in(root):
         return _run_stages(staged, root, trust_remote_code)
 
 
+def check_stages(staged: Pipeline, root: Path, forecast: bool = True) -> dict[str, Plan]:
+    """Return the plan of each stage without loading a model. Raises `UserError` with every refusal of any stage."""
+    plans, refused = {}, []
+    for stage in staged.stages:
+        recipe = stage.placed(root)
+        recipe.model = _first_model(staged, stage, recipe)
+        try:
+            plan = plans[stage.name] = check(recipe, str(root / stage.name), forecast=forecast)
+        except UserError as error:
+            refused.append(f"stage {stage.name}: {error}")
+            continue
+        folders = {source: root.absolute() / source for source, _ in stage.reads.values()}
+        absent = {str(folder): source for source, folder in folders.items() if not folder.is_dir()}
+        for place, note in enumerate(plan.memory_notes):
+            for folder, source in absent.items():
+                if folder in note:
+                    plan.memory_notes[place] = f"without what stage {source} will leave in {root / source}"
+    if refused:
+        raise UserError("\n".join(refused))
+    return plans
+
+
+def check_named(staged: Pipeline) -> None:
+    """Raise `UserError` where a stage has no model or no dataset."""
+    lacking = [
+        f"stage {stage.name} has no {what}: set {stage.name}.{what}.path=..."
+        for stage in staged.stages
+        for what, section in (("model", stage.recipe.model), ("dataset", stage.recipe.dataset))
+        if section.path is None
+    ]
+    if lacking:
+        raise UserError("\n".join(lacking))
+
+
+def _first_model(staged: Pipeline, stage: PipelineStage, recipe: Recipe) -> Any:
+    """Return the recipe's model with the path of its first weights, since outputs of stages do not exist yet."""
+    model, path = copy.copy(recipe.model), stage.recipe.model.path
+    while path is not None and path.startswith(OUTPUT_OF):
+        source = path.removeprefix(OUTPUT_OF).partition("/")[0]
+        path = staged.stage(source).recipe.model.path
+    model.path = path
+    return model
+
+
 def _run_stages(staged: Pipeline, root: Path, trust_remote_code: bool) -> dict[str, Any]:
     record = _Record(root)
     states = {stage.name: record.state(stage.name) for stage in staged.stages}
     record.check(staged, states)
-    _meet()  # every process has read what the first one is about to write
+    _meet()  # every process has read the files that the first one is about to write
     if _first():
         _write(root / "recipe.yaml", staged.dump())
     with _wandb_group(root.name):
@@ -89,27 +138,27 @@ def _run_each(
 
 
 class _Record:
-    """stages.json: stage -> its recipe as written, and of each stage that it reads the digest of its summary."""
+    """`stages.json`: each stage's recipe, and the digest of the summary of each stage that it reads."""
 
     def __init__(self, root: Path):
         self.root, self.file = root, root / RECORD
         try:
             self.stages: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         except ValueError as error:
-            raise UserError(f"{self.file} cannot be read ({error}): say another --output-dir") from error
+            raise UserError(f"{self.file} cannot be read ({error}). Choose another --output-dir") from error
 
     def state(self, name: str) -> State:
-        """How far a stage is. Its folder decides: who removes it wants it trained anew."""
+        """Return the state of a stage. Its folder decides: removing it trains the stage anew."""
         folder = self.root / name
         if name not in self.stages or not folder.is_dir():
             return "new"
         return "begun" if _digest(folder) is None else "finished"
 
     def check(self, staged: Pipeline, states: dict[str, State]) -> None:
-        """Raises `UserError` naming what differs between the stages that were begun here and those of this run."""
+        """Raise `UserError` naming the differences between the stages begun here and those of this run."""
         changed: list[str] = []
         for name in [name for name in self.stages if name not in states and (self.root / name).is_dir()]:
-            changed.append(f"{name} was a stage, and is none now")
+            changed.append(f"{name} was a stage and is no longer one")
         for stage in staged.stages:
             if states[stage.name] == "new":
                 continue
@@ -118,17 +167,17 @@ class _Record:
             changed += [f"{stage.name}.{line}".replace(" in the checkpoint, ", " then, ") for line in differing]
             for source, digest in saved["inputs"].items():
                 if states.get(source) != "finished" or _digest(self.root / source) != digest:
-                    changed.append(f"{stage.name} read another run of {source} than the one that is there")
+                    changed.append(f"{stage.name} read another run of {source} than the one in this folder")
         if changed:
             raise UserError(
-                f"{self.root} holds stages of another run:\n  "
+                f"{self.root} contains stages of another run:\n  "
                 + "\n  ".join(changed)
-                + "\nGo on with the same recipes, remove the folders of the stages that are to be trained anew, or say another "
+                + "\nContinue with the same recipes, remove the folders of the stages to train anew, or choose another "
                 "--output-dir"
             )
 
     def begin(self, stage: PipelineStage) -> None:
-        """Notes the recipe and the inputs of a stage that begins."""
+        """Record the recipe and the inputs of a stage that begins."""
         sources = {source for source, _ in stage.reads.values()}
         inputs = {source: _digest(self.root / source) for source in sorted(sources)}
         self.stages[stage.name] = {"recipe": _plain(stage.recipe.raw), "inputs": inputs}
@@ -137,7 +186,7 @@ class _Record:
 
 
 def _run(stage: PipelineStage, record: _Record, state: State, trust_remote_code: bool) -> None:
-    """Trains one stage, from its newest whole checkpoint where it has one."""
+    """Train one stage, from its newest whole checkpoint where it has one."""
     folder = record.root / stage.name
     whole = False
     if state == "begun":
@@ -149,7 +198,7 @@ def _run(stage: PipelineStage, record: _Record, state: State, trust_remote_code:
     _meet()
     if not whole:
         if state == "begun" and _first():
-            shutil.rmtree(folder)  # of an interrupted run without a checkpoint
+            shutil.rmtree(folder)  # an interrupted run without a checkpoint
         record.begin(stage)
         _meet()
     train(stage.placed(record.root), str(folder), whole, trust_remote_code)
@@ -159,14 +208,14 @@ def _run(stage: PipelineStage, record: _Record, state: State, trust_remote_code:
 
 
 def _of_stage(folder: Path, stage: PipelineStage) -> dict[str, Any]:
-    """A stage's part of the summary: its own without plan and versions, and the last of what it logged in training."""
+    """Return a stage's part of the summary: its own without plan and versions, and its last training metrics."""
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     kept = {key: value for key, value in found.items() if key not in ("plan", "versions")}
     return {**kept, "recipe": stage.source, "last": _last_logged(folder / "metrics.jsonl")}
 
 
 def _last_logged(file: Path) -> dict[str, float]:
-    """Each metric of training as it was logged last; some are logged once per rollout."""
+    """Return the last value of each training metric; some are logged once per rollout."""
     last: dict[str, float] = {}
     for line in file.read_text().splitlines() if file.is_file() else []:
         entry = json.loads(line)
@@ -175,7 +224,7 @@ def _last_logged(file: Path) -> dict[str, float]:
 
 
 def _digest(folder: Path) -> str | None:
-    """Of the summary of a finished stage: no two runs have the same. None where there is none, or half of one."""
+    """Return the digest of a finished stage's summary, which differs between runs; None without a whole summary."""
     try:
         content = (folder / "summary.json").read_bytes()
         json.loads(content)
@@ -185,12 +234,12 @@ def _digest(folder: Path) -> str | None:
 
 
 def _plain(raw: Any) -> Any:
-    """As JSON gives it back."""
+    """Return the value as JSON returns it."""
     return json.loads(json.dumps(raw, default=str))
 
 
 def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     draft = file.with_name(file.name + ".tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(file)
@@ -201,7 +250,7 @@ def _first() -> bool:
 
 
 def _meet() -> None:
-    """Waits for the other processes, where there are any."""
+    """Wait for the other processes, if there are any."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -214,13 +263,13 @@ def _say(title: str, state: State) -> None:
 
         from hf_rlhf.metrics.console import console
 
-        said = {"new": "", "begun": " (goes on)", "finished": " (finished before)"}[state]
+        said = {"new": "", "begun": " (resumes)", "finished": " (finished before)"}[state]
         console().print(Text(f"\n{title}{said}", style="bold"), soft_wrap=True)
 
 
 @contextmanager
 def _wandb_group(name: str) -> Iterator[None]:
-    """Inside, runs of W&B belong to this group, or to the one that the environment names."""
+    """Inside, W&B runs belong to this group, or to the one that the environment names."""
     own = "WANDB_RUN_GROUP" not in os.environ
     if own:
         os.environ["WANDB_RUN_GROUP"] = name
@@ -232,7 +281,7 @@ def _wandb_group(name: str) -> Iterator[None]:
 
 
 def _finish_tracking() -> None:
-    """Ends the run of W&B, so that the next stage has one of its own."""
+    """End the W&B run, so that the next stage has one of its own."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.finish()

@@ -10,9 +10,9 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_rlhf.axes import AXES
-from hf_rlhf.cli.runs.pipeline import is_pipeline
 from hf_rlhf.config import outline
 from hf_rlhf.config.outline import Outline, check_names
+from hf_rlhf.config.pipeline import is_pipeline
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.config.training_arguments import argument_names
 from hf_rlhf.registry.host import get_host

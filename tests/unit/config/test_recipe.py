@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from hf_rlhf import __version__, load_plugin, load_recipe
 from hf_rlhf.cli.app import app
-from hf_rlhf.config.recipe import apply_overrides, describe, read_recipe, resolve
+from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.recipe import read_recipe, resolve
 from hf_rlhf.config.recipe_yaml import KEYS, RecipeError, read_yaml, write_yaml
 from hf_rlhf.config.sections import SECTIONS
 from hf_rlhf.registry.host import Host, get_host, use_host
+from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError
 from tests.helpers.paths import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import fits
 from hf_rlhf.axes import AXES
-from hf_rlhf.cli.runs.pipeline import is_pipeline, load_pipeline
+from hf_rlhf.config.pipeline import is_pipeline, load_pipeline
 from hf_rlhf.config.recipe import OfflineRecipe, load_recipe, read_recipe, resolve
 from tests.helpers.paths import ROOT
 

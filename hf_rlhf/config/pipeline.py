@@ -1,62 +1,59 @@
-"""A staged recipe: ordinary recipes one after another, of which each may read what an earlier one left behind.
+"""A pipeline: a recipe with stages, each an ordinary recipe that may read the output of earlier ones.
 
     stages:
       sft: {recipe: sft, set: {training.max_steps: 100}}
       rl: {recipe: grpo, set: {model.path: stage:sft}}
 
 `set` holds overrides by dotted key, as on the command line. A value `stage:NAME` is the output folder of an earlier stage, and
-`stage:NAME/part` something in it. Everything is checked, for all stages, before any model is loaded.
+`stage:NAME/part` a place in it. All stages are checked before any model is loaded.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_rlhf.config.overrides import apply_overrides
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe, read_recipe, resolve
 from hf_rlhf.config.recipe_yaml import STAGES, RecipeError, read_yaml, write_yaml
-from hf_rlhf.data.quantization import is_quantised
 from hf_rlhf.registry.host import Host, get_host
 from hf_rlhf.registry.settings_schema import plain_text
 from hf_rlhf.runtime.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:
-    from hf_rlhf.config.plan import Plan
-
 OUTPUT_OF = "stage:"
-"""In front of a stage's name: its output folder."""
+"""Prefix of a stage's name in a value that stands for its output folder."""
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
-"""Checkpoints of a stage that says nothing about them: ten, of which the newest stays."""
+"""Default checkpoints of a stage: ten, of which the newest is kept."""
 STAGE_KEYS = ("recipe", "set")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineStage:
-    """One of the recipes."""
+    """One stage of a pipeline."""
 
     name: str
     source: str
-    """Its recipe's name, package/name or file."""
+    """Name, package/name or file of its recipe."""
     title: str
-    """The name of its run: STAGED/STAGE."""
+    """Name of its run: PIPELINE/STAGE."""
     given: dict[str, Any]
-    """What the staged recipe and the command line set, by dotted key."""
+    """Overrides of the pipeline and the command line, by dotted key."""
     recipe: Recipe
-    """Checked; `stage:` stands in its values as it was written."""
+    """Checked; its values contain `stage:` as written."""
 
     @property
     def reads(self) -> dict[str, tuple[str, str]]:
-        """Dotted key -> the stage that it reads, and the place in its output folder."""
+        """Map each dotted key to the stage that it reads and the place in that stage's output folder."""
         return dict(_references(self.recipe.raw))
 
     def placed(self, root: Path) -> Recipe:
-        """The recipe with every `stage:` replaced by its folder below `root`, whole, so that a checkpoint is known again from
-        any folder."""
+        """Return the recipe with every `stage:` replaced by the absolute path of its folder below `root`.
+
+        Absolute paths let a checkpoint be recognized from any working directory.
+        """
         made = resolve(_placed(self.recipe.raw, root.absolute()), name=self.title)
         made.notes = self.recipe.notes
         return made
@@ -64,32 +61,32 @@ class PipelineStage:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A staged recipe with every stage checked by itself and against the others."""
+    """A recipe with stages, each checked by itself and against the others."""
 
     name: str
     stages: list[PipelineStage]
 
     def dump(self) -> str:
-        """The staged recipe with what the command line said, as YAML."""
+        """Return the pipeline with the command line's overrides, as YAML."""
         return write_yaml({STAGES: {stage.name: {"recipe": stage.source, "set": stage.given} for stage in self.stages}})
 
     def stage(self, name: str) -> PipelineStage:
-        """The stage of a name."""
+        """Return the stage of a name."""
         return next(stage for stage in self.stages if stage.name == name)
 
 
 def is_pipeline(name_or_path: str | Path | None, host: Host | None = None) -> bool:
-    """Whether there is such a recipe and it has stages."""
+    """Return whether there is such a recipe and it has stages."""
     if name_or_path is None:
         return False
     try:
         return STAGES in read_recipe(name_or_path, host)
     except UserError:
-        return False  # who reads it says why
+        return False  # loading it reports why
 
 
 def load_pipeline(name_or_path: str | Path, words: Iterable[str] = (), seed: int | None = None) -> Pipeline:
-    """The staged recipe of a name, `package/name` or path, with overrides `stage.key=value` and one seed for all stages.
+    """Load the pipeline of a name, `package/name` or path, with overrides `stage.key=value` and one seed for all stages.
 
     Raises `RecipeError` or `UserError` naming the stage.
     """
@@ -97,7 +94,7 @@ def load_pipeline(name_or_path: str | Path, words: Iterable[str] = (), seed: int
     raw, path = read_recipe(name_or_path, host), Path(name_or_path)
     name = path.absolute().parent.name if path.name == "recipe.yaml" else path.stem
     if STAGES not in raw:
-        raise UserError(f"{name_or_path} has no stages: `hf-rlhf train {name_or_path}` is for it")
+        raise UserError(f"{name_or_path} has no stages: use `hf-rlhf train {name_or_path}`")
     written = _written(raw, name)
     for stage, key, value in _by_stage(words, written):
         if key == "recipe":
@@ -107,76 +104,42 @@ def load_pipeline(name_or_path: str | Path, words: Iterable[str] = (), seed: int
     stages = [_stage(name, stage, parts, seed, host) for stage, parts in written.items()]
     problems = [problem for place, stage in enumerate(stages) for problem in _misfits(stage, stages[:place], stages)]
     if problems:
-        raise RecipeError(f"the staged recipe {name}", problems)
+        raise RecipeError(f"the pipeline {name}", problems)
     return Pipeline(name=name, stages=stages)
 
 
-def check_stages(staged: Pipeline, root: Path, forecast: bool = True) -> dict[str, Plan]:
-    """Return the plan of each stage without loading a model. Raises `UserError` with every refusal of any stage."""
-    from hf_rlhf.cli.runs.run import check
-
-    plans, refused = {}, []
-    for stage in staged.stages:
-        recipe = stage.placed(root)
-        recipe.model = _first_model(staged, stage, recipe)
-        try:
-            plan = plans[stage.name] = check(recipe, str(root / stage.name), forecast=forecast)
-        except UserError as error:
-            refused.append(f"stage {stage.name}: {error}")
-            continue
-        folders = {source: root.absolute() / source for source, _ in stage.reads.values()}
-        absent = {str(folder): source for source, folder in folders.items() if not folder.is_dir()}
-        for place, note in enumerate(plan.memory_notes):
-            for folder, source in absent.items():
-                if folder in note:
-                    plan.memory_notes[place] = f"without what stage {source} will leave in {root / source}"
-    if refused:
-        raise UserError("\n".join(refused))
-    return plans
-
-
-def check_named(staged: Pipeline) -> None:
-    """Raises `UserError` where a stage has no model or no dataset."""
-    lacking = [
-        f"stage {stage.name} has no {what}: say {stage.name}.{what}.path=..."
-        for stage in staged.stages
-        for what, section in (("model", stage.recipe.model), ("dataset", stage.recipe.dataset))
-        if section.path is None
-    ]
-    if lacking:
-        raise UserError("\n".join(lacking))
-
-
 def _written(raw: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """Stage -> recipe and set, as they stand in the file."""
-    problems = [(key, f"a staged recipe has the key {STAGES} alone") for key in raw if key != STAGES]
+    """Return recipe and set of each stage, as written in the file."""
+    problems = [(key, f"a recipe with stages has only the key {STAGES}") for key in raw if key != STAGES]
     given = raw[STAGES]
     if not isinstance(given, Mapping) or not given:
         raise RecipeError(
-            f"the staged recipe {name}",
-            [*problems, (STAGES, f"takes a mapping, `{{NAME: {{recipe: RECIPE}}}}`; got {plain_text(given)}")],
+            f"the pipeline {name}",
+            [*problems, (STAGES, f"must be a mapping `{{NAME: {{recipe: RECIPE}}}}`, got {plain_text(given)}")],
         )
     written = {}
     for stage, parts in given.items():
         path = f"{STAGES}.{stage}"
         parts = {"recipe": parts} if isinstance(parts, str) else parts
         if not stage.isidentifier():
-            problems.append((path, "a stage's name has letters, digits and underscores, and no digit first"))
+            problems.append(
+                (path, "a stage's name must consist of letters, digits and underscores and not start with a digit")
+            )
         elif not isinstance(parts, Mapping) or not isinstance(parts.get("recipe"), str):
-            problems.append((path, f"takes `{{recipe: RECIPE, set: {{KEY: VALUE}}}}`; got {plain_text(parts)}"))
+            problems.append((path, f"must be `{{recipe: RECIPE, set: {{KEY: VALUE}}}}`, got {plain_text(parts)}"))
         elif not isinstance(parts.get("set", {}), Mapping):
-            problems.append((f"{path}.set", f"takes a mapping of dotted keys; got {plain_text(parts['set'])}"))
+            problems.append((f"{path}.set", f"must be a mapping of dotted keys, got {plain_text(parts['set'])}"))
         else:
             unknown = [key for key in parts if key not in STAGE_KEYS]
-            problems += [(f"{path}.{key}", f"a stage has {', '.join(STAGE_KEYS)}") for key in unknown]
+            problems += [(f"{path}.{key}", f"unknown key; a stage has {', '.join(STAGE_KEYS)}") for key in unknown]
             written[stage] = {"recipe": parts["recipe"], "set": dict(parts.get("set", {}))}
     if problems:
-        raise RecipeError(f"the staged recipe {name}", problems)
+        raise RecipeError(f"the pipeline {name}", problems)
     return written
 
 
 def _by_stage(words: Iterable[str], stages: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Stage, key and value of each `stage.key=value`."""
+    """Yield stage, key and value of each `stage.key=value`."""
     problems = []
     for word in words:
         path, equals, value = word.partition("=")
@@ -202,7 +165,7 @@ def _stage(staged: str, name: str, parts: dict[str, Any], seed: int | None, host
     try:
         raw = read_recipe(source, host)
         if STAGES in raw:
-            raise UserError(f"its recipe {source} has stages of its own: name theirs instead")
+            raise UserError(f"its recipe {source} has stages itself: list its stages instead")
         whole, notes = apply_overrides(raw, [*(f"{key}={json.dumps(x)}" for key, x in given.items()), *words], host)
         training = whole.get("training") or {}
         if isinstance(training, Mapping) and "save_strategy" not in training:
@@ -218,7 +181,7 @@ def _stage(staged: str, name: str, parts: dict[str, Any], seed: int | None, host
 
 
 def _references(value: Any, path: str = "") -> Iterator[tuple[str, tuple[str, str]]]:
-    """(dotted key, (stage, place in its folder)) of every `stage:` in plain data."""
+    """Yield (dotted key, (stage, place in its folder)) of every `stage:` in plain data."""
     if isinstance(value, str) and value.startswith(OUTPUT_OF):
         stage, _, rest = value.removeprefix(OUTPUT_OF).partition("/")
         yield path, (stage, rest)
@@ -229,7 +192,7 @@ def _references(value: Any, path: str = "") -> Iterator[tuple[str, tuple[str, st
 
 
 def _placed(value: Any, root: Path) -> Any:
-    """Plain data with folders in place of `stage:`."""
+    """Return plain data with folders in place of `stage:`."""
     if isinstance(value, str) and value.startswith(OUTPUT_OF):
         return str(root / value.removeprefix(OUTPUT_OF))
     if isinstance(value, Mapping):
@@ -240,7 +203,7 @@ def _placed(value: Any, root: Path) -> Any:
 def _misfits(
     stage: PipelineStage, earlier: list[PipelineStage], stages: list[PipelineStage]
 ) -> Iterator[tuple[str, str]]:
-    """(stage.key, what is wrong) of what a stage reads of others."""
+    """Yield (stage.key, problem) of each reference to another stage that is wrong."""
     names, before = [s.name for s in stages], {s.name: s for s in earlier}
     for key, (wanted, rest) in stage.reads.items():
         path, said = f"{stage.name}.{key}", f"{OUTPUT_OF}{wanted}"
@@ -248,9 +211,9 @@ def _misfits(
             yield path, f"there is no stage {wanted!r}.{did_you_mean(wanted, names)} The stages are: {', '.join(names)}"
         elif wanted not in before:
             what = "is this stage itself" if wanted == stage.name else "comes later"
-            yield path, f"{said} {what}; a stage reads earlier ones: {', '.join(before) or 'there is none'}"
+            yield path, f"{said} {what}; a stage can read earlier ones: {', '.join(before) or 'there are none'}"
         elif key.startswith("dataset."):
-            yield path, f"{said} is a model's folder, and rows are checked before anything runs: name a dataset"
+            yield path, f"{said} is a model's folder, and a dataset is checked before anything runs: name a dataset"
         elif not rest:
             wrong = _misfit(stage, key, before[wanted])
             if wrong:
@@ -258,7 +221,7 @@ def _misfits(
 
 
 def _misfit(stage: PipelineStage, key: str, source: PipelineStage) -> str | None:
-    """Why what `source` leaves behind cannot be read at a key, if so."""
+    """Return why the output of `source` cannot be read at a key; None where it can."""
     trains, reads = source.recipe, stage.recipe
     head = trains.trainer().head if isinstance(trains, OfflineRecipe) else "causal"
     reward = trains.trainer().reward if isinstance(trains, OfflineRecipe) else ""
@@ -266,20 +229,20 @@ def _misfit(stage: PipelineStage, key: str, source: PipelineStage) -> str | None
     axis, _, rest = key.partition(".")
     if key == "model.path":
         if wanted == "causal" != head:
-            return f"{OUTPUT_OF}{source.name} is a classifier of {head}s, and a language model is trained here"
-        if _leaves_adapter(trains) and (isinstance(reads, OfflineRecipe) or is_quantised(reads.model)):
+            return f"{OUTPUT_OF}{source.name} is a {head} classifier, and a language model is trained here"
+        if _leaves_adapter(trains) and (
+            isinstance(reads, OfflineRecipe) or reads.model.load_in_4bit or reads.model.load_in_8bit
+        ):
             who = "a trainer" if isinstance(reads, OfflineRecipe) else "model.load_in_4bit or load_in_8bit"
-            return (
-                f"{OUTPUT_OF}{source.name} leaves an adapter alone, and {who} needs a whole model: {_merging(source)}"
-            )
+            return f"{OUTPUT_OF}{source.name} leaves only an adapter, and {who} needs a whole model: {_merging(source)}"
     place, _, setting = rest.partition(".")
     if axis == "rewards" and setting == "model" and "reward_model" in reads.plugins[axis][int(place)].provides:
         name = reads.plugins[axis][int(place)].name
         if reward != name:
             left = f"a model for rewards.{reward}" if reward else "no reward model"
-            return f"{OUTPUT_OF}{source.name} leaves {left} behind, and rewards.{name} reads it"
+            return f"{OUTPUT_OF}{source.name} leaves {left}, and rewards.{name} reads it"
         if _leaves_adapter(trains):
-            return f"{OUTPUT_OF}{source.name} leaves an adapter alone, and rewards.{name} reads a whole model: {_merging(source)}"
+            return f"{OUTPUT_OF}{source.name} leaves only an adapter, and rewards.{name} reads a whole model: {_merging(source)}"
     return None
 
 
@@ -288,16 +251,6 @@ def _merging(source: PipelineStage) -> str:
 
 
 def _leaves_adapter(recipe: Recipe) -> bool:
-    """Whether a recipe's run leaves an adapter without its base behind."""
+    """Return whether a recipe's run leaves an adapter without its base."""
     merges = isinstance(recipe, OfflineRecipe) if recipe.model.save_merged is None else recipe.model.save_merged
     return recipe.model.lora is not None and not merges
-
-
-def _first_model(staged: Pipeline, stage: PipelineStage, recipe: Recipe) -> Any:
-    """The recipe's model, named by where its weights come from at first: of its output nothing is there yet."""
-    model, path = copy.copy(recipe.model), stage.recipe.model.path
-    while path is not None and path.startswith(OUTPUT_OF):
-        source = path.removeprefix(OUTPUT_OF).partition("/")[0]
-        path = staged.stage(source).recipe.model.path
-    model.path = path
-    return model
