@@ -1,4 +1,4 @@
-"""The sections of a recipe without rollouts that are no plugins: `model`, as in any recipe, and `dataset`."""
+"""Sections of a recipe without rollouts: `model`, as in any recipe, and `dataset`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_rlhf.contract.model_settings import Model
 
 @dataclass(kw_only=True)
 class OfflineDataset:
-    """Where the rows come from. Rows of one prompt are never on both sides of a split that is made here."""
+    """The rows. A split that is made here never separates rows of one prompt."""
 
     path: str | None = None
     """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, or `builtin:addition`."""
     name: str | None = None
-    """Configuration of a dataset on the Hub."""
+    """Configuration name of a dataset on the Hub."""
     split: str = "train"
     """Split to train on."""
     eval_path: str | None = None
@@ -26,12 +26,12 @@ class OfflineDataset:
     eval_split: str | None = None
     """Split to evaluate on, of `eval_path` or `path`."""
     held_out: Annotated[int, Ge(0)] = 512
-    """Rows set aside for evaluation where there is no evaluation data: about this many, at most a tenth of the dataset."""
+    """Rows held out for evaluation where there is no evaluation data: about this many, at most a tenth of the dataset."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names that the trainer reads -> names that the dataset has, such as {prompt: question}."""
+    """Column that the trainer reads -> column of the dataset, such as {prompt: question}."""
 
     def as_dataset(self) -> Dataset:
-        """The settings that both kinds of recipe have."""
+        """Return the settings that both kinds of recipe share."""
         names = ("path", "name", "split", "eval_path", "eval_split", "held_out")
         return Dataset(**{name: getattr(self, name) for name in names})
 

@@ -16,11 +16,11 @@ from hf_rlhf.runtime.errors import UserError, did_you_mean
 def apply_overrides(
     raw: Mapping[str, Any], overrides: Iterable[str], host: Host | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """A recipe with `key.sub=value` overrides, in order, and notes of what they dropped. Values are YAML.
+    """Return a recipe with `key.sub=value` overrides applied in order, and notes of dropped settings. Values are YAML.
 
-    A list grows by writing to the place after its last. Naming another plugin (`advantages.use=x` or `advantages=x`)
-    drops the settings that it does not share with the old one; `advantages={use: x}` drops them all. Raises
-    `RecipeError` with every override that leads nowhere.
+    Writing to the index after a list's last item appends to it. Choosing another plugin (`advantages.use=x` or
+    `advantages=x`) drops the settings that it does not share with the old one; `advantages={use: x}` drops them all. Raises
+    `RecipeError` with every override whose key does not exist.
     """
     recipe = copy.deepcopy(dict(raw))
     writer = _Writer(recipe, host or get_host())
@@ -30,7 +30,7 @@ def apply_overrides(
         try:
             if not equals or not path:
                 raise UserError("write KEY=VALUE, for instance kl.0.beta=0.1")
-            comment = text.lstrip().startswith("#")  # to YAML; here it is a value, such as GSM8K's marker ####
+            comment = text.lstrip().startswith("#")  # in YAML; here it is a value, such as GSM8K's marker ####
             writer.write(path.split("."), text if comment else read_yaml(text, f"the value {text!r}"))
         except UserError as error:
             problems.append((path, str(error)))
@@ -40,7 +40,7 @@ def apply_overrides(
 
 
 class _Writer:
-    """Writes values into a recipe."""
+    """Write values into a recipe."""
 
     def __init__(self, recipe: dict[str, Any], host: Host):
         self.recipe = recipe
@@ -49,7 +49,7 @@ class _Writer:
         self.written: set[str] = set()
 
     def write(self, keys: list[str], value: Any) -> None:
-        """Put `value` at the dotted path `keys`, making the groups on the way."""
+        """Write `value` at the dotted path `keys`, making groups on the way."""
         if keys[0] not in KEYS:
             raise UserError(f"a recipe has no key {keys[0]!r}.{did_you_mean(keys[0], KEYS)} It has: {', '.join(KEYS)}")
         node: Any = self.recipe
@@ -68,7 +68,7 @@ class _Writer:
         self.written.add(".".join(keys))
 
     def _enter(self, node: Any, key: str, path: list[str]) -> Any:
-        """The group or list at `key`; where there is none, or just a plugin's name, it becomes a group."""
+        """Return the group or list at `key`; make a group where there is none, or only a plugin's name."""
         place = _index(node, key, path[:-1]) if isinstance(node, list) else key
         if isinstance(node, list) and place == len(node):
             node.append({})
@@ -77,11 +77,11 @@ class _Writer:
         if isinstance(node[place], str) and self._slot(path):
             node[place] = {"use": node[place]}
         if not isinstance(node[place], dict | list):
-            raise UserError(f"{'.'.join(path)} is {plain_text(node[place])}, which has nothing inside")
+            raise UserError(f"{'.'.join(path)} is {plain_text(node[place])}, which has no settings")
         return node[place]
 
     def _slot(self, path: list[str]) -> tuple[str, str | None] | None:
-        """The axis of the plugin at a path, and the plugin that is meant where none is named; None off the plugins."""
+        """Return the axis of the plugin at a path and its default plugin; None where the path is not a plugin's."""
         axis, rest, node = path[0], path[1:], self.recipe.get(path[0])
         if axis not in TOP_AXES:
             return None
@@ -112,7 +112,7 @@ class _Writer:
             return None  # `resolve` reports it with everything else
 
     def _switch(self, group: dict[str, Any], name: str, path: list[str]) -> None:
-        """Name another plugin in `group`, and drop the settings that only the old one has."""
+        """Choose another plugin in `group`, and drop the settings that only the old one has."""
         axis, default = self._slot(path) or (None, None)
         old = self._class(axis, group, default) if axis else None
         new = self._class(axis, name, None) if axis else None
@@ -131,7 +131,7 @@ class _Writer:
 
 
 def _index(items: list[Any], key: str, path: list[str]) -> int:
-    """The place that `key` means in a list."""
+    """Return the index that `key` means in a list."""
     if not key.isdecimal() or int(key) > len(items):
         dotted = ".".join(path)
         choices = "".join(f"{dotted}.{place}, " for place in range(len(items)))

@@ -1,4 +1,4 @@
-"""The plan: what an algorithm will load and compute, what it skips and why, and the arithmetic of its batches."""
+"""The plan: what an algorithm loads, computes and skips, and the arithmetic of its batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_rlhf.config.algorithm import Algorithm
 
 @dataclass
 class Plan:
-    """Rows of text, one list per question; `as_dict` is what a run's record keeps."""
+    """Lines of text by topic; `as_dict` is kept in a run's record."""
 
     plugins: list[dict[str, Any]]
     models: list[str] = field(default_factory=list)
@@ -20,11 +20,11 @@ class Plan:
     remarks: list[str] = field(default_factory=list)
     arithmetic: list[tuple[str, str, str]] = field(default_factory=list)
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Phase -> part -> MiB on one process, an estimate (`hf_rlhf.training.memory.estimate`)."""
+    """Phase -> part -> estimated MiB of one process (`hf_rlhf.training.memory.estimate`); empty without a forecast."""
     memory_notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain lists and dicts, for JSON."""
+        """Return plain lists and dicts, for JSON."""
         return asdict(self)
 
 
@@ -37,8 +37,10 @@ def make_plan(
     lora: bool = False,
     policy_state: bool = True,
 ) -> Plan:
-    """The plan of `algorithm` on `processes` processes. `manifest` says which package offered each plugin; `policy_state`
-    whether the optimizer keeps state of the policy's parameters."""
+    """Return the plan of `algorithm` on `processes` processes.
+
+    `manifest` lists each plugin with its package; `policy_state`: the optimizer keeps state of the policy's parameters.
+    """
     plan = Plan(plugins=manifest)
     _models(plan, algorithm, lora, policy_state)
     _forwards(plan, algorithm)
@@ -50,7 +52,7 @@ def make_plan(
 
 
 def memory_rows(plan: Plan) -> list[str]:
-    """A line for each phase: the most that it is estimated to hold, and what of."""
+    """Return a line for each phase: its estimated peak and the parts of it."""
     rows = []
     for phase, parts in plan.memory.items():
         named = ", ".join(f"{part} {size:,.0f}" for part, size in parts.items() if size >= 0.5)
@@ -59,7 +61,7 @@ def memory_rows(plan: Plan) -> list[str]:
 
 
 def _second_model(a: Algorithm) -> list[str]:
-    """A critic that is trained whole, though the policy trains an adapter."""
+    """Return a remark on a critic that is trained whole although the policy trains an adapter."""
     if not isinstance(a.critic, TrainedCritic) or a.critic.shares_forward or "adapter" in a.critic.needs:
         return []
     return [
@@ -138,7 +140,7 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
 
 
 def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -> list[tuple[str, str, str]]:
-    """(quantity, value, what others call it) from prompts to micro-batches. Raises ValueError where it cannot come out."""
+    """Return (quantity, value, other libraries' name) from prompts to micro-batches. Raises ValueError for too few prompts."""
     prompts, group, steps = a.rollout.prompts, a.rollout.num_generations, a.update.mini_batches
     if prompts < processes:
         raise ValueError(

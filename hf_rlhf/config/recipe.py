@@ -1,7 +1,7 @@
-"""A recipe: YAML and overrides become checked settings, and these an `Algorithm`.
+"""Recipes: YAML and overrides become checked settings, and these an `Algorithm`.
 
-A recipe is one flat mapping: an axis holds `{use: name, setting: value, ...}` or just a name (list axes hold lists of
-these), a section holds its settings, and `training` holds keywords of `transformers.TrainingArguments`. A recipe with a
+A recipe is one flat mapping. An axis is `{use: name, setting: value, ...}` or just a name (list axes are lists of these), a
+section is a mapping of its settings, and `training` holds keywords of `transformers.TrainingArguments`. A recipe with a
 `trainer` has no other axis: it trains on a dataset, without rollouts (`OfflineRecipe`).
 """
 
@@ -58,17 +58,17 @@ class Recipe:
     training: dict[str, Any]
     """Keywords of `transformers.TrainingArguments`."""
     notes: list[str] = field(default_factory=list)
-    """What the overrides dropped."""
+    """Settings that the overrides dropped."""
     given: list[Plugin] = field(default_factory=list)
-    """Plugins that were given as instances: every algorithm gets these themselves, and copies of the others."""
+    """Plugins given as instances: every algorithm gets these themselves, and copies of the others."""
 
     @property
     def sections(self) -> dict[str, Any]:
-        """Section -> its settings."""
+        """Map each section to its settings."""
         return {name: getattr(self, name) for name in SECTIONS}
 
     def algorithm(self) -> Algorithm:
-        """The chosen plugins as one algorithm."""
+        """Return the chosen plugins as one algorithm."""
         from hf_rlhf.config.algorithm import Algorithm
 
         plugins = copy.deepcopy(self.plugins, {id(plugin): plugin for plugin in self.given})
@@ -99,47 +99,47 @@ class OfflineRecipe(Recipe):
     """A recipe that trains on a dataset, without rollouts: `update`, `evaluation` and `logging` are not read."""
 
     rows: OfflineDataset
-    """The recipe's `dataset`; `Recipe.dataset` holds what any recipe has of it."""
+    """The recipe's `dataset`; `Recipe.dataset` holds the settings that all recipes share."""
 
     @property
     def sections(self) -> dict[str, Any]:
-        """Section -> its settings."""
+        """Map each section to its settings."""
         return {"model": self.model, "dataset": self.rows}
 
     def trainer(self) -> OfflineTrainer:
-        """The chosen trainer: the one that was given as an instance, else a new one each time."""
+        """Return the chosen trainer: the instance that was given, else a new one each time."""
         made: OfflineTrainer = self.plugins[OFFLINE]
         return made if self.given else copy.deepcopy(made)
 
     def algorithm(self) -> Algorithm:
-        """Raises `UserError`: there is none."""
+        """Raise `UserError`: there is no algorithm."""
         raise UserError(
             f"the recipe {self.name} trains on a dataset (trainer={self.plugins[OFFLINE].name}) and has no algorithm: "
-            "`hf-rlhf check` and `hf-rlhf train` are for it"
+            "use `hf-rlhf check` and `hf-rlhf train`"
         )
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a name, `package/name` or path, with overrides such as `kl.0.beta=0.1`, checked as a whole.
+    """Load the recipe of a name, `package/name` or path, with overrides such as `kl.0.beta=0.1`.
 
-    Raises `RecipeError` naming every problem, `UserError` where there is no such recipe or its YAML cannot be read.
+    Raises `RecipeError` with every problem, and `UserError` where there is no such recipe or its YAML cannot be read.
     """
     host = get_host()
     written = read_recipe(name_or_path, host)
     _refuse_stages(written, str(name_or_path))
     raw, notes = apply_overrides(written, overrides, host)
     path = Path(name_or_path)
-    # A run leaves OUTPUT_DIR/recipe.yaml: it keeps the name of its folder.
+    # OUTPUT_DIR/recipe.yaml, which a run writes, is named after its folder.
     recipe = resolve(raw, host, name=path.absolute().parent.name if path.name == "recipe.yaml" else path.stem)
     recipe.notes = notes
     return recipe
 
 
 def load_plugin(axis: str, name: str, **settings: Any) -> Any:
-    """The plugin `name` (or `package/name`) of an axis, its settings checked.
+    """Return the plugin `name` (or `package/name`) of an axis, with its settings checked.
 
-    A nested plugin is given as its name, as `{"use": name, ...}` or as an instance. Raises `RecipeError` naming every
-    wrong setting, `UserError` where there is no such plugin.
+    A nested plugin is given as its name, as `{"use": name, ...}` or as an instance. Raises `RecipeError` with every wrong
+    setting, and `UserError` where there is no such plugin.
     """
     host = get_host()
     host.get(axis, name)
@@ -151,7 +151,7 @@ def load_plugin(axis: str, name: str, **settings: Any) -> Any:
 
 
 def read_recipe(name_or_path: str | Path, host: Host | None = None) -> dict[str, Any]:
-    """The recipe of a name, `package/name` or path, as it is written."""
+    """Return the recipe of a name, `package/name` or path as written."""
     text = str(name_or_path)
     path = Path(text).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -164,27 +164,27 @@ def read_recipe(name_or_path: str | Path, host: Host | None = None) -> dict[str,
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+        raise UserError(f"{path}: a recipe must be a mapping with the keys {', '.join(KEYS)}")
     return raw
 
 
 NESTED_IN = {
-    "kl_estimator": "an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
-    "kl_controller": "a controller stands inside a kl: `kl: [{use: in_reward, controller: {use: adaptive}}]`",
-    "baseline": "a baseline stands inside its estimator: `advantages: {use: baseline, baseline: {use: ema}}`",
+    "kl_estimator": "an estimator is a setting of a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
+    "kl_controller": "a controller is a setting of a kl: `kl: [{use: in_reward, controller: {use: adaptive}}]`",
+    "baseline": "a baseline is a setting of its estimator: `advantages: {use: baseline, baseline: {use: ema}}`",
 }
-"""What to write instead of an axis whose plugins stand inside another plugin."""
+"""Axis whose plugins are settings of another plugin -> how to write it."""
 
 
 def make(cls: type, settings: Mapping[str, Any], host: Host | None = None) -> tuple[Any, list[tuple[str, str]]]:
-    """A plugin (or a section) from settings as a recipe writes them, or None, and (path, problem) of each that is wrong."""
+    """Return a plugin or section made from a recipe's settings, or None, and (path, problem) of each wrong setting."""
     reader = RecipeReader(host or get_host())
     made, _ = reader.group(cls, settings, getattr(cls, "name", cls.__name__))
     return made, reader.problems
 
 
 def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recipe") -> Recipe:
-    """Makes every plugin and section of a recipe. Raises `RecipeError` with all problems at once."""
+    """Make every plugin and section of a recipe. Raises `RecipeError` with all problems at once."""
     _refuse_stages(raw, name)
     reader = RecipeReader(host or get_host())
     if OFFLINE in raw:
@@ -196,7 +196,7 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
             reader.refuse(key, f"a recipe has no such key.{did_you_mean(key, KEYS)} It has: {', '.join(KEYS)}")
     plugins: dict[str, Any] = {}
     plain_plugins: dict[str, Any] = {}
-    for axis in sorted(ALGORITHM_AXES, key="reference".__eq__):  # which depends on the others
+    for axis in sorted(ALGORITHM_AXES, key="reference".__eq__):  # depends on the others
         given, meant = raw.get(axis, DEFAULTS.get(axis, MISSING)), DEFAULTS.get(axis)
         if axis == "reference":
             lora = isinstance(raw.get("model"), dict) and raw["model"].get("lora") is not None
@@ -223,13 +223,13 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
 def _refuse_stages(raw: Mapping[str, Any], name: str) -> None:
     if STAGES in raw:
         raise UserError(
-            f"{name} has stages ({', '.join(raw[STAGES] or ())}), each with a recipe of its own: `hf-rlhf pipeline {name}` runs "
-            f"them, and `hf-rlhf check {name}` checks them"
+            f"{name} has stages ({', '.join(raw[STAGES] or ())}), each with a recipe of its own: run them with "
+            f"`hf-rlhf pipeline {name}`, or check them with `hf-rlhf check {name}`"
         )
 
 
 def _resolve_offline(raw: Mapping[str, Any], reader: RecipeReader, name: str) -> OfflineRecipe:
-    """A recipe that names a trainer."""
+    """Make a recipe that names a trainer."""
     misplaced = [key for key in raw if key not in OFFLINE_KEYS and (key in KEYS or key in NESTED_IN)]
     if misplaced:
         reader.refuse(

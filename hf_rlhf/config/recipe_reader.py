@@ -24,9 +24,9 @@ from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 
 class RecipeReader:
-    """Makes plugins and sections out of plain data and collects what is wrong.
+    """Make plugins and sections from plain data and collect the problems.
 
-    Each method gives what it made, or None, and the plain data from which it can be made again.
+    Each method returns what it made, or None, and the plain data from which it can be made again.
     """
 
     def __init__(self, host: Host):
@@ -35,12 +35,12 @@ class RecipeReader:
         self.given: list[Plugin] = []
 
     def refuse(self, path: str, text: str) -> tuple[None, None]:
-        """Note a problem."""
+        """Add a problem."""
         self.problems.append((path, text))
         return None, None
 
     def axis(self, axis: str, given: Any, meant: Any = None) -> tuple[Any, Any]:
-        """The plugin or plugins at the top of a recipe; `meant` by leaving it out."""
+        """Make the plugin or plugins of a top-level axis; `meant` is the one for an axis that is left out."""
         names = ", ".join(self.host.names(axis))
         if given is MISSING:
             way = f"`{axis}: [{{use: NAME}}]`" if axis in LISTS else f"`{axis}: {{use: NAME}}`"
@@ -86,7 +86,7 @@ class RecipeReader:
         return made, {"use": use, **(text or {})}
 
     def group(self, cls: type, given: Any, path: str) -> tuple[Any, Any]:
-        """A dataclass: a section, a group of settings inside one, or a plugin's settings."""
+        """Make a dataclass: a section, a group of settings inside one, or a plugin with its settings."""
         if not isinstance(given, Mapping):
             names = ", ".join(setting_types(cls))
             return self.refuse(path, f"takes a mapping with the settings {names}; got {plain_text(given)}")
@@ -121,7 +121,7 @@ class RecipeReader:
         return made, {**settings_as_plain(made), **texts}
 
     def nested(self, held: Nested, setting: dataclasses.Field[Any], value: Any, path: str) -> tuple[Any, Any]:
-        """A setting that is a plugin, a list of plugins or a group of settings."""
+        """Make a setting that is a plugin, a list of plugins or a group of settings."""
         if value is None and held.optional:
             return None, None
         if held.group:
@@ -133,14 +133,14 @@ class RecipeReader:
         return self.plugin(held.axis, {} if value is MISSING else value, path, default)
 
     def reference(self, plugins: Mapping[str, Any], lora: bool) -> str:
-        """The reference where a recipe names none: the policy before training if anything is measured to it."""
+        """Return the default reference: the policy before training if anything is measured against it."""
         made = [x for value in plugins.values() for x in (value if isinstance(value, list) else [value])]
         if not any("ref_logps" in plugin.needs for plugin in made if plugin is not None):
             return "none"
         return "adapter_off" if lora else "frozen"
 
     def training(self, given: Any) -> dict[str, Any]:
-        """Keywords of TrainingArguments: names and types are checked, values stay as they are written."""
+        """Check names and types of keywords of TrainingArguments; values stay as written."""
         if not isinstance(given, Mapping):
             self.refuse("training", f"takes keywords of transformers.TrainingArguments; got {plain_text(given)}")
             return {}
@@ -148,17 +148,19 @@ class RecipeReader:
             return {}
         from hf_rlhf.config.training_arguments import argument_names
 
-        names, before = argument_names(), len(self.problems)
+        names = argument_names()
         for key in given:
             if key not in names:
                 text = f"transformers.TrainingArguments has no such setting.{did_you_mean(key, names)}"
                 self.refuse(f"training.{key}", text)
-        if self.host.only_names or len(self.problems) > before:
+        if self.host.only_names:
             return dict(given)
         from transformers import TrainingArguments
 
         kept = {}
         for key, value in given.items():
+            if key not in names:
+                continue
             try:
                 number = checked(TrainingArguments, key, value)
             except ValueError as error:
@@ -170,7 +172,7 @@ class RecipeReader:
 
 
 def settings_as_plain(made: Any) -> dict[str, Any]:
-    """The settings of a plugin or a section as a recipe would write them, nested plugins included."""
+    """Return the settings of a plugin or a section as a recipe would write them, nested plugins included."""
     held = {name: nested(hint) for name, hint in setting_types(type(made)).items()}
     return {
         name: _as_plain(getattr(made, name)) if holds else plain(type(made), name, getattr(made, name))
@@ -179,7 +181,7 @@ def settings_as_plain(made: Any) -> dict[str, Any]:
 
 
 def _as_plain(made: Any) -> Any:
-    """A plugin, a group of settings, a list of them or None, as a recipe would write it."""
+    """Return a plugin, a group of settings, a list of them or None as a recipe would write it."""
     if made is None:
         return None
     if isinstance(made, list):

@@ -1,4 +1,4 @@
-"""How a recipe is written: its keys, and its YAML, which is plain data with each key once.
+"""Keys of a recipe, and its YAML: plain data in which each key occurs once.
 
 Departures from PyYAML's YAML 1.1: `1e-6` is a number, only `true` and `false` are truth values, dates and `1:30` are
 text; duplicate keys, tags, anchors and aliases are errors.
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 TOP_AXES = [axis for axis in AXES if axis not in NESTED]
 OFFLINE = "trainer"
-"""The axis of a recipe without rollouts, which has no other."""
+"""The only axis of a recipe without rollouts."""
 STAGES = "stages"
-"""The one key of a staged recipe, which names other recipes; see `hf_rlhf.config.pipeline`."""
+"""The only key of a recipe with stages, which names other recipes; see `hf_rlhf.config.pipeline`."""
 ALGORITHM_AXES = [axis for axis in TOP_AXES if axis != OFFLINE]
 KEYS = [*TOP_AXES, *SECTIONS, "training"]
 OFFLINE_KEYS = [OFFLINE, *OFFLINE_SECTIONS, "training"]
@@ -39,12 +39,14 @@ DEFAULTS: dict[str, Any] = {
     "loss_terms": [],
     "filters": [],
 }
-"""What a recipe means by leaving an axis out. `reference` depends on the rest; see `hf_rlhf.config.recipe`."""
+"""Plugins of axes that a recipe leaves out. `reference` depends on the rest; see `hf_rlhf.config.recipe_reader`."""
 
 
 def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:
-    """What to write where settings of an axis are given and no plugin, so that it would be `meant`; nothing where that has
-    these settings by default, or no plugin has."""
+    """Return a hint for settings of an axis without a plugin, which would then be `meant`.
+
+    The hint is empty where `meant` has these settings, or no plugin has.
+    """
     fit = [name for name in host.names(axis) if given.keys() <= setting_types(host.get(axis, name)).keys()]
     if not fit or (meant in fit and axis in DEFAULTS):
         return ""
@@ -55,7 +57,7 @@ def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:
 
 
 class RecipeError(UserError):
-    """Everything that is wrong with a recipe: `problems` holds (dotted path, what is wrong and what to write)."""
+    """All problems of a recipe: `problems` holds (dotted path, problem with its fix)."""
 
     def __init__(self, title: str, problems: list[tuple[str, str]]):
         self.problems = problems
@@ -77,7 +79,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _error("a recipe is flat: it has no anchors and aliases", event.start_mark)
+            raise _error("a recipe must not have anchors or aliases", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -85,9 +87,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise _error(f"the key {key!r} is not text", key_node.start_mark)
+                raise _error(f"the key {key!r} must be text", key_node.start_mark)
             if key in seen:
-                raise _error(f"the key {key!r} stands twice", key_node.start_mark)
+                raise _error(f"the key {key!r} occurs twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -108,7 +110,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Plain data. Raises `UserError` naming `source`, line and column."""
+    """Parse YAML into plain data. Raises `UserError` naming `source`, line and column."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -120,5 +122,5 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def write_yaml(data: Any) -> str:
-    """YAML that `read_yaml` reads back as the same data; innermost groups on one line."""
+    """Return YAML that `read_yaml` parses into the same data; innermost groups are on one line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)

@@ -1,6 +1,6 @@
-"""The parts of a recipe that are not plugins: model, dataset, update, evaluation. Validated like plugins, from outside.
+"""Sections of a recipe that are not plugins: model, dataset, update, evaluation, logging.
 
-`training` is not here: it is handed to `transformers.TrainingArguments` as it stands.
+They are validated as plugins are. `training` is not among them: it is passed to `transformers.TrainingArguments`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hf_rlhf.contract.model_settings import Model
 
 @dataclass(kw_only=True)
 class Dataset:
-    """Where prompts come from. Every column that is not the prompt reaches the rewards."""
+    """The prompts. Every column other than the prompt reaches the rewards."""
 
     path: str | None = None
     """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, or `builtin:addition`."""
     name: str | None = None
-    """Configuration of a dataset on the Hub."""
+    """Configuration name of a dataset on the Hub."""
     split: str = "train"
     """Split to train on."""
     eval_path: str | None = None
@@ -29,28 +29,28 @@ class Dataset:
     eval_split: str | None = None
     """Split to evaluate on, of `eval_path` or `path`."""
     held_out: Annotated[int, Ge(0)] = 64
-    """Rows set aside for evaluation where there is no evaluation data: at most a tenth of the dataset."""
+    """Rows held out for evaluation where there is no evaluation data: at most a tenth of the dataset."""
     prompt: str = "prompt"
     """Column of the prompt: text, or a list of chat messages."""
     prompt_template: str | None = None
-    """A text with {column} places that makes the prompt, e.g. "Question: {question}\\nAnswer:"."""
+    """A text with {column} placeholders that makes the prompt, e.g. "Question: {question}\\nAnswer:"."""
     chat: bool = False
     """Wrap a text prompt as one user message and apply the tokenizer's chat template."""
     system: str | None = None
     """A system message before the prompt, for chat prompts."""
     max_prompt_tokens: Count | None = None
-    """Longest prompt in tokens; the context left by the completion when left out."""
+    """Longest prompt in tokens; by default the context that the completion leaves."""
     overlong_prompts: Literal["error", "drop"] = "error"
-    """What to do with longer prompts."""
+    """Action for longer prompts."""
     shuffle: bool = True
-    """A new order of the prompts in each epoch."""
+    """Shuffle the prompts in each epoch."""
     streaming: bool = False
     """Read the dataset as a stream (needs `training.max_steps`)."""
 
 
 @dataclass(kw_only=True)
 class Update:
-    """How a rollout becomes optimizer steps: mini_batches x epochs of them."""
+    """Optimizer steps of a rollout: mini_batches x epochs of them."""
 
     mini_batches: Count = 1
     """Optimizer steps per pass over a rollout (verl: train_batch_size / ppo_mini_batch_size)."""
@@ -75,28 +75,28 @@ class Update:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """How held-out prompts are rolled out."""
+    """Rollouts of held-out prompts."""
 
     num_generations: Count = 1
     """Completions per prompt; with several, pass@k and maj@k are reported."""
     temperature: NonNegative | None = None
-    """Temperature of sampling, the rollout's when left out; 0 is greedy."""
+    """Sampling temperature, by default the rollout's; 0 is greedy."""
     prompts: Count | None = None
-    """At most this many prompts; all when left out."""
+    """Number of prompts at most; by default all."""
     ema: bool = False
-    """Roll out the moving average of the policy (update.ema) as well; its metrics are called `eval_ema/...`."""
+    """Also roll out the moving average of the policy (update.ema); its metrics are named `eval_ema/...`."""
 
 
 @dataclass(kw_only=True)
 class Logging:
-    """What is written besides the metrics."""
+    """Output besides the metrics."""
 
     completions: Annotated[int, Ge(0)] = 16
     """Completions per log entry in the table and in completions/*.parquet (0: none)."""
     entropy: Literal["sampled", "exact"] = "sampled"
-    """What policy/entropy is: an estimate from the sampled tokens, which costs nothing, or the exact entropy."""
+    """policy/entropy: an estimate from the sampled tokens, which costs nothing, or the exact entropy."""
     metric_aliases: Literal["none", "trl"] = "none"
-    """Log numbers under TRL's names too (`reward`, `completions/mean_length`, ...), so that dashboards made for it work."""
+    """Also log metrics under TRL's names (`reward`, `completions/mean_length`, ...), so that dashboards for TRL work."""
 
 
 SECTIONS: dict[str, type] = {

@@ -187,9 +187,7 @@ def test_what_does_not_fit_another_recipe_is_refused_with_the_stage():
 def test_recipes_of_one_kind_are_refused_where_the_other_is_due(tmp_path):
     with pytest.raises(UserError, match="grpo has no stages: use `hf-rlhf train grpo`"):
         load_pipeline("grpo")
-    said = (
-        r"instructgpt has stages \(sft, rm, ppo\), each with a recipe of its own: `hf-rlhf pipeline instructgpt` runs"
-    )
+    said = r"instructgpt has stages \(sft, rm, ppo\), each with a recipe of its own: run them with `hf-rlhf pipeline"
     with pytest.raises(UserError, match=said):
         load_recipe("instructgpt", ["ppo.kl=[]"])
     with pytest.raises(UserError, match="has stages"):

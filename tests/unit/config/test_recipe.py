@@ -129,13 +129,13 @@ def test_numbers_are_read_as_anyone_would():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kl: []\nkl: []", "r.yaml, line 2, column 1: the key 'kl' stands twice"),
-        ("kl: [{use: a, use: b}]", "the key 'use' stands twice"),
+        ("kl: []\nkl: []", "r.yaml, line 2, column 1: the key 'kl' occurs twice"),
+        ("kl: [{use: a, use: b}]", "the key 'use' occurs twice"),
         ("kl: !!python/object/apply:os.system ['touch ran']", "could not determine a constructor for the tag"),
         ("kl: !!python/name:os.system", "could not determine a constructor for the tag"),
-        ("a: &x 1\nb: *x", "no anchors and aliases"),
-        ("a: &x [*x]", "no anchors and aliases"),
-        ("1: a", "the key 1 is not text"),
+        ("a: &x 1\nb: *x", "must not have anchors or aliases"),
+        ("a: &x [*x]", "must not have anchors or aliases"),
+        ("1: a", "the key 1 must be text"),
         ("kl: [", "r.yaml, line 1"),
         ("a: \x00", "r.yaml"),
     ],
@@ -245,7 +245,7 @@ def test_all_problems_are_told_at_once_with_path_choices_and_fix():
     }
     found = problems(raw)
     assert found == {
-        "kl_estimator": "an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
+        "kl_estimator": "an estimator is a setting of a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
         "env": f"a recipe has no such key. It has: {', '.join(KEYS)}",
         "advantage": f"a recipe has no such key. Did you mean 'advantages'? It has: {', '.join(KEYS)}",
         "advantages": "no advantages plugin named 'group_nrom'. Did you mean 'group_norm'? There are: "
@@ -430,7 +430,7 @@ def test_overrides_that_lead_nowhere_are_told_all_at_once():
     assert list(found) == [override.split("=")[0] for override in overrides]
     assert "Did you mean 'advantages'?" in found["advantage.use"]
     assert found["kl.3.beta"] == "kl is a list: write kl.0, or kl.1 to append"
-    assert found["update.epochs.x"] == "update.epochs is 1, which has nothing inside"
+    assert found["update.epochs.x"] == "update.epochs is 1, which has no settings"
     assert "write KEY=VALUE" in found["word"]
 
 
@@ -471,7 +471,7 @@ def test_a_recipe_may_be_a_name_a_qualified_name_or_a_path(tmp_path):
     with pytest.raises(UserError, match="there is no recipe file"):
         load_recipe(tmp_path / "gone.yaml")
     path.write_text("- a list")
-    with pytest.raises(UserError, match="a recipe is a mapping"):
+    with pytest.raises(UserError, match="a recipe must be a mapping"):
         load_recipe(path)
 
 
