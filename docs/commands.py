@@ -74,7 +74,7 @@ COMPLETION = """## Completion in the shell
 
 `hf-rlhf --install-completion` sets it up for bash, zsh, fish or PowerShell, `hf-rlhf --show-completion` prints what it would
 set up. Tab then completes commands, flags (every field of TrainingArguments too), recipes, axes, plugins, overrides
-(`advantages.use=` and Tab), stages of `run`, and files. Nothing is imported or run for it: settings of a plugin are read off
+(`advantages.use=` and Tab), stages of `pipeline`, and files. Nothing is imported or run for it: settings of a plugin are read off
 its source."""
 
 

@@ -83,7 +83,8 @@ among them.
 
 ## summary.json
 
-Written by `hf-rlhf train` at the end.
+Written with the model at the end: by `hf-rlhf train`, and by `trainer.save_model()` after `trainer.train()`. `before` and
+`after` are the evaluations outside of training, before and after it; in Python, `trainer.evaluate()` makes them.
 """
 
 
@@ -91,16 +92,17 @@ SUMMARY = {
     "recipe": "name of the recipe",
     "model": "`model.path`",
     "dataset": "`dataset.path`",
-    "before": "the evaluation before the first step, names as above without `eval_`; null without held-out prompts",
+    "rows": "`train` and `evaluation`: their number; null for a stream",
+    "before": "the evaluation before the first step, names as above without `eval_`; null without held-out rows or without an evaluation",
     "after": "the evaluation after the last step",
     "steps": "optimizer steps",
-    "seconds": "of the whole command, loading and evaluations included; after a resume, since the resume",
+    "seconds": "since the trainer began to load, evaluations included; after a resume, since the resume",
     "train_seconds": "of training; after a resume, since the resume",
     "peak_memory_mib": "MiB that a process held at most since it started, the largest of all processes, measured as "
     "under `memory/`",
     "output_dir": "where the run wrote",
     "plan": "plugins (axis, name, package, version, module, SHA-256 of its file), models, forwards, skipped, "
-    "remarks, arithmetic, and the estimate of memory: MiB by phase and part",
+    "remarks, arithmetic, and with `hf-rlhf train --plan` the memory forecast: MiB by phase and part",
     "versions": "of Python and of the packages that the numbers depend on",
 }
 
