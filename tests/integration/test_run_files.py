@@ -166,12 +166,11 @@ def refuse(*_: Any, **__: Any) -> None:
 
 @pytest.fixture
 def no_forecast(monkeypatch) -> None:
-    from hf_rlhf.training.memory import estimate
-    from hf_rlhf.training.offline import memory_estimate
+    from hf_rlhf.training import setup
+    from hf_rlhf.training.offline import setup as offline
 
-    for module, names in ((estimate, ("from_model", "from_settings")), (memory_estimate, ("estimate_offline",))):
-        for name in names:
-            monkeypatch.setattr(module, name, refuse)
+    for module in (setup, offline):
+        monkeypatch.setattr(module, "estimate_memory", refuse)
 
 
 @pytest.mark.parametrize("kind", ["rollouts", "offline"])

@@ -1,4 +1,4 @@
-"""Loading a model with the head that an offline trainer asks for."""
+"""Load a model with the head that an offline trainer needs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ AUTO: dict[Head, str] = {
     "causal": "AutoModelForCausalLM",
 }
 TASKS: dict[Head, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "causal": "CAUSAL_LM"}
-"""What peft calls them: it trains a classifier's head whole, beside the adapter."""
+"""Task types of peft, which trains a classifier's head whole beside the adapter."""
 
 
 def context_of(settings: Model, trust_remote_code: bool) -> int | None:
-    """The most positions that the model has, from its configuration alone."""
+    """Return the context length of the model, from its configuration alone."""
     from transformers import AutoConfig
 
     try:
@@ -33,21 +33,21 @@ def context_of(settings: Model, trust_remote_code: bool) -> int | None:
             model_path(settings.path), revision=settings.revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{settings.path}: no model there ({error})") from error
+        raise ModelError(f"{settings.path} is not a model ({error})") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_with_head(
     settings: Model, trainer: OfflineTrainer, tokenizer: PreTrainedTokenizerBase, seed: int, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model, without dropout unless the settings keep it, on an adapter where they have one.
+    """Load the model, without dropout unless the settings keep it, with an adapter where they have one.
 
-    A head that the folder does not hold is new and depends on the seed alone. Raises `ModelError` where other weights are
+    A head that the folder does not contain is new and depends only on the seed. Raises `ModelError` where other weights are
     missing, or the head has another number of outputs.
     """
     path = model_path(settings.path)
     if (Path(path) / "adapter_config.json").is_file():
-        raise ModelError(f"{path} holds an adapter alone: merge it into its base and name the merged model")
+        raise ModelError(f"{path} contains only an adapter: merge it into its base and name the merged model")
     with seeded(seed, "model"):
         model = _load(path, settings, trainer, trust_remote_code)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -62,7 +62,7 @@ def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code
     loader = getattr(transformers, AUTO[trainer.head])
     options: dict[str, Any] = {} if trainer.head == "causal" else {"num_labels": trainer.outputs}
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its report of a new head; what else is missing is checked below
+    transformers.logging.set_verbosity_error()  # it would report a new head; other missing weights are checked below
     try:
         model, loading = loader.from_pretrained(
             path,
@@ -88,7 +88,7 @@ def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code
     trunk = f"{model.base_model_prefix}."
     missing = sorted(name for name in loading["missing_keys"] if trainer.head == "causal" or name.startswith(trunk))
     if missing:
-        raise ModelError(f"{path} has no weights for {', '.join(missing[:6])}; it does not hold the whole model")
+        raise ModelError(f"{path} has no weights for {', '.join(missing[:6])}; it does not contain the whole model")
     return model
 
 
@@ -101,9 +101,9 @@ def _adapted(model: Any, settings: Model, head: Head) -> Any:
 
 
 def lora_for(settings: Lora, head: Head) -> LoraConfig:
-    """The settings as peft takes them for a model with this head, which is trained whole where it is a classifier's."""
+    """Return peft's configuration for a model with this head; a classifier's head is trained whole."""
     config = lora_config(settings)
     config.task_type = TASKS[head]
-    if head == "token" and config.target_modules == "all-linear":  # peft knows the head of a sequence classifier alone
+    if head == "token" and config.target_modules == "all-linear":  # peft knows only the head of a sequence classifier
         config.exclude_modules = ["score", "classifier"]
     return config

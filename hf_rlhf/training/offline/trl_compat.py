@@ -1,4 +1,4 @@
-"""What TRL does and does not document: its trainers tell the Hub that they were made, and round adapters on quantised bases."""
+"""Undocumented behavior of TRL: its trainers send telemetry to the Hub, and round adapters on quantized bases."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
-    """Inside, what is trained may be rounded; behind it has its number format and its numbers again.
+    """Restore dtype and values of trained parameters after the block.
 
-    TRL's trainers make what is trained on a quantised base bfloat16, whatever the rest of the model is.
+    TRL's trainers cast trained parameters on a quantized base to bfloat16, whatever the rest of the model is.
     """
     before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad and _quantised(model)]
     yield
@@ -27,7 +27,7 @@ def _quantised(model: nn.Module) -> bool:
 
 
 class Quiet:
-    """In front of a trainer of TRL: it tells nobody that it was made. In front of other trainers it changes nothing."""
+    """Mixin that turns off the telemetry of TRL's trainers, and changes nothing in other trainers."""
 
     def _send_telemetry(self) -> None:
-        """TRL would send the kinds of trainer, model, dataset and device."""
+        """Send nothing; TRL would send the kinds of trainer, model, dataset and device."""
