@@ -110,6 +110,8 @@ def _train(
 
     transformers_logging.disable_progress_bar()
     out, offline = console(), isinstance(recipe, OfflineRecipe)
+    if int(os.environ.get("RANK", "0")) == 0:
+        out.print(f"recipe {recipe.name}: loading {recipe.model.path or 'no model'}", markup=False, soft_wrap=True)
     progress = LiveProgress(out, OFFLINE_SHOWN if offline else SHOWN)
     trainer = build_trainer(recipe, str(folder), [progress, stop], trust_remote_code)
     try:
