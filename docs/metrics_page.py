@@ -93,7 +93,8 @@ SUMMARY = {
     "model": "`model.path`",
     "dataset": "`dataset.path`",
     "rows": "`train` and `evaluation`: their number; null for a stream",
-    "before": "the evaluation before the first step, names as above without `eval_`; null without held-out rows or without an evaluation",
+    "before": "the evaluation before the first step, names as above without `eval_`; null without held-out rows or without "
+    "an evaluation",
     "after": "the evaluation after the last step",
     "steps": "optimizer steps",
     "seconds": "since the trainer began to load, evaluations included; after a resume, since the resume",
