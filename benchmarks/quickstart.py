@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import keep
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,26 +61,17 @@ def main() -> None:
     if options.cold:
         os.environ["HF_RLHF_CACHE"] = tempfile.mkdtemp()
     from hf_rlhf.data.addition_task import addition_model
-    from hf_rlhf.training.setup import versions
 
     started = time.perf_counter()
     addition_model()
     warm_up = time.perf_counter() - started
     rows = [run(seed, options.overrides) for seed in options.seeds]
-    result = {
-        "command": "python -m benchmarks.quickstart",
-        "overrides": options.overrides,
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "warm_up_seconds": warm_up if options.cold else None,
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
-    text = f"# Quickstart\n\n`{result['command']}`: held-out accuracy when sampled, 512 problems.\n\n{table(rows)}\n"
+    command = "python -m benchmarks.quickstart"
+    text = f"# Quickstart\n\n`{command}`: held-out accuracy when sampled, 512 problems.\n\n{table(rows)}\n"
     if options.cold:
         text += f"\nThe warm-up, made once and then cached, took {warm_up:.0f} s.\n"
-    options.json.with_suffix(".md").write_text(text)
+    result = {"overrides": options.overrides, "warm_up_seconds": warm_up if options.cold else None, "rows": rows}
+    keep(options.json, command, result, text)
     print(table(rows))
 
 

@@ -4,8 +4,8 @@
 
 The rows are the solutions of two models to the test problems of GSM8K (arXiv:2110.14168) with the published grades. Times
 per row are processor time on one thread, the least of five runs; throughput is wall-clock time, the best of seven runs with
-workers that are up. The result goes to benchmarks/results/verifiers.json and .md; `--page` makes docs/verifiers.md of what is
-in the former and measures nothing.
+workers that are up. The result goes to benchmarks/results/verifiers.json and docs/verifiers.md; `--page` makes the page of
+what is in the former and measures nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import write
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.scoring.scorer import Scorer
@@ -303,9 +304,9 @@ def main() -> None:
         PAGE.write_text(page(json.loads(results.read_text())), encoding="utf-8")
         return
     found = measure(options.data)
-    results.write_text(json.dumps(found, indent=1) + "\n")
+    write(results, found)
     tables = [agreement_table(found), disagreement_table(found), cost_table(found), throughput_table(found)]
-    results.with_suffix(".md").write_text(f"# Verifiers\n\n`{COMMAND}`\n\n" + "\n\n".join(tables) + "\n")
+    PAGE.write_text(page(found), encoding="utf-8")
     print("\n\n".join(tables))
 
 
