@@ -29,12 +29,15 @@ test-slow: .venv/.installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
 	$(BIN)/pytest tests/integration/test_lora_quantised.py tests/integration/test_reward_models_memory.py
 
-lab-page: .venv/.installed-dev
-	$(BIN)/hf-rlhf lab --all --picture docs/lab.svg > docs/lab.unfinished
-	mv docs/lab.unfinished docs/lab.md
+# The lab's page of every combination, which `make docs` puts into the site: some minutes.
+lab-page: build/lab/lab.md
+build/lab/lab.md: .venv/.installed-dev $(wildcard hf_rlhf/lab/*.py plugins/*/*.py recipes/*.yaml)
+	mkdir -p build/lab
+	$(BIN)/hf-rlhf lab --all --picture build/lab/lab.svg > build/lab/unfinished
+	mv build/lab/unfinished $@
 
 # A site of the README, docs/ and the examples' READMEs in build/site; a link that leads nowhere ends it.
-docs: .venv/.installed-dev
+docs: build/lab/lab.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -33,9 +33,9 @@ def filled(text: str, site: bool = False) -> str:
     """A page with its parts made anew: those that it keeps, or for the site all of them, without the comments."""
 
     def fill(match: re.Match[str]) -> str:
-        start, kind, module, function, arguments, _, end = match.groups()
+        start, kind, module, function, arguments, kept, end = match.groups()
         if site:
-            return part(module, function, arguments) + "\n"
+            return (part(module, function, arguments) or kept.strip("\n")) + "\n"
         return f"{start}\n{part(module, function, arguments)}\n\n{end}" if kind == "made" else match[0]
 
     return PART.sub(fill, text)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from generators.markdown import code, own_host, own_plugins, table
@@ -62,8 +62,7 @@ def proofs() -> Iterator[str]:
 
 def read(folder: Path) -> list[Proof]:
     """Every proof in the tests of a folder. Raises `ValueError` where a decorator is not written as it should be."""
-    found = ((file, proof) for file in sorted(folder.rglob("test_*.py")) for proof in _of_file(file))
-    return sorted(replace(proof, file=file.relative_to(folder).as_posix()) for file, proof in found)
+    return sorted(proof for file in sorted(folder.rglob("test_*.py")) for proof in _of_file(file, folder))
 
 
 def _of_file(file: Path, folder: Path) -> Iterator[Proof]:
