@@ -16,7 +16,7 @@ from hf_rlhf.contract.base import Plugin
 from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.registry import hookspecs
 
-SEEN = ("Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context")
+SEEN = ("Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context")
 """Classes of hf_rlhf.batch, in the order of a step."""
 
 

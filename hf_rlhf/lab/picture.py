@@ -77,8 +77,7 @@ def of_matrix(rows: Sequence[Row]) -> Figure:
     kls = list(dict.fromkeys(of_kl(row) for row in rows))
     estimators = list(dict.fromkeys(of_estimator(row) for row in rows))
     names = list(dict.fromkeys(row.aggregation for row in rows))
-    colors = LinearSegmentedColormap.from_list("cosine", ["#d55e00", "white", "#0072b2"])
-    colors.set_bad("#eeeeee")
+    colors = LinearSegmentedColormap.from_list("cosine", ["#d55e00", "white", "#0072b2"]).with_extremes(bad="#eeeeee")
     size = (3 + CELL * len(names) * (len(estimators) + 2), 3 + CELL * len(kls))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]

@@ -328,7 +328,9 @@ def test_every_method_of_a_base_class_stands_on_the_page_of_hooks():
             assert {name.partition("(")[0] for name in first_columns(page, heading)} >= set(own)
 
 
-@pytest.mark.parametrize("name", ["Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context"])
+@pytest.mark.parametrize(
+    "name", ["Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context"]
+)
 def test_every_field_that_plugins_see_stands_on_the_page_of_hooks(name):
     from hf_rlhf import batch
 
