@@ -9,7 +9,6 @@ micro_quick.json and micro_quick.md alone. `python -m benchmarks.estimators` mea
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
+from benchmarks.micro_parts import Part, Variants, apart, in_turn, part
 from benchmarks.peak import mib, peak
 from benchmarks.work import FIRST_WORD, PAD, Line, make_model, prompt_ids, script
 from hf_rlhf.axes import Filter, LossTerm, PolicyLoss
@@ -27,30 +27,6 @@ RESULTS = Path(__file__).parent / "results"
 VOCABULARIES = (4096, 151936)
 WIDTH = 256
 """Of hidden states."""
-Variants = dict[str, Callable[[], Any]]
-Part = dict[str, Any]
-
-
-def in_turn(variants: Variants, times: int) -> dict[str, float]:
-    """The least seconds of each variant, which run one after the other in each of several rounds."""
-    seconds = dict.fromkeys(variants, float("inf"))
-    for _ in range(times):
-        for name, run in variants.items():
-            began = time.process_time()
-            run()
-            seconds[name] = min(seconds[name], time.process_time() - began)
-    return seconds
-
-
-def apart(found: list[Tensor], due: list[Tensor]) -> float:
-    """The largest distance of a tensor from its due value, relative to that."""
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, due, strict=True))
-
-
-def part(title: str, text: str, extra: tuple[str, ...], entries: list[Part], compared: bool = True) -> Part:
-    """A table; ratios are to its first variant, where the variants do the same."""
-    base = entries[0]["variant"] if compared else None
-    return {"title": title, "text": text, "base": base, "extra": list(extra), "entries": entries}
 
 
 # The head

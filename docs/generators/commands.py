@@ -15,7 +15,11 @@ from hf_rlhf.cli.main import add_commands
 
 def names() -> Iterator[str]:
     """Every command in a line."""
-    rows = [[code(title), sentence(command.short_help or command.help)] for title, command in found() if " " in title]
+    rows = [
+        [f"[`{title}`](#{title.replace(' ', '-')})", sentence(command.short_help or command.help)]
+        for title, command in found()
+        if " " in title
+    ]
     yield table(["command", "what it does"], rows)
 
 
