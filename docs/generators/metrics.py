@@ -34,23 +34,6 @@ AXES_OF = {
 }
 """Axes whose plugins' own metrics stand in a section of the core's."""
 
-SUMMARY = {
-    "recipe": "name of the recipe",
-    "model": "`model.path`",
-    "dataset": "`dataset.path`",
-    "before": "the evaluation before the first step, names as above without `eval_`; null without held-out prompts",
-    "after": "the evaluation after the last step",
-    "steps": "optimizer steps",
-    "seconds": "of the whole command, loading and evaluations included; after a resume, since the resume",
-    "train_seconds": "of training; after a resume, since the resume",
-    "peak_memory_mib": "MiB that a process held at most since it started, the largest of all processes, measured as "
-    "under `memory/`",
-    "output_dir": "where the run wrote",
-    "plan": "plugins (axis, name, package, version, module, SHA-256 of its file), models, forwards, skipped, "
-    "remarks, arithmetic, and the estimate of memory: MiB by phase and part",
-    "versions": "of Python and of the packages that the numbers depend on",
-}
-
 
 def logged(section: str) -> Iterator[str]:
     """The metrics of a section: the core's, then the plugins'."""
@@ -68,10 +51,6 @@ def offline() -> Iterator[str]:
     rows = [_row(code(m.name), m, "") for m in OFFLINE]
     rows += [_row(code(EVAL + m.name), m, "") for m in OFFLINE_EVALUATION]
     yield table(HEADER, rows + _plugin_rows(own_host(), "trainer"))
-
-
-def summary() -> Iterator[str]:
-    yield table(["key", "what it holds"], [[code(key), text] for key, text in SUMMARY.items()])
 
 
 def reading() -> Iterator[str]:
