@@ -361,10 +361,17 @@ def test_a_metric_with_a_range_says_what_lies_outside_of_it():
     assert not [metric.name for metric in (*CORE, *EVALUATION) if metric.healthy and not metric.unhealthy]
 
 
-def test_every_module_of_the_core_is_explained():
+def test_every_package_of_the_core_is_explained_and_every_module_that_is_named_exists():
     text = (ROOT / "docs" / "how_it_works.md").read_text().partition("## Where the code is")[2].partition("\n## ")[0]
-    modules = {file.name for file in (ROOT / "hf_rlhf").glob("*.py") if not file.name.startswith("__")}
-    assert set(re.findall(r"`(\w+\.py)`", text)) == modules
+    core = ROOT / "hf_rlhf"
+    parts = {f"{file.parent.name}/" for file in core.glob("*/__init__.py")}
+    parts |= {file.name for file in core.glob("*.py") if not file.name.startswith("_")}
+    explained = {
+        name for row in re.findall(r"^\| (`[^|]*)\|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
+    }
+    assert explained == parts
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert name in ("plugins/", "recipes/") or list(core.rglob(name)), f"there is no {name}"
 
 
 # Files of a run
