@@ -18,6 +18,7 @@ bubblewrap:
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 test-learning: .venv/.installed-dev

@@ -21,8 +21,7 @@ from generators import lab
 ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": "index.md",
-    "CHANGELOG.md": "CHANGELOG.md",
-    "SECURITY.md": "SECURITY.md",
+    **{name: name for name in ("CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md", "SECURITY.md")},
     **{str(file.relative_to(ROOT)): str(file.relative_to(ROOT)) for file in (ROOT / "examples").glob("*/README.md")},
 }
 """File of the repository -> page of the site, where it is not docs/ -> the same."""

@@ -28,9 +28,9 @@ from tests.helpers.runs import SAMPLED, parameters, problems, trained
 PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*/README.md")),
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md", "SECURITY.md")),
 ]
-BY_HAND = ("data.md", "reward_models.md", "writing_plugins.md")
+BY_HAND = ("command_line.md", "data.md", "reward_models.md", "writing_plugins.md")
 WRITTEN_BY_HAND = [ROOT / "README.md", *(ROOT / "docs" / name for name in BY_HAND)]
 TITLES = [page.name for page in WRITTEN_BY_HAND]
 
@@ -201,12 +201,12 @@ def command_lines(page: Path) -> list[list[str]]:
             elif words[0] == "make":
                 assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
             else:
-                assert line in PYTEST_LINES, f"no test runs {line!r}"
+                assert shlex.join(words) in PYTEST_LINES, f"no test runs {line!r}"
     return found
 
 
-PYTEST_LINES = ["pytest --hf-rlhf-plugin ./group_median.py"]
-"""Commands of writing_plugins.md that `test_the_plugin_example_conforms` runs."""
+PYTEST_LINES = ["pytest --hf-rlhf-plugin ./group_median.py", "pytest --hf-rlhf-plugin ./brief.py"]
+"""Commands of writing_plugins.md and the README that `test_the_plugin_example_conforms` runs."""
 
 
 def without_training(words: list[str]) -> list[str]:
@@ -226,7 +226,7 @@ def brief(words: list[str]) -> list[str]:
     """A command that ends soon: what trains is checked, and what a server would serve is checked too."""
     if words[0] == "train":
         return without_training(words)
-    return ["check", words[1]] if words[0] in ("serve-reward", "run") else words
+    return ["check", words[1]] if words[0] in ("serve-reward", "pipeline") else words
 
 
 @pytest.mark.parametrize("page", WRITTEN_BY_HAND, ids=TITLES)
@@ -378,10 +378,17 @@ def test_a_metric_with_a_range_says_what_lies_outside_of_it():
     assert not [metric.name for metric in (*CORE, *EVALUATION) if metric.healthy and not metric.unhealthy]
 
 
-def test_every_module_of_the_core_is_explained():
+def test_every_package_of_the_core_is_explained_and_every_module_that_is_named_exists():
     text = (ROOT / "docs" / "how_it_works.md").read_text().partition("## Where the code is")[2].partition("\n## ")[0]
-    modules = {file.name for file in (ROOT / "hf_rlhf").glob("*.py") if not file.name.startswith("__")}
-    assert set(re.findall(r"`(\w+\.py)`", text)) == modules
+    core = ROOT / "hf_rlhf"
+    parts = {f"{file.parent.name}/" for file in core.glob("*/__init__.py")}
+    parts |= {file.name for file in core.glob("*.py") if not file.name.startswith("_")}
+    explained = {
+        name for row in re.findall(r"^\| (`[^|]*)\|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
+    }
+    assert explained == parts
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert name in ("plugins/", "recipes/") or list(core.rglob(name)), f"there is no {name}"
 
 
 # Files of a run
