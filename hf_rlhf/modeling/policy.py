@@ -9,7 +9,8 @@ nor an attention mask are needed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from hf_rlhf.modeling.token_batch import _PACKS, Attention, TokenBatch, _inner, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hf_rlhf.modeling.ema import PolicyEMA
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,19 @@ class Policy:
     device: torch.device
     wants_logps: bool = False
     """Whether something reads the sampler's log-probs: then `Completions.logps` must be there."""
+    version: str = ""
+    """`RUN_ID:step`, followed by `:ema` while `model` holds the moving average; empty outside a run. It changes whenever what
+    `model` computes may have changed: an optimizer step, a loaded checkpoint, an evaluation of the average."""
+
+    @contextmanager
+    def averaged(self, average: PolicyEMA) -> Iterator[None]:
+        """Hold the moving average in place of the weights of `model`, under a version of its own."""
+        version, self.version = self.version, f"{self.version}:ema"
+        try:
+            with average.as_policy(self.model):
+                yield
+        finally:
+            self.version = version
 
 
 class ActorCritic(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from hf_rlhf.modeling.lora_merge import FOLDER as ADAPTER
 from hf_rlhf.modeling.lora_merge import drop_other_form, merged, save_merged
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.runtime.distributed import from_first_process
+from hf_rlhf.training import parallel
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.rollout_buffer import Buffer
@@ -43,6 +46,8 @@ class SavingTrainer(Trainer):
     """The moving average of the policy, where the recipe keeps one."""
     parts: RunComponents
     phases: Phases
+    run_id: str
+    """Made once per run, kept by a resumed one; the first part of `Policy.version`."""
     _bad_steps: int
     _saves_checkpoint: bool = False
     _tokens_logged: float
@@ -64,8 +69,19 @@ class SavingTrainer(Trainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
                 return TrainOutput(self.state.global_step, 0.0, {})
+        elif self.state.global_step > 0:
+            self._begin_run()  # Trainer counts from 0 again, from other weights
         self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _begin_run(self) -> None:
+        """Draw a new run id, the same on every process, and begin at step 0."""
+        self.run_id = from_first_process(self.accelerator, uuid.uuid4().hex[:12])
+        self._weights_are_of(0)
+
+    def _weights_are_of(self, step: int) -> None:
+        """Set the policy's version: its weights are those after optimizer step number `step` of this run."""
+        self.collector.policy.version = f"{self.run_id}:{step}"
 
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
         """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
@@ -94,7 +110,7 @@ class SavingTrainer(Trainer):
         checkpoint_manifest.save_state(folder, self.args.process_index, self._state())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            facts = {"step": self.state.global_step, "processes": self.args.world_size}
+            facts = {"step": self.state.global_step, "processes": self.args.world_size, "run_id": self.run_id}
             checkpoint_manifest.seal(
                 folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record}
             )
@@ -150,22 +166,23 @@ class SavingTrainer(Trainer):
         policy: Any = self.model
         whole = not self._saves_checkpoint and bool(self.parts.sections["model"].save_merged)
         if whole and self.args.should_save:
-            policy.save_pretrained(folder / ADAPTER)  # before the merge, which may fail
-            self.model = merged(policy)
+            weights = parallel.state_dict(policy)
+            policy.save_pretrained(folder / ADAPTER, state_dict=weights)  # before the merge, which may fail
+            self.model = merged(policy, weights)
             try:
-                super()._save(output_dir, state_dict)
+                super()._save(output_dir)
             finally:
                 self.model = policy
         else:
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, parallel.state_dict(policy))
         if not self.args.should_save:
             return
         for name, module in self._beside().items():
-            checkpoint_manifest.save_module(folder / name, module)
+            checkpoint_manifest.save_tensors(folder / name, parallel.state_dict(module))
         if self.ema is not None:
             save = save_merged if whole else type(policy).save_pretrained
             with self.ema.as_policy(policy, exact=True):
-                save(policy, folder / FOLDER)
+                save(policy, folder / FOLDER, state_dict=parallel.state_dict(policy))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder / FOLDER)
         if hasattr(policy, "peft_config") and not self._saves_checkpoint:
@@ -188,8 +205,15 @@ class SavingTrainer(Trainer):
             self._load_beside(Path(self.state.best_model_checkpoint))
 
     def _load_beside(self, folder: Path) -> None:
+        """Load what a checkpoint holds beside the policy, and take on its version."""
+        manifest = checkpoint_manifest.read_manifest(folder)
+        if "run_id" in manifest:
+            self.run_id = manifest["run_id"]
+        else:  # the checkpoint is older than run ids
+            self._begin_run()
+        self._weights_are_of(manifest["step"])
         for name, module in self._beside().items():
-            checkpoint_manifest.load_module(folder / name, module)
+            parallel.load_state_dict(module, checkpoint_manifest.load_tensors(folder / name))
         if self.ema is not None:
             with self.ema.as_policy(self.model, exact=True):
                 super()._load_from_checkpoint(str(folder / FOLDER))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,20 +67,32 @@ class Collector:
         mark = self.meters.mark()
         wanted, drawn = self.algorithm.rollout.prompts, 0
         parts: list[Collected] = []
-        for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
-            have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
-            if have >= wanted:
-                break
-            prompts = self._draw(wanted - have)
-            part = self._round(prompts, drawn, index, attempt)
-            drawn += len(prompts)
-            parts.append(self._keep(part))
+        with self.engine_awake():
+            for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
+                have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
+                if have >= wanted:
+                    break
+                prompts = self._draw(wanted - have)
+                part = self._round(prompts, drawn, index, attempt)
+                drawn += len(prompts)
+                parts.append(self._keep(part))
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
         report_drift(self.meters.put, collected.table)
         buffer = self._credit(index, collected)
         self._tell_plugins(self.meters.since(mark))
         return buffer
+
+    @contextmanager
+    def engine_awake(self) -> Iterator[None]:
+        """Wake the rollout engine for all calls of one rollout or evaluation, and let it sleep again."""
+        engine = self.algorithm.rollout
+        try:
+            engine.wake("weights")
+            engine.wake("cache")
+            yield
+        finally:
+            engine.sleep()
 
     def _tell_plugins(self, statistics: dict[str, float]) -> None:
         """Every plugin observes what was measured of this rollout and of the updates before it, equal on every process; so

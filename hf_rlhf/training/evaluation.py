@@ -37,12 +37,13 @@ def evaluate(
     rows = collector.algorithm.rollout.prompts * collector.algorithm.rollout.num_generations
     step = max(1, rows // (group * accelerator.num_processes))  # as many rows at a time as in training
     collector.actor_critic.eval()
-    for start in range(0, len(mine), step):
-        part = mine[start : start + step]
-        seed = (collector.seed, "evaluate", accelerator.process_index, start)
-        with seeded(*seed):
-            _, rollouts = collector.roll_out(part, list(range(len(part))), group, settings.temperature)
-            samples += _add(sums, collector, rollouts, group, seed)[: max(0, 8 - len(samples))]
+    with collector.engine_awake():
+        for start in range(0, len(mine), step):
+            part = mine[start : start + step]
+            seed = (collector.seed, "evaluate", accelerator.process_index, start)
+            with seeded(*seed):
+                _, rollouts = collector.roll_out(part, list(range(len(part))), group, settings.temperature)
+                samples += _add(sums, collector, rollouts, group, seed)[: max(0, 8 - len(samples))]
     flat = sum_over_processes(accelerator, [x for pair in sums.values() for x in pair])
     pairs = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(sums)}
     counts = {name: numerator for name, (numerator, _) in pairs.items() if name.startswith("health/")}

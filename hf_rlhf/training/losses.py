@@ -31,7 +31,7 @@ def policy_terms(
 
 
 def derivative(a: Algorithm, inputs: dict[str, Any]) -> Derivative:
-    """The loss of each sampled token differentiated by that token's numbers, where `a.loss_is_token_level`."""
+    """The loss of each sampled token differentiated by that token's numbers, where `a.loss_is_fused`."""
     batch = inputs["batch"]
     flat = {
         name: x[batch.rows, batch.columns] for name, x in inputs.items() if name != "batch" and x.shape == batch.shape

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import weakref
-from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ from hf_rlhf.training.evaluation import evaluate
 from hf_rlhf.training.logprobs import Forwards
 from hf_rlhf.training.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
 from hf_rlhf.training.micro_batches import Batching
+from hf_rlhf.training.parallel import Parallel, gradients_are_finite
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
 from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
 from hf_rlhf.training.setup import close_plugins, setup_run
@@ -102,6 +102,7 @@ class RLHFTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         check_accelerator(self.accelerator, self.args)
+        self.parallel = Parallel(self.accelerator)
         declared = metrics_of(self.algorithm, parts.logging_settings)
         install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record, declared)
         self.actor_critic, reference = parts.build(self.model, self.args)
@@ -115,6 +116,7 @@ class RLHFTrainer(SavingTrainer):
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
         self.collector = self._collector(reference)
+        self._begin_run()
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
         self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
 
@@ -185,12 +187,9 @@ class RLHFTrainer(SavingTrainer):
         self.phases.updating()
         with self.meters.time("update"):
             for i, micro in enumerate(inputs):
-                last = i == len(inputs) - 1
-                self.accelerator.gradient_state._set_sync_gradients(last)
-                with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.parallel.micro_batch(model, last=i == len(inputs) - 1):
                     loss += super().training_step(model, micro).to(loss.dtype)
                 micro["batch"].release()
-            self.accelerator.gradient_state._set_sync_gradients(True)
         if inputs:
             self._step_sums |= {
                 f"plugin/{title}/loss"
@@ -252,7 +251,7 @@ class RLHFTrainer(SavingTrainer):
             named = {f"{DISTRIBUTION}{title}": (kl.estimator, "loss" in kl.places) for title, kl in compared}
             with self.accelerator.autocast():
                 measures = reference.measures(inputs["batch"], named)
-        fused = torch.is_grad_enabled() and a.loss_is_token_level
+        fused = torch.is_grad_enabled() and a.loss_is_fused
         new = model(
             inputs["batch"],
             entropy=entropy_is_exact(a, self.parts.logging_settings),
@@ -270,6 +269,7 @@ class RLHFTrainer(SavingTrainer):
 
     def _after_step(self, step: int) -> None:
         """Move the reference and the average, and collect what the update rule measured."""
+        self._weights_are_of(step)
         if (model := self.moving_reference()) is not None:
             policy: Any = self.model
             self.algorithm.reference.move(model, policy, step)
@@ -285,9 +285,7 @@ class RLHFTrainer(SavingTrainer):
         if isinstance(critic, TrainedCritic) and self.state.global_step < critic.warmup_steps:
             for parameter in self.actor_critic.policy.parameters():
                 parameter.grad = None
-        gradients = [p.grad for p in self.actor_critic.parameters() if p.grad is not None]
-        wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
-        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all())
+        finite = gradients_are_finite(self.actor_critic)
         self.meters.put("health/nonfinite_step", 0 if finite else 1)
         self._bad_steps = 0 if finite else self._bad_steps + 1
         if finite:
@@ -312,7 +310,7 @@ class RLHFTrainer(SavingTrainer):
         """Wraps policy and critic together, so that both forwards run inside what synchronises gradients."""
         if not training or model is not self.model:
             return model
-        return self.accelerator.prepare_model(self.actor_critic)
+        return self.parallel.wrap(self.actor_critic)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's optimizer (or the recipe's update rule), with the critic in parameter groups of its own."""
@@ -344,9 +342,9 @@ class RLHFTrainer(SavingTrainer):
 
     def _norms(self, limit: float) -> Any:
         if self.actor_critic.critic is not None:
-            norm = self.accelerator.clip_grad_norm_(self.actor_critic.critic.parameters(), limit)
+            norm = self.parallel.clip_grad_norm(self.actor_critic.critic, limit)
             self.meters.put("value/grad_norm", float(norm))
-        return self.accelerator.clip_grad_norm_(self.actor_critic.policy.parameters(), limit)
+        return self.parallel.clip_grad_norm(self.actor_critic.policy, limit)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows per optimizer step over all processes."""
@@ -402,7 +400,7 @@ class RLHFTrainer(SavingTrainer):
         self.phases.sampling()
         metrics, self.samples = evaluate(self.collector, prompts, settings)
         if settings.ema and self.ema is not None:
-            with self.ema.as_policy(self.model):
+            with self.collector.policy.averaged(self.ema):
                 averaged, _ = evaluate(self.collector, prompts, settings)
             metrics |= {f"ema/{name}": x for name, x in averaged.items()}
         named = {f"{metric_key_prefix}_{name}": x for name, x in metrics.items()}
