@@ -1,4 +1,4 @@
-"""A model that was trained on an adapter, as it is left behind: whole, with the adapter in its weights."""
+"""Saving a model that trained an adapter as plain weights, with the adapter merged in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "adapter"
-"""Where the adapter lies within a folder whose model has it in its weights."""
+"""Folder of the adapter beside a model that has it merged in."""
 
 
 def save_merged(model: Any, folder: Path, *, state_dict: Mapping[str, Tensor]) -> None:
@@ -27,10 +27,10 @@ def save_merged(model: Any, folder: Path, *, state_dict: Mapping[str, Tensor]) -
 
 
 def drop_other_form(folder: Path, whole: bool) -> None:
-    """Removes what an earlier run left in a folder to which a model was just saved, `whole` or as an adapter: with both there,
-    the whole model would be loaded with the adapter on it once more.
+    """Remove the other form from a folder to which a model was just saved, `whole` or as an adapter: with both, the whole model
+    would load with the adapter applied twice.
 
-    Beside an adapter only a whole model that `save_merged` wrote goes, never the adapter's own base.
+    Beside an adapter only a whole model that `save_merged` wrote is removed, never the adapter's own base.
     """
     config = folder / "adapter_config.json"
     if whole:
@@ -46,7 +46,7 @@ def drop_other_form(folder: Path, whole: bool) -> None:
 
 
 def _is_base(folder: Path, config: Path) -> bool:
-    """Whether a folder is the base of the adapter with this configuration."""
+    """Return whether a folder is the base of the adapter with this configuration."""
     base = json.loads(config.read_text()).get("base_model_name_or_path")
     return base is not None and Path(base).expanduser().resolve() == folder.resolve()
 
@@ -82,8 +82,8 @@ def _copied(model: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def _moved(module: Any) -> Any:
-    """A copy in main memory of one module that holds codes. It is made where the module lies and then moved, because what
-    stands beside the codes, scales say, moves with the module alone."""
+    """Copy one module with quantized weights to main memory. The copy is made on the module's device and then moved, because
+    what belongs to the weights, such as scales, moves only with the module."""
     copied = copy.deepcopy(module).to("cpu")
     if hasattr(copied, "quant_state"):  # of the weight; the module names it a second time, and that one is not moved
         copied.quant_state = getattr(copied.weight, "quant_state", None)
@@ -91,7 +91,7 @@ def _moved(module: Any) -> Any:
 
 
 def _holds_codes(module: Any) -> bool:
-    """Whether parameters of the module itself are not numbers, but a library's codes of them."""
+    """Return whether the module's own parameters are a library's codes of numbers, not numbers."""
     from torch import nn
 
     own = [p for p in module._parameters.values() if p is not None]
@@ -114,7 +114,7 @@ def _dequantized(model: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def _untie(model: Any) -> None:
-    """Gives the head weights of its own where it shares them with the embedding and one of the two has an adapter."""
+    """Untie the head from the embedding where they share weights and one of them has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training import parallel
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
@@ -37,7 +38,7 @@ def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 def saved(folder: Path, **parts: Any) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint and the end of a run hold: policy, critic, moving reference, average, merged adapters."""
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    made = runs.trainer(folder / "run", training=training, **parts)
+    made = runs.trainer(folder / "run", policy=tiny_policy()[0], training=training, **parts)
     made.train()
     made.save_model(str(folder / "end"))
     made.close()
