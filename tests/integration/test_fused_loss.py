@@ -68,7 +68,7 @@ def assert_both_train_alike(folder: Path, fused: bool = True, **parts: Any) -> N
     assert also.norm() > 1e-3
     assert (moved - also).norm() < 1e-7 * also.norm()  # the model's norms round to float32
     for one, other in zip(by_tiles, by_rows, strict=True):
-        assert (one - other).norm() < 1e-7 * other.norm()
+        assert (one - other).norm() <= 1e-7 * other.norm()  # a step may be clipped away whole
     for one, other in zip(measured(short), measured(long), strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
 
@@ -100,6 +100,6 @@ def test_a_kl_in_the_loss_trains_alike_on_tiles_and_on_rows(estimator, clamp, tm
 def test_a_critic_and_texts_train_alike_beside_a_loss_on_tiles(tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("1+1=2\n22+3=25\n5+0=5\n", encoding="utf-8")
-    ptx = {"use": "ptx", "path": str(texts)}
+    ptx = {"use": "ptx", "path": str(texts), "max_tokens": 64}
     parts: dict[str, Any] = {"advantages": "gae", "critic": "value_head", "loss_terms": [ptx]}
     assert_both_train_alike(tmp_path, **parts)
