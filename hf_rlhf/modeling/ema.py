@@ -59,6 +59,8 @@ class PolicyEMA:
             for name, p in module._parameters.items()
             if p is not None and id(p) in there
         ]
+        if {id(p) for _, _, p in slots} != there.keys():
+            raise ValueError("the average must be of this policy's own parameters, got a model with others")
         dtype = getattr(policy.config, "dtype", None)
         try:
             for parameters, name, p in slots:
