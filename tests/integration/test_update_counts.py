@@ -1,7 +1,6 @@
 """How much work an optimizer step does: positions, matrix products, waits for the device, messages between processes.
 
-As a program with RANK and WORLD_SIZE set it trains in one of several processes and writes how many collectives it saw, and the
-policy's version.
+As a program with RANK and WORLD_SIZE set it trains in one of several processes and writes the collectives and the version it saw.
 """
 
 from __future__ import annotations
