@@ -46,8 +46,6 @@ class SavingTrainer(Trainer):
     """The moving average of the policy, if the recipe keeps one."""
     parts: RunComponents
     phases: Phases
-    run_id: str
-    """Created once per run and kept by a resumed one; the first part of `Policy.version`."""
     _bad_steps: int
     _saves_checkpoint: bool = False
     _tokens_logged: float
@@ -74,9 +72,14 @@ class SavingTrainer(Trainer):
         self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    @property
+    def run_id(self) -> str:
+        """Created once per run and kept by a resumed one; the first part of `Policy.version`."""
+        return str(self.parts.record["run_id"])
+
     def _begin_run(self) -> None:
         """Create a new run id, the same on every process, and begin at step 0."""
-        self.run_id = from_first_process(self.accelerator, uuid.uuid4().hex[:12])
+        self.parts.record["run_id"] = from_first_process(self.accelerator, uuid.uuid4().hex[:12])
         self._weights_are_of(0)
 
     def _weights_are_of(self, step: int) -> None:
@@ -110,7 +113,7 @@ class SavingTrainer(Trainer):
         checkpoint_manifest.save_state(folder, self.args.process_index, self._state())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            facts = {"step": self.state.global_step, "processes": self.args.world_size, "run_id": self.run_id}
+            facts = {"step": self.state.global_step, "processes": self.args.world_size}
             checkpoint_manifest.seal(
                 folder, {**facts, "resumable": not self.args.save_only_model, **self.run_log.record}
             )
@@ -208,7 +211,7 @@ class SavingTrainer(Trainer):
         """Load what a checkpoint holds beside the policy, and take on its version."""
         manifest = checkpoint_manifest.read_manifest(folder)
         if "run_id" in manifest:
-            self.run_id = manifest["run_id"]
+            self.parts.record["run_id"] = manifest["run_id"]
         else:  # the checkpoint is older than run ids
             self._begin_run()
         self._weights_are_of(manifest["step"])
