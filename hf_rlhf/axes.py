@@ -81,8 +81,16 @@ class RolloutEngine(Plugin, ABC):
         """`num_generations` completions of each prompt, rows of a prompt side by side.
 
         `temperature` replaces the setting for this call (evaluation, greedy baselines); 0 is greedy. Random numbers come
-        from the global generators, which the core seeds for the call and puts back after it.
+        from the global generators, which the core seeds for the call and puts back after it. `policy.version` names the
+        weights: an engine with a copy of its own reads them anew when it differs from the one that it holds.
         """
+
+    def wake(self, part: Literal["weights", "cache"]) -> None:
+        """Called before the calls of one rollout (resampling rounds and greedy baselines included), or of one evaluation: first
+        with "weights", then with "cache". `policy.version` stays the same until `sleep`."""
+
+    def sleep(self) -> None:
+        """Called after those calls, also where one of them raised: what the engine holds on the device may go."""
 
 
 @dataclass(kw_only=True)
@@ -113,7 +121,8 @@ class KLPlacement(Plugin, ABC):
     places: ClassVar[frozenset[str]] = frozenset()
     """Where the penalty enters: any of reward, loss, advantage. A placement overrides the method of each."""
     token_level: ClassVar[bool] = False
-    """True where `loss_penalty` of a token depends on that token alone, as in PolicyLoss."""
+    """True where `loss_penalty` of a token depends on that token's numbers alone: estimator and penalty are then called on (1, c)
+    tiles of c sampled tokens, as PolicyLoss is."""
 
     estimator: KLEstimator = choice("k1")
     """How the KL is estimated."""
@@ -220,7 +229,8 @@ class PolicyLoss(Plugin, ABC):
     zero_without_advantage: ClassVar[bool] = False
     """True where a row whose advantages are all 0 has no gradient, whatever its log-probs: the update then leaves it out."""
     token_level: ClassVar[bool] = False
-    """True where the loss of a token depends on that token's numbers alone: the update then needs fewer matrix products."""
+    """True where the loss of a token depends on that token's numbers alone: the update then calls it on (1, c) tiles, c sampled
+    tokens of any rows side by side with mask 1, which saves a matrix product (unless `update.fused_loss` is off)."""
 
     @abstractmethod
     def __call__(

@@ -115,6 +115,11 @@ class Algorithm:
         return self.policy_loss.token_level and not any((by_row, others, whole, "double_backward" in self.needs))
 
     @property
+    def loss_is_fused(self) -> bool:
+        """Whether the update differentiates the loss on the tiles of the language-model head."""
+        return self.update.fused_loss == "auto" and self.loss_is_token_level
+
+    @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps that one rollout feeds."""
         return self.update.mini_batches * self.update.epochs

@@ -1,6 +1,6 @@
 """How much work an optimizer step does: positions, matrix products, waits for the device, messages between processes.
 
-As a program with RANK and WORLD_SIZE set it trains in one of several processes and writes how many collectives it saw.
+As a program with RANK and WORLD_SIZE set it trains in one of several processes and writes the collectives and the version it saw.
 """
 
 from __future__ import annotations
@@ -388,7 +388,7 @@ def main(folder: Path) -> None:
     made = runs.trainer(folder / "out", data=[*LIVE, *LIVE], training={"max_steps": 4}, **STEP)
     found = collectives(made)
     made.train()
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps({**found, "version": made.collector.policy.version}))
 
 
 def test_a_rollout_takes_few_collectives(tmp_path):
@@ -405,7 +405,7 @@ def test_a_rollout_takes_few_collectives(tmp_path):
     codes = [process.wait(timeout=300) for process in started]
     assert codes == [0] * PROCESSES, (tmp_path / "log0.txt").read_text()[-3000:]
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1], "the version of the policy included"
     rollouts, updates = 2, 4
     collect, log = Counter(seen[0]["collect"]), Counter(seen[0]["log"])
     assert collect["all_gather"] == 3 * rollouts, "shapes, tensors by row and token, tensors by row"
