@@ -33,6 +33,7 @@ from hf_rlhf.batch import Completions, Credit, Scored
 from hf_rlhf.batch import Context as Context
 from hf_rlhf.batch import Prompt as Prompt
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
+from hf_rlhf.contract.axis import Axis as Axis
 from hf_rlhf.contract.base import Count, NonNegative, Plugin, Positive, choice
 from hf_rlhf.contract.base import Fraction as Fraction
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
 class RolloutEngine(Plugin, ABC):
     """Samples completions. Axis `rollout`."""
 
+    axis = Axis(section="Rollouts", metric_prefix="rollout")
+
     prompts: Count = 32
     """Prompts per rollout, over all processes (verl: train_batch_size)."""
     num_generations: Count = 8
@@ -89,6 +92,12 @@ class RolloutEngine(Plugin, ABC):
 class KLEstimator(Plugin, ABC):
     """Estimates KL(policy || reference) from sampled log-probs. Axis `kl_estimator`, nested in each `kl`."""
 
+    axis = Axis(
+        section="KL",
+        metric_prefix="kl_estimator/<label>",
+        nested="an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
+    )
+
     stops_gradient: ClassVar[bool] = False
 
     @abstractmethod
@@ -100,6 +109,12 @@ class KLEstimator(Plugin, ABC):
 class KLController(Plugin, ABC):
     """Moves beta during training. Axis `kl_controller`, nested in each `kl` that has a beta."""
 
+    axis = Axis(
+        section="KL",
+        metric_prefix="kl_controller/<label>",
+        nested="a controller stands inside a kl: `kl: [{use: in_reward, controller: {use: adaptive}}]`",
+    )
+
     @abstractmethod
     def __call__(self, beta: float) -> float:
         """The recipe's beta -> the beta to use now."""
@@ -108,6 +123,8 @@ class KLController(Plugin, ABC):
 @dataclass(kw_only=True)
 class KLPlacement(Plugin, ABC):
     """Says where the KL to the reference enters. Axis `kl`, a list. Every penalty returns its input's shape."""
+
+    axis = Axis(section="KL", metric_prefix="kl/<label>", many=True, default=())
 
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     places: ClassVar[frozenset[str]] = frozenset()
@@ -157,6 +174,12 @@ class KLPlacement(Plugin, ABC):
 class Baseline(Plugin, ABC):
     """What a return is compared with. Axis `baseline`, nested in the estimator `baseline`."""
 
+    axis = Axis(
+        section="Advantages",
+        metric_prefix="baseline/<label>",
+        nested="a baseline stands inside its estimator: `advantages: {use: baseline, baseline: {use: ema}}`",
+    )
+
     across_groups: ClassVar[bool] = False  # as in AdvantageEstimator
 
     @abstractmethod
@@ -167,6 +190,8 @@ class Baseline(Plugin, ABC):
 @dataclass(kw_only=True)
 class AdvantageEstimator(Plugin, ABC):
     """Turns rewards into advantages. Axis `advantages`."""
+
+    axis = Axis(section="Advantages", metric_prefix="advantage")
 
     @property
     def across_groups(self) -> bool:
@@ -181,6 +206,8 @@ class AdvantageEstimator(Plugin, ABC):
 @dataclass(kw_only=True)
 class Critic(Plugin, ABC):
     """Predicts returns. Axis `critic`. One that learns is a `TrainedCritic`."""
+
+    axis = Axis(section="Critic", metric_prefix="value", default="none")
 
     @abstractmethod
     def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> torch.nn.Module | None:
@@ -215,6 +242,8 @@ class TrainedCritic(Critic, ABC):
 class PolicyLoss(Plugin, ABC):
     """The loss of each token. Axis `policy_loss`. One that ignores `old_logps` says so by needing nothing."""
 
+    axis = Axis(section="Policy loss", metric_prefix="policy", default="ppo_clip")
+
     needs: ClassVar[frozenset[str]] = frozenset({"old_logps"})
     stops_gradient: ClassVar[bool] = False
     zero_without_advantage: ClassVar[bool] = False
@@ -238,6 +267,8 @@ class PolicyLoss(Plugin, ABC):
 class RolloutCorrection(Plugin, ABC):
     """Corrects for a sampler that is not the trainer's policy. Axis `rollout_correction`."""
 
+    axis = Axis(section="Rollout correction", metric_prefix="rollout", default="none")
+
     needs: ClassVar[frozenset[str]] = frozenset({"sampler_logps", "old_logps"})
 
     @abstractmethod
@@ -248,6 +279,8 @@ class RolloutCorrection(Plugin, ABC):
 @dataclass(kw_only=True)
 class Reference(Plugin, ABC):
     """The model that KL is measured to. Axis `reference`. One that `moves` is saved in every checkpoint."""
+
+    axis = Axis(section="Reference", metric_prefix="reference")
 
     provides: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     moves: ClassVar[bool] = False
@@ -267,6 +300,8 @@ class Reference(Plugin, ABC):
 @dataclass(kw_only=True)
 class UpdateRule(Plugin, ABC):
     """Makes the optimizer. Axis `optimizer`."""
+
+    axis = Axis(section="Optimizer", metric_prefix="optimizer", default="trainer")
 
     @abstractmethod
     def build(self, policy: torch.nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
@@ -288,6 +323,8 @@ class UpdateRule(Plugin, ABC):
 class Aggregation(Plugin, ABC):
     """Weighs the tokens of an optimizer step. Axis `aggregation`."""
 
+    axis = Axis(section="Aggregation", metric_prefix="aggregation", default="token_mean")
+
     @abstractmethod
     def __call__(self, mask: Tensor) -> Tensor:
         """(N_u, T) -> (N_u, T): the weight of each token in the loss; any split into micro-batches gives one gradient."""
@@ -296,6 +333,8 @@ class Aggregation(Plugin, ABC):
 @dataclass(kw_only=True)
 class LossTerm(Plugin, ABC):
     """A further term of the loss with its own normalisation. Axis `loss_terms`, a list."""
+
+    axis = Axis(section="Loss terms", metric_prefix="plugin/<label>", many=True, default=())
 
     @abstractmethod
     def __call__(self, logps: Tensor, mask: Tensor) -> Tensor:
@@ -319,6 +358,8 @@ class TextTerm(LossTerm, ABC):
 @dataclass(kw_only=True)
 class Filter(Plugin, ABC):
     """Chooses the rows that are trained on. Axis `filters`, a list."""
+
+    axis = Axis(section="Filters", metric_prefix="filter/<label>", many=True, default=())
 
     resample: Annotated[int, Ge(0)] = 0
     """How many more rounds of prompts may be rolled out to fill the places of dropped groups (0: none)."""
@@ -354,11 +395,11 @@ def axis_of(cls: type) -> str:
     return next((axis for axis, base in AXES.items() if issubclass(cls, base)), "")
 
 
-NESTED = frozenset({"kl_estimator", "kl_controller", "baseline"})
-"""Axes whose plugins stand inside another plugin, not at the top of a recipe."""
+NESTED = frozenset(axis for axis, base in AXES.items() if base.axis.nested)
+"""Axes whose plugins are settings of other plugins, not keys of a recipe."""
 
-LISTS = frozenset({"rewards", "kl", "loss_terms", "filters"})
-"""Axes that hold any number of plugins."""
+LISTS = frozenset(axis for axis, base in AXES.items() if base.axis.many)
+"""Axes that take any number of plugins."""
 
 _WITH_TORCH = {
     "Policy": "hf_rlhf.modeling.policy",

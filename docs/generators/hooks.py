@@ -13,7 +13,6 @@ from generators.markdown import sentence, table
 from hf_rlhf import batch
 from hf_rlhf.axes import AXES, LISTS, NESTED
 from hf_rlhf.contract.base import Plugin
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.registry import hookspecs
 
 SEEN = ("Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context")
@@ -32,7 +31,7 @@ def hooks() -> Iterator[str]:
         many = "inside another plugin" if axis in NESTED else "one in a recipe"
         many = "any number in a recipe" if axis in LISTS else many
         logged = (
-            f"metrics of its plugins are logged below `{AREAS[axis]}/`" if AREAS[axis] else "its metrics are Trainer's"
+            f"metrics of its plugins are logged below `{base.axis.metric_prefix}/`" if base.axis.metric_prefix else "its metrics are Trainer's"
         )
         yield f"Base class `{base.__name__}`; {many}; {logged}."
         rows = _methods(base)

@@ -12,7 +12,6 @@ from typing import Any
 
 from hf_rlhf.axes import AXES
 from hf_rlhf.config.algorithm import CORE_PROVIDES, FIXES
-from hf_rlhf.contract.metric_namespaces import AREAS
 
 HANDED = {
     "hf_rlhf.config.algorithm.Algorithm": ("needs", "provides", "steps_per_rollout", "kl_in", "plugins"),
@@ -40,7 +39,10 @@ def surface() -> str:
         for own in sorted(public(module)):
             lines += described(own, getattr(module, own))
     lines += ["", "# hooks, one for each axis, and where the metrics of its plugins stand", ""]
-    lines += [f"{axis}() -> list[type[{base.__name__}]]    {AREAS[axis] or '-'}" for axis, base in AXES.items()]
+    lines += [
+        f"{axis}() -> list[type[{base.__name__}]]    {AXES[axis].axis.metric_prefix or '-'}"
+        for axis, base in AXES.items()
+    ]
     lines += ["", "# handed to plugins", ""]
     for path, members in HANDED.items():
         module_name, _, own = path.rpartition(".")

@@ -11,12 +11,11 @@ from unittest import SkipTest
 
 from torch import Tensor
 
-from hf_rlhf.axes import AdvantageEstimator, Plugin, PolicyLoss
+from hf_rlhf.axes import AXES, AdvantageEstimator, Plugin, PolicyLoss
 from hf_rlhf.batch import Credit
 from hf_rlhf.conformance.common import Claims, Statistics, duplicate, with_nested
 from hf_rlhf.conformance.tensor_inputs import OUTPUTS, as_scored, ordinary
 from hf_rlhf.contract.metric import Metric
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics.names import pattern, under
 
 NAME = re.compile(r"[\w.@<>-]+(/[\w.@<>-]+)*")
@@ -54,15 +53,15 @@ def _are_named(plugin: Plugin, axis: str) -> None:
     own: Any = plugin.metrics
     right = isinstance(own, tuple) and all(isinstance(metric, Metric) for metric in own)
     assert right, f"metrics is {own!r}; a tuple of Metric is due: metrics = (Metric(...),), with the comma"
-    area = AREAS[axis].partition("/")[0]
+    area = AXES[axis].axis.metric_prefix.partition("/")[0]
     settings = {setting.name for setting in fields(plugin)}
-    names = [under(AREAS[axis], metric) for metric in own]
+    names = [under(AXES[axis].axis.metric_prefix, metric) for metric in own]
     for metric in own:
         title = f"the metric {metric.name!r}"
         assert NAME.fullmatch(metric.name), f"{title} is no name: words with / between them, such as clip_frac/high"
         inside = area and metric.name.partition("/")[0] == area
         assert not inside, f"{title} begins with the place of its axis, which is put before it: leave {area}/ out"
-        assert names.count(under(AREAS[axis], metric)) == 1, f"{title} is declared more than once"
+        assert names.count(under(AXES[axis].axis.metric_prefix, metric)) == 1, f"{title} is declared more than once"
         assert metric.meaning, f"{title} does not say what it measures"
         known = metric.setting is None or metric.setting.partition("=")[0] in settings
         assert known, f"{title} is logged with the setting {metric.setting!r}, and there is none: {', '.join(settings)}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Interval
 
 from hf_rlhf.batch import Context
+from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.metric import Metric
 
 if TYPE_CHECKING:
@@ -29,11 +30,13 @@ def choice(name: str) -> Any:
 class Plugin:
     """A choice on one axis."""
 
+    axis: ClassVar[Axis]
+    """Set by the base class of each axis."""
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     metrics: ClassVar[tuple[Metric, ...]] = ()
-    """What it logs itself, by names below the place of its axis (`hf_rlhf.contract.metric_namespaces.AREAS`)."""
+    """Its own metrics, by names below the prefix of its axis (`Axis.metric_prefix`)."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         """Reasons why this plugin cannot run or cannot learn in `algorithm`, each saying what to write instead."""

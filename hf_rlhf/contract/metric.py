@@ -14,7 +14,7 @@ Summary = Literal["last", "min", "max", "mean"]
 class Metric:
     """A number that is logged.
 
-    A plugin declares its own in `metrics`, with names below the place of its axis (see `metric_namespaces.AREAS`): the metric
+    A plugin declares its own in `metrics`, with names below the prefix of its axis (`Axis.metric_prefix`): the metric
     `entropy_coef` of the loss term `mine` is logged as `plugin/mine/entropy_coef`. Tables, dashboards and the summary of a
     run are made from these declarations.
     """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Count, Plugin
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Footprint:
 @dataclass(kw_only=True)
 class OfflineTrainer(Plugin, ABC):
     """Trains a model on a dataset. Axis `trainer`."""
+
+    axis = Axis(section="Training", metric_prefix="")
 
     head: ClassVar[Head]
     """Which model it trains."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
+from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Count, Fraction, Plugin, Positive
 
 Answers = Sequence[float | Spans | TokenScores | None]
@@ -24,6 +25,8 @@ Answers = Sequence[float | Spans | TokenScores | None]
 @dataclass(kw_only=True)
 class RewardSource(Plugin, ABC):
     """Scores completions. Axis `rewards`, a list."""
+
+    axis = Axis(section="Rewards", metric_prefix="reward/<label>", many=True)
 
     verifier: ClassVar[bool] = False
     """True where a score of 1 means correct: then evaluation reports accuracy, pass@k and maj@k."""

@@ -18,7 +18,6 @@ from hf_rlhf.axes import AXES
 from hf_rlhf.cli.app import app
 from hf_rlhf.cli.commands.new import TEMPLATES, USE, class_of, overrides, package, write
 from hf_rlhf.cli.main import add_commands
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics.names import under
 from hf_rlhf.registry.api_version import stated
 from hf_rlhf.registry.host import Host, use_host
@@ -184,7 +183,7 @@ def test_a_new_plugin_trains_and_its_metrics_are_logged(axis: str, written: dict
     names = set().union(*trained)
     plugin = plugin_class(axis, written[axis])
     assert plugin.metrics
-    area = AREAS[axis].replace("<label>", NAMES[axis])
+    area = AXES[axis].axis.metric_prefix.replace("<label>", NAMES[axis])
     for metric in plugin.metrics:
         name = under(area, metric)
         values = [entry[name] for entry in trained if name in entry]
