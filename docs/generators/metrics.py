@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from generators.markdown import code, own_host, own_plugins, table
+from hf_rlhf.axes import AXES
 from hf_rlhf.contract.metric import Metric
 from hf_rlhf.metrics import (
     CORE,

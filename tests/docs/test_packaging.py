@@ -21,7 +21,11 @@ PLUGIN_FILES = [file for file in sorted((ROOT / "plugins").rglob("*.py")) if fil
 CORE_FILES = sorted((ROOT / "hf_rlhf").rglob("*.py"))
 ALLOWED_TO_PLUGINS = {"hf_rlhf", "hf_rlhf.axes", "hf_rlhf.batch", "hf_rlhf.testing"}
 """What built-in plugins, templates and examples may import of hf_rlhf."""
-OUTSIDE = sorted({*(ROOT / "examples").rglob("*.py"), *(ROOT / "hf_rlhf" / "cli" / "templates").rglob("*.py")})
+OUTSIDE = [
+    file
+    for folder in ("examples", "hf_rlhf/cli/templates", "hf_rlhf/registry/examples")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def imports(file: Path) -> set[str]:

@@ -100,8 +100,7 @@ def show(
     if name is not None:
         _show_plugin(host, axis, name, as_json)
         return
-    doc = (getattr(hookspecs, axis).__doc__ or "").partition("\n")[0]
-    names, example = host.names(axis), hookspecs.example(axis)
+    doc, names, example = hookspecs.summary(axis), host.names(axis), hookspecs.example(axis)
     if as_json:
         print_json({"axis": axis, "what": doc, "names": names, "example": example})
     else:

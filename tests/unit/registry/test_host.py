@@ -19,6 +19,7 @@ from hf_rlhf.registry.discovery import PluginError
 from hf_rlhf.registry.host import Host, get_host, use_host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.testing import conformance
 from tests.helpers.paths import ROOT
 
 SIGN = '''
@@ -120,9 +121,14 @@ def runs_rollout(plugin, tmp_path):
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
     policy = Policy(model=tiny_llama(), tokenizer=tokenizer, device=torch.device("cpu"))
+    tokenizer.eos_token = "b"
     done = plugin(policy, [Prompt(ids=[0], prompt="a", columns={})], 3)
     assert isinstance(done, Completions)
-    assert [len(ids) for ids in done.ids] == [8, 8, 8]
+    for ids, reason in zip(done.ids, done.finish_reasons, strict=True):
+        assert ids.count(1) == (reason == "stop")
+        assert reason == "stop" or len(ids) == plugin.max_new_tokens
+    first, *others = plugin(policy, [Prompt(ids=[0], prompt="a", columns={})], 3, temperature=0).ids
+    assert others == [first, first]
 
 
 def runs_rewards(plugin, tmp_path):
@@ -153,7 +159,7 @@ def runs_kl_controller(plugin, tmp_path):
     for _ in range(5):
         plugin.observe({})
     assert plugin(0.5) == 0.25
-    assert plugin.state_dict() == {"seen": 5}
+    assert plugin.state_dict() == {"rollouts": 5}
 
 
 def runs_baseline(plugin, tmp_path):
@@ -192,9 +198,15 @@ def runs_rollout_correction(plugin, tmp_path):
 
 def runs_reference(plugin, tmp_path):
     policy = tiny_llama()
-    policy.save_pretrained(tmp_path / "model")
-    plugin.path = str(tmp_path / "model")
-    assert not any(weight.requires_grad for weight in plugin.build(policy).parameters())
+    plugin.first = 2
+    model = plugin.build(policy)
+    assert not any(weight.requires_grad for weight in model.parameters())
+    copied = []
+    for step in range(1, 17):
+        torch.nn.init.constant_(policy.lm_head.weight, step)
+        plugin.move(model, policy, step)
+        copied += [step] if model.lm_head.weight[0, 0] == step else []
+    assert copied == [2, 4, 8, 16]
 
 
 def runs_optimizer(plugin, tmp_path):
@@ -226,11 +238,14 @@ def runs_filters(plugin, tmp_path):
 
 
 def runs_trainer(plugin, tmp_path):
-    from hf_rlhf.testing import conformance
+    from hf_rlhf.testing import tiny_policy
 
-    plugin.best = 4.0
-    for fact in conformance(plugin, rows=[{"text": "word " * (1 + i), "rating": i % 5} for i in range(8)]):
-        fact()
+    tokenizer = tiny_policy()[1]
+    row = plugin.encode({"prompt": "1+2=", "completion": "3"}, tokenizer)
+    assert row["labels"] == [-100] * 4 + row["input_ids"][4:]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    plugin.learn_prompt = True
+    assert plugin.encode({"prompt": "1+2=", "completion": "3"}, tokenizer)["labels"] == row["input_ids"]
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -241,8 +256,9 @@ def test_the_example_of_each_hook_is_a_complete_plugin(axis, tmp_path):
     (offer,) = host.add_file(file)
     assert offer.axis == axis
     with use_host(host):
-        required = {"path": "x"} if axis == "reference" else {}
-        plugin = load_plugin(axis, offer.name, **required)
+        plugin = load_plugin(axis, offer.name)
+        for fact in conformance(plugin):
+            fact()
     assert all(setting.doc for setting in describe(type(plugin)))
     globals()[f"runs_{axis}"](plugin, tmp_path)
 
