@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 from unittest import SkipTest
 
+from packaging.utils import canonicalize_name
+
 from hf_rlhf.axes import Plugin
-from hf_rlhf.registry.discovery import PluginEntry, canonicalize_name
+from hf_rlhf.registry.discovery import PluginEntry
 from hf_rlhf.registry.host import Host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError, did_you_mean

@@ -168,7 +168,7 @@ def test_a_file_can_be_named_too(site):
     assert set(site.run("--hf-rlhf-plugin", "mine.py").outcomes) == {"passed"}
     missing = site.run("--hf-rlhf-plugin", "other.py")
     assert missing.code == pytest.ExitCode.USAGE_ERROR
-    assert "there is no such file" in missing.text
+    assert "no such file" in missing.text
 
 
 def test_a_package_that_offers_nothing_is_named_with_those_that_do(site):

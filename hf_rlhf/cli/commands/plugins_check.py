@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from unittest import SkipTest
 
 import typer
+from packaging.utils import canonicalize_name
 
 from hf_rlhf._version import API_VERSION, __version__
 from hf_rlhf.cli.app import PluginOptions, plugins_app
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.conformance.subjects import entries_of, make_plugin
-from hf_rlhf.registry.discovery import PluginEntry, RecipeEntry, canonicalize_name, format_error, source_of
+from hf_rlhf.registry.discovery import PluginEntry, RecipeEntry, format_error, source_of
 from hf_rlhf.registry.host import Host, get_host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError
