@@ -57,8 +57,8 @@ def test_a_good_package_has_nothing_wrong(install: Any, check: Any) -> None:  # 
     for part in ("foreign 1.2", "advantages.mine", f"API {API_VERSION}", "setting scale: number, default 1.0. Factor."):
         assert part in said
     assert "metric advantage/sign/mean: sign. mean sign of the returns" in said
-    assert "recipe signs: it makes an algorithm without problems" in said
-    assert said.rstrip().endswith("Nothing is wrong.")
+    assert "recipe signs: it makes a valid algorithm" in said
+    assert said.rstrip().endswith("All checks passed.")
 
 
 def test_json_holds_every_fact(install: Any, check: Any) -> None:  # noqa: F811
@@ -80,7 +80,7 @@ def test_a_fact_that_fails_fails_the_check_and_says_why(install: Any, check: Any
     code, said = check("foreign")
     assert code == 1
     assert "FAILS: it is 0 off the mask" in said
-    assert "multiply by it last" in said
+    assert "Multiply by the mask last" in said
 
 
 def test_a_recipe_that_is_refused_fails_the_check(install: Any, check: Any) -> None:  # noqa: F811
@@ -103,7 +103,7 @@ def test_a_module_that_does_not_say_its_api_version_is_warned_of(tmp_path: Path,
     (tmp_path / "mine.py").write_text(SIGN)
     code, said = check(str(tmp_path / "mine.py"))
     assert code == 0, said
-    assert f'add hf_rlhf_api = "{API_VERSION}"' in said
+    assert f'Add hf_rlhf_api = "{API_VERSION}"' in said
 
 
 def test_a_plugin_with_required_settings_is_made_and_its_facts_are_left_to_its_author(

@@ -113,7 +113,6 @@ def package(axis: str, name: str, author: str | None = None) -> dict[str, str]:
     module = module_for(axis, name)
     summary = (ast.get_docstring(ast.parse(module)) or "").partition("\n")[0].replace('"', "'")
     more = {
-        "MyName": plugin_class(module)[0].name,
         "MY_SUMMARY": summary,
         "MY_VERSION": __version__,
         "MY_PROJECT": PROJECT if author else "",
@@ -152,7 +151,7 @@ def module_for(axis: str, name: str) -> str:
     source = hookspecs.example(axis)
     node, old = plugin_class(source)
     wanted = "".join(part.capitalize() for part in name.split("_"))
-    others = re.sub(rf"\b{node.name}\b", "", source) + (TEMPLATES / "test.txt").read_text(encoding="utf-8")
+    others = re.sub(rf"\b{node.name}\b", "", source)
     own = f"{wanted}Plugin" if re.search(rf"\b{wanted}\b", others) else wanted
     source = re.sub(rf"\b{node.name}\b", own, source).replace(f'name = "{old}"', f'name = "{name}"')
     return TRY.sub(lambda found: re.sub(rf"\b{old}\b", name, found[0]), source)

@@ -338,7 +338,9 @@ def test_wrong_entry_points_are_listed_as_problems_and_stop_nothing(install):
     assert problems["advantage.mine"] == "unknown axis 'advantage'. Did you mean 'advantages'?"
     assert "must be written axis.name" in problems["nodot."]
     assert "must name a module" in problems["advantages.call"]
-    assert [offer.package for offer in host.offers() if "invalid entry points" in (offer.problem or "")] == ["unreadable"]
+    assert [offer.package for offer in host.offers() if "invalid entry points" in (offer.problem or "")] == [
+        "unreadable"
+    ]
     assert "call" not in host.names("advantages")
     assert host.get("advantages", "gae").name == "gae"
 
