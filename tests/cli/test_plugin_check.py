@@ -145,6 +145,6 @@ def test_a_folder_is_told_how_to_install_it(tmp_path: Path, check: Any, monkeypa
     for target in ("hf-rlhf-new", "./hf-rlhf-new/"):
         with pytest.raises(UserError) as refused:
             check(target)
-        assert f"`pip install -e {target}`, then `hf-rlhf plugins check NAME`" in str(refused.value)
+        assert f"Install it with `pip install -e {target}`" in str(refused.value)
     (tmp_path / "hf_rlhf").mkdir()  # beside a folder of its name, an installed package is what is meant
     assert entries_of(Host(disable=""), "hf_rlhf")

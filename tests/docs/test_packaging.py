@@ -151,6 +151,6 @@ print(",".join(recipe.name for recipe in own))
     shown = [sys.executable, "-m", "hf_rlhf", "recipes", "show", "grpo"]
     done = subprocess.run(shown, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == (ROOT / "recipes" / "grpo.yaml").read_text()
-    written = [sys.executable, "-m", "hf_rlhf", "new", "trainer", "stars"]
+    written = [sys.executable, "-m", "hf_rlhf", "new", "trainer", "stars", "--full"]
     subprocess.run(written, env=environment, cwd=tmp_path, capture_output=True, check=True)
-    assert (tmp_path / "hf-rlhf-stars" / "tests" / "ratings.jsonl").is_file()
+    assert "class Stars(OfflineTrainer)" in (tmp_path / "hf-rlhf-stars" / "hf_rlhf_stars.py").read_text()

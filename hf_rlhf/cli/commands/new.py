@@ -179,8 +179,8 @@ def with_everything(source: str, template: str) -> str:
     (more,) = (each for each in ast.parse(text).body if isinstance(each, ast.ClassDef))
     own = {getattr(each, "name", "") for each in node.body}
     lines, extra = source.splitlines(), text.splitlines()
-    functions = [each for each in node.body if isinstance(each, ast.FunctionDef)]
-    start = min(line.lineno for each in functions for line in (each, *each.decorator_list)) - 1
+    first = next(each for each in node.body if isinstance(each, ast.FunctionDef))
+    start = min([first.lineno, *(each.lineno for each in first.decorator_list)]) - 1
     end = node.end_lineno or len(lines)
     for each in reversed([each for each in more.body if isinstance(each, ast.FunctionDef) and each.name not in own]):
         text_of = extra[each.lineno - 1 : each.end_lineno]
