@@ -47,7 +47,7 @@ class PluginReport:
 
     @property
     def failed(self) -> bool:
-        """Whether the plugin has a problem or a false fact."""
+        """True if the plugin has a problem or a false fact."""
         return bool(self.problems) or any(fact["result"] == "fails" for fact in self.facts)
 
 
