@@ -33,21 +33,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from hf_rlhf.batch import Completions, Credit, Scored
-from hf_rlhf.batch import Context as Context
-from hf_rlhf.batch import Prompt as Prompt
+from hf_rlhf.batch import Completions, Context as Context, Credit, Prompt as Prompt, Scored
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
 from hf_rlhf.contract.axis import Axis as Axis
-from hf_rlhf.contract.base import Count, NonNegative, Plugin, Positive, choice
-from hf_rlhf.contract.base import Fraction as Fraction
-from hf_rlhf.contract.offline_trainer import Footprint as Footprint
-from hf_rlhf.contract.offline_trainer import Materials as Materials
-from hf_rlhf.contract.offline_trainer import OfflineTrainer
-from hf_rlhf.contract.reward_source import Answers as Answers
-from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.modeling.offload import Keeper as Keeper
-from hf_rlhf.modeling.offload import keeper as keeper
-from hf_rlhf.modeling.offload import tensors_of as tensors_of
+from hf_rlhf.contract.base import Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
+from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
+from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
+from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +48,7 @@ if TYPE_CHECKING:
 
     from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
     from hf_rlhf.contract.optimizer_step import Step as Step
-    from hf_rlhf.modeling.attention import attend as attend
-    from hf_rlhf.modeling.attention import attention_refusal as attention_refusal
+    from hf_rlhf.modeling.attention import attend as attend, attention_refusal as attention_refusal
     from hf_rlhf.modeling.lm_head import at_least_float32 as at_least_float32
     from hf_rlhf.modeling.policy import Policy as Policy
     from hf_rlhf.modeling.token_batch import TokenBatch as TokenBatch
@@ -96,11 +87,7 @@ class RolloutEngine(Plugin, ABC):
 class KLEstimator(Plugin, ABC):
     """Estimate KL(policy || reference) from sampled log-probs. Axis `kl_estimator`, nested in each `kl`."""
 
-    axis = Axis(
-        section="KL",
-        metric_prefix="kl_estimator/<label>",
-        nested="an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
-    )
+    axis = Axis(section="KL", metric_prefix="kl_estimator/<label>", nested="kl: [{use: in_loss, estimator: k3}]")
 
     stops_gradient: ClassVar[bool] = False
 
@@ -114,9 +101,7 @@ class KLController(Plugin, ABC):
     """Adjust beta during training. Axis `kl_controller`, nested in each `kl` that has a beta."""
 
     axis = Axis(
-        section="KL",
-        metric_prefix="kl_controller/<label>",
-        nested="a controller stands inside a kl: `kl: [{use: in_reward, controller: {use: adaptive}}]`",
+        section="KL", metric_prefix="kl_controller/<label>", nested="kl: [{use: in_reward, controller: adaptive}]"
     )
 
     @abstractmethod
@@ -179,9 +164,7 @@ class Baseline(Plugin, ABC):
     """Baseline of returns. Axis `baseline`, nested in the estimator `baseline`."""
 
     axis = Axis(
-        section="Advantages",
-        metric_prefix="baseline/<label>",
-        nested="a baseline stands inside its estimator: `advantages: {use: baseline, baseline: {use: ema}}`",
+        section="Advantages", metric_prefix="baseline/<label>", nested="advantages: {use: baseline, baseline: ema}"
     )
 
     across_groups: ClassVar[bool] = False  # as in AdvantageEstimator

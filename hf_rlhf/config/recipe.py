@@ -178,7 +178,7 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
         return _resolve_offline(raw, reader, name)
     for key in raw:
         if key in NESTED:
-            reader.refuse(key, AXES[key].axis.nested)
+            reader.refuse(key, f"a {key} is a setting of another plugin: `{AXES[key].axis.nested}`")
         elif key not in KEYS:
             reader.refuse(key, f"a recipe has no such key.{did_you_mean(key, KEYS)} It has: {', '.join(KEYS)}")
     plugins: dict[str, Any] = {}

@@ -19,4 +19,4 @@ class Axis:
     default: str | tuple[()] | None = None
     """Plugin of a recipe that leaves the axis out, `()` for an empty list; None: the recipe must choose."""
     nested: str = ""
-    """For an axis whose plugins are settings of other plugins: one sentence with an example. Empty for a key of a recipe."""
+    """An example in a recipe, for an axis whose plugins are settings of other plugins; empty for a key of a recipe."""
