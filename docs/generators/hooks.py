@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from generators.markdown import sentence, table
+from generators.markdown import table
 from hf_rlhf import batch
 from hf_rlhf.axes import AXES, LISTS, NESTED
 from hf_rlhf.contract.base import Plugin
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.registry import hookspecs
 
 SEEN = ("Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context")
@@ -28,18 +27,16 @@ def methods() -> Iterator[str]:
 def hooks() -> Iterator[str]:
     """Every hook with what its plugins must define and a complete example."""
     for axis, base in AXES.items():
-        yield f"## {axis}\n\n{sentence(inspect.getdoc(getattr(hookspecs, axis)))}"
+        yield f"## {axis}\n\n{hookspecs.summary(axis)}"
         many = "inside another plugin" if axis in NESTED else "one in a recipe"
         many = "any number in a recipe" if axis in LISTS else many
-        logged = (
-            f"metrics of its plugins are logged below `{AREAS[axis]}/`" if AREAS[axis] else "its metrics are Trainer's"
-        )
+        prefix = base.axis.metric_prefix
+        logged = f"metrics of its plugins are logged below `{prefix}/`" if prefix else "its metrics are Trainer's"
         yield f"Base class `{base.__name__}`; {many}; {logged}."
         rows = _methods(base)
         if rows:
             yield table(["method", "what it does"], rows)
-        spaced = re.sub(r"\n\n(?=@|class )", "\n\n\n", hookspecs.example(axis).strip())
-        yield f"```python\n{spaced}\n```"
+        yield f"```python\n{hookspecs.example(axis).strip()}\n```"
 
 
 def seen() -> Iterator[str]:

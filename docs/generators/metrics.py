@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from generators.markdown import code, own_host, own_plugins, table
+from hf_rlhf.axes import AXES
 from hf_rlhf.contract.metric import Metric
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics import (
     CORE,
     EVAL,
@@ -82,7 +82,7 @@ def _plugin_rows(host: Host, axis: str) -> list[list[str]]:
     found: dict[tuple[str, str], tuple[Metric, list[str]]] = {}
     for offer in own_plugins(host, axis):
         for metric in host.get(axis, f"{OWN_PACKAGE}/{offer.name}").metrics:
-            name = under(AREAS[axis], metric)
+            name = under(AXES[axis].axis.metric_prefix, metric)
             shown = name.replace("<label>", offer.name) if axis != "rewards" else name
             found.setdefault((shown, metric.meaning), (metric, []))[1].append(offer.name)
     return [_row(f"`{name}`", m, f"`{axis}`: {', '.join(whose)}") for (name, _), (m, whose) in found.items()]

@@ -1,4 +1,4 @@
-"""The public surface: what plugins may build on, in one line for each name. docs/api.md is the record of it."""
+"""The public surface that plugins may build on, one line per name; docs/api.md records it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from typing import Any
 
 from hf_rlhf.axes import AXES
 from hf_rlhf.config.algorithm import CORE_PROVIDES, FIXES
-from hf_rlhf.contract.metric_namespaces import AREAS
-
-HANDED = {
-    "hf_rlhf.config.algorithm.Algorithm": ("needs", "provides", "steps_per_rollout", "kl_in", "plugins"),
-    "hf_rlhf.modeling.policy.Policy": (),
-    "hf_rlhf.batch.Prompt": (),
-    "hf_rlhf.contract.optimizer_step.Step": (),
-}
-"""Types of which plugins are handed instances: their fields, and these members."""
 
 
 def block() -> Iterator[str]:
@@ -40,21 +31,18 @@ def surface() -> str:
         for own in sorted(public(module)):
             lines += described(own, getattr(module, own))
     lines += ["", "# hooks, one for each axis, and where the metrics of its plugins stand", ""]
-    lines += [f"{axis}() -> list[type[{base.__name__}]]    {AREAS[axis] or '-'}" for axis, base in AXES.items()]
-    lines += ["", "# handed to plugins", ""]
-    for path, members in HANDED.items():
-        module_name, _, own = path.rpartition(".")
-        cls = getattr(importlib.import_module(module_name), own)
-        lines += [path, *fields_of(cls), *(member(cls, name) for name in members)]
+    lines += [
+        f"{axis}() -> list[type[{base.__name__}]]    {AXES[axis].axis.metric_prefix or '-'}"
+        for axis, base in AXES.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
 def public(module: Any) -> set[str]:
-    """The names of a module that are for others: `__all__`; otherwise what it defines and, for the axes, what it takes from
-    the rest of the package on purpose."""
+    """Return the public names of a module: `__all__`, otherwise what it defines and, for the axes, what it re-exports."""
     if hasattr(module, "__all__"):
         return set(module.__all__)
-    found: set[str] = set()
+    found: set[str] = set(getattr(module, "_WITH_TORCH", ()))  # names that are imported on first use
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found.add(node.name)

@@ -243,7 +243,7 @@ def test_all_problems_are_told_at_once_with_path_choices_and_fix():
     }
     found = problems(raw)
     assert found == {
-        "kl_estimator": "an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
+        "kl_estimator": "a kl_estimator is a setting of another plugin: `kl: [{use: in_loss, estimator: k3}]`",
         "env": f"a recipe has no such key. It has: {', '.join(KEYS)}",
         "advantage": f"a recipe has no such key. Did you mean 'advantages'? It has: {', '.join(KEYS)}",
         "advantages": "no advantages plugin named 'group_nrom'. Did you mean 'group_norm'? There are: "
