@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.contract.reward_source import RewardSource
+from tests.helpers.waits import scaled
 
 HOSTILE = [
     "(" * 100_000,
@@ -80,4 +81,6 @@ def deadline(seconds: float) -> Iterator[None]:
 
 def in_fresh_python(code: str) -> str:
     """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=scaled(120)
+    ).stdout

@@ -19,6 +19,7 @@ from hf_rlhf.cli.runs.rollout_run import check
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.metrics.console import LiveProgress, _short, number, show_plan, show_result
 from tests.helpers.paths import environment
+from tests.helpers.waits import scaled
 
 LOGS = {
     "loss": 0.1,
@@ -98,7 +99,7 @@ def test_on_a_terminal_the_progress_is_drawn_in_place_and_the_cursor_given_back(
         if not piece:
             break
         seen += piece
-    assert process.wait(timeout=60) == 0, seen
+    assert process.wait(timeout=scaled(60)) == 0, seen
     text = seen.decode()
     assert text.rindex("\x1b[?25l") < text.rindex("\x1b[?25h")  # cursor hidden, then shown again
     assert "\x1b[1A" in text or "\x1b[2K" in text  # drawn over, not below
@@ -173,7 +174,7 @@ def test_a_run_without_held_out_prompts_shows_where_everything_is():
 def test_output_that_cannot_encode_a_character_gets_it_escaped():
     code = "from hf_rlhf.metrics.console import console; console().print('é 日 \\ud83e')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=scaled(60))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == r"\xe9 \u65e5 \ud83e"
 

@@ -31,6 +31,7 @@ from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.scorer import RewardError
 from hf_rlhf.training import collector
 from tests.helpers import runs
+from tests.helpers.waits import scaled
 
 PATIENCE_S = 20.0
 CPU = torch.device("cpu")
@@ -373,5 +374,5 @@ log.completions = {rows()!r}
 log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=5, max_steps=9), None, logs={{}})
 raise SystemExit(3)
 """
-    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 3
+    assert subprocess.run([sys.executable, "-c", program], timeout=scaled(120)).returncode == 3
     assert [path.stem for path in tmp_path.glob("completions/*")] == ["step_000005"]

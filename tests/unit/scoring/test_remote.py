@@ -19,7 +19,8 @@ from hf_rlhf.testing import conformance, rollouts
 from hf_rlhf_plugins.rewards import _http
 from hf_rlhf_plugins.rewards._http import HttpError
 from hf_rlhf_plugins.rewards.remote import Remote
-from tests.helpers.servers import Raw, Server, free_port
+from tests.helpers.processes import free_port
+from tests.helpers.servers import Raw, Server
 
 TEXTS = ["5", "ab", "", "long text"]
 
