@@ -9,30 +9,30 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from tests.helpers.paths import environment
+from tests.helpers.paths import OUTSIDE, environment
 from tests.helpers.waits import scaled
 
 HERE = Path(__file__).parent
 
 
 @cache
-def _server() -> tuple[Path, subprocess.Popen[str]]:
+def _server(python: str) -> tuple[Path, subprocess.Popen[str]]:
     """The socket of the process that others are forked from; it ends with this one, whose end closes its input."""
     path = Path(tempfile.mkdtemp(prefix="warm-")) / "socket"
-    words = [sys.executable, str(HERE / "warm_server.py"), str(path)]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environment(HF_HUB_OFFLINE="1"), text=True)
+    variables = environment(HF_HUB_OFFLINE="1") if python == sys.executable else {**OUTSIDE, "HF_HUB_OFFLINE": "1"}
+    words, pipe = [python, "-P", str(HERE / "warm_server.py"), str(path)], subprocess.PIPE
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=variables, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return path, process
 
 
-def warm(module: str) -> list[str]:
+def warm(module: str, python: str = sys.executable) -> list[str]:
     """Return the words that run a module as `python -m` does, or code after "-c", with torch and transformers there.
 
     HF_HUB_OFFLINE and OMP_NUM_THREADS are 1 in it, whatever the environment says.
     """
-    return [sys.executable, "-I", "-S", str(HERE / "warm_client.py"), str(_server()[0]), module]
+    return [python, "-I", "-S", str(HERE / "warm_client.py"), str(_server(python)[0]), module]
 
 
 def free_port() -> int:

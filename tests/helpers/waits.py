@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))
@@ -24,12 +23,3 @@ def until(condition: Callable[[], Any], seconds: float, pause: float = 0.01, wha
         waited = time.monotonic() - started
         assert waited < scaled(seconds), f"{what or 'nothing happened'} within {waited:.0f} s"
         time.sleep(pause)
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Hold that what runs in it takes less than `scaled(seconds)` by the clock."""
-    started = time.monotonic()
-    yield
-    took, limit = time.monotonic() - started, scaled(seconds)
-    assert took < limit, f"{took:.1f} s; the limit was {limit:.1f} s"

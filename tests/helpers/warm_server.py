@@ -95,7 +95,8 @@ def become(asked: dict[str, Any], streams: list[int]) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
-    sys.path[:] = [asked["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
+    here = [] if os.environ.get("PYTHONSAFEPATH") else [asked["folder"]]
+    sys.path[:0] = [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     for folder in site.getsitepackages():  # packages that were installed after the server started
         site.addsitedir(folder)
     importlib.invalidate_caches()
