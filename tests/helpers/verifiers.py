@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from typing import Any
 
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.contract.reward_source import RewardSource
-from tests.helpers.waits import scaled
 
 HOSTILE = [
     "(" * 100_000,
@@ -77,10 +74,3 @@ def deadline(seconds: float) -> Iterator[None]:
     started = time.process_time()
     yield
     assert time.process_time() - started < seconds
-
-
-def in_fresh_python(code: str) -> str:
-    """What a new interpreter prints."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=scaled(120)
-    ).stdout

@@ -89,7 +89,8 @@ def become(asked: dict[str, Any], streams: list[int]) -> None:
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin = os.fdopen(0)
-    sys.stdout = os.fdopen(1, "w", buffering=1 if os.isatty(1) else -1)
+    encoding = os.environ.get("PYTHONIOENCODING") or None
+    sys.stdout = os.fdopen(1, "w", buffering=1 if os.isatty(1) else -1, encoding=encoding)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)

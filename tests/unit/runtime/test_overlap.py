@@ -6,8 +6,6 @@ import json
 import logging
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -360,16 +358,3 @@ def test_a_table_that_cannot_be_written_is_one_warning_at_the_next_event_and_cos
     assert messages[0].startswith("RunLog failed; training goes on without it. FileExistsError")
     assert [path.stem for path in tmp_path.glob("completions/*")] == ["step_000002"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_process_that_ends_writes_its_last_table(tmp_path):
-    program = f"""
-from types import SimpleNamespace
-from hf_rlhf.metrics.jsonl_log import RunLog
-log = RunLog({str(tmp_path)!r}, {{}})
-log.completions = {rows()!r}
-log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=5, max_steps=9), None, logs={{}})
-raise SystemExit(3)
-"""
-    assert subprocess.run([sys.executable, "-c", program], timeout=scaled(120)).returncode == 3
-    assert [path.stem for path in tmp_path.glob("completions/*")] == ["step_000005"]
