@@ -28,6 +28,7 @@ from hf_rlhf.runtime.errors import UserError
 from tests.helpers import dpo_runs, sft_runs
 from tests.helpers import offline_runs as off
 from tests.helpers.paths import ROOT
+from tests.helpers.waits import scaled
 
 pytest.importorskip("wandb_workspaces")
 from hf_rlhf.metrics import wandb_workspace as wb
@@ -288,7 +289,7 @@ def test_with_an_account_the_dashboard_is_saved_as_a_view_of_the_project(tmp_pat
         "math",
     ]
     try:
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=scaled(180))
     finally:
         server.shutdown()
         server.server_close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -264,28 +263,6 @@ def test_the_example_of_each_hook_is_a_complete_plugin(axis, tmp_path):
 
 
 # Listing
-
-
-@pytest.mark.parametrize("command", [["plugins"], ["recipes"], ["recipes", "show", "grpo"], ["--version"]])
-def test_listing_imports_neither_torch_nor_a_plugin_and_is_fast(command, tmp_path):
-    code = f"""
-import resource, sys
-from hf_rlhf.cli.main import main
-sys.argv = ["hf-rlhf", *{command!r}]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-heavy = {{"torch", "transformers", "datasets", "numpy", "trl"}}
-plugins = [name for name in sys.modules if name.startswith(("hf_rlhf_plugins", "hf_rlhf_recipes"))]
-used = resource.getrusage(resource.RUSAGE_SELF)
-print("IMPORTED", sorted(heavy & set(sys.modules)) + plugins)
-print("SECONDS", used.ru_utime + used.ru_stime)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "IMPORTED []" in done.stdout
-    assert float(done.stdout.rpartition("SECONDS")[2]) < 1.0
 
 
 def test_every_built_in_is_offered_by_its_entry_point_and_passes_the_checks():

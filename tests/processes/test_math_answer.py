@@ -11,6 +11,7 @@ import pytest
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf_plugins.rewards.math_answer import MathAnswer
 from tests.helpers.verifiers import graded, rows
+from tests.helpers.waits import scaled
 
 ABSURD = [r"\boxed{9^{9^{9^9}}}", "9**9**9**9", r"\boxed{9^{9^{9^{9}}}+1}", r"\boxed{(10^9)!}"]
 """Numbers that no computer can write down."""
@@ -76,7 +77,7 @@ def test_absurd_numbers_end_at_the_time_limit_off_the_main_thread_too():
         started = time.monotonic()
         thread.start()
         thread.join()
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < scaled(60)
         assert known(found[0].answers)[-1] == 1.0
         for row, failure in enumerate(found[0].failures):
             assert failure.kind == "timeout", (row, failure)
