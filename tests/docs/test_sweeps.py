@@ -20,6 +20,8 @@ from hf_rlhf.metrics.dashboard import dashboard_of
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import warm
+from tests.helpers.waits import scaled
 
 pytest.importorskip("wandb")
 
@@ -132,7 +134,7 @@ def test_the_agent_of_weights_and_biases_runs_the_training(server, tmp_path):
     sweep = json.loads(json.dumps(SWEEPS["grpo_lr_beta"]))
     small = ["rollout.prompts=2", "rollout.num_generations=2", "rollout.max_new_tokens=4", "rewards=[exact_match]"]
     small += ["training.max_steps=2", "training.save_strategy=no", "dataset.held_out=2"]
-    sweep["command"][:1] = [sys.executable, "-m", "hf_rlhf"]
+    sweep["command"][:1] = warm("hf_rlhf")
     place = sweep["command"].index("grpo") + 1
     sweep["command"][place:place] = small
     chosen = {key: ends(parameter)[0] for key, parameter in sweep["parameters"].items()}
@@ -144,7 +146,7 @@ def test_the_agent_of_weights_and_biases_runs_the_training(server, tmp_path):
     env |= {"WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     env |= {"MODEL": "model", "DATASET": "problems.jsonl"}
     command = [sys.executable, "-m", "wandb", "agent", "--count", "1", "me/math/sweep1"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=scaled(300))
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "outputs" / "grpo-run1"
     assert (folder / "summary.json").exists(), done.stdout + done.stderr

@@ -35,6 +35,7 @@ from hf_rlhf.training.memory.fake_tensor_trace import (
 )
 from hf_rlhf.training.memory.workload import Workload
 from tests.helpers import runs
+from tests.helpers.waits import until
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not peak_memory.ResidentMark.works(), reason="the kernel's mark cannot be set back here")
@@ -135,10 +136,7 @@ def test_samples_see_what_lasts_longer_than_their_interval():
         time.sleep(20 * peak_memory.INTERVAL_S)
         del block
     assert 60 * peak_memory.MIB < phase.above < 70 * peak_memory.MIB
-    deadline = time.monotonic() + 5
-    while any(thread.name == "hf_rlhf-memory" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "the thread goes on after the phase"
-        time.sleep(0.01)
+    until(lambda: "hf_rlhf-memory" not in {thread.name for thread in threading.enumerate()}, 5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")

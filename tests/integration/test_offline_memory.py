@@ -18,6 +18,7 @@ from hf_rlhf.training.offline.memory_estimate import TILE, estimate_offline
 from tests.helpers import offline_runs as off
 from tests.helpers import sft_runs as sft
 from tests.helpers.paths import environment
+from tests.helpers.waits import scaled
 
 LETTERS = 150
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -77,7 +78,7 @@ def test_the_estimate_is_near_what_a_run_takes(model, tmp_path):
     """In a process of its own, which has loaded nothing before: DPO, with two models and rows of two texts."""
     command = [sys.executable, "-c", MEASURED, "dpo", str(model), str(tmp_path)]
     env = environment(HF_HUB_OFFLINE="1")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=scaled(300))
     assert done.returncode == 0, done.stderr
     peak, phases, notes = json.loads((tmp_path / "measured.json").read_text())
     assert not notes  # how long rows are is known by then

@@ -60,7 +60,9 @@ def lab(
         bool, typer.Option("--all", help="The whole matrix, as Markdown: the page that the docs show.")
     ] = False,
     as_json: Json = False,
-    picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG picture to this file too.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Write a picture too: a .svg, .png or .pdf.")
+    ] = None,
     group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3.")] = None,
     prompts: Annotated[int | None, typer.Option("--prompts", help="Prompts per rollout; 1.")] = None,
     tokens: Annotated[
@@ -110,8 +112,10 @@ def lab(
 
 
 def _check(picture: Path | None, beta: float | None) -> None:
-    if picture is not None and picture.suffix != ".svg":
-        raise UserError(f"--picture {picture}: pictures are SVG; name a file that ends in .svg")
+    if picture is not None:
+        from hf_rlhf.lab.picture import require
+
+        require(picture)
     if beta is not None and not beta > 0:
         raise UserError(f"--beta {beta:g}: give a number above 0, or leave the KL out with kl=[]")
 
@@ -120,12 +124,12 @@ def _everything(as_json: bool, picture: Path | None, beta: float | None, seed: i
     from hf_rlhf.lab.choices import BETA
     from hf_rlhf.lab.matrix import Matrix
     from hf_rlhf.lab.page import page
-    from hf_rlhf.lab.picture import of_matrix
+    from hf_rlhf.lab.picture import of_matrix, save
 
     chosen = BETA if beta is None else beta
     sections = Matrix(beta=chosen, seed=seed).sections()
     if picture is not None:
-        picture.write_text(of_matrix(sections["whole"]), encoding="utf-8")
+        save(of_matrix(sections["whole"]), picture)
     if as_json:
         print_json([row.as_dict() for rows in sections.values() for row in rows])
     else:
@@ -143,7 +147,7 @@ def _one(
     off_policy: bool,
 ) -> None:
     from hf_rlhf.lab.choices import BETA, read
-    from hf_rlhf.lab.picture import of_one
+    from hf_rlhf.lab.picture import of_one, save
     from hf_rlhf.lab.single import left_out, run
     from hf_rlhf.lab.table import lines
     from hf_rlhf.lab.world import World
@@ -160,7 +164,7 @@ def _one(
         )
     if picture is not None:
         title = " ".join([recipe or "", *overrides]).strip() or "reinforce"
-        picture.write_text(of_one(rows, title), encoding="utf-8")
+        save(of_one(rows, title), picture)
     if as_json:
         print_json([row.as_dict() for row in rows])
         return

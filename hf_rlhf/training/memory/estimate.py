@@ -224,7 +224,7 @@ def _update(setting: Workload, parts: ResidentMemory, model: Any, critic: Any) -
     if setting.checkpointed:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     counted = count_update(
-        model, critic, batch, entropy="entropy" in a.needs, by_derivative=a.loss_is_token_level, later=micros > 1
+        model, critic, batch, entropy="entropy" in a.needs, by_derivative=a.loss_is_fused, later=micros > 1
     )
     trained = sum(tensor_bytes(m, trainable=True) for m in (model, critic) if m is not None)
     gradients = min(trained, counted.peak - counted.saved)
