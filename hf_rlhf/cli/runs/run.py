@@ -88,36 +88,39 @@ def train(
     from hf_rlhf.runtime.signals import StopOnSignal, only_run_in
 
     folder = choose_output_dir(output_dir, recipe.name, resume)
+    plan = check(recipe, str(folder), forecast=False)  # before anything is written
     try:
         checkpoint = str(newest(folder)) if resume is True else resume or None
         with only_run_in(folder), StopOnSignal() as stop:
-            return _train(recipe, folder, checkpoint, trust_remote_code, forecast, stop)
+            return _train(recipe, None if forecast else plan, folder, checkpoint, trust_remote_code, stop)
     except CheckpointError as error:
         raise UserError(str(error)) from error
 
 
 def _train(
     recipe: Recipe,
+    plan: Plan | None,
     folder: Path,
     checkpoint: str | None,
     trust_remote_code: bool,
-    forecast: bool,
     stop: StopOnSignal,
 ) -> dict[str, Any]:
+    """Train. Without a `plan` to print, print the trainer's with a memory forecast, which needs the loaded model."""
     from transformers.utils import logging as transformers_logging
 
     from hf_rlhf.metrics.console import OFFLINE_SHOWN, SHOWN, LiveProgress, console, show_plan, show_result
 
     transformers_logging.disable_progress_bar()
     out, offline = console(), isinstance(recipe, OfflineRecipe)
-    if int(os.environ.get("RANK", "0")) == 0:
-        out.print(f"recipe {recipe.name}: loading {recipe.model.path or 'no model'}", markup=False, soft_wrap=True)
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and plan is not None:
+        show_plan(plan, out)
     progress = LiveProgress(out, OFFLINE_SHOWN if offline else SHOWN)
     trainer = build_trainer(recipe, str(folder), [progress, stop], trust_remote_code)
     try:
-        if forecast:
+        if plan is None:
             _forecast_memory(trainer, recipe, trust_remote_code)
-        if trainer.is_world_process_zero():
+        if first and plan is None:
             show_plan(trainer.plan, out)
         samples: dict[str, Any] = {}
         if checkpoint is None:
@@ -128,7 +131,7 @@ def _train(
         trainer.save_model(str(folder))
         summary = trainer.summary
         assert summary is not None
-        if trainer.is_world_process_zero():
+        if first:
             show_result(summary, samples, out, trained=recipe.trainer() if isinstance(recipe, OfflineRecipe) else None)
         return summary
     finally:
