@@ -20,7 +20,7 @@ from hf_rlhf.metrics.trackers import install
 from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.training.offline.trl_compat import Quiet, unrounded
-from hf_rlhf.training.parallel import Parallel, gradients_are_finite
+from hf_rlhf.training.parallel import Parallel, gradients_are_finite, state_dict
 from hf_rlhf.training.run_trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ class OfflineRun(Quiet, RunTrainer):
             return
         if self.is_world_process_zero():
             folder = Path(output_dir or self.output_dir)
-            model = self.accelerator.unwrap_model(self.model)
+            model = Parallel(self.accelerator).unwrap(self.model)
             adapted = hasattr(model, "peft_config")
             whole = adapted and self.record["recipe"]["model"].get("save_merged") is not False
-            (save_merged if whole else type(model).save_pretrained)(model, folder)
+            (save_merged if whole else type(model).save_pretrained)(model, folder, state_dict=state_dict(model))
             if adapted:
                 drop_other_form(folder, whole)
             tokenizer: Any = self.processing_class
