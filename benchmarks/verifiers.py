@@ -240,14 +240,14 @@ Reward sources that need no model. A row without a reference gets no score rathe
 | `regex` | it matches a regular expression; or the fraction of the required matches | |
 | `format` | it has the tags in order, has a box, or matches a pattern completely | |
 | `json_schema` | its last JSON block satisfies a JSON Schema | a schema |
-| `constraints` | it follows its instructions (IFEval, arXiv:2311.07911); or the fraction that it follows | `instruction_id_list`, `kwargs` |
+| `constraints` | it follows its instructions (IFEval, arXiv:2311.07911); or their share | `instruction_id_list`, `kwargs` |
 | `language` | it is in the required language: a probability, or the fraction of its lines | a code |
 
 `length` and `repetition` return penalties, 0 or less.
 
 Use `numeric` for numbers and `math_answer` for anything else. SymPy evaluates whatever the model writes, including
-`\\boxed{{9^{{9^{{9^9}}}}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s) and limited by `memory_mib`;
-such a row has no score. All other verifiers take time linear in the length of the text and run in the caller's thread.
+`\\boxed{{9^{{9^{{9^9}}}}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s), with at most `memory_mib`;
+such a row has no score. Other verifiers take time linear in the length of the text and run in the caller's thread.
 Regular expressions of a recipe are abandoned after `timeout`.
 
 ## Agreement with graded solutions

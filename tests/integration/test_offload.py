@@ -202,16 +202,16 @@ def test_only_the_outermost_block_sends_away_and_an_error_does_too(way):
         move = getattr(held, name)
         setattr(held, name, lambda *changed: (moves.append(name), move(*changed)))
 
-    note("bring")
-    note("send")
+    note("load")
+    note("offload")
     with held.on_device():
         with held.on_device(changed=False):
             pass
-        assert moves == ["bring"]
-    assert moves == ["bring", "send"]
+        assert moves == ["load"]
+    assert moves == ["load", "offload"]
     with pytest.raises(ZeroDivisionError), held.on_device():
         raise ZeroDivisionError
-    assert moves == ["bring", "send"] * 2
+    assert moves == ["load", "offload"] * 2
 
 
 def test_resident_tensors_stay():
