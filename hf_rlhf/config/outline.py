@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from functools import cache
+from types import GenericAlias
 from typing import Any
 
 from hf_rlhf import axes
@@ -139,5 +140,5 @@ def _hint(annotation: str) -> Any:
     if match is None:
         return Any
     many, name, optional = match.groups()
-    hint: Any = list[BASES[name]] if many else BASES[name]  # type: ignore[misc]
+    hint: Any = GenericAlias(list, (BASES[name],)) if many else BASES[name]
     return hint | None if optional else hint

@@ -196,7 +196,7 @@ def _next(folder: str) -> list[str]:
         "  hf-rlhf plugins                      what can be swapped",
         "  hf-rlhf show advantages group_norm   one plugin and its settings",
         f"  hf-rlhf check {folder}/recipe.yaml advantages.use=leave_one_out",
-        "                                       what a change would do, or why it is refused",
+        "                                       what a change would do, or why not",
         f"  hf-rlhf train RECIPE --model {folder}",
         "                                       continues from here",
     ]
