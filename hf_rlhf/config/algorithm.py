@@ -1,4 +1,4 @@
-"""The chosen plugins as one algorithm: what they need together, and why a combination is refused."""
+"""The chosen plugins as one algorithm: their joint needs, and reasons to refuse a combination."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ CORE_PROVIDES = frozenset(
         "plain_weights",
     }
 )
-"""What the core computes for whoever needs it; values, ref_logps and sampler_logps come from plugins. Whether the policy
-has an adapter, and weights that are numbers, is known where the model's settings are (`hf_rlhf.training.setup`)."""
+"""Quantities that the core computes on demand; values, ref_logps and sampler_logps come from plugins. Whether the policy has
+an adapter and plain weights is checked with the model's settings (`hf_rlhf.training.setup`)."""
 
 FIXES = {
     "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",
@@ -67,7 +67,7 @@ class Algorithm:
     update: Update = field(default_factory=Update)
 
     def plugins(self) -> Iterator[tuple[str, Plugin]]:
-        """Every plugin with its dotted place in the recipe, nested ones included."""
+        """Yield every plugin with its dotted path in the recipe, nested ones included."""
         for axis in AXES:
             if axis in LISTS:
                 for i, plugin in enumerate(getattr(self, axis)):
@@ -77,22 +77,22 @@ class Algorithm:
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """What any of the plugins needs."""
+        """Union of the plugins' needs."""
         return frozenset().union(*(plugin.needs for _, plugin in self.plugins()))
 
     @cached_property
     def provides(self) -> frozenset[str]:
-        """What the core and the plugins bring."""
+        """Quantities that the core and the plugins provide."""
         return CORE_PROVIDES.union(*(plugin.provides for _, plugin in self.plugins()))
 
     @cached_property
     def samples_old_logps(self) -> bool:
-        """Whether the log-probs that the rollout engine reports serve as the old ones, in float32 or better."""
+        """Whether log-probs reported by the rollout engine, in float32 or better, serve as the old ones."""
         return bool(self.readers_of_old_logps) and self.rollout.exact_logps and "sampler_logps" not in self.needs
 
     @cached_property
     def skips_rows_without_advantage(self) -> bool:
-        """Whether a row whose advantages are all 0 adds nothing to the gradient and to what is measured of every row."""
+        """Whether a row whose advantages are all 0 contributes nothing to the gradient and to per-row metrics."""
         others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
         return (
             self.policy_loss.zero_without_advantage
@@ -104,7 +104,7 @@ class Algorithm:
 
     @cached_property
     def loss_is_token_level(self) -> bool:
-        """Whether the loss of a token depends on that token's numbers alone."""
+        """Whether the loss of a token depends only on that token's numbers."""
         others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
         whole = [
             kl
@@ -121,16 +121,16 @@ class Algorithm:
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps that one rollout feeds."""
+        """Optimizer steps per rollout."""
         return self.update.mini_batches * self.update.epochs
 
     def kl_in(self, place: str) -> list[tuple[str, KLPlacement]]:
-        """(name in logs, placement) of the KLs that enter at `place`: reward, loss or advantage."""
+        """Return (name in logs, placement) of the KLs that enter at `place`: reward, loss or advantage."""
         return [(title, kl) for title, kl in self.titled("kl") if place in kl.places]
 
     @cached_property
     def readers_of_old_logps(self) -> list[str]:
-        """Who needs log-probs before the first update; without any, the update's own forward gives them."""
+        """Readers of log-probs from before the first update; without any, the update's own forward computes them."""
         several = self.steps_per_rollout > 1
         # in a single step the ratio is 1, and the update's own log-probs serve
         own = [f"kl.{i}.estimator" for i, kl in enumerate(self.kl) if kl.places <= {"loss"}]
@@ -147,7 +147,7 @@ class Algorithm:
         return readers
 
     def kl_over_distributions(self, moment: str) -> list[tuple[str, KLPlacement]]:
-        """(name in logs, placement) of the KLs over whole distributions that are measured in the `rollout` or `update`."""
+        """Return (name in logs, placement) of KLs over whole distributions measured in the `rollout` or `update`."""
         early = frozenset({"reward", "advantage"})
         return [
             (title, kl)
@@ -157,7 +157,7 @@ class Algorithm:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Every choice with all its settings, as in a resolved recipe."""
+        """Return every choice with all its settings, as in a resolved recipe."""
         chosen: dict[str, Any] = {}
         for axis in AXES:
             if hasattr(self, axis):
@@ -166,20 +166,20 @@ class Algorithm:
         return {**chosen, "update": asdict(self.update)}
 
     def labels(self) -> list[str]:
-        """The name of each reward source in logs and tables."""
+        """Return the name of each reward source in logs and tables."""
         return [source.label or source.name for source in self.rewards]
 
     def titled(self, axis: str) -> list[tuple[str, Any]]:
-        """(name in logs, plugin) for each plugin of a list axis; the second of a kind is called `<name>_2`."""
+        """Return (name in logs, plugin) for each plugin of a list axis; a second one of a kind is named `<name>_2`."""
         own = getattr(self, axis)
         return list(zip(_titles(own), own, strict=True))
 
     def extras(self, plugin: Plugin, available: dict[str, Any], positional: frozenset[str]) -> dict[str, Any]:
-        """The keywords that a tensor function gets: one per name it needs beyond its positional arguments."""
+        """Return the keywords of a tensor function: one per name it needs beyond its positional arguments."""
         return {name: available[name] for name in sorted(plugin.needs - positional) if name in available}
 
     def problems(self) -> list[str]:
-        """Why this combination cannot run or cannot learn; empty when it can. Each says what to write instead."""
+        """Return reasons why this combination cannot run or learn, each with its fix; empty when it can."""
         return [*self._missing(), *self._unused(), *self._counts(), *self._rewards(), *self._own_checks()]
 
     def _missing(self) -> Iterator[str]:
@@ -295,8 +295,10 @@ def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
 
 
 def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:
-    """(what stands before the names of its own metrics, axis, plugin) of every plugin of an algorithm, nested ones included;
-    those of a list have the titles of `Algorithm.titled`."""
+    """Yield (prefix of its metrics, axis, plugin) of every plugin of an algorithm, nested ones included.
+
+    Plugins of a list axis have the titles of `Algorithm.titled`.
+    """
     own: dict[str, list[Plugin]] = {axis: list(getattr(algorithm, axis)) if axis in LISTS else [] for axis in AXES}
     for path, plugin in algorithm.plugins():
         axis = axis_of(type(plugin))
