@@ -49,7 +49,7 @@ ENVIRONMENT = """## Environment variables
 | variable | what it does |
 | --- | --- |
 | `HF_RLHF_DISABLE_PLUGINS` | a comma list of packages and of `axis.name` that are turned off; `1`: every package but `hf_rlhf` |
-| `HF_RLHF_CACHE` | where the quickstart's model and tracebacks are kept; `~/.cache/hf_rlhf` when not set |
+| `HF_RLHF_CACHE` | where the quickstart's model and the last traceback are kept; `~/.cache/hf_rlhf` when not set |
 | `HF_RLHF_TRACEBACK` | `1` prints tracebacks, as `--traceback` does |
 | `WANDB_NAME` | the run's name where recipe and flags have none; of a stage `WANDB_NAME/STAGE` |
 | `WANDB_MODE`, `WANDB_PROJECT` and others | as in Weights & Biases; the project is `hf_rlhf` when not set |
@@ -66,8 +66,8 @@ and `train` says where it is every ten seconds.
 ## Errors
 
 What can be mended is one message that begins with `error:`, and the exit code is 2. Anything else ends with the exception, the
-place that raised it with the plugin and the package that it belongs to, and the file that holds the traceback (the newest 20
-are kept). `--traceback`, before or after the command, prints tracebacks instead, of errors of the first kind too. A report
+place that raised it with the plugin and the package that it belongs to, and the file that holds the last traceback.
+`--traceback`, before or after the command, prints tracebacks instead, of errors of the first kind too. A report
 needs what `hf-rlhf env` prints; it holds no keys and tokens, and shows paths, host addresses and names of variables."""
 
 COMPLETION = """## Completion in the shell

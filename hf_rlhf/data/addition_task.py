@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import string
@@ -22,6 +21,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.runtime.cache import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def addition_model(warm_up: WarmUp | None = None) -> Path:
     from filelock import FileLock
 
     warm_up = warm_up or WarmUp()
-    home = _cache()
+    home = cache_folder()
     folder = home / f"addition-{_fingerprint(warm_up)}"
     if folder.is_dir():
         return folder
@@ -119,10 +120,6 @@ def addition_model(warm_up: WarmUp | None = None) -> Path:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("HF_RLHF_CACHE") or Path.home() / ".cache" / "hf_rlhf").expanduser()
 
 
 def _fingerprint(warm_up: WarmUp) -> str:

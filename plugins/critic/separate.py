@@ -31,7 +31,7 @@ class Separate(TrainedCritic):
     a whole second model."""
     offload: bool = False
     """Keep its own weights and their optimizer state away from the device while completions are sampled and scored: in main
-    memory, or of a run on the CPU in a file. The trained parameters are the same bits."""
+    memory. The trained parameters are the same bits."""
 
     def __post_init__(self) -> None:
         if self.adapter:

@@ -28,8 +28,8 @@ class EMA(Reference):
     decay: Fraction = 0.99
     """What stays of the reference in each step; 0 copies the policy, 1 is refused, as nothing would move."""
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory, or of a run on the CPU in a file. It
-    moves where it lies."""
+    """Keep it away from the device but for the forwards that read it: in main memory. It moves where it
+    lies."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.decay == 1:

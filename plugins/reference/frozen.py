@@ -22,7 +22,7 @@ class Frozen(Reference):
     name = "frozen"
 
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory, or of a run on the CPU in a file. The
+    """Keep it away from the device but for the forwards that read it: in main memory. The
     trained parameters are the same bits."""
 
     def build(self, policy: PreTrainedModel) -> Module:

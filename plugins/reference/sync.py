@@ -35,8 +35,8 @@ class Sync(Reference):
     mixing: Fraction = 1.0
     """The policy's share; 1 copies it, 0 is refused, as nothing would move."""
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory, or of a run on the CPU in a file. It
-    moves where it lies."""
+    """Keep it away from the device but for the forwards that read it: in main memory. It moves where it
+    lies."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.mixing == 0:

@@ -104,7 +104,10 @@ def offload_problems(a: Algorithm, args: TrainingArguments) -> Iterator[str]:
 
 
 def offload_remarks(a: Algorithm, args: TrainingArguments) -> Iterator[str]:
-    """What is said of an `update.offload` that finds nothing to offload."""
+    """Yield a remark for an `offload` that has no effect."""
+    asked = [path for path, part in [("update", a.update), *a.plugins()] if getattr(part, "offload", False)]
+    if asked and args.device.type == "cpu":
+        yield f"{', '.join(f'{path}.offload' for path in asked)}: no effect on a CPU, where everything is in main memory"
     if a.update.offload and a.update.ema is None and _stateless(args) and type(a.optimizer).hold is UpdateRule.hold:
         yield (
             f"update.offload has no effect: training.optim={_optim(args)} without momentum keeps no state, and there is no "

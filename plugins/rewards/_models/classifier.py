@@ -54,7 +54,7 @@ class ModelReward(RewardSource):
     device: str = "auto"
     """Where it runs: `auto` (the run's own device), `cpu`, `cuda:1`, ..."""
     offload: bool = False
-    """Keep its weights away from the device but for its calls: in main memory, or on the CPU in a file. The scores are the same
+    """Keep its weights away from the device but for its calls: in main memory. The scores are the same
     bits."""
     model_kwargs: dict[str, Any] | None = None
     """Further arguments of transformers' `from_pretrained`: attn_implementation, quantization_config, device_map, ..."""
