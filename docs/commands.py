@@ -74,8 +74,8 @@ COMPLETION = """## Completion in the shell
 
 `hf-rlhf --install-completion` sets it up for bash, zsh, fish or PowerShell, `hf-rlhf --show-completion` prints what it would
 set up. Tab then completes commands, flags (every field of TrainingArguments too), recipes, axes, plugins, overrides
-(`advantages.use=` and Tab), stages of `run`, and files. Nothing is imported or run for it: settings of a plugin are read off
-its source."""
+(`advantages.use=` and Tab), and stages of `run`; where nothing fits, the shell
+offers files. Nothing is imported or run for it: settings of a plugin are read from its source."""
 
 
 def commands_page(made: str, table: Any) -> Iterator[str]:

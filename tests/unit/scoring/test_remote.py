@@ -8,9 +8,11 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tenacity
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
@@ -255,8 +257,13 @@ def test_retry_after_may_be_a_date():
 
 def test_waits_grow_to_max_wait_and_are_jittered():
     endpoint = _http.Endpoint("http://127.0.0.1/", 1.0, 9, 0.3, None)
+
+    def wait(tries: int) -> float:
+        failed = tenacity.Future.construct(tries, _http._TryAgain("full"), True)
+        return endpoint._wait(SimpleNamespace(attempt_number=tries, outcome=failed))  # type: ignore[arg-type]
+
     for tries, longest in ((1, 0.02), (2, 0.04), (4, 0.16), (5, 0.3), (5000, 0.3)):
-        waits = {endpoint._backoff(tries) for _ in range(20)}
+        waits = {wait(tries) for _ in range(20)}
         assert len(waits) > 1
         assert all(longest / 2 <= wait <= longest for wait in waits)
 
