@@ -46,8 +46,8 @@ Memory is what a process holds on the device it trains on. On CUDA these are byt
 them: without the context, without what the allocator keeps in reserve. On CPU it is the resident set of the process,
 libraries included, of which the C library keeps some after tensors are freed; workers of reward sources are processes of
 their own and not in it. The high-water mark is set back when a phase begins and ends, so whoever reads
-`torch.cuda.max_memory_allocated` or the kernel's `VmHWM` besides sees the newest phase alone. `hf-rlhf check` and `train`
-print an estimate of the same numbers before the model loads: the largest that can happen, with every completion as long as
+`torch.cuda.max_memory_allocated` or the kernel's `VmHWM` besides sees the newest phase alone. `hf-rlhf check` prints a
+forecast of the tensors of each phase before the model loads: the largest that can happen, with every completion as long as
 it may become. benchmarks/results/memory.md compares the two.
 
 A resampling filter makes several rounds in one rollout. Numbers of a round are then averaged over the rounds.
@@ -100,7 +100,7 @@ SUMMARY = {
     "under `memory/`",
     "output_dir": "where the run wrote",
     "plan": "plugins (axis, name, package, version, module, SHA-256 of its file), models, forwards, skipped, "
-    "remarks, arithmetic, and the estimate of memory: MiB by phase and part",
+    "remarks, arithmetic, and the memory forecast: MiB by phase and part",
     "versions": "of Python and of the packages that the numbers depend on",
 }
 

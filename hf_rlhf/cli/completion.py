@@ -156,8 +156,9 @@ def stage_overrides(ctx: typer.Context, incomplete: str) -> list[str]:
     found: list[str] = []
     for name, stage in (_read(ctx.params.get("name")).get("stages") or {}).items():
         if incomplete.startswith(f"{name}.") or f"{name}.".startswith(incomplete):
-            own = _overrides(_read(stage.get("recipe")), (), incomplete.removeprefix(f"{name}."))
-            recipes = (f"recipe={recipe}" for recipe in recipe_names(""))
+            within = incomplete[len(name) + 1 :]
+            recipes = [f"recipe={recipe}" for recipe in recipe_names("") if within.startswith("recipe=")]
+            own = _overrides(_read(stage.get("recipe")), (), within)
             found += [f"{name}.{word}" for word in ("recipe=", *recipes, *own)]
     return _next_level(found, incomplete)
 

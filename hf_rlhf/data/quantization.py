@@ -82,7 +82,11 @@ def ready(model: Any, settings: Model, lora: bool, merges: bool) -> Any:
         raise ValueError(
             f"{settings.path} is quantised ({method}), so its weights cannot be trained: set model.lora={{r: 16}}"
         )
-    if method != "bitsandbytes" and merges:
+    if method == "bitsandbytes":
+        from hf_rlhf.modeling.bitsandbytes_cpu import compute_alike
+
+        compute_alike(model)
+    elif merges:
         raise ValueError(f"{settings.path} is quantised ({method}) and cannot be merged: set model.save_merged=false")
     return model
 

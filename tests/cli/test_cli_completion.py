@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hf-rlhf train gr", ["grpo", "grpo@verl"], ["ppo", "mine.yaml"]),
         ("hf-rlhf train hf_rlhf/gr", ["hf_rlhf/grpo"], []),
         ("hf-rlhf run ", ["instructgpt"], ["grpo"]),
-        ("hf-rlhf run instructgpt pp", ["ppo.recipe=", "ppo.advantages."], ["rm."]),
+        ("hf-rlhf run instructgpt pp", ["ppo.recipe=", "ppo.advantages."], ["rm.recipe="]),
         ("hf-rlhf run instructgpt ppo.advantages.use=g", ["ppo.advantages.use=gae"], []),
         ("hf-rlhf run instructgpt ppo.recipe=gr", ["ppo.recipe=grpo"], []),
         ("hf-rlhf show adv", ["advantages"], ["rewards"]),
@@ -121,7 +121,7 @@ def here(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit), use_host(Host(disable="")):
         completion.run(app.app)
-    return [found.partition("\t")[0] for found in said.getvalue().splitlines()]
+    return [found.partition("\t")[0] for found in said.getvalue().splitlines() if found]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hf_rlhf import load_plugin
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import conformance, tiny_policy
-from hf_rlhf.training.memory.workload import Workload
+from hf_rlhf.training.memory.estimate import Workload
 from hf_rlhf.training.setup import AlgorithmError
 from hf_rlhf_plugins.critic._modules import SeparateCritic
 from tests.helpers import runs, stepping
@@ -179,7 +179,7 @@ def test_the_plan_counts_its_own_weights_alone():
 
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
     algorithm = runs.recipe(rollout=runs.SAMPLED, advantages="gae", critic=ADAPTER).algorithm()
-    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20, process=0.0)
+    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20)
     policy = adapted()
     found = estimate.from_model(policy, Model(), setting).phases["update"]
     trunk = policy.get_base_model().model

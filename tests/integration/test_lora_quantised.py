@@ -107,7 +107,7 @@ def test_the_plan_of_a_trainer_counts_its_bytes(name, bits, path):
     settings = [f"model.path={path}", "model.dtype=float32", "model.lora={r: 2}", *reference]
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
     whole, few = (load_recipe(name, [*settings, *more]) for more in ([], [f"model.{bits}=true"]))
-    plans = [estimate_offline(made.model, made.trainer(), args, tokens=20, process=0.0) for made in (whole, few)]
+    plans = [estimate_offline(made.model, made.trainer(), args, tokens=20) for made in (whole, few)]
     assert not plans[1].notes
     loaded = [
         load_with_head(made.model, made.trainer(), AutoTokenizer.from_pretrained(path), 0, False)

@@ -22,8 +22,7 @@ from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.runtime.checkpoint_manifest import check_same_run, differences
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.training import device_phases
-from hf_rlhf.training.memory import resident
+from hf_rlhf.training import device_phases, offload_checks
 from tests.helpers import runs
 
 CPU = torch.device("cpu")
@@ -233,7 +232,7 @@ def told(*training: str, **parts: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("optim", resident.CODED)
+@pytest.mark.parametrize("optim", offload_checks.CODED)
 def test_state_that_cannot_be_moved_is_refused_before_anything_is_loaded(optim):
     both = {"update": {"offload": True}, "advantages": "gae", "critic": {"use": "separate", "offload": True}}
     text = f"the state of training.optim={optim} is torchao's codes: set update.offload=false and critic.offload=false, or "
@@ -385,17 +384,11 @@ REFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_a_run_trains_the_same_bits_with_a_file(name, tmp_path, plainly):
+def test_a_run_trains_the_same_bits(name, tmp_path, plainly, main_memory):
     reference, more = REFERENCES[name]
     made = runs.trained(tmp_path, **parts(True, reference, **more))
     assert torch.equal(weights(made), plainly(reference, **more))
     assert max(entry.get("memory/offloaded", 0) for entry in runs.entries(made)) > 0
-
-
-@pytest.mark.parametrize("name", ["sync", "sync, whole distributions"])
-def test_a_run_trains_the_same_bits_with_main_memory(name, tmp_path, plainly, main_memory):
-    reference, more = REFERENCES[name]
-    assert torch.equal(weights(runs.trained(tmp_path, **parts(True, reference, **more))), plainly(reference, **more))
 
 
 @pytest.mark.parametrize("resumed_by", ["offloaded", "resident"])

@@ -269,14 +269,10 @@ def _estimate_memory(
     tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Fills the plan's memory; `tokens` are those of the longest row where it is known. What the plan says already of the
-    process itself stays."""
-    from hf_rlhf.runtime.peak_memory import MIB
+    """Fill the plan's memory forecast; `tokens` are those of the longest row, if known."""
     from hf_rlhf.training.offline.memory_estimate import estimate_offline
 
-    process = next((parts["process"] * MIB for parts in plan.memory.values() if "process" in parts), None)
-    more: dict[str, Any] = {"tokens": tokens, "process": process, "trust_remote_code": trust_remote_code}
-    found = estimate_offline(recipe.model, recipe.trainer(), args, **more)
+    found = estimate_offline(recipe.model, recipe.trainer(), args, tokens=tokens, trust_remote_code=trust_remote_code)
     plan.memory, plan.memory_notes = found.phases, found.notes
 
 
