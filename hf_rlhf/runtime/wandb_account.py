@@ -1,4 +1,4 @@
-"""Whether there is an account to log to."""
+"""Find an account of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 
 def has_account(settings: Any) -> bool:
-    """Whether a key lies in the environment, in W&B's settings or in the netrc file. Asks nobody."""
+    """Return whether W&B's settings, the environment or the netrc file hold a key, without network access."""
     if settings.api_key or getattr(settings, "identity_token_file", None):
         return True
     path = os.environ.get("NETRC")

@@ -259,14 +259,14 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     raw = {**runs.BASE, "rollout": runs.SAMPLED, "model": {"lora": {}, "load_in_4bit": True}}
-    with pytest.raises(UserError, match=r"load_in_4bit needs bitsandbytes: pip install 'hf_rlhf\[quant\]'"):
+    with pytest.raises(UserError, match=r"load_in_4bit requires bitsandbytes: pip install 'hf_rlhf\[quant\]'"):
         check(resolve(raw))
 
 
 def test_an_adapters_folder_is_refused_as_a_quantised_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     raw = {**runs.BASE, "rollout": runs.SAMPLED, "model": section(str(tmp_path), "load_in_4bit")}
-    with pytest.raises(UserError, match="holds an adapter, and its base with it would be rounded"):
+    with pytest.raises(UserError, match="holds an adapter, and quantising its base would change"):
         check(resolve(raw))
 
 

@@ -131,7 +131,7 @@ def test_a_head_that_shares_the_embeddings_weights_gets_its_own(target, tmp_path
 def test_without_an_adapter_the_setting_is_refused(tmp_path):
     raw = {**runs.BASE, "rollout": runs.SAMPLED, "model": {"save_merged": True}}
     with pytest.raises(
-        UserError, match=r"model\.save_merged says what becomes of an adapter and there is none: set model\.lora"
+        UserError, match=r"model\.save_merged requires an adapter: set model\.lora"
     ):
         check(resolve(raw))
     with pytest.raises(UserError, match=r"model\.save_merged says"):

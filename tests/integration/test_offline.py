@@ -173,7 +173,7 @@ def test_long_rows_and_rows_without_a_difference_are_dropped_and_counted(tmp_pat
     assert (summary["before"], summary["after"]) == (None, None)
     assert "1 of 42 rows of the dataset have nothing to learn from: dropped" in caplog.text
     assert "1 of 42 rows of the dataset are longer than 60 tokens: dropped" in caplog.text
-    with pytest.raises(DatasetError, match="no row of the dataset is left"):
+    with pytest.raises(DatasetError, match="the dataset has no usable row"):
         off.run(tmp_path, "reward_model", "trainer.max_length=1", "dataset.held_out=0", out="other")
     long = [{**row, "chosen": "a" * 300} for row in off.rows("reward_model")]
     with pytest.raises(DatasetError, match="are longer than 256 tokens"):  # the model's context
