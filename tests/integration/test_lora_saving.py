@@ -134,7 +134,7 @@ def test_without_an_adapter_the_setting_is_refused(tmp_path):
         UserError, match=r"model\.save_merged requires an adapter: set model\.lora"
     ):
         check(resolve(raw))
-    with pytest.raises(UserError, match=r"model\.save_merged says"):
+    with pytest.raises(UserError, match=r"model\.save_merged requires"):
         check(off.recipe(tmp_path, "reward_model", "model.save_merged=false"))
 
 

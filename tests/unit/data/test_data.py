@@ -236,7 +236,7 @@ def test_the_problems_of_gsm8k_load_with_a_template(gsm8k, tokenizer):
         ([{"prompt": "a", "b": None}], {"prompt_template": "{b}"}, "row 1 is empty .column 'b'"),
         ([{"prompt": 3}], {}, "row 1 must be text or a list of messages with role and content, got a int"),
         ([{"prompt": ["a"]}], {}, "row 1 must be text or a list of messages with role and content, got a list"),
-        ([{"prompt": TALK}, {"prompt": "a"}], {}, "some prompts are text and some are chat messages"),
+        ([{"prompt": TALK}, {"prompt": "a"}], {}, "prompts must be all text or all chat messages, got both"),
         ([{"prompt": TALK}], {"chat": True}, r"dataset\.chat wraps text prompts"),
         ([{"prompt": "a"}], {"system": "b"}, r"dataset\.system requires chat prompts"),
         ([{"prompt": [{"role": "system", "content": "a"}]}], {"system": "b"}, "row 1 has a system message of its own"),
@@ -256,7 +256,7 @@ def test_row_numbers_are_the_files_also_when_rows_are_held_out(tokenizer):
 
 
 def test_messages_without_a_chat_template_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"no chat template: set model\.chat_template"):
+    with pytest.raises(ValueError, match=r"require a chat template, and the tokenizer has none: set model\.chat_template"):
         prompts_of(tokenizer, [{"prompt": TALK}])
 
 
@@ -277,7 +277,7 @@ def test_places_without_a_dataset_are_named(tmp_path, tokenizer):
         (Dataset(path=str(tmp_path / "rows.txt")), r"must end in \.json, \.jsonl, \.csv, \.parquet, got '\.txt'"),
         (Dataset(path=write(tmp_path / "a.jsonl"), split="test"), "a file has one split, 'train', got 'test'"),
         (Dataset(path=write(tmp_path / "bad.jsonl", [])), "the dataset has no rows"),
-        (Dataset(path=write(tmp_path / "a.jsonl"), name="main"), r"dataset\.name has no meaning"),
+        (Dataset(path=write(tmp_path / "a.jsonl"), name="main"), r"dataset\.name does not apply"),
     ):
         with pytest.raises(ValueError, match=message):
             read_columns(settings)
