@@ -130,9 +130,7 @@ def test_a_head_that_shares_the_embeddings_weights_gets_its_own(target, tmp_path
 
 def test_without_an_adapter_the_setting_is_refused(tmp_path):
     raw = {**runs.BASE, "rollout": runs.SAMPLED, "model": {"save_merged": True}}
-    with pytest.raises(
-        UserError, match=r"model\.save_merged requires an adapter: set model\.lora"
-    ):
+    with pytest.raises(UserError, match=r"model\.save_merged requires an adapter: set model\.lora"):
         check(resolve(raw))
     with pytest.raises(UserError, match=r"model\.save_merged requires"):
         check(off.recipe(tmp_path, "reward_model", "model.save_merged=false"))

@@ -37,7 +37,6 @@ from hf_rlhf.training.memory.shapes import (
     tensor_bytes,
     trunk_of,
 )
-from hf_rlhf.training.micro_batches import Batching
 from hf_rlhf.training.offload_checks import optimizer_name
 
 PROMPT_TOKENS = 256
@@ -90,23 +89,21 @@ class Workload:
         """Of the longest completion, if the rollout engine bounds it."""
         return getattr(self.algorithm.rollout, "max_new_tokens", None)
 
-    def rows(self, prompts: int, prompt: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Return this process's share of the rows of `prompts` prompts, all of the greatest length."""
-        group, share = self.algorithm.rollout.num_generations, -(-prompts // self.processes)
-        ids = [[i // 2**15, i % 2**15, *[0] * (prompt - 2)] for i in range(share)]
-        return [row for row in ids for _ in range(group)], [[0] * (self.completion_tokens or 1)] * (share * group)
+    def rows(self, prompts: int) -> int:
+        """Return this process's rows of `prompts` prompts."""
+        return -(-prompts // self.processes) * int(self.algorithm.rollout.num_generations)
 
-    def micro_batch(self, prompts: int, prompt: int, attention: Any) -> tuple[int, int, int]:
-        """Return (tokens, sampled tokens) of the largest micro-batch of the rows of `prompts` prompts, and how many there are."""
-        before, after = self.rows(prompts, prompt)
+    def micro_batch(self, prompts: int, prompt: int, padded: bool) -> tuple[int, int, bool]:
+        """Return (tokens, sampled tokens) of the largest micro-batch of `prompts` prompts, and whether there are several."""
+        group, length, rows = self.algorithm.rollout.num_generations, self.completion_tokens or 0, self.rows(prompts)
+
+        def tokens(n: int) -> int:
+            return (n if padded else -(-n // group)) * prompt + n * length
+
         most = self.algorithm.update.max_tokens_per_micro_batch
-        batching = Batching(pad=0, max_rows=self.args.per_device_train_batch_size, max_tokens=most, attention=attention)
-        parts = batching.cut(range(len(before)), before, after)
-        part = max(parts, key=len)
-        own = [before[i] for i in part]
-        shared = len(own) if attention == "padded" else len({tuple(ids[:2]) for ids in own})
-        sampled = sum(len(after[i]) for i in part)
-        return shared * prompt + sampled, sampled, len(parts)
+        sizes = range(1, min(rows, self.args.per_device_train_batch_size) + 1)
+        largest = max((n for n in sizes if most is None or tokens(n) <= most), default=1)
+        return tokens(largest), largest * length, largest < rows
 
 
 def from_settings(
@@ -156,22 +153,14 @@ class _Phases:
         self.prompt = work.prompt_tokens or min(PROMPT_TOKENS, max(1, context - (work.completion_tokens or 0)))
         if work.prompt_tokens is None:
             notes.append(f"prompts of {self.prompt} tokens are assumed: dataset.max_prompt_tokens sets a bound")
-        self.attention = self._attention()
-        second = "double_backward" in self.a.needs
+        second, wanted = "double_backward" in self.a.needs, self.a.update.attention
+        padded = wanted == "padded" or (wanted == "auto" and second)
+        self.shared = attention_refusal(model) is None  # rows can share their prompt
+        self.padded = padded or not self.shared
         keys = self.prompt + (work.completion_tokens or 0) if second else 0
-        self.kept, self.layers = (
-            kept_per_token(model, self.half, keys),
-            model.config.get_text_config().num_hidden_layers,
-        )
+        self.kept = kept_per_token(model, self.half, keys)
+        self.layers = model.config.get_text_config().num_hidden_layers
         self.away: Sizes = {}
-
-    def _attention(self) -> str:
-        """How rows enter the model, as far as its configuration tells."""
-        wanted = self.a.update.attention
-        padded = wanted == "padded" or (wanted == "auto" and "double_backward" in self.a.needs)
-        if padded or attention_refusal(self.model) is not None:
-            return "padded"
-        return ("packed" if self.on_cpu else "flex") if wanted == "auto" else wanted
 
     @cached_property
     def critic(self) -> tuple[int, int]:
@@ -194,7 +183,6 @@ class _Phases:
             kept = self.away if offloaded else held
             kept[part] = kept.get(part, 0.0) + size
 
-        put("reward models", 0.0)
         for size, offloaded in self._reward_models():
             if offloaded and not self.on_cpu:
                 self.away["reward models"] = max(size, self.away.get("reward models", 0.0))  # one at a time
@@ -223,12 +211,11 @@ class _Phases:
     def rollout(self) -> Sizes:
         """Return the cache, the logits of one step and one layer's activations, at the prefill or the last step."""
         engine, tokens = self.a.rollout, self.work.completion_tokens or 0
-        own = len(self.work.rows(engine.prompts, self.prompt)[0])
+        own = self.work.rows(engine.prompts)
         rows = min(own, getattr(engine, "max_rows", None) or own)
         prompts, cached = -(-rows // engine.num_generations), cache_per_token(self.model, self.half)
-        shared = attention_refusal(self.model) is None  # else every row caches its prompt
-        of_prompts = (prompts if shared else rows) * self.prompt * cached
-        of_rows = rows * (room(tokens - 1) if shared else tokens) * cached
+        of_prompts = (prompts if self.shared else rows) * self.prompt * cached
+        of_rows = rows * (room(tokens - 1) if self.shared else tokens) * cached
         head = self.model.get_output_embeddings().weight
         copies = 1 + (engine.temperature != 1) + (head.element_size() < 4) / 2
         layer = self.kept / self.layers
@@ -246,7 +233,7 @@ class _Phases:
         old = bool(a.readers_of_old_logps) and (rounds or not a.samples_old_logps)
         compared = bool(a.kl_over_distributions("rollout"))
         reads, refers = old or compared or "sum_sq_probs" in needs, "ref_logps" in needs
-        tokens, sampled, _ = self.work.micro_batch(a.rollout.prompts, self.prompt, self.attention)
+        tokens, sampled, _ = self.work.micro_batch(a.rollout.prompts, self.prompt, self.padded)
         layer, logits = tokens * self.kept / self.layers, logits_tile(self.model, sampled)
         found = [(["reference"], layer + logits)] if refers else []
         if reads or self.critic[0]:
@@ -257,12 +244,12 @@ class _Phases:
         """Return the largest micro-batch of an optimizer step, or the optimizer's own step if that is larger."""
         a, args = self.a, self.work.args
         prompts = -(-a.rollout.prompts // a.update.mini_batches)
-        tokens, sampled, micro_batches = self.work.micro_batch(prompts, self.prompt, self.attention)
+        tokens, sampled, several = self.work.micro_batch(prompts, self.prompt, self.padded)
         kept = layer_input_bytes(self.model) if checkpoints(args) else self.kept
         trunks = 1 + bool(self.critic[0])
         trained = tensor_bytes(self.model, trainable=True) + self.critic[1]
         parts = {
-            **micro_batch_bytes(trained, trunks * tokens * kept, micro_batches > 1),
+            **micro_batch_bytes(trained, trunks * tokens * kept, several),
             "weights in 16 bits": cast_bytes(self.model, self.half),
             "backward": tokens * self.kept / self.layers + 2 * logits_tile(self.model, sampled),
         }
@@ -278,20 +265,21 @@ class _Phases:
             if "reward_model" not in source.provides:
                 continue
             device, dtype = getattr(source, "device", "auto"), getattr(source, "dtype", "float32")
-            key = (getattr(source, "model", label), getattr(source, "revision", None), dtype, source.offload)
+            offload, revision = bool(getattr(source, "offload", False)), getattr(source, "revision", None)
+            key = (getattr(source, "model", label), revision, dtype, offload)
             if device not in ("auto", self.work.device):
                 self.notes.append(f"without the reward model {label}: it is on another device ({device})")
             elif key not in found:
-                found[key] = self._reward_model(label, source, dtype), bool(source.offload)
+                found[key] = self._reward_model(label, key[0], revision, dtype), offload
         if found:
             self.notes.append("the phase reward is without what the forwards of reward models take")
         return list(found.values())
 
-    def _reward_model(self, label: str, source: Any, dtype: str) -> float:
+    def _reward_model(self, label: str, path: object, revision: str | None, dtype: str) -> float:
         from transformers import AutoModel
 
         try:
-            config = local_config(str(source.model), source.revision)
+            config = local_config(str(path), revision)
             return tensor_bytes(without_weights(AutoModel, config, Model(dtype=dtype), False))
         except (OSError, ValueError) as error:
             self.notes.append(f"without the reward model {label}: {first_line(error)}")

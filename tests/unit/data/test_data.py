@@ -256,7 +256,9 @@ def test_row_numbers_are_the_files_also_when_rows_are_held_out(tokenizer):
 
 
 def test_messages_without_a_chat_template_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"require a chat template, and the tokenizer has none: set model\.chat_template"):
+    with pytest.raises(
+        ValueError, match=r"require a chat template, and the tokenizer has none: set model\.chat_template"
+    ):
         prompts_of(tokenizer, [{"prompt": TALK}])
 
 
