@@ -101,7 +101,8 @@ class Workload:
             return (n if padded else -(-n // group)) * prompt + n * length
 
         most = self.algorithm.update.max_tokens_per_micro_batch
-        sizes = range(1, min(rows, self.args.per_device_train_batch_size) + 1)
+        bound = min(rows, self.args.per_device_train_batch_size)
+        sizes = [n for n in range(1, bound + 1) if padded or n < group or n % group == 0]  # a group is split alone
         largest = max((n for n in sizes if most is None or tokens(n) <= most), default=1)
         return tokens(largest), largest * length, largest < rows
 

@@ -9,23 +9,8 @@ from hf_rlhf.modeling.lm_head import tokens_at_a_time
 if TYPE_CHECKING:
     from torch import nn
 
-STATES: dict[str, float] = {
-    "adamw": 2,
-    "adamw_torch_8bit": 0.5,
-    "adamw_torch_4bit": 0.25,
-    "adamw_8bit": 0.5,
-    "adamw_bnb_8bit": 0.5,
-    "paged_adamw_8bit": 0.5,
-    "paged_adamw_32bit": 2,
-    "lion_32bit": 1,
-    "lion_8bit": 0.25,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "rmsprop_bnb": 1,
-    "sgd": 0,
-    "adafactor": 0,
-}
-"""Optimizer of TrainingArguments -> bytes of its state per byte of float32 weights; `adamw` is every other AdamW."""
+STATES = {"adamw": 2, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
+"""How the optimizers of TrainingArguments begin -> bytes of their state per byte of float32 weights, unless in 8 or 4 bits."""
 
 
 def tensor_bytes(module: nn.Module, *, trainable: bool = False) -> int:
@@ -42,11 +27,11 @@ def trunk_of(model: Any) -> Any:
 
 def optimizer_bytes(optim: str, trained: int, notes: list[str]) -> float:
     """Return the bytes of an optimizer's state over float32 weights of `trained` bytes; 0 with a note if it is not known."""
-    factor = STATES.get(optim, STATES["adamw"] if optim.startswith(("adamw", "paged_adamw")) else None)
+    factor = next((STATES[name] for name in STATES if optim.removeprefix("paged_").startswith(name)), None)
     if factor is None:
         notes.append(f"without the state of training.optim={optim}")
         return 0.0
-    return factor * trained
+    return trained * factor / (4 if "8bit" in optim else 8 if "4bit" in optim else 1)
 
 
 def kept_per_token(model: Any, half: bool, keys: int = 0) -> float:
