@@ -173,7 +173,7 @@ def show_result(summary: dict[str, Any], samples: dict[str, list[dict[str, Any]]
         f"  hf-rlhf check {folder}/recipe.yaml advantages.use=leave_one_out",
         "                                       what a change would do, or why not",
         f"  hf-rlhf train RECIPE --model {folder}",
-        "                                       goes on from here",
+        "                                       continues from here",
     ]
     for line in lines:
         out.print(Text(line), soft_wrap=True)
@@ -200,7 +200,7 @@ def show_offline_result(summary: dict[str, Any], reward: str, out: Console) -> N
     ]
     if reward:
         lines += ["next:", f"  hf-rlhf train RECIPE 'rewards=[{{use: {reward}, model: {folder}}}]'"]
-        lines += ["                                       trains a policy on what it says"]
+        lines += ["                                       trains a policy with this reward"]
     for line in lines:
         out.print(Text(line), soft_wrap=True)
 

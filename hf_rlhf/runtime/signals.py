@@ -24,8 +24,8 @@ class StoppedError(UserError):
     def __init__(self, number: int, step: int, folder: Path):
         self.code = 128 + number
         super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}, whose checkpoint is in {folder}: "
-            "`hf-rlhf train --resume` goes on, and so does the same `hf-rlhf run`"
+            f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint in {folder}: "
+            "`hf-rlhf train --resume` continues it, as does the same `hf-rlhf run`"
         )
 
 
