@@ -188,7 +188,7 @@ def _overrides(recipe: dict[str, Any], words: Iterable[str], incomplete: str) ->
         elif key == "training":
             yield from (f"training.{name}=" for name in training_arguments())
         elif key in LISTS:
-            chosen = recipe.get(key) if isinstance(recipe.get(key), list) else []
+            chosen: list[Any] = recipe[key] if isinstance(recipe.get(key), list) else []
             for place, plugin in enumerate([*chosen, None]):
                 yield from _plugin(key, f"{key}.{place}", plugin, words)
         elif key in AXES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,10 +68,10 @@ def lab(
     from hf_rlhf.lab.world import World
 
     torch.set_num_threads(1)  # the tensors are small
-    sizes = {name: x for name, x in {"group": group, "length": length}.items() if x is not None}
+    sizes: dict[str, Any] = {n: x for n, x in {"group": group, "length": length, "seed": seed}.items() if x is not None}
     if everything:
         given = [recipe, *(words or [])] if recipe else []
-        given += [f"--{name}" for name in sizes] + ["--off-policy"] * off_policy
+        given += [f"--{name}" for name in sizes if name != "seed"] + ["--off-policy"] * off_policy
         if given:
             raise UserError(f"--all computes every combination and takes --seed only, got {given[0]}")
         _everything(as_json, picture, seed)
@@ -80,7 +80,7 @@ def lab(
     if recipe is not None and "=" in recipe:
         overrides.insert(0, recipe)
         recipe = None
-    _one(recipe, overrides, as_json, picture, World(**sizes, seed=seed), off_policy)
+    _one(recipe, overrides, as_json, picture, World(**sizes), off_policy)
 
 
 def _everything(as_json: bool, picture: Path | None, seed: int) -> None:

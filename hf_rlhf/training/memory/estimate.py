@@ -281,7 +281,7 @@ class _Phases:
 
         try:
             config = local_config(str(path), revision)
-            return tensor_bytes(without_weights(AutoModel, config, Model(dtype=dtype), False))
+            return tensor_bytes(without_weights(AutoModel, config, Model(dtype=dtype), False)  # type: ignore[arg-type])
         except (OSError, ValueError) as error:
             self.notes.append(f"without the reward model {label}: {first_line(error)}")
             return 0.0
