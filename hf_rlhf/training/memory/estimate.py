@@ -281,7 +281,8 @@ class _Phases:
 
         try:
             config = local_config(str(path), revision)
-            return tensor_bytes(without_weights(AutoModel, config, Model(dtype=dtype), False)  # type: ignore[arg-type])
+            settings = Model(dtype=dtype)  # type: ignore[arg-type]
+            return tensor_bytes(without_weights(AutoModel, config, settings, False))
         except (OSError, ValueError) as error:
             self.notes.append(f"without the reward model {label}: {first_line(error)}")
             return 0.0
