@@ -3,38 +3,50 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test bubblewrap check test-learning test-slow lab-page docs clean
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+DEFAULT := not learning and not slow
+
+.PHONY: quickstart check test-unit test test-all test-learning bubblewrap lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
 
+# Linter, formatter and type checker: half a minute.
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+# What starts no process and trains for a second at most.
+test-unit: .venv/.installed-dev
+	$(PYTEST) -m "$(DEFAULT)" tests/unit
+
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not learning and not slow"
+	$(PYTEST) -m "$(DEFAULT)"
+
+# What repeats an earlier member of a family, too; then, as importing bitsandbytes takes every process 2 s, its own tests.
+test-all: check
+	$(PYTEST) -m "not learning"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,quant]"
+	$(BIN)/pytest tests/integration/test_lora_quantised.py tests/integration/test_reward_models_memory.py
+
+test-learning: .venv/.installed-dev
+	$(BIN)/pytest -m learning
 
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.
 bubblewrap:
 	command -v bwrap || { apt-get update && apt-get install --yes --no-install-recommends bubblewrap; }
 
-check: .venv/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-test-learning: .venv/.installed-dev
-	$(BIN)/pytest -m learning
-
-# With bitsandbytes, for bases of 4 and 8 bits: importing it takes every process 2 s, so `make test` does without.
-test-slow: .venv/.installed-dev
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,quant]"
-	$(BIN)/pytest -n 2 --dist loadfile -m slow
-	$(BIN)/pytest tests/integration/test_lora_quantised.py tests/integration/test_reward_models_memory.py
-
-lab-page: .venv/.installed-dev
-	$(BIN)/hf-rlhf lab --all --picture docs/lab.svg > docs/lab.unfinished
-	mv docs/lab.unfinished docs/lab.md
+# The lab's page of every combination, which `make docs` puts into the site: some minutes.
+lab-page: build/lab/lab.md
+build/lab/lab.md: .venv/.installed-dev $(wildcard hf_rlhf/lab/*.py plugins/*/*.py recipes/*.yaml)
+	mkdir -p build/lab
+	$(BIN)/hf-rlhf lab --all --picture build/lab/lab.svg > build/lab/unfinished
+	mv build/lab/unfinished $@
 
 # A site of the README, docs/ and the examples' READMEs in build/site; a link that leads nowhere ends it.
-docs: .venv/.installed-dev
+docs: build/lab/lab.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
+
+from benchmarks.record import head, write
 
 RESULTS = Path(__file__).parent / "results" / "curves.json"
 PARTS = 10
@@ -125,8 +126,8 @@ def run(system: str, algorithm: str, seed: int, steps: int) -> dict[str, Any]:
         curve = SYSTEMS[system](algorithm, seed, steps, folder)
         seconds = time.process_time() - began
     assert len(curve) == steps, f"{system} logged {len(curve)} of {steps} steps"
-    rounded = [round(x, 5) for x in curve]
-    return {"system": system, "algorithm": algorithm, "seed": seed, "seconds": round(seconds), "reward": rounded}
+    row = {"system": system, "algorithm": algorithm, "seed": seed, "seconds": round(seconds)}
+    return {**row, "tenths": parts(curve), "whole": fmean(curve)}
 
 
 # The table
@@ -167,17 +168,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     """For each algorithm a Markdown table of the tenths of the run and of the whole."""
     blocks = []
     for algorithm in OURS:
-        curves = {
-            system: [row["reward"] for row in rows if (row["system"], row["algorithm"]) == (system, algorithm)]
+        found = {
+            system: [row for row in rows if (row["system"], row["algorithm"]) == (system, algorithm)]
             for system in SYSTEMS
         }
         lines = ["| part of the run | ours | TRL | difference | 95% interval | holds 0 |", "|---|---|---|---|---|---|"]
-        tenths = {system: [parts(curve) for curve in found] for system, found in curves.items()}
         compared = [
-            (f"tenth {i + 1}", *([curve[i] for curve in tenths[system]] for system in SYSTEMS), PARTS)
+            (f"tenth {i + 1}", *([row["tenths"][i] for row in found[system]] for system in SYSTEMS), PARTS)
             for i in range(PARTS)
         ]
-        compared.append(("whole", *([fmean(curve) for curve in curves[system]] for system in SYSTEMS), 1))
+        compared.append(("whole", *([row["whole"] for row in found[system]] for system in SYSTEMS), 1))
         for title, ours, theirs, comparisons in compared:
             cells = [f"{fmean(ours):.3f}", f"{fmean(theirs):.3f}"]
             if min(len(ours), len(theirs)) > 1:
@@ -193,28 +193,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def save(rows: list[dict[str, Any]], steps: int, path: Path) -> None:
     """Writes rows and, once every system has a run of every algorithm, the table."""
-    from hf_rlhf.training.setup import versions
-
     rows = sorted(rows, key=lambda row: (row["algorithm"], row["system"], row["seed"]))
-    found = {
-        "command": "python -m benchmarks.curves",
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "steps": steps,
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(unfinished, path)
+    found = {**head("python -m benchmarks.curves"), "steps": steps, "rows": rows}
+    write(path, found)
     if len({(row["algorithm"], row["system"]) for row in rows}) < len(OURS) * len(SYSTEMS):
         return
     seeds = len({row["seed"] for row in rows})
-    head = (
+    title = (
         f"# Reward curves next to TRL's\n\n`{found['command']}`: mean reward of the rollouts, {steps} optimizer steps of "
-        f"{PROMPTS} prompts with {GROUP} completions, {seeds} seeds, TRL {versions().get('trl', '')}.\n\n"
+        f"{PROMPTS} prompts with {GROUP} completions, {seeds} seeds, TRL {found['versions'].get('trl', '')}.\n\n"
     )
-    path.with_suffix(".md").write_text(head + table(rows) + "\n")
+    path.with_suffix(".md").write_text(title + table(rows) + "\n")
 
 
 def main() -> None:
@@ -240,7 +229,7 @@ def main() -> None:
             row = done.result()
             rows.append(row)
             save(rows, options.steps, options.json)
-            last = parts(row["reward"])[-1]
+            last = row["tenths"][-1]
             print(f"{row['algorithm']} {row['system']} seed {row['seed']}: {last:.3f}, {row['seconds']} s", flush=True)
     print(table(rows))
 

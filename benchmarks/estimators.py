@@ -12,8 +12,6 @@ whole tensors. The result goes to benchmarks/results/estimators.json and, as a t
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.record import keep
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Credit, Scored
 
@@ -178,26 +177,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.loop_rows % GROUP or not 0 < options.loop_rows <= options.rows:
         parser.error(f"--loop-rows must be a multiple of {GROUP} from {GROUP} to --rows")
-    from hf_rlhf.training.setup import versions
-
     torch.set_num_threads(1)
     entries = measure(options.rows, options.tokens, options.loop_rows)
-    result = {
-        "command": "python -m benchmarks.estimators",
-        "shape": [options.rows, options.tokens],
-        "loop_rows": options.loop_rows,
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "entries": entries,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    command = "python -m benchmarks.estimators"
     text = (
-        f"# Estimators\n\n`{result['command']}`: a rollout of [{options.rows} x {options.tokens}] in float32, processor time on "
+        f"# Estimators\n\n`{command}`: a rollout of [{options.rows} x {options.tokens}] in float32, processor time on "
         f"one thread. The plain loop ran on {options.loop_rows} rows and is extrapolated to all; it computes in float64, and "
         f"the last column is how far the plugin is from it.\n\n{table(entries)}\n"
     )
-    options.json.with_suffix(".md").write_text(text)
+    shape = {"shape": [options.rows, options.tokens], "loop_rows": options.loop_rows}
+    keep(options.json, command, {**shape, "entries": entries}, text)
     print(table(entries))
 
 

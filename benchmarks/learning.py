@@ -5,24 +5,26 @@ other in this process (see benchmarks.fits for what changes on the task).
 `python -m benchmarks.learning --beta`: five values of beta, for three ways to penalise the KL.
 `python -m benchmarks.learning --page`: the documentation from the results, without a run.
 
-Results go to benchmarks/results/learning.json after every run; what is there already is not run again. With all of them
-there docs/learning.md and docs/learning.svg are made anew.
+Results go to benchmarks/results/learning.json after every recipe; a recipe that is there with all its seeds is not run again.
+docs/learning.md and docs/learning.png are then made anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock
 
 from benchmarks.fits import RECIPES, RIGHT, fit_of, fitted, located, mark
+from benchmarks.record import head, write
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -105,7 +107,9 @@ def tenths(numbers: list[float]) -> list[float]:
 
 def run_beta(penalty: str, beta: float) -> dict[str, Any]:
     """RLOO with another penalty of the KL."""
-    return {"penalty": penalty, "beta": beta, **run("rloo", 0, BETA_ROLLOUTS, penalised(penalty, beta))}
+    row = {"penalty": penalty, "beta": beta, **run("rloo", 0, BETA_ROLLOUTS, penalised(penalty, beta))}
+    del row["curve"]
+    return row
 
 
 def penalised(penalty: str, beta: float) -> tuple[str, ...]:
@@ -115,41 +119,42 @@ def penalised(penalty: str, beta: float) -> tuple[str, ...]:
 
 def results(path: Path = RESULTS) -> dict[str, Any]:
     """What was measured so far."""
-    if path.is_file():
-        return json.loads(path.read_text())
-    return {"runs": [], "beta": []}
+    return json.loads(path.read_text()) if path.is_file() else {"runs": [], "curves": {}, "beta": []}
 
 
-def save(found: dict[str, Any], path: Path) -> None:
-    """Writes the results whole, or leaves the old ones."""
-    from hf_rlhf.training.setup import versions
-
-    found = {
-        "command": "python -m benchmarks.learning",
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        **{key: found[key] for key in ("runs", "beta")},
-    }
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(unfinished, path)
-
-
-def keep(part: str, names: tuple[str, str], row: dict[str, Any], path: Path) -> None:
-    """Puts a row in the place of the one that has the same names, whatever else was saved meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    same = [row[name] for name in names]
+@contextmanager
+def changed(path: Path) -> Iterator[dict[str, Any]]:
+    """The results, to be changed and then written, whatever else was saved meanwhile."""
     with FileLock(Path(tempfile.gettempdir()) / f"{path.name}.lock"):
-        found = results(path)
-        found[part] = [other for other in found[part] if [other[name] for name in names] != same] + [row]
-        save(found, path)
+        found = {key: results(path)[key] for key in ("runs", "curves", "beta")}
+        yield found
+        write(path, {**head("python -m benchmarks.learning"), **found})
 
 
-def due(found: dict[str, Any], names: list[str], seeds: int, rollouts: int | None) -> list[tuple[str, int]]:
-    """The runs that are not among the results with the settings of today."""
+def keep_recipe(name: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """Puts a recipe's runs in the place of its older ones, and the mean of their curves."""
+    points = zip(*(row.pop("curve") for row in rows), strict=True)
+    curve = [[round(fmean(point[key] for point in each), 4) for key in ("kl", "right")] for each in points]
+    with changed(path) as found:
+        found["runs"] = [row for row in found["runs"] if row["recipe"] != name] + rows
+        found["curves"][name] = curve
+
+
+def keep_beta(row: dict[str, Any], path: Path) -> None:
+    """Puts a run over beta in the place of the one that has the same penalty and beta."""
+    same = (row["penalty"], row["beta"])
+    with changed(path) as found:
+        found["beta"] = [other for other in found["beta"] if (other["penalty"], other["beta"]) != same] + [row]
+
+
+def due(found: dict[str, Any], names: list[str], seeds: int, rollouts: int | None) -> list[str]:
+    """The recipes of which a run with the settings of today is not among the results."""
     there = {(row["recipe"], row["seed"], row["mark"]) for row in found["runs"]}
-    wanted = [(name, seed) for seed in range(seeds) for name in names]
-    return [(name, seed) for name, seed in wanted if (name, seed, mark(fitted(name, seed, rollouts))) not in there]
+    return [
+        name
+        for name in names
+        if any((name, seed, mark(fitted(name, seed, rollouts))) not in there for seed in range(seeds))
+    ]
 
 
 def due_betas(found: dict[str, Any]) -> list[tuple[str, float]]:
@@ -175,18 +180,22 @@ def main() -> None:
     found = results(options.json)
     for penalty, beta in due_betas(found) if options.beta else ():
         row = run_beta(penalty, beta)
-        keep("beta", ("penalty", "beta"), row, options.json)
+        keep_beta(row, options.json)
         print(f"{penalty} beta {beta}: KL {row['kl']:.3f}, right {row['right'][1]:.3f}", flush=True)
     names = [] if options.beta or options.page else options.recipes or list(RECIPES)
-    for name, seed in due(found, names, options.seeds, options.rollouts):
-        row = run(name, seed, options.rollouts)
-        keep("runs", ("recipe", "seed"), row, options.json)
-        right = " -> ".join(f"{x:.3f}" for x in row["right"])
-        print(f"{name} seed {seed}: right {right}, KL {row['kl']:.2f}, {row['seconds']:.0f} s", flush=True)
+    for name in due(found, names, options.seeds, options.rollouts):
+        rows = []
+        for seed in range(options.seeds):
+            rows.append(run(name, seed, options.rollouts))
+            right = " -> ".join(f"{x:.3f}" for x in rows[-1]["right"])
+            print(
+                f"{name} seed {seed}: right {right}, KL {rows[-1]['kl']:.2f}, {rows[-1]['seconds']:.0f} s", flush=True
+            )
+        keep_recipe(name, rows, options.json)
     if options.page or options.json == RESULTS:
-        from benchmarks.pages import write
+        from benchmarks.pages import write_page
 
-        write(results(options.json), DOCS)
+        write_page(results(options.json), DOCS)
 
 
 if __name__ == "__main__":

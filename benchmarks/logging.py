@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import resource
 import tempfile
 import threading
@@ -27,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import keep
 
 RESULTS = Path(__file__).parent / "results"
 FIRST = 5
@@ -191,9 +191,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     found = measure(args.steps, args.overrides)
-    found |= {"machine": platform.machine(), "python": platform.python_version(), "overrides": args.overrides}
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
-    args.json.with_suffix(".md").write_text(table(found))
+    keep(args.json, "python -m benchmarks.logging", {**found, "overrides": args.overrides}, table(found))
     print(table(found))
 
 

@@ -60,7 +60,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {"exact": {"MALLOC_MMAP_THRESHOLD_": "65
 
 
 def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """One run in this process: {"forecast": {phase: {part: MiB}}, "measured": {phase: MiB above the process}}.
+    """One run in this process: MiB of each phase above the process, forecast and measured.
 
     A run of a far smaller model comes first, so that every library is loaded when the process is weighed.
     """
@@ -86,7 +86,7 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
             if name.startswith("memory/") and name.endswith("/peak"):
                 phase = name.split("/")[1]
                 measured[phase] = max(x - process, measured.get(phase, 0.0))
-    return {"forecast": forecast.phases, "notes": forecast.notes, "measured": measured}
+    return {"forecast": {phase: forecast.peak(phase) for phase in forecast.phases}, "measured": measured}
 
 
 def _train(case: dict[str, Any], folder: str, **sizes: int) -> None:
@@ -152,8 +152,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows in Markdown: MiB of each phase above the process."""
     lines = ["| case | allocator | phase | forecast | measured | ratio |", "|" + "---|" * 6]
     for row in rows:
-        for phase, parts in row["forecast"].items():
-            total, measured = sum(parts.values()), row["measured"][phase]
+        for phase, total in row["forecast"].items():
+            measured = row["measured"][phase]
             cells = [row["case"], row["allocator"], phase, f"{total:.0f}", f"{measured:.0f}", f"{total / measured:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

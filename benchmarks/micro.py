@@ -2,16 +2,13 @@
 
 `python -m benchmarks.micro [--quick] [--only PART ...] [--json PATH]`: processor time on one thread in float32, the least
 of several runs, variants in turn; every variant of a part is checked against the first. The result goes to
-benchmarks/results/micro.json, as tables to micro.md, and to docs/benchmarks.md; of a quick run, with smaller sizes, to
+benchmarks/results/micro.json, and as tables to docs/benchmarks.md; of a quick run, with smaller sizes, to
 micro_quick.json and micro_quick.md alone. `python -m benchmarks.estimators` measures the advantage estimators.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import record
+from benchmarks.micro_parts import Part, Variants, apart, in_turn, part
 from benchmarks.peak import mib, peak
 from benchmarks.work import FIRST_WORD, PAD, Line, make_model, prompt_ids, script
 from hf_rlhf.axes import Filter, LossTerm, PolicyLoss
@@ -28,30 +27,6 @@ RESULTS = Path(__file__).parent / "results"
 VOCABULARIES = (4096, 151936)
 WIDTH = 256
 """Of hidden states."""
-Variants = dict[str, Callable[[], Any]]
-Part = dict[str, Any]
-
-
-def in_turn(variants: Variants, times: int) -> dict[str, float]:
-    """The least seconds of each variant, which run one after the other in each of several rounds."""
-    seconds = dict.fromkeys(variants, float("inf"))
-    for _ in range(times):
-        for name, run in variants.items():
-            began = time.process_time()
-            run()
-            seconds[name] = min(seconds[name], time.process_time() - began)
-    return seconds
-
-
-def apart(found: list[Tensor], due: list[Tensor]) -> float:
-    """The largest distance of a tensor from its due value, relative to that."""
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, due, strict=True))
-
-
-def part(title: str, text: str, extra: tuple[str, ...], entries: list[Part], compared: bool = True) -> Part:
-    """A table; ratios are to its first variant, where the variants do the same."""
-    base = entries[0]["variant"] if compared else None
-    return {"title": title, "text": text, "base": base, "extra": list(extra), "entries": entries}
 
 
 # The head
@@ -350,26 +325,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(parts(True)), metavar="PART", help="all when left out")
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
-    from benchmarks.speed_page import micro_section, write_page
-    from hf_rlhf.training.setup import versions
+    from benchmarks.speed_page import micro_section, publish
 
     torch.set_num_threads(1)
     path = options.json or RESULTS / ("micro_quick.json" if options.quick else "micro.json")
-    found: dict[str, Any] = {
-        "command": "python -m benchmarks.micro" + (" --quick" if options.quick else ""),
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "parts": [],
-    }
+    command = "python -m benchmarks.micro" + (" --quick" if options.quick else "")
+    found: dict[str, Any] = {**record.head(command), "parts": []}
     for name, tables in parts(options.quick).items():
         if options.only is None or name in options.only:
             found["parts"] += [table() for table in tables]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".md").write_text(f"# Parts alone\n\n`{found['command']}`\n\n{micro_section(found)}\n")
+    publish(found, path, "Parts alone", micro_section(found))
     print(micro_section(found))
-    if path == RESULTS / "micro.json":
-        write_page()
 
 
 if __name__ == "__main__":

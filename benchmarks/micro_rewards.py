@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
-from benchmarks.micro import Part, Variants, part
+from benchmarks.micro_parts import Part, Variants, part
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.scoring.scorer import Scorer

@@ -1,19 +1,22 @@
-"""docs/learning.md and docs/learning.svg from the results of `benchmarks.learning`."""
+"""docs/learning.md and docs/learning.png from the results of `benchmarks.learning`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.fits import COMPLETIONS, GROUP, LONGEST, MARGIN, RECIPES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """The 97.5% quantile of Student's t by degrees of freedom."""
 SAME = 1e-3
 """Own rewards within this of the share of right answers are that share."""
-COLUMNS, PANEL, GAP, LEFT, TOP = 4, 168, 34, 44, 30
-"""The picture: panels in a row, their size, the space between them, and the margins, in pixels."""
+COLUMNS = 5
+"""Panels in a row of the picture."""
 
 
 def by_recipe(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -110,7 +113,7 @@ held-out problems, exact in each visited state, per completion. *seconds*: of on
 One panel per recipe: the share of right answers on held-out problems against the KL to the start, measured during the run
 and averaged over seeds; all other recipes in grey.
 
-![right answers against KL, one panel per recipe](learning.svg)
+![right answers against KL, one panel per recipe](learning.png)
 
 ## beta controls the KL
 
@@ -121,49 +124,41 @@ parentheses the share of right answers over the last tenth of the rollouts.
 """
 
 
-def picture(runs: list[dict[str, Any]]) -> str:
-    """docs/learning.svg: small multiples of right answers against KL."""
-    curves = {name: _mean_curve(found) for name, found in by_recipe(runs).items()}
-    top = max((kl for curve in curves.values() for kl, _ in curve), default=1.0) * 1.05 or 1.0
-    height = -(-len(curves) // COLUMNS)
-    size = (LEFT + COLUMNS * (PANEL + GAP), TOP + height * (PANEL + GAP) + 14)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" font-family="sans-serif" font-size="11">',
-        f'<rect width="{size[0]}" height="{size[1]}" fill="white"/>',
-        '<defs><g id="all" fill="none" stroke="#d4d4d4">',
-        *(f'<polyline points="{_points(curve, top)}"/>' for curve in curves.values()),
-        "</g></defs>",
-    ]
-    for place, (name, curve) in enumerate(curves.items()):
-        x, y = LEFT + place % COLUMNS * (PANEL + GAP), TOP + place // COLUMNS * (PANEL + GAP)
-        parts += [
-            f'<g transform="translate({x} {y})">',
-            f'<rect width="{PANEL}" height="{PANEL}" fill="none" stroke="#999"/>',
-            '<use href="#all"/>',
-            f'<polyline points="{_points(curve, top)}" fill="none" stroke="#1f5fa8" stroke-width="2"/>',
-            f'<text x="4" y="-6" font-weight="bold">{name}</text>',
-            f'<text x="0" y="{PANEL + 13}">0</text>',
-            f'<text x="{PANEL}" y="{PANEL + 13}" text-anchor="end">KL {top:.1f}</text>',
-            f'<text x="-4" y="{PANEL}" text-anchor="end">0</text>',
-            '<text x="-4" y="10" text-anchor="end">1</text>',
-            "</g>",
-        ]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+def picture(curves: dict[str, list[list[float]]]) -> Figure:
+    """Small multiples of right answers against KL, all other recipes in grey; `curves` holds the points of each."""
+    from matplotlib.figure import Figure
+
+    names = sorted(curves, key=lambda name: (*RECIPES, name).index(name))
+    rows = -(-len(names) // COLUMNS)
+    figure = Figure(figsize=(1.7 * COLUMNS, 1.75 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
+    for panel in panels:
+        panel.set_axis_off()
+    for name, panel in zip(names, panels, strict=False):
+        panel.set_axis_on()
+        for other in names:
+            panel.plot(*zip(*curves[other], strict=True), color="0.85", linewidth=0.8)
+        panel.plot(*zip(*curves[name], strict=True), color="C0", linewidth=2)
+        panel.set_title(name, fontsize=8)
+        panel.set(xlim=(0, None), ylim=(0, 1))
+        panel.tick_params(labelsize=7)
+    figure.supxlabel("KL to the start, nats per completion", fontsize=9)
+    figure.supylabel("right answers on held-out problems", fontsize=9)
+    return figure
 
 
-def _mean_curve(found: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(KL, right) at each measurement, averaged over seeds."""
-    return [
-        (mean(point["kl"] for point in points), mean(point["right"] for point in points))
-        for points in zip(*(row["curve"] for row in found), strict=True)
-    ]
-
-
-def _points(curve: list[tuple[float, float]], top: float) -> str:
-    return " ".join(f"{PANEL * kl / top:.1f},{PANEL * (1 - right):.1f}" for kl, right in curve)
-
-
-def write(found: dict[str, Any], folder: Path) -> None:
+def write_page(found: dict[str, Any], folder: Path) -> None:
     """The page and its picture."""
     (folder / "learning.md").write_text(page(found), encoding="utf-8")
-    (folder / "learning.svg").write_text(picture(found["runs"]), encoding="utf-8")
+    save(picture(found["curves"]), folder / "learning.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A picture of few colours, small enough to be kept beside its page."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=90)
+    Image.open(drawn).convert("RGB").quantize(8).save(path, optimize=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from benchmarks.record import head, write
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS: dict[str, list[str]] = {
@@ -33,6 +35,16 @@ VARIANTS: dict[str, list[str]] = {
 TRUTH = {"score": "reward/reward_model/mean", "right": "reward/exact_match/mean"}
 SHOWN = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50)
 """Rollouts in the table of explained variance."""
+SHOWN_METRICS = re.compile(
+    r"accuracy\w*|reward/reward_model/mean|rollout/(length/mean|truncated_frac)|tokens/(perplexity|accuracy)"
+    r"|(pairs|steps)/(accuracy\w*|count|\w+_wins|all_\w+|log_loss|calibration_error)"
+)
+"""Held-out metrics that some table shows."""
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """Those of `SHOWN_METRICS`."""
+    return {name: x for name, x in metrics.items() if SHOWN_METRICS.fullmatch(name)}
 
 
 def run(folder: Path, words: list[str]) -> tuple[dict[str, Any], float]:
@@ -49,7 +61,8 @@ def variants(seeds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         base = Path(made) / "base"
         summary, seconds = run(base, [])
-        found: dict[str, Any] = {"base": _stages(summary), "seconds": seconds, "variants": {}}
+        stages = {name: stage(each) for name, each in summary["stages"].items()}
+        found: dict[str, Any] = {"base": stages, "seconds": seconds, "variants": {}}
         for name, words in VARIANTS.items():
             rows = []
             for seed in range(1 if name.startswith("GRPO") else seeds):
@@ -68,22 +81,31 @@ def variants(seeds: int) -> dict[str, Any]:
 
 
 def of_policy(folder: Path) -> dict[str, Any]:
-    """Held-out metrics before and after, KL and the critic's explained variance at each rollout."""
+    """Held-out metrics before and after; KL, the critic's explained variance, score and truth at some rollouts."""
     summary = json.loads((folder / "summary.json").read_text())
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [entry["value/explained_var"] for entry in entries if "value/explained_var" in entry]
     steps = [entry for entry in entries if "rollout/rows" in entry]
     kl = [entry.get("kl/rollout/sequence", entry["kl/ref"]) for entry in steps]
-    kept = {key: summary[key] for key in ("before", "after", "steps", "seconds")}
-    found = {"explained_var": curve, "kl": kl}
+    found: dict[str, Any] = {**stage(summary), "kl_last": fmean(kl[-5:])}
+    if curve:
+        found["explained_var"] = {"at": [curve[n - 1] for n in SHOWN], "last": fmean(curve[-10:])}
     if "reward/exact_match/mean" in steps[0]:
-        found |= {name: [entry[key] for entry in steps] for name, key in TRUTH.items()}
-    return {**kept, **{name: [round(x, 4) for x in values] for name, values in found.items()}}
+        places = some(len(steps), 9)
+        found["truth"] = {"rollout": [place + 1 for place in places], "kl": [kl[place] for place in places]}
+        found["truth"] |= {name: [steps[place][key] for place in places] for name, key in TRUTH.items()}
+    return found
 
 
-def _stages(summary: dict[str, Any]) -> dict[str, Any]:
-    keys = ("recipe", "before", "after", "steps", "seconds")
-    return {name: {key: stage[key] for key in keys} for name, stage in summary["stages"].items()}
+def some(count: int, parts: int) -> list[int]:
+    """About `parts` of `count` places, the first and the last among them."""
+    return sorted({*range(0, count, max(1, count // parts)), count - 1})
+
+
+def stage(summary: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a summary: the figures of `SHOWN_METRICS` and what they took."""
+    kept = {key: summary[key] for key in ("recipe", "steps", "seconds") if key in summary}
+    return {**kept, **{when: shown(summary[when]) for when in ("before", "after")}}
 
 
 def _mean(rows: list[dict[str, Any]], when: str, name: str) -> str:
@@ -120,7 +142,7 @@ def page(result: dict[str, Any]) -> str:
         + "\n".join(
             f"| {name} | {len(rows)} | {_mean(rows, 'before', 'accuracy')} | **{_mean(rows, 'after', 'accuracy')}** | "
             f"{_mean(rows, 'before', 'reward/reward_model/mean')} | {_mean(rows, 'after', 'reward/reward_model/mean')} | "
-            f"{fmean(fmean(row['kl'][-5:]) for row in rows):.2f} |"
+            f"{fmean(row['kl_last'] for row in rows):.2f} |"
             for name, rows in result["variants"].items()
         ),
         "The critic's explained variance of returns at a rollout, before it learns from it, means over seeds:",
@@ -131,10 +153,10 @@ def page(result: dict[str, Any]) -> str:
         + "\n"
         + "\n".join(
             f"| {name.partition(', ')[2]} | "
-            + " | ".join(f"{fmean(row['explained_var'][n - 1] for row in rows):.2f}" for n in SHOWN)
-            + f" | {fmean(fmean(row['explained_var'][-10:]) for row in rows):.2f} |"
+            + " | ".join(f"{fmean(row['explained_var']['at'][i] for row in rows):.2f}" for i in range(len(SHOWN)))
+            + f" | {fmean(row['explained_var']['last'] for row in rows):.2f} |"
             for name, rows in result["variants"].items()
-            if rows[0]["explained_var"]
+            if "explained_var" in rows[0]
         ),
         "Right: a sample at temperature 1 is the sum. Score: what the reward model says of it, which is all that the policy "
         "is trained on. KL: mean log-ratio to the fine-tuned model of a completion of about 3.6 tokens, over the last five "
@@ -152,17 +174,15 @@ def _truth(variants: dict[str, Any]) -> list[str]:
     """How score, truth and KL go on together, for the variants of one seed of which they were kept."""
     tables = []
     for name, rows in variants.items():
-        if len(rows) == 1 and "right" in rows[0]:
-            row, count = rows[0], len(rows[0]["right"])
-            places = sorted({*range(0, count, max(1, count // 9)), count - 1})
+        if len(rows) == 1 and "truth" in rows[0]:
+            found = rows[0]["truth"]
             cells = [
-                f"| {title} | " + " | ".join(f"{row[key][place]:.2f}" for place in places) + " |"
+                f"| {title} | " + " | ".join(f"{x:.2f}" for x in found[key]) + " |"
                 for title, key in (("score", "score"), ("right", "right"), ("KL in nats", "kl"))
             ]
-            head = (
-                "| rollout | " + " | ".join(str(place + 1) for place in places) + " |\n|" + " --- |" * (len(places) + 1)
-            )
-            tables.append(f"{name}, the samples it was trained on:\n\n{head}\n" + "\n".join(cells))
+            rollouts = found["rollout"]
+            header = "| rollout | " + " | ".join(map(str, rollouts)) + " |\n|" + " --- |" * (len(rollouts) + 1)
+            tables.append(f"{name}, the samples it was trained on:\n\n{header}\n" + "\n".join(cells))
     return tables
 
 
@@ -179,16 +199,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page again, from the figures that are there")
     options = parser.parse_args()
     if not options.page:
-        from hf_rlhf.training.setup import versions
-
-        result = {
-            "command": "python -m benchmarks.pipeline",
-            "machine": {"processor": platform.machine(), "system": platform.system()},
-            "versions": versions(),
-            **variants(options.seeds),
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, {**head("python -m benchmarks.pipeline"), **variants(options.seeds)})
     result = json.loads(options.json.read_text())
     text = page(result)
     options.json.with_suffix(".md").write_text(text)

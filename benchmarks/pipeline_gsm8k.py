@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -19,11 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pipeline import RESULTS, of_policy
+from benchmarks.pipeline import RESULTS, some, stage
+from benchmarks.record import head, write
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT.parent / "shared" / "data" / "gsm8k"
-KEPT = ("recipe", "steps", "seconds", "rows", "before", "after")
 SHOWN = (
     "reward/reward_model/mean",
     "reward/numeric/mean",
@@ -48,16 +47,17 @@ def figures(folder: Path) -> dict[str, Any]:
     from hf_rlhf_plugins.trainer._measures import wilson
 
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    stages = {name: {key: stage[key] for key in KEPT if key in stage} for name, stage in summary["stages"].items()}
+    stages = {name: {**stage(each), "rows": each.get("rows")} for name, each in summary["stages"].items()}
     problems = sum(1 for _ in (folder / "ppo_test.jsonl").open())
     for when in ("before", "after"):
         low, high = wilson(stages["ppo"][when]["accuracy"], problems)
         stages["ppo"][when] |= {"accuracy_low": low, "accuracy_high": high}
     lines = (folder / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()
     rollouts = [entry for entry in map(json.loads, lines) if "rollout/rows" in entry]
-    curve = {name: [round(entry[name], 4) for entry in rollouts] for name in SHOWN}
-    policy = of_policy(folder / "run" / "ppo")
-    return {"problems": problems, "stages": stages, "curve": curve, "kl": policy["kl"]}
+    places = some(len(rollouts), 8)
+    curve = {"rollout": [place + 1 for place in places]}
+    curve |= {name: [rollouts[place][name] for place in places] for name in SHOWN}
+    return {"problems": problems, "stages": stages, "curve": curve}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -85,13 +85,11 @@ def page(result: dict[str, Any]) -> str:
         f"{title} {rm['after'][f'pairs/{name}']:.3f}"
         for name, title in (("longer_wins", "the longer one"), ("shorter_wins", "the shorter one"))
     )
-    count = len(result["curve"]["kl/rollout/sequence"])
-    places = sorted({*range(0, count, max(1, count // 8)), count - 1})
     titles = ("rollout", "score of the reward model", "right answers", "KL in nats", "explained variance", "tokens")
     rows = [
-        [str(place + 1)] + [f"{result['curve'][name][place]:.2f}" for name in SHOWN[:-1]]
-        + [f"{result['curve'][SHOWN[-1]][place]:.0f}"]
-        for place in places
+        [str(rollout)] + [f"{result['curve'][name][i]:.2f}" for name in SHOWN[:-1]]
+        + [f"{result['curve'][SHOWN[-1]][i]:.0f}"]
+        for i, rollout in enumerate(result["curve"]["rollout"])
     ]  # fmt: skip
     seconds = f"{result['seconds']:.0f} s of processor time" if result["seconds"] else "processor time not taken"
     text = [
@@ -122,18 +120,10 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page again, from the figures that are there")
     options = parser.parse_args()
     if not options.page:
-        from hf_rlhf.training.setup import versions
-
         with tempfile.TemporaryDirectory() as made:
             seconds = options.seconds if options.run else run(options.source, Path(made))
-            result = {
-                "command": "python -m benchmarks.pipeline_gsm8k",
-                "machine": {"processor": platform.machine(), "system": platform.system()},
-                "versions": versions(),
-                "seconds": seconds,
-                **figures(options.run or Path(made)),
-            }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+            found = {"seconds": seconds, **figures(options.run or Path(made))}
+        write(options.json, {**head("python -m benchmarks.pipeline_gsm8k"), **found})
     text = page(json.loads(options.json.read_text()))
     options.json.with_suffix(".md").write_text(text)
     print(text)

@@ -1,19 +1,63 @@
-"""How a benchmark's results are kept: JSON with what they depend on, and a page beside it."""
+"""How a benchmark's results are kept: compact JSON with what they depend on, and a table beside it in Markdown."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
+WIDTH = 280
+DIGITS = 6
 
-def keep(path: Path, command: str, found: dict[str, Any], page: str) -> None:
-    """Writes what was `found` with command, machine and versions to `path`, and `page` beside it as Markdown."""
+
+def head(command: str) -> dict[str, Any]:
+    """What results depend on: command, machine and versions."""
     from hf_rlhf.training.setup import versions
 
     machine = {"processor": platform.machine(), "system": platform.system()}
-    result = {"command": command, "machine": machine, "versions": versions(), **found}
+    return {"command": command, "machine": machine, "versions": versions()}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write results whole, or leave the old ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(compact(rounded(found)) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def keep(path: Path, command: str, found: dict[str, Any], page: str) -> None:
+    """Write what was `found`, under its `head`, to `path`, and `page` beside it as Markdown."""
+    write(path, {**head(command), **found})
     path.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to `DIGITS` significant digits, at any depth."""
+    if isinstance(value, dict):
+        return {name: rounded(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(x) for x in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def compact(value: Any, indent: int = 0) -> str:
+    """JSON with as much on a line as fits into `WIDTH`, the whole container if possible."""
+    text = json.dumps(value)
+    if indent + len(text) <= WIDTH or not isinstance(value, dict | list):
+        return text
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
+    lines: list[str] = []
+    for name, x in zip(names, value.values() if isinstance(value, dict) else value, strict=True):
+        item = name + compact(x, indent + 1)
+        joined = f"{lines[-1]}, {item}" if lines and names[0] else ""
+        if joined and "\n" not in joined and indent + len(joined) + 2 <= WIDTH:
+            lines[-1] = joined
+        else:
+            lines.append(item)
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    space = "\n" + " " * (indent + 1)
+    return start + space + ("," + space).join(lines) + "\n" + " " * indent + end

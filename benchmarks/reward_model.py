@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pipeline import shown
+from benchmarks.record import head, write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -71,7 +73,8 @@ def run(name: str, solutions: Path) -> dict[str, Any]:
         subprocess.run([*command, *chosen["words"]], check=True, stdout=subprocess.DEVNULL, env=env)
         seconds = time.perf_counter() - started
         summary = json.loads((folder / "run" / "summary.json").read_text())
-    kept = {key: summary[key] for key in ("rows", "before", "after", "steps", "train_seconds")}
+    kept = {key: summary[key] for key in ("rows", "steps", "train_seconds")}
+    kept |= {when: shown(summary[when]) for when in ("before", "after")}
     return {"name": name, "recipe": chosen["recipe"], "what": chosen["rows"], "seconds": seconds, **kept}
 
 
@@ -175,16 +178,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the table again, from the figures that are there")
     options = parser.parse_args()
     if not options.page:
-        from hf_rlhf.training.setup import versions
-
-        result = {
-            "command": "python -m benchmarks.reward_model",
-            "machine": {"processor": platform.machine(), "system": platform.system()},
-            "versions": versions(),
-            "rows": [run(name, options.solutions) for name in options.only],
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        rows = [run(name, options.solutions) for name in options.only]
+        write(options.json, {**head("python -m benchmarks.reward_model"), "rows": rows})
     result = json.loads(options.json.read_text())
     options.json.with_suffix(".md").write_text(page(result))
     print(table(result["rows"]))

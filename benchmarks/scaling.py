@@ -6,23 +6,21 @@ filters are ours alone. Sizes get the exponent of their growth, by least squares
 Numbers of things get the seconds that each further one costs, by least squares: completions of up to 128 tokens in a group
 with a prompt of 192, and plugins, on a model so small that they show.
 
-The result goes to benchmarks/results/scaling.json after every axis, as a table to scaling.md, and to docs/benchmarks.md
-and docs/scaling.svg; of a quick run to scaling_quick.json and scaling_quick.md alone.
+The result goes to benchmarks/results/scaling.json after every axis and to docs/benchmarks.md and docs/scaling.png; of a
+quick run to scaling_quick.json and scaling_quick.md alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.record import head
 from benchmarks.trl import RESULTS, SYSTEMS, lengths_met, spawn
 from benchmarks.work import Line
 
@@ -204,13 +202,9 @@ def said(point: dict[str, Any]) -> str:
 
 def write(found: dict[str, Any], path: Path) -> None:
     """The result and its tables."""
-    from benchmarks.speed_page import scaling_section
+    from benchmarks.speed_page import publish, scaling_section
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(unfinished, path)
-    path.with_suffix(".md").write_text(f"# Growth\n\n`{found['command']}`\n\n{scaling_section(found)}\n")
+    publish(found, path, "Growth", scaling_section(found))
 
 
 def main() -> None:
@@ -223,28 +217,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, metavar="AXIS", help=f"of {', '.join(names)}")
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
-    from hf_rlhf.training.setup import versions
-
     path = options.json or RESULTS / ("scaling_quick.json" if options.quick else "scaling.json")
     rounds = options.rounds or (1 if options.quick else 2)
     if rounds < 1 or options.cycles < 1:
         parser.error("--rounds and --cycles are at least 1")
-    found: dict[str, Any] = {
-        "command": "python -m benchmarks.scaling" + (" --quick" if options.quick else ""),
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "rounds": rounds,
-        "cycles": options.cycles,
-        "sweeps": [],
-    }
+    command = "python -m benchmarks.scaling" + (" --quick" if options.quick else "")
+    found: dict[str, Any] = {**head(command), "rounds": rounds, "cycles": options.cycles, "sweeps": []}
     for sweep in sweeps(options.quick):
         if options.only is None or sweep.name in options.only:
             found["sweeps"].append(measure(sweep, rounds, options.cycles))
             write(found, path)
-    if path == RESULTS / "scaling.json":
-        from benchmarks.speed_page import write_page
-
-        write_page()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
-"""docs/benchmarks.md and docs/scaling.svg from the results of benchmarks.trl, benchmarks.scaling and benchmarks.micro."""
+"""docs/benchmarks.md and docs/scaling.png from the results of benchmarks.trl, benchmarks.scaling and benchmarks.micro."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.pages import markdown
-from hf_rlhf.lab.picture import COLOURS, GREY, INK, line, svg, text
+from benchmarks import record
+from benchmarks.pages import markdown, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 PHASES = ("rollout", "forward", "reward", "update", "optimizer", "rest")
 NAMES = {"ours": "ours", "trl": "TRL"}
 Found = dict[str, Any]
+MEASURED = ("trl", "scaling", "micro")
+"""Results that the page is made of."""
 
 
 # Next to TRL
@@ -174,57 +178,40 @@ def growth(sweep: Found) -> str:
     return "; ".join(words) + "." if words else ""
 
 
-PANEL, GAP, LEFT, TOP, COLUMNS = 190, 90, 60, 44, 3
-"""The picture: panels in a row, their size, the space between them, and the margins, in pixels."""
+COLUMNS = 3
+"""Panels in a row of the picture."""
 
 
-def picture(found: Found) -> str:
+def picture(found: Found) -> Figure:
     """Small multiples of seconds by each axis, both logarithmic where the growth is a power."""
-    sweeps = found["sweeps"]
-    columns = min(COLUMNS, len(sweeps)) or 1
-    height = TOP + -(-len(sweeps) // columns) * (PANEL + GAP)
-    parts: list[str] = []
-    for place, sweep in enumerate(sweeps):
-        x, y = LEFT + place % columns * (PANEL + GAP), TOP + place // columns * (PANEL + GAP)
-        parts += _panel(sweep, x, y)
-    return svg(LEFT + columns * (PANEL + GAP), height, parts)
+    from matplotlib.figure import Figure
 
-
-def _panel(sweep: Found, x: float, y: float) -> list[str]:
-    import math
-
-    power = sweep["scale"] == "log"
-    curves = {
-        system: [(p["at"], p["seconds"][system]) for p in sweep["points"] if system in p["seconds"]]
-        for system in ("trl", "ours")
-    }
-    ats = [at for curve in curves.values() for at, _ in curve]
-    tops = [s for curve in curves.values() for _, s in curve]
-    low, high = (min(tops) / 1.3, max(tops) * 1.3) if power else (0.0, max(tops) * 1.1)
-
-    def scaled(value: float, a: float, b: float) -> float:
-        if power:
-            value, a, b = math.log(value), math.log(a), math.log(b)
-        return (value - a) / (b - a or 1.0)
-
-    def point(at: float, s: float) -> tuple[float, float]:
-        return x + PANEL * scaled(at, min(ats), max(ats)), y + PANEL * (1 - scaled(s, low, high))
-
-    parts = [f'<rect x="{x}" y="{y}" width="{PANEL}" height="{PANEL}" fill="none" stroke="{GREY}"/>']
-    parts.append(text(x, y - 8, sweep["title"], 'font-weight="bold"'))
-    for i, (system, curve) in enumerate(curves.items()):
-        places = [point(*at) for at in curve]
-        parts += [line(*a, *b, COLOURS[i], 2) for a, b in itertools.pairwise(places)]
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{COLOURS[i]}"/>' for a, b in places]
-        if places:
-            end = places[-1]
-            parts.append(text(end[0] + 6, end[1] + 4, NAMES[system], f'fill="{COLOURS[i]}"'))
-    for at in sorted({min(ats), max(ats)}):
-        parts.append(text(point(at, high)[0], y + PANEL + 14, f"{at:,}", 'text-anchor="middle"'))
-    parts.append(text(x + PANEL / 2, y + PANEL + 28, sweep["axis"], 'text-anchor="middle"'))
-    for s in (min(tops), max(tops)):
-        parts.append(text(x - 4, point(min(ats), s)[1] + 4, f"{s:.2g} s", f'text-anchor="end" fill="{INK}"'))
-    return parts
+    rows = -(-len(found["sweeps"]) // COLUMNS)
+    figure = Figure(figsize=(3 * COLUMNS, 2.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for panel in panels[len(found["sweeps"]) :]:
+        panel.set_axis_off()
+    for panel, sweep in zip(panels, found["sweeps"], strict=False):
+        for system in ("trl", "ours"):
+            points = [(p["at"], p["seconds"][system]) for p in sweep["points"] if system in p["seconds"]]
+            if points:
+                color = "C0" if system == "trl" else "C1"
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=NAMES[system])
+        panel.set_title(sweep["title"], fontsize=9)
+        panel.set_xlabel(sweep["axis"], fontsize=8)
+        panel.set_ylabel("seconds", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.legend(fontsize=7)
+        if sweep["scale"] == "log":
+            ats = [point["at"] for point in sweep["points"]]
+            ends = [end(s for point in sweep["points"] for s in point["seconds"].values()) for end in (min, max)]
+            panel.set(xscale="log", yscale="log")
+            panel.minorticks_off()
+            panel.set_xticks(ats, [f"{at:,}" for at in ats])
+            panel.set_yticks(ends, [f"{s:.2g}" for s in ends])
+        else:
+            panel.set_ylim(0, None)
+    return figure
 
 
 # Parts alone
@@ -271,7 +258,7 @@ def page(found: dict[str, Found]) -> str:
     """docs/benchmarks.md; `found` holds the results that are there, by name."""
     not_yet = "Not measured yet."
     trl = trl_section(found["trl"]) if "trl" in found else not_yet
-    scaling = (scaling_section(found["scaling"]) + "\n\n![growth](scaling.svg)") if "scaling" in found else not_yet
+    scaling = (scaling_section(found["scaling"]) + "\n\n![growth](scaling.png)") if "scaling" in found else not_yet
     micro = micro_section(found["micro"]) if "micro" in found else not_yet
     return f"""# Speed
 
@@ -317,8 +304,17 @@ The floor is what every exact implementation has to compute, at the rates that t
 
 def results(folder: Path = RESULTS) -> dict[str, Found]:
     """What was measured so far, by name."""
-    paths = {name: folder / f"{name}.json" for name in ("trl", "scaling", "micro")}
+    paths = {name: folder / f"{name}.json" for name in MEASURED}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+
+
+def publish(found: Found, path: Path, title: str, section: str) -> None:
+    """Write a result to `path`: its tables to docs/benchmarks.md or, of a quick run, to a page beside it."""
+    record.write(path, found)
+    if path in (RESULTS / f"{name}.json" for name in MEASURED):
+        write_page()
+    else:
+        path.with_suffix(".md").write_text(f"# {title}\n\n`{found['command']}`\n\n{section}\n", encoding="utf-8")
 
 
 def write_page(folder: Path = DOCS) -> None:
@@ -326,4 +322,4 @@ def write_page(folder: Path = DOCS) -> None:
     found = results()
     (folder / "benchmarks.md").write_text(page(found), encoding="utf-8")
     if "scaling" in found:
-        (folder / "scaling.svg").write_text(picture(found["scaling"]), encoding="utf-8")
+        save(picture(found["scaling"]), folder / "scaling.png")

@@ -10,8 +10,8 @@ benchmarks/systems.py, what a floor is in benchmarks/floor.py.
 A line has a ratio only where both systems made completions of the given lengths and, on one scripted rollout, gradients
 that agree to 1e-4 in every optimizer step. Where one does not, the command ends with an error.
 
-The result goes to benchmarks/results/trl.json after every line, as a table to trl.md, and to docs/benchmarks.md; of a quick
-run to trl_quick.json and trl_quick.md alone.
+The result goes to benchmarks/results/trl.json after every line and, as a table, to docs/benchmarks.md; of a quick run to
+trl_quick.json and trl_quick.md alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import floor
+from benchmarks import floor, record
 from benchmarks.work import Line, forced_lengths
 
 RESULTS = Path(__file__).parent / "results"
@@ -159,7 +158,6 @@ def side(line: Line, runs: list[dict[str, Any]], least: dict[str, float]) -> dic
         "floor_fraction": {
             name: x / measured[name] for name, x in least.items() if x > 0 and measured.get(name, 0.0) > 0
         },
-        "cycles": [cycle["seconds"] for cycle in cycles],
     }
 
 
@@ -186,7 +184,6 @@ def row_of(line: Line, runs: Sides, difference: float, rates: floor.Rates) -> di
         "floor_seconds": least,
         "rates": asdict(rates),
         **sides,
-        "line": asdict(line),
     }
     if exact:
         ratios = pairs(line, runs)
@@ -216,13 +213,9 @@ def geometric_mean(numbers: list[float]) -> float | None:
 
 def result(rows: list[dict[str, Any]], command: str, rounds: int, cycles: int) -> dict[str, Any]:
     """What is written; the means are over the lines that compare whole cycles."""
-    from hf_rlhf.training.setup import versions
-
     whole = [row for row in rows if row["exact"] and row["compared"] == "cycle"]
     return {
-        "command": command,
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
+        **record.head(command),
         "rounds": rounds,
         "cycles": cycles,
         "geometric_mean": geometric_mean([row["ratio"] for row in whole]),
@@ -236,13 +229,9 @@ def result(rows: list[dict[str, Any]], command: str, rounds: int, cycles: int) -
 
 def write(found: dict[str, Any], path: Path) -> None:
     """The result and its tables."""
-    from benchmarks.speed_page import trl_section
+    from benchmarks.speed_page import publish, trl_section
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(unfinished, path)
-    path.with_suffix(".md").write_text(f"# Next to TRL\n\n{trl_section(found)}\n")
+    publish(found, path, "Next to TRL", trl_section(found))
 
 
 def say(row: dict[str, Any]) -> str:
@@ -311,10 +300,6 @@ def main() -> None:
         write(found, options.json)
     if found["geometric_mean"]:
         print(f"geometric mean {found['geometric_mean']:.2f}, of memory {found['memory_geometric_mean']:.2f}")
-    if options.json == RESULTS / "trl.json":
-        from benchmarks.speed_page import write_page
-
-        write_page()
     if not all(row["exact"] for row in rows):
         sys.exit(1)
 

@@ -4,8 +4,8 @@
 
 The rows are the solutions of two models to the test problems of GSM8K (arXiv:2110.14168) with the published grades. Times
 per row are processor time on one thread, the least of five runs; throughput is wall-clock time, the best of seven runs with
-workers that are up. The result goes to benchmarks/results/verifiers.json and .md; `--page` makes docs/verifiers.md of what is
-in the former and measures nothing.
+workers that are up. The result goes to benchmarks/results/verifiers.json and docs/verifiers.md; `--page` makes the page of
+what is in the former and measures nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import write
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.scoring.scorer import Scorer
@@ -227,50 +228,50 @@ def page(found: dict[str, Any]) -> str:
 
 <!-- Made by `{COMMAND} --page` from benchmarks/results/verifiers.json. -->
 
-Sources of `rewards` that need no model. A row without a reference has no score; it is never 0. What a setting does stands in
+Reward sources that need no model. A row without a reference gets no score rather than 0. The settings are described in
 [plugins.md](plugins.md).
 
-| verifier | 1 where | reads |
+| verifier | 1 if | reads |
 | --- | --- | --- |
 | `exact_match` | the completion is the reference, or one of a list of them | `answer` |
 | `numeric` | its number is the reference, within a tolerance: after a marker, in the last box, or the last one | `answer` |
 | `math_answer` | its answer is mathematically equal to the reference, by Math-Verify | `answer` |
 | `choice` | it picks the right one of several choices | `answer`, choices |
-| `regex` | it matches a regular expression; or a share of the matches asked for | |
-| `format` | it has the tags in order, a box, or matches from end to end | |
-| `json_schema` | its last JSON block meets a JSON Schema | a schema |
-| `constraints` | it follows its instructions (IFEval, arXiv:2311.07911), or their share | `instruction_id_list`, `kwargs` |
-| `language` | it is in the wanted language: a probability, or the share of its lines | a code |
+| `regex` | it matches a regular expression; or the fraction of the required matches | |
+| `format` | it has the tags in order, has a box, or matches a pattern completely | |
+| `json_schema` | its last JSON block satisfies a JSON Schema | a schema |
+| `constraints` | it follows its instructions (IFEval, arXiv:2311.07911); or their share | `instruction_id_list`, `kwargs` |
+| `language` | it is in the required language: a probability, or the fraction of its lines | a code |
 
-`length` and `repetition` give penalties, 0 and below.
+`length` and `repetition` return penalties, 0 or less.
 
-`numeric` for numbers, `math_answer` for anything else: SymPy computes what model text says, `\\boxed{{9^{{9^{{9^9}}}}}}` too,
-so it runs in processes that are killed at `timeout` (5 s) and bounded by `memory_mib`; such a row has no score. All other
-verifiers take time linear in the text and run in the caller's thread. Regular expressions of a recipe are given up after
-`timeout`.
+Use `numeric` for numbers and `math_answer` for anything else. SymPy evaluates whatever the model writes, including
+`\\boxed{{9^{{9^{{9^9}}}}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s) and limited by `memory_mib`;
+such a row has no score. Other verifiers take time linear in the length of the text and run in the caller's thread.
+Regular expressions of a recipe are abandoned after `timeout`.
 
 ## Agreement with graded solutions
 
-Solutions of two models to the test problems of GSM8K with the published grades, the reference being the whole worked
-solution; the marker is the `A:` in front of the answers ({versions}).
+Solutions of two models to the test problems of GSM8K, compared with their published grades. The reference is the whole
+worked solution; the marker is the `A:` in front of the answers ({versions}).
 
 {agreement_table(found)}
 
-Every disagreement; who is right is told by comparing the texts after the marker.
+All disagreements. Comparing the texts after the marker shows who is right.
 
 {disagreement_table(found)}
 
 ## Cost
 
-Processor time per row on these solutions, on one thread, as a multiple of `exact_match` with 64 rows. Through the core: what
-`Scorer.ask` takes, row by row, in the caller's thread.
+CPU time per row on these solutions, on one thread, as a multiple of `exact_match` with 64 rows. "Through the core" is the
+time of `Scorer.ask`, row by row, in the caller's thread.
 
 {cost_table(found)}
 
 ## Scaling with processes
 
-`math_answer` on all {found["agreement"][0]["rows"]} rows, on a machine with {found["machine"]["cores"]} cores, which it
-shared with other work: the best of {ROUNDS} runs.
+`math_answer` on all {found["agreement"][0]["rows"]} rows, on a machine with {found["machine"]["cores"]} cores that it
+shared with other work; the best of {ROUNDS} runs.
 
 {throughput_table(found)}
 """
@@ -303,9 +304,9 @@ def main() -> None:
         PAGE.write_text(page(json.loads(results.read_text())), encoding="utf-8")
         return
     found = measure(options.data)
-    results.write_text(json.dumps(found, indent=1) + "\n")
+    write(results, found)
     tables = [agreement_table(found), disagreement_table(found), cost_table(found), throughput_table(found)]
-    results.with_suffix(".md").write_text(f"# Verifiers\n\n`{COMMAND}`\n\n" + "\n\n".join(tables) + "\n")
+    PAGE.write_text(page(found), encoding="utf-8")
     print("\n\n".join(tables))
 
 

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages and files that lie outside of docs/, and links to them.
+"""Hooks of mkdocs: the parts of pages that are made from the code, pages and files outside of docs/, and links to them.
 
 README.md is the site's front page; CHANGELOG.md, SECURITY.md and the READMEs of the examples are pages. Source files that a
 page links to are copied as text to `source/`. A link to a folder becomes its name.
@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+sys.path.insert(0, str(Path(__file__).parent))
+from generate import PART, filled
+from generators import lab
+
 ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": "index.md",
-    "CHANGELOG.md": "CHANGELOG.md",
-    "SECURITY.md": "SECURITY.md",
+    **{name: name for name in ("CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md", "SECURITY.md")},
     **{str(file.relative_to(ROOT)): str(file.relative_to(ROOT)) for file in (ROOT / "examples").glob("*/README.md")},
 }
 """File of the repository -> page of the site, where it is not docs/ -> the same."""
@@ -26,7 +30,13 @@ FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTA
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages from outside of docs/, and every source file that a page links to."""
+    """Fills in what pages leave to the site; adds the pages from outside of docs/, and every source that a page links to."""
+    for file in list(files):
+        if file.src_uri.endswith(".md") and PART.search(file.content_string):
+            files.remove(file)
+            files.append(File.generated(config, file.src_uri, content=filled(file.content_string, site=True)))
+    if lab.PICTURE.is_file():
+        files.append(File.generated(config, lab.PICTURE.name, abs_src_path=str(lab.PICTURE)))
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     linked: set[Path] = set()

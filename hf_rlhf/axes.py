@@ -1,22 +1,26 @@
 """One base class per axis: what a plugin is.
 
-A plugin is a keyword-only dataclass: its fields are its settings, each with a docstring below it. `name` is what a
-recipe writes after `use:`; `needs` names what must be there for it, `provides` what it brings. Shapes are those of
+A plugin is a keyword-only dataclass whose fields are its settings, each with a docstring below it. `name` is what a
+recipe writes after `use:`; `needs` names its requirements, `provides` what it supplies. Shapes are those of
 `hf_rlhf.batch`. A field typed with a class of this module is a nested plugin (`{use: ...}` in a recipe);
 `choice("k3")` gives it a default.
 
-`needs` may hold: ref_logps, values, groups (two rows per prompt or more), greedy (a greedy completion of each prompt),
+`needs` may hold: ref_logps, values, groups (at least two rows per prompt), greedy (a greedy completion of each prompt),
 sampler_logps, old_logps, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a policy loss,
 once per rollout), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one),
-plain_weights (the policy's are numbers, not codes of 4 or 8 bits), double_backward (attention with second derivatives).
-Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each name they need, beyond their positional
-arguments, as one keyword. Estimators and filters find theirs as fields of `Scored`. A KL estimator that needs
+plain_weights (not quantized to 4 or 8 bits), double_backward (attention with second derivatives).
+Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each needed name that is not a positional
+argument as a keyword. Estimators and filters get theirs as fields of `Scored`. A KL estimator that needs
 full_distribution is called with the log-probs of the whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a
 time.
 
-What stops gradients on purpose, so that its gradient is not that of its value, says so: `stops_gradient = True`. A
-plugin that is costly to start implements `setup(context)` and `close()`; one with a memory implements `observe`,
-`state_dict` and `load_state_dict`, and is saved in every checkpoint.
+A plugin that stops gradients on purpose, so that its gradient differs from finite differences, sets
+`stops_gradient = True`. A plugin that is costly to start implements `setup(context)` and `close()`; one with state
+implements `observe`, `state_dict` and `load_state_dict`, and is saved in every checkpoint.
+
+A new axis is a base class here with an `Axis` and its entry in `AXES`, a hook with an example (`hf_rlhf.registry`), a
+field of `Algorithm` (`hf_rlhf.config.algorithm` and its view in `hf_rlhf.contract`), and one call in the collector or the
+losses. Recipes, metrics, dashboards, completion, templates and pages follow from `AXES`.
 """
 
 from __future__ import annotations
@@ -29,20 +33,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from hf_rlhf.batch import Completions, Credit, Scored
-from hf_rlhf.batch import Context as Context
-from hf_rlhf.batch import Prompt as Prompt
+from hf_rlhf.batch import Completions, Context as Context, Credit, Prompt as Prompt, Scored
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
-from hf_rlhf.contract.base import Count, NonNegative, Plugin, Positive, choice
-from hf_rlhf.contract.base import Fraction as Fraction
-from hf_rlhf.contract.offline_trainer import Footprint as Footprint
-from hf_rlhf.contract.offline_trainer import Materials as Materials
-from hf_rlhf.contract.offline_trainer import OfflineTrainer
-from hf_rlhf.contract.reward_source import Answers as Answers
-from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.modeling.offload import Keeper as Keeper
-from hf_rlhf.modeling.offload import keeper as keeper
-from hf_rlhf.modeling.offload import tensors_of as tensors_of
+from hf_rlhf.contract.axis import Axis as Axis
+from hf_rlhf.contract.base import Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
+from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
+from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
+from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +48,7 @@ if TYPE_CHECKING:
 
     from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
     from hf_rlhf.contract.optimizer_step import Step as Step
-    from hf_rlhf.modeling.attention import attend as attend
-    from hf_rlhf.modeling.attention import attention_refusal as attention_refusal
+    from hf_rlhf.modeling.attention import attend as attend, attention_refusal as attention_refusal
     from hf_rlhf.modeling.lm_head import at_least_float32 as at_least_float32
     from hf_rlhf.modeling.policy import Policy as Policy
     from hf_rlhf.modeling.token_batch import TokenBatch as TokenBatch
@@ -60,71 +56,90 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class RolloutEngine(Plugin, ABC):
-    """Samples completions. Axis `rollout`."""
+    """Sample completions. Axis `rollout`."""
+
+    axis = Axis(section="Rollouts", metric_prefix="rollout")
 
     prompts: Count = 32
     """Prompts per rollout, over all processes (verl: train_batch_size)."""
     num_generations: Count = 8
     """Completions per prompt, the group size G (verl: rollout.n)."""
     temperature: Positive = 1.0
-    """Temperature of sampling; log-probs are taken at it everywhere."""
+    """Sampling temperature; log-probs are computed at it everywhere."""
 
     @property
     def exact_logps(self) -> bool:
-        """Whether it may report log-probs with `Completions.exact`."""
+        """True if it may report log-probs with `Completions.exact`."""
         return False
 
     @abstractmethod
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
-        """`num_generations` completions of each prompt, rows of a prompt side by side.
+        """Return `num_generations` completions of each prompt, rows of a prompt adjacent.
 
         `temperature` replaces the setting for this call (evaluation, greedy baselines); 0 is greedy. Random numbers come
-        from the global generators, which the core seeds for the call and puts back after it.
+        from the global generators, which the core seeds for the call and puts back after it. `policy.version` names the
+        weights: an engine with a copy of its own reads them anew when it differs from the one that it holds.
         """
+
+    def wake(self, part: Literal["weights", "cache"]) -> None:
+        """Called before the calls of one rollout (resampling rounds and greedy baselines included), or of one evaluation: first
+        with "weights", then with "cache". `policy.version` stays the same until `sleep`."""
+
+    def sleep(self) -> None:
+        """Called after those calls, also where one of them raised: what the engine holds on the device may go."""
 
 
 @dataclass(kw_only=True)
 class KLEstimator(Plugin, ABC):
-    """Estimates KL(policy || reference) from sampled log-probs. Axis `kl_estimator`, nested in each `kl`."""
+    """Estimate KL(policy || reference) from sampled log-probs. Axis `kl_estimator`, nested in each `kl`."""
+
+    axis = Axis(section="KL", metric_prefix="kl_estimator/<label>", nested="kl: [{use: in_loss, estimator: k3}]")
 
     stops_gradient: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
-        """(...) and (...) -> (...), elementwise and differentiable in `logps`."""
+        """Map (...) and (...) to (...), elementwise and differentiable in `logps`."""
 
 
 @dataclass(kw_only=True)
 class KLController(Plugin, ABC):
-    """Moves beta during training. Axis `kl_controller`, nested in each `kl` that has a beta."""
+    """Adjust beta during training. Axis `kl_controller`, nested in each `kl` that has a beta."""
+
+    axis = Axis(
+        section="KL", metric_prefix="kl_controller/<label>", nested="kl: [{use: in_reward, controller: adaptive}]"
+    )
 
     @abstractmethod
     def __call__(self, beta: float) -> float:
-        """The recipe's beta -> the beta to use now."""
+        """Map the recipe's beta to the current one."""
 
 
 @dataclass(kw_only=True)
 class KLPlacement(Plugin, ABC):
-    """Says where the KL to the reference enters. Axis `kl`, a list. Every penalty returns its input's shape."""
+    """Place the KL to the reference in reward, loss or advantage. Axis `kl`, a list. Penalties keep their input's shape."""
+
+    axis = Axis(section="KL", metric_prefix="kl/<label>", many=True, default=())
 
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     places: ClassVar[frozenset[str]] = frozenset()
-    """Where the penalty enters: any of reward, loss, advantage. A placement overrides the method of each."""
+    """Places where the penalty enters: any of reward, loss, advantage. A placement overrides the method of each."""
     token_level: ClassVar[bool] = False
-    """True where `loss_penalty` of a token depends on that token alone, as in PolicyLoss."""
+    """True where `loss_penalty` of a token depends on that token's numbers alone: estimator and penalty are then called on (1, c)
+    tiles of c sampled tokens, as PolicyLoss is."""
 
     estimator: KLEstimator = choice("k1")
-    """How the KL is estimated."""
+    """KL estimator."""
     level: Literal["token", "sequence"] = "token"
     """`token`: the estimator sees each token's log-probs; `sequence`: their sums over the mask."""
 
     clamp: Positive | None = None
-    """Limit of the estimator's value, -clamp to clamp; beyond it the gradient is 0. None: no limit."""
+    """Clamp the estimator's value to [-clamp, clamp]; beyond it the gradient is 0. None: no limit."""
 
     def estimate(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
-        """The estimator's value before the limit: (R, T), 0 off the mask, at level token; (R,) at level sequence. R rows."""
+        """Return the unclamped KL of R rows: (R, T), 0 off the mask, at level token; (R,) at level sequence."""
         off = mask == 0
         on_mask = {name: x.masked_fill(off, 0.0) for name, x in needed.items()}
         logps, ref_logps = logps.masked_fill(off, 0.0), ref_logps.masked_fill(off, 0.0)
@@ -133,199 +148,226 @@ class KLPlacement(Plugin, ABC):
         return self.estimator(logps.sum(1), ref_logps.sum(1), **{name: x.sum(1) for name, x in on_mask.items()})
 
     def limit(self, kl: Tensor) -> Tensor:
-        """`kl` within -clamp and clamp."""
+        """Return `kl` clamped to [-clamp, clamp]."""
         return kl if self.clamp is None else kl.clamp(-self.clamp, self.clamp)
 
     def measure(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
-        """The estimator's value within its limit, in the shapes of `estimate`."""
+        """Return the clamped KL, in the shapes of `estimate`."""
         return self.limit(self.estimate(logps, ref_logps, mask, **needed))
 
     def reward_penalty(self, kl: Tensor) -> Tensor:
-        """What is subtracted from the rewards: (N, T), or (N,) from the last token at level sequence."""
+        """Return what is subtracted from rewards: (N, T), or (N,), at the last token, at level sequence."""
         raise TypeError(f"kl.{self.name} declares the place 'reward' and does not define reward_penalty")
 
     def loss_penalty(self, kl: Tensor) -> Tensor:
-        """What is added to the loss: (B, T), or (B,), once per row, at level sequence."""
+        """Return what is added to the loss: (B, T), or (B,), once per row, at level sequence."""
         raise TypeError(f"kl.{self.name} declares the place 'loss' and does not define loss_penalty")
 
     def advantage_penalty(self, kl: Tensor) -> Tensor:
-        """What is subtracted from the advantages: (N, T), or (N,), from every token, at level sequence."""
+        """Return what is subtracted from advantages: (N, T), or (N,), at every token, at level sequence."""
         raise TypeError(f"kl.{self.name} declares the place 'advantage' and does not define advantage_penalty")
 
 
 @dataclass(kw_only=True)
 class Baseline(Plugin, ABC):
-    """What a return is compared with. Axis `baseline`, nested in the estimator `baseline`."""
+    """Baseline of returns. Axis `baseline`, nested in the estimator `baseline`."""
+
+    axis = Axis(
+        section="Advantages", metric_prefix="baseline/<label>", nested="advantages: {use: baseline, baseline: ema}"
+    )
 
     across_groups: ClassVar[bool] = False  # as in AdvantageEstimator
 
     @abstractmethod
     def __call__(self, scored: Scored) -> Tensor:
-        """-> (N, 1), or (N, T) where it differs between tokens. A pure function of `scored` and of what was observed."""
+        """Return (N, 1), or (N, T) if it differs between tokens. A pure function of `scored` and of observed statistics."""
 
 
 @dataclass(kw_only=True)
 class AdvantageEstimator(Plugin, ABC):
-    """Turns rewards into advantages. Axis `advantages`."""
+    """Compute advantages from rewards. Axis `advantages`."""
+
+    axis = Axis(section="Advantages", metric_prefix="advantage")
 
     @property
     def across_groups(self) -> bool:
-        """Whether rows of other prompts change a row's result, as whitening does."""
+        """True if rows of other prompts change a row's result, as whitening does."""
         return False
 
     @abstractmethod
     def __call__(self, scored: Scored) -> Tensor | Credit:
-        """(N, T), 0 off the mask; or `Credit` when it needs values. A pure function: no distributed code, no state."""
+        """Return (N, T), 0 off the mask, or `Credit` if it needs values. A pure function: no distributed code, no state."""
 
 
 @dataclass(kw_only=True)
 class Critic(Plugin, ABC):
-    """Predicts returns. Axis `critic`. One that learns is a `TrainedCritic`."""
+    """Predict returns. Axis `critic`. A critic that learns is a `TrainedCritic`."""
+
+    axis = Axis(section="Critic", metric_prefix="value", default="none")
 
     @abstractmethod
     def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> torch.nn.Module | None:
-        """The critic's module, or None where there is none.
+        """Return the critic's module, or None if there is none.
 
         The module is called as (batch, states (n, H) or None) -> (n,): the value of the state in which each of the batch's
         n sampled tokens was chosen, that is, at the token before it. `batch.states(trunk)` runs a transformers trunk over
-        the rows and gives its hidden states (n, H) there. Where the module's attribute `on_trunk` is True it gets the
-        policy's as `states`.
+        the rows and returns its hidden states (n, H) there. If the module's attribute `on_trunk` is True, `states` are the
+        policy's.
         """
 
 
 @dataclass(kw_only=True)
 class TrainedCritic(Critic, ABC):
-    """A critic that learns with the policy: clipped (or plain) squared error to the estimator's returns."""
+    """Critic trained with the policy, by clipped or plain squared error to the estimator's returns."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"values"})
     shares_forward: ClassVar[bool] = False
-    """True where the policy's own forward gives the values."""
+    """True if the policy's own forward computes the values."""
 
     coef: NonNegative = 0.5
     """Factor of the value loss in the loss."""
     value_clip: Positive | Literal["none"] = 0.2
-    """How far a value may move from the rollout's before its gradient is cut; `none`: plain squared error."""
+    """Distance from the rollout's value beyond which a value has no gradient; `none`: plain squared error."""
     learning_rate: Positive | None = None
-    """Learning rate of the critic's own parameters; the policy's when left out."""
+    """Learning rate of the critic's own parameters; the policy's by default."""
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps at the start in which only the critic learns."""
 
 
 @dataclass(kw_only=True)
 class PolicyLoss(Plugin, ABC):
-    """The loss of each token. Axis `policy_loss`. One that ignores `old_logps` says so by needing nothing."""
+    """Loss of each token. Axis `policy_loss`. A loss that ignores `old_logps` sets empty `needs`."""
+
+    axis = Axis(section="Policy loss", metric_prefix="policy", default="ppo_clip")
 
     needs: ClassVar[frozenset[str]] = frozenset({"old_logps"})
     stops_gradient: ClassVar[bool] = False
     zero_without_advantage: ClassVar[bool] = False
-    """True where a row whose advantages are all 0 has no gradient, whatever its log-probs: the update then leaves it out."""
+    """True if a row whose advantages are all 0 has no gradient: the update then skips it."""
     token_level: ClassVar[bool] = False
-    """True where the loss of a token depends on that token's numbers alone: the update then needs fewer matrix products."""
+    """True where the loss of a token depends on that token's numbers alone: the update then calls it on (1, c) tiles, c sampled
+    tokens of any rows side by side with mask 1, which saves a matrix product (unless `update.fused_loss` is off)."""
 
     @abstractmethod
     def __call__(
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, T) each -> the loss of each token (B, T), to be minimised, and metrics (B, T), averaged over the mask."""
+        """Map (B, T) each to the loss of each token (B, T), to be minimized, and metrics (B, T), averaged over the mask."""
 
     def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """(N, T) each, of a whole rollout -> (N, T), handed to every call as `selected`. Called once per rollout where
-        `needs` names selected, so that micro-batches and processes cannot change what is chosen."""
+        """Map (N, T) each, of a whole rollout, to (N, T), which every call gets as `selected`.
+
+        Called once per rollout if `needs` names selected, so that micro-batches and processes cannot change the selection.
+        """
         raise TypeError(f"policy_loss.{self.name} needs selected and does not define select")
 
 
 @dataclass(kw_only=True)
 class RolloutCorrection(Plugin, ABC):
-    """Corrects for a sampler that is not the trainer's policy. Axis `rollout_correction`."""
+    """Correct for a sampler that differs from the trainer's policy. Axis `rollout_correction`."""
+
+    axis = Axis(section="Rollout correction", metric_prefix="rollout", default="none")
 
     needs: ClassVar[frozenset[str]] = frozenset({"sampler_logps", "old_logps"})
 
     @abstractmethod
     def __call__(self, old_logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
-        """(N, T) each -> multipliers of the policy loss (N, T), without gradient."""
+        """Map (N, T) each to multipliers of the policy loss (N, T), without gradient."""
 
 
 @dataclass(kw_only=True)
 class Reference(Plugin, ABC):
-    """The model that KL is measured to. Axis `reference`. One that `moves` is saved in every checkpoint."""
+    """Reference model of the KL. Axis `reference`. One that `moves` is saved in every checkpoint."""
+
+    axis = Axis(section="Reference", metric_prefix="reference")
 
     provides: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     moves: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, policy: PreTrainedModel) -> torch.nn.Module | None:
-        """The reference model, or None where the policy itself serves (see `active`)."""
+        """Return the reference model, or None if the policy itself serves (see `active`)."""
 
     def active(self, policy: PreTrainedModel) -> Any:
-        """A context manager in which the policy gives the reference's log-probs, where `build` gives None."""
+        """Return a context in which the policy computes the reference's log-probs, if `build` returns None."""
         raise TypeError(f"reference.{self.name} builds no model and does not define active")
 
     def move(self, model: torch.nn.Module, policy: PreTrainedModel, step: int) -> None:
-        """Called after optimizer step number `step` (from 1) with what `build` gave, where `moves` is True."""
+        """Update the reference `model` after optimizer step `step` (from 1), if `moves` is True."""
 
 
 @dataclass(kw_only=True)
 class UpdateRule(Plugin, ABC):
-    """Makes the optimizer. Axis `optimizer`."""
+    """Build the optimizer. Axis `optimizer`."""
+
+    axis = Axis(section="Optimizer", metric_prefix="optimizer", default="trainer")
 
     @abstractmethod
     def build(self, policy: torch.nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
-        """An optimizer for the policy and the critic's parameter groups, or None for the one that TrainingArguments name."""
+        """Return an optimizer of the policy and the critic's `groups`, or None for the one in TrainingArguments."""
 
     def check_arguments(self, args: TrainingArguments) -> Iterable[str]:
-        """Reasons why this rule cannot run under these TrainingArguments, each saying what to write instead."""
+        """Yield reasons why this rule cannot run with these TrainingArguments, each with what to write instead."""
         return ()
 
     def hold(self, step: Step) -> None:
-        """Called between the backward and the optimizer's `step()`, with what the gradient was made from."""
+        """Take the micro-batches and the loss of a step, between the backward and the optimizer's `step()`."""
 
     def take_logs(self) -> dict[str, float]:
-        """What was measured in the last optimizer step, equal on every process; logged under `optimizer/`."""
+        """Return metrics of the last optimizer step, equal on every process; logged under `optimizer/`."""
         return {}
 
 
 @dataclass(kw_only=True)
 class Aggregation(Plugin, ABC):
-    """Weighs the tokens of an optimizer step. Axis `aggregation`."""
+    """Weight the tokens of an optimizer step. Axis `aggregation`."""
+
+    axis = Axis(section="Aggregation", metric_prefix="aggregation", default="token_mean")
 
     @abstractmethod
     def __call__(self, mask: Tensor) -> Tensor:
-        """(N_u, T) -> (N_u, T): the weight of each token in the loss; any split into micro-batches gives one gradient."""
+        """Map (N_u, T) to the weight of each token in the loss (N_u, T); micro-batches do not change the gradient."""
 
 
 @dataclass(kw_only=True)
 class LossTerm(Plugin, ABC):
-    """A further term of the loss with its own normalisation. Axis `loss_terms`, a list."""
+    """Additional loss term with its own normalization. Axis `loss_terms`, a list."""
+
+    axis = Axis(section="Loss terms", metric_prefix="plugin/<label>", many=True, default=())
 
     @abstractmethod
     def __call__(self, logps: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) each, one keyword per name in `needs` -> (B, T), to be minimised."""
+        """Map (B, T) each, and one keyword per name in `needs`, to (B, T), to be minimized."""
 
     def weights(self, mask: Tensor) -> Tensor:
-        """(N_u, T) -> (N_u, T): the weight of each token in this term, every token alike unless overridden; total_score
-        and group_ids (here alone) come as keywords (N_u,) where they are needed."""
+        """Map (N_u, T) to the weight of each token in this term (N_u, T), by default equal weights.
+
+        total_score and group_ids (in this method only) are keywords (N_u,) if `needs` names them.
+        """
         return mask / mask.sum().clamp(min=1)
 
 
 @dataclass(kw_only=True)
 class TextTerm(LossTerm, ABC):
-    """A loss term on texts of its own, not on the rollout: it gets the log-probs of every token but the first."""
+    """Loss term on texts of its own instead of the rollout. It gets the log-probs of every token but the first."""
 
     @abstractmethod
     def texts(self, step: int) -> list[list[int]]:
-        """The token ids of the texts of optimizer step number `step` (from 0), equal on every process, at least two each."""
+        """Return the token ids, at least two each, of the texts of step `step` (from 0), equal on every process."""
 
 
 @dataclass(kw_only=True)
 class Filter(Plugin, ABC):
-    """Chooses the rows that are trained on. Axis `filters`, a list."""
+    """Choose the rows to train on. Axis `filters`, a list."""
+
+    axis = Axis(section="Filters", metric_prefix="filter/<label>", many=True, default=())
 
     resample: Annotated[int, Ge(0)] = 0
-    """How many more rounds of prompts may be rolled out to fill the places of dropped groups (0: none)."""
+    """Maximum number of further rounds of prompts that replace dropped groups (0: none)."""
 
     @abstractmethod
     def __call__(self, scored: Scored) -> Tensor:
-        """-> (N,) bool, True on rows to keep. A pure function."""
+        """Return (N,) bool, True on rows to keep. A pure function."""
 
 
 AXES: dict[str, type[Plugin]] = {
@@ -346,19 +388,19 @@ AXES: dict[str, type[Plugin]] = {
     "filters": Filter,
     "trainer": OfflineTrainer,
 }
-"""Recipe key -> base class, in the order of the step; last, what has no such step."""
+"""Recipe key -> base class, in the order of a step; the trainer without rollouts comes last."""
 
 
 def axis_of(cls: type) -> str:
-    """The axis of a plugin class; empty where it is on none."""
+    """Return the axis of a plugin class, empty if it has none."""
     return next((axis for axis, base in AXES.items() if issubclass(cls, base)), "")
 
 
-NESTED = frozenset({"kl_estimator", "kl_controller", "baseline"})
-"""Axes whose plugins stand inside another plugin, not at the top of a recipe."""
+NESTED = frozenset(axis for axis, base in AXES.items() if base.axis.nested)
+"""Axes whose plugins are settings of other plugins, not keys of a recipe."""
 
-LISTS = frozenset({"rewards", "kl", "loss_terms", "filters"})
-"""Axes that hold any number of plugins."""
+LISTS = frozenset(axis for axis, base in AXES.items() if base.axis.many)
+"""Axes that take any number of plugins."""
 
 _WITH_TORCH = {
     "Policy": "hf_rlhf.modeling.policy",
@@ -371,7 +413,7 @@ _WITH_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for."""
+    """Import names that need torch on first use."""
     if name in _WITH_TORCH:
         return getattr(importlib.import_module(_WITH_TORCH[name]), name)
     raise AttributeError(f"module 'hf_rlhf.axes' has no attribute {name!r}")

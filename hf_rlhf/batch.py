@@ -1,17 +1,17 @@
-"""What a plugin sees: `Rollouts`, `Scored`, `Credit`, and what a rollout engine returns: `Completions`.
+"""Data that plugins receive (`Rollouts`, `Scored`) and return (`Completions`, `Credit`).
 
 Letters: n rows of this process, N rows of the rollout over all processes, N_u rows of one optimizer step,
 B rows of a micro-batch, T completion tokens (padded on the right), G rows per prompt, V vocabulary.
 
-    Completions (from a rollout engine; rows of one prompt are neighbours)
+    Completions (from a rollout engine; rows of one prompt are adjacent)
         ids               n lists of int        completion tokens, the end-of-sequence token included
         masks             n lists of 0/1        1 on tokens the policy sampled, 0 on tool output; None: all 1
-        finish_reasons    n of "stop"/"length"  "length": cut off at max_new_tokens
+        finish_reasons    n of "stop"/"length"  "length": truncated at max_new_tokens
         logps             n lists of float      log-probs as the sampler reports them, or None
-        exact             bool                  logps are what the trainer computes, up to rounding: nothing computes them again
+        exact             bool                  logps equal the trainer's up to rounding: they are not computed again
 
-    Rollouts (to reward sources; n rows), which answer per row with a number, None, or
-        Spans             [(end, value), ...]   a reward for each step: `end` is the character after it in the completion
+    Rollouts (to reward sources; n rows), which return per row a number, None, or
+        Spans             [(end, value), ...]   a reward for each step: `end` is the character offset after it
         TokenScores       [value, ...]          a reward for each completion token
         prompts           n of str or messages  as the dataset has them
         completions       n of str              decoded without special tokens
@@ -26,23 +26,23 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         mask              (N, T) float          1 on tokens the policy sampled
         token_rewards     (N, T) float          reward at its token, after in-reward KL; 0 off the mask
         group_ids         (N,) int              equal for the rows of one prompt; groups may vary in size
-        kl_penalties      (N, T) float or None  what the KL in the reward took from token_rewards
+        kl_penalties      (N, T) float or None  what the KL in the reward subtracted from token_rewards
         values            (N, T) float or None  the critic's value of the state in which each token was sampled
         scores            name -> (N,) float    each reward source before its weight, NaN where it does not apply
         weights           name -> float         the weight of each reward source
-        old_logps         (N, T) float or None  log-probs of the policy that rolled out, in the trainer
+        old_logps         (N, T) float or None  log-probs of the sampling policy, computed by the trainer
         ref_logps         (N, T) float or None  log-probs of the reference
         sampler_logps     (N, T) float or None  log-probs as the sampler reported them
         sum_sq_probs      (N, T) float or None  sum over V of p_v^2 where each token was sampled
         greedy            (N,) float or None    total score of the greedy completion of the row's prompt
-        finished          (N,) bool or None     False where the completion was cut off
-        completion_ids    (N, T) int or None    the completions' tokens, tool tokens included; 0 in the padding
+        finished          (N,) bool or None     False where the completion was truncated
+        completion_ids    (N, T) int or None    completion tokens, tool tokens included; 0 in the padding
         advantages        (N, T) float or None  to filters that need them, which run after the estimator
 
     Credit (from advantage estimators that need values, or that log metrics of their own)
         advantages        (N, T) float          0 off the mask
         returns           (N, T) float or None  the critic's targets; None where the estimator needs no values
-        metrics           name -> float, or     logged as advantage/<name>, the mean of what is finite
+        metrics           name -> float, or     logged as advantage/<name>, the mean over finite entries
                           (N,) or (N, T) tensor
 """
 
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Prompt:
-    """One prompt: its tokens, what the dataset had (text or chat messages), and the other columns of its row."""
+    """One prompt: its tokens, the dataset's text or chat messages, and the other columns of its row."""
 
     ids: list[int]
     prompt: str | list[dict[str, Any]]
@@ -69,7 +69,7 @@ class Prompt:
 
 @dataclass(kw_only=True)
 class Completions:
-    """What a rollout engine returns: `num_generations` neighbouring rows per prompt."""
+    """The result of a rollout engine: `num_generations` adjacent rows per prompt."""
 
     ids: list[list[int]]
     masks: list[list[int]] | None = None
@@ -80,14 +80,14 @@ class Completions:
 
 @dataclass
 class Spans:
-    """A reward for each step of a completion: (end, value), where `end` is the place in characters after the step."""
+    """A reward for each step of a completion: (end, value), where `end` is the character offset after the step."""
 
     values: list[tuple[int, float]]
 
 
 @dataclass
 class TokenScores:
-    """A reward for each token of a completion, tool tokens included; theirs are not used."""
+    """A reward for each token of a completion, tool tokens included, whose rewards are ignored."""
 
     values: list[float]
 
@@ -109,7 +109,7 @@ class Rollouts:
         return len(self.completions)
 
     def select(self, rows: Sequence[int]) -> Rollouts:
-        """Some rows, in this order."""
+        """Return some rows, in this order."""
         return Rollouts(
             prompts=[self.prompts[i] for i in rows],
             completions=[self.completions[i] for i in rows],
@@ -122,7 +122,7 @@ class Rollouts:
         )
 
     def column(self, name: str) -> list[Any]:
-        """The values of a dataset column, one per row. Raises `KeyError` naming the columns there are."""
+        """Return the values of a dataset column, one per row. Raises `KeyError` naming the columns that exist."""
         if name not in self.columns:
             raise KeyError(f"the dataset has no column {name!r}; it has: {', '.join(sorted(self.columns)) or 'none'}")
         return self.columns[name]
@@ -130,7 +130,7 @@ class Rollouts:
 
 @dataclass(kw_only=True)
 class Scored:
-    """The whole rollout with its rewards, gathered from every process: what an estimator or a filter sees."""
+    """A whole rollout with its rewards, gathered from every process, as estimators and filters see it."""
 
     mask: Tensor
     token_rewards: Tensor
@@ -149,13 +149,13 @@ class Scored:
     advantages: Tensor | None = None
 
     def returns(self) -> Tensor:
-        """(N,) each row's undiscounted return: the sum of its token rewards over the mask."""
+        """Return each row's undiscounted return (N,): the sum of its token rewards over the mask."""
         return self._over_mask(self.token_rewards)
 
     def totals(self) -> Tensor:
-        """(N,) each row's weighted total score before any KL; a source that does not apply adds nothing.
+        """Return each row's weighted total score (N,) before any KL; a source that does not apply adds nothing.
 
-        Without `scores` the returns, with what the KL took given back.
+        Without `scores`: the returns, with the KL penalties added back.
         """
         if not self.scores:
             given = self.token_rewards if self.kl_penalties is None else self.token_rewards + self.kl_penalties
@@ -167,16 +167,16 @@ class Scored:
         )
 
     def _over_mask(self, x: Tensor) -> Tensor:
-        """(N, T) -> (N,) the sum of each row over the mask, some rows at a time: the products stay in a processor's cache."""
+        """Sum each row of (N, T) over the mask, some rows at a time: the products stay in a processor's cache."""
         import torch
 
         rows = max(1, 2**18 // max(1, x.size(1))) if x.device.type == "cpu" else max(1, len(x))
         return torch.cat([(part * m).sum(1) for part, m in zip(x.split(rows), self.mask.split(rows), strict=True)])
 
     def groups(self) -> tuple[Tensor, Tensor]:
-        """(N,) the group of each row, numbered from 0, and (groups,) the rows in each group.
+        """Return the group of each row (N,), numbered from 0, and the number of rows in each group (groups,).
 
-        Found once for these `group_ids`, which are not changed in place; `dataclasses.replace` finds them anew.
+        Computed once per `group_ids` tensor, which must not be changed in place; `dataclasses.replace` computes it again.
         """
         known = self.__dict__.get("_groups")
         if known is None or known[0] is not self.group_ids:
@@ -185,30 +185,30 @@ class Scored:
         return known[1], known[2]
 
     def group_sum(self, x: Tensor) -> Tensor:
-        """(N,) -> (N,) the sum of `x` over each row's group, at each row."""
+        """Sum `x` (N,) over each row's group; returns (N,)."""
         index, counts = self.groups()
         return x.new_zeros(len(counts)).index_add(0, index, x)[index]
 
     def group_size(self) -> Tensor:
-        """(N,) int, how many rows each row's group has."""
+        """Return the number of rows in each row's group, (N,) int."""
         index, counts = self.groups()
         return counts[index]
 
     def group_mean(self, x: Tensor) -> Tensor:
-        """(N,) -> (N,) the mean of `x` over each row's group, at each row."""
+        """Average `x` (N,) over each row's group; returns (N,)."""
         return self.group_sum(x) / self.group_size()
 
     def group_std(self, x: Tensor, ddof: int = 1) -> Tensor:
-        """(N,) -> (N,) the standard deviation of `x` over each row's group; 0 where all are equal or one row remains.
+        """Return the standard deviation of `x` (N,) over each row's group; 0 where all values are equal or the group has one row.
 
-        Equal values are found by max == min: rounding gives eight times 0.2 a deviation of 1.5e-8.
+        Equality is tested by max == min: rounding gives eight values of 0.2 a deviation of 1.5e-8.
         """
         deviation = x - self.group_mean(x)
         variance = self.group_sum(deviation**2) / (self.group_size() - ddof).clamp(min=1)
         return variance.sqrt().masked_fill(self.group_is_flat(x), 0.0)
 
     def group_is_flat(self, x: Tensor) -> Tensor:
-        """(N,) -> (N,) bool, True where every row of the group has exactly the same `x`: no signal between them."""
+        """Return (N,) bool, True where every row of the group has exactly the same `x`: no signal between them."""
         index, counts = self.groups()
         top = x.new_full((len(counts),), float("-inf")).scatter_reduce(0, index, x, "amax")
         bottom = x.new_full((len(counts),), float("inf")).scatter_reduce(0, index, x, "amin")
@@ -217,9 +217,9 @@ class Scored:
 
 @dataclass(kw_only=True)
 class Credit:
-    """Advantages with the critic's targets, from estimators that need values, and with an estimator's own metrics.
+    """Advantages with the critic's targets, for estimators that need values, and an estimator's own metrics.
 
-    A metric is a number, or a tensor (N,) or (N, T) of which the mean over what is finite (and on the mask) is logged.
+    A metric is a number, or a tensor (N,) or (N, T) whose mean over finite entries (and the mask) is logged.
     """
 
     advantages: Tensor
@@ -228,13 +228,13 @@ class Credit:
 
     @classmethod
     def of(cls, answer: Tensor | Credit) -> Credit:
-        """What an estimator gave, advantages alone or the whole."""
+        """Return a `Credit` from what an estimator returned: advantages alone, or a `Credit`."""
         return answer if isinstance(answer, Credit) else cls(advantages=answer)
 
 
 @dataclass(kw_only=True)
 class Context:
-    """Where a plugin finds itself when it is set up: one process of a run, before its first rollout."""
+    """The process in which a plugin is set up, before the first rollout."""
 
     device: torch.device
     tokenizer: PreTrainedTokenizerBase | None

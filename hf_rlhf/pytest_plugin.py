@@ -1,7 +1,8 @@
-"""`pytest --hf-rlhf-plugin PACKAGE`: the conformance kit on every plugin that an installed package offers.
+"""`pytest --hf-rlhf-plugin PACKAGE`: run the conformance kit on every plugin of an installed package.
 
 Each fact about each plugin with its default settings is a test. Plugins without defaults, or that need `setup`, are
-skipped with how to test them. Without paths on the command line nothing else runs. Nothing is imported unless asked for.
+skipped with a reason that says how to test them. Without paths on the command line nothing else runs, and without the
+option nothing is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OPTION = "--hf-rlhf-plugin"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the option."""
+    """Add the option."""
     parser.getgroup("hf_rlhf").addoption(
         OPTION,
         action="append",
@@ -38,14 +39,14 @@ def _asked(config: pytest.Config) -> list[str]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves out everything else where no path was given."""
+    """Collect nothing else if no path was given."""
     given = config.args_source is pytest.Config.ArgsSource.ARGS
     return True if _asked(config) and not given else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Adds the facts, before -k and the like choose among the tests."""
+    """Add the facts, before -k and other options select tests."""
     for name in _asked(config):
         for offer in _offers(name):
             key = f"{offer.axis}.{offer.name}"
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 
 def _offers(name: str) -> list[PluginEntry]:
-    """What a package or a file offers. Raises `pytest.UsageError` where that is nothing."""
+    """Return the plugins of a package or a file. Raise `pytest.UsageError` if there are none."""
     from hf_rlhf.conformance.subjects import entries_of
     from hf_rlhf.registry.host import get_host
     from hf_rlhf.runtime.errors import UserError
@@ -68,7 +69,7 @@ def _offers(name: str) -> list[PluginEntry]:
 
 
 class PluginFacts(pytest.Collector):
-    """One plugin."""
+    """Collector of the facts about one plugin."""
 
     def __init__(self, offer: PluginEntry, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -76,7 +77,7 @@ class PluginFacts(pytest.Collector):
         self.plugin: Plugin | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
-        """A test per fact; one skipped or failing test where there is no plugin to ask."""
+        """Yield one test per fact; one skipped or failing test if the plugin cannot be made."""
         from hf_rlhf.conformance.subjects import make_plugin
         from hf_rlhf.registry.host import get_host
         from hf_rlhf.testing import conformance
@@ -90,13 +91,13 @@ class PluginFacts(pytest.Collector):
             yield FactItem.from_parent(self, name=str(fact).partition(": ")[2] or "it can be made", fact=fact)
 
     def teardown(self) -> None:
-        """Stops what the plugin may have started."""
+        """Close the plugin."""
         if self.plugin is not None:
             self.plugin.close()
 
 
 class _Unmade:
-    """A plugin that could not be made, as a fact that says why."""
+    """Fact about a plugin that could not be made; calling it raises the reason."""
 
     def __init__(self, title: str, error: Exception) -> None:
         self.title, self.error = title, error
@@ -109,21 +110,21 @@ class _Unmade:
 
 
 class FactItem(pytest.Item):
-    """One fact."""
+    """Test of one fact."""
 
     def __init__(self, fact: Fact, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.fact = fact
 
     def runtest(self) -> None:
-        """Asks it."""
+        """Call the fact."""
         try:
             self.fact()
         except SkipTest as error:
             pytest.skip(str(error))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """What is wrong, in one sentence; where the plugin itself raises, with the traceback."""
+        """Return the failure in one sentence, with the traceback if the plugin itself raised."""
         from hf_rlhf.runtime.errors import UserError
 
         if isinstance(excinfo.value, AssertionError | UserError):
@@ -131,5 +132,5 @@ class FactItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
-        """Where it stands in reports."""
+        """Return the location for reports."""
         return self.path, None, self.nodeid

@@ -1,4 +1,4 @@
-"""For authors of plugins: a conformance kit and test doubles.
+"""Conformance kit and test doubles for authors of plugins.
 
     import pytest
     from hf_rlhf.testing import conformance
@@ -7,8 +7,8 @@
     def test_conforms(fact):
         fact()
 
-Each fact is one sentence of its axis' contract (see `hf_rlhf.axes`); calling it raises `AssertionError` saying what is
-wrong. `scored`, `rollouts` and `tiny_policy` make small real inputs for tests of your own.
+Each fact is one sentence of its axis' contract (see `hf_rlhf.axes`); calling it raises `AssertionError` if it is false.
+`scored`, `rollouts` and `tiny_policy` make small real inputs for tests of your own.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def scored(
     dtype: torch.dtype = torch.float64,
     **fields: Any,
 ) -> Scored:
-    """A random `Scored` with every field: groups of these sizes, rows of up to `length` tokens, tool tokens in between.
+    """Return a random `Scored` with every field: groups of these sizes, rows of up to `length` tokens, some tool tokens.
 
-    `fields` replace what was drawn, for instance `values=None` or `token_rewards=...`.
+    `fields` replace drawn values, for instance `values=None` or `token_rewards=...`.
     """
     drawn = tensor_inputs.as_scored(
         tensor_inputs.draw_tensors(group_sizes=group_sizes, length=length, seed=seed, dtype=dtype)
@@ -71,9 +71,9 @@ def rollouts(
     columns: Mapping[str, Sequence[Any]] | None = None,
     group_size: int = 2,
 ) -> Rollouts:
-    """Small `Rollouts` of these completions, `group_size` of them per prompt, in the tokens of `tiny_policy`.
+    """Return small `Rollouts` of these completions, `group_size` per prompt, in the tokens of `tiny_policy`.
 
-    Without `columns` there is one, `answer`. Every other completion was cut off.
+    The only column is `answer` by default. Every other completion is truncated.
     """
     ids = [[len(SPECIAL) + CHARACTERS.index(c) for c in text] + [1] for text in completions]
     group_ids = [row // group_size for row in range(len(ids))]
@@ -93,7 +93,7 @@ def rollouts(
 def tiny_policy(
     *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A two-layer Llama with random weights and a tokenizer with one token per ASCII character, in milliseconds."""
+    """Return a two-layer Llama with random weights and a tokenizer with one token per ASCII character, in milliseconds."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -132,8 +132,8 @@ def tiny_policy(
 class Fact:
     """One sentence of the contract about one plugin.
 
-    Calling it raises AssertionError where the sentence is false, or what the plugin itself raises; `unittest.SkipTest`,
-    which pytest takes for a skip, where an earlier fact that is false leaves nothing to ask.
+    Calling it raises AssertionError if the sentence is false, or what the plugin itself raises. It raises
+    `unittest.SkipTest`, which pytest reports as a skip, if an earlier fact is false and this one has no meaning.
     """
 
     title: str
@@ -155,57 +155,57 @@ def conformance(
     finite_differences: bool | None = None,
     rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Fact]:
-    """The contract of the plugin's axis as facts to call; nothing is checked before.
+    """Return the contract of the plugin's axis as facts to call; nothing is checked before.
 
     plugin: any plugin with its settings; one that needs `setup` must have been set up.
-    rollouts: for reward sources that read dataset columns, rows that have them; left out, the text 5 stands in each
-        column that `columns()` names.
+    rollouts: for reward sources that read dataset columns, rows that have them; by default each column that `columns()`
+        names holds the text 5.
     prompts: for rollout engines that read dataset columns, prompts that have them.
     policy: for rollout engines, critics, references and update rules, makes a fresh policy (a model).
-    finite_differences: whether the gradient of a loss or KL estimator must be that of its value; left out, it must unless
-        the plugin says `stops_gradient = True`.
-    rows: for offline trainers, eight rows or more of a dataset; left out, those of `builtin:addition` that are of its kind.
+    finite_differences: whether the gradient of a loss or KL estimator must equal finite differences; by default it must
+        unless the plugin sets `stops_gradient = True`.
+    rows: for offline trainers, at least eight rows of a dataset; by default those of `builtin:addition` of its kind.
     """
     axis = axis_of(type(plugin))
     if not axis:
-        raise TypeError(f"{type(plugin).__name__} is no plugin: it subclasses no class of hf_rlhf.axes")
+        raise TypeError(f"{type(plugin).__name__} is not a plugin: it subclasses no class of hf_rlhf.axes")
     own_metrics = dict.fromkeys(invariances.metric_names(plugin), 0.25)
-    told = [common.FIRST, {**common.LATER, **own_metrics}]
-    claims = [*common.plugin_checks(plugin, told), *metrics.metric_checks(plugin, axis, told)]
+    history = [common.FIRST_ROLLOUT, {**common.LATER_ROLLOUT, **own_metrics}]
+    checks = [*common.plugin_checks(plugin, history), *metrics.metric_checks(plugin, axis, history)]
     make = policy or (lambda: _policy(plugin.needs))
     if isinstance(plugin, RewardSource):
-        claims += rewards.reward_checks(plugin, rollouts or _rollouts_for(plugin))
+        checks += rewards.reward_checks(plugin, rollouts or _rollouts_for(plugin))
     elif isinstance(plugin, RolloutEngine):
-        claims += models.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts())
+        checks += models.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts())
     elif isinstance(plugin, Critic):
-        claims += models.critic_checks(plugin, make)
+        checks += models.critic_checks(plugin, make)
     elif isinstance(plugin, Reference):
-        claims += models.reference_checks(plugin, make)
+        checks += models.reference_checks(plugin, make)
     elif isinstance(plugin, UpdateRule):
-        claims += models.update_rule_checks(plugin, make)
+        checks += models.update_rule_checks(plugin, make)
     elif isinstance(plugin, KLController):
-        claims += common.controller_checks(plugin)
+        checks += common.controller_checks(plugin)
     elif isinstance(plugin, OfflineTrainer):
-        claims += offline_trainers.offline_trainer_checks(plugin, tiny_policy(), rows)
+        checks += offline_trainers.offline_trainer_checks(plugin, tiny_policy(), rows)
     elif axis in tensor_inputs.OUTPUTS:
-        claims += invariances.tensor_function_checks(plugin, axis, finite_differences, told)
+        checks += invariances.tensor_function_checks(plugin, axis, finite_differences, history)
     if isinstance(plugin, TextTerm):
-        claims += models.text_term_checks(plugin)
+        checks += models.text_term_checks(plugin)
     name = f"{axis}.{getattr(plugin, 'name', type(plugin).__name__)}"
-    return [Fact(f"{name}: {claim}", holds) for claim, holds in claims]
+    return [Fact(f"{name}: {claim}", holds) for claim, holds in checks]
 
 
 _rollouts = rollouts
 
 
 def _rollouts_for(plugin: RewardSource) -> Rollouts:
-    """Small `Rollouts` with the columns that the source says it reads: the text 5 in each row."""
+    """Return small `Rollouts` with the columns that the source reads, the text 5 in each row."""
     names = {"answer", *getattr(plugin, "columns", set)()}
     return _rollouts(columns={name: ["5"] * 4 for name in sorted(names)})
 
 
 def _prompts() -> list[Prompt]:
-    """Two prompts of different length, with the completions that `rollout=scripted` reads."""
+    """Return two prompts of different length, with the completions that `rollout=scripted` reads."""
     texts = {"2+3=": ["5", "The answer is 5."], "What is 17+4?": ["21", "#### 7"]}
     return [
         Prompt(
@@ -216,7 +216,7 @@ def _prompts() -> list[Prompt]:
 
 
 def _policy(needs: frozenset[str]) -> Any:
-    """A fresh tiny policy with what the plugin needs of it."""
+    """Return a fresh tiny policy with what the plugin needs of it."""
     model: Any = tiny_policy(dtype=torch.float64)[0]
     if "double_backward" in needs:
         model.set_attn_implementation("eager")
@@ -225,6 +225,6 @@ def _policy(needs: frozenset[str]) -> Any:
     try:
         import peft
     except ImportError:
-        raise SkipTest("not asked: peft is not installed, and it needs a policy with an adapter") from None
+        raise SkipTest("skipped: peft is not installed, and it needs a policy with an adapter") from None
     with torch.random.fork_rng(devices=[]):
         return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).eval()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 from hf_rlhf.axes import (
@@ -28,7 +29,6 @@ from hf_rlhf.axes import (
     axis_of,
 )
 from hf_rlhf.config.sections import Update
-from hf_rlhf.contract.metric_namespaces import AREAS, titles
 from hf_rlhf.registry.settings_schema import callable_text
 
 CORE_PROVIDES = frozenset(
@@ -115,6 +115,11 @@ class Algorithm:
         return self.policy_loss.token_level and not any((by_row, others, whole, "double_backward" in self.needs))
 
     @property
+    def loss_is_fused(self) -> bool:
+        """Whether the update differentiates the loss on the tiles of the language-model head."""
+        return self.update.fused_loss == "auto" and self.loss_is_token_level
+
+    @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps that one rollout feeds."""
         return self.update.mini_batches * self.update.epochs
@@ -167,7 +172,7 @@ class Algorithm:
     def titled(self, axis: str) -> list[tuple[str, Any]]:
         """(name in logs, plugin) for each plugin of a list axis; the second of a kind is called `<name>_2`."""
         own = getattr(self, axis)
-        return list(zip(titles(axis, own), own, strict=True))
+        return list(zip(_titles(own), own, strict=True))
 
     def extras(self, plugin: Plugin, available: dict[str, Any], positional: frozenset[str]) -> dict[str, Any]:
         """The keywords that a tensor function gets: one per name it needs beyond its positional arguments."""
@@ -298,5 +303,15 @@ def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:
         if axis not in LISTS or path.rpartition(".")[0] != axis:
             own[axis].append(plugin)
     for axis, plugins in own.items():
-        for title, plugin in zip(titles(axis, plugins), plugins, strict=True):
-            yield AREAS[axis].replace("<label>", title), axis, plugin
+        for title, plugin in zip(_titles(plugins), plugins, strict=True):
+            yield AXES[axis].axis.metric_prefix.replace("<label>", title), axis, plugin
+
+
+def _titles(plugins: Sequence[Plugin]) -> list[str]:
+    """Return the unique name in logs of each plugin of one axis, in their order."""
+    found: list[str] = []
+    for plugin in plugins:
+        label: str = (plugin.label if isinstance(plugin, RewardSource) else None) or plugin.name
+        numbered = (f"{label}_{n}" for n in count(2))
+        found.append(label if label not in found else next(title for title in numbered if title not in found))
+    return found

@@ -133,6 +133,11 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
             "exact entropy: no plugin asks for it (policy/entropy is estimated from the sampled tokens, unless "
             "logging.entropy is exact)"
         )
+    if a.loss_is_fused:
+        plan.skipped.append(
+            "logits a second time in the backward: the loss is token_level and is differentiated on the tiles of the "
+            "language-model head (update.fused_loss)"
+        )
     if a.skips_rows_without_advantage:
         plan.skipped.append("rows whose advantages are all 0, in the update: they would change nothing")
 

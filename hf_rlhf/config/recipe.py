@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import AXES, LISTS, Plugin
+from hf_rlhf.axes import AXES, LISTS, NESTED, Plugin
 from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS, OfflineDataset
 from hf_rlhf.config.overrides import apply_overrides
 from hf_rlhf.config.recipe_yaml import (
@@ -163,14 +163,6 @@ def read_recipe(name_or_path: str | Path, host: Host | None = None) -> dict[str,
     return raw
 
 
-NESTED_IN = {
-    "kl_estimator": "an estimator stands inside a kl: `kl: [{use: in_loss, estimator: {use: k3}}]`",
-    "kl_controller": "a controller stands inside a kl: `kl: [{use: in_reward, controller: {use: adaptive}}]`",
-    "baseline": "a baseline stands inside its estimator: `advantages: {use: baseline, baseline: {use: ema}}`",
-}
-"""What to write instead of an axis whose plugins stand inside another plugin."""
-
-
 def make(cls: type, settings: Mapping[str, Any], host: Host | None = None) -> tuple[Any, list[tuple[str, str]]]:
     """A plugin (or a section) from settings as a recipe writes them, or None, and (path, problem) of each that is wrong."""
     reader = _Reader(host or get_host())
@@ -185,8 +177,8 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
     if OFFLINE in raw:
         return _resolve_offline(raw, reader, name)
     for key in raw:
-        if key in NESTED_IN:
-            reader.refuse(key, NESTED_IN[key])
+        if key in NESTED:
+            reader.refuse(key, f"a {key} is a setting of another plugin: `{AXES[key].axis.nested}`")
         elif key not in KEYS:
             reader.refuse(key, f"a recipe has no such key.{did_you_mean(key, KEYS)} It has: {', '.join(KEYS)}")
     plugins: dict[str, Any] = {}
@@ -225,7 +217,7 @@ def _refuse_stages(raw: Mapping[str, Any], name: str) -> None:
 
 def _resolve_offline(raw: Mapping[str, Any], reader: _Reader, name: str) -> OfflineRecipe:
     """A recipe that names a trainer."""
-    misplaced = [key for key in raw if key not in OFFLINE_KEYS and (key in KEYS or key in NESTED_IN)]
+    misplaced = [key for key in raw if key not in OFFLINE_KEYS and (key in KEYS or key in NESTED)]
     if misplaced:
         reader.refuse(
             OFFLINE,

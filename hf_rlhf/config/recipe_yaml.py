@@ -30,14 +30,9 @@ ALGORITHM_AXES = [axis for axis in TOP_AXES if axis != OFFLINE]
 KEYS = [*TOP_AXES, *SECTIONS, "training"]
 OFFLINE_KEYS = [OFFLINE, *OFFLINE_SECTIONS, "training"]
 DEFAULTS: dict[str, Any] = {
-    "kl": [],
-    "critic": "none",
-    "policy_loss": "ppo_clip",
-    "rollout_correction": "none",
-    "optimizer": "trainer",
-    "aggregation": "token_mean",
-    "loss_terms": [],
-    "filters": [],
+    axis: [] if AXES[axis].axis.many else AXES[axis].axis.default
+    for axis in ALGORITHM_AXES
+    if AXES[axis].axis.default is not None
 }
 """What a recipe means by leaving an axis out. `reference` depends on the rest; see `hf_rlhf.config.recipe`."""
 

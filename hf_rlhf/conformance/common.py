@@ -1,4 +1,4 @@
-"""What every plugin and every KL controller promises, as functions that raise AssertionError.
+"""Checks of every plugin and of KL controllers, as functions that raise AssertionError.
 
 With `hf_rlhf.conformance.rewards`, `hf_rlhf.conformance.models`, `invariances` and `gradients`, the body of
 `hf_rlhf.testing.conformance`.
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from hf_rlhf.axes import KLController, Plugin
 
-Claims = Iterator[tuple[str, Callable[[], None]]]
+Checks = Iterator[tuple[str, Callable[[], None]]]
 Statistics = Sequence[Mapping[str, float]]
 
-FIRST: Mapping[str, float] = {
+FIRST_ROLLOUT: Mapping[str, float] = {
     "rollout/rows": 64.0,
     "rollout/tokens": 512.0,
     "reward/total/mean": 0.5,
@@ -38,22 +38,22 @@ FIRST: Mapping[str, float] = {
     "kl/rollout/sequence": 3.0,
     "kl/rollout/token": 0.25,
 }
-"""What is measured of a first rollout, among other things."""
-LATER: Mapping[str, float] = {
-    **{name: 2 * x for name, x in FIRST.items()},
+"""Some statistics of a first rollout."""
+LATER_ROLLOUT: Mapping[str, float] = {
+    **{name: 2 * x for name, x in FIRST_ROLLOUT.items()},
     "policy/approx_kl": 0.125,
     "policy/entropy": 1.5,
 }
-"""Of a later one: the updates before it were measured as well."""
+"""Some statistics of a later rollout, which include the updates before it."""
 
 
-def plugin_checks(plugin: Plugin, told: Statistics) -> Claims:
-    """Whatever its axis. `told` are the statistics of two rollouts."""
+def plugin_checks(plugin: Plugin, history: Statistics) -> Checks:
+    """Yield the checks of every axis. `history` holds the statistics of two rollouts."""
     yield "it is a dataclass with a name, and every setting is documented", lambda: _is_documented(plugin)
-    yield "what it needs and provides are sets of known names", lambda: _needs_are_known(plugin)
+    yield "needs and provides are sets of known names", lambda: _needs_are_known(plugin)
     yield "its settings survive a recipe", lambda: _settings_survive(plugin)
     yield "it can be copied and pickled", lambda: _can_be_copied(plugin)
-    yield "its state survives a checkpoint", lambda: _state_survives(plugin, told)
+    yield "its state survives a checkpoint", lambda: _state_survives(plugin, history)
 
 
 # Names, docstrings, settings
@@ -63,18 +63,18 @@ def _is_documented(plugin: Plugin) -> None:
     cls = type(plugin)
     called = cls.__name__
     assert "__dataclass_params__" in cls.__dict__ or not inspect.get_annotations(cls), (
-        f"{called} declares settings and is no dataclass: write @dataclass(kw_only=True) above it"
+        f"{called} declares settings and is not a dataclass. Write @dataclass(kw_only=True) above it"
     )
     name = getattr(plugin, "name", None)
-    assert isinstance(name, str), f'{called} has no name: write name = "..." in its body'
-    assert name.isidentifier(), f"{called}.name is {name!r}: a recipe and the command line need a word like group_norm"
+    assert isinstance(name, str), f'{called} has no name. Write name = "..." in its body'
+    assert name.isidentifier(), f"{called}.name must be a word like group_norm, got {name!r}"
     settings = [setting.name for setting in fields(plugin)]
     for name in ("name", "needs", "provides", "places", "stops_gradient"):
-        assert name not in settings, f"{called}.{name} became a setting: annotate it as ClassVar, or not at all"
+        assert name not in settings, f"{called}.{name} became a setting. Annotate it as ClassVar, or not at all"
     positional = [setting.name for setting in fields(plugin) if not setting.kw_only]
-    assert not positional, f"settings are keyword-only, and {positional} are not: write @dataclass(kw_only=True)"
+    assert not positional, f"settings must be keyword-only, got {positional}. Write @dataclass(kw_only=True)"
     doc = cls.__dict__.get("__doc__") or f"{called}("  # what dataclass writes where there is none
-    assert not doc.startswith(f"{called}("), f"{called} has no docstring; its first line says what it computes"
+    assert not doc.startswith(f"{called}("), f"{called} has no docstring. Say in its first line what it computes"
     missing = [name for name in settings if name not in _documented_fields(cls)]
     assert not missing, f"{called} has settings without a docstring below them: {', '.join(missing)}"
 
@@ -100,7 +100,7 @@ def _needs_are_known(plugin: Plugin) -> None:
     known = CORE_PROVIDES | FIXES.keys()
     for title in ("needs", "provides"):
         names = getattr(plugin, title)
-        assert isinstance(names, frozenset), f"{title} is {names!r}; write frozenset({{...}})"
+        assert isinstance(names, frozenset), f"{title} must be a frozenset, got {names!r}"
         # Other names are allowed: another plugin of the same package may provide them.
         for name in sorted(names - known):
             assert not did_you_mean(name, known), f"{title} names {name!r}.{did_you_mean(name, known)}"
@@ -116,29 +116,29 @@ def _settings_survive(plugin: Plugin) -> None:
         types = setting_types(cls)
     except NameError as error:
         raise AssertionError(
-            f"the type of a setting is unknown when it runs: {error}; import it outside TYPE_CHECKING"
+            f"the type of a setting is unknown at run time: {error}. Import it outside TYPE_CHECKING"
         ) from error
     try:
         written = recipe.settings_as_plain(plugin)
         read = read_yaml(write_yaml(written), "its settings") or {}
     except Exception as error:
         raise AssertionError(
-            f"its settings cannot be written into a recipe: use numbers, text, lists and mappings. {error}"
+            f"its settings cannot be written into a recipe. Use numbers, text, lists and mappings. {error}"
         ) from error
     given = {name: getattr(plugin, name) if nested(hint) else read.get(name) for name, hint in types.items()}
     made, problems = recipe.make(cls, given)
     said = "; ".join(f"{path}: {text}" for path, text in problems)
-    assert made is not None, f"a recipe with its own settings is refused: {said}"
+    assert made is not None, f"a recipe with its own settings is rejected: {said}"
     again = recipe.settings_as_plain(made)
     changed = [f"{name} {written[name]!r} becomes {again[name]!r}" for name in written if again[name] != written[name]]
-    assert not changed, f"made again from its own settings it differs: {', '.join(changed)}"
+    assert not changed, f"rebuilt from its own settings it differs: {', '.join(changed)}"
 
 
 def _can_be_copied(plugin: Plugin) -> None:
-    """As it is before `setup`: what that starts need not be."""
+    """Check a copy from before `setup`: what `setup` starts need not be copied."""
     made = _made_again(plugin)
     for way, other in (("copied", copy.deepcopy(made)), ("pickled", pickle.loads(pickle.dumps(made)))):
-        assert other == made, f"{way}, it is {other} and no longer {made}"
+        assert other == made, f"after being {way} it is {other}, not {made}"
 
 
 def _made_again(plugin: Plugin) -> Plugin:
@@ -146,7 +146,7 @@ def _made_again(plugin: Plugin) -> Plugin:
 
 
 def duplicate(plugin: Plugin) -> Plugin:
-    """A copy with its memory and what `setup` started; where that cannot be copied, one as before `setup`."""
+    """Return a copy with its state and what `setup` started, or as before `setup` if that cannot be copied."""
     try:
         return copy.deepcopy(plugin)
     except TypeError:  # a lock, a connection, a process
@@ -157,7 +157,7 @@ def duplicate(plugin: Plugin) -> Plugin:
 
 
 def with_nested(plugin: Plugin) -> Iterator[Plugin]:
-    """The plugin and the plugins inside it."""
+    """Yield the plugin and the plugins inside it."""
     yield plugin
     for setting in fields(plugin):
         value = getattr(plugin, setting.name)
@@ -166,16 +166,16 @@ def with_nested(plugin: Plugin) -> Iterator[Plugin]:
                 yield from with_nested(child)
 
 
-def observed(plugin: Plugin) -> bool:
-    """Whether it, or a plugin inside it, has a memory."""
+def has_memory(plugin: Plugin) -> bool:
+    """Return whether the plugin, or one inside it, keeps state over rollouts."""
     return any(type(each).observe is not Plugin.observe for each in with_nested(plugin))
 
 
-def remade(plugin: Plugin, told: Statistics) -> tuple[Plugin, Plugin]:
-    """A copy that was told of rollouts, and another into which the first one's state was loaded."""
+def restored_pair(plugin: Plugin, history: Statistics) -> tuple[Plugin, Plugin]:
+    """Return a copy that observed rollouts, and another one with the state of the first."""
     trained, fresh = duplicate(plugin), duplicate(plugin)
     for each, other in zip(with_nested(trained), with_nested(fresh), strict=True):
-        for statistics in told:
+        for statistics in history:
             each.observe(statistics)
         other.load_state_dict(_through_a_file(each.state_dict()))
     return trained, fresh
@@ -188,26 +188,24 @@ def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise AssertionError(
-            f"state_dict holds more than numbers, strings, tensors, lists and dicts: {error}"
-        ) from None
+        raise AssertionError(f"state_dict must hold numbers, strings, tensors, lists and dicts only: {error}") from None
     return loaded
 
 
-def _state_survives(plugin: Plugin, told: Statistics) -> None:
+def _state_survives(plugin: Plugin, history: Statistics) -> None:
     started = duplicate(plugin)
     try:
-        trained, fresh = remade(plugin, told)
+        trained, fresh = restored_pair(plugin, history)
     except KeyError as error:
         raise AssertionError(
-            f"it looks for the statistic {error}, which is not measured of every rollout: use statistics.get"
+            f"it reads the statistic {error}, which is not measured in every rollout. Use statistics.get"
         ) from error
     before, after = trained.state_dict(), fresh.state_dict()
     assert equal(after, before), f"load_state_dict turned {before} into {after}"
     for name, value in vars(trained).items():
         if _is_plain(value) and not equal(value, vars(started).get(name)):
             kept = equal(vars(fresh).get(name), value)
-            assert kept, f"observe changes {name} to {value!r}, and it is lost in a checkpoint: add it to state_dict"
+            assert kept, f"observe changes {name} to {value!r}, which a checkpoint loses. Add it to state_dict"
 
 
 def _is_plain(value: Any) -> bool:
@@ -218,22 +216,22 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def controller_checks(plugin: KLController) -> Claims:
-    """Of a rule that moves beta."""
-    yield "beta stays finite and not negative, whatever was measured", lambda: _beta_is_sane(plugin)
+def controller_checks(plugin: KLController) -> Checks:
+    """Yield the checks of a KL controller."""
+    yield "beta stays finite and non-negative", lambda: _beta_is_sane(plugin)
     yield "more KL never gives a smaller beta", lambda: _beta_rises(plugin)
     yield "asking for beta does not change it", lambda: _beta_repeats(plugin)
 
 
 def _after(plugin: KLController, kl: float, rollouts: int, rows: float = 64.0, **others: float) -> float:
-    """Beta after rollouts with this KL, from 0.1 at the start."""
+    """Return beta after rollouts with this KL, for a beta of 0.1 in the recipe."""
     own = copy.deepcopy(plugin)
-    measured = {**FIRST, "rollout/rows": rows, "kl/rollout/sequence": kl, "kl/rollout/token": kl / 8, **others}
+    measured = {**FIRST_ROLLOUT, "rollout/rows": rows, "kl/rollout/sequence": kl, "kl/rollout/token": kl / 8, **others}
     for _ in range(rollouts):
         own.observe(measured)
     beta = own(0.1)
     number = isinstance(beta, int | float) and not isinstance(beta, bool)
-    assert number, f"beta is a {type(beta).__name__}; a number is due"
+    assert number, f"beta must be a number, got {type(beta).__name__}"
     return float(beta)
 
 
@@ -241,21 +239,21 @@ def _beta_is_sane(plugin: KLController) -> None:
     for kl, rows, rollouts in itertools.product((0.0, -5.0, 1e-6, 6.0, 1e6), (1.0, 64.0, 512.0), (0, 1, 20)):
         beta = _after(plugin, kl, rollouts, rows)
         said = f"after {rollouts} rollouts of {rows:g} rows with a KL of {kl:g} beta is {beta:g}"
-        assert math.isfinite(beta), f"{said}: it must stay finite"
-        assert beta >= 0, f"{said}: below 0 it would drive the policy away from the reference"
+        assert math.isfinite(beta), f"{said}; it must be finite"
+        assert beta >= 0, f"{said}; below 0 it drives the policy away from the reference"
 
 
 def _beta_rises(plugin: KLController) -> None:
     for rollouts in (1, 20):
         low, high = _after(plugin, 0.0, rollouts), _after(plugin, 1e3, rollouts)
-        assert high >= low, f"a KL of 1000 nats gives beta {high:g} and none gives {low:g}: is a sign wrong?"
+        assert high >= low, f"a KL of 1000 nats gives beta {high:g}, a KL of 0 gives {low:g}. Check the sign"
 
 
 def _beta_repeats(plugin: KLController) -> None:
     own = copy.deepcopy(plugin)
-    own.observe(FIRST)
+    own.observe(FIRST_ROLLOUT)
     first, second, twice = own(0.1), own(0.1), own(0.2)
-    assert first == second, f"called twice between two rollouts, it gives beta {first:g} and {second:g}"
+    assert first == second, f"called twice between two rollouts it returns beta {first:g} and {second:g}"
     assert twice >= first, f"the recipe's beta 0.1 gives {first:g} and 0.2 gives {twice:g}"
 
 
@@ -263,7 +261,7 @@ def _beta_repeats(plugin: KLController) -> None:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Equal in type and value, through lists, dicts and tensors."""
+    """Compare type and value, through lists, dicts and tensors."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool(torch.equal(a, b))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -274,17 +272,17 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def generators_now() -> list[Any]:
-    """The states of the global random generators of torch, Python and NumPy."""
+    """Return the states of the global random generators of torch, Python and NumPy."""
     import numpy
 
     return [torch.get_rng_state(), random.getstate(), pickle.dumps(numpy.random.get_state())]
 
 
-def same(got: dict[str, Tensor], want: dict[str, Tensor], why: str) -> None:
-    """Asserts that `got` holds the tensors of `want` up to rounding."""
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], why: str) -> None:
+    """Assert that `got` holds the tensors of `want` up to rounding."""
     for name, x in want.items():
         y = got[name]
-        assert x.shape == y.shape, f"{name} is {tuple(y.shape)} where {tuple(x.shape)} was due: {why}"
+        assert x.shape == y.shape, f"{name} must have shape {tuple(x.shape)}, got {tuple(y.shape)}: {why}"
         if not torch.allclose(y.double(), x.double(), rtol=1e-9, atol=1e-12, equal_nan=True):
             worst = (y.double() - x.double()).abs().nan_to_num(math.inf).max().item()
             raise AssertionError(f"{name} changes by up to {worst:.3g}: {why}")
@@ -298,10 +296,10 @@ COLLECTIVE = (
 
 @contextmanager
 def second_of_two_processes() -> Iterator[None]:
-    """Inside, this looks like process 1 of 2, and calling the other one is an error."""
+    """Simulate process 1 of 2, in which any collective raises."""
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("it calls torch.distributed: the core gathers rows, a plugin never does")
+        raise AssertionError("it calls torch.distributed; the core gathers rows, a plugin must not")
 
     def gives(answer: Any) -> Callable[..., Any]:
         return lambda *_, **__: answer

@@ -1,4 +1,4 @@
-"""What the axes of tensor functions promise, from advantages to filters: shapes, masks, needs, and what must not matter.
+"""Checks of tensor functions, from advantages to filters: shapes, masks, needs and invariances.
 
 Each fact is a title and a function that raises AssertionError. `hf_rlhf.conformance.gradients` has those about gradients.
 """
@@ -29,92 +29,92 @@ from hf_rlhf.axes import (
 )
 from hf_rlhf.conformance import gradients
 from hf_rlhf.conformance.common import (
-    Claims,
+    Checks,
     Statistics,
+    assert_equal,
     equal,
     generators_now,
-    observed,
-    remade,
-    same,
+    has_memory,
+    restored_pair,
     second_of_two_processes,
 )
 from hf_rlhf.conformance.tensor_inputs import (
     OUTPUTS,
     Run,
     Tensors,
-    declared,
+    declared_needs,
     draw_tensors,
     on_mask,
-    ordinary,
-    prepared,
+    ordinary_tensors,
     rows_of,
     widened,
+    with_selected,
 )
 
 WHOLE = (AdvantageEstimator, Baseline, Filter)
-"""Called once with all rows of a rollout, as a `Scored`."""
+"""Axes called once with all rows of a rollout, as a `Scored`."""
 BY_ROW = (PolicyLoss, KLEstimator, KLPlacement, LossTerm, RolloutCorrection)
-"""Called with some of the rows: on each process, and on each micro-batch."""
+"""Axes called with some of the rows: on each process and for each micro-batch."""
 
 
-def tensor_function_checks(plugin: Plugin, axis: str, finite_differences: bool | None, told: Statistics) -> Claims:
-    """Of a plugin on one of the axes in `OUTPUTS`. What is wrong with the first fact is not said again by the others."""
+def tensor_function_checks(plugin: Plugin, axis: str, finite_differences: bool | None, history: Statistics) -> Checks:
+    """Yield the checks of an axis in `OUTPUTS`. All are skipped but the first if that one fails."""
 
     def run(t: Tensors) -> Tensors:
         return OUTPUTS[axis](plugin, {name: x.clone() for name, x in t.items()})
 
     @cache
-    def answers() -> bool:
+    def is_sound() -> bool:
         try:
             _keeps_shape(plugin, run)
         except Exception:
             return False
         return True
 
-    def asked(check: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+    def if_sound(check: Callable[..., None], *arguments: Any) -> Callable[[], None]:
         def holds() -> None:
-            if not answers():
-                raise SkipTest("not asked: on ordinary input it fails or gives another shape than is due")
+            if not is_sound():
+                raise SkipTest("skipped: on ordinary input it fails or returns a wrong shape")
             check(*arguments)
 
         return holds
 
-    yield "shape and dtype follow its input", lambda: _keeps_shape(plugin, run)
-    yield "it runs on what it declares, and reads nothing else", asked(_needs_suffice, plugin, axis, run)
-    yield "it is 0 off the mask", asked(_is_zero_off_the_mask, run)
-    yield "it is finite on degenerate input", asked(_is_finite, run)
+    yield "output has the shape and dtype of its input", lambda: _keeps_shape(plugin, run)
+    yield "it reads what it declares in needs, and nothing else", if_sound(_needs_suffice, plugin, axis, run)
+    yield "it is 0 off the mask", if_sound(_is_zero_off_the_mask, run)
+    yield "it is finite on degenerate input", if_sound(_is_finite, run)
     if not isinstance(plugin, WHOLE):
-        yield "it is finite for a single row, and without rewards", asked(_is_finite, run, _few_rows)
+        yield "it is finite for a single row, and without rewards", if_sound(_is_finite, run, _few_rows)
     if isinstance(plugin, RolloutCorrection):
-        yield "it is finite where the sampler's log-probs are far off", asked(_is_finite, run, _extreme_ratios)
+        yield "it is finite for a sampler with very different log-probs", if_sound(_is_finite, run, _extreme_ratios)
     if isinstance(plugin, WHOLE):
-        yield "it is finite where a group has one row (K = 1)", asked(_is_finite, run, _single_rows)
-        yield "it is finite for equal rewards, and rounding is no signal", asked(_equal_rewards, run)
-        yield "it is finite where a reward does not apply (NaN)", asked(_is_finite, run, _missing_scores)
-        yield "group ids are only labels", asked(_ids_are_labels, run)
+        yield "it is finite for groups of one row", if_sound(_is_finite, run, _single_rows)
+        yield "it is finite for equal rewards, and ignores rounding", if_sound(_equal_rewards, run)
+        yield "it is finite for rewards that do not apply (NaN)", if_sound(_is_finite, run, _missing_scores)
+        yield "group ids are only labels", if_sound(_ids_are_labels, run)
     if isinstance(plugin, AdvantageEstimator | Baseline) and not plugin.across_groups:
-        yield "rows of other prompts change nothing", asked(_groups_are_alone, run)
-    yield "float32 gives what float64 gives", asked(_precision, run)
-    yield "padding columns change nothing", asked(_ignores_padding, run)
-    yield "the order of the rows changes nothing", asked(_ignores_order, run)
+        yield "rows of other prompts change nothing", if_sound(_groups_are_alone, run)
+    yield "float32 gives what float64 gives", if_sound(_precision, run)
+    yield "padding columns change nothing", if_sound(_ignores_padding, run)
+    yield "the order of the rows changes nothing", if_sound(_ignores_order, run)
     if not isinstance(plugin, KLEstimator):  # it sees no mask: what is off it was filled before
-        yield "what stands off the mask changes nothing", asked(_ignores_off_mask, run)
-    yield "a column of tool tokens changes nothing", asked(_ignores_tool_tokens, run)
-    yield "the number of processes changes nothing", asked(_ignores_processes, plugin, run)
+        yield "values off the mask change nothing", if_sound(_ignores_off_mask, run)
+    yield "a column of tool tokens changes nothing", if_sound(_ignores_tool_tokens, run)
+    yield "the number of processes changes nothing", if_sound(_ignores_processes, plugin, run)
     if isinstance(plugin, BY_ROW) and not isinstance(plugin, KLEstimator):
-        yield "any split into micro-batches changes nothing", asked(_rows_are_alone, plugin, run)
-    yield "it changes neither its input nor a random generator, and repeats itself", asked(_is_pure, plugin, axis)
-    if observed(plugin):
-        yield "after a checkpoint it computes the same", asked(_resumes, plugin, axis, told)
+        yield "any split into micro-batches changes nothing", if_sound(_rows_are_alone, plugin, run)
+    yield "it is deterministic, and changes neither its input nor a random generator", if_sound(_is_pure, plugin, axis)
+    if has_memory(plugin):
+        yield "it computes the same after a checkpoint", if_sound(_resumes, plugin, axis, history)
     if isinstance(plugin, Aggregation | RolloutCorrection | LossTerm):
-        yield "its factors are not negative and carry no gradient", asked(_factors, run)
+        yield "its factors are non-negative and carry no gradient", if_sound(_factors, run)
     for title, check, *arguments in gradients.gradient_checks(plugin, axis, run, finite_differences):
-        yield title, asked(check, *arguments)
+        yield title, if_sound(check, *arguments)
 
 
 def _keeps_shape(plugin: Plugin, run: Run) -> None:
     for dtype in (torch.float64, torch.float32):
-        t = ordinary(dtype)
+        t = ordinary_tensors(dtype)
         try:
             outputs = run(t)
         except AssertionError:
@@ -122,39 +122,39 @@ def _keeps_shape(plugin: Plugin, run: Run) -> None:
         except Exception as error:
             raise AssertionError(f"on ordinary input it raises {type(error).__name__}: {error}") from error
         for name, x in outputs.items():
-            assert isinstance(x, Tensor), f"{name} is a {type(x).__name__}; a tensor is due"
+            assert isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}"
             per_row = name == "keep" or (isinstance(plugin, KLPlacement) and plugin.level == "sequence")
             due = t["mask"].shape[:1] if per_row else t["mask"].shape
-            assert x.shape == due, f"{name} has the shape {tuple(x.shape)}; {tuple(due)} is due"
+            assert x.shape == due, f"{name} must have shape {tuple(due)}, got {tuple(x.shape)}"
             kind = torch.bool if name == "keep" else dtype
             free = name.startswith("metric") or name == "selected"
-            assert x.dtype == kind or free, f"{name} is {x.dtype} for {dtype} input; {kind} is due"
+            assert x.dtype == kind or free, f"{name} must be {kind} for {dtype} input, got {x.dtype}"
 
 
 def _needs_suffice(plugin: Plugin, axis: str, run: Run) -> None:
-    t = ordinary()
-    needs = sorted(declared(plugin))
+    t = ordinary_tensors()
+    needs = sorted(declared_needs(plugin))
     try:
         alone = OUTPUTS[axis](plugin, {name: x.clone() for name, x in t.items()}, strict=True)
     except Exception as error:
         raise AssertionError(
-            f"it needs {needs or 'nothing'} and fails on that alone: name in `needs` what it reads, take what it needs. "
+            f"it needs {needs or 'nothing'} and fails with that alone. Name in `needs` what it reads, and accept what it needs. "
             f"{type(error).__name__}: {error}"
         ) from error
-    same(
+    assert_equal(
         on_mask(t, alone),
         on_mask(t, run(t)),
-        f"it was given what it needs ({needs}) and no more: it reads other fields",
+        f"it reads fields that it does not need ({needs})",
     )
 
 
 def _is_zero_off_the_mask(run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     for name, x in run(t).items():
         if name in ("advantages", "weights"):
             off = x[t["mask"] == 0]
             assert bool((off == 0).all()), (
-                f"{name} is not 0 off the mask (up to {off.abs().max():.3g}); multiply by it last"
+                f"{name} must be 0 off the mask, got up to {off.abs().max():.3g}. Multiply by the mask last"
             )
 
 
@@ -162,7 +162,7 @@ def _is_zero_off_the_mask(run: Run) -> None:
 
 
 def _with_rewards(t: Tensors, score: Tensor | float) -> Tensors:
-    """`score` (N,) at each row's last token and from the first source, and nothing else."""
+    """Set the first source's scores to `score` (N,), at each row's last token, and all other rewards to 0."""
     flat = torch.zeros_like(t["score"]) + score
     last = t["mask"] * (t["mask"].flip(1).cumsum(1).flip(1) == 1)
     none = {"style": flat * 0, "kl_penalties": last * 0}
@@ -215,7 +215,7 @@ def _extreme_ratios(t: Tensors) -> Iterator[tuple[str, Tensors]]:
 
 def _is_finite(run: Run, cases: Callable[[Tensors], Iterator[tuple[str, Tensors]]] = _degenerate) -> None:
     for dtype in (torch.float64, torch.float32):
-        for case, t in cases(ordinary(dtype)):
+        for case, t in cases(ordinary_tensors(dtype)):
             _asserts_finite(case, on_mask(t, run(t)))
 
 
@@ -230,7 +230,7 @@ def _equal_rewards(run: Run) -> None:
         outputs = {dtype: on_mask(t[dtype], run(t[dtype])) for dtype in DTYPES}
         for given in outputs.values():
             _asserts_finite("equal rewards", given)
-        _agree(outputs, "all rewards are equal: find that by max == min, their deviation is rounding")
+        _agree(outputs, "all rewards are equal. Test for max == min; their standard deviation is rounding error")
 
 
 DTYPES = (torch.float64, torch.float32)
@@ -244,134 +244,140 @@ def _agree(outputs: dict[torch.dtype, Tensors], why: str) -> None:
 
 
 def _precision(run: Run) -> None:
-    t = {dtype: ordinary(dtype) for dtype in DTYPES}
-    _agree({dtype: on_mask(t[dtype], run(t[dtype])) for dtype in DTYPES}, "float32 must do")
+    t = {dtype: ordinary_tensors(dtype) for dtype in DTYPES}
+    _agree({dtype: on_mask(t[dtype], run(t[dtype])) for dtype in DTYPES}, "float32 must be accurate enough")
 
 
 # What must not matter
 
 
 def _ignores_padding(run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     width = t["mask"].shape[1]
     wide = widened(t, width, 3)
     want = {name: pad(x, (0, 3)) if x.dim() == 2 else x for name, x in on_mask(t, run(t)).items()}
-    same(on_mask(wide, run(wide)), want, "three columns of padding were added on the right; count with the mask")
+    assert_equal(
+        on_mask(wide, run(wide)), want, "three columns of padding were added on the right. Count with the mask"
+    )
 
 
 def _ignores_order(run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     order = torch.randperm(len(t["mask"]), generator=torch.Generator().manual_seed(1))
     shuffled, want = rows_of(t, order), rows_of(on_mask(t, run(t)), order)
-    same(on_mask(shuffled, run(shuffled)), want, "the rows were shuffled; find a row's group by group_ids")
+    assert_equal(on_mask(shuffled, run(shuffled)), want, "the rows were shuffled. Find a row's group by group_ids")
 
 
 def _ignores_off_mask(run: Run) -> None:
-    t, noise = ordinary(), ordinary(seed=1)
+    t, noise = ordinary_tensors(), ordinary_tensors(seed=1)
     names = ["values", "logps", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "entropy"]
     off = t["mask"] == 0
     other = t | {name: torch.where(off, 1e4 * noise[name], t[name]) for name in names}
-    why = "numbers off the mask changed (padding, tool tokens); fill them before an exponential, multiply by the mask last"
-    same(on_mask(other, run(other)), on_mask(t, run(t)), why)
+    why = "values off the mask changed (padding, tool tokens). Fill them before an exponential, and multiply by the mask last"
+    assert_equal(on_mask(other, run(other)), on_mask(t, run(t)), why)
 
 
 def _ignores_tool_tokens(run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     at, noise = 2, dict.fromkeys(("values", "logps", "old_logps", "ref_logps", "sampler_logps", "entropy"), -0.7)
     wide = widened(t, at, fill={**noise, "sum_sq_probs": 0.5})
     inside = t["completion_ids"][:, at - 1 : at] > 0
     wide["completion_ids"][:, at : at + 1] = torch.where(inside, 7, 0)
     want = widened(on_mask(t, run(t)), at)
-    same(on_mask(wide, run(wide)), want, "a column of tool tokens (mask 0) came between; step over it")
+    assert_equal(on_mask(wide, run(wide)), want, "a column of tool tokens (mask 0) was inserted. Skip it")
 
 
 def _ignores_processes(plugin: Plugin, run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     want = on_mask(t, run(t))
     with second_of_two_processes():
-        same(on_mask(t, run(t)), want, "it was called as process 1 of 2")
+        assert_equal(on_mask(t, run(t)), want, "it was called as process 1 of 2")
     groups = t["group_ids"].unique()
     shares = [torch.isin(t["group_ids"], groups[rank::2]).nonzero().flatten() for rank in (0, 1)]
     if isinstance(plugin, BY_ROW):
-        t = prepared(plugin, t)
+        t = with_selected(plugin, t)
         for share in shares:
             own = rows_of(t, share)
-            same(_row_outputs(own, run), rows_of(_row_outputs(t, run), share), "each process computed its own rows")
+            assert_equal(
+                _row_outputs(own, run), rows_of(_row_outputs(t, run), share), "each process computed its own rows"
+            )
         return
     order = torch.cat(shares)
     gathered, want = rows_of(t, order), rows_of(want, order)
-    same(
+    assert_equal(
         on_mask(gathered, run(gathered)), want, "two processes rolled out every other group, and the rows were gathered"
     )
 
 
 def _row_outputs(t: Tensors, run: Run) -> Tensors:
-    """What belongs to a row alone; a term's weights are of the whole step."""
+    """Return the outputs of single rows; weights of a loss term depend on the whole step."""
     return {name: x for name, x in on_mask(t, run(t)).items() if name != "weights"}
 
 
 def _rows_are_alone(plugin: Plugin, run: Run) -> None:
-    t = prepared(plugin, ordinary())
+    t = with_selected(plugin, ordinary_tensors())
     whole = _row_outputs(t, run)
     for row in range(len(t["mask"])):
         length = int(t["mask"][row].nonzero().max()) + 1
         alone = {name: x[row : row + 1, :length] if x.dim() >= 2 else x[row : row + 1] for name, x in t.items()}
         want = {name: x[row : row + 1, :length] if x.dim() >= 2 else x[row : row + 1] for name, x in whole.items()}
-        same(_row_outputs(alone, run), want, "the row was computed alone; micro-batches may split anywhere")
+        assert_equal(_row_outputs(alone, run), want, "the row was computed alone, as in a micro-batch")
 
 
 def _groups_are_alone(run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     whole = on_mask(t, run(t))
     for group in t["group_ids"].unique():
         own = (t["group_ids"] == group).nonzero().flatten()
         alone = rows_of(t, own)
-        why = "a group was computed alone; if all rows of a rollout are meant to count, say across_groups = True in its body"
-        same(on_mask(alone, run(alone)), rows_of(whole, own), why)
+        why = "a group was computed alone. If all rows of a rollout should count, set across_groups = True"
+        assert_equal(on_mask(alone, run(alone)), rows_of(whole, own), why)
 
 
 def _is_pure(plugin: Plugin, axis: str) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     before, generators = copy.deepcopy(t), generators_now()
     first = {name: x.clone() for name, x in OUTPUTS[axis](plugin, t).items()}
     for name, x in before.items():
         assert torch.equal(x, t[name]), f"it changes its input {name} in place"
-    same(OUTPUTS[axis](plugin, t), first, "it was called twice on the same input")
+    assert_equal(OUTPUTS[axis](plugin, t), first, "it was called twice on the same input")
     assert equal(generators_now(), generators), "it draws from a global random generator"
 
 
-def _resumes(plugin: Plugin, axis: str, told: Statistics) -> None:
-    t = ordinary()
+def _resumes(plugin: Plugin, axis: str, history: Statistics) -> None:
+    t = ordinary_tensors()
     try:
-        trained, fresh = remade(plugin, told)
+        trained, fresh = restored_pair(plugin, history)
     except Exception as error:
-        raise SkipTest(f"not asked: its state does not survive. {error}") from None
-    same(on_mask(t, OUTPUTS[axis](fresh, t)), on_mask(t, OUTPUTS[axis](trained, t)), "it was loaded from a checkpoint")
+        raise SkipTest(f"skipped: its state does not survive. {error}") from None
+    assert_equal(
+        on_mask(t, OUTPUTS[axis](fresh, t)), on_mask(t, OUTPUTS[axis](trained, t)), "it was loaded from a checkpoint"
+    )
 
 
 def _factors(run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     for name in ("logps", "old_logps", "sampler_logps", "entropy"):
         t[name].requires_grad_()
     for name, x in run(t).items():
         if name in ("weights", "factors"):
-            assert bool((x >= 0).all()), f"{name} are negative somewhere, down to {x.min():.3g}"
-            assert bool(x.sum() > 0), f"{name} are 0 everywhere"
-            assert not x.requires_grad, f"{name} carry a gradient; detach them"
+            assert bool((x >= 0).all()), f"{name} must be non-negative, got {x.min():.3g}"
+            assert bool(x.sum() > 0), f"{name} must not be 0 everywhere"
+            assert not x.requires_grad, f"{name} must carry no gradient. Detach them"
 
 
 def _ids_are_labels(run: Run) -> None:
-    t = ordinary()
+    t = ordinary_tensors()
     renamed = {**t, "group_ids": 100 - 7 * t["group_ids"]}
-    same(run(renamed), run(t), "the groups got other ids and kept their rows")
+    assert_equal(run(renamed), run(t), "the groups were renumbered")
 
 
 def metric_names(plugin: Plugin) -> list[str]:
-    """The names under which the metrics of a policy loss are observed."""
+    """Return the names under which `observe` gets the metrics of a policy loss."""
     if not isinstance(plugin, PolicyLoss):
         return []
     try:
-        outputs = OUTPUTS["policy_loss"](plugin, ordinary())
+        outputs = OUTPUTS["policy_loss"](plugin, ordinary_tensors())
     except Exception:
         return []
     return [f"policy/{name.removeprefix('metric ')}" for name in outputs if name.startswith("metric ")]

@@ -1,4 +1,4 @@
-"""What every plugin promises of its metrics, as functions that raise AssertionError: they are declared, named and finite."""
+"""Checks of metrics, as functions that raise AssertionError: declared, named and finite."""
 
 from __future__ import annotations
 
@@ -11,83 +11,82 @@ from unittest import SkipTest
 
 from torch import Tensor
 
-from hf_rlhf.axes import AdvantageEstimator, Plugin, PolicyLoss
+from hf_rlhf.axes import AXES, AdvantageEstimator, Plugin, PolicyLoss
 from hf_rlhf.batch import Credit
-from hf_rlhf.conformance.common import Claims, Statistics, duplicate, with_nested
-from hf_rlhf.conformance.tensor_inputs import OUTPUTS, as_scored, ordinary
+from hf_rlhf.conformance.common import Checks, Statistics, duplicate, with_nested
+from hf_rlhf.conformance.tensor_inputs import OUTPUTS, as_scored, ordinary_tensors
 from hf_rlhf.contract.metric import Metric
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics.names import pattern, under
 
 NAME = re.compile(r"[\w.@<>-]+(/[\w.@<>-]+)*")
 
 
-def metric_checks(plugin: Plugin, axis: str, told: Statistics) -> Claims:
-    """Of any plugin. `told` are the statistics of two rollouts."""
-    yield "its metrics have names below its axis and say what they measure", lambda: _are_named(plugin, axis)
-    yield "what it reports is declared and finite", lambda: _reports(plugin, told)
+def metric_checks(plugin: Plugin, axis: str, history: Statistics) -> Checks:
+    """Yield the checks of a plugin's metrics. `history` holds the statistics of two rollouts."""
+    yield "metrics are named below its axis and explained", lambda: _are_named(plugin, axis)
+    yield "reported metrics are declared and finite", lambda: _reports(plugin, history)
     if isinstance(plugin, PolicyLoss):
-        yield "the metrics that it returns are declared and finite", lambda: _returns(plugin)
+        yield "returned metrics are declared and finite", lambda: _returns(plugin)
     if isinstance(plugin, AdvantageEstimator):
-        yield "the metrics of its Credit are declared, a number or one per row or token", lambda: _credits(plugin)
+        yield "metrics of its Credit are declared, and are numbers, per row or per token", lambda: _credits(plugin)
 
 
 def check_declared(plugin: Plugin, names: Iterable[str], how: str) -> None:
-    """Asserts that `metrics` of the plugin, or of one inside it, declares every name."""
+    """Assert that `metrics` of the plugin, or of one inside it, declares every name."""
     known = [metric.name for each in with_nested(plugin) for metric in each.metrics]
     missing = [name for name in names if not any(pattern(own).fullmatch(name) for own in known)]
     assert not missing, (
-        f"{how} {', '.join(map(repr, missing))}, which it does not declare, so that no table or dashboard knows what it is: "
-        f'write metrics = (Metric("{missing[0]}", "unit", "what it measures"),) in its body'
+        f"{how} {', '.join(map(repr, missing))}, which it does not declare. For tables and dashboards "
+        f'write metrics = (Metric("{missing[0]}", "unit", "what it measures"),)'
     )
 
 
 def check_finite(numbers: Mapping[str, Any], how: str) -> None:
-    """Asserts that each is a finite number."""
+    """Assert that each value is a finite number."""
     for name, x in numbers.items():
         number = isinstance(x, int | float) and not isinstance(x, bool)
-        assert number, f"{how} {name!r} as a {type(x).__name__}; a number is due"
-        assert math.isfinite(x), f"{how} {name!r} as {x}: leave out what is not there"
+        assert number, f"{how} {name!r}, which must be a number, got {type(x).__name__}"
+        assert math.isfinite(x), f"{how} {name!r}, which must be finite, got {x}. Leave out missing values"
 
 
 def _are_named(plugin: Plugin, axis: str) -> None:
     own: Any = plugin.metrics
     right = isinstance(own, tuple) and all(isinstance(metric, Metric) for metric in own)
-    assert right, f"metrics is {own!r}; a tuple of Metric is due: metrics = (Metric(...),), with the comma"
-    area = AREAS[axis].partition("/")[0]
+    assert right, f"metrics must be a tuple of Metric, got {own!r}. Write metrics = (Metric(...),), with the comma"
+    area = AXES[axis].axis.metric_prefix.partition("/")[0]
     settings = {setting.name for setting in fields(plugin)}
-    names = [under(AREAS[axis], metric) for metric in own]
+    names = [under(AXES[axis].axis.metric_prefix, metric) for metric in own]
     for metric in own:
         title = f"the metric {metric.name!r}"
-        assert NAME.fullmatch(metric.name), f"{title} is no name: words with / between them, such as clip_frac/high"
+        assert NAME.fullmatch(metric.name), f"{title} must be words separated by /, such as clip_frac/high"
         inside = area and metric.name.partition("/")[0] == area
-        assert not inside, f"{title} begins with the place of its axis, which is put before it: leave {area}/ out"
-        assert names.count(under(AREAS[axis], metric)) == 1, f"{title} is declared more than once"
+        assert not inside, f"{title} begins with its axis' prefix, which is added to it. Leave {area}/ out"
+        assert names.count(under(AXES[axis].axis.metric_prefix, metric)) == 1, f"{title} is declared more than once"
         assert metric.meaning, f"{title} does not say what it measures"
         known = metric.setting is None or metric.setting.partition("=")[0] in settings
-        assert known, f"{title} is logged with the setting {metric.setting!r}, and there is none: {', '.join(settings)}"
+        assert known, f"{title} names an unknown setting {metric.setting!r}. Choose from {', '.join(settings)}"
         low, high = metric.healthy or (None, None)
         assert low is None or high is None or low <= high, (
-            f"{title}: healthy is (lowest, highest), not {metric.healthy}"
+            f"{title}: healthy must be (lowest, highest), got {metric.healthy}"
         )
 
 
-def _reports(plugin: Plugin, told: Statistics) -> None:
+def _reports(plugin: Plugin, history: Statistics) -> None:
     own = duplicate(plugin)
-    for statistics in ({}, *told):
+    for statistics in ({}, *history):
         try:
             own.observe(statistics) if statistics else None
         except KeyError as error:
-            raise SkipTest(f"not asked: it looks for the statistic {error}") from None
+            raise SkipTest(f"skipped: it reads the statistic {error}") from None
         numbers = own.report()
-        assert isinstance(numbers, Mapping), f"report() gives a {type(numbers).__name__}; a dict of numbers is due"
-        check_finite(numbers, "report() gives")
-        check_declared(plugin, numbers, "report() gives")
+        assert isinstance(numbers, Mapping), f"report() must return a dict of numbers, got {type(numbers).__name__}"
+        check_finite(numbers, "report() returns")
+        check_declared(plugin, numbers, "report() returns")
 
 
 def _returns(plugin: PolicyLoss) -> None:
-    t = ordinary()
-    outputs = _asked(lambda: OUTPUTS["policy_loss"](plugin, t))
+    t = ordinary_tensors()
+    outputs = _or_skip(lambda: OUTPUTS["policy_loss"](plugin, t))
     found = {name.removeprefix("metric "): x for name, x in outputs.items() if name.startswith("metric ")}
     check_declared(plugin, found, "it returns the metrics")
     for name, x in found.items():
@@ -97,21 +96,23 @@ def _returns(plugin: PolicyLoss) -> None:
 Answer = TypeVar("Answer")
 
 
-def _asked(call: Callable[[], Answer]) -> Answer:
+def _or_skip(call: Callable[[], Answer]) -> Answer:
     try:
         return call()
     except Exception as error:
-        raise SkipTest(f"not asked: on ordinary input it fails. {error}") from None
+        raise SkipTest(f"skipped: it fails on ordinary input. {error}") from None
 
 
 def _credits(plugin: AdvantageEstimator) -> None:
-    t = ordinary()
-    metrics = _asked(lambda: Credit.of(plugin(as_scored(t))).metrics)
+    t = ordinary_tensors()
+    metrics = _or_skip(lambda: Credit.of(plugin(as_scored(t))).metrics)
     check_declared(plugin, metrics, "its Credit has the metrics")
     rows, due = t["mask"].shape[0], (t["mask"].shape[:1], t["mask"].shape)
     for name, x in metrics.items():
         if not isinstance(x, Tensor) or not x.dim():
             check_finite({name: float(x)}, "its Credit has")
             continue
-        assert x.shape in due, f"the metric {name!r} is {tuple(x.shape)}; a number, ({rows},) or (N, T) is due"
+        assert x.shape in due, (
+            f"the metric {name!r} must be a number or have shape ({rows},) or (N, T), got {tuple(x.shape)}"
+        )
         assert bool(x.double().isfinite().any()), f"the metric {name!r} has no finite number on ordinary input"

@@ -1,4 +1,4 @@
-"""What plugins that meet the model promise: rollout engines, critics, references, update rules, terms with texts."""
+"""Checks of plugins that use the model: rollout engines, critics, references, update rules, text terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_rlhf.axes import Critic, Reference, RolloutEngine, TextTerm, UpdateRule
 from hf_rlhf.batch import Completions, Prompt
-from hf_rlhf.conformance.common import Claims, equal, same
+from hf_rlhf.conformance.common import Checks, assert_equal, equal
 from hf_rlhf.conformance.metrics import check_declared, check_finite
 from hf_rlhf.contract.optimizer_step import Step
 from hf_rlhf.modeling.policy import ActorCritic, Policy, distributions
@@ -21,14 +21,14 @@ from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.runtime.seeding import seeded
 
 Make = Callable[[], Any]
-"""Makes a fresh model."""
+"""Function that makes a fresh model."""
 
 
 # Rollout engines
 
 
-def rollout_engine_checks(plugin: RolloutEngine, policy: Make, tokenizer: Any, prompts: Sequence[Prompt]) -> Claims:
-    """Of a rollout engine, on these prompts. Where it has a setting `max_new_tokens`, with that at 12 at most."""
+def rollout_engine_checks(plugin: RolloutEngine, policy: Make, tokenizer: Any, prompts: Sequence[Prompt]) -> Checks:
+    """Yield the checks of a rollout engine on these prompts, with `max_new_tokens` at most 12 if it has it."""
     engine: Any = copy.copy(plugin)
     if hasattr(engine, "max_new_tokens"):
         engine.max_new_tokens = min(engine.max_new_tokens, 12)
@@ -41,17 +41,17 @@ def rollout_engine_checks(plugin: RolloutEngine, policy: Make, tokenizer: Any, p
             return out
 
     yield (
-        "it gives as many completions per prompt as it is asked for, none empty",
+        "it returns the requested number of completions per prompt, none empty",
         lambda: _are_completions(run, policy(), prompts, wants),
     )
     yield (
-        "log-probs that it calls exact are the policy's",
+        "exact log-probs are the policy's",
         lambda: _are_the_policys(run, policy(), prompts, plugin.temperature),
     )
-    yield "it leaves the model as it was", lambda: _leaves_model(run, policy(), prompts)
+    yield "it does not change the model", lambda: _leaves_model(run, policy(), prompts)
     yield "equal random states give equal completions", lambda: _repeats(run, policy(), prompts)
     yield (
-        "greedy completions depend on the prompt alone, and stand side by side",
+        "greedy completions depend on the prompt alone, and are adjacent",
         lambda: _greedy(run, policy(), prompts),
     )
 
@@ -60,31 +60,33 @@ def _are_completions(run: Any, model: Any, prompts: Sequence[Prompt], wants_logp
     words = model.get_input_embeddings().num_embeddings
     for generations in (2, 1):
         out = run(model, prompts, generations)
-        assert isinstance(out, Completions), f"it gives a {type(out).__name__}; Completions are due"
+        assert isinstance(out, Completions), f"it must return Completions, got {type(out).__name__}"
         rows = len(prompts) * generations
         said = f"for {len(prompts)} prompts with {generations} completions each"
-        assert len(out.ids) == rows, f"it gives {len(out.ids)} completions {said}, whatever its own setting says"
-        assert len(out.finish_reasons) == rows, f"it gives {len(out.finish_reasons)} finish reasons {said}"
+        assert len(out.ids) == rows, (
+            f"it returns {len(out.ids)} completions {said}. Use the argument, not its own setting"
+        )
+        assert len(out.finish_reasons) == rows, f"it returns {len(out.finish_reasons)} finish reasons {said}"
         other = set(out.finish_reasons) - {"stop", "length"}
-        assert not other, f"its finish reasons hold {sorted(map(str, other))}; they are stop or length"
+        assert not other, f"finish reasons must be stop or length, got {sorted(map(str, other))}"
         for row, ids in enumerate(out.ids):
-            assert len(ids) > 0, f"row {row} is empty: the end-of-sequence token counts as a completion token"
+            assert len(ids) > 0, f"row {row} is empty. The end-of-sequence token is part of a completion"
             assert all(isinstance(i, int) and 0 <= i < words for i in ids), f"row {row}: {ids} are not token ids"
         for what, values in (("masks", out.masks), ("logps", out.logps)):
             lengths = [len(x) for x in values or out.ids]
-            assert lengths == [len(ids) for ids in out.ids], f"{what}: one number per completion token is due"
-        assert all(set(mask) <= {0, 1} for mask in out.masks or ()), "its masks hold other numbers than 0 and 1"
+            assert lengths == [len(ids) for ids in out.ids], f"{what} must have one number per completion token"
+        assert all(set(mask) <= {0, 1} for mask in out.masks or ()), "its masks must hold 0 and 1 only"
         if wants_logps:
-            assert out.logps is not None, "it declares sampler_logps and gives no logps"
+            assert out.logps is not None, "it declares sampler_logps and returns no logps"
         high = [x for row in out.logps or () for x in row if not -torch.inf < x <= 1e-6]
-        assert not high, f"among its logps is {high[0]}: a log-prob is finite and not above 0"
+        assert not high, f"log-probs must be finite and at most 0, got {high[0]}"
 
 
 def _are_the_policys(run: Any, model: Any, prompts: Sequence[Prompt], temperature: float) -> None:
     out = run(model, prompts, 2)
     if not out.exact:
         return
-    assert out.logps is not None, "it calls its log-probs exact and gives none"
+    assert out.logps is not None, "it declares exact log-probs and returns none"
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids)) for ids in out.ids], batch_first=True)
     batch = TokenBatch([prompt.ids for prompt in prompts for _ in range(2)], out.ids, mask, 0, "padded")
     with torch.no_grad():
@@ -94,7 +96,7 @@ def _are_the_policys(run: Any, model: Any, prompts: Sequence[Prompt], temperatur
         for row, logps in enumerate(out.logps)
         for found, x in zip(logps, due[row].tolist(), strict=False)
     )
-    assert gap < 1e-4, f"it calls its log-probs exact, and a forward of the policy gives others: {gap:.3g} apart"
+    assert gap < 1e-4, f"its exact log-probs differ from a forward of the policy by {gap:.3g}"
 
 
 def _leaves_model(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:
@@ -110,47 +112,49 @@ def _leaves_model(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:
         changed = [name for name, x in model.state_dict().items() if not torch.equal(x, before[name])]
         assert not changed, f"it changes the weights {', '.join(changed[:3])}"
         assert learns == [p.requires_grad for p in model.parameters()], "it changes which parameters learn"
-        assert settings == model.generation_config, "it leaves settings of its own in model.generation_config"
+        assert settings == model.generation_config, "it changes model.generation_config"
 
 
 def _repeats(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:
     first, again = run(model, prompts, 2), run(model, prompts, 2)
-    same = (first.ids, first.masks, first.logps) == (again.ids, again.masks, again.logps)
-    assert same, "called twice in the same random state it gives other completions: draw from the global generators"
+    repeats = (first.ids, first.masks, first.logps) == (again.ids, again.masks, again.logps)
+    assert repeats, (
+        "called twice in the same random state it returns other completions. Draw from the global generators"
+    )
 
 
 def _greedy(run: Any, model: Any, prompts: Sequence[Prompt]) -> None:
     together = run(model, prompts, 2, 0.0).ids
     alone = [ids for prompt in prompts for ids in run(model, [prompt], 2, 0.0).ids]
-    assert together == alone, f"two prompts together complete to {together}, each alone to {alone}"
+    assert together == alone, f"two prompts are completed to {together} together and to {alone} alone"
 
 
 # Critics
 
 
-def critic_checks(plugin: Critic, policy: Make) -> Claims:
-    """Of a critic, for policies that `policy` makes."""
+def critic_checks(plugin: Critic, policy: Make) -> Checks:
+    """Yield the checks of a critic, for policies that `policy` makes."""
 
     @cache
-    def answers() -> bool:
+    def is_sound() -> bool:
         try:
             _gives_values(plugin, policy())
         except Exception:
             return False
         return True
 
-    def asked(check: Callable[..., None]) -> Callable[[], None]:
+    def if_sound(check: Callable[..., None]) -> Callable[[], None]:
         def holds() -> None:
-            if not answers():
-                raise SkipTest("not asked: it does not give one value per sampled token")
+            if not is_sound():
+                raise SkipTest("skipped: it does not return one value per sampled token")
             check(plugin, policy())
 
         return holds
 
-    yield "it gives one finite value per sampled token", lambda: _gives_values(plugin, policy())
-    yield "a value does not see what comes after its state", asked(_is_causal)
-    yield "neighbours and padding change no value", asked(_values_alone)
-    yield "it learns, and building it leaves the policy as it was", asked(_learns)
+    yield "it returns one finite value per sampled token", lambda: _gives_values(plugin, policy())
+    yield "a value does not depend on later tokens", if_sound(_is_causal)
+    yield "other rows and padding change no value", if_sound(_values_alone)
+    yield "it learns, and building it does not change the policy", if_sound(_learns)
 
 
 def _built(plugin: Critic, policy: Any) -> Any:
@@ -163,7 +167,7 @@ def _built(plugin: Critic, policy: Any) -> Any:
 
 
 def _random(plugin: Critic, policy: Any) -> Any:
-    """Built, with its parameters moved: a head that starts at 0 would hide what it sees."""
+    """Build the critic and perturb its parameters: a head that starts at 0 would hide its inputs."""
     critic = _built(plugin, policy)
     if critic is not None:
         with torch.no_grad(), seeded("critic"):
@@ -190,7 +194,7 @@ def _gives_values(plugin: Critic, policy: Any) -> None:
 
     def look(_: Any, __: Any, out: Any) -> None:
         shapes.append(tuple(getattr(out, "shape", ())))
-        assert shapes[-1] == due, f"it gives values of the shape {shapes[-1]}; (n,) = {due} is due"
+        assert shapes[-1] == due, f"values must have shape (n,) = {due}, got {shapes[-1]}"
 
     critic.critic.register_forward_hook(look)
     values = _values(critic, PROMPTS, ROWS, MASK)
@@ -207,10 +211,8 @@ def _is_causal(plugin: Critic, policy: Any) -> None:
         rows = copy.deepcopy(ROWS)
         rows[0][column] = 40
         after = _values(critic, PROMPTS, rows, MASK)
-        why = (
-            f"token {column} became another one, and the state in which it was chosen did not: read at the token before"
-        )
-        same({"a value": after[0, : column + 1]}, {"a value": before[0, : column + 1]}, why)
+        why = f"token {column} was replaced and the value of its state changed. Read at the token before"
+        assert_equal({"a value": after[0, : column + 1]}, {"a value": before[0, : column + 1]}, why)
 
 
 def _values_alone(plugin: Critic, policy: Any) -> None:
@@ -221,7 +223,7 @@ def _values_alone(plugin: Critic, policy: Any) -> None:
     for row, ids in enumerate(ROWS):
         mask = MASK[row : row + 1, : len(ids)]
         alone = _values(critic, PROMPTS[row : row + 1], [ids], mask)
-        same({"a value": alone[0]}, {"a value": together[row, : len(ids)]}, "the row was computed alone")
+        assert_equal({"a value": alone[0]}, {"a value": together[row, : len(ids)]}, "the row was computed alone")
 
 
 def _learns(plugin: Critic, policy: Any) -> None:
@@ -239,19 +241,19 @@ def _learns(plugin: Critic, policy: Any) -> None:
     own = dict(critic.critic.named_parameters())
     assert own, "it has no parameters"
     shared = {id(p) for p in policy.parameters()} & {id(p) for p in own.values()}
-    assert not shared, "its parameters are the policy's own: hold no reference to the policy, or copy it"
+    assert not shared, "its parameters are the policy's own. Hold no reference to the policy, or copy it"
     (_values(critic, PROMPTS, ROWS, MASK) - 1).square().sum().backward()
     without = [name for name, p in own.items() if p.requires_grad and p.grad is None]
-    assert not without, f"no gradient reaches {', '.join(without[:3])}: every process waits for it"
+    assert not without, f"no gradient reaches {', '.join(without[:3])}, and every process waits for it"
     assert any(p.grad is not None and bool((p.grad != 0).any()) for p in own.values()), "its gradient is 0 everywhere"
 
 
 # References
 
 
-def reference_checks(plugin: Reference, policy: Make) -> Claims:
-    """Of a reference, for policies that `policy` makes."""
-    yield "the policy's updates leave its log-probs as they are", lambda: _stays(plugin, policy())
+def reference_checks(plugin: Reference, policy: Make) -> Checks:
+    """Yield the checks of a reference, for policies that `policy` makes."""
+    yield "updates of the policy do not change its log-probs", lambda: _stays(plugin, policy())
     if plugin.moves:
         yield "it moves towards the policy, and moves nothing else", lambda: _moves(plugin, policy())
 
@@ -275,12 +277,12 @@ def _stays(plugin: Reference, policy: Any) -> None:
     trained = [p for p in policy.parameters() if p.requires_grad]
     before = logits()
     assert own is None or not any(p.requires_grad for p in own.parameters()), (
-        "its model has parameters that would learn"
+        "its model has parameters that require grad"
     )
-    assert own is None or not own.training, "its model is in training mode: call eval()"
-    assert trained, "building it left the policy nothing to learn"
+    assert own is None or not own.training, "its model is in training mode. Call eval()"
+    assert trained, "building it left the policy without parameters that require grad"
     _disturb(policy)
-    same({"the reference's logits": logits()}, {"the reference's logits": before}, "the policy moved")
+    assert_equal({"the reference's logits": logits()}, {"the reference's logits": before}, "the policy moved")
 
 
 @torch.no_grad()
@@ -309,20 +311,20 @@ def _moves(plugin: Reference, policy: Any) -> None:
         f"after 1024 steps it is as far from the policy as before ({start:.3g})"
     )
     assert not own.training, "moving puts its model into training mode"
-    assert not any(p.requires_grad for p in own.parameters()), "moving makes its parameters learn"
-    same({"the policy": log_probs(policy)}, {"the policy": there}, "the reference moved")
+    assert not any(p.requires_grad for p in own.parameters()), "moving makes its parameters require grad"
+    assert_equal({"the policy": log_probs(policy)}, {"the policy": there}, "the reference moved")
     _disturb(policy)
-    same({"the reference": log_probs(own)}, {"the reference": moved}, "the policy moved: its weights have to be copied")
+    assert_equal({"the reference": log_probs(own)}, {"the reference": moved}, "the policy moved. Copy its weights")
 
 
 # Update rules, terms with texts
 
 
-def update_rule_checks(plugin: UpdateRule, policy: Make) -> Claims:
-    """Of an update rule, for policies that `policy` makes."""
+def update_rule_checks(plugin: UpdateRule, policy: Make) -> Checks:
+    """Yield the checks of an update rule, for policies that `policy` makes."""
     yield "its optimizer holds every parameter it is given", lambda: _holds_all(plugin, policy())
-    yield "a step moves policy and critic, and leaves them finite", lambda: _steps(plugin, policy())
-    yield "what it logs of a step is declared, each a finite number", lambda: _logs_steps(plugin, policy())
+    yield "a step updates policy and critic, which stay finite", lambda: _steps(plugin, policy())
+    yield "metrics of a step are declared, finite numbers", lambda: _logs_steps(plugin, policy())
 
 
 def _holds_all(plugin: UpdateRule, policy: Any) -> None:
@@ -368,24 +370,24 @@ def _steps(plugin: UpdateRule, policy: Any) -> None:
         "a step leaves a parameter that is not finite"
     )
     assert any(not torch.equal(p, x) for p, x in zip(policy.parameters(), before, strict=True)), (
-        "the policy stays as it was"
+        "the policy does not change"
     )
-    assert bool((critic != 1).any()), "the critic stays as it was"
+    assert bool((critic != 1).any()), "the critic does not change"
 
 
 def _logs_steps(plugin: UpdateRule, policy: Any) -> None:
     try:
         _steps(plugin, policy)
     except Exception as error:
-        raise SkipTest(f"not asked: a step fails. {error}") from None
+        raise SkipTest(f"skipped: a step fails. {error}") from None
     said = plugin.take_logs()
     check_finite(said, "it logs")
     check_declared(plugin, said, "it logs")
 
 
-def text_term_checks(plugin: TextTerm) -> Claims:
-    """Of a loss term with texts of its own, once it is set up."""
-    yield "its texts depend on the step alone, and have two tokens or more", lambda: _texts(plugin)
+def text_term_checks(plugin: TextTerm) -> Checks:
+    """Yield the checks of a text term that is set up."""
+    yield "texts depend on the step alone, and have at least two tokens", lambda: _texts(plugin)
 
 
 def _texts(plugin: TextTerm) -> None:
@@ -395,5 +397,5 @@ def _texts(plugin: TextTerm) -> None:
         assert texts, f"it has no text for step {step}"
         for ids in texts:
             whole = len(ids) >= 2 and all(isinstance(i, int) and i >= 0 for i in ids)
-            assert whole, f"step {step}: {ids} is no list of two or more token ids"
-    assert equal(fresh.texts(3), in_order[3]), "asked for step 3 at once, as after a resume, it gives other texts"
+            assert whole, f"step {step}: texts must be lists of two or more token ids, got {ids}"
+    assert equal(fresh.texts(3), in_order[3]), "asked for step 3 first, as after a resume, it returns other texts"

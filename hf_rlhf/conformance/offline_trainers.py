@@ -1,4 +1,4 @@
-"""What every offline trainer promises, as functions that raise AssertionError: rows, one optimizer step, what is measured."""
+"""Checks of offline trainers, as functions that raise AssertionError: rows, one optimizer step, metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from hf_rlhf.conformance.common import Claims
+from hf_rlhf.conformance.common import Checks
 from hf_rlhf.conformance.metrics import check_declared
 from hf_rlhf.contract.offline_trainer import Materials, OfflineTrainer
 from hf_rlhf.data.addition_rows import KINDS, demo_rows
@@ -20,36 +20,39 @@ from hf_rlhf.training.offline.model import AUTO
 
 Rows = Sequence[Mapping[str, Any]]
 COUNT = 8
-"""Rows of the one optimizer step."""
+"""Rows of the optimizer step."""
 
 
-def offline_trainer_checks(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows | None) -> Claims:
-    """`policy` is a tiny causal model and its tokenizer; `rows` are eight rows or more, those of `builtin:addition` where they
-    are left out and the plugin's kind is there."""
+def offline_trainer_checks(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows | None) -> Checks:
+    """Yield the checks of an offline trainer.
+
+    policy: a tiny causal model and its tokenizer.
+    rows: at least eight rows; None: those of `builtin:addition`, if it has the plugin's kind.
+    """
 
     def given() -> list[dict[str, Any]]:
         if rows is None and plugin.rows not in KINDS:
-            raise SkipTest("not asked: no rows were given, and builtin:addition has none of its kind")
+            raise SkipTest("skipped: no rows were given, and builtin:addition has none of its kind")
         found = list(demo_rows(plugin)[1][:COUNT] if rows is None else rows)
         return [dict(row) for row in found]
 
-    yield "the columns that it reads are a set of names", lambda: _names_columns(plugin)
-    yield "a row becomes the same numbers each time, and stays what it was", lambda: _encodes(plugin, policy, given())
-    yield "a step moves the model, and the loss is finite", lambda: _moves(plugin, policy, given())
-    yield "rows in micro-batches make the same step", lambda: _splits(plugin, policy, given())
+    yield "columns() returns a set of names", lambda: _names_columns(plugin)
+    yield "encode is deterministic, and does not change the row", lambda: _encodes(plugin, policy, given())
+    yield "a step updates the model, and the loss is finite", lambda: _moves(plugin, policy, given())
+    yield "a split into micro-batches makes the same step", lambda: _splits(plugin, policy, given())
     yield (
-        "what it measures is finite, within its interval, and moves nothing",
+        "metrics are finite, within their interval, and change nothing",
         lambda: _measures(plugin, policy, given()),
     )
-    yield "what it measures is declared", lambda: _declares(plugin, policy, given())
+    yield "its metrics are declared", lambda: _declares(plugin, policy, given())
     yield (
-        "rows measured one by one or together give the same",
+        "metrics do not depend on the evaluation batch size",
         lambda: _measures_alike(plugin, policy, given()),
     )
 
 
 def tiny_classifier(plugin: OfflineTrainer, policy: tuple[Any, Any]) -> Any:
-    """A model with the plugin's head over the tiny policy's configuration, in float64."""
+    """Return a model with the plugin's head and the tiny policy's configuration, in float64."""
     import transformers
 
     config = copy.deepcopy(policy[0].config)
@@ -62,7 +65,7 @@ def tiny_classifier(plugin: OfflineTrainer, policy: tuple[Any, Any]) -> Any:
 
 
 def trainer_of(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows, folder: str, **training: Any) -> Any:
-    """The plugin's trainer over these rows, which are its held-out ones too: one step of plain gradient descent."""
+    """Return the plugin's trainer for one step of plain gradient descent on these rows, which are also held out."""
     import datasets
 
     from hf_rlhf.training.offline.trainer_mixin import complete, factory
@@ -97,9 +100,9 @@ def _examples(plugin: OfflineTrainer, tokenizer: Any, rows: Rows) -> list[dict[s
 
 def _names_columns(plugin: OfflineTrainer) -> None:
     names = plugin.columns()
-    assert isinstance(names, set), f"columns() is {names!r}; a set of names is due"
-    assert names, "columns() is empty: it must name what a dataset needs"
-    assert all(isinstance(name, str) for name in names), f"columns() is {names!r}; names are texts"
+    assert isinstance(names, set), f"columns() must return a set of names, got {names!r}"
+    assert names, "columns() is empty. Name the columns that a dataset must have"
+    assert all(isinstance(name, str) for name in names), f"columns() must return text, got {names!r}"
 
 
 def _encodes(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> None:
@@ -107,16 +110,18 @@ def _encodes(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> Non
     missing = plugin.columns() - set(rows[0])
     assert not missing, f"columns() names {', '.join(sorted(missing))}, which the rows lack"
     examples = _examples(plugin, policy[1], rows)
-    assert examples, "no row was encoded: encode gave None for each"
+    assert examples, "encode returned None for every row"
     assert rows == before, "encode changes the row that it is given"
-    assert _examples(plugin, policy[1], rows) == examples, "encode gives something else the second time"
+    assert _examples(plugin, policy[1], rows) == examples, "encode returns something else the second time"
     for example in examples:
-        assert example.keys() == examples[0].keys(), f"rows have the keys {sorted(example)} and {sorted(examples[0])}"
+        assert example.keys() == examples[0].keys(), (
+            f"encoded rows must have the same keys, got {sorted(example)} and {sorted(examples[0])}"
+        )
         assert any(isinstance(value, list) and value for value in example.values()), (
-            "an encoded row holds no list of tokens"
+            "an encoded row must hold a list of tokens"
         )
         wrong = [name for name, value in example.items() if not all(map(_is_number, _flat(value)))]
-        assert not wrong, f"{', '.join(wrong)}: an encoded row holds numbers and lists of them"
+        assert not wrong, f"an encoded row must hold numbers and lists of numbers, not {', '.join(wrong)}"
 
 
 def _flat(value: Any) -> Iterable[Any]:
@@ -144,7 +149,7 @@ def _moves(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> None:
     movement, loss = _movement(plugin, policy, rows)
     assert math.isfinite(loss), f"the loss of the first step is {loss}"
     assert bool(movement.isfinite().all()), "the model is not finite after a step"
-    assert float(movement.norm()) > 1e-9, "a step of gradient descent moves nothing"
+    assert float(movement.norm()) > 1e-9, "a step of gradient descent changes nothing"
 
 
 def _splits(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> None:
@@ -155,7 +160,7 @@ def _splits(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> None
     split, _ = _movement(plugin, policy, rows, **halves)
     error = float((whole - split).norm() / whole.norm())
     assert error < 1e-5, (
-        f"in two micro-batches the step differs by {error:.2g} of its length: is the loss divided by all rows?"
+        f"in two micro-batches the step differs by {error:.2g} of its length. Divide the loss by all rows of the step"
     )
 
 
@@ -190,11 +195,11 @@ def _measures_alike(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows)
         for n in (COUNT, 1)
     )
     changed = [name for name, x in together.items() if not math.isclose(x, single[name], rel_tol=1e-5, abs_tol=1e-6)]
-    assert not changed, f"{', '.join(changed)} depends on how many rows are measured at a time: is padding read?"
+    assert not changed, f"{', '.join(changed)} depends on the evaluation batch size. Ignore padding"
 
 
 def _names_of(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows) -> list[str]:
-    """What the plugin itself measures."""
+    """Return the names of the plugin's own metrics."""
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         trainer = trainer_of(plugin, policy, rows, folder)
         trainer.model.eval()

@@ -1,4 +1,4 @@
-"""What a reward source promises, as functions that raise AssertionError."""
+"""Checks of reward sources, as functions that raise AssertionError."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from unittest import SkipTest
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
-from hf_rlhf.conformance.common import Claims, equal, generators_now, second_of_two_processes
+from hf_rlhf.conformance.common import Checks, equal, generators_now, second_of_two_processes
 from hf_rlhf.conformance.metrics import check_declared, check_finite
 from hf_rlhf.scoring.runners.process_runner import packed
 from hf_rlhf.scoring.runners.reward_call import finish
 from hf_rlhf.scoring.runners.worker_source import Served
 
 
-def reward_checks(plugin: RewardSource, given: Rollouts) -> Claims:
-    """Of a reward source, on these rollouts. What is wrong with the first fact is not said again by the others."""
+def reward_checks(plugin: RewardSource, given: Rollouts) -> Checks:
+    """Yield the checks of a reward source on these rollouts. All are skipped but the first if that one fails."""
 
     @cache
-    def answers() -> bool:
+    def is_sound() -> bool:
         try:
             _answers_per_row(plugin, given)
         except Exception:
             return False
         return True
 
-    def asked(check: Callable[..., None]) -> Callable[[], None]:
+    def if_sound(check: Callable[..., None]) -> Callable[[], None]:
         def holds() -> None:
-            if not answers():
-                raise SkipTest("not asked: what it gives is not one answer per row")
+            if not is_sound():
+                raise SkipTest("skipped: it does not return one answer per row")
             check(plugin, given)
 
         return holds
 
-    yield "it gives one number, Spans, TokenScores or None per row", lambda: _answers_per_row(plugin, given)
-    yield "the order of the rows changes no score", asked(_scores_rows)
+    yield "it returns one number, Spans, TokenScores or None per row", lambda: _answers_per_row(plugin, given)
+    yield "the order of the rows changes no score", if_sound(_scores_rows)
     if plugin.rowwise:
-        yield "a row alone gets the score that it has among others, as rowwise says", asked(_scores_alone)
+        yield "a row alone gets the same score as among others (rowwise)", if_sound(_scores_alone)
     if plugin.workers in ("processes", "ray"):
-        yield "a copy of it in a process of its own scores the same", asked(_can_be_sent)
-    yield "the number of processes changes no score", asked(_ignores_processes)
-    yield "it changes neither its rollouts nor a random generator, and repeats itself", asked(_is_pure)
-    yield "what it logs has one value per row", asked(_logs_per_row)
-    yield "the metrics that it logs are declared, each a finite number", asked(_metrics_are_declared)
+        yield "a copy in another process gives the same scores", if_sound(_can_be_sent)
+    yield "the number of processes changes no score", if_sound(_ignores_processes)
+    yield "it is deterministic, and changes neither its rollouts nor a random generator", if_sound(_is_pure)
+    yield "logged columns have one value per row", if_sound(_logs_per_row)
+    yield "logged metrics are declared, finite numbers", if_sound(_metrics_are_declared)
     if plugin.verifier:
-        yield "where the dataset has no reference (None) it gives None, not 0", asked(_none_without_reference)
-        yield "its final answer is text or None", asked(_answers_text)
+        yield "a row without a reference (None) scores None, not 0", if_sound(_none_without_reference)
+        yield "answer() returns text or None", if_sound(_answers_text)
 
 
 def _scores(plugin: RewardSource, given: Rollouts) -> list[Any]:
@@ -59,22 +59,20 @@ def _scores(plugin: RewardSource, given: Rollouts) -> list[Any]:
         answer = finish(answer) if inspect.isawaitable(answer) else answer
     except KeyError as error:
         raise AssertionError(
-            f"no column for it; pass rollouts=... to conformance with the columns it reads: {error}"
+            f"missing column {error}. Pass rollouts=... with the columns it reads to conformance"
         ) from error
     is_list = hasattr(answer, "__len__") and not isinstance(answer, str | dict)
-    assert is_list, f"it gives a {type(answer).__name__}; a list with one number or None per row is due"
+    assert is_list, f"it must return a list with one number or None per row, got {type(answer).__name__}"
     return answer.tolist() if hasattr(answer, "tolist") else list(answer)
 
 
 def _answers_per_row(plugin: RewardSource, given: Rollouts) -> None:
     scores, rows = _scores(plugin, copy.deepcopy(given)), len(given)
-    assert len(scores) == rows, f"it gives {len(scores)} numbers for {rows} rows"
+    assert len(scores) == rows, f"it returns {len(scores)} numbers for {rows} rows"
     for row, x in enumerate(scores):
         if isinstance(x, TokenScores):
             tokens = len(given.completion_ids[row])
-            assert len(x.values) == tokens, (
-                f"row {row}: {len(x.values)} token scores for {tokens} tokens; one each is due"
-            )
+            assert len(x.values) == tokens, f"row {row}: {len(x.values)} token scores for {tokens} tokens"
             _are_finite(row, x.values)
         elif isinstance(x, Spans):
             length = len(given.completions[row])
@@ -90,7 +88,7 @@ def _answers_per_row(plugin: RewardSource, given: Rollouts) -> None:
 def _are_finite(row: int, values: Sequence[float]) -> None:
     wrong = [x for x in values if not math.isfinite(x)]
     assert not wrong, (
-        f"row {row}: {wrong[:1]} among its steps or tokens; None for the whole row says that it does not apply"
+        f"row {row}: steps and tokens must be finite, got {wrong[0]}. Return None for a row that it does not apply to"
     )
 
 
@@ -101,20 +99,20 @@ def _scores_rows(plugin: RewardSource, given: Rollouts) -> None:
     for values in backwards.columns.values():
         values.reverse()
     forth, back = _scores(plugin, copy.deepcopy(given)), _scores(plugin, backwards)
-    assert _close(forth, back[::-1]), f"the rows backwards score {back[::-1]}, not {forth}"
+    assert _close(forth, back[::-1]), f"reversed rows score {back[::-1]}, not {forth}"
 
 
 def _scores_alone(plugin: RewardSource, given: Rollouts) -> None:
     together = _scores(plugin, copy.deepcopy(given))
     alone = [_scores(plugin, copy.deepcopy(given.select([row])))[0] for row in range(len(given))]
-    assert _close(together, alone), f"rows alone score {alone} and together {together}: rowwise is not true of it"
+    assert _close(together, alone), f"rows score {alone} alone and {together} together. Remove rowwise = True"
 
 
 def _can_be_sent(plugin: RewardSource, given: Rollouts) -> None:
     own = _scores(plugin, copy.deepcopy(given))
     copied = Served(packed(plugin.name, plugin, None)).source
     try:
-        assert _close(own, _scores(copied, copy.deepcopy(given))), "a copy made of its settings scores differently"
+        assert _close(own, _scores(copied, copy.deepcopy(given))), "a copy made from its settings scores differently"
     finally:
         copied.close()
 
@@ -131,7 +129,7 @@ def _is_pure(plugin: RewardSource, given: Rollouts) -> None:
     first = _scores(plugin, seen)
     for name, value in vars(given).items():
         assert getattr(seen, name) == value, f"it changes rollouts.{name} in place"
-    assert _close(_scores(plugin, seen), first), "called twice on the same rollouts, it scores differently"
+    assert _close(_scores(plugin, seen), first), "called twice on the same rollouts it scores differently"
     assert equal(generators_now(), generators), "it draws from a global random generator"
 
 
@@ -162,18 +160,20 @@ def _none_without_reference(plugin: RewardSource, given: Rollouts) -> None:
         return
     (first, *others), (_, *before) = _scores(plugin, without), _scores(plugin, copy.deepcopy(given))
     missing = first is None or (isinstance(first, float) and math.isnan(first))
-    assert missing, f"{', '.join(named)} of row 0 is None and its score {first!r}: an unknown answer is no wrong answer"
+    assert missing, (
+        f"{', '.join(named)} of row 0 is None and its score {first!r}. An unknown answer is not a wrong answer"
+    )
     assert _close(others, before), "a row without a reference changes the scores of the others"
 
 
 def _answers_text(plugin: RewardSource, given: Rollouts) -> None:
     for text in given.completions:
         answer = plugin.answer(text)
-        assert answer is None or isinstance(answer, str), f"answer({text!r}) is {answer!r}; text or None is due"
+        assert answer is None or isinstance(answer, str), f"answer({text!r}) must be text or None, got {answer!r}"
 
 
 def _close(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Equal answers, numbers up to the rounding of a float32 model."""
+    """Compare answers, numbers up to the rounding of a float32 model."""
     return len(a) == len(b) and all(_close_answers(x, y) for x, y in zip(a, b, strict=True))
 
 

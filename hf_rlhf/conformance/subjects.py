@@ -1,4 +1,4 @@
-"""Plugins of a package as subjects of the conformance kit."""
+"""Find and make the plugins that the conformance kit checks."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ import shlex
 from pathlib import Path
 from unittest import SkipTest
 
+from packaging.utils import canonicalize_name
+
 from hf_rlhf.axes import Plugin
-from hf_rlhf.registry.discovery import PluginEntry, canonicalize_name
+from hf_rlhf.registry.discovery import PluginEntry
 from hf_rlhf.registry.host import Host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 
 def entries_of(host: Host, target: str) -> list[PluginEntry]:
-    """What a package or a file offers. Raises `UserError` where that is nothing."""
+    """Return the plugins of a package or a file. Raise `UserError` if there are none."""
     if target.endswith(".py"):
         return host.add_file(target)
     installed = [offer for offer in host.offers() if not offer.file]
     found = [offer for offer in installed if canonicalize_name(offer.package) == canonicalize_name(target)]
     if not found and Path(target).is_dir():
         raise UserError(
-            f"{target} is a folder: `pip install -e {shlex.quote(target)}`, then `hf-rlhf plugins check NAME`, with the name in "
-            "its pyproject.toml; or give its .py file"
+            f"{target} is a folder. Install it with `pip install -e {shlex.quote(target)}` and check it by the name in its "
+            "pyproject.toml, or pass its .py file"
         )
     if not found:
         packages = sorted({offer.package for offer in installed})
         raise UserError(
-            f"{target}: no installed package of this name offers plugins.{did_you_mean(target, packages)} These do: "
-            f"{', '.join(packages)}. After a change of entry points install the package again"
+            f"no installed package named {target} offers plugins.{did_you_mean(target, packages)} Packages with plugins: "
+            f"{', '.join(packages)}. Reinstall a package after changing its entry points"
         )
     return found
 
 
 def make_plugin(host: Host, offer: PluginEntry) -> Plugin:
-    """The plugin with its default settings. Raises `SkipTest` saying how to test it where it cannot be made like this."""
+    """Return the plugin with its default settings. Raise `SkipTest` if it needs settings or `setup`."""
     from hf_rlhf.axes import Plugin
     from hf_rlhf.config.recipe import load_plugin
     from hf_rlhf.registry.host import use_host
@@ -47,9 +49,9 @@ def make_plugin(host: Host, offer: PluginEntry) -> Plugin:
         f"`for fact in conformance({cls.__name__}({settings})): fact()`, with `from hf_rlhf.testing import conformance`"
     )
     if required:
-        raise SkipTest(f"it needs {' and '.join(required)}: test it with settings of your own, {way}")
+        raise SkipTest(f"it needs {' and '.join(required)}. Test it with settings of your own: {way}")
     if cls.setup is not Plugin.setup:
-        raise SkipTest(f"it needs setup(context): set it up in a test of your own, then {way}")
+        raise SkipTest(f"it needs setup(context). Set it up in a test of your own, then {way}")
     with use_host(host):
         plugin: Plugin = load_plugin(offer.axis, name)
     return plugin

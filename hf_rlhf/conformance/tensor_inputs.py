@@ -1,4 +1,4 @@
-"""What the axes of tensor functions get and give: random input with every tensor there is, and one call per axis.
+"""Random inputs with every tensor that a plugin may get, and one call per axis.
 
 The facts about them stand in `hf_rlhf.conformance.invariances` and `hf_rlhf.conformance.gradients`.
 """
@@ -20,11 +20,11 @@ Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]
 
 ALWAYS = ("mask", "token_rewards", "group_ids", "kl_penalties", "finished")
-"""Fields of `Scored` that need not be asked for."""
+"""Fields of `Scored` that are always set."""
 FIELDS = ("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "greedy", "completion_ids", "advantages")
-"""Fields of `Scored` that are there for those who need them, beside the scores."""
+"""Fields of `Scored` that are set for plugins that need them, besides the scores."""
 SOURCES = {"score": ("reward", 1.0), "style": ("style", 0.5)}
-"""Tensor -> the reward source whose scores it is, and its weight."""
+"""Tensor -> its reward source and weight."""
 PLACES = frozenset({"reward", "loss", "advantage"})
 VOCABULARY = 5
 
@@ -36,7 +36,7 @@ def draw_tensors(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensors:
-    """Every tensor that a plugin may see, rows first. Off the mask stand numbers that must not matter.
+    """Draw every tensor that a plugin may get, rows first. Values off the mask are noise that must not matter.
 
     Of two reward sources `reward` and `style` the weighted sum is `total_score`; less `kl_penalties`, which are negative
     here, it makes up `token_rewards`, so returns are not negative. `log_probs` are of a whole vocabulary, (N, T, V).
@@ -86,13 +86,13 @@ def draw_tensors(
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def ordinary(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensors:
-    """Input without anything degenerate: groups of different sizes, none of a single row."""
+def ordinary_tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensors:
+    """Draw non-degenerate input: groups of different sizes, none of a single row."""
     return draw_tensors(group_sizes=(4, 3, 2), seed=seed, dtype=dtype)
 
 
 def as_scored(t: Tensors, needs: frozenset[str] | None = None) -> Scored:
-    """The tensors as a `Scored`: with every field, or with those alone that come with `needs`."""
+    """Return the tensors as a `Scored`, with every field or with those that come with `needs`."""
     fields = [name for name in FIELDS if needs is None or name in needs]
     with_scores = needs is None or "scores" in needs
     return Scored(
@@ -102,8 +102,8 @@ def as_scored(t: Tensors, needs: frozenset[str] | None = None) -> Scored:
     )
 
 
-def declared(plugin: Plugin) -> frozenset[str]:
-    """What it needs, with the plugins inside it."""
+def declared_needs(plugin: Plugin) -> frozenset[str]:
+    """Return the needs of the plugin and of the plugins inside it."""
     return frozenset().union(*(each.needs for each in with_nested(plugin)))
 
 
@@ -111,7 +111,7 @@ def declared(plugin: Plugin) -> frozenset[str]:
 # field, and the keywords that it declares or takes.
 
 
-def _asked(plugin: Any, call: Any, t: Tensors, strict: bool, *positional: str) -> Tensors:
+def _keywords(plugin: Any, call: Any, t: Tensors, strict: bool, *positional: str) -> Tensors:
     names = set(plugin.needs)
     if not strict:
         parameters = inspect.signature(call).parameters.values()
@@ -121,24 +121,26 @@ def _asked(plugin: Any, call: Any, t: Tensors, strict: bool, *positional: str) -
 
 
 def _scored(plugin: Any, t: Tensors, strict: bool) -> Scored:
-    return as_scored(t, declared(plugin) if strict else None)
+    return as_scored(t, declared_needs(plugin) if strict else None)
 
 
 def _advantages(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
     out = plugin(_scored(plugin, t, strict))
-    if "values" in declared(plugin):
+    if "values" in declared_needs(plugin):
         returns = out.returns if isinstance(out, Credit) else None
-        assert returns is not None, "it needs values and gave no returns; a Credit with returns is due, for the critic"
+        assert returns is not None, (
+            "it needs values and returns no returns. Give a Credit with returns, which the critic learns"
+        )
         return {"advantages": out.advantages, "returns": returns}
     credit = Credit.of(out)
-    assert credit.returns is None, "it gave returns without needing values, and nothing would read them"
+    assert credit.returns is None, "it gives returns without needing values, and nothing reads them"
     return {"advantages": credit.advantages}
 
 
 def _baseline(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
     out, (rows, width) = plugin(_scored(plugin, t, strict)), t["mask"].shape
     due = isinstance(out, Tensor) and tuple(out.shape) in ((rows, 1), (rows, width))
-    assert due, f"it gave {_shape(out)}; (N, 1) = {(rows, 1)} or (N, T) = {(rows, width)} is due"
+    assert due, f"it must return (N, 1) = {(rows, 1)} or (N, T) = {(rows, width)}, got {_shape(out)}"
     return {"baseline": out.expand(rows, width)}
 
 
@@ -146,19 +148,19 @@ def _shape(out: Any) -> str:
     return f"the shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
-def prepared(plugin: Any, t: Tensors) -> Tensors:
-    """With what a policy loss selects once per rollout, if it does and it is not there yet."""
+def with_selected(plugin: Any, t: Tensors) -> Tensors:
+    """Add what a policy loss selects once per rollout, if it does."""
     if "selected" not in plugin.needs or "selected" in t:
         return t
     return {**t, "selected": plugin.select(t["old_logps"], t["advantages"], t["mask"])}
 
 
 def _policy_loss(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
-    t = prepared(plugin, t)
-    extras = _asked(plugin, plugin.__call__, t, strict, "old_logps", "advantages")
+    t = with_selected(plugin, t)
+    extras = _keywords(plugin, plugin.__call__, t, strict, "old_logps", "advantages")
     out = plugin(t["logps"], t["old_logps"], t["advantages"], t["mask"], **extras)
     is_pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)
-    assert is_pair, "a policy loss gives a pair: the loss (B, T) and a dict of metrics"
+    assert is_pair, "a policy loss must return a pair: the loss (B, T) and a dict of metrics"
     selected = {"selected": t["selected"]} if "selected" in plugin.needs else {}
     return {"loss": out[0], **{f"metric {name}": x for name, x in out[1].items()}, **selected}
 
@@ -167,30 +169,30 @@ def _kl_estimator(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
     if "full_distribution" in plugin.needs:
         own, ref = (t[name].flatten(0, 1) for name in ("log_probs", "ref_log_probs"))
         return {"kl": plugin(own, ref).view(t["mask"].shape)}
-    return {"kl": plugin(t["logps"], t["ref_logps"], **_asked(plugin, plugin.__call__, t, strict, "ref_logps"))}
+    return {"kl": plugin(t["logps"], t["ref_logps"], **_keywords(plugin, plugin.__call__, t, strict, "ref_logps"))}
 
 
 def _kl(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
     if "full_distribution" in plugin.estimator.needs:
         kl = plugin.limit(_kl_estimator(plugin.estimator, t)["kl"] * t["mask"])
     else:
-        extras = _asked(plugin.estimator, plugin.estimator.__call__, t, strict, "ref_logps")
+        extras = _keywords(plugin.estimator, plugin.estimator.__call__, t, strict, "ref_logps")
         kl = plugin.measure(t["logps"], t["ref_logps"], t["mask"], **extras)
     return {"kl": kl, **{f"{p}_penalty": getattr(plugin, f"{p}_penalty")(kl) for p in sorted(plugin.places & PLACES)}}
 
 
 def _loss_term(plugin: LossTerm, t: Tensors, strict: bool = False) -> Tensors:
     per_row = {name: t[name] for name in ("group_ids", "total_score")}
-    weights = plugin.weights(t["mask"], **_asked(plugin, plugin.weights, per_row, strict))
+    weights = plugin.weights(t["mask"], **_keywords(plugin, plugin.weights, per_row, strict))
     return {
-        "loss": plugin(t["logps"], t["mask"], **_asked(plugin, plugin.__call__, t, strict, "group_ids")),
+        "loss": plugin(t["logps"], t["mask"], **_keywords(plugin, plugin.__call__, t, strict, "group_ids")),
         "weights": weights,
     }
 
 
 def _aggregation(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
     per_row = {name: t[name] for name in ("group_ids", "total_score")}
-    return {"weights": plugin(t["mask"], **_asked(plugin, plugin.__call__, per_row, strict))}
+    return {"weights": plugin(t["mask"], **_keywords(plugin, plugin.__call__, per_row, strict))}
 
 
 OUTPUTS: dict[str, Callable[..., Tensors]] = {
@@ -204,19 +206,19 @@ OUTPUTS: dict[str, Callable[..., Tensors]] = {
     "loss_terms": _loss_term,
     "filters": lambda p, t, strict=False: {"keep": p(_scored(p, t, strict))},
 }
-"""Axis -> (plugin, tensors) -> what it gives, by name."""
+"""Axis -> function (plugin, tensors) -> outputs by name."""
 
 
 # The same rollout, written down differently
 
 
 def rows_of(t: Tensors, rows: Any) -> Tensors:
-    """The tensors of these rows (a slice, or indices)."""
+    """Return the tensors of these rows (a slice, or indices)."""
     return {name: x[rows] for name, x in t.items()}
 
 
 def widened(t: Tensors, at: int, columns: int = 1, fill: Mapping[str, float] | None = None) -> Tensors:
-    """With columns that hold 0, or what `fill` says, put in before column `at`."""
+    """Insert columns of 0, or of the values in `fill`, before column `at`."""
 
     def insert(name: str, x: Tensor) -> Tensor:
         new = torch.full_like(x[:, :1], (fill or {}).get(name, 0)).expand(-1, columns, *x.shape[2:])
@@ -226,5 +228,5 @@ def widened(t: Tensors, at: int, columns: int = 1, fill: Mapping[str, float] | N
 
 
 def on_mask(t: Tensors, outputs: Tensors) -> Tensors:
-    """Outputs times the mask, as the core takes them: an infinity off the mask becomes NaN and shows."""
+    """Multiply outputs by the mask, as the core does: an infinity off the mask becomes NaN."""
     return {name: x * t["mask"] if x.dim() == 2 else x for name, x in outputs.items()}

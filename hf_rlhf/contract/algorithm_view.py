@@ -1,4 +1,4 @@
-"""The view of an algorithm that a plugin gets in `check`, `remarks` and `build`."""
+"""View of an algorithm that a plugin gets in `check`, `remarks` and `build`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Algorithm(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names that any of the plugins needs."""
+        """Return what any of the plugins needs."""
 
     @property
     def provides(self) -> frozenset[str]:
-        """Names that the core and the plugins provide."""
+        """Return what the core and the plugins provide."""
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps fed by one rollout."""
+        """Return the number of optimizer steps per rollout."""
 
     def kl_in(self, place: str) -> list[tuple[str, Any]]:
         """Return (name in logs, placement) of the KLs that enter at `place`: reward, loss or advantage."""

@@ -1,4 +1,4 @@
-"""What every plugin is, whatever its axis."""
+"""Base class of plugins on every axis."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Interval
 
 from hf_rlhf.batch import Context
+from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.metric import Metric
 
 if TYPE_CHECKING:
@@ -21,26 +22,28 @@ Count = Annotated[int, Ge(1)]
 
 
 def choice(name: str) -> Any:
-    """A nested plugin that a recipe may leave out: it then gets the plugin `name` with its default settings."""
+    """Declare a nested plugin whose default is the plugin `name` with its default settings."""
     return field(metadata={"use": name})
 
 
 @dataclass(kw_only=True)
 class Plugin:
-    """A choice on one axis."""
+    """Plugin on one axis."""
 
+    axis: ClassVar[Axis]
+    """Set by the base class of each axis."""
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     metrics: ClassVar[tuple[Metric, ...]] = ()
-    """What it logs itself, by names below the place of its axis (`hf_rlhf.contract.metric_namespaces.AREAS`)."""
+    """Its own metrics, by names below the prefix of its axis (`Axis.metric_prefix`)."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
-        """Reasons why this plugin cannot run or cannot learn in `algorithm`, each saying what to write instead."""
+        """Yield reasons why this plugin cannot run or learn in `algorithm`, each with what to write instead."""
         return ()
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
-        """What the plan should say of this plugin in `algorithm`: settings that are read but cannot bind, and the like."""
+        """Yield notes for the plan, such as settings that have no effect in `algorithm`."""
         return ()
 
     def setup(self, context: Context) -> None:
@@ -50,20 +53,22 @@ class Plugin:
         """Stop what `setup` started. Called once, also after an error."""
 
     def observe(self, statistics: Mapping[str, float]) -> None:
-        """Take in the statistics of a whole rollout, equal on every process, once per rollout, before its first update.
+        """Take the statistics of a whole rollout, equal on every process, once per rollout before its first update.
 
         Among them: rollout/rows, reward/total/mean, reward/after_kl/mean, kl/rollout/sequence and /token (mean k1 in nats,
-        where old and reference log-probs are there), and policy/*, averaged over the updates since the last rollout.
+        if old and reference log-probs are computed), and policy/*, averaged over the updates since the last rollout.
         """
 
     def report(self) -> Mapping[str, float]:
-        """Numbers of its own to log, equal on every process, by the names that `metrics` declares. Called once per rollout,
-        after `observe`. Tensors of metrics that a policy loss or an estimator returns need none of this."""
+        """Return values of `metrics` to log, equal on every process. Called once per rollout, after `observe`.
+
+        Metrics that a policy loss or an estimator returns as tensors are logged without it.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep: numbers, strings, tensors, lists and dicts of them."""
+        """Return the state to save in a checkpoint: numbers, strings, tensors, lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""

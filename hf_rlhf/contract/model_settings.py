@@ -19,19 +19,19 @@ class Lora:
     dropout: NonNegative = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Which linear layers get an adapter."""
+    """Linear layers with an adapter."""
 
 
 @dataclass(kw_only=True)
 class Model:
-    """The policy's model and tokenizer."""
+    """Model and tokenizer of the policy."""
 
     path: str | None = None
     """A folder, a name on the Hub, or `builtin:addition`, the small model of the quickstart."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     tokenizer: str | None = None
-    """Folder or Hub name of the tokenizer; the model's own when left out."""
+    """Folder or Hub name of the tokenizer; the model's own by default."""
     chat_template: str | None = None
     """A Jinja chat template in place of the tokenizer's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
@@ -43,13 +43,13 @@ class Model:
     lora: Lora | None = None
     """Train a low-rank adapter instead of all weights."""
     load_in_4bit: bool = False
-    """Hold the frozen base in 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes; with `lora` alone."""
+    """Quantize the frozen base to 4 bits by bitsandbytes (QLoRA, arXiv:2305.14314); requires `lora`."""
     load_in_8bit: bool = False
-    """Hold the frozen base in 8 bits (LLM.int8(), arXiv:2208.07339), by bitsandbytes; with `lora` alone."""
+    """Quantize the frozen base to 8 bits by bitsandbytes (LLM.int8(), arXiv:2208.07339); requires `lora`."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """What the 4 bits stand for: quantiles of a normal distribution, or floating point."""
+    """Meaning of the 4 bits: quantiles of a normal distribution, or floating point."""
     use_bnb_nested_quant: bool = False
-    """Hold the scales of the 4-bit blocks in 8 bits as well (QLoRA's double quantisation)."""
+    """Quantize the scales of the 4-bit blocks to 8 bits as well (QLoRA's double quantization)."""
     save_merged: bool | None = None
-    """The output folder is a whole model with the adapter in its weights, and `adapter` in it the adapter; else it is the adapter
-    alone. Checkpoints hold adapters. Left out: true in recipes with a trainer, false in others."""
+    """Save a whole model with the adapter merged into its weights, and the adapter in its folder `adapter`; otherwise save the
+    adapter alone. Checkpoints hold adapters. Default: true in recipes with a trainer, false in others."""

@@ -1,4 +1,4 @@
-"""One optimizer step as an update rule sees it: the loss and the policy's distributions, again and again."""
+"""Optimizer step as an update rule sees it: functions of the loss and of the policy's distributions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass(kw_only=True)
 class Step:
-    """What the gradient of an optimizer step was made from, on this process.
+    """Micro-batches of an optimizer step on this process, and functions of them.
 
-    Functions of a micro-batch use the policy as it is when they are called, unwrapped: gradients stay on this process.
+    The functions use the policy as it is when they are called, unwrapped: gradients stay on this process.
     """
 
     micro_batches: list[Any]
-    """Each function takes one of these; none is empty, though one may hold no sampled token."""
+    """Arguments of the functions. None is empty, although one may hold no sampled token."""
     loss: Callable[[Any], Tensor]
-    """The micro-batch's share of the step's loss, a scalar: the sum over micro-batches and processes is the loss."""
+    """Return the micro-batch's share of the loss, a scalar: the sum over micro-batches and processes is the loss."""
     log_probs: Callable[[Any], Tensor]
-    """(n, V) log-probs of the whole vocabulary at the rollout's temperature, where each of n sampled tokens was chosen."""
+    """Return the log-probs of the whole vocabulary (n, V) for n sampled tokens, at the rollout's temperature."""
     total: Callable[[Tensor], Tensor]
-    """The sum of a tensor over all processes, without gradient."""
+    """Return the sum of a tensor over all processes, without gradient."""

@@ -13,7 +13,7 @@ from hf_rlhf.batch import Rollouts
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.overrides import apply_overrides
 from hf_rlhf.config.recipe import Recipe, load_plugin, read_recipe, resolve
-from hf_rlhf.config.sections import Update
+from hf_rlhf.config.recipe_yaml import DEFAULTS
 from hf_rlhf.lab.world import World
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import nested, setting_types, settings_of
@@ -62,20 +62,19 @@ def in_world(
     sources = [Lookup(label=label, weight=world.weights[label]) for label in world.scores]
     for source, scores in zip(sources, world.scores.values(), strict=True):
         source.scores = {s: float(x) for (_, s), x in zip(world.sequences, scores, strict=True)}
+    left_out = {axis: load_plugin(axis, x) if isinstance(x, str) else list(x) for axis, x in DEFAULTS.items()}
     parts: dict[str, Any] = {
+        **left_out,
         "rollout": load_plugin(
             "rollout", "generate", prompts=world.prompts, num_generations=world.group, max_new_tokens=world.length
         ),
         "rewards": sources,
         "kl": list(kl),
         "advantages": advantages,
-        "policy_loss": policy_loss or load_plugin("policy_loss", "reinforce"),
-        "rollout_correction": load_plugin("rollout_correction", "none"),
-        "optimizer": load_plugin("optimizer", "trainer"),
-        "aggregation": aggregation or load_plugin("aggregation", "seq_mean_token_sum"),
-        "update": Update(),
+        "policy_loss": policy_loss or load_plugin("policy_loss", BARE["policy_loss"]["use"]),
     }
-    bare = Algorithm(**parts, critic=load_plugin("critic", "none"), reference=load_plugin("reference", "none"))
+    parts["aggregation"] = aggregation or load_plugin("aggregation", BARE["aggregation"]["use"])
+    bare = Algorithm(**parts, reference=load_plugin("reference", "none"))
     critic = load_plugin("critic", "value_head" if "values" in bare.needs else "none")
     reference = load_plugin("reference", "frozen" if "ref_logps" in bare.needs else "none")
     return dataclasses.replace(bare, critic=critic, reference=reference)

@@ -1,4 +1,4 @@
-"""The page of the whole matrix in Markdown, as docs/lab.md has it."""
+"""The page of the whole matrix in Markdown, as the documentation's site has it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from hf_rlhf.lab.table import cosine, describe_world, number, of_estimator, of_k
 from hf_rlhf.lab.world import World
 
 INTRODUCTION = """# The lab
-
-<!-- Made by `hf-rlhf lab --all`. Change the code, not this page. -->
 
 `hf-rlhf lab RECIPE`, or `hf-rlhf lab` with axis choices (`advantages.use=gae kl.0.use=in_reward`), says what a combination of
 plugins really climbs. A policy small enough to enumerate samples every completion and every group with its exact probability, in

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hf_rlhf.axes import AXES
 from hf_rlhf.config.algorithm import places
 from hf_rlhf.contract.metric import Metric
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics.aliases import aliased, entropy_is_exact, named
 from hf_rlhf.metrics.catalog import EVAL, GIVEN, SECTIONS, CoreMetric
 from hf_rlhf.metrics.catalog_evaluation import EVALUATION
@@ -72,7 +72,7 @@ def metrics_of(algorithm: Algorithm, logging: Logging | None = None) -> list[Nam
 
 def declared_by(plugin: type[Plugin], axis: str) -> dict[str, Metric]:
     """Return the metrics that a plugin class declares, by full name with the label left open."""
-    return {under(AREAS[axis], metric): metric for metric in plugin.metrics}
+    return {under(AXES[axis].axis.metric_prefix, metric): metric for metric in plugin.metrics}
 
 
 def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_rlhf.contract.metric_namespaces import AREAS
+from hf_rlhf.axes import AXES
 from hf_rlhf.metrics.catalog import EVAL, HEALTH, THROUGHPUT, TRAINER, CoreMetric, core
 from hf_rlhf.metrics.catalog_rollout import RUNNING
 from hf_rlhf.metrics.names import Named, is_logged, under
@@ -67,7 +67,7 @@ def metrics_of_trainer(trainer: OfflineTrainer) -> list[Named]:
     found = [Named(metric.name, metric, metric.section) for metric in OFFLINE]
     found += [Named(f"{EVAL}{metric.name}", metric, metric.section) for metric in OFFLINE_EVALUATION]
     found += [
-        Named(under(AREAS["trainer"], metric), metric, "trainer", f"trainer.{trainer.name}")
+        Named(under(AXES["trainer"].axis.metric_prefix, metric), metric, "trainer", f"trainer.{trainer.name}")
         for metric in trainer.metrics
         if is_logged(metric, trainer)
     ]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hf_rlhf.axes import AXES
 from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.metrics import Named, metrics_of, metrics_of_trainer
 from hf_rlhf.metrics.catalog import EVAL
@@ -23,39 +24,13 @@ Bounds = tuple[float | None, float | None]
 NONE: Bounds = (None, None)
 
 OVERVIEW, EVALUATION, SAMPLES = "Overview", "Evaluation", "Samples"
-ROLLOUTS, THROUGHPUT, HEALTH = "Rollouts", "Throughput", "Health"
-OF_AXIS = {
-    "rewards": "Rewards",
-    "kl": "KL",
-    "kl_estimator": "KL",
-    "kl_controller": "KL",
-    "advantages": "Advantages",
-    "baseline": "Advantages",
-    "critic": "Critic",
-    "policy_loss": "Policy loss",
-    "loss_terms": "Loss terms",
-    "filters": "Filters",
-    "reference": "Reference",
-    "optimizer": "Optimizer",
-    "aggregation": "Aggregation",
-    "rollout_correction": "Rollout correction",
-    "rollout": ROLLOUTS,
-    "trainer": "Training",
-}
-"""Axis -> the section of what its plugins declare."""
-ORDER = tuple(dict.fromkeys((OVERVIEW, EVALUATION, *OF_AXIS.values(), THROUGHPUT, HEALTH, SAMPLES)))
+THROUGHPUT, HEALTH = "Throughput", "Health"
+ORDER = tuple(
+    dict.fromkeys((OVERVIEW, EVALUATION, *(b.axis.section for b in AXES.values()), THROUGHPUT, HEALTH, SAMPLES))
+)
 OF_AREA = {
-    "reward": "Rewards",
-    "kl": "KL",
-    "advantage": "Advantages",
-    "value": "Critic",
-    "policy": "Policy loss",
-    "plugin": "Loss terms",
-    "filter": "Filters",
-    "rollout": ROLLOUTS,
-    "time": THROUGHPUT,
-    "memory": THROUGHPUT,
-    "perf": THROUGHPUT,
+    **{base.axis.metric_prefix.partition("/")[0]: base.axis.section for base in reversed(AXES.values())},
+    **dict.fromkeys(("time", "memory", "perf"), THROUGHPUT),
     "health": HEALTH,
 }
 """First part of a name of the core -> its section; of names without one, Optimizer, or Training without rollouts."""
@@ -228,11 +203,11 @@ def section_of(named: Named, offline: bool) -> str:
     if named.name.startswith(EVAL):
         return EVALUATION
     if named.plugin:
-        return OF_AXIS[named.plugin.partition(".")[0]]
+        return AXES[named.plugin.partition(".")[0]].axis.section
     if named.name.startswith(("rollout/is_ratio", "rollout/logp_gap")):
-        return OF_AXIS["rollout_correction"]
+        return AXES["rollout_correction"].axis.section
     area, slash, _ = named.name.partition("/")
-    return OF_AREA[area] if slash else OF_AXIS["trainer" if offline else "optimizer"]
+    return OF_AREA[area] if slash else AXES["trainer" if offline else "optimizer"].axis.section
 
 
 def panels_of(shown: Iterable[Named], *, stacked: bool, alone: bool = False) -> Iterator[Panel]:

@@ -1,7 +1,7 @@
-"""Attention in a layout of our own, through transformers' attention registry: the model's code stays as it is.
+"""Custom attention layouts through transformers' attention registry; the model's code stays unchanged.
 
-Inside `attend(model, layout)` every attention layer of `model` hands its queries, keys and values to `layout.attend`,
-and no mask is built. `attention_refusal` says which architectures it cannot serve.
+Inside `attend(model, layout)` every attention layer of `model` passes its queries, keys and values to `layout.attend`,
+and no mask is built. `attention_refusal` returns why an architecture is not supported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 NAME = "hf_rlhf"
 SERVED = {"full_attention", "sliding_attention"}
-"""Kinds of layers whose attention a layout can do."""
+"""Layer types whose attention a layout supports."""
 
 
 class Layout(Protocol):
-    """Where the tokens of a forward stand, and who attends to whom."""
+    """Positions of the tokens of a forward, and which tokens attend to which."""
 
     def attend(
         self,
@@ -35,7 +35,7 @@ class Layout(Protocol):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """(B, heads, L, d), (B, kv_heads, L, d) twice -> (B, L, heads, d).
+        """Attend with queries (B, heads, L, d) to keys and values (B, kv_heads, L, d); returns (B, L, heads, d).
 
         `window`: a token sees itself and window - 1 tokens before it; `softcap` c: scores become c tanh(score / c).
         """
@@ -55,16 +55,18 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if layout is None:
         raise RuntimeError(
-            f"{type(module).__name__} does not pass keywords on to its attention, or is run while a forward of the same model "
-            "goes on in another thread (a reward that runs the policy says runs_model: true)"
+            f"{type(module).__name__} does not pass keyword arguments on to its attention, or runs while another thread runs a "
+            "forward of the same model. A reward that runs the policy must set runs_model to True"
         )
     if others.get("dropout"):
         raise RuntimeError(
-            f"{type(module).__name__} drops attention weights at random, which a layout of our own cannot: set "
-            "model.dropout=false or update.attention=padded"
+            f"{type(module).__name__} has attention dropout, which packed rows do not support. Set model.dropout=false or "
+            "update.attention=padded"
         )
     if unknown := sorted(name for name in ("s_aux", "position_bias") if others.get(name) is not None):
-        raise RuntimeError(f"{type(module).__name__} gives its attention {', '.join(unknown)}")
+        raise RuntimeError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which packed rows do not support"
+        )
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     out = layout.attend(module, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap)
     return out, None
@@ -75,8 +77,8 @@ AttentionInterface.register(NAME, _attend)  # and no mask function: transformers
 
 @contextmanager
 def attend(model: nn.Module, layout: Layout) -> Iterator[dict[str, Any]]:
-    """Gives the keywords that the model's forward must get. Layers that are run again in the backward (gradient
-    checkpointing) find their layout by themselves."""
+    """Route attention to `layout`; yields the keyword arguments that the model's forward must get. Layers that run again in the
+    backward (gradient checkpointing) keep their layout."""
     configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     with _switched(configs), _found_again(layers, configs):
@@ -97,7 +99,7 @@ def _switched(configs: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def _found_again(layers: list[Any], configs: list[Any]) -> Iterator[None]:
-    """Checkpointed layers run again when this context is long left."""
+    """Switch the attention of checkpointed layers again when they run in the backward, after this context has ended."""
     own = [layer._gradient_checkpointing_func for layer in layers]
 
     def again(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +124,7 @@ def _found_again(layers: list[Any], configs: list[Any]) -> Iterator[None]:
 
 @dataclass
 class RecordingLayout:
-    """A layout that notes the windows with which the layers call it."""
+    """Record the windows with which the layers call a layout."""
 
     layout: Layout
     windows: set[int | None] = field(default_factory=set)
@@ -144,8 +146,8 @@ class RecordingLayout:
 
 
 def hidden_window(model: nn.Module, windows: set[int | None]) -> str | None:
-    """Why the layout saw too much, where the configuration has a sliding window and no layer named it: it is in the masks
-    alone, which are not built."""
+    """Return why the layout attends too far: the configuration has a sliding window and no layer passed it, so that it is only in
+    the masks, which are not built. None where this is not so."""
     for config in (m.config for m in model.modules() if hasattr(m, "config")):
         window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
         if window is None or window >= getattr(config, "max_position_embeddings", float("inf")):
@@ -156,14 +158,14 @@ def hidden_window(model: nn.Module, windows: set[int | None]) -> str | None:
 
 
 def drops_attention(model: nn.Module) -> bool:
-    """Whether a module or configuration drops attention weights at random in training."""
+    """Return whether a module or configuration has attention dropout."""
     things = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
     numbers = ((name, x) for thing in things for name, x in vars(thing).items() if type(x) is float)
     return any(x > 0 and "att" in name and "drop" in name for name, x in numbers)
 
 
 def attention_refusal(model: nn.Module) -> str | None:
-    """Why no layout can serve this architecture, as far as its configuration says; None where nothing speaks against it."""
+    """Return why no layout supports this architecture, as far as its configuration says; None if nothing speaks against it."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is None:

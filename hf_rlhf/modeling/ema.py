@@ -1,8 +1,8 @@
-"""The exponential moving average of the policy's weights (InstructGPT, arXiv:2203.02155, appendix C, with decay 0.992).
+"""Exponential moving average of the policy's weights (InstructGPT, arXiv:2203.02155, appendix C, with decay 0.992).
 
-After every optimizer step: average <- decay x average + (1 - decay) x policy, weight by weight, from the policy as it was
-before the first step. It is kept in float32 at least, of the weights that are trained: of an adapter its factors, as they are
-saved. Every process keeps its own, equal to the others' to the bit, so that nothing is communicated.
+After every optimizer step: average <- decay x average + (1 - decay) x policy, weight by weight, starting from the policy before
+the first step. Trained weights alone are averaged (of an adapter its factors), in float32 or better. Every process keeps its
+own average, bit-identical to the others', so that nothing is communicated.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "ema"
-"""Where the average lies, as a model of its own, in the output folder and in checkpoints."""
+"""Folder of the average, a model of its own, in the output folder and in checkpoints."""
 
 
 class PolicyEMA:
-    """The average of the weights that a policy trains."""
+    """Average the trained weights of a policy."""
 
     def __init__(self, policy: nn.Module, decay: float):
         if not 0 < decay < 1:
-            raise ValueError(f"update.ema={decay}: the decay lies between 0 and 1; leave it out for no average")
+            raise ValueError(f"update.ema must be between 0 and 1, got {decay}. Leave it out for no average")
         self.decay = decay
         self._trained = [p for p in policy.parameters() if p.requires_grad]
         self._average = [at_least_float32(p.detach()).clone() for p in self._trained]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the policy as it is. Called after each optimizer step."""
+        """Update the average from the policy's current weights. Called after each optimizer step."""
         for x, p in zip(self._average, self._trained, strict=True):
             x.lerp_(at_least_float32(p), 1 - self.decay)
 
     def tensors(self) -> list[Tensor]:
-        """The averages, in the order of the policy's trained parameters."""
+        """Return the averages, in the order of the policy's trained parameters."""
         return list(self._average)
 
     @contextmanager
     def as_policy(self, policy: Any, *, exact: bool = False) -> Iterator[None]:
-        """Inside, the policy's modules hold the average in place of its weights, which are not touched.
+        """Put the average in place of the policy's weights, which are left untouched and come back at exit.
 
-        In the policy's number format, to be run; `exact`: in its own, to be saved, or loaded in place.
+        The average is cast to the policy's dtype, to be run; with `exact` it keeps its own, to be saved or loaded in place.
         """
         there = {
             id(p): nn.Parameter(x if exact else x.to(p.device, p.dtype), requires_grad=False)
@@ -59,6 +59,8 @@ class PolicyEMA:
             for name, p in module._parameters.items()
             if p is not None and id(p) in there
         ]
+        if {id(p) for _, _, p in slots} != there.keys():
+            raise ValueError("the average must be of this policy's own parameters, got a model with others")
         dtype = getattr(policy.config, "dtype", None)
         try:
             for parameters, name, p in slots:
@@ -71,5 +73,5 @@ class PolicyEMA:
 
 
 def average_bytes(policy: nn.Module) -> int:
-    """Bytes that the average of a policy takes on the policy's device."""
+    """Return the bytes that the average of a policy takes on its device."""
     return sum(p.numel() * max(4, p.element_size()) for p in policy.parameters() if p.requires_grad)

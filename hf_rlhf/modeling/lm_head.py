@@ -1,8 +1,8 @@
-"""From hidden states to what is asked of the next token's distribution, a chunk of tokens at a time.
+"""Log-probs and statistics of the next token's distribution from hidden states, a chunk of tokens at a time.
 
-The logits of all tokens are never held at once: a chunk's are made, read and dropped, and made again in the backward.
-Where the loss of a token depends on that token alone, its derivative is known in the forward, and a chunk's logits serve
-for both (`Derivative`).
+The logits of all tokens are never in memory at once: a chunk is computed, read and dropped, and computed again in the
+backward. Where the loss of a token depends on that token alone, its derivative is known in the forward, and the logits of a
+chunk serve both passes (`Derivative`).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGITS = 2**22
-"""Most logits that are held at a time (16 MiB in float32), twice where more than the log-prob is asked for."""
+"""Largest chunk of logits (16 MiB in float32); two such chunks are in memory where more than the log-prob is wanted."""
 IMPOSSIBLE = -1e4
-"""A log-prob whose probability is 0 in every type, and that stays finite under any factor: it stands for -inf."""
+"""Stand-in for a log-prob of -inf: its probability is 0 in every dtype, and it stays finite under any factor."""
 TOKENS = 128
-"""Tokens whose logits are held at a time at least: with fewer, adding to the gradient of the head would take the time."""
+"""Smallest chunk in tokens: with fewer, adding to the gradient of the head would dominate the time."""
 
 Measure = Callable[[Tensor, slice], Tensor]
-"""((c, V) log-probs of c sampled tokens, which of the n they are) -> (c,)."""
+"""(log-probs (c, V) of c sampled tokens, their slice of the n) -> (c,)."""
 Derivative = Callable[[dict[str, Tensor], slice], dict[str, Tensor]]
-"""({name: (c,)} of c sampled tokens, which of the n they are) -> {name: (c,)}: the loss differentiated by each."""
+"""({name: (c,)} of c sampled tokens, their slice of the n) -> {name: (c,)}: the derivative of the loss by each."""
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What is asked of each distribution, beside the sampled token's log-prob."""
+    """Statistics wanted of each distribution, besides the sampled token's log-prob."""
 
     entropy: bool = False
     sum_sq_probs: bool = False
@@ -43,14 +43,14 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap tanh(scale W h / cap), without the tanh where `cap` is None."""
+    """A language-model head: logits = cap tanh(scale W h / cap), without the tanh if `cap` is None."""
 
     module: Any
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
-        """(c, H) -> (c, V)."""
+        """Map states (c, H) to logits (c, V)."""
         logits = self.module(states)
         if self.scale != 1:
             logits = logits * self.scale
@@ -58,7 +58,7 @@ class Head:
 
     @property
     def plain(self) -> bool:
-        """Whether it is one matrix product of which nothing else knows: no adapter, no hook, no cap."""
+        """Whether the head is a plain matrix product: no adapter, no hook, no cap."""
         module = self.module
         hooked = (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -67,7 +67,7 @@ class Head:
 
 
 def head_of(causal: Any) -> Head | None:
-    """The head of a transformers model with the scale and cap that its configuration names; None where it has no head."""
+    """Return the head of a transformers model with the scale and cap of its configuration; None if it has no head."""
     module, config = causal.get_output_embeddings(), causal.config.get_text_config()
     if module is None:
         return None
@@ -78,12 +78,12 @@ def head_of(causal: Any) -> Head | None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half-precision numbers as float32; float32 and float64 as they are."""
+    """Cast half precision to float32; float32 and float64 stay as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def tokens_at_a_time(vocabulary: int) -> int:
-    """How many tokens' logits make a chunk."""
+    """Return the number of tokens per chunk of logits."""
     return max(TOKENS, LOGITS // vocabulary)
 
 
@@ -96,9 +96,9 @@ def score(
     measures: Mapping[str, Measure] | None = None,
     derivative: Derivative | None = None,
 ) -> dict[str, Tensor]:
-    """(n, H) states, (n,) sampled tokens -> name -> (n,): logps, what is `wanted` (entropy in nats) and the `measures`.
+    """Score the tokens `targets` (n,) from states (n, H): logps, `wanted` (entropy in nats) and `measures`, each (n,).
 
-    With a `derivative` the numbers carry no gradient; instead `loss`, a zero, has that of the states and the head.
+    With a `derivative` these carry no gradient; instead `loss`, a zero, has the gradient of the states and the head.
     """
     if isinstance(head, Head) and head.plain and not measures:
         values = _Scores.apply(
@@ -116,7 +116,7 @@ def _by_chunks(
     wanted: TokenStatistics,
     measures: Mapping[str, Measure],
 ) -> dict[str, Tensor]:
-    """The same for any head and any measure, each chunk under autograd and made again in the backward."""
+    """Score with any head and any measure; each chunk runs under autograd and again in the backward."""
 
     def chunk(states: Tensor, part: slice) -> tuple[Tensor, ...]:
         log_probs = (at_least_float32(head(states)) / temperature).log_softmax(-1)
@@ -148,7 +148,7 @@ def _read(log_probs: Tensor, targets: Tensor, wanted: TokenStatistics) -> list[T
 
 
 def whole(head: Callable[[Tensor], Tensor], states: Tensor, temperature: float) -> Tensor:
-    """(n, V) log-probs of all tokens at once, for small models and second derivatives."""
+    """Return the log-probs (n, V) of the whole vocabulary at once, for small models and second derivatives."""
     return (at_least_float32(head(states)) / temperature).log_softmax(-1)
 
 
@@ -174,7 +174,7 @@ class _Scores(torch.autograd.Function):
         tile = _Tile(states, weight, bias, targets, scale, dtype)
         gradients = None if derivative is None else tile.gradients(ctx.needs_input_grad)
         found: list[tuple[Tensor, ...]] = []
-        with torch.autocast(kind, enabled=False):  # it would round the products in which entropy and squares are summed
+        with torch.autocast(kind, enabled=False):  # it would round the products that sum entropy and squares
             for part in tile.parts:
                 z = tile.logits(part)
                 lse, values = _read_tile(z, targets[part], wanted, keep=derivative is not None)
@@ -213,9 +213,9 @@ class _Scores(torch.autograd.Function):
 
 
 def _read_tile(z: Tensor, targets: Tensor, wanted: TokenStatistics, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """(c,) log of the normaliser, and what is asked of (c, V) logits, which become log-probs where `keep` says so.
+    """Return the log normalizer (c,) and the statistics of logits (c, V), which become log-probs in place if `keep`.
 
-    A second tile holds the probabilities where more than the log-prob is asked for.
+    A second tile holds the probabilities where more than the log-prob is wanted.
     """
     top = z.amax(1)
     z.sub_(top.unsqueeze(1))
@@ -235,7 +235,7 @@ def _read_tile(z: Tensor, targets: Tensor, wanted: TokenStatistics, keep: bool) 
 
 
 class _Tile:
-    """The logits of one chunk after the other, in one buffer, and what each chunk adds to the gradients."""
+    """Compute the logits of one chunk after another in one buffer, and add each chunk's gradients."""
 
     def __init__(
         self, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, dtype: torch.dtype
@@ -249,7 +249,7 @@ class _Tile:
         self.buffer = states.new_empty((min(size, len(states)), len(weight)), dtype=wide)
 
     def logits(self, part: slice) -> Tensor:
-        """(c, V), in float32 or better, in the buffer. Half precision is rounded as a plain forward rounds it."""
+        """Return logits (c, V) in the buffer, in float32 or better. Half precision is rounded as in a plain forward."""
         z = self.buffer[: part.stop - part.start]
         with torch.autocast(z.device.type, enabled=False):
             if self.bias is None and self.weight.dtype == z.dtype:
@@ -259,7 +259,7 @@ class _Tile:
         return z if self.scale == 1 else z.mul_(self.scale)
 
     def gradients(self, needed: tuple[bool, ...]) -> list[Tensor | None]:
-        """Zeros for states, weight and bias, those that are needed."""
+        """Return zeros for states, weight and bias where a gradient is needed, else None."""
         return [
             torch.zeros_like(x) if need and x is not None else None
             for need, x in zip(needed, self.inputs, strict=False)
@@ -273,7 +273,8 @@ class _Tile:
         values: dict[str, Tensor],
         outer: dict[str, Tensor],
     ) -> None:
-        """One chunk's share. `z` are its (c, V) log-probs and is overwritten; `outer` differentiates the loss by `values`."""
+        """Add the gradients of one chunk. `z` holds its log-probs (c, V) and is overwritten; `outer` is the derivative of the
+        loss by `values`."""
         by_logp = outer.get("logps", z.new_zeros(len(z))).to(z.dtype)
         dz = self._by_logits(z, by_logp, values, outer)
         dz.scatter_add_(1, self.targets[part].unsqueeze(1), by_logp.unsqueeze(1))
@@ -294,8 +295,8 @@ class _Tile:
 
     @staticmethod
     def _by_logits(z: Tensor, by_logp: Tensor, values: dict[str, Tensor], outer: dict[str, Tensor]) -> Tensor:
-        """(c, V) the loss differentiated by the logits, but for what `by_logp` adds to those of the sampled tokens. In the
-        place of `z`; a second tile holds p where entropy or sum of squares are differentiated."""
+        """Return the derivative of the loss by the logits (c, V), without the term of the sampled tokens, in place of `z`. A
+        second tile holds p where entropy or sum of squares are differentiated."""
         by_entropy, by_squares = outer.get("entropy"), outer.get("sum_sq_probs")
         if by_entropy is None and by_squares is None:
             return z.exp_().mul_(-by_logp.unsqueeze(1))

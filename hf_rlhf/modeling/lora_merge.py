@@ -1,32 +1,36 @@
-"""A model that was trained on an adapter, as it is left behind: whole, with the adapter in its weights."""
+"""Saving a model that trained an adapter as plain weights, with the adapter merged in."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "adapter"
-"""Where the adapter lies within a folder whose model has it in its weights."""
+"""Folder of the adapter beside a model that has it merged in."""
 
 
-def save_merged(model: Any, folder: Path) -> None:
-    """Saves plain transformers weights with the adapter in them, and the adapter by itself in `FOLDER` within the folder.
+def save_merged(model: Any, folder: Path, *, state_dict: Mapping[str, Tensor]) -> None:
+    """Save plain transformers weights with the adapter in them, and the adapter by itself in `FOLDER` within the folder.
 
-    The model in memory stays as it is; a whole copy of it is made in main memory. The adapter is written first, so that it
-    is there when the merge fails. Raises `ValueError` as `merged`.
+    `state_dict` holds the model's whole weights by name. The model in memory stays as it is; a whole copy of it is made in
+    main memory. The adapter is written first, so that it is there when the merge fails. Raises `ValueError` as `merged`.
     """
-    model.save_pretrained(folder / FOLDER)
-    merged(model).save_pretrained(folder)
+    model.save_pretrained(folder / FOLDER, state_dict=state_dict)
+    merged(model, state_dict).save_pretrained(folder)
 
 
 def drop_other_form(folder: Path, whole: bool) -> None:
-    """Removes what an earlier run left in a folder to which a model was just saved, `whole` or as an adapter: with both there,
-    the whole model would be loaded with the adapter on it once more.
+    """Remove the other form from a folder to which a model was just saved, `whole` or as an adapter: with both, the whole model
+    would load with the adapter applied twice.
 
-    Beside an adapter only a whole model that `save_merged` wrote goes, never the adapter's own base.
+    Beside an adapter only a whole model that `save_merged` wrote is removed, never the adapter's own base.
     """
     config = folder / "adapter_config.json"
     if whole:
@@ -42,41 +46,44 @@ def drop_other_form(folder: Path, whole: bool) -> None:
 
 
 def _is_base(folder: Path, config: Path) -> bool:
-    """Whether a folder is the base of the adapter with this configuration."""
+    """Return whether a folder is the base of the adapter with this configuration."""
     base = json.loads(config.read_text()).get("base_model_name_or_path")
     return base is not None and Path(base).expanduser().resolve() == folder.resolve()
 
 
-def merged(model: Any) -> Any:
-    """A copy on the CPU with the adapter in its weights. Where the base is held in few bits, its weights are the numbers that
-    the bits stand for, so that outputs are those of `model` up to rounding.
+def merged(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Return a copy on the CPU with the adapter merged into its weights.
 
-    Raises `ValueError` for an adapter that is no change of weights, and for a base whose numbers the library does not tell.
+    `weights` are the model's whole weights by name. A quantized base is dequantized first, so that outputs are those of `model`
+    up to rounding. Raises `ValueError` for an adapter that is not a change of weights, and for a base that the library cannot
+    dequantize.
     """
     if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise ValueError("learned prompts are no change of weights and cannot be merged: set model.save_merged=false")
-    quantised = getattr(model.get_base_model(), "is_quantized", False)
-    copied = _with_numbers(model) if quantised else _copied(model)
+        raise ValueError(
+            "learned prompts are not a change of weights and cannot be merged. Set model.save_merged=false"
+        )
+    quantized = getattr(model.get_base_model(), "is_quantized", False)
+    copied = _dequantized(model, weights) if quantized else _copied(model, weights)
     _untie(copied)
     return copied.merge_and_unload()
 
 
-def _copied(model: Any) -> Any:
-    """A copy in main memory; tensors that are shared stay shared."""
+def _copied(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Copy a model to main memory; shared tensors stay shared."""
     from torch import nn
 
     here: dict[int, Any] = {id(m): _moved(m) for m in model.modules() if _holds_codes(m)}
     coded = {id(p) for m in model.modules() if id(m) in here for p in (*m.parameters(), *m.buffers())}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in coded:
-            moved = tensor.detach().to("cpu", copy=True)
+            moved = weights.get(name, tensor).detach().to("cpu", copy=True)
             here[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
     return copy.deepcopy(model, here)
 
 
 def _moved(module: Any) -> Any:
-    """A copy in main memory of one module that holds codes. It is made where the module lies and then moved, because what
-    stands beside the codes, scales say, moves with the module alone."""
+    """Copy one module with quantized weights to main memory. The copy is made on the module's device and then moved, because
+    what belongs to the weights, such as scales, moves only with the module."""
     copied = copy.deepcopy(module).to("cpu")
     if hasattr(copied, "quant_state"):  # of the weight; the module names it a second time, and that one is not moved
         copied.quant_state = getattr(copied.weight, "quant_state", None)
@@ -84,31 +91,30 @@ def _moved(module: Any) -> Any:
 
 
 def _holds_codes(module: Any) -> bool:
-    """Whether parameters of the module itself are not numbers, but a library's codes of them."""
+    """Return whether the module's own parameters are a library's codes of numbers, not numbers."""
     from torch import nn
 
     own = [p for p in module._parameters.values() if p is not None]
     return any(type(p) is not nn.Parameter or not p.is_floating_point() for p in own)
 
 
-def _with_numbers(model: Any) -> Any:
-    """A copy in main memory whose base is not quantised, with the adapter on it."""
+def _dequantized(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Copy a model with a quantized base to main memory, its base dequantized, with the adapter on it."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     name = model.active_adapter
     try:
-        base = _copied(model).unload().dequantize()
+        base = _copied(model, weights).unload().dequantize()
     except (NotImplementedError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"the numbers behind this quantised base are not told ({error}): set model.save_merged=false"
-        ) from error
+        raise ValueError(f"the library cannot dequantize this base ({error}). Set model.save_merged=false") from error
     whole = get_peft_model(base, copy.deepcopy(model.peft_config[name]), adapter_name=name)
-    set_peft_model_state_dict(whole, get_peft_model_state_dict(model, adapter_name=name), adapter_name=name)
+    adapter = get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=name)
+    set_peft_model_state_dict(whole, adapter, adapter_name=name)
     return whole
 
 
 def _untie(model: Any) -> None:
-    """Gives the head weights of its own where it shares them with the embedding and one of the two has an adapter."""
+    """Untie the head from the embedding where they share weights and one of them has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 

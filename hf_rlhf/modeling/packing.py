@@ -1,10 +1,10 @@
-"""Rows without padding: the rows of one prompt stand behind a single copy of it and share its keys and values.
+"""Packing without padding: completions follow a single copy of their prompt and share its keys and values.
 
     p p p p a a a b b c c c c | q q d d d d e e        p, q prompts; a-c, d-e their completions
     positions: prompt from 0, every completion from the prompt's length on
 
 Linear layers see each token once. A completion attends to its prompt and to itself; gradients of all completions of a
-prompt meet in it. Completions are cut after the last token that predicts a sampled one.
+prompt add up in it. Completions are truncated after the last token that predicts a sampled one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MASK_ELEMENTS = 2**23
-"""Most elements of the mask of a bucket of several rows (32 MiB in float32)."""
+"""Largest mask of a bucket of several rows, in elements (32 MiB in float32)."""
 SPREAD = 0.7
-"""Rows of one bucket are no shorter than this share of its longest, so that attention has little padding."""
+"""Shortest row of a bucket as a share of its longest; limits the padding inside attention."""
 
 
 def by_prompt(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows of each distinct prompt, prompts in order of appearance."""
+    """Group rows by distinct prompt, prompts in order of appearance."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(tuple(prompt), []).append(row)
@@ -45,10 +45,10 @@ class Span:
 
 
 class Packed:
-    """Rows of prompts and completions as one row of N tokens; a `Layout` for `hf_rlhf.modeling.attention`.
+    """Pack rows of prompts and completions into one row of N tokens; a `Layout` of `hf_rlhf.modeling.attention`.
 
-    `used[row]` says how many of a row's completion tokens enter; a row with `used` None is left out, with its prompt if
-    no other row needs that.
+    `used[row]` is the number of completion tokens that enter; a row with `used` None is left out, with its prompt if no
+    other row needs it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Packed:
         ids: list[int] = []
         positions: list[int] = []
         self.starts, self.lasts = [0] * len(prompts), [0] * len(prompts)
-        """Per row: where its completion begins, and where its prompt's last token stands."""
+        """Per row: index of its first completion token, and of its prompt's last token."""
         self.prompts: list[Span] = []
         self.completions: list[Span] = []
         for rows in by_prompt(prompts):
@@ -84,7 +84,7 @@ class Packed:
         self.position_ids = torch.tensor([positions], device=device)
 
     def release(self) -> None:
-        """Lets go of masks, which are made anew where they are needed again."""
+        """Free the masks; they are built again if needed."""
         for name in ("_blocks", "_block_masks"):
             vars(self).pop(name, None)
 
@@ -95,7 +95,7 @@ class Packed:
 
     @cached_property
     def _order(self) -> Tensor:
-        """(N,) where each token stands in the blocks' outputs, one block after the other."""
+        """Index of each token (N,) in the concatenated outputs of the blocks."""
         order = torch.empty(self.input_ids.size(1), dtype=torch.long)
         offset = 0
         for block in self._blocks:
@@ -115,7 +115,7 @@ class Packed:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See `Layout`. Keys of a prompt are read by each of its completions, its queries are computed once."""
+        """See `Layout`. Every completion of a prompt reads its keys; its queries are computed once."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
         outs = [block.attend(query, key, value, scaling, window, softcap) for block in self._blocks]
         flat = [x.transpose(1, 2).reshape(-1, *x.shape[1::2]) for x in outs]
@@ -123,11 +123,11 @@ class Packed:
 
 
 class FlexPacked(Packed):
-    """The same tokens through FlexAttention: one call over the packed row, with a block mask."""
+    """Packed rows through FlexAttention: one call over the packed row, with a block mask."""
 
     @cached_property
     def _segments(self) -> tuple[Tensor, Tensor]:
-        """(N,) the prompt of each token and (N,) its completion, 0 in prompts."""
+        """Prompt of each token (N,) and its completion (N,), 0 in prompts."""
         prompt, completion = torch.zeros(2, self.input_ids.size(1), dtype=torch.long)
         for i, span in enumerate(self.prompts):
             prompt[span.start :] = i
@@ -186,7 +186,7 @@ def _flex(compiled: bool) -> Callable[..., Tensor]:
 
 
 def _buckets(spans: Sequence[Span]) -> list[list[Span]]:
-    """Spans of similar length, longest first, none with a mask too large."""
+    """Group spans of similar length, longest first, within the largest mask."""
     buckets: list[list[Span]] = []
     before = 0
     for span in sorted(spans, key=lambda span: -span.size):
@@ -203,8 +203,8 @@ def _buckets(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 class _Block:
-    """Spans padded to one length inside attention alone: queries (B, L), keys (B, P + L), P the longest prompt before them,
-    padded on its left."""
+    """Pad spans to one length inside attention: queries (B, L), keys (B, P + L), where P is the longest prompt before
+    them, padded on the left."""
 
     def __init__(self, spans: list[Span], device: torch.device):
         self.spans, self.longest = spans, max(span.size for span in spans)
@@ -230,7 +230,7 @@ class _Block:
         return self.before == 0
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(B, 1, L, P + L), 0 where a token sees another and -inf elsewhere. Padding sees itself, so that no row is empty."""
+        """Return the additive mask (B, 1, L, P + L). Padding attends to itself, so that no row is empty."""
         if (window, dtype) not in self._masks:
             q = torch.arange(self.longest, device=self.device)[:, None] + self.before
             k = torch.arange(self.before + self.longest, device=self.device)[None]
@@ -244,7 +244,7 @@ class _Block:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """(N, heads, d), (N, kv_heads, d) twice -> (B, heads, L, d)."""
+        """Attend with queries (N, heads, d) to keys and values (N, kv_heads, d); returns (B, heads, L, d)."""
         rows, repeats = len(self.spans), query.size(1) // key.size(1)
         if window is not None and window >= self.before + self.longest:
             window = None

@@ -1,15 +1,16 @@
 """Token log-probs, and the module that is wrapped for training: the policy with its critic.
 
 A `TokenBatch` holds rows of prompt and completion. Log-probs are computed for the tokens that the policy sampled and
-nowhere else; every (B, T) result is 0 off the mask. Where the architecture allows it the rows enter packed (see
-`hf_rlhf.modeling.packing`), else padded behind their completions, where causal attention never sees padding and neither positions
-nor an attention mask are needed.
+nowhere else; every (B, T) result is 0 off the mask. Where the architecture allows it rows are packed (see
+`hf_rlhf.modeling.packing`), else padded on the right, where causal attention never sees padding and neither positions nor an
+attention mask are needed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,23 +24,37 @@ from hf_rlhf.modeling.token_batch import _PACKS, Attention, TokenBatch, _inner, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hf_rlhf.modeling.ema import PolicyEMA
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class Policy:
-    """What a rollout engine gets: the unwrapped policy in evaluation mode, its tokenizer and device."""
+    """The policy as rollout engines get it: unwrapped, in evaluation mode, with its tokenizer and device."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     wants_logps: bool = False
-    """Whether something reads the sampler's log-probs: then `Completions.logps` must be there."""
+    """Whether anything reads the sampler's log-probs; `Completions.logps` is then required."""
+    version: str = ""
+    """`RUN_ID:step`, followed by `:ema` while `model` holds the moving average; empty outside a run. It changes whenever what
+    `model` computes may have changed: an optimizer step, a loaded checkpoint, an evaluation of the average."""
+
+    @contextmanager
+    def averaged(self, average: PolicyEMA) -> Iterator[None]:
+        """Hold the moving average in place of the weights of `model`, under a version of its own."""
+        version, self.version = self.version, f"{self.version}:ema"
+        try:
+            with average.as_policy(self.model):
+                yield
+        finally:
+            self.version = version
 
 
 class ActorCritic(nn.Module):
-    """The policy and its critic behind one forward: what DistributedDataParallel wraps.
+    """Policy and critic behind one forward, wrapped as one module for training.
 
     `self.policy` stays the plain transformers (or PEFT) model that is saved.
     """
@@ -62,9 +77,8 @@ class ActorCritic(nn.Module):
         derivative: Derivative | None = None,
         temperature: float | None = None,
     ) -> dict[str, Tensor]:
-        """`logps`, `entropy` (nats), `sum_sq_probs`, `values` and what `measures` makes of whole distributions, those
-        asked for, each (B, T) and 0 off the mask. `derivative` is that of
-        `hf_rlhf.modeling.lm_head.score`, which adds `loss`, a number."""
+        """Return those of `logps`, `entropy` (nats), `sum_sq_probs`, `values` and the `measures` of whole distributions that are
+        wanted, each (B, T) and 0 off the mask. With a `derivative` (see `modeling.lm_head.score`) also `loss`, a scalar."""
         flat: dict[str, Tensor] = {}
         on_trunk = values and self.critic is not None and bool(getattr(self.critic, "on_trunk", False))
         states: Tensor | None = None
@@ -77,17 +91,19 @@ class ActorCritic(nn.Module):
                 flat = score(head, states, batch.targets, heat, wanted, measures, derivative)
         if values:
             if self.critic is None:
-                raise ValueError("values were asked for and there is no critic")
+                raise ValueError("values=True needs a critic, and this policy has none")
             if on_trunk and states is not None and not isinstance(head, Head):
-                raise ValueError("the policy is more than trunk and head: a value head on its trunk cannot work")
+                raise ValueError(
+                    "a value head needs a policy that is a trunk with a linear head. Set critic.use=separate"
+                )
             flat["values"] = at_least_float32(self.critic(batch, states if on_trunk else None))
         return {name: x if name == "loss" else batch.place(x) for name, x in flat.items()}
 
 
 def sampled_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """(n, H) hidden states at the token before each sampled one, and the function from them to logits (n, V).
+    """Return hidden states (n, H) at the token before each sampled one, and the function from them to logits (n, V).
 
-    A model that is more than trunk and head gives its logits instead, (n, V), and the function that returns its argument.
+    For a model that is more than trunk and head: its logits (n, V), and the identity.
     """
     parts = _parts(model)
     if parts is None:
@@ -97,7 +113,7 @@ def sampled_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Callable[[Ten
 
 
 def distributions(model: Any, batch: TokenBatch, temperature: float) -> Tensor:
-    """(n, V) log-probs of the whole vocabulary at each sampled token, all at once."""
+    """Return log-probs (n, V) of the whole vocabulary at each sampled token, all at once."""
     states, head = sampled_states(model, batch)
     return whole(head, states, temperature)
 
@@ -106,7 +122,7 @@ _PARTS: WeakKeyDictionary[nn.Module, tuple[nn.Module, Head] | None] = WeakKeyDic
 
 
 def _parts(model: Any) -> tuple[nn.Module, Head] | None:
-    """The trunk and head of a causal model, where the head of the trunk's states is what the model gives. Looked up once."""
+    """Return trunk and head of a causal model, or None if its logits are not the head of the trunk's states. Tested once."""
     causal = _inner(model)
     known = _PARTS.get(model)
     if model not in _PARTS or (known is not None and known[1].module is not causal.get_output_embeddings()):
@@ -116,15 +132,14 @@ def _parts(model: Any) -> tuple[nn.Module, Head] | None:
         _PARTS[model] = (trunk, head) if head is not None and fits else None
         if not fits:
             logger.warning(
-                "%s is more than a trunk with a linear head: its rows enter padded, and the logits of a micro-batch are held "
-                "at once",
+                "%s is more than a trunk with a linear head: using padded rows, with all logits of a micro-batch in memory",
                 type(causal).__name__,
             )
     return _PARTS[model]
 
 
 def _fit(causal: Any, trunk: Any, head: Head) -> bool:
-    """Whether the logits are the head's of the trunk's states."""
+    """Return whether the model's logits are those of the head on the trunk's states."""
     with _probing(causal):
         vocabulary = trunk.get_input_embeddings().num_embeddings  # not one token alone: padding may be embedded as 0
         probe = torch.arange(min(8, vocabulary), device=causal.device).unsqueeze(0)
@@ -134,12 +149,12 @@ def _fit(causal: Any, trunk: Any, head: Head) -> bool:
 
 
 def _learns_prompts(model: Any) -> bool:
-    """Whether peft puts learned tokens before the text: then its own forward has to run."""
+    """Return whether peft prepends learned tokens, so that its own forward has to run."""
     return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def why_not_packed(model: Any, attention: Attention = "packed") -> str | None:
-    """Why the rows of this causal model do not enter in such a layout; None where they do."""
+    """Return why a causal model does not support a layout; None if it does."""
     parts = _parts(model)
     if parts is None:
         return "it is more than a trunk with a linear head"

@@ -15,7 +15,7 @@ from hf_rlhf.modeling.token_batch import TokenBatch
 
 
 class ReferencePolicy:
-    """The reference's log-probs: of a model of its own, or of the policy inside `active` (an adapter switched off)."""
+    """Compute the reference's log-probs: of its own model, or of the policy inside `active` (with its adapter off)."""
 
     def __init__(self, model: nn.Module | None, policy: Any, active: Any, temperature: float):
         self._active = active
@@ -25,12 +25,12 @@ class ReferencePolicy:
 
     @property
     def own(self) -> nn.Module | None:
-        """The reference's own model, or None where the policy serves."""
+        """The reference's own model, or None if the policy serves."""
         return self._own
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> Tensor:
-        """(B, T) log-probs, 0 off the mask."""
+        """Return log-probs (B, T), 0 off the mask."""
         with self._as_reference():
             found: Tensor = self.module(batch)["logps"]
             return found
@@ -39,9 +39,9 @@ class ReferencePolicy:
     def measures(
         self, batch: TokenBatch, named: Mapping[str, tuple[Callable[..., Tensor], bool]]
     ) -> dict[str, Measure]:
-        """For each estimator over whole distributions what `ActorCritic.forward` takes; with False it has no gradient.
+        """Return the `measures` that `ActorCritic.forward` takes, from name -> (estimator, whether it carries a gradient).
 
-        The reference's hidden states are computed here, its distributions chunk by chunk when they are asked for.
+        The reference's hidden states are computed here, its distributions chunk by chunk when they are read.
         """
         with self._as_reference():
             states, head = sampled_states(self.module.policy, batch)

@@ -1,4 +1,4 @@
-"""Rows of prompt and completion for a forward, packed or padded."""
+"""Batches of prompt and completion tokens for a forward, packed or padded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Attention = Literal["packed", "flex", "padded"]
 
 
 class TokenBatch:
-    """B rows for a forward, `mask` (B, T) saying which completion tokens were sampled.
+    """B rows for a forward; `mask` (B, T) is 1 on completion tokens that were sampled.
 
-    `rows` (n,), `columns` (n,) and `targets` (n,) name the n sampled tokens: their place in (B, T) and which they are.
+    `rows` (n,) and `columns` (n,) index the n sampled tokens in (B, T), `targets` (n,) are their ids.
     """
 
     def __init__(
@@ -48,27 +48,27 @@ class TokenBatch:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were sampled."""
+        """Number of sampled tokens."""
         return len(self.rows)
 
     def release(self) -> None:
-        """Lets go of what attention keeps for a backward that is done."""
+        """Free what attention keeps for the backward, once that is done."""
         if "packed" in vars(self):
             self.packed[0].release()
 
     @property
     def positions(self) -> int:
-        """How many tokens pass the trunk, padding included."""
+        """Number of tokens that pass through the trunk, padding included."""
         input_ids = self.padded[0] if self.attention == "padded" else self.packed[0].input_ids
         return input_ids.numel()
 
     def place(self, x: Tensor) -> Tensor:
-        """(n,) -> (B, T), 0 elsewhere."""
+        """Scatter (n,) to (B, T), 0 elsewhere."""
         return x.new_zeros(self.shape).index_put((self.rows, self.columns), x)
 
     @cached_property
     def padded(self) -> tuple[Tensor, Tensor]:
-        """(B, L) token ids, padded on the right, and (n,) the place in B x L of the token before each sampled one."""
+        """Token ids (B, L), padded on the right, and the flat index in B x L of the token before each sampled one (n,)."""
         lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
         input_ids = torch.full((len(lengths), max(lengths)), self.pad, dtype=torch.long)
         for i, (prompt, completion) in enumerate(zip(self.prompt_ids, self.completion_ids, strict=True)):
@@ -80,10 +80,10 @@ class TokenBatch:
 
     @cached_property
     def packed(self) -> tuple[Packed, Tensor]:
-        """The rows behind one copy of each prompt, and (n,) the place in it of the token before each sampled one.
+        """Rows packed behind one copy of each prompt, and the index of the token before each sampled one (n,).
 
-        A row enters up to the last token that something is predicted from; without any sampled token, the first row's
-        prompt alone, so that there is something to run.
+        A row enters up to the last token that predicts a sampled one. Without any sampled token only the first row's prompt
+        enters, so that there is something to run.
         """
         rows, columns = self._places
         used: list[int | None] = [None] * len(self.prompt_ids)
@@ -98,7 +98,7 @@ class TokenBatch:
         return layout, before.to(self.device)
 
     def states(self, trunk: nn.Module) -> Tensor:
-        """(n, H) a transformers trunk's last hidden states at the token before each sampled one."""
+        """Return the trunk's last hidden states (n, H) at the token before each sampled one."""
         if self.attention != "padded" and packs(trunk, self.attention):
             layout, before = self.packed
             with attend(trunk, layout) as keywords:
@@ -111,7 +111,7 @@ class TokenBatch:
         return hidden.flatten(0, 1).index_select(0, before)
 
     def logits(self, model: Any) -> Tensor:
-        """(n, V) what the model itself gives, in float32 or better, for models that are more than trunk and head."""
+        """Return the model's own logits (n, V) in float32 or better, for models that are more than trunk and head."""
         input_ids, before = self.padded
         length = input_ids.size(1)
         keep = length - int((before % length).min()) if len(before) else 1
@@ -134,7 +134,7 @@ _PACKS: WeakKeyDictionary[nn.Module, dict[Attention, str | None]] = WeakKeyDicti
 
 @contextmanager
 def _probing(model: Any) -> Iterator[None]:
-    """Nothing is learned, drawn or left behind."""
+    """Run a model in evaluation mode without gradients or autocast, then restore its modes."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -146,18 +146,18 @@ def _probing(model: Any) -> Iterator[None]:
 
 
 def packs(trunk: nn.Module, attention: Attention = "packed") -> bool:
-    """Whether rows may enter this trunk in such a layout. Looked up once, with a warning where they may not."""
+    """Return whether the trunk supports a layout. Tested once, with a warning if it does not."""
     known = _PACKS.setdefault(trunk, {})
     if attention not in known:
         known[attention] = reason = _why_not_packed(trunk, attention)
         if reason:
-            instead = "padded" if attention == "packed" else "without FlexAttention"
-            logger.warning("%s: rows enter %s, which is slower: %s", type(trunk).__name__, instead, reason)
+            instead = "padded rows" if attention == "packed" else "packed rows without FlexAttention"
+            logger.warning("%s: using %s, which is slower: %s", type(trunk).__name__, instead, reason)
     return known[attention] is None
 
 
 def _why_not_packed(trunk: Any, attention: Attention) -> str | None:
-    """What speaks against it: the configuration, or a difference between packed and padded rows."""
+    """Return why the trunk does not support a layout: its configuration, or a difference between packed and padded rows."""
     if (reason := attention_refusal(trunk)) is not None:
         return reason
     if drops_attention(trunk):

@@ -1,9 +1,8 @@
-"""Which version of the plugin API a module was written for, and whether this host can run it.
+"""Plugin API versions: what a module was written for, and whether this version of hf_rlhf can run it.
 
-A plugin's module says so in one line, `hf_rlhf_api = "1.0"`. It is read from the source, before the module is imported: a
-module of another API may fail to import with an error that says nothing of the reason. The first number rises where a
-plugin that was right may become wrong, the second where something is added. A module that says nothing is taken to be
-written for the version at hand; docs/api.md lists what the version stands for.
+A module says so in one line, `hf_rlhf_api = "1.0"`, which is read from its source before it is imported: a module of another
+API may fail on import with an unrelated error. The first number rises where a correct plugin may break, the second where
+something is added. A module without the line is taken to be written for the current version. See docs/api.md.
 """
 
 from __future__ import annotations
@@ -11,13 +10,15 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from hf_rlhf._version import API_VERSION, __version__
 
 STATEMENT = "hf_rlhf_api"
 
 
 def stated(source: str) -> Any:
-    """What a module's source assigns to `hf_rlhf_api` at its top level; None where it says nothing or is no Python."""
+    """Return what a module's source assigns to `hf_rlhf_api` at its top level; None if nothing, or if it is not Python."""
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError):
@@ -33,27 +34,24 @@ def stated(source: str) -> Any:
 
 
 def refusal(said: Any, who: str, package: str | None) -> str | None:
-    """Why a module that says `said` cannot be used, with what to do; None where it can.
+    """Return why a module that says `said` cannot be used and what to do, or None if it can.
 
-    `who` names the plugin's package (or file) with its version, `package` what pip knows it by, None for a file.
+    `who` names the plugin's package (or file) with its version; `package` is its name for pip, None for a file.
     """
     if said is None:
         return None
-    own = _parts(API_VERSION)
-    wanted = _parts(said)
-    if own is None or wanted is None:
-        return f'{who}: {STATEMENT} is {said!r}; write the version it was written for as text, {STATEMENT} = "{API_VERSION}"'
+    own, wanted = Version(API_VERSION), _parsed(said)
+    if wanted is None:
+        return f'{who}: {STATEMENT} must be a version such as "{API_VERSION}", got {said!r}'
     here = f"hf_rlhf {__version__} has {API_VERSION}"
     if wanted > own:
         return (
             f"{who} was written for plugin API {said}, and {here}: install a newer hf_rlhf (`pip install -U hf_rlhf`)"
-            + (f", or an older {package} for API {own[0]}" if package else "")
+            + (f", or an older {package} for API {own.major}" if package else "")
         )
-    if wanted[0] < own[0]:
+    if wanted.major < own.major:
         other = (
-            f"install a {package} for API {own[0]} (`pip install -U {package}`)"
-            if package
-            else "bring the file up to date"
+            f"install a {package} for API {own.major} (`pip install -U {package}`)" if package else "update the file"
         )
         return (
             f"{who} was written for plugin API {said}, and {here}: {other}; CHANGELOG.md says what changed, under API"
@@ -61,8 +59,10 @@ def refusal(said: Any, who: str, package: str | None) -> str | None:
     return None
 
 
-def _parts(version: Any) -> tuple[int, int] | None:
-    numbers = version.split(".") if isinstance(version, str) else []
-    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+def _parsed(said: Any) -> Version | None:
+    """Return `said` as a version of exactly two numbers, otherwise None."""
+    try:
+        version = Version(said) if isinstance(said, str) else None
+    except InvalidVersion:
         return None
-    return int(numbers[0]), int(numbers[1])
+    return version if version and len(version.release) == 2 and version.base_version == said else None

@@ -1,4 +1,4 @@
-"""What installed packages offer, read from their metadata and files: nothing is imported.
+"""Discover plugins and recipes from the metadata and files of installed packages, without importing them.
 
 A plugin is an entry point of group `hf_rlhf`, named `axis.name`, whose value is a module. Recipes are the YAML files of
 a package that an entry point of group `hf_rlhf.recipes` names.
@@ -15,6 +15,9 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
 from hf_rlhf._version import __version__
 from hf_rlhf.axes import AXES
 from hf_rlhf.runtime.errors import UserError, did_you_mean
@@ -24,12 +27,12 @@ RECIPES = "hf_rlhf.recipes"
 
 
 class PluginError(UserError):
-    """A plugin that cannot be found, imported or used. The message names the package and its version."""
+    """Error for a plugin that cannot be found, imported or used. The message names the package and its version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginEntry:
-    """A plugin that a package or a file offers, as far as it is known without importing it."""
+    """A plugin that a package or a file offers, as known without importing it."""
 
     axis: str
     name: str
@@ -41,16 +44,16 @@ class PluginEntry:
     file: Path | None = None
     """The one-off file."""
     problem: str | None = None
-    """Why it cannot be used: it is turned off, or its entry point is wrong."""
+    """Why it cannot be used: it is disabled, or its entry point is invalid."""
 
     @property
     def source(self) -> str:
-        """Where it comes from, for people."""
+        """Package and version, or file and digest, for messages."""
         return f"file {self.package} (sha256 {self.version})" if self.file else f"{self.package} {self.version}"
 
     @property
     def entry_point(self) -> str:
-        """The line that offers it, as in pyproject.toml."""
+        """The line of pyproject.toml that declares it."""
         return f'"{self.axis}.{self.name}" = "{self.module}"'
 
 
@@ -68,7 +71,7 @@ class RecipeEntry:
 
     @property
     def source(self) -> str:
-        """Where it comes from, for people."""
+        """Package and version, or file and digest, for messages."""
         return f"{self.package} {self.version}"
 
 
@@ -76,9 +79,9 @@ Entry = TypeVar("Entry", PluginEntry, RecipeEntry)
 
 
 def distributions() -> Iterator[tuple[str, str, list[metadata.EntryPoint], str | None]]:
-    """Name, version, entry points and, where it cannot be used, why, of each package that offers anything.
+    """Yield name, version, entry points and problem (None if usable) of each package with plugins or recipes.
 
-    Each package once: an editable root is listed twice.
+    Each package is listed once, although an editable install appears twice.
     """
     seen = set()
     for distribution in metadata.distributions():
@@ -91,45 +94,49 @@ def distributions() -> Iterator[tuple[str, str, list[metadata.EntryPoint], str |
         try:
             points = [point for point in distribution.entry_points if point.group in (GROUP, RECIPES)]
         except Exception as error:  # whatever importlib.metadata stumbles over in a stranger's file
-            yield name, version, [], f"its entry points cannot be read ({format_error(error)})"
+            yield name, version, [], f"invalid entry points ({format_error(error)})"
         else:
             if points:
                 yield name, version, points, _unmet(distribution)
 
 
 def _unmet(distribution: metadata.Distribution) -> str | None:
-    """What a package requires of hf_rlhf, where this is another version: pip looks at it when it installs the package, not
-    when it installs another hf_rlhf later."""
-    for line in distribution.metadata.get_all("Requires-Dist") or ():
-        if canonicalize_name(re.split(r"[^\w.-]", line, maxsplit=1)[0]) != GROUP.replace("_", "-"):
-            continue
-        from packaging.requirements import InvalidRequirement, Requirement
+    """Return which version of hf_rlhf a package requires, if this is another one.
 
+    pip checks this when it installs the package, but not when it installs another hf_rlhf later.
+    """
+    for line in distribution.metadata.get_all("Requires-Dist") or ():
         try:
             wanted = Requirement(line)
         except InvalidRequirement:
             continue
-        holds = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-        if holds and not wanted.specifier.contains(__version__, prereleases=True):
+        own = canonicalize_name(wanted.name) == canonicalize_name(GROUP)
+        if (
+            own
+            and (wanted.marker is None or wanted.marker.evaluate({"extra": ""}))
+            and not wanted.specifier.contains(__version__, prereleases=True)
+        ):
             return f"it requires hf_rlhf{wanted.specifier}, and {__version__} is installed: `pip install -U` one of the two"
     return None
 
 
 def plugin_entry(point: metadata.EntryPoint, package: str, version: str) -> PluginEntry:
+    """Return the plugin of an entry point, with a problem if it is not `axis.name = module`."""
     axis, dot, name = point.name.partition(".")
     problem = None
     if not dot or not name:
-        problem = f"the entry point {point.name!r} is not written axis.name"
+        problem = f"the entry point {point.name!r} must be written axis.name"
     elif axis not in AXES:
         problem = f"unknown axis {axis!r}.{did_you_mean(axis, AXES)}"
     elif not re.fullmatch(r"[\w.]+", point.value.strip()):
-        problem = f"the entry point {point.name!r} must name a module, not {point.value!r}"
+        problem = f"the entry point {point.name!r} must name a module, got {point.value!r}"
     return PluginEntry(
         axis=axis, name=name, module=point.value.strip(), package=package, version=version, problem=problem
     )
 
 
 def recipe_entries(module: str, package: str, version: str) -> Iterator[RecipeEntry]:
+    """Yield the recipes in the folders of a package."""
     for folder in _folders(module):
         for file in sorted(folder.glob("*.yaml")):
             with file.open(encoding="utf-8", errors="replace") as lines:
@@ -143,7 +150,7 @@ def _folders(module: str) -> list[Path]:
 
 
 def spec_of(module: str) -> ModuleSpec | None:
-    """Where a module lies, found without importing it or the packages that hold it."""
+    """Find a module's spec without importing it or its parent packages."""
     path: list[str] | None = None
     spec = None
     for end in range(1, module.count(".") + 2):
@@ -167,14 +174,14 @@ def _find(finder: Any, name: str, path: list[str] | None) -> ModuleSpec | None:
 
 
 def source_of(module: str) -> str:
-    """The source of a module that is not imported for it; empty where there is none to read."""
+    """Return a module's source without importing it; empty if there is none to read."""
     spec = spec_of(module)
     file = Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
     return file.read_text(encoding="utf-8", errors="replace") if file and file.is_file() else ""
 
 
 def resolve(entries: Sequence[Entry], name: str, kind: str, usable: list[str]) -> Entry:
-    """The one entry that `name` or `package/name` means."""
+    """Return the entry that `name` or `package/name` means. Raise `PluginError` if it is none or more than one."""
     package, _, bare = name.rpartition("/")
     named = sorted((entry for entry in entries if entry.name == bare), key=lambda entry: (entry.package, entry.version))
     hits = [entry for entry in named if not package or _is_from(entry, package)]
@@ -184,7 +191,7 @@ def resolve(entries: Sequence[Entry], name: str, kind: str, usable: list[str]) -
     if open_hits:
         said = " and ".join(entry.source for entry in open_hits)
         ways = " or ".join(f"`{entry.package}/{entry.name}`" for entry in open_hits)
-        raise PluginError(f"the {kind} {name!r} is offered by {said}. Say which one: {ways}")
+        raise PluginError(f"the {kind} {name!r} is offered by {said}. Choose one: {ways}")
     if hits:
         raise PluginError(f"the {kind} {name!r} of {hits[0].source} cannot be used: {hits[0].problem}")
     others = [entry.source for entry in named]
@@ -200,10 +207,6 @@ def _is_from(entry: PluginEntry | RecipeEntry, package: str) -> bool:
     return canonicalize_name(entry.package) == canonicalize_name(package)
 
 
-def canonicalize_name(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package).lower()
-
-
 def format_error(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {error}"

@@ -1,8 +1,7 @@
-"""Finds plugins and recipes; knows who offers what; says so when a name is wrong.
+"""Find plugins and recipes by name, and load plugins when a recipe names them.
 
-What is offered is read from the metadata of installed packages: listing imports nothing. A module is imported,
-registered with pluggy and asked through its hook when one of its plugins is named, so a package that nobody names is
-never run.
+Listing reads the metadata of installed packages and imports nothing. A module is imported, registered with pluggy and called
+through its hook when one of its plugins is named, so a package that nobody names is never run.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
+from packaging.utils import canonicalize_name
 
 from hf_rlhf.axes import AXES, Plugin, axis_of
 from hf_rlhf.registry import hookspecs
@@ -31,7 +31,6 @@ from hf_rlhf.registry.discovery import (
     PluginEntry,
     PluginError,
     RecipeEntry,
-    canonicalize_name,
     distributions,
     format_error,
     plugin_entry,
@@ -47,10 +46,10 @@ DISABLE = "HF_RLHF_DISABLE_PLUGINS"
 
 
 class Host:
-    """What the installed packages and the named files offer, with some of it turned off.
+    """Plugins and recipes of installed packages and of files.
 
-    `disable` is a comma list of packages and of `axis.name`, or `1` for every package but our own; the environment
-    variable HF_RLHF_DISABLE_PLUGINS when left out.
+    `disable` is a comma-separated list of packages and of `axis.name` to ignore, or `1` for every package but hf_rlhf; by
+    default the environment variable HF_RLHF_DISABLE_PLUGINS.
     """
 
     def __init__(self, *, disable: str | None = None) -> None:
@@ -72,31 +71,33 @@ class Host:
             self._turn_off(target, f"{DISABLE}={variable}")
 
     def configure(self, options: Iterable[str]) -> None:
-        """Apply `-p` options: `./file.py` adds its plugins, `no:PACKAGE` and `no:axis.name` turn plugins off."""
+        """Apply `-p` options: `./file.py` adds its plugins, `no:PACKAGE` and `no:axis.name` disable plugins."""
         for option in options:
             if option.startswith("no:"):
                 self.turn_off(option.removeprefix("no:"))
             elif option.endswith(".py"):
                 self.add_file(option)
             else:
-                raise UserError(f"-p {option}: write `-p FILE.py` to add plugins, `-p no:PACKAGE` or `-p no:axis.name`")
+                raise UserError(
+                    f"invalid -p {option}: write `-p FILE.py` to add plugins, `-p no:PACKAGE` or `-p no:axis.name` to disable"
+                )
 
     def offers(self, axis: str | None = None) -> list[PluginEntry]:
-        """Everything on an axis, or on all of them in the order of a step; what has a `problem` cannot be used."""
+        """Return every plugin of an axis, or of all axes in the order of a step; one with a `problem` cannot be used."""
         order = {name: place for place, name in enumerate(AXES)}
         chosen = [offer for offer in self._offers if axis is None or offer.axis == axis]
         return sorted(chosen, key=lambda o: (order.get(o.axis, len(order)), o.axis, o.name, o.package))
 
     def names(self, axis: str) -> list[str]:
-        """The names that can be used on an axis."""
+        """Return the names that can be used on an axis."""
         return sorted({offer.name for offer in self._offers if offer.axis == axis and not offer.problem})
 
     def recipes(self) -> list[RecipeEntry]:
-        """The recipes of every package."""
+        """Return the recipes of every package."""
         return sorted(self._recipes, key=lambda recipe: (recipe.name, recipe.package))
 
     def turn_off(self, target: str) -> None:
-        """Turn off a package, its recipes included, or one `axis.name`. Raises `UserError` where there is none."""
+        """Disable a package, its recipes included, or one `axis.name`. Raise `UserError` if there is none."""
         if not self._turn_off(target, f"-p no:{target}"):
             packages = sorted({offer.package for offer in self._offers} | {recipe.package for recipe in self._recipes})
             points = [f"{offer.axis}.{offer.name}" for offer in self._offers]
@@ -120,17 +121,17 @@ class Host:
         return found
 
     def find(self, axis: str, name: str) -> PluginEntry:
-        """Who offers `name` (or `package/name`), without importing it. Raises `PluginError` naming the choices."""
+        """Return the entry of `name` (or `package/name`) without importing it. Raise `PluginError` naming the choices."""
         check_axis(axis)
         return resolve([o for o in self._offers if o.axis == axis], name, f"{axis} plugin", self.names(axis))
 
     def find_recipe(self, name: str) -> RecipeEntry:
-        """The recipe `name` (or `package/name`). Raises `PluginError` naming the choices."""
+        """Return the recipe `name` (or `package/name`). Raise `PluginError` naming the choices."""
         names = sorted({recipe.name for recipe in self._recipes if not recipe.problem})
         return resolve(self._recipes, name, "recipe", names)
 
     def get(self, axis: str, name: str) -> type[Plugin]:
-        """The plugin class `name` (or `package/name`); imports its module. Raises `PluginError`."""
+        """Import and return the plugin class `name` (or `package/name`). Raise `PluginError` if that fails."""
         offer = self.find(axis, name)
         key = (offer.module, axis, offer.name)
         if key not in self._classes:
@@ -138,7 +139,7 @@ class Host:
         return self._classes[key]
 
     def manifest(self, classes: Iterable[type[Plugin]]) -> list[dict[str, Any]]:
-        """What ran, for the record of a run: axis, name, package, version, module and SHA-256 of the module's file."""
+        """Return axis, name, package, version, module and SHA-256 of the module's file of each class, for a run's record."""
         rows = []
         for cls in classes:
             axis = axis_of(cls)
@@ -158,10 +159,10 @@ class Host:
         return rows
 
     def add_file(self, path: str | Path) -> list[PluginEntry]:
-        """Import a Python file and offer what its hooks give. Adding a file twice changes nothing."""
+        """Import a Python file and add the plugins that its hooks return. Adding a file twice changes nothing."""
         file = Path(path).expanduser().resolve()
         if not file.is_file():
-            raise UserError(f"-p {path}: there is no such file")
+            raise UserError(f"-p {path}: no such file")
         source = file.read_bytes()
         module = ModuleType(f"hf_rlhf_file_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}")
         known = [offer for offer in self._offers if offer.module == module.__name__]
@@ -202,7 +203,7 @@ class Host:
         return added
 
     def _load(self, offer: PluginEntry) -> None:
-        """Import an offer's module, and check that it offers exactly what its package's entry points say."""
+        """Import an entry's module, and check that it offers exactly what its package's entry points declare."""
         if problem := refusal(stated(source_of(offer.module)), offer.source, offer.package):
             raise PluginError(f"{offer.axis}.{offer.name}: {problem}")
         try:
@@ -210,7 +211,7 @@ class Host:
         except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{offer.axis}.{offer.name} of {offer.source} cannot be imported (entry point {offer.entry_point}): "
-                f"{format_error(error)}. Mend or remove that package, or turn it off with `-p no:{offer.package}`"
+                f"{format_error(error)}. Fix or remove that package, or disable it with `-p no:{offer.package}`"
             ) from error
         said = [o for o in self._offers if (o.module, o.package) == (offer.module, offer.package)]
         axes = self._register(module, offer)
@@ -219,23 +220,23 @@ class Host:
             if axis not in axes:
                 raise PluginError(
                     f"{offer.source}: {offer.module} has no hook for {axis}, which its entry points name. "
-                    f"It needs `@hookimpl` above `def {axis}(): return [...]`"
+                    f"Add `@hookimpl` above `def {axis}(): return [...]`"
                 )
             if not names:
-                raise PluginError(f"{offer.source}: {offer.module} has a hook for {axis} without an entry point for it")
+                raise PluginError(f"{offer.source}: {offer.module} has a hook for {axis} and no entry point for it")
         classes = self._ask(module, offer)
         found = {cls.name for cls in classes}
         names = {o.name for o in said if o.axis == offer.axis}
         if found != names:
             raise PluginError(
-                f"{offer.source}: {offer.module} offers {_listed(found)} on {offer.axis}, and its entry points say "
-                f"{_listed(names)}. Both must be equal: one entry point per name"
+                f"{offer.source}: {offer.module} offers {_listed(found)} on {offer.axis}, and its entry points declare "
+                f"{_listed(names)}. Declare one entry point per name"
             )
         for cls in classes:
             self._classes[(offer.module, offer.axis, cls.name)] = cls
 
     def _register(self, module: ModuleType, offer: PluginEntry) -> list[str]:
-        """Register a module with pluggy once, under its path; the axes it has hooks for."""
+        """Register a module with pluggy once, and return the axes it has hooks for."""
         if self._manager.get_plugin(module.__name__) is None:
             try:
                 self._manager.register(module, name=module.__name__)
@@ -246,17 +247,17 @@ class Host:
                 self._manager.unregister(name=module.__name__)
                 if not unknown:
                     raise PluginError(
-                        f"{offer.source}: a hook takes no arguments: {' '.join(str(error).split())}"
+                        f"{offer.source}: hooks take no arguments: {' '.join(str(error).split())}"
                     ) from error
                 raise PluginError(
-                    f"{offer.source}: {offer.module} has a hook {unknown[0]!r}, which is no axis."
+                    f"{offer.source}: {offer.module} has a hook {unknown[0]!r}, which is not an axis."
                     f"{did_you_mean(unknown[0], AXES)} The axes are: {', '.join(AXES)}"
                 ) from error
-        # A hook that has a spec and is no axis is on its way out: pluggy has warned of it.
+        # A hook with a spec that is not an axis is deprecated: pluggy has warned of it.
         return [hook.name for hook in self._manager.get_hookcallers(module) or () if hook.name in AXES]
 
     def _ask(self, module: ModuleType, offer: PluginEntry) -> list[type[Plugin]]:
-        """The classes that one module offers on one axis, each checked."""
+        """Return the classes that a module offers on an axis, each checked."""
         others = [plugin for plugin in self._manager.get_plugins() if plugin is not module]
         try:
             answers = self._manager.subset_hook_caller(offer.axis, remove_plugins=others)()
@@ -267,24 +268,24 @@ class Host:
         classes = answers[0] if answers else None
         if not isinstance(classes, list | tuple):
             raise PluginError(
-                f"{offer.source}: the hook {offer.axis} of {offer.module} must give a list of classes, not {classes!r}"
+                f"{offer.source}: the hook {offer.axis} of {offer.module} must return a list of classes, got {classes!r}"
             )
         for cls in classes:
             wrong = _misfit(cls, offer.axis)
             if wrong:
                 label = getattr(cls, "__name__", repr(cls))
-                raise PluginError(f"{offer.source}: {label} in {offer.module} is no {offer.axis} plugin: {wrong}")
+                raise PluginError(f"{offer.source}: {label} in {offer.module} is not a {offer.axis} plugin: {wrong}")
         return list(classes)
 
 
 def check_axis(axis: str) -> None:
-    """Raises `PluginError` where there is no such axis."""
+    """Raise `PluginError` if there is no such axis."""
     if axis not in AXES:
         raise PluginError(f"no axis named {axis!r}.{did_you_mean(axis, AXES)} The axes are: {', '.join(AXES)}")
 
 
 def _misfit(cls: Any, axis: str) -> str | None:
-    """What keeps a class from being a plugin of an axis, if anything."""
+    """Return why a class is not a plugin of an axis, or None if it is one."""
     base = AXES[axis]
     if not isinstance(cls, type) or not issubclass(cls, base):
         return f"it must be a subclass of hf_rlhf.axes.{base.__name__}"
@@ -296,13 +297,13 @@ def _misfit(cls: Any, axis: str) -> str | None:
         missing: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
         return f"it must define {', '.join(sorted(missing))}"
     if not isinstance(cls.needs, frozenset):
-        return f"needs must be a frozenset of names, not {cls.needs!r}"
+        return f"needs must be a frozenset of names, got {cls.needs!r}"
     try:
         setting_types(cls)
     except (NameError, AttributeError) as error:
-        return f"the type of a setting is unknown when it runs ({error}); import it outside of TYPE_CHECKING"
+        return f"the type of a setting is unknown at run time ({error}); import it outside of TYPE_CHECKING"
     silent = [field.name for field in settings_of(cls) if not setting_docs(cls).get(field.name)]
-    return f"each setting needs a docstring below it, and these have none: {', '.join(silent)}" if silent else None
+    return f"each setting needs a docstring below it; missing: {', '.join(silent)}" if silent else None
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -313,7 +314,7 @@ _HOST: Host | None = None
 
 
 def get_host() -> Host:
-    """The host of this process, made at the first call."""
+    """Return the host of this process, created at the first call."""
     global _HOST
     if _HOST is None:
         _HOST = Host()
@@ -322,7 +323,7 @@ def get_host() -> Host:
 
 @contextlib.contextmanager
 def use_host(host: Host) -> Iterator[Host]:
-    """`get_host()` gives `host` inside the block."""
+    """Make `get_host()` return `host` inside the block."""
     global _HOST
     before, _HOST = _HOST, host
     try:

@@ -1,6 +1,6 @@
-"""Settings of dataclasses seen from outside: their meaning, their types, and values checked against them by pydantic.
+"""Read the settings of dataclasses: documentation and types, and validation by pydantic.
 
-Plugins and sections of a recipe are plain dataclasses; whoever writes one needs nothing of this module.
+Plugins and sections of a recipe are plain dataclasses, whose authors need nothing of this module.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Nested(NamedTuple):
 
 
 def describe(cls: type) -> list[Setting]:
-    """The settings of a plugin class or of a section, in the order in which they are declared."""
+    """Return the settings of a plugin class or section in their order of declaration."""
     docs = setting_docs(cls)
     types_ = setting_types(cls)
     return [
@@ -57,20 +57,20 @@ def describe(cls: type) -> list[Setting]:
 
 
 def settings_of(cls: type) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass that can be set."""
+    """Return the fields of a dataclass that can be set."""
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
 @_cached
 def setting_types(cls: type) -> Mapping[str, Any]:
-    """Setting -> its type. Raises `NameError` where a type is imported under TYPE_CHECKING only."""
+    """Return the type of each setting. Raise `NameError` if a type is imported under TYPE_CHECKING only."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in settings_of(cls)}
 
 
 @_cached
 def setting_docs(cls: type) -> Mapping[str, str]:
-    """Setting -> the string below it in the source, base classes' settings included."""
+    """Return the string below each setting in the source, base classes included."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         file = getattr(sys.modules.get(base.__module__), "__file__", None)
@@ -81,7 +81,7 @@ def setting_docs(cls: type) -> Mapping[str, str]:
 
 @_cached
 def docs_in_source(source: str) -> dict[str, dict[str, str]]:
-    """Class -> setting -> docstring, from a module's source, since Python keeps no string that follows a field."""
+    """Return class -> setting -> docstring from a module's source; Python does not keep strings below fields."""
     found: dict[str, dict[str, str]] = {}
 
     def visit(body: list[ast.stmt], scope: str) -> None:
@@ -105,7 +105,7 @@ def _docs_in_class(node: ast.ClassDef) -> Iterable[tuple[str, str]]:
 
 
 def nested(hint: Any) -> Nested | None:
-    """What a field's type holds where it is `Base`, `Base | None` or `list[Base]`, else None."""
+    """Return the plugin or group in a type `Base`, `Base | None` or `list[Base]`; None for other types."""
     parts = [part for part in _union(hint) if part is not type(None)]
     if len(parts) != 1:
         return None
@@ -139,7 +139,7 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "with leng
 
 
 def type_text(hint: Any) -> str:
-    """A type in words: `number > 0`, `whole number >= 1 or null`, `one of 'token', 'sequence'`."""
+    """Return a type in words: `number > 0`, `whole number >= 1 or null`, `one of 'token', 'sequence'`."""
     held = nested(hint)
     if held:
         kind = f"{held.axis} plugin" if held.axis else "group of settings"
@@ -165,7 +165,7 @@ def type_text(hint: Any) -> str:
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """A field's default as a recipe would write it, or `required`."""
+    """Return a field's default as a recipe would write it, or `required`."""
     if "use" in field.metadata:
         return str(field.metadata["use"])
     if field.default_factory is not MISSING:
@@ -174,7 +174,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """A value as a recipe would write it."""
+    """Return a value as a recipe would write it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, Plugin):
@@ -191,7 +191,7 @@ def _adapter(cls: type, name: str) -> Any:
 
 
 def checked(cls: type, name: str, value: Any) -> Any:
-    """`value` converted to the type of the setting `name`. Raises `ValueError` saying what the setting takes."""
+    """Convert `value` to the type of the setting `name`. Raise `ValueError` saying what the setting takes."""
     from pydantic import ValidationError
 
     hint = setting_types(cls)[name]
@@ -205,12 +205,12 @@ def checked(cls: type, name: str, value: Any) -> Any:
 
 
 def plain(cls: type, name: str, value: Any) -> Any:
-    """A setting's value in numbers, text, lists and mappings, from which `checked` makes it again."""
+    """Return a setting's value as numbers, text, lists and mappings, which `checked` converts back."""
     return _adapter(cls, name).dump_python(value, mode="json", fallback=callable_text)
 
 
 def callable_text(value: Any) -> str:
-    """`module:name` of a callable that was given in Python; a recipe file would name it like this."""
+    """Return `module:name` of a callable, as a recipe file would name it."""
     inner = getattr(value, "func", value)  # functools.partial
     named = inner if hasattr(inner, "__qualname__") else type(inner)
     return f"{named.__module__}:{named.__qualname__}"

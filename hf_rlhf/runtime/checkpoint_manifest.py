@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ MANIFEST = "rlhf_manifest.json"
 STATE = "rlhf_state_{rank}.pt"
 FREE = re.compile(r"(update|critic|reference|rewards\.\d+)\.offload")
 """Dotted paths of settings that do not affect results, so that a resumed run may change them."""
+
+
+ADDED = {"update.fused_loss": "auto"}
+"""Dotted paths of settings that older checkpoints do not have, with what those were trained with."""
 
 
 class CheckpointError(ValueError):
@@ -53,20 +57,20 @@ def load_state(folder: Path, rank: int) -> dict[str, Any]:
     return torch.load(folder / STATE.format(rank=rank), map_location="cpu", weights_only=True)
 
 
-def save_module(folder: Path, module: torch.nn.Module) -> None:
-    """Save the parameters and buffers of `module` as safetensors."""
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Save a module's state by name as safetensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in module.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    copied = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    save_file(copied, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_module(folder: Path, module: torch.nn.Module) -> None:
-    """Load what `save_module` wrote."""
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Load what `save_tensors` wrote."""
     from safetensors.torch import load_file
 
-    module.load_state_dict(load_file(folder / "model.safetensors"))
+    return load_file(folder / "model.safetensors")
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
@@ -176,6 +180,7 @@ def differences(saved: Any, now: Any, path: str = "") -> list[str]:
         return [d for k in keys for d in differences(saved.get(k), now.get(k), f"{path}.{k}".lstrip("."))]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         return [d for i, (a, b) in enumerate(zip(saved, now, strict=True)) for d in differences(a, b, f"{path}.{i}")]
+    saved = ADDED.get(path) if saved is None else saved
     return [] if saved == now else [f"{path}: {saved!r} in the checkpoint, {now!r} now"]
 
 

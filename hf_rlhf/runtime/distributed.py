@@ -52,3 +52,12 @@ def sum_over_processes(accelerator: Accelerator, numbers: Sequence[Tensor | floa
     flat = torch.stack([torch.as_tensor(x, dtype=dtype, device=accelerator.device) for x in numbers])
     total: Any = accelerator.reduce(flat, "sum") if accelerator.num_processes > 1 else flat
     return total.tolist()
+
+
+def from_first_process(accelerator: Accelerator, value: str) -> str:
+    """Return the first process's value on every process. One collective."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return str(broadcast_object_list([value])[0])

@@ -15,9 +15,9 @@ class StepCallback(TrainerCallback):
         self.before, self.after = before, after
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by Trainer when the gradients are complete."""
+        """Call `before`."""
         self.before()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by Trainer before anything is logged or saved."""
+        """Call `after`."""
         self.after(state.global_step)

@@ -1,9 +1,10 @@
-"""Checkpoints of a run: Trainer's own, our state beside it, a manifest written last."""
+"""Checkpoints of a run: Trainer's own, our state beside it, and a manifest written last."""
 
 from __future__ import annotations
 
 import math
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from hf_rlhf.modeling.lora_merge import FOLDER as ADAPTER
 from hf_rlhf.modeling.lora_merge import drop_other_form, merged, save_merged
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.runtime.distributed import from_first_process
+from hf_rlhf.training import parallel
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.rollout_buffer import Buffer
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
 
 
 class SavingTrainer(Trainer):
-    """`transformers.Trainer` whose checkpoints hold buffer, prompt stream, critic, reference, average and plugins, and resume
-    exactly."""
+    """`transformers.Trainer` with checkpoints that also hold buffer, prompt stream, critic, reference, average and plugins, and
+    resume exactly."""
 
     algorithm: Algorithm
     actor_critic: ActorCritic
@@ -40,7 +43,7 @@ class SavingTrainer(Trainer):
     run_log: RunLog
     buffer: Buffer | None
     ema: PolicyEMA | None = None
-    """The moving average of the policy, where the recipe keeps one."""
+    """The moving average of the policy, if the recipe keeps one."""
     parts: RunComponents
     phases: Phases
     _bad_steps: int
@@ -50,12 +53,12 @@ class SavingTrainer(Trainer):
 
     @property
     def output_dir(self) -> Path:
-        """Where the run writes."""
+        """Output folder of the run."""
         return Path(self.args.output_dir or "outputs")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; True resumes from the newest whole checkpoint. Raises `CheckpointError` where one is damaged or
-        comes from another run. A checkpoint of the last step is loaded, and nothing is trained."""
+        """Train; True resumes from the newest complete checkpoint. Raises `CheckpointError` for a checkpoint that is damaged or
+        of another run. A checkpoint of the last step is loaded, and nothing is trained."""
         if resume_from_checkpoint:
             own = resume_from_checkpoint is True
             folder = checkpoint_manifest.newest(self.output_dir) if own else Path(str(resume_from_checkpoint))
@@ -64,11 +67,27 @@ class SavingTrainer(Trainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
                 return TrainOutput(self.state.global_step, 0.0, {})
+        elif self.state.global_step > 0:
+            self._begin_run()  # Trainer counts from 0 again, from other weights
         self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    @property
+    def run_id(self) -> str:
+        """Created once per run and kept by a resumed one; the first part of `Policy.version`."""
+        return str(self.parts.record["run_id"])
+
+    def _begin_run(self) -> None:
+        """Create a new run id, the same on every process, and begin at step 0."""
+        self.parts.record["run_id"] = from_first_process(self.accelerator, uuid.uuid4().hex[:12])
+        self._weights_are_of(0)
+
+    def _weights_are_of(self, step: int) -> None:
+        """Set the policy's version: its weights are those after optimizer step number `step` of this run."""
+        self.collector.policy.version = f"{self.run_id}:{step}"
+
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint that this run can go on from; raises `CheckpointError` where it cannot."""
+        """Return the manifest of a checkpoint; raises `CheckpointError` if this run cannot resume from it."""
         manifest = checkpoint_manifest.verify(folder)
         within = manifest["step"] % self.algorithm.steps_per_rollout != 0
         processes = self.args.world_size if within else None
@@ -81,13 +100,13 @@ class SavingTrainer(Trainer):
         return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's own. What is saved at the end has the adapter in its weights where `model.save_merged` asks for it;
-        checkpoints, which are internal calls with a folder, hold the adapter."""
+        """Save the model, with the adapter merged into its weights if `model.save_merged` is set; checkpoints, which are internal
+        calls with a folder, hold the adapter."""
         self._saves_checkpoint = _internal_call and output_dir is not None
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's own, our state beside it, then the manifest; older checkpoints go only after it is whole."""
+        """Save Trainer's checkpoint, our state, then the manifest; older checkpoints are deleted only when it is complete."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with checkpoint_manifest.written_whole(folder, self.args) as limit:
             super()._save_checkpoint(model, trial)
@@ -114,7 +133,7 @@ class SavingTrainer(Trainer):
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        """Trainer's own, and the state that `_save_checkpoint` wrote beside it."""
+        """Load Trainer's state, and ours that `_save_checkpoint` wrote beside it."""
         super()._load_optimizer_and_scheduler(checkpoint_folder)
         if checkpoint_folder is None:
             return
@@ -134,38 +153,39 @@ class SavingTrainer(Trainer):
         self.collector.tokens = self._tokens_logged = state["tokens"]
 
     def _beside(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds beside the policy: the critic, and a reference that moves."""
+        """Return the modules that a checkpoint holds beside the policy: the critic, and a reference that moves."""
         modules = {"critic": self.actor_critic.critic, "reference": self.moving_reference()}
         return {name: module for name, module in modules.items() if module is not None}
 
     def moving_reference(self) -> nn.Module | None:
-        """The reference's model where the recipe's reference moves."""
+        """Return the reference's model if the recipe's reference moves."""
         reference = self.collector.forwards.reference
         return reference.own if reference is not None and self.algorithm.reference.moves else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The policy as plain transformers, an adapter alone or in its weights; critic, a moving reference and the policy's
-        average beside it."""
+        """Save the policy as plain transformers weights or an adapter; critic, a moving reference and the policy's average
+        beside it."""
         folder = Path(output_dir or self.output_dir)
         policy: Any = self.model
         whole = not self._saves_checkpoint and bool(self.parts.sections["model"].save_merged)
         if whole and self.args.should_save:
-            policy.save_pretrained(folder / ADAPTER)  # before the merge, which may fail
-            self.model = merged(policy)
+            weights = parallel.state_dict(policy)
+            policy.save_pretrained(folder / ADAPTER, state_dict=weights)  # before the merge, which may fail
+            self.model = merged(policy, weights)
             try:
-                super()._save(output_dir, state_dict)
+                super()._save(output_dir)
             finally:
                 self.model = policy
         else:
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, parallel.state_dict(policy))
         if not self.args.should_save:
             return
         for name, module in self._beside().items():
-            checkpoint_manifest.save_module(folder / name, module)
+            checkpoint_manifest.save_tensors(folder / name, parallel.state_dict(module))
         if self.ema is not None:
             save = save_merged if whole else type(policy).save_pretrained
             with self.ema.as_policy(policy, exact=True):
-                save(policy, folder / FOLDER)
+                save(policy, folder / FOLDER, state_dict=parallel.state_dict(policy))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder / FOLDER)
         if hasattr(policy, "peft_config") and not self._saves_checkpoint:
@@ -173,23 +193,30 @@ class SavingTrainer(Trainer):
                 drop_other_form(written, whole)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The policy's weights by Trainer, and what lies beside them."""
+        """Load the policy's weights by Trainer, and what is saved beside them."""
         policy: Any = self.model
         adapters = set(getattr(policy, "peft_config", ()))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name in set(getattr(policy, "peft_config", ())) - adapters:
-            policy.delete_adapter(name)  # Trainer takes the average's folder for one more adapter
+            policy.delete_adapter(name)  # Trainer loads the average's folder as one more adapter
         self._load_beside(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """The policy by Trainer, and what was saved beside it."""
+        """Load the best policy by Trainer, and what was saved beside it."""
         super()._load_best_model()
         if self.state.best_model_checkpoint:
             self._load_beside(Path(self.state.best_model_checkpoint))
 
     def _load_beside(self, folder: Path) -> None:
+        """Load what a checkpoint holds beside the policy, and take on its version."""
+        manifest = checkpoint_manifest.read_manifest(folder)
+        if "run_id" in manifest:
+            self.parts.record["run_id"] = manifest["run_id"]
+        else:  # the checkpoint is older than run ids
+            self._begin_run()
+        self._weights_are_of(manifest["step"])
         for name, module in self._beside().items():
-            checkpoint_manifest.load_module(folder / name, module)
+            parallel.load_state_dict(module, checkpoint_manifest.load_tensors(folder / name))
         if self.ema is not None:
             with self.ema.as_policy(self.model, exact=True):
                 super()._load_from_checkpoint(str(folder / FOLDER))

@@ -1,10 +1,11 @@
-"""Prompts to rollouts to rewards to KL to advantages: everything between two updates."""
+"""From prompts to rollouts, rewards, KL and advantages: everything between two updates."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Collector:
-    """Fills the buffer. One per process; all processes call `collect` together."""
+    """Collect rollouts. One per process; all processes call `collect` together."""
 
     algorithm: Algorithm
     policy: Policy
@@ -51,7 +52,7 @@ class Collector:
     tokens: float = 0.0
     """Completion tokens so far, over all processes."""
     unscored: int = 0
-    """Rounds of prompts in a row in which no reward source scored a row."""
+    """Consecutive rounds of prompts in which no reward source scored a row."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,19 +62,20 @@ class Collector:
 
     @torch.no_grad()
     def collect(self, index: int) -> Buffer:
-        """Rollout number `index`: rolled out, scored, filtered and credited."""
+        """Return rollout number `index`: sampled, scored, filtered and with advantages."""
         self.actor_critic.eval()
         mark = self.meters.mark()
         wanted, drawn = self.algorithm.rollout.prompts, 0
         parts: list[Collected] = []
-        for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
-            have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
-            if have >= wanted:
-                break
-            prompts = self._draw(wanted - have)
-            part = self._round(prompts, drawn, index, attempt)
-            drawn += len(prompts)
-            parts.append(self._keep(part))
+        with self.engine_awake():
+            for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
+                have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
+                if have >= wanted:
+                    break
+                prompts = self._draw(wanted - have)
+                part = self._round(prompts, drawn, index, attempt)
+                drawn += len(prompts)
+                parts.append(self._keep(part))
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
         report_drift(self.meters.put, collected.table)
@@ -81,9 +83,20 @@ class Collector:
         self._tell_plugins(self.meters.since(mark))
         return buffer
 
+    @contextmanager
+    def engine_awake(self) -> Iterator[None]:
+        """Wake the rollout engine for all calls of one rollout or evaluation, and let it sleep afterwards."""
+        engine = self.algorithm.rollout
+        try:
+            engine.wake("weights")
+            engine.wake("cache")
+            yield
+        finally:
+            engine.sleep()
+
     def _tell_plugins(self, statistics: dict[str, float]) -> None:
-        """Every plugin observes what was measured of this rollout and of the updates before it, equal on every process; so
-        no times."""
+        """Let every plugin observe the statistics of this rollout and of the updates before it. They are equal on every process,
+        so times are left out."""
         told = {name: x for name, x in statistics.items() if not name.startswith("time/")}
         told |= self.meters.since_last_rollout(self.accelerator)
         for _, plugin in self.algorithm.plugins():
@@ -96,14 +109,14 @@ class Collector:
                 self.meters.put(f"{area}/{name}", x)
 
     def _draw(self, missing: int) -> list[Prompt]:
-        """At least one prompt for each process."""
+        """Draw at least one prompt for each process."""
         processes = self.accelerator.num_processes
         return self.stream.next(
             -(-missing // processes) * processes if missing < self.algorithm.rollout.prompts else missing
         )
 
     def _round(self, prompts: Sequence[Prompt], first_group: int, index: int, attempt: int) -> Collected:
-        """One round of prompts: completions, log-probs, rewards and in-reward KL, gathered into one table."""
+        """Roll out one round of prompts: completions, log-probs, rewards and in-reward KL, gathered into one table."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = prompts[rank::processes]
         group_ids = [first_group + rank + processes * i for i in range(len(mine))]
@@ -137,14 +150,14 @@ class Collector:
         return self._table(rollouts, rows, {label: found.answers for label, found in asked.items()}, logged, greedy)
 
     def _forward(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None) -> tuple[dict[str, Tensor], float]:
-        """What is known of the rows before the first update, and when it was. Runs beside the reward sources, which keep
-        the main thread (they may use signals) and the global generators: nothing here draws from them."""
+        """Return what the forwards give, and when they finished. Runs in a thread beside the reward sources, which keep the main
+        thread (they may use signals) and the global generators: nothing here draws from them."""
         with self.meters.time("forward"):
             known = self.forwards(rollouts, mask, sampled)
         return known, time.perf_counter()
 
     def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int], seed: tuple[int | str, ...]) -> Tensor:
-        """(n,) the total score of the greedy completion of each row's prompt; 0 where no source applies to it."""
+        """Return the total score (n,) of the greedy completion of each row's prompt; 0 where no source applies to it."""
         with self.meters.time("rollout"):
             _, rollouts = self.roll_out(prompts, group_ids, 1, temperature=0.0)
         with self.meters.time("reward"):
@@ -154,7 +167,7 @@ class Collector:
         return sums.repeat_interleave(self.algorithm.rollout.num_generations)
 
     def _logged(self, asked: dict[str, SourceResult]) -> dict[str, list[Any]]:
-        """Columns that reward sources logged beside their scores; metrics and failures go to the meters."""
+        """Return the columns that reward sources logged; their metrics and failures go to the meters."""
         for label, found in asked.items():
             self.meters.add(f"time/reward/{label}_s", found.seconds, 1)
             for kind in ("error", "timeout"):
@@ -166,7 +179,7 @@ class Collector:
     def roll_out(
         self, prompts: Sequence[Prompt], group_ids: list[int], group: int, temperature: float | None = None
     ) -> tuple[Completions, Rollouts]:
-        """`group` completions of each prompt, and what the reward sources see of them."""
+        """Sample `group` completions of each prompt; returns them also as reward sources see them."""
         with self.accelerator.autocast():
             completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
         completions = self._checked(completions, len(prompts) * group, sampled=temperature is None)
@@ -186,24 +199,24 @@ class Collector:
     def _checked(self, completions: Completions, rows: int, sampled: bool) -> Completions:
         name = self.algorithm.rollout.name
         if len(completions.ids) != rows or len(completions.finish_reasons) != rows:
-            raise ValueError(f"rollout={name} gave {len(completions.ids)} completions where {rows} were asked for")
+            raise ValueError(f"rollout={name} must return {rows} completions, got {len(completions.ids)}")
         empty = [i for i, ids in enumerate(completions.ids) if not ids]
         if empty:
             raise ValueError(
-                f"rollout={name} gave an empty completion in rows {empty}: the end-of-sequence token counts as a "
-                "completion token, so give at least that"
+                f"rollout={name} returned empty completions in rows {empty}. A completion holds at least one token; the "
+                "end-of-sequence token counts"
             )
         for what in ("masks", "logps"):
             for i, values in enumerate(getattr(completions, what) or ()):
                 if len(values) != len(completions.ids[i]):
                     raise ValueError(
-                        f"rollout={name} gave {len(values)} {what} for the {len(completions.ids[i])} tokens of row {i}: one "
-                        "per token is due, the end-of-sequence token included"
+                        f"rollout={name} must return one of {what} per token, the end-of-sequence token included: row {i} has "
+                        f"{len(completions.ids[i])} tokens, got {len(values)}"
                     )
         if sampled and completions.logps is None and "sampler_logps" in self.algorithm.needs:
             raise ValueError(
-                f"rollout={name} declares sampler_logps and gave none, and something needs them: give log-probs with every "
-                "completion, or set rollout_correction.use=none"
+                f"rollout={name} declares sampler_logps but returned no log-probs. Return them with every completion, or set "
+                "rollout_correction.use=none"
             )
         return completions
 
@@ -265,7 +278,7 @@ class Collector:
         return collected.select(collected.table["valid"].bool())
 
     def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
-        """(n, T) what the KLs in the reward take from it."""
+        """Return what the KLs in the reward subtract from it, (n, T)."""
         mask, known = rows["mask"], {**rows, "logps": rows["old_logps"]}
         taken = torch.zeros_like(mask)
         for title, kl in self.algorithm.kl_in("reward"):
@@ -274,19 +287,19 @@ class Collector:
         return taken
 
     def _count_unscored(self, rows: int, scored: float) -> None:
-        """Warns of a round without a single score, and stops the run at the third in a row."""
+        """Warn of a round without a single score; raise `RewardError` at the third in a row."""
         self.unscored = 0 if scored else self.unscored + 1
         if self.unscored:
             logger.warning("no reward source scored any of %d completions", rows)
         if self.unscored >= 3:
             labels = ", ".join(self.algorithm.labels())
             raise RewardError(
-                f"no completion was scored in {self.unscored} rounds of prompts in a row: {labels} gave None or NaN for "
-                "every row. Look at the column with the reference answers"
+                f"no completion was scored in {self.unscored} consecutive rounds of prompts: {labels} returned None or NaN for "
+                "every row. Check the column with the reference answers"
             )
 
     def _keep(self, part: Collected, after_advantages: bool = False) -> Collected:
-        """The rows that every filter keeps, of those filters that run before (or after) the advantages are there."""
+        """Apply the filters that run before (or after) the advantages are computed."""
         for title, chosen in self.algorithm.titled("filters"):
             if ("advantages" in chosen.needs) != after_advantages or len(part.table["mask"]) == 0:
                 continue
@@ -300,14 +313,14 @@ class Collector:
         return collected.select(torch.isin(groups, groups.unique()[:wanted]))
 
     def weights(self) -> dict[str, float]:
-        """label -> weight of each reward source."""
+        """Return label -> weight of each reward source."""
         return {label: source.weight for label, source in self._sources()}
 
     def _scored(self, collected: Collected) -> Scored:
         return collected.scored(self.algorithm.labels(), self.weights())
 
     def _credit(self, index: int, collected: Collected) -> Buffer:
-        """Advantages over all N rows, cut to this process's rows."""
+        """Compute advantages over all N rows; the buffer keeps this process's rows."""
         a, table = self.algorithm, collected.table
         scored = self._scored(collected)
         credit = Credit(advantages=scored.mask, returns=scored.mask)
@@ -346,7 +359,7 @@ class Collector:
         )
 
     def _advantage_penalties(self, table: dict[str, Tensor]) -> Tensor:
-        """(N, T) what the KLs in the advantage take from it."""
+        """Return what the KLs in the advantage subtract from it, (N, T)."""
         mask, known = table["mask"], {**table, "logps": table["old_logps"]}
         taken = torch.zeros_like(mask)
         for title, kl in self.algorithm.kl_in("advantage"):
@@ -356,7 +369,7 @@ class Collector:
 
     @staticmethod
     def _share(collected: Collected, name: str, x: Tensor) -> None:
-        """Puts (N, T) into the table, and this process's part of it into the rows."""
+        """Put `x` (N, T) into the table, and this process's part into the rows."""
         collected.table[name] = x
         collected.rows[name] = x[collected.places, : collected.rows["mask"].size(1)]
 
@@ -367,7 +380,7 @@ class Collector:
 
 
 def at_last_token(x: Tensor, mask: Tensor) -> Tensor:
-    """(n,) -> (n, T): `x` at the last position with mask 1 of its row, 0 elsewhere."""
+    """Place `x` (n,) at each row's last position with mask 1: (n, T), 0 elsewhere."""
     last = mask.size(1) - 1 - (mask > 0).int().flip(1).argmax(1)
     return torch.zeros_like(mask).scatter(1, last.unsqueeze(1), x.unsqueeze(1)) * (mask > 0)
 

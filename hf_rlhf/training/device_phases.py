@@ -1,13 +1,13 @@
-"""Which parts of a run are on the device in which phase.
+"""Offloading: which parts of a run are on the device in which phase.
 
 | part | sampling, scoring | forward | update |
 | --- | --- | --- | --- |
-| reference (`offload`) | away | there | there where a KL over whole distributions is in the loss, else away |
-| separate critic (`offload`) | away | there | there |
-| its optimizer state (either `offload`) | away | away | from the first step of the optimizer on |
-| the policy's optimizer state and average (`update.offload`) | away | away | from the first step of the optimizer on |
+| reference (`offload`) | offloaded | on device | on device if a KL over distributions is in the loss, else offloaded |
+| separate critic (`offload`) | offloaded | on device | on device |
+| its optimizer state (either `offload`) | offloaded | offloaded | on device from the first optimizer step on |
+| optimizer state and average of the policy (`update.offload`) | offloaded | offloaded | the same |
 
-Gradients are in no row: Trainer frees them after every optimizer step, so that none is there before the next backward.
+Gradients have no row: Trainer frees them after every optimizer step, so that there are none before the next backward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Phases:
-    """Has what a phase reads on the device, and the rest where its `offload` says."""
+    """Load what a phase reads to the device, and offload the rest where `offload` is set."""
 
     reference: Keeper
     critic: Keeper
@@ -40,8 +40,8 @@ class Phases:
     compares_in_update: bool
     """Whether the update reads the reference."""
     blends_away: bool
-    """Whether the reference's moves would be rounded in another way where its `offload` were another: an average that is
-    computed in main memory, or on a device."""
+    """Whether `reference.offload` changes how the reference's moves are rounded: an average computed in main memory or on a
+    device."""
     meters: MetricAggregator
 
     @classmethod
@@ -54,8 +54,8 @@ class Phases:
         average: PolicyEMA | None,
         meters: MetricAggregator,
     ) -> Phases:
-        """Those of a run; `reference` is its own model, if it has one, of which what it shares with the policy stays. It and
-        the critic are away from now on where their `offload` says so."""
+        """Return the phases of a run, and offload reference and critic where their `offload` is set. `reference` is the
+        reference's own model, if it has one; weights that it shares with the policy stay."""
         critic, shared = actor_critic.critic, {id(x) for x in tensors_of(actor_critic.policy)()}
         everything = algorithm.update.offload
 
@@ -86,7 +86,7 @@ class Phases:
         return made
 
     def sampling(self) -> None:
-        """From here on completions are sampled and scored."""
+        """Enter the phase in which completions are sampled and scored."""
         parts = (self.reference, self.critic, self.update)
         for part in parts:
             part.offload()
@@ -94,7 +94,7 @@ class Phases:
             self.meters.peak("memory/offloaded", away / MIB)
 
     def forward(self, *, critic: bool = False, reference: bool = False) -> ExitStack:
-        """A context in which the critic, or the reference, is there to be read; nothing changes it."""
+        """Return a context with the critic or the reference on the device, to be read only."""
         there = ExitStack()
         for part, wanted in ((self.critic, critic), (self.reference, reference)):
             if wanted:
@@ -102,23 +102,23 @@ class Phases:
         return there
 
     def updating(self) -> None:
-        """From here on the policy is updated."""
+        """Enter the phase in which the policy is updated."""
         self.critic.load()
         if self.compares_in_update:
             self.reference.load()
 
     def stepping(self) -> None:
-        """From here on the optimizer steps. What it reads stays until completions are sampled again."""
+        """Enter the optimizer's step. What it reads stays until completions are sampled again."""
         self.update.load()
 
     def moved(self) -> None:
-        """The reference has been moved, where it lay."""
+        """Offload the reference again after it has moved."""
         if not self.compares_in_update:
             self.reference.offload()
 
 
 def _leaves(kept: Any) -> Iterator[Tensor]:
-    """The tensors in nested dicts and lists."""
+    """Yield the tensors in nested dicts and lists."""
     if isinstance(kept, Tensor):
         yield kept
     elif isinstance(kept, dict | list | tuple):

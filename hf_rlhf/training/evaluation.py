@@ -1,4 +1,4 @@
-"""Evaluation: held-out prompts are rolled out and scored; verifiers give accuracy, pass@k and maj@k."""
+"""Evaluation: roll out and score held-out prompts; verifiers give accuracy, pass@k and maj@k."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 def evaluate(
     collector: Collector, prompts: Sequence[Prompt], settings: Evaluation
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics over all processes, and some of this process's rows.
+    """Return metrics over all processes, and samples of this process's rows.
 
     `reward/<label>/mean` over the rows it applies to, `reward/total/mean`, `rollout/length/mean`, `rollout/truncated_frac`;
     `health/reward_error` and `_timeout` count rows whose scoring failed; for each verifier `accuracy` (and `<label>/accuracy`
-    where there are several), `pass@k` and `maj@k`. The same random numbers each time, so that two evaluations differ by the
-    policy alone.
+    where there are several), `pass@k` and `maj@k`. The random numbers are the same each time, so that two evaluations differ by
+    the policy alone.
     """
     accelerator, group = collector.accelerator, settings.num_generations
     mine = [prompts[i] for i in range(accelerator.process_index, len(prompts), accelerator.num_processes)]
@@ -37,12 +37,13 @@ def evaluate(
     rows = collector.algorithm.rollout.prompts * collector.algorithm.rollout.num_generations
     step = max(1, rows // (group * accelerator.num_processes))  # as many rows at a time as in training
     collector.actor_critic.eval()
-    for start in range(0, len(mine), step):
-        part = mine[start : start + step]
-        seed = (collector.seed, "evaluate", accelerator.process_index, start)
-        with seeded(*seed):
-            _, rollouts = collector.roll_out(part, list(range(len(part))), group, settings.temperature)
-            samples += _add(sums, collector, rollouts, group, seed)[: max(0, 8 - len(samples))]
+    with collector.engine_awake():
+        for start in range(0, len(mine), step):
+            part = mine[start : start + step]
+            seed = (collector.seed, "evaluate", accelerator.process_index, start)
+            with seeded(*seed):
+                _, rollouts = collector.roll_out(part, list(range(len(part))), group, settings.temperature)
+                samples += _add(sums, collector, rollouts, group, seed)[: max(0, 8 - len(samples))]
     flat = sum_over_processes(accelerator, [x for pair in sums.values() for x in pair])
     pairs = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(sums)}
     counts = {name: numerator for name, (numerator, _) in pairs.items() if name.startswith("health/")}
@@ -66,7 +67,7 @@ def _names(collector: Collector, group: int) -> list[str]:
 
 
 def _verifiers(collector: Collector) -> list[tuple[str, str]]:
-    """(prefix of its metrics, label) of each verifier; the first one's metrics carry no prefix."""
+    """Return (prefix of its metrics, label) of each verifier; the first has no prefix."""
     algorithm = collector.algorithm
     labels = [x for x, source in zip(algorithm.labels(), algorithm.rewards, strict=True) if source.verifier]
     return [("" if i == 0 else f"{label}/", label) for i, label in enumerate(labels)]
@@ -111,14 +112,14 @@ def _add(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that k of n completions, drawn without replacement, hold a correct one (arXiv:2107.03374, equation 1)."""
+    """Return the chance that k of n completions, drawn without replacement, hold a correct one (arXiv:2107.03374, equation 1)."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority(votes: Sequence[str | None], correct: Sequence[float]) -> float:
-    """How correct the most frequent answer is; between equally frequent answers the mean, 0 without any answer.
+    """Return how correct the most frequent answer is: the mean over ties, 0 without any answer.
 
-    Completions without an answer do not vote. Answers that are written differently are different votes.
+    Completions without an answer do not vote. Answers written differently are different votes.
     """
     counts = Counter(vote for vote in votes if vote is not None)
     if not counts:

@@ -1,4 +1,4 @@
-"""Forwards without gradient over the rows of a rollout: what is known of them before the first update."""
+"""Forwards without gradient over the rows of a rollout, before the first update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Forward = Callable[[TokenBatch], dict[str, Tensor]]
 
 @dataclass(kw_only=True)
 class Forwards:
-    """Old log-probs, reference log-probs, values and more, each only if something reads it."""
+    """Compute old log-probs, reference log-probs, values and more, each only if something reads it."""
 
     algorithm: Algorithm
     actor_critic: ActorCritic
@@ -37,14 +37,14 @@ class Forwards:
 
     @property
     def takes_old_logps(self) -> bool:
-        """Whether the sampler's log-probs are the old ones: not where autocast or half precision rounds them on the way."""
+        """Whether the sampler's log-probs serve as the old ones: not where autocast or half precision rounds them."""
         whole = next(self.actor_critic.parameters()).dtype in (torch.float32, torch.float64)
         return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
 
     def __call__(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None) -> dict[str, Tensor]:
-        """name -> (n, T), 0 off the mask: old_logps, sum_sq_probs, values, ref_logps, KLs over whole distributions.
+        """Return name -> (n, T), 0 off the mask: old_logps, sum_sq_probs, values, ref_logps, KLs over whole distributions.
 
-        `sampled` (n, T) are the sampler's log-probs, which are the old ones where `takes_old_logps` says so.
+        `sampled` (n, T) are the sampler's log-probs, which serve as the old ones if `takes_old_logps`.
         """
         a = self.algorithm
         results: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ class Forwards:
         return results
 
     def _over_rows(self, forward: Forward, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
-        """`forward` over micro-batches, put back in order: name -> (n, T)."""
+        """Run `forward` over micro-batches and restore the order of rows: name -> (n, T)."""
         prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
         results: dict[str, Tensor] = {}
         for part in self.batching.cut(range(len(rollouts)), prompts, completions):

@@ -1,4 +1,4 @@
-"""The terms of the loss of one micro-batch, each a sum under the weights of the whole optimizer step."""
+"""Terms of the loss of one micro-batch, each a sum under the weights of the whole optimizer step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hf_rlhf.modeling.lm_head import Derivative
 POLICY_GETS = frozenset({"old_logps"})
 ESTIMATOR_GETS = frozenset({"ref_logps"})
 DISTRIBUTION = "distribution:"
-"""Prefix of the (B, T) tensors that KL estimators over whole distributions gave."""
+"""Prefix of the (B, T) tensors from KL estimators over whole distributions."""
 MEASURED = frozenset({"loss", "approx_kl", "ratio", "entropy", "grad_norm"})
-"""Names under `policy/` that are measured for every policy loss alike."""
+"""Names under `policy/` that are measured for every policy loss."""
 
 
 def policy_terms(
     a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: MetricAggregator
 ) -> dict[str, Tensor]:
-    """Policy loss, KL in the loss and loss terms. `new` holds the forward's (B, T) tensors, `inputs` the micro-batch."""
+    """Return policy loss, KL in the loss and loss terms. `new` holds the forward's (B, T) tensors, `inputs` the micro-batch."""
     terms, known, metrics = _terms(a, new, inputs, meters)
     with torch.no_grad():
         _measure(a, known, inputs["mask"], metrics, meters)
@@ -31,7 +31,7 @@ def policy_terms(
 
 
 def derivative(a: Algorithm, inputs: dict[str, Any]) -> Derivative:
-    """The loss of each sampled token differentiated by that token's numbers, where `a.loss_is_token_level`."""
+    """Return the derivative of each sampled token's loss by that token's numbers, used where `a.loss_is_fused`."""
     batch = inputs["batch"]
     flat = {
         name: x[batch.rows, batch.columns] for name, x in inputs.items() if name != "batch" and x.shape == batch.shape
@@ -52,7 +52,7 @@ def derivative(a: Algorithm, inputs: dict[str, Any]) -> Derivative:
 def _terms(
     a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any], meters: MetricAggregator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The terms, everything that is known of each token, and the metrics of the policy loss."""
+    """Return the terms, everything known of each token, and the metrics of the policy loss."""
     logps, mask, weights = new["logps"], inputs["mask"], inputs["weights"]
     known = {name: x for name, x in inputs.items() if name != "batch"} | new
     known.setdefault("old_logps", logps.detach())
@@ -74,7 +74,7 @@ def _terms(
 
 
 def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The loss of a micro-batch of texts that a term brought along."""
+    """Return the loss of a micro-batch of texts of a `TextTerm`."""
     title, term = a.titled("loss_terms")[inputs["text_term"]]
     value = term(new["logps"], inputs["mask"], **a.extras(term, new, frozenset()))
     return {f"plugin/{title}/loss": (value * inputs["weights"]).sum()}
@@ -83,10 +83,10 @@ def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> d
 def measured(
     a: Algorithm, title: str, kl: KLPlacement, known: dict[str, Tensor], mask: Tensor, meters: MetricAggregator
 ) -> Tensor:
-    """A KL within its limit: (R, T), 0 off the mask, at level token, (R,) at level sequence. `known` holds logps,
-    ref_logps and what the estimator needs; a KL over whole distributions was measured where they were.
+    """Return a KL within its limit: (R, T), 0 off the mask, at level token, (R,) at level sequence. `known` holds logps,
+    ref_logps and what the estimator needs, or the result of an estimator over whole distributions.
 
-    Counts it as `kl/<title>/<estimator>`, summed over each row, and what the limit cuts.
+    Logs `kl/<title>/<estimator>`, summed over each row, and the share that the limit clips.
     """
     if "full_distribution" in kl.estimator.needs:
         raw = known[f"{DISTRIBUTION}{title}"] * mask
@@ -100,7 +100,7 @@ def measured(
 
 
 def one_token(weights: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) -> (B,) the weight of one of each row's tokens, so that beta means the same at both levels."""
+    """Return the weight of one token of each row, (B, T) -> (B,), so that beta means the same at both levels."""
     first = (mask > 0).int().argmax(1, keepdim=True)
     return weights.gather(1, first).squeeze(1)
 
@@ -111,14 +111,14 @@ def _measure(
     tokens, rows = mask.sum(), (mask > 0).any(1).sum()
     logps, old = known["logps"], known["old_logps"]
     log_ratio = (logps - old) * mask
-    if "old_logps" in a.policy_loss.needs or a.readers_of_old_logps:  # else nobody knows the policy that rolled out
+    if "old_logps" in a.policy_loss.needs or a.readers_of_old_logps:  # else the sampling policy is unknown
         meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
         meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
     meters.add("policy/entropy", (known.get("entropy", -logps) * mask).sum(), tokens)
     if taken := sorted(MEASURED & metrics.keys()):
         raise ValueError(
-            f"policy_loss={a.policy_loss.name} returns the metric {', '.join(map(repr, taken))}, and policy/{taken[0]} is "
-            "measured for every policy loss: give it another name"
+            f"policy_loss={a.policy_loss.name} returns the metric {', '.join(map(repr, taken))}, but policy/{taken[0]} is "
+            "measured for every policy loss. Rename it"
         )
     for name, x in metrics.items():
         meters.add(f"policy/{name}", (x * mask).sum(), tokens)
@@ -132,7 +132,7 @@ def _measure(
 def value_term(
     critic: TrainedCritic, values: Tensor, inputs: dict[str, Any], meters: MetricAggregator
 ) -> dict[str, Tensor]:
-    """coef x 0.5 x mean over tokens of the squared error, clipped as in PPO (arXiv:1707.06347; implementation detail 9)."""
+    """Return coef x 0.5 x mean squared error over tokens, clipped as in PPO (arXiv:1707.06347; implementation detail 9)."""
     mask, returns, old = inputs["mask"], inputs["returns"], inputs["values"]
     error = (values - returns) ** 2
     if critic.value_clip != "none":

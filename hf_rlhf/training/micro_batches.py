@@ -1,4 +1,4 @@
-"""How rows become micro-batches: as many as a number of rows and a number of tokens allow."""
+"""Splitting rows into micro-batches within a number of rows and a number of tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hf_rlhf.modeling.token_batch import Attention, TokenBatch
 
 
 def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
-    """What `update.attention` means for this model where it now lies. Raises ValueError where it asks for what the
-    architecture cannot do."""
+    """Resolve `update.attention` for a model on its device. Raises `ValueError` if the architecture does not support it."""
     wanted = algorithm.update.attention
     if wanted == "padded" or (wanted == "auto" and "double_backward" in algorithm.needs):
         return "padded"
@@ -28,17 +27,17 @@ def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
         reason = "FlexAttention has no backward on a CPU"
     if reason is not None:
         raise ValueError(
-            f"update.attention={wanted}: {type(model).__name__} cannot: {reason}. Set it to auto or padded"
+            f"update.attention={wanted} is not supported by {type(model).__name__}: {reason}. Set it to auto or padded"
         )
     return wanted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """Bounds of one forward and backward.
+    """Limits of one forward and backward.
 
-    Packed rows count their tokens and each prompt once; padded rows count their padding. A row that is longer than
-    `max_tokens` on its own makes a micro-batch of its own.
+    Packed rows count their tokens and each prompt once; padded rows count their padding. A row longer than `max_tokens` is a
+    micro-batch of its own.
     """
 
     pad: int
@@ -48,24 +47,24 @@ class Batching:
 
     @classmethod
     def of(cls, algorithm: Algorithm, model: Any, pad: int, max_rows: int) -> Batching:
-        """What the recipe says, for this model where it now lies. Raises as `choose_attention`."""
+        """Return the recipe's limits for a model on its device. Raises as `choose_attention`."""
         tokens = algorithm.update.max_tokens_per_micro_batch
         return cls(pad=pad, max_rows=max_rows, max_tokens=tokens, attention=choose_attention(algorithm, model))
 
     def batch(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor) -> TokenBatch:
-        """The rows as the model takes them; `mask` (B, T)."""
+        """Return a `TokenBatch` of these rows; `mask` (B, T)."""
         return TokenBatch(prompts, completions, mask, self.pad, self.attention)
 
     def cut(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """`rows`, indices of `prompts` and `completions`, in parts."""
+        """Split `rows`, indices of `prompts` and `completions`, into micro-batches."""
         if self.attention == "padded":
             return self._by_length(rows, [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
         return self._by_prompt(rows, prompts, [len(c) for c in completions])
 
     def _by_length(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        """Shortest first, so that rows of one part are of similar length."""
+        """Split shortest first, so that rows of one part have similar lengths."""
         parts: list[list[int]] = []
         for row in sorted(rows, key=lambda i: lengths[i]):
             part = parts[-1] if parts else []
@@ -79,7 +78,7 @@ class Batching:
     def _by_prompt(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]
     ) -> list[list[int]]:
-        """The rows of a prompt together where they fit, so that it is read once."""
+        """Keep the rows of a prompt together where they fit, so that it is computed once."""
         parts: list[list[int]] = []
         used = 0
         for group in by_prompt([prompts[row] for row in rows]):
@@ -95,7 +94,7 @@ class Batching:
         return parts
 
     def _pieces(self, group: list[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
-        """The rows of one prompt, split where they are too many for one part."""
+        """Split the rows of one prompt where they do not fit into one part."""
         pieces: list[list[int]] = []
         used = 0
         for row in group:

@@ -1,4 +1,4 @@
-"""Parameter groups of the critic, and what an optimizer that is given must hold."""
+"""Parameter groups of the critic, and the check of an optimizer passed in Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def critic_groups(
     module: nn.Module | None, critic: Critic, args: TrainingArguments, decayed_names: Callable[[Any], list[str]]
 ) -> list[dict[str, Any]]:
-    """The critic's parameters at its own learning rate, those that decay apart from those that do not."""
+    """Return the critic's parameter groups at its own learning rate, with and without weight decay."""
     if module is None or not isinstance(critic, TrainedCritic):
         return []
     decayed = set(decayed_names(module))
@@ -29,10 +29,10 @@ def critic_groups(
 
 
 def check_given(optimizer: Any, groups: list[dict[str, Any]]) -> None:
-    """Raises `ValueError` where an optimizer that was given in Python leaves the critic out."""
+    """Raise `ValueError` if an optimizer passed in Python does not hold the critic's parameters."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in held for group in groups for p in group["params"]):
         raise ValueError(
-            "optimizers: the optimizer does not hold the critic's parameters, so the critic would never learn. Leave "
-            "optimizers out, or set critic.use=none"
+            "optimizers: the optimizer must hold the critic's parameters, else the critic never learns. Leave optimizers out, "
+            "or set critic.use=none"
         )

@@ -1,7 +1,7 @@
-"""One rollout, ready to train on, and the slots of micro-batches that are cut from it.
+"""One rollout, ready for training, and the micro-batches of each optimizer step.
 
-Rows of this process are kept apart from the table of all N rows, which every process holds: weights and mini-batches
-come from the table, forwards from the rows.
+This process's rows are separate from the table of all N rows, which every process holds: weights and mini-batches come from
+the table, forwards from the rows.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ OPTIONAL = (
     *("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs"),
     *("greedy", "kl_penalties", "completion_ids", "advantages"),
 )
-"""Fields of `Scored` that the table holds where something needs them."""
+"""Fields of `Scored` that the table holds only if something needs them."""
 
 
 @dataclass(kw_only=True)
 class Collected:
-    """n rows of this process and the table of all N.
+    """Rows of this process and the table of all N rows.
 
-    `rows` are (n, T) tensors, `table` (N, T') and (N,) tensors, `places` (n,) says where each row stands in the table.
+    `rows` are (n, T) tensors, `table` (N, T') and (N,) tensors, `places` (n,) the index of each row in the table.
     """
 
     prompt_ids: list[list[int]]
@@ -42,7 +42,7 @@ class Collected:
     places: Tensor
 
     def select(self, keep: Tensor) -> Collected:
-        """The rows on which `keep` (N,) is True, in table and rows."""
+        """Return the rows where `keep` (N,) is True, in table and rows."""
         if bool(keep.all()):
             return self
         kept, own = keep.nonzero().flatten(), keep[self.places].nonzero().flatten()
@@ -58,7 +58,7 @@ class Collected:
 
     @staticmethod
     def join(parts: Sequence[Collected]) -> Collected:
-        """The rows of all parts, one after the other."""
+        """Concatenate the rows of all parts."""
         if len(parts) == 1:
             return parts[0]
         offsets = [0]
@@ -78,7 +78,7 @@ class Collected:
         )
 
     def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
-        """The table as estimators and filters see it."""
+        """Return the table as estimators and filters see it."""
         table = self.table
         optional = {name: table[name] for name in OPTIONAL if name in table}
         return Scored(
@@ -119,18 +119,18 @@ class Buffer:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors, for a checkpoint."""
+        """Return plain containers and tensors, for a checkpoint."""
         return dict(vars(self))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Buffer:
-        """What `state_dict` gave, on `device`."""
+        """Restore a buffer from `state_dict` on `device`."""
         moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
         moved["rows"] = {name: x.to(device) for name, x in state["rows"].items()}
         return cls(**moved)
 
     def step_rows(self, position: int, algorithm: Algorithm, seed: int) -> Tensor:
-        """(N_u,) the table rows of one optimizer step: whole groups, in order in the first epoch, shuffled after it."""
+        """Return the table rows (N_u,) of one optimizer step: whole groups, shuffled from the second epoch on."""
         epoch, mini_batch = divmod(position, algorithm.update.mini_batches)
         groups = self.group_ids.unique()
         if epoch > 0:
@@ -140,10 +140,10 @@ class Buffer:
         return torch.isin(self.group_ids, chosen).nonzero().flatten()
 
     def slot(self, position: int, algorithm: Algorithm, seed: int, batching: Batching) -> list[dict[str, Any]]:
-        """The micro-batches of one optimizer step on this process, with the weights of the whole step in them.
+        """Return the micro-batches of one optimizer step on this process, with the weights of the whole step.
 
-        Empty where no process has a row; one row without weight where only this process has none, since every process
-        takes part in the backward.
+        Empty if no process has a row; one row without weight if only this process has none, since every process takes part
+        in the backward.
         """
         step = self.step_rows(position, algorithm, seed)
         if len(step) == 0:
@@ -183,7 +183,7 @@ class Buffer:
         return micro
 
     def _empty(self, weights: dict[str, Tensor], batching: Batching) -> dict[str, Any]:
-        """One row without a sampled token, under the same names as any micro-batch."""
+        """Return a micro-batch of one row without a sampled token."""
         zero = self.rows["mask"].new_zeros((1, 1))
         batch = batching.batch([[batching.pad]], [[batching.pad]], zero)
         return {**dict.fromkeys([*self.rows, *weights], zero), "total_score": zero[0], "batch": batch}
@@ -192,9 +192,9 @@ class Buffer:
 def text_micro_batches(
     algorithm: Algorithm, step: int, share: slice, like: Tensor, batching: Batching
 ) -> list[dict[str, Any]]:
-    """Micro-batches of the texts that loss terms bring along for optimizer step number `step`.
+    """Return the micro-batches of the texts of every `TextTerm` for optimizer step number `step`.
 
-    `share` says which texts are this process's; `like` has the device and dtype. Weights are of all texts of the step.
+    `share` selects this process's texts; `like` has the device and dtype. Weights are over all texts of the step.
     """
     found = []
     for i, term in enumerate(algorithm.loss_terms):

@@ -1,4 +1,4 @@
-"""From what a user hands over to what a trainer holds: everything is checked before the model is loaded."""
+"""Setup of a run: check everything, then load tokenizer, prompts and model."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 
 class AlgorithmError(ValueError):
-    """A combination of plugins that cannot run or cannot learn."""
+    """Raised for a combination of plugins that cannot run or cannot learn."""
 
 
 @dataclass(kw_only=True)
 class RunComponents:
-    """What a trainer is made of."""
+    """Components of a trainer."""
 
     algorithm: Algorithm
     sections: dict[str, Any]
@@ -57,7 +57,7 @@ class RunComponents:
     train: Any
     evaluation: Any
     room: int | None
-    """Most tokens of a prompt."""
+    """Longest prompt in tokens that fits the model's context."""
 
     @property
     def dataset_settings(self) -> Dataset:
@@ -75,7 +75,7 @@ class RunComponents:
         return self.sections["logging"]
 
     def as_prompts(self, rows: Any) -> Any:
-        """Rows of another dataset as prompts, made as the recipe's `dataset` says; prompts as they are."""
+        """Return rows of another dataset as prompts, by the recipe's `dataset`; prompts are returned unchanged."""
         if isinstance(rows, dict):
             return {name: self.as_prompts(part) for name, part in rows.items()}
         if isinstance(rows, Prompts | StreamedPrompts):
@@ -85,7 +85,7 @@ class RunComponents:
         return load_prompts(settings, self.tokenizer, max_prompt_tokens=self.room, train=rows)[0]
 
     def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, ReferencePolicy | None]:
-        """The policy with its critic, and the reference if there is one; the critic's new weights depend on the seed alone."""
+        """Build policy with critic, and the reference if there is one. New weights of the critic depend on the seed alone."""
         a = self.algorithm
         with seeded(args.seed, "critic"):
             critic = a.critic.build(model, a)
@@ -100,12 +100,12 @@ class RunComponents:
         return actor_critic, ReferencePolicy(own, model, a.reference.active, a.rollout.temperature)
 
     def policy(self, model: Any, args: TrainingArguments) -> Policy:
-        """What rollout engines get."""
+        """Return the policy as rollout engines get it."""
         wants = "sampler_logps" in self.algorithm.needs or self.algorithm.samples_old_logps
         return Policy(model=model, tokenizer=self.tokenizer, device=args.device, wants_logps=wants)
 
     def set_up(self, model: Any, args: TrainingArguments) -> Scorer:
-        """Calls `setup` of every plugin; the reward sources with the workers that they run in."""
+        """Call `setup` of every plugin, and start reward sources in their workers."""
         context = Context(
             device=args.device,
             tokenizer=self.tokenizer,
@@ -120,13 +120,13 @@ class RunComponents:
 
 
 def close_plugins(algorithm: Algorithm) -> None:
-    """Calls `close` of every plugin but the reward sources, which their scorer closes."""
+    """Call `close` of every plugin except the reward sources, which the scorer closes."""
     for plugin in _others(algorithm):
         plugin.close()
 
 
 def _others(algorithm: Algorithm) -> Iterator[Plugin]:
-    """Every plugin but the recipe's reward sources; what is nested in one that runs here is among them."""
+    """Yield every plugin except the recipe's reward sources; plugins nested in a source that runs here are included."""
     own = {id(source) for source in algorithm.rewards}
     elsewhere = {
         id(x) for source in algorithm.rewards if source.workers in ("processes", "ray") for x in nested_of(source)
@@ -196,7 +196,7 @@ def setup_run(
 
 
 def _misfits(model: Any, settings: Model, peft_config: Any) -> Iterator[str]:
-    """Reasons why the `model` section does not fit what was given in Python."""
+    """Yield why the `model` section does not fit what was passed in Python."""
     if model is not None and not isinstance(model, str) and is_quantised(settings):
         yield "model.load_in_4bit and load_in_8bit are for a model that is named: load it so yourself, or drop them"
     if settings.save_merged and getattr(peft_config, "is_prompt_learning", False):
@@ -204,7 +204,7 @@ def _misfits(model: Any, settings: Model, peft_config: Any) -> Iterator[str]:
 
 
 def _adapted(model: Any, peft_config: Any, settings: Model, seed: int) -> Any:
-    """The model with a new adapter; one that comes with an adapter keeps it."""
+    """Return the model with a new adapter; a model that has one keeps it."""
     if hasattr(model, "peft_config"):
         return model
     from peft import get_peft_model
@@ -214,7 +214,7 @@ def _adapted(model: Any, peft_config: Any, settings: Model, seed: int) -> Any:
 
 
 def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_remote_code: bool, lora: bool) -> Any:
-    """The model, loaded where it is only named, without dropout unless the settings keep it."""
+    """Load the model if it is only named; without dropout unless the settings keep it."""
     if model is None or isinstance(model, str):
         with seeded(seed, "model"):  # a checkpoint without a head gets a new one
             model = load_model(settings, trust_remote_code, lora)
@@ -226,10 +226,12 @@ def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_r
 
 
 def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
-    """The tokenizer that lies with the model."""
+    """Load the tokenizer that is saved with the model."""
     path = model if isinstance(model, str) or model is None else model.config.name_or_path
     if not path and settings.path is None and model is not None:
-        raise ValueError("the model does not say where it comes from: pass its tokenizer as processing_class")
+        raise ValueError(
+            "the model has no name_or_path to load its tokenizer from. Pass the tokenizer as processing_class"
+        )
     return load_tokenizer(_replace(settings, path=path or settings.path), trust_remote_code)
 
 
@@ -247,8 +249,8 @@ def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool)
 def describe(
     algorithm: Algorithm, args: TrainingArguments, lora: bool, refused: Sequence[str] = ()
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and what a run records of itself. Raises `AlgorithmError` with every reason for refusal at once, those in
-    `refused` included."""
+    """Return the plan and the record of a run. Raises `AlgorithmError` with every reason for refusal at once, those in `refused`
+    included."""
     problems = [*algorithm.problems(), *refused, *offload_problems(algorithm, args)]
     if not lora:
         problems += [
@@ -307,7 +309,7 @@ def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_c
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of the packages that results depend on."""
     names = (
         "hf_rlhf",
         "torch",
@@ -331,7 +333,7 @@ def versions() -> dict[str, str]:
 
 
 def _room(model: Any, algorithm: Algorithm) -> int | None:
-    """Prompt tokens that the model's context leaves beside the longest completion."""
+    """Return the prompt tokens that the model's context leaves beside the longest completion."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = getattr(algorithm.rollout, "max_new_tokens", None)
     if context is None or longest is None:

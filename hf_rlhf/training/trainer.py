@@ -1,14 +1,13 @@
 """The reinforcement-learning step on `transformers.Trainer`.
 
-A ticket from the dataloader stands for one optimizer step. On the first ticket of a rollout the collector fills the
-buffer; each ticket then takes its slot of micro-batches from it. Everything after the loss is Trainer's own.
+Each item of the dataloader stands for one optimizer step. The first item of a rollout makes the collector fill the buffer;
+each item then takes the micro-batches of its step from it. Everything after the loss is Trainer's own.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ from hf_rlhf.training.evaluation import evaluate
 from hf_rlhf.training.logprobs import Forwards
 from hf_rlhf.training.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
 from hf_rlhf.training.micro_batches import Batching
+from hf_rlhf.training.parallel import Parallel, gradients_are_finite
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
 from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
 from hf_rlhf.training.setup import close_plugins, setup_run
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class RLHFTrainer(SavingTrainer):
-    """`transformers.Trainer` whose batches are scored rollouts and whose loss is the recipe's.
+    """`transformers.Trainer` on scored rollouts, with the recipe's loss.
 
     Args:
         model: a causal language model, or its folder or Hub name; the recipe's `model.path` when left out.
@@ -102,6 +102,7 @@ class RLHFTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         check_accelerator(self.accelerator, self.args)
+        self.parallel = Parallel(self.accelerator)
         declared = metrics_of(self.algorithm, parts.logging_settings)
         install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record, declared)
         self.actor_critic, reference = parts.build(self.model, self.args)
@@ -115,11 +116,12 @@ class RLHFTrainer(SavingTrainer):
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
         self.collector = self._collector(reference)
+        self._begin_run()
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
         self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
 
     def _collector(self, reference: ReferencePolicy | None) -> Collector:
-        """What makes rollouts; every plugin is set up for it."""
+        """Build the collector of rollouts, and set up every plugin."""
         policy = self.parts.policy(self.model, self.args)
         pad, rows = policy.tokenizer.pad_token_id, self.args.per_device_train_batch_size
         forwards = Forwards(
@@ -148,20 +150,20 @@ class RLHFTrainer(SavingTrainer):
     # Rollouts become slots
 
     def get_train_dataloader(self) -> DataLoader:
-        """Tickets, one per optimizer step of an epoch. Prompts come from the stream, whose position is saved."""
+        """Return one item per optimizer step of an epoch. Prompts come from the stream, whose position is saved."""
         per_rollout, prompts = self.algorithm.steps_per_rollout, self.algorithm.rollout.prompts
         rows = self.stream.rows
         if rows is None and self.args.max_steps <= 0:
-            raise ValueError("a streamed dataset has no length: set training.max_steps")
+            raise ValueError("a streamed dataset has no length. Set training.max_steps")
         if rows is not None and rows < prompts:
             raise ValueError(
-                f"rollout.prompts={prompts} and the dataset has {rows} rows: lower rollout.prompts to {rows} or less"
+                f"rollout.prompts must be at most the {rows} rows of the dataset, got {prompts}. Lower rollout.prompts"
             )
         steps = self.args.max_steps if rows is None else max(1, rows // prompts) * per_rollout
         return DataLoader(range(steps), batch_size=1, collate_fn=list)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
-        """The slot of the coming optimizer step; collects a new rollout when the last one is used up."""
+        """Return the micro-batches of the next optimizer step; collects a new rollout when the last one is used up."""
         next(epoch_iterator)
         index, position = divmod(self.state.global_step, self.algorithm.steps_per_rollout)
         if position == 0:
@@ -170,7 +172,7 @@ class RLHFTrainer(SavingTrainer):
             self._sample_completions(self.buffer)
         if self.buffer is None or self.buffer.index != index:
             raise checkpoint_manifest.CheckpointError(
-                f"step {self.state.global_step} lies within a rollout that was not saved"
+                f"step {self.state.global_step} is in the middle of a rollout that was not saved"
             )
         batching = self.collector.forwards.batching
         slot = self.buffer.slot(position, self.algorithm, self.args.seed, batching)
@@ -180,17 +182,14 @@ class RLHFTrainer(SavingTrainer):
         return [slot], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's own step on each micro-batch of the slot; gradients meet at the last one."""
+        """Run Trainer's own step on each micro-batch; processes average gradients at the last one."""
         loss = torch.zeros((), device=self.args.device)
         self.phases.updating()
         with self.meters.time("update"):
             for i, micro in enumerate(inputs):
-                last = i == len(inputs) - 1
-                self.accelerator.gradient_state._set_sync_gradients(last)
-                with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.parallel.micro_batch(model, last=i == len(inputs) - 1):
                     loss += super().training_step(model, micro).to(loss.dtype)
                 micro["batch"].release()
-            self.accelerator.gradient_state._set_sync_gradients(True)
         if inputs:
             self._step_sums |= {
                 f"plugin/{title}/loss"
@@ -205,7 +204,7 @@ class RLHFTrainer(SavingTrainer):
         return loss
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> Step:
-        """The step for update rules that look at the loss again; nothing is logged of what they compute."""
+        """Return the step for update rules that compute the loss again; nothing of that is logged."""
         rollout = [micro for micro in micro_batches if "text_term" not in micro]
         module = self.actor_critic
 
@@ -231,7 +230,7 @@ class RLHFTrainer(SavingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The recipe's loss of one micro-batch, times the number of processes, whose gradients are averaged."""
+        """Return the recipe's loss of one micro-batch, times the number of processes, as gradients are averaged."""
         sums = self._terms(model, inputs, self.meters)
         for name, x in sums.items():
             self.meters.add(name, x, 0.0)
@@ -241,7 +240,7 @@ class RLHFTrainer(SavingTrainer):
     def _terms(
         self, model: nn.Module, inputs: dict[str, Any], meters: MetricAggregator, with_critic: bool = True
     ) -> dict[str, Tensor]:
-        """The terms of the loss of one micro-batch, each this process's share of the step's."""
+        """Return the terms of the loss of one micro-batch, each this process's share of the step's."""
         a = self.algorithm
         if "text_term" in inputs:
             return text_term(a, model(inputs["batch"], entropy="entropy" in a.needs, temperature=1.0), inputs)
@@ -252,7 +251,7 @@ class RLHFTrainer(SavingTrainer):
             named = {f"{DISTRIBUTION}{title}": (kl.estimator, "loss" in kl.places) for title, kl in compared}
             with self.accelerator.autocast():
                 measures = reference.measures(inputs["batch"], named)
-        fused = torch.is_grad_enabled() and a.loss_is_token_level
+        fused = torch.is_grad_enabled() and a.loss_is_fused
         new = model(
             inputs["batch"],
             entropy=entropy_is_exact(a, self.parts.logging_settings),
@@ -270,6 +269,7 @@ class RLHFTrainer(SavingTrainer):
 
     def _after_step(self, step: int) -> None:
         """Move the reference and the average, and collect what the update rule measured."""
+        self._weights_are_of(step)
         if (model := self.moving_reference()) is not None:
             policy: Any = self.model
             self.algorithm.reference.move(model, policy, step)
@@ -280,21 +280,19 @@ class RLHFTrainer(SavingTrainer):
             self.meters.put(f"optimizer/{name}", x)
 
     def _guard(self, loss: Tensor) -> Tensor:
-        """Leaves out a step whose gradient is not finite, and all but the critic during its warm-up."""
+        """Skip a step whose gradient is not finite, and update only the critic during its warm-up."""
         critic = self.algorithm.critic
         if isinstance(critic, TrainedCritic) and self.state.global_step < critic.warmup_steps:
             for parameter in self.actor_critic.policy.parameters():
                 parameter.grad = None
-        gradients = [p.grad for p in self.actor_critic.parameters() if p.grad is not None]
-        wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
-        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all())
+        finite = gradients_are_finite(self.actor_critic)
         self.meters.put("health/nonfinite_step", 0 if finite else 1)
         self._bad_steps = 0 if finite else self._bad_steps + 1
         if finite:
             return loss
         if self._bad_steps >= 3:
             raise FloatingPointError(
-                f"{self._bad_steps} optimizer steps in a row had a gradient that is not finite; the last at step "
+                f"the gradient was not finite in {self._bad_steps} consecutive optimizer steps, the last at step "
                 f"{self.state.global_step}. Lower the learning rate, or look at policy/approx_kl in metrics.jsonl"
             )
         self.actor_critic.zero_grad()
@@ -309,21 +307,21 @@ class RLHFTrainer(SavingTrainer):
     # The module that is trained, and its optimizer
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Wraps policy and critic together, so that both forwards run inside what synchronises gradients."""
+        """Wrap policy and critic as one module, so that both forwards run inside what synchronizes gradients."""
         if not training or model is not self.model:
             return model
-        return self.accelerator.prepare_model(self.actor_critic)
+        return self.parallel.wrap(self.actor_critic)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer (or the recipe's update rule), with the critic in parameter groups of its own."""
+        """Create Trainer's optimizer (or the recipe's update rule), with the critic in parameter groups of its own."""
         groups = critic_groups(
             self.actor_critic.critic, self.algorithm.critic, self.args, self.get_decay_parameter_names
         )
         if self.optimizer is not None:
             if self._optimizer_given and self.algorithm.optimizer.build(self.actor_critic, groups) is not None:
                 raise ValueError(
-                    f"optimizers: the recipe's optimizer={self.algorithm.optimizer.name} makes its own. Leave optimizers out, "
-                    "or set optimizer.use=trainer"
+                    f"optimizers: the recipe's optimizer={self.algorithm.optimizer.name} creates its own. Leave optimizers "
+                    "out, or set optimizer.use=trainer"
                 )
             check_given(self.optimizer, groups)
         else:
@@ -335,21 +333,21 @@ class RLHFTrainer(SavingTrainer):
         return self.optimizer  # type: ignore[return-value]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clips policy and critic each by its own norm: a large value error must not shrink the policy's step."""
+        """Clip policy and critic each by its own norm: a large value error must not shrink the policy's step."""
         return self._norms(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The policy's norm, also where nothing is clipped."""
+        """Return the policy's norm, also without clipping."""
         return super()._get_grad_norm(model, self._norms(float("inf")) if grad_norm is None else grad_norm)
 
     def _norms(self, limit: float) -> Any:
         if self.actor_critic.critic is not None:
-            norm = self.accelerator.clip_grad_norm_(self.actor_critic.critic.parameters(), limit)
+            norm = self.parallel.clip_grad_norm(self.actor_critic.critic, limit)
             self.meters.put("value/grad_norm", float(norm))
-        return self.accelerator.clip_grad_norm_(self.actor_critic.policy.parameters(), limit)
+        return self.parallel.clip_grad_norm(self.actor_critic.policy, limit)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Rows per optimizer step over all processes."""
+        """Return the rows per optimizer step over all processes."""
         return (
             self.algorithm.rollout.prompts
             * self.algorithm.rollout.num_generations
@@ -357,7 +355,7 @@ class RLHFTrainer(SavingTrainer):
         )
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """6 x parameters x tokens over the micro-batches of a slot."""
+        """Return 6 x parameters x tokens over the micro-batches of a step."""
         tokens = sum(micro["batch"].positions for micro in inputs)
         model: Any = self.model
         return 6 * tokens * model.num_parameters(exclude_embeddings=True)
@@ -365,7 +363,7 @@ class RLHFTrainer(SavingTrainer):
     # Log and evaluate
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was measured since the last entry to Trainer's own."""
+        """Add the metrics since the last entry to Trainer's own."""
         if "loss" in logs:
             logs |= {"policy/grad_norm": logs["grad_norm"], **HEALTH, **self.meters.read(self.accelerator)}
             now, tokens = time.perf_counter(), self.collector.tokens
@@ -376,16 +374,16 @@ class RLHFTrainer(SavingTrainer):
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The prompts of the evaluation dataset."""
+        """Return the prompts of the evaluation dataset."""
         own: Any = self.eval_dataset
         source = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if source is None:
-            raise ValueError("there is no eval_dataset to evaluate on")
+            raise ValueError("evaluate needs an eval_dataset. Pass one to the trainer or to evaluate")
         chosen = list(islice(self.parts.as_prompts(source), self.parts.evaluation_settings.prompts))
         return DataLoader(chosen, batch_size=1, collate_fn=list)  # type: ignore[arg-type]
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """What `predict` reads: the same as for evaluation."""
+        """Return the prompts that `predict` reads, as for evaluation."""
         return self.get_eval_dataloader(test_dataset)
 
     def evaluation_loop(
@@ -396,20 +394,20 @@ class RLHFTrainer(SavingTrainer):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Rolls out held-out prompts and reports rewards and, for verifiers, accuracy, pass@k and maj@k."""
+        """Roll out held-out prompts and report rewards and, for verifiers, accuracy, pass@k and maj@k."""
         prompts: Any = dataloader.dataset
         settings = self.parts.evaluation_settings
         self.phases.sampling()
         metrics, self.samples = evaluate(self.collector, prompts, settings)
         if settings.ema and self.ema is not None:
-            with self.ema.as_policy(self.model):
+            with self.collector.policy.averaged(self.ema):
                 averaged, _ = evaluate(self.collector, prompts, settings)
             metrics |= {f"ema/{name}": x for name, x in averaged.items()}
         named = {f"{metric_key_prefix}_{name}": x for name, x in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(prompts))  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Stops what the plugins started. Also called when the trainer is garbage-collected and at exit."""
+        """Stop what the plugins started. Also called when the trainer is garbage-collected and at exit."""
         try:
             self.run_log.flush()
         finally:

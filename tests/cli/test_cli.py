@@ -23,6 +23,7 @@ from hf_rlhf.cli.output import examples_of
 from hf_rlhf.cli.runs.pipeline import load_pipeline
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.registry.host import Host, use_host
+from tests.helpers.waits import scaled
 
 BAD = '''
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ def test_a_signal_ends_a_command_with_its_own_code_and_no_traceback(number, code
     assert process.stderr is not None
     assert process.stderr.readline() == "ready\n"
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=scaled(60))
     assert (process.returncode if process.returncode >= 0 else 128 - process.returncode) == code
     assert "Traceback" not in err
 
@@ -255,7 +256,7 @@ def test_a_reader_that_leaves_is_no_error():
     words = [sys.executable, "-m", "hf_rlhf", "recipes", "show", "grpo"]
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=scaled(60))
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
 

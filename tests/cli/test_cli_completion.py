@@ -14,6 +14,7 @@ import pytest
 from hf_rlhf.cli import completion
 from hf_rlhf.registry.host import Host
 from hf_rlhf.registry.settings_schema import settings_of
+from tests.helpers.waits import scaled
 
 HERE = ["-c", "import sys; from hf_rlhf.cli.main import main; sys.argv[0] = 'hf-rlhf'; main()"]
 
@@ -21,7 +22,9 @@ HERE = ["-c", "import sys; from hf_rlhf.cli.main import main; sys.argv[0] = 'hf-
 def ask(place: Path, **environment: str) -> list[str]:
     """The lines that the program answers a shell with."""
     env = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, *HERE], cwd=place, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *HERE], cwd=place, env=env, capture_output=True, text=True, timeout=scaled(60)
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout.splitlines()
@@ -162,7 +165,7 @@ def test_no_plugin_is_run_and_torch_is_not_imported(place):
     )
     assert {"advantages.lam=", "advantages.lam=0.95"} <= set(done.stdout.split())
     assert done.stderr.strip() == "[]"
-    assert time.perf_counter() - begun < 10  # a tenth of a second of work, on a machine that may be busy
+    assert time.perf_counter() - begun < scaled(10)  # a tenth of a second of work, on a machine that may be busy
 
 
 def test_bash_completes_with_the_script_that_is_installed(place):
@@ -175,7 +178,9 @@ def test_bash_completes_with_the_script_that_is_installed(place):
         "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
         "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
     }
-    shown = subprocess.run([program, "--show-completion", "bash"], env=env, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(
+        [program, "--show-completion", "bash"], env=env, capture_output=True, text=True, timeout=scaled(60)
+    )
     assert shown.returncode == 0, shown.stderr
     script = shown.stdout + (
         "\nCOMP_WORDS=(hf-rlhf train grpo advantages.use = leave)\nCOMP_CWORD=5\n"

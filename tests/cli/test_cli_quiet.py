@@ -6,11 +6,12 @@ import os
 import re
 import struct
 import subprocess
-import sys
 
 import pytest
 
-PROGRAM = [sys.executable, "-m", "hf_rlhf"]
+from tests.helpers.processes import warm
+from tests.helpers.waits import scaled
+
 DRAWN = re.compile("[\x1b\r\u2500-\u259f…]")
 """Escapes, carriage returns, boxes, bars, and what stands for a cut."""
 
@@ -19,7 +20,7 @@ def piped(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     for name in ("NO_COLOR", "FORCE_COLOR"):
         env.pop(name, None) if name not in environment else None
-    return subprocess.run([*PROGRAM, *words], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*warm("hf_rlhf"), *words], env=env, capture_output=True, text=True, timeout=scaled(300))
 
 
 def in_terminal(*words: str, width: int = 80, **environment: str) -> str:
@@ -32,7 +33,7 @@ def in_terminal(*words: str, width: int = 80, **environment: str) -> str:
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     left_out = ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
     env = {name: x for name, x in os.environ.items() if name not in left_out} | {"TERM": "xterm", **environment}
-    process = subprocess.Popen([*PROGRAM, *words], stdout=follower, stderr=follower, stdin=follower, env=env)
+    process = subprocess.Popen([*warm("hf_rlhf"), *words], stdout=follower, stderr=follower, stdin=follower, env=env)
     os.close(follower)
     seen = b""
     while True:
@@ -43,7 +44,7 @@ def in_terminal(*words: str, width: int = 80, **environment: str) -> str:
         if not piece:
             break
         seen += piece
-    assert process.wait(timeout=60) == 0, seen
+    assert process.wait(timeout=scaled(60)) == 0, seen
     os.close(leader)
     return seen.decode()
 

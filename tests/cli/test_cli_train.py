@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from hf_rlhf import __version__
 from hf_rlhf.cli import main
 from hf_rlhf.config.recipe import load_recipe
+from tests.helpers.processes import ranks, warm
+from tests.helpers.waits import scaled
 
 SMALL = [
     "rollout.prompts=4",
@@ -52,11 +53,9 @@ def rewards():
 '''
 
 
-def begin(*words: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Starts `hf-rlhf train` with these words."""
-    program = [str(Path(sys.executable).with_name("hf-rlhf"))]
-    if not Path(program[0]).exists():
-        program = [sys.executable, "-m", "hf_rlhf"]
+def begin(*words: str, cwd: Path, installed: bool = False, **environment: str) -> subprocess.Popen[str]:
+    """Start `hf-rlhf train` with these words: warm, or as it is installed."""
+    program = [str(Path(sys.executable).with_name("hf-rlhf"))] if installed else warm("hf_rlhf")
     env = {name: x for name, x in os.environ.items() if not name.startswith(("WANDB_", "HF_RLHF"))}
     env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
@@ -66,7 +65,7 @@ def begin(*words: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
 
 def end(process: subprocess.Popen[str]) -> str:
     """What it printed, after it ended well."""
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=scaled(300))
     assert process.returncode == 0, out + errors
     return out
 
@@ -100,7 +99,7 @@ def trained(place, tiny_model_path):
     words = ["grpo", "--model", str(tiny_model_path), "--dataset", "problems.jsonl", "--output-dir", "out", *SMALL]
     words += ["--max-steps", "3", "--seed", "7", "--learning_rate", "0.01", "training.warmup_steps=0"]
     words += ["--save_strategy", "steps", "training.save_steps=1", "rewards.1={use: length, target: 3, maximum: 9}"]
-    printed = end(begin(*words, cwd=place))
+    printed = end(begin(*words, cwd=place, installed=True))
     return place / "out", printed
 
 
@@ -224,12 +223,8 @@ def test_conversations_meet_a_reward_of_a_plugin_file_without_importing_wandb(tm
 
 
 def test_two_processes_train_one_policy(trained, place):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     words = [str(trained[0] / "recipe.yaml"), "--output-dir", "two", "--max-steps", "2"]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [begin(*words, cwd=place, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+    started = [begin(*words, cwd=place, **rank) for rank in ranks()]
     first, second = (end(process) for process in started)
     assert "held-out prompts" in first
     assert "held-out prompts" not in second

@@ -16,17 +16,13 @@ import hf_rlhf.cli.commands.lab
 from hf_rlhf.cli.app import app
 from hf_rlhf.lab import Matrix, World
 from hf_rlhf.lab import matrix as matrix_module
-from hf_rlhf.lab.choices import in_world
+from hf_rlhf.lab.choices import aggregations, defaults
 from hf_rlhf.lab.matrix import rollout_recipes
-from hf_rlhf.lab.page import _kls, _recipes, page
-from hf_rlhf.lab.picture import of_matrix
+from hf_rlhf.lab.page import _recipes, page
+from hf_rlhf.lab.picture import of_matrix, save
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.errors import UserError
-from tests.helpers.paths import ROOT
 from tests.helpers.truths import BETA, K1, kl, lab, made
-
-DOCS = ROOT / "docs"
-
 
 # The page
 
@@ -57,31 +53,29 @@ def test_the_page_has_every_section_and_says_why_something_is_refused(small: Mat
     assert "![The cosine with the goal of every combination](lab.svg)" in text
 
 
-def test_the_picture_of_the_matrix_is_well_formed(small: Matrix):
-    picture = ElementTree.fromstring(of_matrix(list(small.whole())))
-    words = {element.text for element in picture.iter() if element.text}
+def test_the_picture_of_the_matrix_is_well_formed(small: Matrix, tmp_path: Path):
+    figure = of_matrix(list(small.whole()))
+    titles = [panel.get_title() for panel in figure.axes if panel.images and panel.get_title()]
+    assert "token_mean" in titles
+    save(figure, tmp_path / "all.svg")
+    words = {element.text for element in ElementTree.parse(tmp_path / "all.svg").iter() if element.text}
     assert {"group_norm", "in_reward k1 token", "token_mean"} <= words
 
 
-def test_the_page_in_the_docs_is_what_the_lab_says_today():
-    """Its table of KLs is computed again, and so are some recipes; of the others the choices are compared."""
-    text, matrix = (DOCS / "lab.md").read_text(), Matrix()
-    again = "run `hf-rlhf lab --all --picture docs/lab.svg > docs/lab.md`"
-    where = lab()
-    rows = [
-        where.study(in_world(where.world, advantages=made("advantages", "leave_one_out"), kl=kls))
-        for kls in [[], *matrix.kls]
-    ]
-    assert all(part in text for part in _kls(rows)), again
-    for name in rollout_recipes():
-        chosen = matrix.recipe(name)
-        row = where.study(chosen) if name in ("rloo", "grpo", "dr_grpo", "opo") else where.describe(chosen)
+def test_the_matrix_goes_through_every_recipe_and_every_plugin_of_its_axes():
+    matrix, where, names = Matrix(), lab(), get_host().names
+    rows = [where.describe(matrix.recipe(name)) for name in rollout_recipes()]
+    for row, name in zip(rows, rollout_recipes(), strict=True):
         row.recipe = name
-        header, _, line = list(_recipes([row]))[1].splitlines()
-        assert header in text, again
-        assert (line if row.objective else line.split(" |  |")[0]) in text, again
-    for axis in ("advantages", "baseline", "kl_estimator", "aggregation", "policy_loss"):
-        assert not [name for name in get_host().names(axis) if name not in text], again
+    (*_, table) = _recipes(rows)
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == rollout_recipes()
+    assert {kl.estimator.name for kls in matrix.kls for kl in kls} == set(names("kl_estimator"))
+    assert {loss.name for loss in matrix._losses} == set(names("policy_loss"))
+    assert {weights.name for weights in aggregations(matrix.world)} == set(names("aggregation"))
+    estimators = [*defaults("advantages"), *matrix._changed()]
+    assert {estimator.name for estimator in estimators} == set(names("advantages"))
+    baselines = {x.baseline.name for x in estimators if x.name == "baseline"}
+    assert baselines == set(names("baseline"))
 
 
 # The command
@@ -136,7 +130,7 @@ def test_an_override_of_a_beta_counts():
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--picture", "a.png"], "must end in .svg"),
+        (["--picture", "a.gif"], "must end in .svg, .png, .pdf, got a.gif"),
         (["--all", "--group", "2"], "takes --seed only, got --group"),
         (["--all", "rloo"], "takes --seed only, got rloo"),
         (["--group", "20"], "too many to enumerate"),
@@ -146,6 +140,12 @@ def test_an_override_of_a_beta_counts():
 def test_wrong_words_are_explained(words: list[str], text: str):
     with pytest.raises(UserError, match=text):
         CliRunner().invoke(app, ["lab", *words], catch_exceptions=False)
+
+
+def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'hf_rlhf\[plots\]'"):
+        CliRunner().invoke(app, ["lab", "rloo", "--picture", str(tmp_path / "a.svg")], catch_exceptions=False)
 
 
 def test_the_whole_matrix_is_a_page(small: Matrix, tmp_path: Path):

@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_rlhf import API_VERSION, load_recipe
-from hf_rlhf.axes import AXES
+from hf_rlhf.axes import AXES, Plugin
 from hf_rlhf.cli.app import app
-from hf_rlhf.cli.commands.new import TEMPLATES, USE, class_of, overrides, package, write
+from hf_rlhf.cli.commands.new import command_of, package, plugin_class, write
 from hf_rlhf.cli.main import add_commands
-from hf_rlhf.contract.metric_namespaces import AREAS
 from hf_rlhf.metrics.names import under
+from hf_rlhf.registry import hookspecs
 from hf_rlhf.registry.api_version import stated
 from hf_rlhf.registry.host import Host, use_host
 from hf_rlhf.runtime.errors import UserError
@@ -34,9 +34,12 @@ for folder in folders:
 """
 NAMES = {axis: f"own_{axis}" for axis in AXES}
 RECIPE: dict[str, Any] = {
-    "rollout": {"use": NAMES["rollout"], "prompts": 4, "num_generations": 4, "max_new_tokens": 6},
+    "rollout": {"use": "generate", "prompts": 4, "num_generations": 4, "max_new_tokens": 6, "decode_dtype": "bfloat16"},
     "rewards": [{"use": NAMES["rewards"]}, {"use": "length", "target": 4, "weight": 0.1}],
-    "kl": [{"use": NAMES["kl"], "estimator": NAMES["kl_estimator"], "controller": NAMES["kl_controller"]}],
+    "kl": [
+        {"use": NAMES["kl"], "estimator": NAMES["kl_estimator"]},
+        {"use": "in_reward", "controller": NAMES["kl_controller"]},
+    ],
     "advantages": {
         "use": "mix",
         "parts": [NAMES["advantages"], {"use": "baseline", "baseline": NAMES["baseline"]}, "centred", "gae"],
@@ -49,11 +52,17 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"use": NAMES["optimizer"], "learning_rate": 0.001},
     "aggregation": NAMES["aggregation"],
     "loss_terms": [NAMES["loss_terms"]],
-    "filters": [{"use": NAMES["filters"], "resample": 1}],
+    "filters": [NAMES["filters"]],
     "update": {"mini_batches": 2},
     "training": {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 16},
 }
-"""Every new plugin in one recipe, but the trainer."""
+"""Every new plugin in one recipe, but the trainer and the engine, which reports no log-probs to correct."""
+WITH_ENGINE = {
+    **RECIPE,
+    "rollout": {"use": NAMES["rollout"], "prompts": 4, "num_generations": 4, "max_new_tokens": 6},
+    "rollout_correction": "none",
+    "training": {**RECIPE["training"], "max_steps": 2},
+}
 
 
 SMALLEST = '''"""Return minus its group's mean, counted where nothing is left."""
@@ -111,12 +120,14 @@ def run(*words: str, folder: Path, site: Path | None = None) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Axis -> the folder of a new package."""
+    """Axis -> the folder of a new package, with `--full`."""
     add_commands()
     root = tmp_path_factory.mktemp("new")
     folders = {axis: root / f"package-{axis}" for axis in AXES}
     for axis, folder in folders.items():
-        done = CliRunner().invoke(app, ["new", axis, NAMES[axis], "--path", str(folder), "--author", "A. Name"])
+        done = CliRunner().invoke(
+            app, ["new", axis, NAMES[axis], "--full", "--path", str(folder), "--author", "A. Name"]
+        )
         assert done.exit_code == 0, done.output
     return folders
 
@@ -138,18 +149,37 @@ def site(written: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def trained(site: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> list[dict[str, float]]:
-    """The log of a run in which every plugin but the trainer takes part."""
+def trained(site: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dict[str, Any]:
+    """The logs of two runs, in which every plugin but the trainer takes part."""
     folder = tmp_path_factory.mktemp("trained")
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(1, 5) for b in range(1, 5)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = {**RECIPE, "model": {"path": str(tiny_model_path)}, "dataset": {"path": "rows.jsonl", "eval_split": None}}
-    (folder / "all.yaml").write_text(json.dumps(made))
-    run("-m", "hf_rlhf", "train", "all.yaml", "--output-dir", "out", folder=folder, site=site)
-    return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    logs = {}
+    for name, recipe in {"all": RECIPE, "engine": WITH_ENGINE}.items():
+        made = {
+            **recipe,
+            "model": {"path": str(tiny_model_path)},
+            "dataset": {"path": "rows.jsonl", "eval_split": None},
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(made))
+        run("-m", "hf_rlhf", "train", f"{name}.yaml", "--output-dir", name, folder=folder, site=site)
+        logs[name] = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return logs
 
 
-def test_a_package_holds_what_a_package_holds(written: dict[str, Path]) -> None:
+def test_a_new_package_is_the_example_its_conformance_test_and_a_project(tmp_path: Path) -> None:
+    add_commands()
+    done = CliRunner().invoke(app, ["new", "advantages", "best_of", "--path", str(tmp_path / "p")])
+    assert done.exit_code == 0, done.output
+    found = {str(file.relative_to(tmp_path / "p")) for file in (tmp_path / "p").rglob("*") if file.is_file()}
+    assert found == {"hf_rlhf_best_of.py", "tests/test_best_of.py", "pyproject.toml"}
+    written = (tmp_path / "p" / "hf_rlhf_best_of.py").read_text()
+    example = hookspecs.example("advantages")
+    assert written == example.replace("GroupSign", "BestOf").replace("group_sign", "best_of")
+    assert written != example
+
+
+def test_a_full_package_holds_what_a_package_holds(written: dict[str, Path]) -> None:
     folder = written["advantages"]
     found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert {"hf_rlhf_own_advantages.py", "tests/test_own_advantages.py", "pyproject.toml", "README.md"} <= found
@@ -157,18 +187,28 @@ def test_a_package_holds_what_a_package_holds(written: dict[str, Path]) -> None:
     assert "A. Name" in (folder / "LICENSE").read_text()
 
 
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "trainer"])
+def test_a_full_plugin_has_every_method_of_a_plugin(axis: str, written: dict[str, Path]) -> None:
+    shown = {name for name, value in vars(Plugin).items() if callable(value) and not name.startswith("_")}
+    assert shown <= vars(class_of(axis, written[axis])).keys()
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_no_placeholder_is_left_and_the_version_is_this_one(axis: str, written: dict[str, Path]) -> None:
+    old, name = plugin_class(hookspecs.example(axis))
     for file in written[axis].rglob("*"):
         if file.is_file():
-            assert not re.search(r"my_name|MyName|my-name|my_axis|MY_[A-Z]", file.read_text()), file
-    assert stated((TEMPLATES / f"{axis}.py").read_text()) == API_VERSION
+            text = file.read_text()
+            assert not re.search(r"my_name|MyName|my-name|my_axis|MY_[A-Z]|Everything", text), file
+            assert not re.search(rf'\b{old.name}\b|use: {name}\b|"{name}"', text), file
+    assert stated(hookspecs.example(axis)) == API_VERSION
 
 
 def test_the_new_packages_are_linted_however_long_their_names_are(tmp_path: Path) -> None:
     for name in ("ab", "x" * 30):
-        for axis in AXES:
-            write(tmp_path / name / axis, package(axis, name, "A. Name"))
+        for author in (None, "A. Name"):
+            for axis in AXES:
+                write(tmp_path / name / str(author) / axis, package(axis, name, author))
     for command in (["check"], ["format", "--check"]):
         run("-m", "ruff", *command, "--no-cache", ".", folder=tmp_path)
 
@@ -181,29 +221,28 @@ def test_the_new_packages_pass_their_tests(written: dict[str, Path], site: Path,
 
 @pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "trainer"])
 def test_a_new_plugin_trains_and_its_metrics_are_logged(axis: str, written: dict[str, Path], trained: Any) -> None:
-    names = set().union(*trained)
-    plugin = plugin_class(axis, written[axis])
-    assert plugin.metrics
-    area = AREAS[axis].replace("<label>", NAMES[axis])
-    for metric in plugin.metrics:
-        name = under(area, metric)
-        values = [entry[name] for entry in trained if name in entry]
-        assert values, f"{name} is declared and was not logged; there are: {sorted(names)}"
+    log = trained["engine" if axis == "rollout" else "all"]
+    prefix = AXES[axis].axis.metric_prefix.replace("<label>", NAMES[axis])
+    for metric in class_of(axis, written[axis]).metrics:
+        name = under(prefix, metric)
+        values = [entry[name] for entry in log if name in entry]
+        assert values, f"{name} is declared and was not logged; there are: {sorted(set().union(*log))}"
+        assert metric.name != "rollouts_seen" or values == sorted(set(values)), values
 
 
 def test_a_new_trainer_trains_and_its_metrics_are_logged(
     written: dict[str, Path], site: Path, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    folder, (recipe, words) = written["trainer"], USE["trainer"]
-    own = [word.replace("builtin:addition", str(tiny_model_path)) for word in overrides(words, NAMES["trainer"])]
-    more = ["training.per_device_train_batch_size=4", "training.num_train_epochs=1", "dataset.eval_split=train"]
+    folder = written["trainer"]
+    recipe, *words = command_of((folder / f"hf_rlhf_{NAMES['trainer']}.py").read_text())
+    more = [f"model.path={tiny_model_path}", "training.per_device_train_batch_size=4"]
     out = ["--output-dir", str(tmp_path / "out"), "--max-steps", "2"]
-    run("-m", "hf_rlhf", "train", recipe, *own, *more, *out, folder=folder, site=site)
+    run("-m", "hf_rlhf", "train", recipe, *words, *more, *out, folder=folder, site=site)
     entries = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert any("eval_mean_error" in entry for entry in entries), entries
+    assert any("eval_row_loss" in entry for entry in entries), entries
 
 
-def plugin_class(axis: str, folder: Path) -> Any:
+def class_of(axis: str, folder: Path) -> Any:
     """The class in a new package."""
     host = Host(disable="")
     (offer,) = host.add_file(folder / f"hf_rlhf_{NAMES[axis]}.py")
@@ -211,33 +250,35 @@ def plugin_class(axis: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_the_command_of_the_readme_is_accepted(axis: str, written: dict[str, Path]) -> None:
+def test_the_command_of_the_module_is_accepted(axis: str, written: dict[str, Path]) -> None:
     host = Host(disable="")
-    host.add_file(written[axis] / f"hf_rlhf_{NAMES[axis]}.py")
-    recipe, words = USE[axis]
+    file = written[axis] / f"hf_rlhf_{NAMES[axis]}.py"
+    host.add_file(file)
+    recipe, *words = command_of(file.read_text())
     with use_host(host):
-        made = load_recipe(recipe, overrides(words, NAMES[axis]))
+        made = load_recipe(recipe, words)
         if axis == "trainer":
             assert made.trainer().name == NAMES[axis]
         else:
             assert made.algorithm().problems() == []
+            assert NAMES[axis] in {plugin.name for _, plugin in made.algorithm().plugins()}
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_every_axis_has_a_small_template(axis: str) -> None:
-    text = (TEMPLATES / f"{axis}.py").read_text()
-    assert len(text.splitlines()) < 140
-    assert "hf_rlhf.training.trainer" not in text
-    assert "class MyName(" in text
+def test_every_axis_has_a_small_example(axis: str) -> None:
+    text = hookspecs.example(axis)
+    assert len(text.splitlines()) < 60
+    assert command_of(text)
 
 
 @pytest.mark.parametrize(
-    ("axis", "name"), [("optimizer", "signs"), ("critic", "table"), ("filters", "filter"), ("baseline", "scored")]
+    ("axis", "name"), [("optimizer", "any"), ("critic", "tensor"), ("filters", "filter"), ("baseline", "scored")]
 )
 def test_the_class_has_a_name_of_its_own(axis: str, name: str, tmp_path: Path) -> None:
-    assert class_of(axis, name) == f"{name.capitalize()}Plugin"
     write(tmp_path, package(axis, name, "A. Name"))
-    (offer,) = Host(disable="").add_file(tmp_path / f"hf_rlhf_{name}.py")
+    file = tmp_path / f"hf_rlhf_{name}.py"
+    assert plugin_class(file.read_text())[0].name == f"{name.capitalize()}Plugin"
+    (offer,) = Host(disable="").add_file(file)
     assert (offer.axis, offer.name) == (axis, name)
     compile((tmp_path / "tests" / f"test_{name}.py").read_text(), "test", "exec")
 
@@ -262,19 +303,19 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Best", "best-of", "class", "2nd", "best__of", "x" * 31, "../up"])
 def test_a_name_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
-    assert "is no name for a plugin" in new("advantages", name, "--path", str(tmp_path / "p"))
+    assert "invalid plugin name" in new("advantages", name, "--path", str(tmp_path / "p"))
 
 
 def test_a_name_that_is_taken_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
     said = new("advantages", "group_norm", "--path", str(tmp_path / "p"))
-    assert "offered by hf_rlhf" in said
+    assert "already offered by hf_rlhf" in said
     assert "--taken" in said
     done = CliRunner().invoke(app, ["new", "advantages", "group_norm", "--taken", "--path", str(tmp_path / "p")])
     assert done.exit_code == 0, done.output
 
 
 def test_the_name_of_an_installed_module_is_refused(tmp_path: Path) -> None:
-    assert "hf_rlhf_recipes is installed already" in new("advantages", "recipes", "--path", str(tmp_path / "p"))
+    assert "hf_rlhf_recipes is already installed" in new("advantages", "recipes", "--path", str(tmp_path / "p"))
 
 
 def test_an_axis_that_is_none_is_refused() -> None:
@@ -287,9 +328,9 @@ def test_without_arguments_it_lists_the_axes() -> None:
     assert all(axis in said for axis in AXES)
 
 
-def test_a_package_with_an_estimator_and_its_metric_is_less_than_thirty_lines(trained: list[dict[str, float]]) -> None:
+def test_a_package_with_an_estimator_and_its_metric_is_less_than_thirty_lines(trained: dict[str, Any]) -> None:
     assert len(SMALLEST.splitlines()) < 30
     assert not re.search("wandb|trainer|log", SMALLEST)
-    logged = [entry["advantage/at_mean_frac"] for entry in trained if "advantage/at_mean_frac" in entry]
+    logged = [entry["advantage/at_mean_frac"] for entry in trained["all"] if "advantage/at_mean_frac" in entry]
     assert logged
     assert all(0 <= share <= 1 for share in logged)

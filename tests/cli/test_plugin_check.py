@@ -57,8 +57,8 @@ def test_a_good_package_has_nothing_wrong(install: Any, check: Any) -> None:  # 
     for part in ("foreign 1.2", "advantages.mine", f"API {API_VERSION}", "setting scale: number, default 1.0. Factor."):
         assert part in said
     assert "metric advantage/sign/mean: sign. mean sign of the returns" in said
-    assert "recipe signs: it makes an algorithm without problems" in said
-    assert said.rstrip().endswith("Nothing is wrong.")
+    assert "recipe signs: it makes a valid algorithm" in said
+    assert said.rstrip().endswith("All checks passed.")
 
 
 def test_json_holds_every_fact(install: Any, check: Any) -> None:  # noqa: F811
@@ -80,7 +80,7 @@ def test_a_fact_that_fails_fails_the_check_and_says_why(install: Any, check: Any
     code, said = check("foreign")
     assert code == 1
     assert "FAILS: it is 0 off the mask" in said
-    assert "multiply by it last" in said
+    assert "Multiply by the mask last" in said
 
 
 def test_a_recipe_that_is_refused_fails_the_check(install: Any, check: Any) -> None:  # noqa: F811
@@ -103,7 +103,7 @@ def test_a_module_that_does_not_say_its_api_version_is_warned_of(tmp_path: Path,
     (tmp_path / "mine.py").write_text(SIGN)
     code, said = check(str(tmp_path / "mine.py"))
     assert code == 0, said
-    assert f'add hf_rlhf_api = "{API_VERSION}"' in said
+    assert f'Add hf_rlhf_api = "{API_VERSION}"' in said
 
 
 def test_a_plugin_with_required_settings_is_made_and_its_facts_are_left_to_its_author(
@@ -145,6 +145,6 @@ def test_a_folder_is_told_how_to_install_it(tmp_path: Path, check: Any, monkeypa
     for target in ("hf-rlhf-new", "./hf-rlhf-new/"):
         with pytest.raises(UserError) as refused:
             check(target)
-        assert f"`pip install -e {target}`, then `hf-rlhf plugins check NAME`" in str(refused.value)
+        assert f"Install it with `pip install -e {target}`" in str(refused.value)
     (tmp_path / "hf_rlhf").mkdir()  # beside a folder of its name, an installed package is what is meant
     assert entries_of(Host(disable=""), "hf_rlhf")

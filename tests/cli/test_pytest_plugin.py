@@ -117,7 +117,7 @@ def test_what_is_wrong_is_said_in_a_sentence_and_fails(site):
     result = site.run("--hf-rlhf-plugin", "short")
     assert result.code == pytest.ExitCode.TESTS_FAILED
     assert (
-        "rewards.own: it gives one number, Spans, TokenScores or None per row it gives 1 numbers for 4 rows"
+        "rewards.own: it returns one number, Spans, TokenScores or None per row it returns 1 numbers for 4 rows"
         in result.text
     )
     assert ".py:" not in result.text, "no traceback"
@@ -143,7 +143,7 @@ def test_plugins_without_defaults_or_with_a_setup_are_skipped_with_the_way_to_te
     result = site.run("--hf-rlhf-plugin", "both", "-rs")
     assert result.outcomes == {"skipped": 2}
     assert (
-        "it needs path: test it with settings of your own, `for fact in conformance(Own(path=...)): fact()`"
+        "it needs path. Test it with settings of your own: `for fact in conformance(Own(path=...)): fact()`"
         in result.text
     )
     assert "it needs setup(context)" in result.text
@@ -168,13 +168,13 @@ def test_a_file_can_be_named_too(site):
     assert set(site.run("--hf-rlhf-plugin", "mine.py").outcomes) == {"passed"}
     missing = site.run("--hf-rlhf-plugin", "other.py")
     assert missing.code == pytest.ExitCode.USAGE_ERROR
-    assert "there is no such file" in missing.text
+    assert "no such file" in missing.text
 
 
 def test_a_package_that_offers_nothing_is_named_with_those_that_do(site):
     result = site.run("--hf-rlhf-plugin", "hf_rlfh")
     assert result.code == pytest.ExitCode.USAGE_ERROR
-    assert "no installed package of this name offers plugins. Did you mean 'hf_rlhf'?" in result.text
+    assert "no installed package named hf_rlfh offers plugins. Did you mean 'hf_rlhf'?" in result.text
 
 
 def test_without_the_option_nothing_happens_and_nothing_is_imported(site):

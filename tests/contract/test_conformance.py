@@ -210,7 +210,7 @@ def test_what_fails_on_ordinary_input_is_said_once():
     with pytest.raises(AssertionError, match="a pair"):
         facts[FACTS["shape"]]()
     for name in ("padding", "split", "climbs"):
-        with pytest.raises(SkipTest, match="not asked"):
+        with pytest.raises(SkipTest, match="skipped: "):
             facts[FACTS[name]]()
 
 
@@ -242,7 +242,7 @@ def test_an_engine_with_columns_of_its_own_conforms_on_prompts_that_have_them():
 
 
 def test_what_is_no_plugin_is_refused():
-    with pytest.raises(TypeError, match="str is no plugin"):
+    with pytest.raises(TypeError, match="str is not a plugin"):
         conformance("group_norm")  # type: ignore[arg-type]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +25,43 @@ def specification(plugin: str, folder: Path, **training: Any) -> dict[str, Any]:
     }
 
 
-def movement(spec: dict[str, Any]) -> torch.Tensor:
-    return stepping.run(spec) - stepping.parameters(stepping.make_trainer(spec))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[torch.Tensor, torch.Tensor]]:
+    """Plugin -> its parameters before and after a run on one process, in whole steps: once for all tests."""
+
+    @functools.cache
+    def found(plugin: str) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer = stepping.make_trainer(specification(plugin, tmp_path_factory.mktemp("whole")))
+        begin = stepping.parameters(trainer)
+        trainer.train()
+        end = stepping.parameters(trainer)
+        trainer.close()
+        return begin, end
+
+    return found
 
 
-def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert a.norm() > 1e-5, "nothing moved"
-    assert (a - b).norm() <= 1e-6 * a.norm()
+def assert_same(begin: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+    assert (one - begin).norm() > 1e-5, "nothing moved"
+    assert (one - other).norm() <= 1e-6 * (one - begin).norm()
 
 
 @pytest.mark.parametrize("plugin", every.TRAINED)
-def test_micro_batches_of_one_row_give_the_parameters_of_whole_steps(plugin, tmp_path):
-    whole = movement(specification(plugin, tmp_path))
-    assert_same(whole, movement(specification(plugin, tmp_path, per_device_train_batch_size=1)))
+def test_micro_batches_of_one_row_give_the_parameters_of_whole_steps(plugin, whole, tmp_path):
+    assert_same(*whole(plugin), stepping.run(specification(plugin, tmp_path, per_device_train_batch_size=1)))
 
 
 @pytest.fixture(scope="module")
 def on_two_processes(tmp_path_factory):
-    """Plugin -> its parameters after a run on two processes."""
+    """Plugin -> its parameters after a run on two processes, in micro-batches of three rows."""
     folder = tmp_path_factory.mktemp("two")
     specs = {plugin: specification(plugin, folder, per_device_train_batch_size=3) for plugin in every.TRAINED}
     return stepping.finish(stepping.start(specs, folder / "run", processes=2), folder / "run")
 
 
 @pytest.mark.parametrize("plugin", every.TRAINED)
-def test_two_processes_give_the_parameters_of_one(plugin, on_two_processes, tmp_path):
-    spec = specification(plugin, tmp_path, per_device_train_batch_size=3)
-    begin = stepping.parameters(stepping.make_trainer(spec))
-    assert_same(stepping.run(spec) - begin, on_two_processes[plugin] - begin)
+def test_two_processes_give_the_parameters_of_one(plugin, whole, on_two_processes):
+    assert_same(*whole(plugin), on_two_processes[plugin])
 
 
 @pytest.mark.parametrize("plugin", every.by_what_is_kept())

@@ -4,7 +4,6 @@ somewhere."""
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import json
 import re
@@ -12,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,38 +21,28 @@ from hf_rlhf.axes import AXES, LISTS
 from hf_rlhf.config.training_arguments import WITHOUT_EFFECT
 from hf_rlhf.registry.host import Host, use_host
 from hf_rlhf.testing import tiny_policy
+from tests.helpers.documentation import generate, shown
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import SAMPLED, parameters, problems, trained
 
 PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*/README.md")),
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md", "SECURITY.md")),
 ]
-BY_HAND = ("data.md", "reward_models.md", "writing_plugins.md")
+BY_HAND = ("command_line.md", "data.md", "reward_models.md", "writing_plugins.md")
 WRITTEN_BY_HAND = [ROOT / "README.md", *(ROOT / "docs" / name for name in BY_HAND)]
 TITLES = [page.name for page in WRITTEN_BY_HAND]
 
 
-@pytest.fixture(scope="session")
-def generate() -> ModuleType:
-    """docs/generate.py as a module."""
-    specification = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", shown(page), re.MULTILINE | re.DOTALL)
 
 
 def first_columns(page: Path, heading: str = "") -> Iterator[str]:
     """What stands in backticks in the first column of the tables under a heading."""
-    text = page.read_text()
+    text = shown(page)
     section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0] if heading else text
     assert section, f"{page.name} has no heading {heading!r}"
     for row in re.findall(r"^\| (`.*)$", section, re.MULTILINE):
@@ -64,40 +52,66 @@ def first_columns(page: Path, heading: str = "") -> Iterator[str]:
 # Made pages
 
 
-def test_made_pages_are_up_to_date(generate):
-    stale = [name for name, text in generate.pages().items() if (ROOT / "docs" / name).read_text() != text]
+def test_made_parts_of_pages_are_up_to_date():
+    stale = [page.name for page in generate.stale()]
     assert not stale, f"stale: {', '.join(stale)}; run `python docs/generate.py`"
 
 
-def test_generate_says_which_page_is_stale(generate, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "DOCS", tmp_path)
-    monkeypatch.setattr(generate, "PAGES", {"settings.md": generate.settings_page})
+PARTED = """# Page
+<!-- made: commands.exit_codes -->
+old
+<!-- end -->
+<!-- site: hooks.methods -->
+`help(Plugin)` prints them.
+<!-- end -->
+Words.
+"""
+
+
+def test_generate_says_which_page_is_stale(tmp_path, monkeypatch, capsys):
+    (tmp_path / "page.md").write_text(PARTED)
     monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
-    assert generate.main() == 1
-    assert "docs/settings.md is stale" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir()), "--check writes nothing"
+    assert generate.main(tmp_path) == 1
+    assert "docs/page.md is stale" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == PARTED, "--check writes nothing"
     monkeypatch.setattr(sys, "argv", ["generate.py"])
-    assert generate.main() == 0
+    assert generate.main(tmp_path) == 0
     monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
-    assert generate.main() == 0
+    assert generate.main(tmp_path) == 0
 
 
-def test_every_plugin_and_recipe_has_an_entry():
+def test_the_page_keeps_one_kind_of_part_and_the_site_shows_both(tmp_path):
+    kept, site = generate.filled(PARTED), generate.filled(PARTED, site=True)
+    assert "| code | meaning |" in kept
+    assert "`help(Plugin)` prints them." in kept
+    assert "old" not in kept
+    assert "| code | meaning |" in site
+    assert "| method | what it does |" in site
+    assert "help(Plugin)" not in site
+    assert "<!--" not in site
+    assert kept.endswith("Words.\n")
+
+
+def test_every_plugin_and_recipe_has_a_line_on_a_forge_and_an_entry_on_the_site():
     host = Host(disable="")
-    plugins = [f"{offer.axis}.{offer.name}" for offer in host.offers() if offer.package == "hf_rlhf"]
+    plugins = [offer for offer in host.offers() if offer.package == "hf_rlhf"]
     recipes = [offer.name for offer in host.recipes() if offer.package == "hf_rlhf"]
-    headings = re.findall(r"^### (\S+)$", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
-    assert headings == plugins
-    assert re.findall(r"^## (\S+)$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE) == recipes
-    assert sorted(first_columns(ROOT / "README.md", "Recipes")) == sorted(recipes)
+    page = ROOT / "docs" / "plugins.md"
+    text = page.read_text()
+    listed = {axis: re.findall(r"^\| \[`(\w+)`\]", _section(text, axis), re.MULTILINE) for axis in AXES}
+    assert listed == {axis: [offer.name for offer in plugins if offer.axis == axis] for axis in AXES}
+    for axis in AXES:
+        assert ("A recipe has any number." in _section(text, axis)) == (axis in LISTS)
+    headings = re.findall(r"^### (\S+)$", shown(page), re.MULTILINE)
+    assert headings == [f"{offer.axis}.{offer.name}" for offer in plugins]
+    page = ROOT / "docs" / "recipes.md"
+    rows = re.findall(r"^\| (`[^|]*) \|", page.read_text(), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row)) == sorted(recipes)
+    assert re.findall(r"^### (\S+)$", shown(page), re.MULTILINE) == recipes
 
 
-def test_the_readme_lists_the_plugins_of_every_axis():
-    host = Host(disable="")
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (`.*`) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    listed = {axis: (re.findall(r"`(\w+)`", names), "any number" in what) for axis, what, names in rows if axis in AXES}
-    own = {axis: [o.name for o in host.offers(axis) if o.package == "hf_rlhf"] for axis in AXES}
-    assert listed == {axis: (own[axis], axis in LISTS) for axis in AXES}
+def _section(text: str, heading: str) -> str:
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def test_every_training_argument_stands_in_one_table():
@@ -105,7 +119,7 @@ def test_every_training_argument_stands_in_one_table():
 
     from transformers import TrainingArguments
 
-    text = (ROOT / "docs" / "training_arguments.md").read_text().partition("## Defaults of the command line")[0]
+    text = shown(ROOT / "docs" / "training_arguments.md").partition("## Defaults of the command line")[0]
     for field in fields(TrainingArguments):
         places = len(re.findall(rf"^\| `{field.name}` \||(?:: |, )`{field.name}` \(`", text, re.MULTILINE))
         assert places == 1, f"{field.name} stands in {places} tables"
@@ -187,12 +201,12 @@ def command_lines(page: Path) -> list[list[str]]:
             elif words[0] == "make":
                 assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
             else:
-                assert line in PYTEST_LINES, f"no test runs {line!r}"
+                assert shlex.join(words) in PYTEST_LINES, f"no test runs {line!r}"
     return found
 
 
-PYTEST_LINES = ["pytest --hf-rlhf-plugin ./group_median.py"]
-"""Commands of writing_plugins.md that `test_the_plugin_example_conforms` runs."""
+PYTEST_LINES = ["pytest --hf-rlhf-plugin ./group_median.py", "pytest --hf-rlhf-plugin ./brief.py"]
+"""Commands of writing_plugins.md and the README that `test_the_plugin_example_conforms` runs."""
 
 
 def without_training(words: list[str]) -> list[str]:
@@ -212,7 +226,7 @@ def brief(words: list[str]) -> list[str]:
     """A command that ends soon: what trains is checked, and what a server would serve is checked too."""
     if words[0] == "train":
         return without_training(words)
-    return ["check", words[1]] if words[0] in ("serve-reward", "run") else words
+    return ["check", words[1]] if words[0] in ("serve-reward", "pipeline") else words
 
 
 @pytest.mark.parametrize("page", WRITTEN_BY_HAND, ids=TITLES)
@@ -283,24 +297,24 @@ def test_the_packaging_example_is_that_of_the_example_package():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file_and_a_heading(page):
-    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+    text = page.read_text() + shown(page)
+    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name} links to {target}"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            headings = re.findall(r"^#+ (.+)$", shown(file), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
-def test_every_hook_stands_on_its_page_with_an_example_that_is_its_docstrings():
+def test_every_hook_stands_on_its_page_with_its_example():
     from hf_rlhf.registry.hookspecs import example
 
     page = ROOT / "docs" / "hooks.md"
-    assert re.findall(r"^## (\w+)$", page.read_text(), re.MULTILINE) == list(AXES)
-    shown = [text.replace("\n\n\n", "\n\n").strip() for text in blocks(page, "python")]
-    assert shown == [example(axis).strip() for axis in AXES]
+    assert re.findall(r"^## (\w+)$", shown(page), re.MULTILINE) == list(AXES)
+    assert [text.strip() for text in blocks(page, "python")] == [example(axis).strip() for axis in AXES]
 
 
 def test_every_method_of_a_base_class_stands_on_the_page_of_hooks():
@@ -313,11 +327,13 @@ def test_every_method_of_a_base_class_stands_on_the_page_of_hooks():
             assert {name.partition("(")[0] for name in first_columns(page, heading)} >= set(own)
 
 
-@pytest.mark.parametrize("name", ["Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context"])
+@pytest.mark.parametrize(
+    "name", ["Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context"]
+)
 def test_every_field_that_plugins_see_stands_on_the_page_of_hooks(name):
     from hf_rlhf import batch
 
-    text = (ROOT / "docs" / "hooks.md").read_text().partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+    text = shown(ROOT / "docs" / "hooks.md").partition(f"\n### {name}\n")[2].partition("\n### ")[0]
     documented = re.findall(r"^\| `(\w+)` \| \S", text, re.MULTILINE)
     assert documented == [field.name for field in dataclasses.fields(getattr(batch, name))]
 
@@ -326,7 +342,7 @@ def test_the_page_of_hooks_leaves_out_nothing_that_plugins_see():
     from hf_rlhf import batch
 
     own = {name for name, x in vars(batch).items() if dataclasses.is_dataclass(x) and x.__module__ == batch.__name__}
-    assert own == set(re.findall(r"^### (\w+)$", (ROOT / "docs" / "hooks.md").read_text(), re.MULTILINE))
+    assert own == set(re.findall(r"^### (\w+)$", shown(ROOT / "docs" / "hooks.md"), re.MULTILINE))
 
 
 def test_every_setting_of_a_section_stands_on_the_page_of_settings():
@@ -350,7 +366,7 @@ def test_every_metric_stands_on_both_pages_of_metrics(page):
     for offer in host.offers():
         if offer.package == "hf_rlhf":
             known |= declared_by(host.get(offer.axis, f"hf_rlhf/{offer.name}"), offer.axis).keys()
-    named = set(re.findall(r"`([^`\s]+)`", (ROOT / "docs" / page).read_text()))
+    named = set(re.findall(r"`([^`\s]+)`", shown(ROOT / "docs" / page)))
     missing = {name for name in known - named if not any(pattern(name).fullmatch(other) for other in named)}
     assert not missing
 
@@ -361,10 +377,17 @@ def test_a_metric_with_a_range_says_what_lies_outside_of_it():
     assert not [metric.name for metric in (*CORE, *EVALUATION) if metric.healthy and not metric.unhealthy]
 
 
-def test_every_module_of_the_core_is_explained():
+def test_every_package_of_the_core_is_explained_and_every_module_that_is_named_exists():
     text = (ROOT / "docs" / "how_it_works.md").read_text().partition("## Where the code is")[2].partition("\n## ")[0]
-    modules = {file.name for file in (ROOT / "hf_rlhf").glob("*.py") if not file.name.startswith("__")}
-    assert set(re.findall(r"`(\w+\.py)`", text)) == modules
+    core = ROOT / "hf_rlhf"
+    parts = {f"{file.parent.name}/" for file in core.glob("*/__init__.py")}
+    parts |= {file.name for file in core.glob("*.py") if not file.name.startswith("_")}
+    explained = {
+        name for row in re.findall(r"^\| (`[^|]*)\|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
+    }
+    assert explained == parts
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert name in ("plugins/", "recipes/") or list(core.rglob(name)), f"there is no {name}"
 
 
 # Files of a run

@@ -45,10 +45,7 @@ def environment(tmp_path_factory):
 def test_a_guide_works_block_by_block_in_an_empty_folder(page, environment, tmp_path):
     folder = tmp_path / "reader"
     folder.mkdir()
-    session = follow(page, environment, folder)
-    by_block = [round(x, 1) for x in session.by_block]
-    print(f"{page.stem}: {session.seconds:.0f} s, of processors {session.work:.0f} s, by block {by_block}")
-    assert session.by_block
+    follow(page, environment, folder)
 
 
 def test_what_no_test_runs_is_little_and_known():

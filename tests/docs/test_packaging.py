@@ -21,7 +21,11 @@ PLUGIN_FILES = [file for file in sorted((ROOT / "plugins").rglob("*.py")) if fil
 CORE_FILES = sorted((ROOT / "hf_rlhf").rglob("*.py"))
 ALLOWED_TO_PLUGINS = {"hf_rlhf", "hf_rlhf.axes", "hf_rlhf.batch", "hf_rlhf.testing"}
 """What built-in plugins, templates and examples may import of hf_rlhf."""
-OUTSIDE = sorted({*(ROOT / "examples").rglob("*.py"), *(ROOT / "hf_rlhf" / "cli" / "templates").rglob("*.py")})
+OUTSIDE = [
+    file
+    for folder in ("examples", "hf_rlhf/cli/templates", "hf_rlhf/registry/examples")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def imports(file: Path) -> set[str]:
@@ -71,7 +75,7 @@ def test_the_package_list_is_the_folders_on_disk():
     listed = PROJECT["tool"]["setuptools"]["packages"]
     assert sorted(on_disk) == sorted(listed)
     for folder in roots:
-        loose = {file.parent for file in (ROOT / folder).rglob("*.py")}
+        loose = {file.parent for file in (ROOT / folder).rglob("*.py")} - {ROOT / "hf_rlhf" / "registry" / "examples"}
         assert all((parent / "__init__.py").is_file() for parent in loose)
 
 
@@ -147,6 +151,6 @@ print(",".join(recipe.name for recipe in own))
     shown = [sys.executable, "-m", "hf_rlhf", "recipes", "show", "grpo"]
     done = subprocess.run(shown, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == (ROOT / "recipes" / "grpo.yaml").read_text()
-    written = [sys.executable, "-m", "hf_rlhf", "new", "trainer", "stars"]
+    written = [sys.executable, "-m", "hf_rlhf", "new", "trainer", "stars", "--full"]
     subprocess.run(written, env=environment, cwd=tmp_path, capture_output=True, check=True)
-    assert (tmp_path / "hf-rlhf-stars" / "tests" / "ratings.jsonl").is_file()
+    assert "class Stars(OfflineTrainer)" in (tmp_path / "hf-rlhf-stars" / "hf_rlhf_stars.py").read_text()

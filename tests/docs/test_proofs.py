@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from importlib.metadata import entry_points
-from types import ModuleType
 
 import pytest
 
+from tests.helpers.documentation import proofs
 from tests.helpers.paths import ROOT
 
 PLUGINS = sorted({point.name for point in entry_points(group="hf_rlhf") if point.dist and point.dist.name == "hf_rlhf"})
 
 
 @pytest.fixture(scope="module")
-def proofs() -> ModuleType:
-    """docs/proofs.py as a module."""
-    specification = importlib.util.spec_from_file_location("docs_proofs", ROOT / "docs" / "proofs.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["docs_proofs"] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def found(proofs):
+def found():
     """Every proof in these tests."""
     return proofs.read(ROOT / "tests")
 
@@ -65,7 +51,7 @@ def number(tolerance: str) -> float:
         return math.inf
 
 
-def test_a_proof_is_read_from_its_decorator(proofs, tmp_path):
+def test_a_proof_is_read_from_its_decorator(tmp_path):
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "test_two.py").write_text(
         "import pytest\n\n"
@@ -100,13 +86,13 @@ def test_a_proof_is_read_from_its_decorator(proofs, tmp_path):
         ('proves("a.b", how="parity", tolerance=1e-6)', "written out"),
     ],
 )
-def test_a_proof_that_is_not_written_out_is_refused(proofs, tmp_path, decorator, message):
+def test_a_proof_that_is_not_written_out_is_refused(tmp_path, decorator, message):
     (tmp_path / "test_one.py").write_text(f"@pytest.mark.{decorator}\ndef test_it():\n    pass\n")
     with pytest.raises(ValueError, match=message):
         proofs.read(tmp_path)
 
 
-def test_what_is_no_test_proves_nothing(proofs, tmp_path):
+def test_what_is_no_test_proves_nothing(tmp_path):
     (tmp_path / "test_one.py").write_text('@pytest.mark.proves("a.b", how="parity", tolerance="0")\ndef it(): pass\n')
     with pytest.raises(ValueError, match="no test function"):
         proofs.read(tmp_path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import resource
-import time
-from dataclasses import dataclass, field
-from itertools import pairwise
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import warm
 from tests.helpers.wheels import Environment
 
 GUIDES = ROOT / "docs" / "guides"
@@ -52,36 +51,18 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-@dataclass
-class Session:
-    """How following a page went."""
+def follow(page: Path, environment: Environment, folder: Path) -> None:
+    """Run every block of a page in one shell that stops at the first error; `hf-rlhf` starts warm.
 
-    folder: Path
-    seconds: float
-    """By the clock."""
-    work: float
-    """Of processors, the session's processes together."""
-    by_block: list[float] = field(default_factory=list)
-    output: str = ""
-
-
-def follow(page: Path, environment: Environment, folder: Path) -> Session:
-    """Every block that runs, in one shell that stops at the first error. Raises `AssertionError` with the block's output."""
-    parts = ["set -euo pipefail\n"]
+    Raises `AssertionError` with the block's output.
+    """
+    started = shlex.join(warm("hf_rlhf", str(environment.folder / "bin" / "python")))
+    parts = [f'set -euo pipefail\nhf-rlhf() {{ PYTHONSAFEPATH=1 {started} "$@"; }}\n']
     for number, block in enumerate(blocks(page)):
         if block.runs:
-            parts.append(f"echo '== block {number}' $EPOCHREALTIME\n{block.as_shell()}\n")
-    parts.append("echo '== end' $EPOCHREALTIME\n")
-    (folder.parent / f"{page.stem}.sh").write_text("".join(parts))
-    began, worked = time.perf_counter(), _work()
-    done = environment.run("bash", str(folder.parent / f"{page.stem}.sh"), cwd=folder, check=False)
-    seconds, work = time.perf_counter() - began, _work() - worked
+            parts.append(f"echo '== block {number}'\n{block.as_shell()}\n")
+    script = folder.parent / f"{page.stem}.sh"
+    script.write_text("".join(parts))
+    done = environment.run("bash", str(script), cwd=folder, check=False)
     assert done.returncode == 0, f"{page.name}: {done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    marks = [float(mark) for mark in re.findall(r"^== (?:block \d+|end) ([\d.]+)$", done.stdout, re.MULTILINE)]
-    return Session(folder, seconds, work, [b - a for a, b in pairwise(marks)], done.stdout)
-
-
-def _work() -> float:
-    """Seconds of processors that the processes which this one started and saw end have used."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    assert "== block" in done.stdout

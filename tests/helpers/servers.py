@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +16,8 @@ from typing import Any
 import httpx
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import free_port, warm
+from tests.helpers.waits import scaled, until
 
 ENVIRONMENT = {name: x for name, x in os.environ.items() if not name.lower().endswith("_proxy")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -97,15 +96,9 @@ class Server:
         self._server.server_close()
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 def start_serving(*words: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """`hf-rlhf serve-reward WORDS` in a process."""
-    command = [sys.executable, "-m", "hf_rlhf", "serve-reward", *words]
+    command = [*warm("hf_rlhf"), "serve-reward", *words]
     env = {**ENVIRONMENT, **(environment or {})}
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -115,21 +108,21 @@ def start_serving(*words: str, environment: dict[str, str] | None = None) -> sub
         text=True,
         env=env,
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
 
 
 def until_serving(url: str, process: subprocess.Popen[str], headers: dict[str, str] | None = None) -> None:
     """Waits until /health answers."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
+
+    def answers() -> bool:
         if process.poll() is not None:
             raise AssertionError(f"the server ended with {process.returncode}: {process.communicate()[1]}")
         with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{url}/health", headers=headers, timeout=5, trust_env=False)
-            return
-        time.sleep(0.1)
-    raise AssertionError("the server does not answer")
+            httpx.get(f"{url}/health", headers=headers, timeout=scaled(5), trust_env=False)
+            return True
+        return False
+
+    until(answers, 90, pause=0.05, what="no answer of the server")
 
 
 @contextlib.contextmanager
@@ -143,4 +136,4 @@ def serving(*words: str, environment: dict[str, str] | None = None, headers: Any
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=scaled(30))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,9 @@ from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
 from hf_rlhf.config.recipe_yaml import write_yaml
 from tests.helpers import offline_runs as off
 from tests.helpers import sft_runs as sft
+from tests.helpers.paths import environment
+from tests.helpers.processes import warm
+from tests.helpers.waits import scaled
 
 STEPS = {"training.use_cpu": True, "training.max_steps": 4, "training.learning_rate": 0.01, "training.warmup_steps": 0}
 
@@ -71,17 +72,16 @@ main()
 def killed(folder: Path, steps: int, place: Literal["pre", "post"], *words: str) -> None:
     """`hf-rlhf WORDS` in a process that SIGKILL ends in its optimizer step of this number, counted over all stages: when the
     gradients are there and the weights are as they were, or when the weights are new and nothing else is."""
-    process = _process(folder, ["-c", KILLED, str(steps), place, *words])
-    printed, _ = process.communicate(timeout=150)
+    process = _process(folder, [*warm("-c"), KILLED, str(steps), place, *words])
+    printed, _ = process.communicate(timeout=scaled(150))
     assert process.returncode == -signal.SIGKILL, printed
 
 
-def command(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+def command(folder: Path, *words: str, **variables: str) -> subprocess.Popen[str]:
     """`hf-rlhf WORDS` in a process of its own, in the folder."""
-    return _process(folder, ["-m", "hf_rlhf", *words], **environment)
+    return _process(folder, [*warm("hf_rlhf"), *words], **variables)
 
 
-def _process(folder: Path, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    program = [sys.executable, *words]
-    return subprocess.Popen(program, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def _process(folder: Path, words: Sequence[str], **variables: str) -> subprocess.Popen[str]:
+    env = environment(HF_HUB_OFFLINE="1", **variables)
+    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,8 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.sections import Update
 from hf_rlhf.testing import tiny_policy
 from tests.helpers.paths import environment
+from tests.helpers.processes import ranks, warm
+from tests.helpers.waits import scaled
 
 NONE = {"rollout_correction": "none", "reference": "none", "critic": "none", "optimizer": "trainer"}
 SCRIPTED = {"use": "scripted", "prompts": 4, "num_generations": 4, "mask_column": "masks", "logps_column": "logps"}
@@ -148,25 +149,16 @@ def start(specs: dict[str, Any], folder: Path, processes: int = 1, **options: An
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "spec.json"
     path.write_text(json.dumps({"specs": specs, "folder": str(folder), **options}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    started = []
-    for rank in range(processes):
-        env = environment()
-        if processes > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with open(folder / f"log{rank}.txt", "wb") as log:
-            started.append(
-                subprocess.Popen([sys.executable, "-m", __spec__.name, str(path)], env=env, stdout=log, stderr=log)
-            )
+    words, started = [*warm("tests.helpers.stepping"), str(path)], []
+    for number, variables in enumerate(ranks(processes) if processes > 1 else [{}]):
+        with open(folder / f"log{number}.txt", "wb") as log:
+            started.append(subprocess.Popen(words, env=environment(**variables), stdout=log, stderr=log))
     return started
 
 
 def finish(started: list[subprocess.Popen[bytes]], folder: Path) -> dict[str, torch.Tensor]:
     """Waits for the processes; the parameters they trained, by specification."""
-    codes = [process.wait(timeout=400) for process in started]
+    codes = [process.wait(timeout=scaled(400)) for process in started]
     logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*.txt")))
     assert codes == [0] * len(codes), f"exit codes {codes}\n{logs}"
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}

@@ -18,7 +18,7 @@ def used(value: Any) -> Iterator[str]:
 
 
 def slow(*members: Any) -> list[Any]:
-    """Members that run with `pytest -m slow` alone."""
+    """Return members that run with `pytest -m slow` alone."""
     return [pytest.param(member, marks=pytest.mark.slow) for member in members]
 
 

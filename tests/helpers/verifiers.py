@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,8 +74,3 @@ def deadline(seconds: float) -> Iterator[None]:
     started = time.process_time()
     yield
     assert time.process_time() - started < seconds
-
-
-def in_fresh_python(code: str) -> str:
-    """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout

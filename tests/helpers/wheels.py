@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import OUTSIDE, ROOT
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 TREE = ("hf_rlhf", "plugins", "recipes", "pyproject.toml", "README.md", "LICENSE")
@@ -88,8 +88,7 @@ class Environment:
         """A command of the environment, by the name of its program."""
         program = self.folder / "bin" / command[0]
         path = f"{self.folder / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment = {**kept, **OFFLINE, "PATH": path, "VIRTUAL_ENV": str(self.folder), "OMP_NUM_THREADS": "1"}
+        environment = {**OUTSIDE, **OFFLINE, "PATH": path, "VIRTUAL_ENV": str(self.folder)}
         words = [str(program) if program.exists() else command[0], *command[1:]]
         done = subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True)
         if check:

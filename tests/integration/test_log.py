@@ -252,7 +252,7 @@ class Claims(PolicyLoss):
 
 def test_a_metric_of_a_policy_loss_cannot_take_the_name_of_a_measured_one(tmp_path):
     made = runs.trainer(tmp_path, policy_loss=Claims())
-    with pytest.raises(ValueError, match="policy_loss=claims returns the metric 'ratio', and policy/ratio is measured"):
+    with pytest.raises(ValueError, match="policy_loss=claims returns the metric 'ratio', but policy/ratio is measured"):
         made.train()
     made.close()
 

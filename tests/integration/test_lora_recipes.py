@@ -5,7 +5,6 @@ Recipes that together name every plugin that any of them names are run with the 
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,6 @@ def read(names: list[str]) -> dict[str, Any]:
 
 LORA = "model.lora={r: 2}"
 STEP = ("training.learning_rate=0.01", "training.warmup_steps=0", "training.max_steps=1", "training.use_cpu=true")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """Trainer collects garbage after training: what is there already need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

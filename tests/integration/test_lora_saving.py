@@ -16,6 +16,7 @@ from hf_rlhf.config.recipe import resolve
 from hf_rlhf.modeling.lora_merge import merged
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.parallel import state_dict
 from hf_rlhf.training.setup import AlgorithmError
 from tests.helpers import offline_runs as off
 from tests.helpers import runs, stage_runs
@@ -123,7 +124,7 @@ def test_a_head_that_shares_the_embeddings_weights_gets_its_own(target, tmp_path
     policy.tie_weights()
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target, init_lora_weights=False)
     adapted = peft.get_peft_model(policy, config)
-    merged(adapted).save_pretrained(tmp_path)
+    merged(adapted, state_dict(adapted)).save_pretrained(tmp_path)
     assert (logits(loaded(tmp_path)) - logits(adapted)).abs().max() < 1e-5
     assert policy.config.tie_word_embeddings
 
@@ -148,7 +149,7 @@ def test_learned_prompts_are_refused_before_the_model_loads(tmp_path):
         RLHFTrainer(None, recipe, args, train_dataset=runs.problems(), peft_config=learned)
     adapted = peft.get_peft_model(tiny_policy()[0], learned)
     with pytest.raises(ValueError, match="cannot be merged"):
-        merged(adapted)
+        merged(adapted, state_dict(adapted))
 
 
 # Runs without rollouts, and stages

@@ -21,6 +21,7 @@ from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.memory import estimate, shapes
 from hf_rlhf.training.memory.estimate import Workload
 from tests.helpers import runs
+from tests.helpers.waits import until
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not peak_memory.ResidentMark.works(), reason="the kernel's mark cannot be set back here")
@@ -121,10 +122,7 @@ def test_samples_see_what_lasts_longer_than_their_interval():
         time.sleep(20 * peak_memory.INTERVAL_S)
         del block
     assert 60 * peak_memory.MIB < phase.above < 70 * peak_memory.MIB
-    deadline = time.monotonic() + 5
-    while any(thread.name == "hf_rlhf-memory" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "the thread goes on after the phase"
-        time.sleep(0.01)
+    until(lambda: "hf_rlhf-memory" not in {thread.name for thread in threading.enumerate()}, 5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")

@@ -371,5 +371,5 @@ def test_a_critic_without_returns_to_learn_is_refused():
 def test_an_optimizer_given_beside_a_recipe_that_makes_its_own_is_refused(tmp_path):
     made = runs.trainer(tmp_path, optimizer="trpo", policy_loss="surrogate")
     made.optimizer, made._optimizer_given = torch.optim.SGD(made.model.parameters(), lr=0.1), True
-    with pytest.raises(ValueError, match="optimizer=trpo makes its own"):
+    with pytest.raises(ValueError, match="optimizer=trpo creates its own"):
         made.create_optimizer()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,9 @@ from hf_rlhf.data.offline_rows import read_rows
 from hf_rlhf.data.sources import DatasetError
 from hf_rlhf.runtime.errors import UserError
 from tests.helpers import offline_runs as off
+from tests.helpers.paths import environment
+from tests.helpers.processes import warm
+from tests.helpers.waits import until
 
 TRAINERS = list(off.KINDS)
 
@@ -351,20 +351,17 @@ def test_a_checkpoint_of_another_run_and_a_damaged_one_are_refused(tmp_path):
 
 
 def begin(words: list[str], cwd: Path) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    program = [sys.executable, "-m", "hf_rlhf", "train", *words]
-    return subprocess.Popen(program, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    program = [*warm("hf_rlhf"), "train", *words]
+    return subprocess.Popen(
+        program, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_a_killed_run_resumes_with_equal_bits(tmp_path):
     whole = off.recipe(tmp_path, "reward_model", *SAVES, "training.max_steps=150", "training.save_steps=30")
     (tmp_path / "killed.yaml").write_text(whole.dump())
     process = begin(["killed.yaml", "--output-dir", "killed"], tmp_path)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-30" / "rlhf_manifest.json").is_file():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until((tmp_path / "killed" / "checkpoint-30" / "rlhf_manifest.json").is_file, 120)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed" / "summary.json").exists()

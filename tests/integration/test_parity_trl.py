@@ -3,15 +3,15 @@ the difference is the one that docs/parity.md states."""
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import curves
 from tests.helpers import parity
 from tests.helpers.parity import CASES, RECIPES, Case, Outcome, apart, of_ours, of_recipe, of_trl
 from tests.helpers.paths import ROOT
@@ -20,17 +20,6 @@ from tests.helpers.tiers import slow
 DOCS = ROOT / "docs" / "parity.md"
 ROUND_OFF = 5e-6
 """Of float32, in which TRL keeps rewards and log-probs: relative to an update, absolute in a loss of size 1."""
-
-
-def of_benchmarks(name: str) -> Any:
-    """A module of the folder benchmarks, which is not installed."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-curves = of_benchmarks("curves")
 
 
 @cache
@@ -161,12 +150,11 @@ def test_the_interval_of_a_difference_is_student_s():
 
 def test_the_table_says_which_differences_are_more_than_chance():
     apart_by = {"grpo": 0.0, "rloo": 0.5}
-    rows = [
-        {"algorithm": name, "system": system, "reward": [seed / 100 + (system == "ours") * apart_by[name]] * 20}
-        for name in apart_by
-        for system in ("ours", "trl")
-        for seed in range(5)
-    ]
+    rows = []
+    for name, system, seed in itertools.product(apart_by, ("ours", "trl"), range(5)):
+        reward = seed / 100 + (system == "ours") * apart_by[name]
+        tenths = curves.parts([reward] * 20)
+        rows.append({"algorithm": name, "system": system, "tenths": tenths, "whole": reward})
     grpo, rloo = curves.table(rows).split("## rloo")
     assert (grpo.count("| yes |"), grpo.count("**no**")) == (11, 0)
     assert (rloo.count("| yes |"), rloo.count("**no**")) == (0, 11)

@@ -60,13 +60,15 @@ def test_an_engine_whose_rows_do_not_fit_its_tokens_is_named(what, tmp_path):
 
     made = trainer(tmp_path)
     made.algorithm.rollout = Careless(prompts=4, num_generations=4)
-    with pytest.raises(ValueError, match=f"careless gave 2 {what} for the 3 tokens of row 0"):
+    with pytest.raises(
+        ValueError, match=f"careless must return one of {what} per token, .*: row 0 has 3 tokens, got 2"
+    ):
         made.train()
 
 
 def test_a_run_in_which_nothing_is_scored_ends_with_the_reason(tmp_path, caplog):
     silent = {"use": "function", "function": lambda completions: [None] * len(completions), "label": "silent"}
-    with pytest.raises(RewardError, match="no completion was scored in 3 rounds of prompts in a row: silent"):
+    with pytest.raises(RewardError, match="no completion was scored in 3 consecutive rounds of prompts: silent"):
         trained(tmp_path, rewards=[silent], training={"max_steps": 20})
     assert "no reward source scored any of 16 completions" in caplog.text
 
@@ -129,5 +131,5 @@ def test_the_best_model_needs_a_metric_that_evaluation_has(tmp_path):
 def test_an_optimizer_that_leaves_the_critic_out_is_refused(tmp_path):
     made = trainer(tmp_path, advantages="gae", critic="value_head", rewards=[FORMAT])
     made.optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="does not hold the critic's parameters"):
+    with pytest.raises(ValueError, match="must hold the critic's parameters"):
         made.train()

@@ -10,6 +10,7 @@ import torch
 
 from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.parallel import state_dict
 from tests.helpers import offline_runs as off
 from tests.helpers import runs
 from tests.integration.test_lora_saving import loaded, logits, model
@@ -102,7 +103,7 @@ def test_a_merge_that_fails_leaves_the_adapter(run, tmp_path):
     learned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     prompts = peft.get_peft_model(tiny_policy()[0], learned)
     with pytest.raises(ValueError, match="cannot be merged"):
-        save_merged(prompts, tmp_path / "alone")
+        save_merged(prompts, tmp_path / "alone", state_dict=state_dict(prompts))
     made, _ = run
     own, sections = made.model, made.parts.sections
     sections["model"] = dataclasses.replace(sections["model"], save_merged=True)

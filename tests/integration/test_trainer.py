@@ -67,7 +67,7 @@ def test_prompts_go_round_so_that_none_is_dropped_at_the_end_of_an_epoch(tmp_pat
 
 def test_a_dataset_smaller_than_a_rollout_says_what_to_lower(tmp_path):
     made = runs.trainer(tmp_path, data=runs.problems(3))
-    with pytest.raises(ValueError, match=r"rollout\.prompts=4 and the dataset has 3 rows: lower rollout.prompts to 3"):
+    with pytest.raises(ValueError, match=r"rollout\.prompts must be at most the 3 rows of the dataset, got 4"):
         made.train()
 
 
@@ -161,7 +161,7 @@ def test_one_spoiled_micro_batch_spoils_its_step_alone(tmp_path):
 
 def test_three_such_steps_in_a_row_stop_the_run(tmp_path):
     made = runs.trainer(tmp_path, policy_loss=Spoiled(calls=[1, 2, 3]), training=ADAMW)
-    with pytest.raises(FloatingPointError, match="3 optimizer steps in a row had a gradient that is not finite"):
+    with pytest.raises(FloatingPointError, match="the gradient was not finite in 3 consecutive optimizer steps"):
         made.train()
     assert torch.isfinite(runs.parameters(made)).all()
 
@@ -320,9 +320,9 @@ def test_a_correction_multiplies_the_policy_loss_and_gets_the_samplers_log_probs
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"empty": True}, r"rollout=remote gave an empty completion in rows \[1\]"),
-        ({"short": True}, "rollout=remote gave 15 completions where 16 were asked for"),
-        ({"reports": False}, "rollout=remote declares sampler_logps and gave none"),
+        ({"empty": True}, r"rollout=remote returned empty completions in rows \[1\]"),
+        ({"short": True}, "rollout=remote must return 16 completions, got 15"),
+        ({"reports": False}, "rollout=remote declares sampler_logps but returned no log-probs"),
     ],
     ids=str,
 )

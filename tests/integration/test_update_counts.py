@@ -1,13 +1,12 @@
 """How much work an optimizer step does: positions, matrix products, waits for the device, messages between processes.
 
-As a program with RANK and WORLD_SIZE set it trains in one of several processes and writes how many collectives it saw.
+As a program with RANK and WORLD_SIZE set it trains in one of several processes and writes the collectives and the version it saw.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from hf_rlhf.modeling.policy import why_not_packed
 from hf_rlhf.training.rollout_buffer import Buffer
 from tests.helpers import runs
 from tests.helpers.paths import environment
+from tests.helpers.processes import ended_well, ranks, warm
 
 SCRIPTED = {**runs.SCRIPTED, "mask_column": "masks"}
 STEP = {
@@ -388,24 +388,16 @@ def main(folder: Path) -> None:
     made = runs.trainer(folder / "out", data=[*LIVE, *LIVE], training={"max_steps": 4}, **STEP)
     found = collectives(made)
     made.train()
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps({**found, "version": made.collector.policy.version}))
 
 
 def test_a_rollout_takes_few_collectives(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    started = []
-    for rank in range(PROCESSES):
-        env = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with open(tmp_path / f"log{rank}.txt", "wb") as log:
-            command = [sys.executable, "-m", __name__, str(tmp_path)]
-            started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-    codes = [process.wait(timeout=300) for process in started]
-    assert codes == [0] * PROCESSES, (tmp_path / "log0.txt").read_text()[-3000:]
+    words, pipe = [*warm(__name__), str(tmp_path)], subprocess.PIPE
+    ended_well(
+        [subprocess.Popen(words, env=environment(**rank), stdout=pipe, stderr=pipe, text=True) for rank in ranks()]
+    )
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1], "the version of the policy included"
     rollouts, updates = 2, 4
     collect, log = Counter(seen[0]["collect"]), Counter(seen[0]["log"])
     assert collect["all_gather"] == 3 * rollouts, "shapes, tensors by row and token, tensors by row"

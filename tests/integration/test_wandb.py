@@ -22,6 +22,8 @@ from hf_rlhf.registry.host import Host, use_host
 from hf_rlhf.runtime.wandb_account import has_account
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import runs
+from tests.helpers.processes import warm
+from tests.helpers.waits import scaled
 
 pytest.importorskip("wandb")
 
@@ -107,9 +109,9 @@ def start(folder: Path, recipe: dict[str, Any], *options: str, **environment: st
     (folder / "tiny.yaml").write_text(json.dumps(recipe))
     env = {name: x for name, x in os.environ.items() if not name.startswith("WANDB_")}
     env |= {"OMP_NUM_THREADS": "1", "WANDB_DIR": str(folder), "NETRC": str(folder / "netrc"), **environment}
-    command = [sys.executable, "-m", "hf_rlhf", "train", "tiny.yaml", "--model", "model", *options]
+    command = [*warm("hf_rlhf"), "train", "tiny.yaml", "--model", "model", *options]
     command += ["--dataset", "problems.jsonl", "--output-dir", "out"]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=scaled(300))
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -130,7 +132,7 @@ def load(recipe: dict[str, Any]) -> Recipe:
 def inspect(run: Path, *options: str) -> list[dict[str, Any]]:
     """The records of a run, or with --summary one object, by W&B's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(60))
     if done.returncode and "No such command" in done.stderr:
         pytest.skip("this wandb has no `leet inspect` to read a run back with")
     assert done.returncode == 0, done.stderr

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ import torch
 from hf_rlhf.config.recipe import load_recipe
 from tests.helpers import dpo_runs as dpo
 from tests.helpers import offline_runs as off
+from tests.helpers.processes import run_ranks, warm
 
 
 def test_the_command_line_trains_a_policy_that_a_recipe_goes_on_from(tmp_path):
@@ -30,16 +28,14 @@ def test_the_command_line_trains_a_policy_that_a_recipe_goes_on_from(tmp_path):
         "training.use_cpu=true",
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_rlhf", *words], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([*warm("hf_rlhf"), *words], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pairs/accuracy" in done.stdout
     assert "drift/k2" in done.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["steps"], summary["rows"]["evaluation"]) == (3, 8)
     assert load_recipe(tmp_path / "out" / "recipe.yaml").trainer().beta == 0.3
-    wrong = [sys.executable, "-m", "hf_rlhf", "check", "dpo", "trainer.loss_type=aot"]
+    wrong = [*warm("hf_rlhf"), "check", "dpo", "trainer.loss_type=aot"]
     done = subprocess.run(wrong, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode != 0
     assert "trainer.loss_type" in done.stderr
@@ -52,19 +48,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     words += ("training.train_sampling_strategy=sequential", "trainer.reference=precomputed")
     recipe = dpo.recipe(tmp_path, *words, "training.per_device_train_batch_size=2")
     (tmp_path / "two.yaml").write_text(recipe.dump())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     code = "from hf_rlhf.config.recipe import load_recipe\nfrom hf_rlhf.cli.runs.rollout_run import train\n"
     code += f"train(load_recipe({str(tmp_path / 'two.yaml')!r}), {str(tmp_path / 'two')!r})"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    started: list[Any] = [
-        subprocess.Popen([sys.executable, "-c", code], env={**env, "RANK": rank, "LOCAL_RANK": rank},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in "01"
-    ]  # fmt: skip
-    for process in started:
-        printed, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, printed
+    run_ranks(code)
     summary = dpo.run(tmp_path, *words, out="one")
     start, one, two = (flat(tmp_path / name) for name in ("model", "one", "two"))
     assert (one - start).norm() > 1e-4

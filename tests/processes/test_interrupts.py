@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ import torch
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.signals import StopOnSignal, StoppedError, only_run_in
 from tests.cli.test_cli_train import SMALL, begin, end, load
-
-PATIENCE_S = 120
+from tests.helpers.processes import ranks
+from tests.helpers.waits import scaled, until
 
 
 @pytest.fixture
@@ -31,14 +29,21 @@ def words(tmp_path: Path, tiny_model_path: Path) -> list[str]:
     return [*given, "update.mini_batches=2", "rewards=[{use: length, target: 3, maximum: 9}]"]
 
 
+def first_step(folder: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has taken its first step."""
+    metrics = folder / "metrics.jsonl"
+
+    def taken() -> bool:
+        assert process.poll() is None, process.communicate()
+        return metrics.exists() and '"loss"' in metrics.read_text()
+
+    until(taken, 120, pause=0.005)
+
+
 def stopped(folder: Path, words: list[str], number: int, cwd: Path) -> subprocess.Popen[str]:
     """A run that got the signal after its first step."""
     process = begin(*words, "--output-dir", str(folder), cwd=cwd)
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + PATIENCE_S
-    while not (metrics.exists() and metrics.read_text().count('"loss"')):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    first_step(folder, process)
     os.kill(process.pid, number)
     return process
 
@@ -48,7 +53,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_equal_bits(number
     end(begin(*words, "--output-dir", "straight", cwd=tmp_path))
     folder = tmp_path / "stopped"
     process = stopped(folder, words, number, tmp_path)
-    _, errors = process.communicate(timeout=PATIENCE_S)
+    _, errors = process.communicate(timeout=scaled(120))
     checkpoints = sorted(folder.glob("checkpoint-*"))
     if len(checkpoints) == 0:  # the run was over first
         pytest.skip("the run ended before the signal came")
@@ -62,19 +67,12 @@ def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_equal_bits(number
 
 
 def test_processes_stop_after_the_same_step_though_one_alone_was_asked(words, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     words = [*words, "training.max_steps=400", "--output-dir", "two"]
-    ranks = [begin(*words, cwd=tmp_path, RANK=str(i), LOCAL_RANK=str(i), **both) for i in range(2)]
-    metrics, deadline = tmp_path / "two" / "metrics.jsonl", time.monotonic() + PATIENCE_S
-    while not (metrics.exists() and metrics.read_text().count('"loss"')):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(ranks[1].pid, signal.SIGTERM)
-    said = [process.communicate(timeout=PATIENCE_S)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [143, 143], said
+    started = [begin(*words, cwd=tmp_path, **rank) for rank in ranks()]
+    first_step(tmp_path / "two", started[0])
+    os.kill(started[1].pid, signal.SIGTERM)
+    said = [process.communicate(timeout=scaled(120))[1] for process in started]
+    assert [process.returncode for process in started] == [143, 143], said
     (checkpoint,) = (tmp_path / "two").glob("checkpoint-*")
     assert all(f"after step {checkpoint.name.removeprefix('checkpoint-')}," in text for text in said)
 
@@ -83,7 +81,7 @@ def test_two_runs_do_not_share_a_folder(words, tmp_path):
     folder = tmp_path / "out"
     with only_run_in(folder):
         process = begin(*words, "--output-dir", str(folder), cwd=tmp_path)
-        _, errors = process.communicate(timeout=PATIENCE_S)
+        _, errors = process.communicate(timeout=scaled(120))
         assert process.returncode == 2
         assert f"another run is writing into {folder}" in errors
         with pytest.raises(UserError, match="another run"), only_run_in(folder):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ import torch
 from hf_rlhf.cli.runs.offline_run import make
 from hf_rlhf.cli.runs.rollout_run import check, training_keywords
 from tests.helpers import offline_runs as off
+from tests.helpers.processes import run_ranks
 
 
 def parameters(folder: Path) -> torch.Tensor:
@@ -23,10 +20,6 @@ def parameters(folder: Path) -> torch.Tensor:
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Four rows of each step on one process, two on each of two; labels are unevenly spread over rows."""
-    free = socket.socket()
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-    free.close()
     words = ("training.optim=sgd", "training.learning_rate=0.1", "training.max_grad_norm=0", "training.max_steps=3")
     words += ("training.train_sampling_strategy=sequential",)
     commands = []
@@ -40,26 +33,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         "from hf_rlhf.config.recipe import load_recipe\nfrom hf_rlhf.cli.runs.rollout_run import train\n"
         + "\n".join(commands)
     )
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        printed, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, printed
+    run_ranks(code)
     for trainer in off.KINDS:
         summary = off.run(tmp_path / trainer, trainer, *words, out="one")
         one, two = (parameters(tmp_path / trainer / name) for name in ("one", "two"))

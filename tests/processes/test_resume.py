@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime import checkpoint_manifest
 from tests.helpers import stepping
 from tests.helpers.tiers import tiers
+from tests.helpers.waits import until
 
 SAMPLED = {"rollout": {"use": "generate", "prompts": 3, "num_generations": 4, "max_new_tokens": 6}}
 REWARDS = {"rewards": [{"use": "format", "pattern": ".*[a-f].*"}]}
@@ -132,9 +132,7 @@ def test_a_run_killed_with_sigkill_resumes_with_equal_bits(name, tmp_path):
     straight["training"] |= {"max_steps": 30}
     out = Path(spec["output_dir"])
     (process,) = stepping.start({"run": spec}, tmp_path / "first")
-    deadline = time.monotonic() + 200
-    while not (out / "checkpoint-5").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until((out / "checkpoint-5").exists, 200)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     found = checkpoint_manifest.verify(checkpoint_manifest.newest(out))

@@ -21,6 +21,7 @@ from hf_rlhf.batch import Context, Rollouts, Spans, TokenScores
 from hf_rlhf.scoring.scorer import RewardError, Scorer
 from tests.helpers.flaky_rewards import Asynchronous, ByWord, Counting, Logging, Outer, Stateful, Unmakeable, Whole
 from tests.helpers.paths import environment
+from tests.helpers.waits import scaled, until
 
 SLACK_S = 5.0
 """Seconds that a busy machine may add."""
@@ -120,7 +121,7 @@ def test_a_row_that_hangs_is_given_up_after_its_time(workers, what):
         scorer.ask(rollouts(texts_of(4)))  # the workers are there
         started = time.monotonic()
         found = scorer.ask(rollouts(texts))["mine"]
-        assert time.monotonic() - started < 1.0 + SLACK_S
+        assert time.monotonic() - started < scaled(1.0 + SLACK_S)
     assert [x.kind for x in found.failures] == ["timeout"]
     assert [math.isnan(x) for x in found.answers] == [i == 2 for i in range(8)]
     assert found.failures[0].reason == "took over 1 s"
@@ -248,7 +249,7 @@ def test_async_sources_are_awaited_together():
     started = time.monotonic()
     with Scorer(sources, CONTEXT) as scorer:
         found = scorer.ask(rollouts(texts))
-    assert time.monotonic() - started < 1.0 + SLACK_S  # one after the other: three seconds for the sleep alone
+    assert time.monotonic() - started < scaled(1.0 + SLACK_S)  # one after the other: three seconds for the sleep alone
     for one in found.values():
         assert {(failure.row, failure.kind) for failure in one.failures} == {(4, "timeout"), (5, "error")}
         assert [x for i, x in enumerate(one.answers) if i not in (4, 5)] == [
@@ -261,7 +262,7 @@ def test_an_async_source_that_holds_up_the_loop_is_left_behind():
         assert scorer.ask(rollouts(["row"]))["mine"].answers == [3.0]
         started = time.monotonic()
         found = scorer.ask(rollouts(["block for two seconds", "row"]))["mine"]
-        assert time.monotonic() - started < 1.0 + SLACK_S
+        assert time.monotonic() - started < scaled(1.0 + SLACK_S)
         assert [failure.kind for failure in found.failures] == ["timeout", "timeout"]
         assert scorer.ask(rollouts(["row"]))["mine"].answers == [3.0]
 
@@ -373,10 +374,7 @@ def test_processes_give_way_when_their_parent_is_gone(tmp_path):
     time.sleep(0.5)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
+    until(lambda: not Path(f"/proc/{pid}").exists(), 10)
     assert "sleep 3601" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
@@ -398,7 +396,7 @@ def test_one_row_hangs_and_one_raises_among_four_sources(caplog):
         started = time.monotonic()
         found = scorer.ask(given)
         took = time.monotonic() - started
-    assert took < 2.0 + SLACK_S
+    assert took < scaled(2.0 + SLACK_S)
     missing = {label: [i for i, x in enumerate(one.answers) if x != x] for label, one in found.items()}
     assert missing == {"hangs": [17], "raises": [raises], "inline": [], "threads": []}
     assert "reward 'hangs' (ByWord) took over 2 s: row 17, which get no score" in caplog.text
@@ -501,10 +499,7 @@ def test_a_scorer_that_is_closed_meanwhile_says_so_and_leaves_no_process():
     threading.Timer(0.5, scorer.close).start()
     with pytest.raises(RewardError, match="was closed"):
         scorer.ask(rollouts(["sleep", "sleep", "sleep"]))
-    deadline = time.monotonic() + SLACK_S
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), SLACK_S)
 
 
 @pytest.mark.parametrize("workers", HERE)
@@ -532,7 +527,7 @@ def test_an_interrupt_ends_the_program_at_once(workers, tmp_path):
     time.sleep(0.3)
     os.kill(program.pid, signal.SIGINT)
     try:
-        assert program.wait(timeout=4 * SLACK_S) != 0
+        assert program.wait(timeout=scaled(4 * SLACK_S)) != 0
     finally:
         program.kill()
 

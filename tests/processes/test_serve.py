@@ -21,7 +21,9 @@ from hf_rlhf.batch import Spans, TokenScores
 from hf_rlhf.cli import main
 from hf_rlhf.testing import rollouts
 from tests.helpers import runs
-from tests.helpers.servers import ENVIRONMENT, free_port, serving, start_serving, until_serving
+from tests.helpers.processes import free_port
+from tests.helpers.servers import ENVIRONMENT, serving, start_serving, until_serving
+from tests.helpers.waits import scaled
 
 FUNCTIONS = """
 import time
@@ -64,7 +66,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def post(url: str, **fields: Any) -> httpx.Response:
     body = {"version": 1, "prompts": ["p"] * len(fields.get("completions", [])), **fields}
-    return httpx.post(url, json=body, timeout=60, trust_env=False)
+    return httpx.post(url, json=body, timeout=scaled(60), trust_env=False)
 
 
 def test_health_lists_the_sources_and_the_columns_that_they_read(url):
@@ -211,7 +213,7 @@ def test_a_server_that_is_killed_and_started_again_in_the_middle_of_a_training_l
         assert [process.returncode for process in killer.processes] == [-signal.SIGKILL, None]
     finally:
         killer.processes[-1].terminate()
-        killer.processes[-1].communicate(timeout=30)
+        killer.processes[-1].communicate(timeout=scaled(30))
     inline, expected = trained(tmp_path / "here", LENGTH)
     assert remote == inline
     assert torch.equal(parameters, expected)
@@ -228,7 +230,7 @@ def test_it_prints_where_it_serves_and_ends_in_peace(number):
     assert line == f"serving {url}/score, {url}/score/length\n"
     until_serving(url, process)
     process.send_signal(number)
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=scaled(30))
     assert (process.returncode, out, errors) == (0, "", "")
 
 
@@ -266,7 +268,7 @@ def test_an_address_that_reaches_further_is_warned_of():
         assert "whoever can reach this address" in process.stderr.readline()
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=scaled(30))
 
 
 def test_help_tells_of_both_commands():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 
 from tests.helpers import offline_runs as off
 from tests.helpers import stage_runs as st
+from tests.helpers.processes import ended_well, ranks
+from tests.helpers.waits import scaled
 
 NAMES = ("sft", "rm", "ppo")
 
@@ -62,7 +63,7 @@ def test_the_command_prints_every_stage_and_its_metrics(tmp_path):
     given = {name: stage for name, stage in st.stages(tmp_path).items() if name != "ppo"}
     st.write(tmp_path, given)
     process = st.command(tmp_path, "run", "tiny.yaml", "--output-dir", "out", "rm.recipe=rm")
-    printed, _ = process.communicate(timeout=150)
+    printed, _ = process.communicate(timeout=scaled(150))
     assert process.returncode == 0, printed
     for line in ("stage 1 of 2: sft, recipe sft\n", "stage 2 of 2: rm, recipe rm\n"):
         assert line in printed
@@ -85,7 +86,7 @@ def test_runs_of_wandb_share_a_group(tmp_path):
         WANDB_DIR=str(tmp_path),
         WANDB_SILENT="true",
     )
-    printed, _ = process.communicate(timeout=150)
+    printed, _ = process.communicate(timeout=scaled(150))
     assert process.returncode == 0, printed
     found = [group_and_name(file) for file in (tmp_path / "wandb").glob("offline-run-*")]
     assert sorted(found) == [("one-group", "tiny/rm"), ("one-group", "tiny/sft")]
@@ -94,7 +95,7 @@ def test_runs_of_wandb_share_a_group(tmp_path):
 def group_and_name(run: Path) -> tuple[str, str]:
     """What W&B wrote down of a run, by its own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(60))
     if done.returncode and "No such command" in done.stderr:
         pytest.skip("this wandb has no `leet inspect` to read a run back with")
     assert done.returncode == 0, done.stderr
@@ -110,17 +111,7 @@ def test_two_processes_skip_and_train_together(tmp_path):
     st.run(tmp_path, given=given)
     shutil.rmtree(tmp_path / "out" / "rm")
     kept = summaries(tmp_path / "out")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = [
-        st.command(tmp_path, "run", "tiny.yaml", "--output-dir", "out", **shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(2)
-    ]
-    for process in processes:
-        printed, _ = process.communicate(timeout=150)
-        assert process.returncode == 0, printed
+    ended_well([st.command(tmp_path, "run", "tiny.yaml", "--output-dir", "out", **rank) for rank in ranks()])
     assert kept.items() <= summaries(tmp_path / "out").items()
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert [stage["steps"] for stage in stages.values()] == [4, 4]

@@ -16,6 +16,7 @@ from hf_rlhf_plugins.rewards._sandbox.backend import SandboxError
 from hf_rlhf_plugins.rewards.unit_tests import UnitTests
 from tests.helpers import runs
 from tests.helpers.sandboxes import all_stays_well, bubblewrap
+from tests.helpers.waits import scaled
 
 SQUARE = "Here it is:\n```python\ndef f(x):\n    return x * x\n```\nDone."
 TESTS = ["assert f(2) == 4", "assert f(3) == 9", "assert f(4) == 15", {"call": "f(1)", "expected": 1}]
@@ -205,4 +206,4 @@ def test_it_works_in_any_thread():
     thread.start()
     thread.join()
     assert found == [0.75, 0.75]
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < scaled(20)

@@ -48,7 +48,9 @@ def lab(
         bool, typer.Option("--all", help="The whole matrix, as Markdown: the page that the docs show.")
     ] = False,
     as_json: Json = False,
-    picture: Annotated[Path | None, typer.Option("--picture", help="Write an SVG picture to this file too.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Write a picture too: a .svg, .png or .pdf.")
+    ] = None,
     group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3.")] = None,
     length: Annotated[int | None, typer.Option("--length", help="Most tokens of a completion; 3.")] = None,
     off_policy: Annotated[
@@ -61,8 +63,10 @@ def lab(
 
     Exact: every completion and every group of a small tabular policy is enumerated. Refused combinations are computed too.
     """
-    if picture is not None and picture.suffix != ".svg":
-        raise UserError(f"--picture must end in .svg, got {picture}")
+    if picture is not None:
+        from hf_rlhf.lab.picture import require
+
+        require(picture)
     import torch
 
     from hf_rlhf.lab.world import World
@@ -87,11 +91,11 @@ def _everything(as_json: bool, picture: Path | None, seed: int) -> None:
     from hf_rlhf.lab.choices import BETA
     from hf_rlhf.lab.matrix import Matrix
     from hf_rlhf.lab.page import page
-    from hf_rlhf.lab.picture import of_matrix
+    from hf_rlhf.lab.picture import of_matrix, save
 
     sections = Matrix(beta=BETA, seed=seed).sections()
     if picture is not None:
-        picture.write_text(of_matrix(sections["whole"]), encoding="utf-8")
+        save(of_matrix(sections["whole"]), picture)
     if as_json:
         print_json([row.as_dict() for rows in sections.values() for row in rows])
     else:
@@ -107,7 +111,7 @@ def _one(
     off_policy: bool,
 ) -> None:
     from hf_rlhf.lab.choices import BETA, read
-    from hf_rlhf.lab.picture import of_one
+    from hf_rlhf.lab.picture import of_one, save
     from hf_rlhf.lab.single import left_out, run
     from hf_rlhf.lab.table import lines
 
@@ -117,7 +121,7 @@ def _one(
         rows = run(chosen, world=world, beta=None if own else BETA, off_policy=off_policy)
     if picture is not None:
         title = " ".join([recipe or "", *overrides]).strip() or "reinforce"
-        picture.write_text(of_one(rows, title), encoding="utf-8")
+        save(of_one(rows, title), picture)
     if as_json:
         print_json([row.as_dict() for row in rows])
         return

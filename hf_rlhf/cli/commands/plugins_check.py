@@ -1,4 +1,4 @@
-"""`hf-rlhf plugins check`: what the host sees of a package (or a file), and whether it keeps the contract of its axes."""
+"""`hf-rlhf plugins check`: inspect the plugins of a package or a file, and run the conformance kit on them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from unittest import SkipTest
 
 import typer
+from packaging.utils import canonicalize_name
 
 from hf_rlhf._version import API_VERSION, __version__
 from hf_rlhf.cli.app import PluginOptions, plugins_app
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.conformance.subjects import entries_of, make_plugin
-from hf_rlhf.registry.discovery import PluginEntry, RecipeEntry, canonicalize_name, format_error, source_of
+from hf_rlhf.registry.discovery import PluginEntry, RecipeEntry, format_error, source_of
 from hf_rlhf.registry.host import Host, get_host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError
@@ -25,28 +26,28 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PluginReport:
-    """What was found of one plugin."""
+    """Findings about one plugin."""
 
     axis: str
     name: str
     module: str
     api: str | None = None
-    """The version of the plugin API that its module says it was written for."""
+    """Version of the plugin API that its module declares."""
     doc: str = ""
     needs: list[str] = field(default_factory=list)
     provides: list[str] = field(default_factory=list)
     settings: list[dict[str, str]] = field(default_factory=list)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name as it is logged -> the declaration."""
+    """Logged name -> declaration."""
     facts: list[dict[str, str]] = field(default_factory=list)
-    """Each with `fact`, `result` (holds, fails or skipped) and `said`."""
+    """Each with `fact`, `result` (holds, fails or skipped) and the message `said`."""
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """Why it cannot be used, each with what to do."""
+    """Reasons why it cannot be used, each with a fix."""
 
     @property
     def failed(self) -> bool:
-        """Whether anything is wrong with it."""
+        """True if the plugin has a problem or a false fact."""
         return bool(self.problems) or any(fact["result"] == "fails" for fact in self.facts)
 
 
@@ -64,8 +65,8 @@ def check(
     as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """What the host sees of a package's plugins: names, settings, metrics, API version, recipes, and the conformance kit fact
-    by fact. Imports the plugins; the exit code is 1 where anything fails."""
+    """Show what the host sees of a package's plugins (names, settings, metrics, API version, recipes) and the result of the
+    conformance kit. Imports the plugins. The exit code is 1 if anything fails."""
     host = get_host()
     with output_to_stderr(), _own_warnings() as said:
         offers = entries_of(host, target)
@@ -81,16 +82,16 @@ def check(
         for each in found:
             show(each)
         for name, problems in recipes.items():
-            print(f"\nrecipe {name}: " + ("; ".join(problems) or "it makes an algorithm without problems"))
+            print(f"\nrecipe {name}: " + ("; ".join(problems) or "it makes a valid algorithm"))
         for line in said:
             print(f"\nwarning: {line}")
-        print("\n" + ("Something is wrong: see above." if failed else "Nothing is wrong."))
+        print("\n" + ("Some checks failed, see above." if failed else "All checks passed."))
     if failed:
         raise typer.Exit(1)
 
 
 def look_at(host: Host, offer: PluginEntry) -> PluginReport:
-    """Everything about one plugin. Whatever its module raises becomes a problem."""
+    """Inspect one plugin. An exception in its module becomes a problem."""
     found = PluginReport(axis=offer.axis, name=offer.name, module=offer.module)
     if offer.problem:
         found.problems.append(f"{offer.entry_point} cannot be used: {offer.problem}")
@@ -116,8 +117,8 @@ def _describe(cls: type[Plugin], offer: PluginEntry, found: PluginReport) -> Non
     found.api = stated(source)
     if found.api is None:
         found.warnings.append(
-            f'its module does not say for which plugin API it was written: add {STATEMENT} = "{API_VERSION}", so that another '
-            "version of hf_rlhf can tell"
+            f'its module does not declare its plugin API. Add {STATEMENT} = "{API_VERSION}", so that other versions of hf_rlhf '
+            "can check it"
         )
     found.doc = inspect.getdoc(cls) or ""
     found.needs, found.provides = (_names(getattr(cls, title)) for title in ("needs", "provides"))
@@ -126,12 +127,12 @@ def _describe(cls: type[Plugin], offer: PluginEntry, found: PluginReport) -> Non
 
 
 def _names(declared: Any) -> list[str]:
-    """What a class declares in `needs` or `provides`; a property depends on the settings."""
+    """Return what a class declares in `needs` or `provides`; a property depends on the settings."""
     return sorted(declared) if isinstance(declared, frozenset) else ["(depends on its settings)"]
 
 
 def _facts(host: Host, offer: PluginEntry) -> Iterator[tuple[str, str, str]]:
-    """(fact, holds, fails or skipped, what was said) of the conformance kit, with the default settings."""
+    """Yield (fact, result, message) of the conformance kit with the default settings; see `PluginReport.facts`."""
     from hf_rlhf.testing import conformance
 
     try:
@@ -158,7 +159,7 @@ def _facts(host: Host, offer: PluginEntry) -> Iterator[tuple[str, str, str]]:
 
 
 def recipe_problems(recipe: RecipeEntry) -> Iterator[str]:
-    """Why a recipe of the package cannot run, each with what to write instead."""
+    """Yield reasons why a recipe of the package cannot run, each with what to write instead."""
     from hf_rlhf.config.offline_sections import OfflineDataset
     from hf_rlhf.config.recipe import load_recipe
 
@@ -178,7 +179,7 @@ def _is_of(recipe: RecipeEntry, offer: PluginEntry) -> bool:
 
 
 class _own_warnings:
-    """Inside, warnings are collected once each instead of printed: a deprecated hook, for instance."""
+    """Collect deprecation warnings about hooks once each, instead of printing them."""
 
     def __enter__(self) -> list[str]:
         self._said: list[str] = []
@@ -195,8 +196,8 @@ class _own_warnings:
 
 
 def show(found: PluginReport) -> None:
-    """One plugin, for people."""
-    print(f"\n{found.axis}.{found.name}  ({found.module}, API {found.api or 'not said'})")
+    """Print the report of one plugin."""
+    print(f"\n{found.axis}.{found.name}  ({found.module}, API {found.api or 'not declared'})")
     print(f"  {found.doc.partition(chr(10))[0]}")
     for title in ("needs", "provides"):
         if names := getattr(found, title):

@@ -20,7 +20,7 @@ from hf_rlhf.runtime.errors import UserError
 
 @plugins_app.callback()
 def plugins(context: typer.Context, as_json: Json = False, plugin: PluginOptions = None) -> None:
-    """List the plugins that are installed, without importing them."""
+    """List the installed plugins, without importing them."""
     if context.invoked_subcommand:
         return
     rows = [[o.axis, o.name, o.package, o.version, problem or ""] for o, problem in offered(get_host())]
@@ -32,19 +32,19 @@ def plugins(context: typer.Context, as_json: Json = False, plugin: PluginOptions
 
 
 def offered(host: Host) -> list[tuple[Any, str | None]]:
-    """Every offer, and what is the matter with it: it cannot be used, or its name alone does not say which is meant."""
+    """Return every plugin with its problem: it cannot be used, or its name is ambiguous."""
     counts = Counter((offer.axis, offer.name) for offer in host.offers() if not offer.problem)
     found = []
     for offer in host.offers():
         clash = counts[offer.axis, offer.name] > 1 and not offer.problem
-        said = f"offered more than once: write {offer.package}/{offer.name}" if clash else offer.problem
+        said = f"ambiguous name: write {offer.package}/{offer.name}" if clash else offer.problem
         found.append((offer, said))
     return found
 
 
 @recipes_app.callback()
 def recipes(context: typer.Context, as_json: Json = False, plugin: PluginOptions = None) -> None:
-    """List the recipes that are installed, or show one."""
+    """List the installed recipes, or show one."""
     if context.invoked_subcommand:
         return
     found = get_host().recipes()
@@ -66,7 +66,7 @@ def recipes_show(
     as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """Print a recipe as it is written: the beginning of one of your own."""
+    """Print the text of a recipe, to start your own from."""
     if as_json:
         from hf_rlhf.config.recipe import read_recipe
 
@@ -100,8 +100,7 @@ def show(
     if name is not None:
         _show_plugin(host, axis, name, as_json)
         return
-    doc = (getattr(hookspecs, axis).__doc__ or "").partition("\n")[0]
-    names, example = host.names(axis), hookspecs.example(axis)
+    doc, names, example = hookspecs.summary(axis), host.names(axis), hookspecs.example(axis)
     if as_json:
         print_json({"axis": axis, "what": doc, "names": names, "example": example})
     else:
@@ -110,7 +109,7 @@ def show(
 
 
 @app.command(
-    short_help="What a recipe computes, on a small example.",
+    short_help="Show what a recipe computes, on a small example.",
     epilog=examples(
         "hf-rlhf explain grpo                              # one recipe on the example, step by step",
         "hf-rlhf explain grpo@verl grpo@trl                # where two differ, in settings and numbers",
@@ -130,7 +129,7 @@ def explain(
     as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """What a recipe computes, step by step on a small example; with two recipes, where they differ."""
+    """Show what a recipe computes, step by step on a small example; with two recipes, how they differ."""
     from hf_rlhf.lab.explain import as_plain
     from hf_rlhf.lab.explain import explain as run
 
@@ -143,7 +142,7 @@ def explain(
 
 
 def split_names(words: list[str]) -> tuple[list[str], list[str]]:
-    """The one or two recipes among the words, and the overrides. Raises `UserError` for any other number."""
+    """Return the one or two recipes among the words, and the overrides. Raise `UserError` for any other number."""
     names = [word for word in words if "=" not in word]
     if len(names) not in (1, 2):
         raise UserError(
@@ -187,6 +186,6 @@ def _show_plugin(host: Host, axis: str, name: str, as_json: bool) -> None:
 
 
 def _names(cls: type, attribute: str) -> list[str] | str:
-    """What a plugin needs or provides; where that depends on its settings, in the words of the property."""
+    """Return what a plugin needs or provides, or the property's docstring if that depends on its settings."""
     found: Any = getattr(cls, attribute)
     return " ".join((found.__doc__ or "").split()) if isinstance(found, property) else sorted(found)

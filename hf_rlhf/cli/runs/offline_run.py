@@ -209,12 +209,13 @@ def save(trainer: Any, folder: Path) -> None:
     """The model, an adapter merged into it unless `model.save_merged` is false, its tokenizer and its card, as the reward that
     it is for reads them."""
     from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
+    from hf_rlhf.training.parallel import Parallel, state_dict
 
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = Parallel(trainer.accelerator).unwrap(trainer.model)
         adapted = hasattr(model, "peft_config")
         whole = adapted and trainer.record["recipe"]["model"].get("save_merged") is not False
-        (save_merged if whole else type(model).save_pretrained)(model, folder)
+        (save_merged if whole else type(model).save_pretrained)(model, folder, state_dict=state_dict(model))
         if adapted:
             drop_other_form(folder, whole)
         trainer.processing_class.save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""What `hf-rlhf new` writes: one plugin of each axis, its test in `tests`, and the files around them (`*.txt`).
+"""Files that `hf-rlhf new` writes around the example of an axis (`hf_rlhf.registry.examples`).
 
-`my_name`, `MyName` and `hf_rlhf_my_name` become the names of the new plugin, its class and its module.
+`everything*.py` holds the optional members that `--full` adds to the example's class; the `*.txt` files are the rest of
+a package. `my_name`, `my-name`, `my_axis` and `MY_...` are replaced.
 """

@@ -20,6 +20,7 @@ from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.trackers import install
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.training.offline.trl_compat import Quiet, unrounded
+from hf_rlhf.training.parallel import Parallel, gradients_are_finite
 
 if TYPE_CHECKING:
     import datasets
@@ -36,8 +37,7 @@ class FiniteSteps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops the gradient: the optimizer then changes no weight and no moment."""
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        if gradients_are_finite(kwargs["model"]):
             self.in_a_row = 0
             return
         self.left_out += 1
@@ -93,16 +93,8 @@ class Run(Quiet, Trainer):
             measured = self.plugin.measure(self, dataloader.dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in measured.items()})
         if not self.is_in_train and self.model_wrapped is self.model:
-            self._forget_preparation()
+            Parallel(self.accelerator).forget(model)
         return output
-
-    def _forget_preparation(self) -> None:
-        """Of an evaluation before training: the model would count as prepared, training would not wrap it, and processes would
-        silently not share their gradients."""
-        model: Any = self.model
-        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        self.accelerator._models.clear()
-        model._is_accelerate_prepared = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own, with the number of steps left out since the last entry."""

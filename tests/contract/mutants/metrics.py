@@ -138,19 +138,19 @@ class Stepping(UpdateRule):
 
 
 MUTANTS = [
-    Mutant(Placed, "metric names", "leave advantage/ out"),
+    Mutant(Placed, "metric names", "Leave advantage/ out"),
     Mutant(NoTuple, "metric names", "with the comma"),
     Mutant(Twice, "metric names", "more than once"),
     Mutant(Unexplained, "metric names", "does not say what it measures"),
     Mutant(Conditional, "metric names", "'strenght'"),
     Mutant(Reporting, "reports", r'does not declare.*Metric\("share"'),
-    Mutant(NotThere, "reports", "leave out what is not there"),
-    Mutant(Tensors, "reports", "as a Tensor"),
+    Mutant(NotThere, "reports", "Leave out missing values"),
+    Mutant(Tensors, "reports", "got Tensor"),
     Mutant(Crediting, "credit metrics", "does not declare"),
-    Mutant(Groupwise, "credit metrics", r"is \(2,\)"),
+    Mutant(Groupwise, "credit metrics", r"got \(2,\)"),
     Mutant(Returning, "returned metrics", "does not declare"),
     Mutant(Endless, "returned metrics", "not finite", ("degenerate", "few", "padding", "tools", "float32")),
     Mutant(Counting, "reward metrics", "does not declare"),
-    Mutant(Missing, "reward metrics", "leave out what is not there"),
+    Mutant(Missing, "reward metrics", "Leave out missing values"),
     Mutant(Stepping, "step metrics", "does not declare"),
 ]

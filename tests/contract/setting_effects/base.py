@@ -423,6 +423,24 @@ def positions(folder: Path, attention: Literal["packed", "padded"]) -> int:
 EFFECTS["update.attention"] = SettingEffect("packed", "padded", positions)
 
 
+def rows_of_the_loss(folder: Path, fused_loss: str) -> set[int]:
+    """How many rows the policy loss sees at a time where a gradient is taken: those of a micro-batch, or the one of a tile."""
+    seen: set[int] = set()
+    plugin = load_plugin("policy_loss", "reinforce")
+    own = type(plugin).__call__
+
+    class Seen(type(plugin)):  # type: ignore[misc]
+        def __call__(self, logps: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.update({len(logps)} if logps.requires_grad else ())
+            return own(self, logps, *args, **kwargs)
+
+    runs.trained(folder, policy_loss=Seen(), update={"fused_loss": fused_loss})
+    return seen
+
+
+EFFECTS["update.fused_loss"] = SettingEffect("auto", "off", rows_of_the_loss)
+
+
 def evaluation(setting: str) -> Callable[[Path, Any], Any]:
     def show(folder: Path, value: Any) -> Any:
         sampled = {"rollout": runs.SAMPLED, "evaluation": {"num_generations": 2, setting: value}}

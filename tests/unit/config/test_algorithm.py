@@ -237,6 +237,8 @@ def test_the_plan_of_rules_alone_skips_all_that_is_not_needed():
         "old log-probs: one optimizer step per rollout, so the update's own are the policy's",
         "exact entropy: no plugin asks for it (policy/entropy is estimated from the sampled tokens, unless logging.entropy is "
         "exact)",
+        "logits a second time in the backward: the loss is token_level and is differentiated on the tiles of the language-model "
+        "head (update.fused_loss)",
         "rows whose advantages are all 0, in the update: they would change nothing",
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 import sys
 from statistics import fmean, pstdev, stdev
 from unittest.mock import patch
@@ -335,12 +334,6 @@ def test_the_words_of_the_command_are_names_and_overrides():
     for words in (["x=1"], ["a", "b", "c"]):
         with pytest.raises(UserError, match="one recipe or two"):
             split_names(words)
-
-
-def test_the_command_explains():
-    command = [sys.executable, "-m", "hf_rlhf", "explain", "rloo", "rloo@openrlhf"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "advantages.order  kl_first" in done.stdout, done.stderr
 
 
 def test_on_a_terminal_lines_that_differ_have_a_colour(capsys, monkeypatch):

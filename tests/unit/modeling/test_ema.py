@@ -131,6 +131,12 @@ def test_the_policy_is_put_back_after_an_error():
     assert all(p is q for p, q in zip(policy.parameters(), held, strict=True))
 
 
+def test_a_model_with_other_parameters_is_refused_and_not_taken_for_the_average():
+    ema = PolicyEMA(tiny_policy()[0], 0.5)
+    with pytest.raises(ValueError, match="of this policy's own parameters"), ema.as_policy(tiny_policy()[0]):
+        pass
+
+
 def test_in_a_run_the_average_of_a_half_precision_policy_has_its_number_format():
     policy = tiny_policy(dtype=torch.bfloat16)[0]
     ema, policy.config.dtype = PolicyEMA(policy, 0.5), torch.bfloat16

@@ -304,7 +304,7 @@ def test_the_loss_in_one_pass_of_the_head_is_that_of_two(name, settings, kl, mon
     """Terms of the loss, what is measured and gradients, in chunks and with a factor on the loss."""
     in_loss = [] if kl is None else [{"use": "in_loss", "beta": BETAS[kl], "estimator": kl, "clamp": 0.3}]
     a = algorithm(name, settings, kl=in_loss, reference="frozen" if in_loss else "none")
-    assert a.loss_is_token_level
+    assert a.loss_is_fused
     monkeypatch.setattr(module, "tokens_at_a_time", lambda vocabulary: 3)
     model = tiny_policy(dtype=torch.float64)[0]
     policy = ActorCritic(model, None, 0.9)
@@ -330,16 +330,6 @@ def test_the_loss_in_one_pass_of_the_head_is_that_of_two(name, settings, kl, mon
         assert numbers == pytest.approx(also[title], abs=1e-12)
 
 
-def test_training_in_one_pass_of_the_head_gives_the_same_parameters(tmp_path, monkeypatch):
-    """KL, entropy in the log, several epochs: the trainer takes the short way and arrives where the long one does."""
-    kl = [{"use": "in_loss", "beta": 0.2, "estimator": "k3"}]
-    spec = {"output_dir": str(tmp_path), "algorithm": {"kl": kl, "reference": "frozen"}, "dtype": "float64"}
-    begin = stepping.parameters(stepping.make_trainer(spec))
-    short = stepping.run(spec)
-    monkeypatch.setattr(Algorithm, "loss_is_token_level", property(lambda self: False))
-    assert (short - stepping.run(spec)).norm() < 1e-7 * (short - begin).norm()
-
-
 @pytest.mark.parametrize(
     "parts",
     [
@@ -352,7 +342,7 @@ def test_training_in_one_pass_of_the_head_gives_the_same_parameters(tmp_path, mo
 )
 def test_what_looks_beyond_a_token_takes_the_long_way(parts):
     a = algorithm("ppo_clip", {}, **{"reference": "frozen" if "kl" in parts else "none", **parts})
-    assert not a.loss_is_token_level
+    assert not a.loss_is_fused
 
 
 # What policy losses declare

@@ -303,7 +303,7 @@ def others() -> dict[str, tuple[Callable[[], Any], str]]:
         ),
         "gpt-oss, sinks": (
             lambda: t.GptOssForCausalLM(t.GptOssConfig(**small, **experts, head_dim=8)),
-            "gives its attention s_aux",
+            "passes s_aux to its attention",
         ),
         "llama 4, chunks": (lambda: t.Llama4ForCausalLM(t.Llama4TextConfig(**small, **chunks, head_dim=8)), ""),
         "bert, a head of several layers": (
@@ -375,7 +375,7 @@ def test_other_architectures_run_padded_and_say_why_once(name, caplog):
     assert reason is not None
     assert why in reason
     torch.testing.assert_close(found, due, rtol=0, atol=2e-5)
-    warnings = [r.getMessage() for r in caplog.records if "rows enter padded, which is slower" in r.getMessage()]
+    warnings = [r.getMessage() for r in caplog.records if "using padded rows, which is slower" in r.getMessage()]
     assert len(warnings) <= 1
     if "linear head" not in reason:
         assert warnings[0].endswith(reason)
@@ -390,7 +390,9 @@ def test_gradients_of_a_head_of_several_layers_are_those_of_its_own_forward():
 @pytest.mark.parametrize("attention", ["packed", "flex"])
 @pytest.mark.parametrize("name", ["mamba", "bert, a head of several layers"])
 def test_asking_for_packed_rows_where_they_cannot_be_is_an_error_at_the_start(name, attention, tmp_path):
-    with pytest.raises(ValueError, match=rf"update\.attention={attention}: \w+ cannot: .*Set it to auto or padded"):
+    with pytest.raises(
+        ValueError, match=rf"update\.attention={attention} is not supported by \w+: .*Set it to auto or padded"
+    ):
         runs.trainer(tmp_path, policy=other(name), update={"attention": attention})
     made = runs.trainer(tmp_path, policy=other(name))
     assert made.collector.forwards.batching.attention == "padded"

@@ -20,6 +20,7 @@ from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import runs
 from tests.helpers.paths import DATA
+from tests.helpers.waits import scaled
 
 STATES, ACTIONS = 4, 5
 
@@ -209,9 +210,9 @@ def test_two_processes_take_the_step_of_one_with_all_rows():
     def total(rank: int) -> Callable[[Tensor], Tensor]:
         def add(x: Tensor) -> Tensor:
             shelf[rank] = x.detach()
-            barrier.wait(timeout=20)
+            barrier.wait(timeout=scaled(20))
             found = shelf[0] + shelf[1]
-            barrier.wait(timeout=20)
+            barrier.wait(timeout=scaled(20))
             return found
 
         return add
@@ -228,7 +229,7 @@ def test_two_processes_take_the_step_of_one_with_all_rows():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=scaled(30))
     assert torch.equal(both[0].weight, both[1].weight)
     torch.testing.assert_close(both[0].weight, alone.weight, rtol=0, atol=1e-12)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -19,6 +18,7 @@ from hf_rlhf.registry.discovery import PluginError
 from hf_rlhf.registry.host import Host, get_host, use_host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.testing import conformance
 from tests.helpers.paths import ROOT
 
 SIGN = '''
@@ -120,9 +120,14 @@ def runs_rollout(plugin, tmp_path):
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
     policy = Policy(model=tiny_llama(), tokenizer=tokenizer, device=torch.device("cpu"))
+    tokenizer.eos_token = "b"
     done = plugin(policy, [Prompt(ids=[0], prompt="a", columns={})], 3)
     assert isinstance(done, Completions)
-    assert [len(ids) for ids in done.ids] == [8, 8, 8]
+    for ids, reason in zip(done.ids, done.finish_reasons, strict=True):
+        assert ids.count(1) == (reason == "stop")
+        assert reason == "stop" or len(ids) == plugin.max_new_tokens
+    first, *others = plugin(policy, [Prompt(ids=[0], prompt="a", columns={})], 3, temperature=0).ids
+    assert others == [first, first]
 
 
 def runs_rewards(plugin, tmp_path):
@@ -153,7 +158,7 @@ def runs_kl_controller(plugin, tmp_path):
     for _ in range(5):
         plugin.observe({})
     assert plugin(0.5) == 0.25
-    assert plugin.state_dict() == {"seen": 5}
+    assert plugin.state_dict() == {"rollouts": 5}
 
 
 def runs_baseline(plugin, tmp_path):
@@ -192,9 +197,15 @@ def runs_rollout_correction(plugin, tmp_path):
 
 def runs_reference(plugin, tmp_path):
     policy = tiny_llama()
-    policy.save_pretrained(tmp_path / "model")
-    plugin.path = str(tmp_path / "model")
-    assert not any(weight.requires_grad for weight in plugin.build(policy).parameters())
+    plugin.first = 2
+    model = plugin.build(policy)
+    assert not any(weight.requires_grad for weight in model.parameters())
+    copied = []
+    for step in range(1, 17):
+        torch.nn.init.constant_(policy.lm_head.weight, step)
+        plugin.move(model, policy, step)
+        copied += [step] if model.lm_head.weight[0, 0] == step else []
+    assert copied == [2, 4, 8, 16]
 
 
 def runs_optimizer(plugin, tmp_path):
@@ -226,11 +237,14 @@ def runs_filters(plugin, tmp_path):
 
 
 def runs_trainer(plugin, tmp_path):
-    from hf_rlhf.testing import conformance
+    from hf_rlhf.testing import tiny_policy
 
-    plugin.best = 4.0
-    for fact in conformance(plugin, rows=[{"text": "word " * (1 + i), "rating": i % 5} for i in range(8)]):
-        fact()
+    tokenizer = tiny_policy()[1]
+    row = plugin.encode({"prompt": "1+2=", "completion": "3"}, tokenizer)
+    assert row["labels"] == [-100] * 4 + row["input_ids"][4:]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    plugin.learn_prompt = True
+    assert plugin.encode({"prompt": "1+2=", "completion": "3"}, tokenizer)["labels"] == row["input_ids"]
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -241,35 +255,14 @@ def test_the_example_of_each_hook_is_a_complete_plugin(axis, tmp_path):
     (offer,) = host.add_file(file)
     assert offer.axis == axis
     with use_host(host):
-        required = {"path": "x"} if axis == "reference" else {}
-        plugin = load_plugin(axis, offer.name, **required)
+        plugin = load_plugin(axis, offer.name)
+        for fact in conformance(plugin):
+            fact()
     assert all(setting.doc for setting in describe(type(plugin)))
     globals()[f"runs_{axis}"](plugin, tmp_path)
 
 
 # Listing
-
-
-@pytest.mark.parametrize("command", [["plugins"], ["recipes"], ["recipes", "show", "grpo"], ["--version"]])
-def test_listing_imports_neither_torch_nor_a_plugin_and_is_fast(command, tmp_path):
-    code = f"""
-import resource, sys
-from hf_rlhf.cli.main import main
-sys.argv = ["hf-rlhf", *{command!r}]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-heavy = {{"torch", "transformers", "datasets", "numpy", "trl"}}
-plugins = [name for name in sys.modules if name.startswith(("hf_rlhf_plugins", "hf_rlhf_recipes"))]
-used = resource.getrusage(resource.RUSAGE_SELF)
-print("IMPORTED", sorted(heavy & set(sys.modules)) + plugins)
-print("SECONDS", used.ru_utime + used.ru_stime)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "IMPORTED []" in done.stdout
-    assert float(done.stdout.rpartition("SECONDS")[2]) < 1.0
 
 
 def test_every_built_in_is_offered_by_its_entry_point_and_passes_the_checks():
@@ -320,9 +313,11 @@ def test_wrong_entry_points_are_listed_as_problems_and_stop_nothing(install):
     host = Host(disable="")
     problems = {offer.axis + "." + offer.name: offer.problem for offer in host.offers() if offer.package == "crooked"}
     assert problems["advantage.mine"] == "unknown axis 'advantage'. Did you mean 'advantages'?"
-    assert "not written axis.name" in problems["nodot."]
+    assert "must be written axis.name" in problems["nodot."]
     assert "must name a module" in problems["advantages.call"]
-    assert [offer.package for offer in host.offers() if "cannot be read" in (offer.problem or "")] == ["unreadable"]
+    assert [offer.package for offer in host.offers() if "invalid entry points" in (offer.problem or "")] == [
+        "unreadable"
+    ]
     assert "call" not in host.names("advantages")
     assert host.get("advantages", "gae").name == "gae"
 
@@ -407,16 +402,16 @@ CROOKED = {
     "subclass of hf_rlhf.axes.AdvantageEstimator": SIGN.replace("AdvantageEstimator", "RewardSource"),
     "decorated with @dataclass": SIGN.replace("@dataclass(kw_only=True)\n", ""),
     "@dataclass\\(kw_only=True\\)": SIGN.replace("@dataclass(kw_only=True)", "@dataclass"),
-    "have none: scale": SIGN.replace('    """Factor."""\n', ""),
+    "missing: scale": SIGN.replace('    """Factor."""\n', ""),
     "must have a name": SIGN.replace('    name = "mine"\n', ""),
     "needs must be a frozenset": SIGN.replace('"mine"\n', '"mine"\n    needs = "values"\n'),
     "import it outside of TYPE_CHECKING": SIGN.replace("scale: float", "scale: 'Gone'"),
-    "must give a list of classes": SIGN.replace("return [Mine]", "return Mine"),
+    "must return a list of classes": SIGN.replace("return [Mine]", "return Mine"),
     "hook advantages .* fails: ZeroDivisionError": SIGN.replace("return [Mine]", "return [1 / 0]"),
-    "offers other on advantages, and its entry points say mine": SIGN.replace('"mine"', '"other"'),
+    "offers other on advantages, and its entry points declare mine": SIGN.replace('"mine"', '"other"'),
     "has no hook for advantages": SIGN.replace("@hookimpl\n", ""),
-    "has a hook for kl without an entry point": SIGN + "\n@hookimpl\ndef kl():\n    return []\n",
-    "a hook takes no arguments": SIGN.replace("def advantages()", "def advantages(config)"),
+    "has a hook for kl and no entry point": SIGN + "\n@hookimpl\ndef kl():\n    return []\n",
+    "hooks take no arguments": SIGN.replace("def advantages()", "def advantages(config)"),
 }
 
 
@@ -509,7 +504,7 @@ def test_turning_a_built_in_off_lets_a_file_take_its_name(tmp_path):
         ("1 / 0", r"file .*mine.py \(sha256 .*\) cannot be imported: ZeroDivisionError"),
         ("x = 1", "offers nothing: it has no function marked with @hookimpl"),
         (SIGN.replace("def advantages", "def advantagse"), "Did you mean 'advantages'"),
-        (SIGN.replace('    """Factor."""\n', ""), "have none: scale"),
+        (SIGN.replace('    """Factor."""\n', ""), "missing: scale"),
     ],
 )
 def test_a_file_that_does_not_work_is_refused_and_can_be_mended(tmp_path, source, message):
@@ -520,7 +515,7 @@ def test_a_file_that_does_not_work_is_refused_and_can_be_mended(tmp_path, source
         host.add_file(file)
     file.write_text(SIGN)
     assert [offer.name for offer in host.add_file(file)] == ["mine"]
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         host.add_file(tmp_path / "gone.py")
 
 
@@ -633,7 +628,7 @@ def test_a_file_of_another_api_is_refused_before_it_runs(tmp_path):
 @pytest.mark.parametrize("said", ["1.0", '"one"', '"1"', "version()"])
 def test_a_version_that_is_none_is_refused(install, said):
     host = one(install, f"hf_rlhf_api = {said}\n{SIGN}")
-    with pytest.raises(PluginError, match="write the version it was written for as text"):
+    with pytest.raises(PluginError, match="hf_rlhf_api must be a version such as"):
         host.get("advantages", "mine")
 
 
@@ -675,7 +670,7 @@ def test_a_hook_on_its_way_out_warns_its_author_and_breaks_nothing(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(SIGN + "\n\n@hookimpl\ndef scorers():\n    return []\n")
     host = Host(disable="")
-    with pytest.raises(PluginError, match="has a hook 'scorers', which is no axis"):
+    with pytest.raises(PluginError, match="has a hook 'scorers', which is not an axis"):
         host.add_file(file)
     host._manager.add_hookspecs(Old)
     with warnings.catch_warnings(record=True) as said:

@@ -20,7 +20,8 @@ from hf_rlhf_plugins.rewards import _http
 from hf_rlhf_plugins.rewards._http import HttpError
 from hf_rlhf_plugins.rewards._judge.reply import UnreadableError
 from hf_rlhf_plugins.rewards.judge import Judge
-from tests.helpers.servers import Raw, Server, free_port
+from tests.helpers.processes import free_port
+from tests.helpers.servers import Raw, Server
 
 TEXTS = ["5", "abc", "", "longer text"]
 

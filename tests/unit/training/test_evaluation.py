@@ -117,7 +117,7 @@ def test_many_prompts_are_evaluated_in_several_batches_and_once_each(tmp_path):
 
 def test_an_evaluation_dataset_may_be_given_to_the_call(tmp_path):
     made = runs.trainer(tmp_path, rewards=[EXACT], data=KNOWN, evaluation={"num_generations": 4})
-    with pytest.raises(ValueError, match="no eval_dataset"):
+    with pytest.raises(ValueError, match="needs an eval_dataset"):
         made.evaluate()
 
 

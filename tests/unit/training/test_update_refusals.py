@@ -43,8 +43,8 @@ def test_a_penalty_that_mixes_tokens_is_not_taken_token_by_token(tmp_path):
 
     mixed = Mixed(estimator=load_plugin("kl_estimator", "k2"))
     made = runs.trainer(tmp_path, kl=[mixed], reference="frozen")
-    assert not made.algorithm.loss_is_token_level
-    assert runs.trainer(tmp_path, kl=["in_loss"], reference="frozen").algorithm.loss_is_token_level
+    assert not made.algorithm.loss_is_fused
+    assert runs.trainer(tmp_path, kl=["in_loss"], reference="frozen").algorithm.loss_is_fused
 
 
 def test_the_head_has_one_derivative_and_says_so():

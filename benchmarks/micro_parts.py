@@ -1,0 +1,34 @@
+"""Variants of one part, timed in turn, and the table that they become."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Variants = dict[str, Callable[[], Any]]
+Part = dict[str, Any]
+
+
+def in_turn(variants: Variants, times: int) -> dict[str, float]:
+    """The least seconds of each variant, which run one after the other in each of several rounds."""
+    seconds = dict.fromkeys(variants, float("inf"))
+    for _ in range(times):
+        for name, run in variants.items():
+            began = time.process_time()
+            run()
+            seconds[name] = min(seconds[name], time.process_time() - began)
+    return seconds
+
+
+def apart(found: list[Tensor], due: list[Tensor]) -> float:
+    """The largest distance of a tensor from its due value, relative to that."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, due, strict=True))
+
+
+def part(title: str, text: str, extra: tuple[str, ...], entries: list[Part], compared: bool = True) -> Part:
+    """A table; ratios are to its first variant, where the variants do the same."""
+    base = entries[0]["variant"] if compared else None
+    return {"title": title, "text": text, "base": base, "extra": list(extra), "entries": entries}

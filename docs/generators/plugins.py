@@ -1,0 +1,101 @@
+"""Plugins: a table for each axis, and every plugin with its settings and metrics."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from generators.markdown import code, own_host, own_plugins, sentence, settings_table, table
+from hf_rlhf.axes import AXES, LISTS, NESTED
+from hf_rlhf.config.recipe_yaml import DEFAULTS, OFFLINE
+from hf_rlhf.metrics import declared_by
+from hf_rlhf.registry import hookspecs
+from hf_rlhf.registry.host import OWN_PACKAGE, Host
+from hf_rlhf.registry.settings_schema import nested, setting_types, settings_of
+
+PAPER = re.compile(r"arXiv:(\d{4}\.\d{5})")
+
+
+def papers(text: str) -> str:
+    """Links to the papers that a text names."""
+    found = dict.fromkeys(PAPER.findall(text))
+    return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in found)
+
+
+def index() -> Iterator[str]:
+    """For each axis what it is and its plugins, a line for each."""
+    host = own_host()
+    for axis in AXES:
+        summary = (getattr(hookspecs, axis).__doc__ or "").partition("\n")[0]
+        yield f"## {axis}\n\n{summary} {_place(host, axis)}"
+        rows = []
+        for offer in own_plugins(host, axis):
+            cls = host.get(axis, f"{OWN_PACKAGE}/{offer.name}")
+            said = PAPER.sub(r"[\g<0>](https://arxiv.org/abs/\1)", sentence(sys.modules[cls.__module__].__doc__))
+            rows.append([f"[`{offer.name}`](../{_file(offer.module)})", said])
+        yield table(["plugin", "what it is"], rows)
+
+
+def reference() -> Iterator[str]:
+    """What every plugin computes, its paper, what it needs, its settings, its metrics and its file."""
+    host = own_host()
+    for offer in own_plugins(host):
+        cls = host.get(offer.axis, f"{OWN_PACKAGE}/{offer.name}")
+        yield f"### {offer.axis}.{offer.name}\n\n{inspect.getdoc(cls)}"
+        yield inspect.getdoc(sys.modules[cls.__module__]) or ""
+        said = [("Needs", _names(cls, "needs")), ("Provides", _names(cls, "provides"))]
+        if any(names for _, names in said):
+            yield " ".join(f"{title}: {names}" for title, names in said if names)
+        yield settings_table(cls)
+        if cls.metrics:
+            logged = [
+                [code(each), metric.unit, metric.meaning] for each, metric in declared_by(cls, offer.axis).items()
+            ]
+            yield table(["metric", "unit", "meaning"], logged)
+        file = _file(offer.module)
+        yield f"From package `{offer.package}`, module `{offer.module}`: [{file}](../{file})."
+
+
+def _file(module: str) -> str:
+    return module.replace("hf_rlhf_plugins", "plugins").replace(".", "/") + ".py"
+
+
+def _names(cls: type, attribute: str) -> str:
+    """What a plugin needs or provides; where that depends on its settings, in the words of the property."""
+    names: Any = getattr(cls, attribute)
+    if isinstance(names, property):
+        return " ".join((names.__doc__ or "").split())
+    return ", ".join(map(code, sorted(names))) + "." if names else ""
+
+
+def _place(host: Host, axis: str) -> str:
+    """How many of an axis a recipe has, where they stand, and what leaving them out means."""
+    if axis in NESTED:
+        return _inside(host, axis)
+    if axis == OFFLINE:
+        return "See [reward_models.md](reward_models.md)."
+    place, default = f"A recipe has {'any number' if axis in LISTS else 'one'}.", DEFAULTS.get(axis)
+    if axis == "reference":
+        return f"{place} Left out, it is `none` where no KL is measured, `adapter_off` with LoRA, else `frozen`."
+    return place if default is None or axis in LISTS else f"{place} Left out, it is `{default}`."
+
+
+def _inside(host: Host, axis: str) -> str:
+    """The same of an axis whose plugins stand inside others."""
+    named: dict[str, list[str]] = {}
+    for offer in own_plugins(host):
+        cls = host.get(offer.axis, f"{OWN_PACKAGE}/{offer.name}")
+        for setting in settings_of(cls):
+            held = nested(setting_types(cls)[setting.name])
+            if held and held.axis == axis and not held.many:
+                named.setdefault(setting.metadata.get("use", ""), []).append(code(f"{offer.axis}.{offer.name}"))
+    place = f"One stands inside {', '.join(name for names in named.values() for name in names)}."
+    if list(named) == [""]:
+        return f"{place} It cannot be left out."
+    if len(named) == 1:
+        return f"{place} Left out, it is `{next(iter(named))}`."
+    said = [f"{code(default)} in {', '.join(where)}" for default, where in named.items() if default]
+    return f"{place} Left out, it is {'; '.join(said)}."
