@@ -246,7 +246,7 @@ Reward sources that need no model. A row without a reference gets no score rathe
 `length` and `repetition` return penalties, 0 or less.
 
 Use `numeric` for numbers and `math_answer` for anything else. SymPy evaluates whatever the model writes, including
-`\\boxed{{9^{{9^{{9^9}}}}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s) and limited by `memory_mib`;
+`\\boxed{{9^{{9^{{9^9}}}}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s), with at most `memory_mib`;
 such a row has no score. Other verifiers take time linear in the length of the text and run in the caller's thread.
 Regular expressions of a recipe are abandoned after `timeout`.
 

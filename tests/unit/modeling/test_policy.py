@@ -287,7 +287,7 @@ def test_trunk_gradient_scales_what_the_values_send_into_the_trunk(share):
 
 
 def test_values_without_a_critic_are_an_error():
-    with pytest.raises(ValueError, match="no critic"):
+    with pytest.raises(ValueError, match="needs a critic"):
         forward(ActorCritic(build("llama"), None, 1.0), values=True)
 
 
