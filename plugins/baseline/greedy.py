@@ -23,7 +23,7 @@ class Greedy(Baseline):
 
     def __call__(self, scored: Scored) -> Tensor:
         if scored.greedy is None:
-            raise ValueError("baseline.greedy needs greedy scores: Scored.greedy is None. Declare 'greedy' in `needs`")
+            raise ValueError("baseline.greedy needs greedy: Scored.greedy is None. Declare 'greedy' in `needs`")
         return scored.greedy.unsqueeze(1)
 
 
