@@ -293,7 +293,7 @@ def test_without_a_tokenizer_there_the_sizes_are_compared_and_a_warning_says_so(
     plugin.build(base, algorithm)
     with caplog.at_level(logging.WARNING):
         plugin.setup(Context(device=CPU, tokenizer=tokenizer, policy=base))
-    assert "only the sizes of the vocabularies were compared" in caplog.text
+    assert "only the vocabulary sizes were compared" in caplog.text
 
 
 def test_equal_tokenizers_pass_and_tokens_that_were_only_added_to_theirs_do_not_count():

@@ -39,9 +39,9 @@ def test_a_machine_without_bubblewrap_is_told_how_to_install_it(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     bubblewrap_module._problem.cache_clear()
     problem = Bubblewrap().problem()
-    assert "bwrap is not here: install it (Debian, Ubuntu: apt-get install bubblewrap" in problem
+    assert "command bwrap not found: install it (Debian, Ubuntu: apt-get install bubblewrap" in problem
     assert "docker, podman or remote" in problem
-    with pytest.raises(SandboxError, match="bwrap is not here"):
+    with pytest.raises(SandboxError, match="command bwrap not found"):
         ask(Bubblewrap(), SQUARE, "f(2)")
 
 

@@ -104,12 +104,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "beta 0 in the loss": (
         {"kl": [{"use": "in_loss", "beta": 0}], "reference": "frozen"},
         "kl.0: beta is 0",
-        "set use=monitor",
+        "Set use=monitor",
     ),
     "beta 0 in the reward": (
         {"kl": [{"use": "in_reward", "beta": 0}], "reference": "frozen"},
         "kl.0: beta is 0",
-        "leave it out with kl=[]",
+        "or kl=[] for none",
     ),
     "k1 in the loss": (
         {"kl": [{"use": "monitor"}, {"use": "in_loss", "estimator": "k1"}], "reference": "frozen"},
@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "an entropy of weight 0": (
         {"loss_terms": [{"use": "entropy", "coef": 0}]},
         "loss_terms.0: coef is 0",
-        "leave it out with loss_terms=[]",
+        "Remove the term with loss_terms=[]",
     ),
     "a critic from a reward model that is not there": (
         {"advantages": "gae", "critic": {"use": "separate", "init": "reward"}},

@@ -347,7 +347,7 @@ def test_a_mix_passes_on_the_targets_of_the_first_part_that_has_some():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": [], "weights": []}, "parts is empty"),
+        ({"parts": [], "weights": []}, "parts must name at least one estimator"),
         ({"parts": ["gae", "group_mean"], "weights": [1.0]}, r"1 numbers for 2 parts \(gae, group_mean\)"),
         ({"parts": ["gae"]}, "weights"),
     ],
@@ -363,7 +363,7 @@ def test_the_needs_and_checks_of_nested_estimators_count():
     assert {"values", "groups"} <= made.needs
     text = " ".join(made.problems())
     assert "=gae needs values" in text
-    assert "maxrl takes rewards of 0 and 1" in text
+    assert "maxrl needs rewards of 0 and 1" in text
     single = runs.recipe(advantages="baseline", rollout={**runs.SCRIPTED, "num_generations": 1}).algorithm()
     assert any("others_mean" in problem and "num_generations" in problem for problem in single.problems())
 

@@ -128,7 +128,7 @@ def test_a_missing_file_is_refused_before_the_run(tmp_path: Path):
 
 def test_nothing_to_read_and_too_long_texts_are_errors(tmp_path: Path, lines: Path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="no text of two tokens"):
+    with pytest.raises(ValueError, match="no text of two or more tokens"):
         ptx(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match="context of 256"):
         ptx(lines, max_tokens=257)

@@ -242,10 +242,10 @@ def test_two_tokens_of_a_causal_model_say_good_and_bad(tmp_path, arch, tied):
 def test_good_and_bad_are_single_tokens_of_a_causal_model(tmp_path):
     folder = save_model(tmp_path / "lm", "AutoModelForCausalLM")
     with pytest.raises(
-        ValueError, match=r"process_reward_model: 'good' is 4 tokens of its tokenizer .* name one token, or give"
+        ValueError, match=r"process_reward_model: 'good' must be one token of its tokenizer, got 4 .* Name one token, or its id"
     ):
         loaded("process_reward_model", folder, good_token="good", bad_token="-")
-    with pytest.raises(ValueError, match="bad_token is read with good_token only"):
+    with pytest.raises(ValueError, match="bad_token needs good_token"):
         loaded("process_reward_model", folder, bad_token="-")
     outcomes = save_sequence_classifier(tmp_path / "rm")
     with pytest.raises(ValueError, match=r"rm' has no lm_head\.weight; good_token is for causal language models"):

@@ -183,9 +183,9 @@ def test_a_step_token_that_the_tokenizer_does_not_have_is_named(tmp_path, folder
     ):
         loaded(folder, step_token="<extra_0>")
     refused = (
-        ({"keep_delimiter": False}, "keep_delimiter is read with step_token and delimiter only"),
-        ({"bad_token": "-"}, "bad_token is read with good_token only; set good_token"),
-        ({"reduce": "product", "value": "logit"}, "reduce=product multiplies probabilities; set value: probability"),
+        ({"keep_delimiter": False}, "keep_delimiter needs step_token and delimiter"),
+        ({"bad_token": "-"}, "bad_token needs good_token. Set good_token"),
+        ({"reduce": "product", "value": "logit"}, "reduce=product needs probabilities. Set value: probability"),
     )
     for settings, reason in refused:
         source = {"use": "process_reward_model", "model": "nowhere", **settings}
@@ -203,7 +203,7 @@ def test_a_step_token_that_merges_with_the_text_gives_no_score(tmp_path, caplog)
     assert [end for end, _ in merged.values] == [2, 3], "`12` ends where the step token ends"
     source = loaded(folder, step_token="1", delimiter="2")
     assert source(given("x2y")) == [None]
-    assert "merges step_token into a completion, which has no score" in caplog.text
+    assert "merges step_token with a completion's text; it has no score" in caplog.text
 
 
 def test_the_text_for_the_model_is_the_completion_with_what_is_put_in():

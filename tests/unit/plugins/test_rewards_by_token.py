@@ -152,7 +152,7 @@ def test_a_row_with_a_number_that_is_not_finite_has_no_score_and_changes_no_othe
     first, second = loaded("token_reward_model", folder)(given(["12", "ab"]))
     assert first == before[0]
     assert second is None
-    assert "a number that is not finite; its row has no score" in caplog.text
+    assert "a non-finite number; the row has no score" in caplog.text
 
 
 def test_what_is_no_token_reward_model_is_named(tmp_path):
@@ -165,7 +165,7 @@ def test_what_is_no_token_reward_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"process_reward_model: .*three' has 3 labels; choose the one that scores"):
         loaded("process_reward_model", three)
     slow = save_token_classifier(tmp_path / "slow", tokenizer=ByT5Tokenizer())
-    with pytest.raises(ValueError, match="save a fast one"):
+    with pytest.raises(ValueError, match="Save a fast tokenizer"):
         loaded("token_reward_model", slow)
     sequence = runs.save_classifier(tmp_path / "sequence")
     with pytest.raises(ValueError, match=r"no trained weights for score\.bias; it was not saved as a token classifier"):

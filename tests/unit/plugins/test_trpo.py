@@ -300,7 +300,7 @@ def test_a_gradient_that_nothing_was_held_for_is_an_error():
     optimizer = paired(pair, lr=0.02)
     with_gradients(pair, optimizer, 10)
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"call hold\(step\)"):
+    with pytest.raises(RuntimeError, match=r"Call hold\(step\)"):
         optimizer.step()
     with pytest.raises(TypeError, match="closure"):
         optimizer.step(lambda: 0.0)
@@ -477,7 +477,7 @@ def arguments(folder: Path, **settings: Any) -> list[str]:
 def test_gradient_clipping_is_refused(tmp_path: Path):
     (problem,) = arguments(tmp_path)
     assert "training.max_grad_norm=1 clips" in problem
-    assert "set training.max_grad_norm=0" in problem
+    assert "Set training.max_grad_norm=0" in problem
     assert not arguments(tmp_path, max_grad_norm=0)
 
 
@@ -486,7 +486,7 @@ def test_checkpointing_that_cannot_be_differentiated_twice_is_refused(tmp_path: 
         return arguments(tmp_path, max_grad_norm=0, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
 
     (problem,) = problems(use_reentrant=True)
-    assert "set use_reentrant to false" in problem
+    assert "Set use_reentrant=false" in problem
     assert not problems(use_reentrant=False)
     model = eager().train()
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -199,7 +199,7 @@ def test_choices_give_labels_and_count_as_picks_by_their_text():
 def test_choice_settings():
     assert Choice(labels="XY").answer("the answer is Y") == "Y"
     assert Choice(answer_after="=>").answer("(A) => B") == "B"
-    with pytest.raises(ValueError, match="must be different characters"):
+    with pytest.raises(ValueError, match="must be distinct characters"):
         Choice(labels="AaB")
     with pytest.raises(ValueError, match="3 choices and 2 labels"):
         Choice(labels="AB", choices="choices")(rows(["A"], answer=["A"], choices=[["x", "y", "z"]]))

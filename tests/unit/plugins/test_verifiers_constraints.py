@@ -125,7 +125,7 @@ def test_loosely_lines_around_and_asterisks_do_not_matter():
         ("punctuation:no_coma", {}, "Did you mean 'punctuation:no_comma'"),
         ("keywords:frequency", {"keyword": "a"}, "missing a required argument.*it takes: keyword, frequency, relation"),
         ("punctuation:no_comma", {"num_words": 1}, "unexpected keyword.*it takes: nothing"),
-        ("length_constraints:number_words", {"num_words": 1, "relation": "most"}, "write 'less than' or 'at least'"),
+        ("length_constraints:number_words", {"num_words": 1, "relation": "most"}, "must be 'less than' or 'at least'"),
     ],
 )
 def test_wrong_instructions_are_named(name, arguments, message):

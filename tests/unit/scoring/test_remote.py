@@ -200,7 +200,7 @@ def test_what_is_no_url_is_refused(url):
         ({"version": 1, "scores": [{"spans": [[1.5, 2]]}, 2, 3, 4]}, ["row 0"]),
         ({"version": 1, "scores": [{"spans": [[1, 2, 3]]}, 2, 3, 4]}, ["row 0"]),
         ({"version": 1, "scores": [{"tokens": ["a"]}, 2, 3, 4]}, ["row 0"]),
-        ({"version": 1, "scores": [1, 2, 3, 4], "failed": "x"}, ["failed is a number"]),
+        ({"version": 1, "scores": [1, 2, 3, 4], "failed": "x"}, ["failed must be a number"]),
         (Raw(b'{"error": "no column answer"}', 422), ["HTTP 422", "no column answer"]),
         (Raw(b"", 302, {"Location": "http://127.0.0.1:1/"}), ["HTTP 302"]),
     ],
