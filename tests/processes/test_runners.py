@@ -465,7 +465,7 @@ def test_a_column_logged_by_rows_beside_each_other_is_dropped_with_a_reason(capl
     with caplog.at_level(logging.WARNING):
         found = asked(Counting(workers="threads", num_workers=2), ["abc", "def"])
     assert found.columns == {}
-    assert "nobody can tell whose a value is" in caplog.text
+    assert "values cannot be assigned to rows" in caplog.text
 
 
 @pytest.mark.parametrize("workers", ["inline", "processes"])
@@ -533,7 +533,7 @@ def test_an_interrupt_ends_the_program_at_once(workers, tmp_path):
 
 
 def test_two_sources_of_one_label_are_refused():
-    with pytest.raises(ValueError, match="two reward sources have one label"):
+    with pytest.raises(ValueError, match="reward sources must have distinct labels"):
         Scorer([("mine", ByWord()), ("mine", ByWord())])
 
 

@@ -109,8 +109,8 @@ def test_a_call_that_takes_too_long_is_given_up_and_the_server_goes_on(url):
     ("path", "fields", "status", "words"),
     [
         ("match", {"completions": ["a"]}, 422, "reads the columns kind, truth: send them"),
-        ("tokens", {"completions": ["a"]}, 422, "send prompt_ids, completion_ids and masks"),
-        ("parts", {"completions": ["3"]}, 422, "send prompt_ids, completion_ids and masks"),
+        ("tokens", {"completions": ["a"]}, 422, "Send prompt_ids, completion_ids and masks"),
+        ("parts", {"completions": ["3"]}, 422, "Send prompt_ids, completion_ids and masks"),
         ("short", {"completions": ["a"]}, 404, "no source short: there are /score/short%20texts, /score/tokens"),
         ("", {"completions": ["a"]}, 404, "there are"),
         ("slow", {"completions": "ab"}, 400, "completions: a list is due"),
@@ -119,7 +119,7 @@ def test_a_call_that_takes_too_long_is_given_up_and_the_server_goes_on(url):
         ("slow", {"completions": ["a"], "prompts": [[]]}, 400, "lists of messages"),
         ("slow", {"completions": ["a"], "version": 2}, 400, "version 1 of the protocol is spoken here, not 2"),
         ("slow", {"completions": ["a"], "columns": {"x": []}}, 400, "x: 0 values for 1 completions"),
-        ("slow", {"completions": ["a"], "columns": []}, 400, "columns: a mapping"),
+        ("slow", {"completions": ["a"], "columns": []}, 400, "columns must be a mapping"),
         ("slow", {"completions": ["a"], "finish_reasons": ["end"]}, 400, "'stop' or 'length' are due"),
         ("slow", {"completions": ["a"], "group_ids": [True]}, 400, "whole numbers are due"),
         ("slow", {"completions": ["a"], "masks": [[1]]}, 400, "belong together"),
@@ -139,7 +139,7 @@ def test_a_wrong_request_is_told_what_is_wrong(url, path, fields, status, words)
 def test_what_is_no_json_object_is_refused(url, body):
     answer = httpx.post(f"{url}/score/slow", content=body, trust_env=False)
     assert answer.status_code == 400
-    assert "the request is no" in answer.json()["error"]
+    assert "the request must be" in answer.json()["error"]
 
 
 def test_other_paths_and_methods_are_told_what_there_is(url):

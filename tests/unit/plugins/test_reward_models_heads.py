@@ -242,7 +242,8 @@ def test_two_tokens_of_a_causal_model_say_good_and_bad(tmp_path, arch, tied):
 def test_good_and_bad_are_single_tokens_of_a_causal_model(tmp_path):
     folder = save_model(tmp_path / "lm", "AutoModelForCausalLM")
     with pytest.raises(
-        ValueError, match=r"process_reward_model: 'good' must be one token of its tokenizer, got 4 .* Name one token, or its id"
+        ValueError,
+        match=r"process_reward_model: 'good' must be one token of its tokenizer, got 4 .* Name one token, or its id",
     ):
         loaded("process_reward_model", folder, good_token="good", bad_token="-")
     with pytest.raises(ValueError, match="bad_token needs good_token"):

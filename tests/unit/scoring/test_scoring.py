@@ -382,9 +382,9 @@ def test_the_score_of_a_row_is_the_sum_over_its_steps_or_sampled_tokens():
     [
         (Spans([(99, 1.0)]), "character 99 of a completion with 1 characters"),
         (Spans([(-1, 1.0)]), "character -1"),
-        (Spans([(1, math.nan)]), "give finite numbers, or None for the whole row"),
+        (Spans([(1, math.nan)]), "Return None for the whole row"),
         (TokenScores([1.0]), "1 token scores for 2 completion tokens"),
-        (TokenScores([1.0, math.inf]), "give finite numbers"),
+        (TokenScores([1.0, math.inf]), "must be finite numbers"),
     ],
 )
 def test_a_wrong_answer_by_step_or_token_is_refused_with_its_row(answer, words):
