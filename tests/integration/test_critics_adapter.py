@@ -166,7 +166,7 @@ def test_another_start_than_the_policy_is_refused():
     (problem,) = plugin.check(algorithm)
     assert (
         problem
-        == "critic.adapter shares the policy's weights, and init is 'some/model': set init=policy, or adapter=false"
+        == "critic.init must be 'policy' with critic.adapter, got 'some/model'. Set init=policy or adapter=false"
     )
 
 

@@ -53,7 +53,7 @@ def test_conversations_are_rendered_and_the_answer_is_the_completion():
 @pytest.mark.parametrize(("row", "message"), [
     ({"chosen": "a", "rejected": "b"}, "need a column prompt"),
     ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen is 5"),
-    ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "start with the same messages"),
+    ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "the same messages"),
     ({"chosen": 4, "rejected": 5}, "a list of messages without a prompt"),
 ])  # fmt: skip
 def test_a_row_that_is_no_pair_is_refused_with_its_number(row, message, tmp_path):

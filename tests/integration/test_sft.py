@@ -105,9 +105,13 @@ def test_a_text_is_learned_whole():
 @pytest.mark.parametrize(
     ("format", "change", "message"),
     [
-        ("prompt_completion", {"completion": None}, "completion is None; a text is due"),
-        ("text", {"text": None}, "text is None; a text is due"),
-        ("messages", {"messages": None}, "messages is None; a text is due, or a list of messages"),
+        ("prompt_completion", {"completion": None}, "completion must be a text, like prompt, got None"),
+        ("text", {"text": None}, "text must be a string, got None"),
+        (
+            "messages",
+            {"messages": None},
+            "messages must be a text or a list of messages with role and content, got None",
+        ),
         ("messages", {"messages": sft.conversation("a")}, "must have an assistant turn"),
     ],
 )

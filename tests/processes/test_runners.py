@@ -192,7 +192,7 @@ def test_a_source_of_whole_rollouts_fails_as_a_whole(workers):
 
 @pytest.mark.parametrize("workers", ["inline", *HERE])
 def test_an_answer_that_is_none_ends_the_run_wherever_it_was_given(workers):
-    with pytest.raises(RewardError, match=r"reward 'mine', row 1: 'a word' is no number and not None"):
+    with pytest.raises(RewardError, match=r"reward 'mine', row 1: an answer must be a number, None, .* got 'a word'"):
         asked(ByWord(workers=workers, num_workers=1), ["row", "word"])
 
 
@@ -336,7 +336,7 @@ def test_what_cannot_be_sent_to_a_process_is_refused_by_name():
     lock = threading.Lock()
     source = load_plugin("rewards", "function", function=lambda completions: [lock.locked()])
     source.workers = "processes"
-    with pytest.raises(RewardError, match="cannot be sent to workers=processes"):
+    with pytest.raises(RewardError, match="cannot send it to workers=processes"):
         asked(source, ["a"])
 
 

@@ -72,7 +72,7 @@ def test_another_interpreter_brings_its_packages():
     program = "import annotated_types\ndef f(): return annotated_types.__name__"
     assert refused(Bubblewrap(), program) == "ModuleNotFoundError"
     assert seen(Bubblewrap(sys.executable), "f()", program, seconds=20.0) == "annotated_types"
-    with pytest.raises(SandboxError, match="python: '/nowhere/python' is no Python interpreter"):
+    with pytest.raises(SandboxError, match="python must be a working Python interpreter, got '/nowhere/python'"):
         ask(Bubblewrap("/nowhere/python"), SQUARE, "f(2)")
 
 
@@ -141,7 +141,7 @@ def test_a_container_is_started_without_network_rights_or_a_place_to_write():
 
 def test_an_engine_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "the command podman is not here: install it" in Engine("podman").problem()
+    assert "command podman not found: install it" in Engine("podman").problem()
     with pytest.raises(SandboxError, match="podman does not start"):
         ask(Engine("podman"), SQUARE, "f(2)")
 

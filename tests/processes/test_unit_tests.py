@@ -146,9 +146,9 @@ def test_a_sandbox_that_is_not_there_is_an_error_and_nothing_takes_its_place(mon
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"image": "mine:1"}, "image is read by sandbox docker and podman, not by bubblewrap"),
-        ({"url": "http://a/"}, "url is read by sandbox remote"),
-        ({"sandbox": "docker", "python": "python3"}, "python is read by sandbox bubblewrap and rlimits"),
+        ({"image": "mine:1"}, "image needs sandbox docker or podman, got bubblewrap"),
+        ({"url": "http://a/"}, "url needs sandbox remote"),
+        ({"sandbox": "docker", "python": "python3"}, "python needs sandbox bubblewrap or rlimits"),
         ({"sandbox": "remote"}, "needs url"),
         ({"sandbox": "remote", "url": "nowhere"}, "nowhere"),
         ({"timeout": 5.0}, "more than a second above time_limit"),

@@ -113,8 +113,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "k1 in the loss": (
         {"kl": [{"use": "monitor"}, {"use": "in_loss", "estimator": "k1"}], "reference": "frozen"},
-        "kl.1: k1 in the loss has the expected gradient 0",
-        "set estimator.use=k2, k3 or k1_is, or move k1 to use=in_reward",
+        "kl.1: k1 in the loss has expected gradient 0",
+        "Set estimator.use=k2, k3 or k1_is, or move k1 to use=in_reward",
     ),
     "an entropy of weight 0": (
         {"loss_terms": [{"use": "entropy", "coef": 0}]},
@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a critic from a reward model that is not there": (
         {"advantages": "gae", "critic": {"use": "separate", "init": "reward"}},
-        "critic: critic.init is 'reward' and no reward source is a model",
+        "critic: critic.init is 'reward' but no reward source is a model",
         "set critic.init=policy",
     ),
 }

@@ -108,7 +108,7 @@ def unlike(kind: str) -> Any:
         ("recurrent", "linear_attention are neither full nor sliding-window attention"),
         ("own attention", "does not go through transformers' attention registry"),
         ("positions", "its logits differ from those of a plain forward"),
-        ("rope", "beyond 15 tokens its rotary embedding depends on the longest row of a batch"),
+        ("rope", "its rotary embedding depends on the longest row of a batch beyond 15 tokens"),
     ],
 )
 def test_a_model_that_the_loop_does_not_serve_is_decoded_by_generate(kind, reason, caplog):
@@ -186,7 +186,7 @@ def test_a_wrong_path_of_a_processor_is_an_error(path, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"temperature": 2.0}, "which is rollout.temperature: say it there"),
+        ({"temperature": 2.0}, "Set rollout.temperature"),
         ({"num_return_sequences": 2}, "which is rollout.num_generations"),
         ({"stop_strings": ["x"]}, "which is rollout.stop_strings"),
         ({"num_beams": 4}, "must be sampled token by token from the policy"),

@@ -353,7 +353,7 @@ def test_the_plan_names_the_gradient_that_is_expected(name: str, estimator: str,
 
 def test_what_a_stranger_brings_is_tried_and_not_looked_up():
     assert "that of none of the known divergences" in remarks("in_loss", estimator=Renyi())
-    assert "needs entropy, so its expected gradient was not tried" in remarks("in_loss", estimator=Guarded())
+    assert "needs entropy, so its expected gradient is unknown" in remarks("in_loss", estimator=Guarded())
     assert "that of its mean minus that of doubled in the loss" in remarks("in_reward", estimator=Doubled())
 
 

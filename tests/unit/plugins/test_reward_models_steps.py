@@ -81,13 +81,13 @@ def test_steps_may_be_texts_in_a_column(folder):
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ([3, 2], "2 ends no step: whole numbers, rising from 1 to the completion's 4 characters"),
-        ([5], "5 ends no step"),
-        ([0], "0 ends no step"),
-        ([True], "True ends no step"),
-        (["ab", "12"], "the completion has no step '12' after character 4"),
-        ([""], "the completion has no step ''"),
-        ("12", "'12' is no list; give the place after each step in characters, or the steps' texts"),
+        ([3, 2], "invalid step end 2: expected increasing integers from 1 to the completion's 4 characters"),
+        ([5], "invalid step end 5"),
+        ([0], "invalid step end 0"),
+        ([True], "invalid step end True"),
+        (["ab", "12"], "step '12' is not in the completion after character 4"),
+        ([""], "step '' is not in the completion"),
+        ("12", "steps must be a list of end positions in characters, or of texts, got '12'"),
     ],
 )
 def test_steps_that_are_none_are_named_with_their_row_and_column(folder, steps, reason):
@@ -179,7 +179,7 @@ def test_a_step_token_that_the_completion_writes_earns_nothing(folder):
 
 def test_a_step_token_that_the_tokenizer_does_not_have_is_named(tmp_path, folder):
     with pytest.raises(
-        ValueError, match=rf"step_token: '<extra_0>' is no token of the tokenizer of '{folder}', which cuts"
+        ValueError, match=rf"step_token: '<extra_0>' must be a single token of the tokenizer of '{folder}'"
     ):
         loaded(folder, step_token="<extra_0>")
     refused = (

@@ -336,7 +336,7 @@ WRONG = [
     (["assert f() is True"], "no comparison with =="),
     (["assert 1 < f() == 5"], "no comparison with =="),
     (["assert not f() == 5"], "no comparison with =="),
-    (["assert f() == g()"], "'g\\(\\)' is no literal"),
+    (["assert f() == g()"], "'g\\(\\)' is not a literal"),
     (["assert f() == 2**3"], "is not a literal"),
     (["assert f() == 1; assert f() == 2"], "it is not a single assert"),
     (["assert f( == 1"], "is no Python"),

@@ -441,7 +441,7 @@ def test_the_combination_is_accepted_and_old_log_probs_are_computed_for_it():
 
 def test_a_critic_on_the_trunk_is_refused():
     (problem,) = problems(critic="value_head")
-    assert "critic=value_head learns on the policy's trunk" in problem
+    assert "critic=value_head trains the policy's trunk" in problem
     assert "critic.use=separate" in problem
 
 
@@ -462,7 +462,7 @@ def test_what_stops_gradients_is_refused_as_its_value_is_compared():
 
 def test_a_loss_term_with_texts_of_its_own_is_refused():
     (problem,) = problems(loss_terms=[{"use": "ptx", "path": str(DATA / "texts.txt")}])
-    assert "loss_terms=ptx learns on texts of its own" in problem
+    assert "loss_terms=ptx trains on separate texts" in problem
     assert "optimizer.use=trainer" in problem
 
 

@@ -106,7 +106,7 @@ def test_references_are_numbers_or_texts_and_may_be_missing(caplog):
     references = [18, 18.0, "18 eggs", "9 * 2 = 18\n#### 18", None, float("nan"), "many"]
     batch = rows(["18"] * 7, answer=references)
     assert Numeric(answer_after="####")(batch) == [1.0, 1.0, 1.0, 1.0, None, None, None]
-    assert "column answer is 'many': it holds no number" in caplog.text
+    assert "column answer is 'many': it must contain a number" in caplog.text
 
 
 def test_a_reference_that_cannot_be_used_is_warned_of_once(caplog):
@@ -185,7 +185,7 @@ def test_the_right_choice_is_named_by_label_place_or_text(caplog):
     choices = [["Rome", "Paris"]] * 6
     batch = rows(["B"] * 6, answer=["B", "(b)", 1, "1", "paris", "London"], choices=choices)
     assert Choice(choices="choices")(batch) == [1.0, 1.0, 1.0, 1.0, 1.0, None]
-    assert "names none of A, B" in caplog.text
+    assert "must name one of A, B" in caplog.text
     assert Choice()(rows(["B"], answer=[None])) == [None]
 
 

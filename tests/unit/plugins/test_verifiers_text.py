@@ -33,7 +33,7 @@ def test_regex_gives_the_share_of_the_matches_asked_for():
 
 
 def test_regex_refuses_what_cannot_be():
-    with pytest.raises(ValueError, match=r"pattern '\(' is must be a regular expression"):
+    with pytest.raises(ValueError, match=r"pattern must be a regular expression, got '\('"):
         Regex(pattern="(")
     with pytest.raises(ValueError, match="Use method=search"):
         Regex(pattern="a", method="match", count=2)
@@ -119,7 +119,7 @@ def test_equal_json_votes_alike():
 
 
 def test_json_schema_refuses_what_is_no_schema():
-    with pytest.raises(ValueError, match=r"no JSON schema: 'number!' is not valid.*\$\.properties\.age\.type"):
+    with pytest.raises(ValueError, match=r"must be a JSON schema: 'number!' is not valid.*\$\.properties\.age\.type"):
         JsonSchema(schema={"properties": {"age": {"type": "number!"}}})
     with pytest.raises(ValueError, match="exactly one of schema"):
         JsonSchema()
@@ -217,7 +217,7 @@ def test_languages_come_from_a_column():
     source = Language(column="code", languages=("en", "de"), measure="share")
     assert source(rows([GERMAN] * 3, code=["de", "en", None])) == [1.0, 0.0, None]
     assert source.columns() == {"code"}
-    with pytest.raises(ValueError, match="'xx' is no language"):
+    with pytest.raises(ValueError, match="must hold languages that py3langid knows, such as en, got 'xx'"):
         source(rows([GERMAN], code=["xx"]))
 
 
