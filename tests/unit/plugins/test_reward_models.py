@@ -183,7 +183,7 @@ def test_what_is_no_reward_model_is_named(tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="adapter' is an adapter without its base. Merge them"):
+    with pytest.raises(ValueError, match=r"adapter' is an adapter without its base\. Merge them"):
         loaded(adapter)
 
 
