@@ -52,7 +52,7 @@ def test_conversations_are_rendered_and_the_answer_is_the_completion():
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"chosen": "a", "rejected": "b"}, "need a column prompt"),
-    ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen is 5"),
+    ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen must be a text"),
     ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "the same messages"),
     ({"chosen": 4, "rejected": 5}, "a list of messages without a prompt"),
 ])  # fmt: skip

@@ -141,8 +141,8 @@ def test_columns_are_renamed_and_what_is_missing_is_named_before_a_model_is_look
 @pytest.mark.parametrize(
     ("trainer", "change", "message"),
     [
-        ("reward_model", {"chosen": 5}, "chosen is 5"),
-        ("reward_model", {"margin": "x"}, "margin is 'x'"),
+        ("reward_model", {"chosen": 5}, "chosen must be a text"),
+        ("reward_model", {"margin": "x"}, "margin must be a number, got 'x'"),
         ("process_reward_model", {"completions": "ab"}, "a list of texts, one per step"),
         ("process_reward_model", {"labels": [True] * 9}, "have 9 labels"),
         ("process_reward_model", {"completions": ["a", " "], "labels": [True, False]}, "step 2 is ' '"),

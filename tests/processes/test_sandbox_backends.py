@@ -159,7 +159,7 @@ def test_an_engine_that_does_not_answer_and_an_image_that_is_not_there_are_named
     engine_module._problem.cache_clear()
     engine(tmp_path, "[ $1 = info ] && exit 0; echo 'No such image' >&2; exit 1")
     problem = Engine("docker", "mine:1").problem()
-    assert "no image 'mine:1' here (No such image): `docker pull mine:1`" in problem
+    assert "image 'mine:1' not found (No such image): run `docker pull mine:1`" in problem
 
 
 def test_the_harness_that_a_container_is_given_judges_programs(tmp_path, monkeypatch):

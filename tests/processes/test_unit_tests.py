@@ -178,7 +178,7 @@ def test_rows_are_judged_by_workers_of_every_kind(workers):
         asked = scorer.ask(given)["code"]
     assert [None if x != x else x for x in asked.answers] == [0.75, 0.0, None, 1.0]
     assert [(failure.row, failure.kind) for failure in asked.failures] == [(2, "error")]
-    assert "is no Python" not in asked.failures[0].reason
+    assert "must be Python" not in asked.failures[0].reason
     assert "not a literal" in asked.failures[0].reason or "no comparison" in asked.failures[0].reason
 
 

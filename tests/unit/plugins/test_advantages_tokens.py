@@ -348,7 +348,7 @@ def test_a_mix_passes_on_the_targets_of_the_first_part_that_has_some():
     ("settings", "message"),
     [
         ({"parts": [], "weights": []}, "parts must name at least one estimator"),
-        ({"parts": ["gae", "group_mean"], "weights": [1.0]}, r"1 numbers for 2 parts \(gae, group_mean\)"),
+        ({"parts": ["gae", "group_mean"], "weights": [1.0]}, r"got 1 for 2 parts \(gae, group_mean\)"),
         ({"parts": ["gae"]}, "weights"),
     ],
 )

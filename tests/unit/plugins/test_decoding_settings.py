@@ -187,10 +187,10 @@ def test_a_wrong_path_of_a_processor_is_an_error(path, message):
     ("kwargs", "message"),
     [
         ({"temperature": 2.0}, "Set rollout.temperature"),
-        ({"num_return_sequences": 2}, "which is rollout.num_generations"),
-        ({"stop_strings": ["x"]}, "which is rollout.stop_strings"),
+        ({"num_return_sequences": 2}, "Set rollout.num_generations"),
+        ({"stop_strings": ["x"]}, "Set rollout.stop_strings"),
         ({"num_beams": 4}, "must be sampled token by token from the policy"),
-        ({"min_new_token": 4}, "does not know. Did you mean 'min_new_tokens'"),
+        ({"min_new_token": 4}, "has no 'min_new_token'. Did you mean 'min_new_tokens'"),
         ({"cache_implementation": "mine"}, "rollout.generation_kwargs: .*cache_implementation"),
     ],
 )

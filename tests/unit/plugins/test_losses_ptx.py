@@ -112,7 +112,7 @@ def test_rows_of_jsonl_and_of_datasets_give_their_column(tmp_path: Path):
 def test_a_missing_column_is_an_error_that_names_those_there_are(tmp_path: Path):
     file = tmp_path / "texts.jsonl"
     file.write_text('{"body": "a", "title": "b"}\n')
-    with pytest.raises(ValueError, match=r"no text in column 'text'; it has: body, title"):
+    with pytest.raises(ValueError, match=r"no text in column 'text'; its columns: body, title"):
         ptx(file)
     file.write_text('{"text": null}\n')
     with pytest.raises(ValueError, match="no text in column 'text'"):
@@ -122,7 +122,7 @@ def test_a_missing_column_is_an_error_that_names_those_there_are(tmp_path: Path)
 def test_a_missing_file_is_refused_before_the_run(tmp_path: Path):
     algorithm: Any = None
     term = load_plugin("loss_terms", "ptx", path=str(tmp_path / "none.txt"))
-    assert "there is no file" in next(iter(term.check(algorithm)))
+    assert "no such file" in next(iter(term.check(algorithm)))
     assert not list(load_plugin("loss_terms", "ptx", path="someone/texts").check(algorithm))
 
 

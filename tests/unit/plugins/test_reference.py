@@ -155,7 +155,7 @@ def test_an_adapters_factors_are_not_mixed(name: str, settings: dict[str, Any]):
 
 def test_in_half_precision_a_small_share_is_refused_as_rounding_would_hold_it_still():
     policy = tiny_policy(dtype=torch.bfloat16)[0]
-    with pytest.raises(ValueError, match=r"decay=0\.99 in bfloat16 would stand still.*model\.dtype=float32"):
+    with pytest.raises(ValueError, match=r"decay=0\.99 in bfloat16 would never change.*model\.dtype=float32"):
         load_plugin("reference", "ema").build(policy)
     plugin = load_plugin("reference", "sync", every=1)
     model = plugin.build(policy)

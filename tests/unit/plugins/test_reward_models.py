@@ -140,7 +140,7 @@ def test_of_several_labels_a_number_or_a_name_chooses_and_without_one_the_choice
         loaded(folder)
     with pytest.raises(ValueError, match=rf"3 labels, none of them 'helpfull'\. .*{choices}"):
         loaded(folder, output="helpfull")
-    with pytest.raises(ValueError, match="none is 3"):
+    with pytest.raises(ValueError, match="none of them 3"):
         loaded(folder, output=3)
 
 
@@ -166,7 +166,7 @@ def test_log_odds_and_probabilities_of_labels_that_exclude_each_other_and_of_tho
 def test_what_is_no_reward_model_is_named(tmp_path):
     language = save_model(tmp_path / "language", "AutoModelForCausalLM")
     with pytest.raises(
-        ValueError, match=r"language' has no trained weights for score\.weight; .* saved as a sequence class"
+        ValueError, match=r"language' has no trained weights for score\.weight: .* saved as a sequence class"
     ):
         loaded(language)
     bare = save_sequence_classifier(tmp_path / "bare")

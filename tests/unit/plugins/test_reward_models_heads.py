@@ -189,7 +189,7 @@ def test_what_nothing_here_reads_is_named(tmp_path):
         outcome(save_headed(tmp_path / "a", gated))
     other = {"regression_layer.weight": torch.zeros(1, 16)}
     with pytest.raises(
-        ValueError, match=r"no trained weights for score\.weight; .* but holds .*regression_layer\.weight"
+        ValueError, match=r"no trained weights for score\.weight: .* but holds .*regression_layer\.weight"
     ):
         outcome(save_headed(tmp_path / "b", other))
     folder = save_headed(tmp_path / "c", named("v_head", linear()), files="bin")

@@ -168,7 +168,7 @@ def test_what_is_no_token_reward_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="Save a fast tokenizer"):
         loaded("token_reward_model", slow)
     sequence = runs.save_classifier(tmp_path / "sequence")
-    with pytest.raises(ValueError, match=r"no trained weights for score\.bias; it was not saved as a token classifier"):
+    with pytest.raises(ValueError, match=r"no trained weights for score\.bias: it was not saved as a token classifier"):
         loaded("token_reward_model", sequence)
     one = save_token_classifier(tmp_path / "one")
     closed = loaded("token_reward_model", one)

@@ -201,7 +201,7 @@ def test_choice_settings():
     assert Choice(answer_after="=>").answer("(A) => B") == "B"
     with pytest.raises(ValueError, match="must be distinct characters"):
         Choice(labels="AaB")
-    with pytest.raises(ValueError, match="3 choices and 2 labels"):
+    with pytest.raises(ValueError, match="must cover the 3 choices, got 2"):
         Choice(labels="AB", choices="choices")(rows(["A"], answer=["A"], choices=[["x", "y", "z"]]))
 
 
