@@ -136,7 +136,7 @@ def test_wrong_instructions_are_named(name, arguments, message):
 
 
 def test_ids_and_arguments_must_be_as_many():
-    with pytest.raises(ValueError, match="each of 1 instructions .* got 0 sets"):
+    with pytest.raises(ValueError, match=r"each of 1 instructions .* got 0 sets"):
         Constraints()(rows(["a"], instruction_id_list=[["punctuation:no_comma"]], kwargs=[[]]))
     with pytest.raises(ValueError, match="must each have an id"):
         Constraints(instructions=[{"name": "punctuation:no_comma"}])
