@@ -241,7 +241,7 @@ class Shared:
         self._prompts = [(trimmed(k), trimmed(v)) for k, v in self._prompts]
 
     def _index(self) -> None:
-        """Number the rows of each prompt."""
+        """Assign indices to the rows of each prompt."""
         counts = [0] * len(self._lengths)
         numbers = []
         for u in self._prompt_of_row:
