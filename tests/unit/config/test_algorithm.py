@@ -103,12 +103,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "beta 0 in the loss": (
         {"kl": [{"use": "in_loss", "beta": 0}], "reference": "frozen"},
-        "kl.0: beta is 0",
+        "kl.0: beta must be positive, got 0",
         "Set use=monitor",
     ),
     "beta 0 in the reward": (
         {"kl": [{"use": "in_reward", "beta": 0}], "reference": "frozen"},
-        "kl.0: beta is 0",
+        "kl.0: beta must be positive, got 0",
         "or kl=[] for none",
     ),
     "k1 in the loss": (
@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "an entropy of weight 0": (
         {"loss_terms": [{"use": "entropy", "coef": 0}]},
-        "loss_terms.0: coef is 0",
+        "loss_terms.0: coef must not be 0",
         "Remove the term with loss_terms=[]",
     ),
     "a critic from a reward model that is not there": (

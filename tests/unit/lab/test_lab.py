@@ -159,7 +159,7 @@ def test_an_estimator_that_looks_across_rollouts_gets_them_one_by_one_and_only_t
 def test_a_world_too_large_to_enumerate_is_refused():
     with pytest.raises(UserError, match="must have at most 200000 rollouts to enumerate"):
         World(group=12)
-    with pytest.raises(UserError, match="length >= 1"):
+    with pytest.raises(UserError, match="length must be at least 1, got 0"):
         World(length=0)
 
 

@@ -233,7 +233,7 @@ def test_a_row_that_failed_is_judged_again_with_retries():
         ({"pattern": "(", "json_field": None}, "must be a regular expression"),
         ({"pattern": "Score"}, "must have a group"),
         ({"pattern": "(.)", "json_field": "x"}, "only one of pattern and json_field"),
-        ({"minimum": 3, "maximum": 3}, "maximum (3) must be above minimum (3)"),
+        ({"minimum": 3, "maximum": 3}, "maximum must be above minimum=3, got 3"),
         ({"template": "How good is {prompt}?"}, "must contain {completion}"),
         ({"extra": {"stream": True}}, "extra must not contain stream"),
         ({"headers": {"api-key": "abc"}}, "api-key: ${NAME}"),
