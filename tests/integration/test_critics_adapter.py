@@ -156,7 +156,7 @@ def test_without_an_adapter_it_is_refused_before_the_model_loads(tmp_path: Path)
     with pytest.raises(AlgorithmError, match=r"critic=separate needs a policy with an adapter: set model\.lora"):
         runs.trainer(tmp_path, advantages="gae", critic=ADAPTER, policy="no/such/model")
     algorithm: Any = None
-    with pytest.raises(TypeError, match=r"copies an adapter within the policy's trunk.*critic\.adapter=false"):
+    with pytest.raises(TypeError, match=r"needs an adapter within the policy's trunk.*critic\.adapter=false"):
         load_plugin("critic", "separate", adapter=True).build(tiny_policy()[0], algorithm)
 
 
@@ -166,7 +166,7 @@ def test_another_start_than_the_policy_is_refused():
     (problem,) = plugin.check(algorithm)
     assert (
         problem
-        == "critic.adapter shares the policy's weights, and init is 'some/model': set init=policy, or adapter=false"
+        == "critic.init must be 'policy' with critic.adapter, got 'some/model'. Set init=policy or adapter=false"
     )
 
 

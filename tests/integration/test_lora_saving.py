@@ -211,5 +211,5 @@ def test_adapter_off_without_an_adapter_is_refused_before_the_model_loads(tmp_pa
 
     recipe = dpo_runs.recipe(tmp_path, "trainer.reference=adapter_off")
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path="no/such/model"))
-    with pytest.raises(UserError, match=r"trainer\.reference=adapter_off needs an adapter: set model\.lora"):
+    with pytest.raises(UserError, match=r"trainer\.reference=adapter_off needs an adapter\. Set model\.lora"):
         check(recipe)

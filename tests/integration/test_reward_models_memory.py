@@ -64,9 +64,9 @@ def test_device_and_offload_say_where_the_weights_lie(tmp_path):
         source = load_plugin("rewards", "reward_model", model=folder, **settings)
         source.setup(context("meta"))
         assert {p.device.type for p in source._loaded.model.parameters()} == {where}
-    with pytest.raises(ValueError, match=r"reward_model.device: 'gpu0' is no device; write auto, cpu"):
+    with pytest.raises(ValueError, match=r"reward_model.device must be auto, cpu, cuda or cuda:N, got 'gpu0'"):
         loaded(folder, device="gpu0")
-    with pytest.raises(ValueError, match=r"device: 'cuda:77', and this machine has \d+ CUDA devices"):
+    with pytest.raises(ValueError, match=r"device must exist, got 'cuda:77' on a machine with \d+ CUDA devices"):
         loaded(folder, device="cuda:77")
 
 
