@@ -1,13 +1,13 @@
-"""Memory by phase as it is estimated before a run and as the run measures it.
+"""Memory by phase as it is forecast before a run and as the run measures it.
 
 `python -m benchmarks.memory [--cases NAME ...] [--json PATH]`
 
-Each case is a short run of a small Qwen2 model with random weights in a process of its own, on CPU. An estimate is the
+Each case is a short run of a small Qwen2 model with random weights in a process of its own, on CPU. A forecast is the
 largest that can happen, so completions are all of the greatest length but for those that a random model ends. Measured is
-the resident set. `exact` runs tell the C library to hand every large block back to the system when it is freed
-(MALLOC_MMAP_THRESHOLD_), so that the resident set is what tensors take; `default` runs leave it as it is, and what it
-keeps for later is part of the number: an estimate is of the first. On CPU, bf16 takes more than tensors, for what oneDNN
-makes and keeps. The result goes to benchmarks/results/memory.json and, as a table, to memory.md.
+the resident set above the process: what the process holds before it trains, without the policy's weights. `exact` runs tell
+the C library to return every large block to the system when it is freed (MALLOC_MMAP_THRESHOLD_), so that the resident set
+is what tensors take; in `default` runs what the library keeps for later is part of the number. On CPU, bf16 takes more than
+tensors, for what oneDNN makes and keeps. The result goes to benchmarks/results/memory.json and, as a table, to memory.md.
 """
 
 from __future__ import annotations
@@ -60,19 +60,21 @@ ALLOCATORS: dict[str, dict[str, str]] = {"exact": {"MALLOC_MMAP_THRESHOLD_": "65
 
 
 def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """One run in this process: MiB of each phase, estimated and measured, and of the process without tensors.
+    """One run in this process: MiB of each phase above the process, forecast and measured.
 
     A run of a far smaller model comes first, so that every library is loaded when the process is weighed.
     """
     from hf_rlhf.contract.model_settings import Model
-    from hf_rlhf.training.memory.estimate import from_model
-    from hf_rlhf.training.memory.workload import Workload
+    from hf_rlhf.runtime.peak_memory import MIB, resident
+    from hf_rlhf.training.memory.estimate import Workload, from_model
+    from hf_rlhf.training.memory.shapes import tensor_bytes
 
     _train(case, f"{folder}/first", hidden=16, layers=1)
     model, args, peft_config, recipe, made = make_run(case, f"{folder}/second", hidden=256, layers=6)
     setting = Workload(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
     trim()
-    estimated = from_model(model, Model(), setting, peft_config)
+    forecast = from_model(model, Model(), setting, peft_config)
+    process = (resident() - tensor_bytes(model)) / MIB
     trainer = made()
     del model
     trim()
@@ -83,10 +85,8 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
         for name, x in entry.items():
             if name.startswith("memory/") and name.endswith("/peak"):
                 phase = name.split("/")[1]
-                measured[phase] = max(x, measured.get(phase, 0.0))
-    totals = {phase: sum(parts.values()) for phase, parts in estimated.phases.items()}
-    process = next(iter(estimated.phases.values()))["process"]
-    return {"estimated": totals, "process": process, "measured": measured}
+                measured[phase] = max(x - process, measured.get(phase, 0.0))
+    return {"forecast": {phase: forecast.peak(phase) for phase in forecast.phases}, "measured": measured}
 
 
 def _train(case: dict[str, Any], folder: str, **sizes: int) -> None:
@@ -149,13 +149,12 @@ def in_own_process(name: str, allocator: str, module: str = "benchmarks.memory")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows in Markdown: MiB of each phase, the process itself included, and the ratio without it."""
-    lines = ["| case | allocator | phase | estimated | measured | ratio | ratio above the process |", "|" + "---|" * 7]
+    """Rows in Markdown: MiB of each phase above the process."""
+    lines = ["| case | allocator | phase | forecast | measured | ratio |", "|" + "---|" * 6]
     for row in rows:
-        for phase, total in row["estimated"].items():
-            measured, process = row["measured"][phase], row["process"]
-            cells = [row["case"], row["allocator"], phase, f"{total:.0f}", f"{measured:.0f}"]
-            cells += [f"{total / measured:.2f}", f"{(total - process) / (measured - process):.2f}"]
+        for phase, total in row["forecast"].items():
+            measured = row["measured"][phase]
+            cells = [row["case"], row["allocator"], phase, f"{total:.0f}", f"{measured:.0f}", f"{total / measured:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -178,7 +177,7 @@ def main() -> None:
             rows.append(in_own_process(name, allocator))
             print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
     command = "python -m benchmarks.memory"
-    text = f"# Memory\n\n`{command}`: MiB of a process, estimated and measured.\n\n{table(rows)}\n"
+    text = f"# Memory\n\n`{command}`: MiB above the process, forecast and measured.\n\n{table(rows)}\n"
     keep(options.json, command, {"rows": rows}, text)
 
 

@@ -1,21 +1,21 @@
-"""Rows for reward models from graded solutions of GSM8K problems.
+"""Training rows for reward models from graded solutions of GSM8K problems.
 
     python examples/gsm8k_pairs.py example_model_solutions.jsonl OUTPUT [--with-reference] [--test-share 0.2]
 
-reads the file of graded solutions that comes with GSM8K (a problem, its reference solution, and solutions of models that say
-whether they are correct), and writes
+reads the graded solutions that are part of GSM8K (a problem, its reference solution, and models' solutions with their
+correctness), and writes
 
     OUTPUT/pairs_train.jsonl, pairs_test.jsonl    prompt, chosen, rejected: each correct solution of a problem against each
-                                                  incorrect one. Only solutions of models, unless --with-reference counts the
-                                                  reference solution as a correct one: there are more pairs then, and people's
-                                                  style tells the two apart.
+                                                  incorrect one. Only models' solutions, unless --with-reference adds the
+                                                  reference solution as a correct one, which gives more pairs, but people's
+                                                  style then distinguishes the two.
     OUTPUT/steps_train.jsonl, steps_test.jsonl    prompt, completions (the lines), labels. Lines of the reference and of correct
                                                   solutions are good. An incorrect solution's lines are good up to the first one
-                                                  that computes a result (`<<48/2=24>>`) which the reference does not compute and
-                                                  the problem does not state, or that gives the wrong answer; from there on they
-                                                  are bad. Nobody checked these labels: another right way is called wrong.
+                                                  that computes a result (`<<48/2=24>>`) which neither the reference computes nor
+                                                  the problem states, or that gives the wrong answer; from there on they are bad.
+                                                  These labels are not verified: another correct approach counts as wrong.
 
-A problem is on one side only, by a hash of its text. Prompts are the question and a line break: for a policy say
+Each problem is in either train or test, by a hash of its text. Prompts are the question and a line break: for a policy set
 `dataset.prompt_template="{question}\\n"`.
 """
 
@@ -35,13 +35,13 @@ NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 
 
 def graded(problem: dict[str, Any]) -> list[tuple[str, bool]]:
-    """The models' solutions, and whether each is correct."""
+    """Return the models' solutions with their correctness."""
     found = [value for value in problem.values() if isinstance(value, dict)]
     return [(solution["solution"].strip(), bool(solution["is_correct"])) for solution in found]
 
 
 def pairs(problem: dict[str, Any], with_reference: bool) -> Iterator[dict[str, str]]:
-    """A row for each correct and each incorrect solution of the problem; equal texts once."""
+    """Yield a row for each pair of a correct and an incorrect solution of the problem, without duplicate texts."""
     solutions = dict(graded(problem))
     good = [text for text, correct in solutions.items() if correct]
     good += [problem["ground_truth"].strip()] if with_reference else []
@@ -51,7 +51,7 @@ def pairs(problem: dict[str, Any], with_reference: bool) -> Iterator[dict[str, s
 
 
 def steps(problem: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for the reference and for each solution of a model."""
+    """Yield a row for the reference and for each model's solution."""
     reference = problem["ground_truth"].strip()
     for text, correct in dict([(reference, True), *graded(problem)]).items():
         lines = [line for line in text.split("\n") if line.strip()]
@@ -60,7 +60,7 @@ def steps(problem: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def good_lines(lines: list[str], reference: str, question: str) -> list[bool]:
-    """Of an incorrect solution: True up to the first line with a result that is not the reference's."""
+    """Label an incorrect solution's lines: True up to the first one with a result that is not the reference's."""
     known = {number(x) for x in RESULT.findall(reference)} | {number(x) for x in NUMBER.findall(question)}
     labels: list[bool] = []
     for line in lines:
@@ -70,7 +70,7 @@ def good_lines(lines: list[str], reference: str, question: str) -> list[bool]:
 
 
 def number(text: str) -> float | str:
-    """A number whatever its spelling: 1,000 and 1000.0 are one."""
+    """Parse a number in any spelling, so that 1,000 equals 1000.0."""
     try:
         return round(float(text.replace(",", "").strip(" $%.")), 6)
     except ValueError:
@@ -78,12 +78,12 @@ def number(text: str) -> float | str:
 
 
 def in_test(question: str, share: float) -> bool:
-    """Whether a problem is on the test side: the same ones for every file, a growing set as the share grows."""
+    """Return True if a problem is in the test set, which is the same for every file and grows with the share."""
     return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") < share * 2**64
 
 
 def write(source: Path, output: Path, with_reference: bool, test_share: float) -> dict[str, int]:
-    """Writes the four files; file name -> rows."""
+    """Write the four files and return the number of rows by file name."""
     problems = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     output.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -100,12 +100,12 @@ def write(source: Path, output: Path, with_reference: bool, test_share: float) -
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", type=Path, help="example_model_solutions.jsonl")
-    parser.add_argument("output", type=Path, help="folder that is written to")
-    parser.add_argument("--with-reference", action="store_true", help="the reference is a correct solution too")
-    parser.add_argument("--test-share", type=float, default=0.2, help="share of the problems that is held out")
+    parser.add_argument("output", type=Path, help="output folder")
+    parser.add_argument("--with-reference", action="store_true", help="use the reference as a correct solution too")
+    parser.add_argument("--test-share", type=float, default=0.2, help="share of held-out problems")
     options = parser.parse_args()
     for name, rows in write(options.source, options.output, options.with_reference, options.test_share).items():
         print(f"{options.output / name}: {rows} rows")

@@ -34,7 +34,7 @@ from gsm8k_pairs import graded, in_test, pairs
 
 TEST_SHARE = 0.2
 VOCABULARY, CONTEXT, COMPLETION = 2048, 640, 128
-"""Tokens: of the tokenizer, of a row, of a completion."""
+"""Maximum number of tokens in the vocabulary, a row and a completion."""
 LONGEST_PROMPT = CONTEXT - COMPLETION
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 STEPS = (320, 80, 96)
@@ -42,7 +42,7 @@ STEPS = (320, 80, 96)
 
 
 def prepare(source: Path, output: Path) -> dict[str, int]:
-    """Writes the rows; file name -> how many."""
+    """Write the rows and return their number by file name."""
     train, problems = read(source / "train.jsonl"), read(source / "example_model_solutions.jsonl")
     sides: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for problem in problems:
@@ -65,33 +65,33 @@ def prepare(source: Path, output: Path) -> dict[str, int]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file."""
+    """Read the rows of a JSONL file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def row(question: str, **more: str) -> dict[str, str]:
-    """Its prompt is the question and a line break."""
+    """Return a row whose prompt is the question and a line break."""
     return {"prompt": question + "\n", **more}
 
 
 def solution(reference: str) -> str:
-    """A reference solution that ends as models' solutions do: `A: 72` for `#### 72`."""
+    """Convert a reference solution to the format of models' solutions: `A: 72` for `#### 72`."""
     return reference.replace("\n#### ", "\nA: ").strip()
 
 
 def answer(text: str) -> str:
-    """What stands behind the last `A:`."""
+    """Return the text after the last `A:`."""
     return text.rpartition("A:")[2].strip()
 
 
 def correct(problem: dict[str, Any]) -> Iterable[dict[str, str]]:
-    """The reference solution and the models' correct ones, equal texts once."""
+    """Yield the reference solution and the models' correct ones, without duplicates."""
     texts = [problem["ground_truth"].strip(), *(text for text, right in graded(problem) if right)]
     return [row(problem["question"], completion=text) for text in dict.fromkeys(texts)]
 
 
 def save_model(texts: Path, folder: Path) -> None:
-    """A Llama with new weights and a tokenizer trained on the rows of a file."""
+    """Save a Llama with new weights and a tokenizer trained on the rows of a file."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -155,10 +155,10 @@ def overrides(folder: Path, steps: Sequence[int]) -> list[str]:
 
 
 def main() -> None:
-    """Reads the command line, prepares what is not there yet, and runs the pipeline, or goes on with it."""
+    """Prepare missing files and run the pipeline, or resume it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", type=Path, help="folder with train.jsonl and example_model_solutions.jsonl")
-    parser.add_argument("output", type=Path, help="folder that is written to")
+    parser.add_argument("output", type=Path, help="output folder")
     parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar=("SFT", "RM", "PPO"))
     parser.add_argument("words", nargs="*", metavar="STAGE.KEY=VALUE", help="further overrides")
     options = parser.parse_args()

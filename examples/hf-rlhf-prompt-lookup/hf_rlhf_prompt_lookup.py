@@ -1,9 +1,9 @@
-"""Prompt-lookup decoding (transformers' `prompt_lookup_num_tokens`): several tokens per forward where a text repeats itself.
+"""Prompt-lookup decoding (transformers' `prompt_lookup_num_tokens`): several tokens per forward for repetitive text.
 
-The tokens that followed the newest n-gram where it stood before are drafted; one forward gives the policy's distribution at
-each of them; tokens are drawn from these and kept up to the first that differs from its draft. So each token is drawn from
-the policy as without drafts. Rows are decoded one at a time: this pays for few long completions that copy from their
-prompt (edits, summaries, quotations), and costs time on short ones.
+Drafts are the tokens that followed an earlier occurrence of the latest n-gram; one forward gives the policy's distribution
+at each of them; tokens are sampled from these and kept up to the first that differs from its draft. So each token is sampled
+from the policy as without drafts. Rows are decoded one at a time: this pays off for few long completions that copy from
+their prompt (edits, summaries, quotations), and costs time for short ones.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PromptLookup(RolloutEngine):
-    """Samples with the policy itself, row by row, checking tokens that are drafted from the text so far."""
+    """Samples completions from the policy row by row, verifying tokens drafted from the text so far."""
 
     name = "prompt_lookup"
     metrics = (
         Metric(
             "tokens_per_forward",
             "tokens",
-            "sampled tokens per forward of the model; 1 where no draft is ever right",
+            "sampled tokens per forward of the model; 1 if no draft is accepted",
             healthy=(1.2, None),
-            unhealthy="Drafts are hardly ever right: the completions do not repeat their prompts. Use the engine `generate`, "
-            "which decodes rows together.",
+            unhealthy="Drafts are hardly ever accepted: completions do not repeat their prompts. Use the engine `generate`, "
+            "which decodes rows in batches.",
         ),
     )
 
     max_new_tokens: Count = 256
-    """Longest completion in tokens, the end-of-sequence token included."""
+    """Maximum tokens of a completion, the end-of-sequence token included."""
     draft_tokens: Count = 8
-    """Most tokens that are drafted before a forward."""
+    """Maximum tokens drafted before a forward."""
     max_ngram: Count = 3
-    """Longest n-gram that is looked up; shorter ones follow where it does not occur."""
+    """Longest n-gram to look up, before shorter ones."""
 
     def __post_init__(self) -> None:
         self._tokens = self._forwards = 0
@@ -50,7 +50,7 @@ class PromptLookup(RolloutEngine):
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
-        """See `RolloutEngine`. No log-probs: the core computes them."""
+        """Sample completions (see `RolloutEngine`), without log-probs, which the trainer computes."""
         temperature = self.temperature if temperature is None else temperature
         calls: list[int] = []
         handle = policy.model.register_forward_hook(lambda *_: calls.append(1))
@@ -64,7 +64,7 @@ class PromptLookup(RolloutEngine):
         return Completions(ids=ids, finish_reasons=["stop" if row[-1] in ends else "length" for row in ids])
 
     def report(self) -> Mapping[str, float]:
-        """Over every rollout and evaluation since the last call, and over all processes."""
+        """Return metrics over all rollouts and evaluations since the last call, and over all processes."""
         import torch
         from accelerate.utils import reduce
 

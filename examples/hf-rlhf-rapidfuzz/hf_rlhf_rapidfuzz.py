@@ -1,4 +1,4 @@
-"""Rewards completions that are near the reference, by RapidFuzz."""
+"""Reward for completions similar to the reference, by RapidFuzz."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ from hf_rlhf.batch import Rollouts
 
 @dataclass(kw_only=True)
 class Similarity(RewardSource):
-    """How alike the completion's text and the reference are, 0 to 1; no score without a reference."""
+    """Similarity of the completion and the reference, 0 to 1; no score without a reference."""
 
     name = "similarity"
     rowwise = True
@@ -20,10 +20,10 @@ class Similarity(RewardSource):
     column: str = "answer"
     """Dataset column of the reference."""
     scorer: Literal["ratio", "partial_ratio", "token_sort_ratio", "token_set_ratio", "WRatio"] = "ratio"
-    """The function of `rapidfuzz.fuzz` that compares: `ratio` counts edits, `partial_ratio` finds the reference inside a
-    longer text, the `token_` ones disregard the order of words."""
+    """Function of `rapidfuzz.fuzz`: `ratio` counts edits, `partial_ratio` finds the reference inside a longer text, the
+    `token_` ones ignore the order of words."""
     exact: bool = False
-    """Compare characters as they are; otherwise without regard to case and punctuation."""
+    """Compare exact characters; otherwise ignore case and punctuation."""
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         compare = getattr(fuzz, self.scorer)

@@ -1,6 +1,6 @@
-"""The command line. Commands that only list import neither torch nor a plugin.
+"""The Typer app and its options. Commands that only list import neither torch nor a plugin.
 
-Commands in modules of their own import `app` (or a group) and decorate with it; `add_commands` imports these modules.
+Modules of commands import `app` (or a group) and decorate with it; `add_commands` imports these modules.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from hf_rlhf.registry.host import get_host
 
 EXIT_CODES = (
     (0, "done"),
-    (1, "failed on the way: an error that nobody foresaw, or, of `score`, a row whose scoring failed"),
-    (2, "refused before anything ran: the message says what to mend"),
+    (1, "failed: an unexpected error, or, in `score`, a row that could not be scored"),
+    (2, "rejected before running: the message says how to fix it"),
     (130, "interrupted (Ctrl-C, SIGINT); training saves a checkpoint first"),
     (143, "terminated (SIGTERM); training saves a checkpoint first"),
 )
 """Exit code and its meaning. Other signals give 128 + their number."""
 
 FIRST = ("train", "check", "pipeline", "recipes", "plugins", "show", "explain", "lab", "score", "serve-reward")
-"""The order in which help lists commands; others follow."""
+"""Commands that help lists first, in this order."""
 
 
 class Ordered(TyperGroup):
-    """Lists its commands in the order of `FIRST`."""
+    """List commands in the order of `FIRST`."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Their names."""
+        """Return the names of the commands."""
         order = {name: place for place, name in enumerate(FIRST)}
         return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
 
@@ -70,7 +70,7 @@ plugins_app = typer.Typer(
     epilog=examples(
         "hf-rlhf plugins",
         "hf-rlhf plugins --json",
-        "hf-rlhf plugins -p no:rewards.judge    # as if it were not there",
+        "hf-rlhf plugins -p no:rewards.judge    # as if it were not installed",
     ),
 )
 """The group `plugins`: add a command with `@plugins_app.command()`."""
@@ -78,7 +78,7 @@ app.add_typer(plugins_app, name="plugins")
 
 
 def _configure(context: typer.Context, values: list[str] | None) -> list[str] | None:
-    if not context.resilient_parsing:  # a shell that completes a line runs no file
+    if not context.resilient_parsing:  # completing a line must not run a file
         with output_to_stderr(bool(values)):
             get_host().configure(values or ())
     return values
@@ -106,7 +106,7 @@ PluginOptions = Annotated[
         help="Add the plugins of a file, or turn off a package (no:PACKAGE) or a plugin (no:axis.name). Repeatable.",
     ),
 ]
-"""The option `-p`, which every command takes before or after its name."""
+"""The option `-p`, accepted before and after a command's name."""
 
 
 @app.callback()
@@ -120,4 +120,4 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """What every command takes."""
+    """Set the options of every command."""

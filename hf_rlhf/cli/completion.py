@@ -1,7 +1,7 @@
-"""What a shell offers on Tab: recipes, axes, plugins, overrides, flags and files, without importing torch or a plugin.
+"""Candidates for Typer's shell completion: recipes, axes, plugins, overrides and flags, without importing torch or a plugin.
 
-Typer installs it (`hf-rlhf --install-completion`) and asks through the environment variable _HF_RLHF_COMPLETE. Settings of a
-plugin are read off its source.
+`hf-rlhf --install-completion` sets it up. Where nothing fits, the shell offers files. Settings of a plugin are read from its
+source.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ast
 import contextlib
 import functools
 import importlib
-import importlib.util
 import io
 import os
 import re
@@ -23,69 +22,66 @@ import typer
 from typer.core import TyperCommand
 
 from hf_rlhf.axes import AXES, LISTS, NESTED
-from hf_rlhf.registry.discovery import _folders
+from hf_rlhf.registry.discovery import source_of
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.errors import UserError
 
 VARIABLE = "_HF_RLHF_COMPLETE"
-RECIPE_FILES = (".yaml", ".yml")
 
 
 def run(app: typer.Typer) -> None:
-    """Runs the command line, or answers a shell."""
+    """Run the command line, or answer a shell.
+
+    bash splits `advantages.use=g` into three words and replaces only the last, so the first two are joined before Typer
+    reads the line and cut off its answers.
+    """
     if os.environ.get(VARIABLE) != "complete_bash":
         app(prog_name="hf-rlhf")
         return
     cut = _join_words()
-    said = io.StringIO()
+    answers = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(answers):
             app(prog_name="hf-rlhf")
     finally:
-        for line in said.getvalue().splitlines():
+        for line in answers.getvalue().splitlines():
             if len(line) > cut:
                 print(line[cut:])
 
 
 def _join_words() -> int:
-    """Puts together again what bash takes apart at `=`; how much of the words that are offered stands on its line already.
-
-    Bash completes `advantages.use=g` as three words, of which it replaces the last alone.
-    """
+    """Join in the environment what bash split at `=`. Return how much of the current word is on its line already."""
     words, number = os.environ.get("COMP_WORDS", "").split(), int(os.environ.get("COMP_CWORD", "0"))
     words += [""] * (number + 1 - len(words))
     joined: list[str] = []
-    place = 0
     for i, word in enumerate(words[: number + 1]):
-        if joined and i > 1 and (word == "=" or joined[-1].endswith("=")):
+        if i > 1 and (word == "=" or joined[-1].endswith("=")):
             joined[-1] += word
         else:
             joined.append(word)
-            place = len(joined) - 1
-    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = " ".join(joined), str(place)
-    head, equals, _ = joined[-1].rpartition("=")
-    return len(head + equals)
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = " ".join(joined), str(len(joined) - 1)
+    return joined[-1].rfind("=") + 1
 
 
 class WithFlags(TyperCommand):
     """A command that takes every field of TrainingArguments as a flag."""
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """The command's own options, and the flags."""
+        """Return the command's own options and the flags."""
         items: list[Any] = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("--"):
             from hf_rlhf.cli.flags import FLAGS
 
             known = {item.value for item in items}
-            words = [f"--{name}" for name in [*FLAGS, "use_peft", *training_arguments()]]
-            items += [_item(word) for word in dict.fromkeys(words) if word.startswith(incomplete) and word not in known]
+            words = dict.fromkeys(f"--{name}" for name in [*FLAGS, "use_peft", *training_arguments()])
+            items += [_item(word) for word in _starting(words, incomplete) if word not in known]
         return items
 
 
 def _item(word: str) -> Any:
     try:
         made: Any = importlib.import_module("typer._click.shell_completion")
-    except ImportError:  # Typer before it had a click of its own
+    except ImportError:  # older Typer uses click
         made = importlib.import_module("click.shell_completion")
     return made.CompletionItem(word)
 
@@ -94,37 +90,34 @@ def _item(word: str) -> Any:
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Recipes, and YAML files."""
-    names = [recipe.name for recipe in get_host().recipes() if not recipe.problem]
-    packaged = [f"{r.package}/{r.name}" for r in get_host().recipes() if "/" in incomplete and not r.problem]
-    return _starting([*dict.fromkeys(names), *packaged], incomplete) + _files(incomplete, RECIPE_FILES)
+    """Return recipes."""
+    usable = [recipe for recipe in get_host().recipes() if not recipe.problem]
+    names = [f"{recipe.package}/{recipe.name}" if "/" in incomplete else recipe.name for recipe in usable]
+    return _starting(dict.fromkeys(names), incomplete)
 
 
 def staged_names(incomplete: str) -> list[str]:
-    """Recipes with stages, and YAML files."""
-    staged = [recipe.name for recipe in get_host().recipes() if _is_staged(recipe.file)]
-    return _starting(staged, incomplete) + _files(incomplete, RECIPE_FILES)
+    """Return recipes with stages."""
+    return _starting([recipe.name for recipe in get_host().recipes() if _is_staged(recipe.file)], incomplete)
 
 
 def recipe_or_override(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Recipes; overrides where --config names one."""
+    """Return recipes, or overrides if --config names one."""
     return overrides(ctx, incomplete) if ctx.params.get("config") else recipe_names(incomplete)
 
 
 def recipes_and_overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Recipes and overrides, in any order."""
-    found = list(_overrides(_first_recipe(ctx), ctx.params.get("words") or (), incomplete))
-    return recipe_names(incomplete) + (found if incomplete else [])
+    """Return recipes and overrides, in any order."""
+    return recipe_names(incomplete) + (overrides(ctx, incomplete) if incomplete else [])
 
 
 def reward_or_recipe(incomplete: str) -> list[str]:
-    """Reward plugins, recipes and Python files."""
-    names = _starting(get_host().names("rewards"), incomplete) + recipe_names(incomplete)
-    return list(dict.fromkeys(names + _files(incomplete, (".py",))))
+    """Return reward plugins and recipes."""
+    return list(dict.fromkeys(_starting(get_host().names("rewards"), incomplete) + recipe_names(incomplete)))
 
 
 def reward_settings(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Settings of the named reward, or overrides of the named recipe."""
+    """Return settings of the named reward, or overrides of the named recipe."""
     name = str(ctx.params.get("name") or "")
     if name in get_host().names("rewards"):
         return _starting([f"{setting}=" for setting in _settings("rewards", name)], incomplete)
@@ -132,134 +125,108 @@ def reward_settings(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def axes(incomplete: str) -> list[str]:
-    """The axes."""
+    """Return the axes."""
     return _starting(AXES, incomplete)
 
 
 def names_of_axis(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The plugins of the axis that was named before."""
-    return _starting(_names(str(ctx.params.get("axis"))), incomplete)
+    """Return the plugins of the axis named before."""
+    return _starting(get_host().names(str(ctx.params.get("axis"))), incomplete)
 
 
 def plugin_option(incomplete: str) -> list[str]:
-    """no:PACKAGE, no:axis.name and Python files."""
-    offers = get_host().offers()
-    words = {offer.package for offer in offers} | {f"{offer.axis}.{offer.name}" for offer in offers if offer.axis}
-    return _starting([f"no:{word}" for word in sorted(words)], incomplete) + _files(incomplete, (".py",))
+    """Return no:PACKAGE and no:axis.name."""
+    entries = get_host().offers()
+    words = {entry.package for entry in entries} | {f"{entry.axis}.{entry.name}" for entry in entries if entry.axis}
+    return _starting([f"no:{word}" for word in sorted(words)], incomplete)
 
 
 # Overrides
 
 
 def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Overrides of the recipe that was named before."""
-    return list(_overrides(_first_recipe(ctx), ctx.params.get("words") or (), incomplete))
+    """Return overrides of the recipe named before."""
+    given = [ctx.params.get(name) for name in ("config", "recipe", "name")] + list(ctx.params.get("words") or ())
+    recipe = _read(next((word for word in given if word and "=" not in str(word)), None))
+    return _next_level(_overrides(recipe, ctx.params.get("words") or (), incomplete), incomplete)
 
 
 def stage_overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Overrides of the stages of the recipe that was named before."""
-    stages = _read(ctx.params.get("name")).get("stages") or {}
-    found = []
-    for stage, said in stages.items():
-        within = incomplete.removeprefix(f"{stage}.")
-        if not incomplete.startswith(f"{stage}."):
-            found += _starting([f"{stage}."], incomplete)
-        elif within.startswith("recipe="):
-            found += [f"{stage}.recipe={name}" for name in recipe_names(within.removeprefix("recipe="))]
-        else:
-            words = [f"{stage}.{word}" for word in _overrides(_read(said.get("recipe")), (), within)]
-            found += _starting([f"{stage}.recipe="], incomplete) + words
-    return found
+    """Return overrides of the stages of the recipe named before."""
+    found: list[str] = []
+    for name, stage in (_read(ctx.params.get("name")).get("stages") or {}).items():
+        if incomplete.startswith(f"{name}.") or f"{name}.".startswith(incomplete):
+            within = incomplete[len(name) + 1 :]
+            recipes = [f"recipe={recipe}" for recipe in recipe_names("") if within.startswith("recipe=")]
+            own = _overrides(_read(stage.get("recipe")), (), within)
+            found += [f"{name}.{word}" for word in ("recipe=", *recipes, *own)]
+    return _next_level(found, incomplete)
+
+
+def _next_level(words: Iterable[str], incomplete: str) -> list[str]:
+    """Return the words that start with `incomplete`, each cut after its next dot; a single one is completed further."""
+    matches = _starting(words, incomplete)
+    found = list(dict.fromkeys(_up_to_dot(word, len(incomplete)) for word in matches))
+    return _next_level(matches, found[0]) if len(found) == 1 and found[0] not in (matches[0], incomplete) else found
+
+
+def _up_to_dot(word: str, start: int) -> str:
+    dot = word.find(".", start, (word + "=").index("="))
+    return word if dot < 0 else word[: dot + 1]
 
 
 def _overrides(recipe: dict[str, Any], words: Iterable[str], incomplete: str) -> Iterator[str]:
-    """`key=value` words that begin as `incomplete` does."""
+    """Yield the `key=` and `key=value` words of a recipe whose first key may start `incomplete`."""
     from hf_rlhf.config.recipe_yaml import KEYS, OFFLINE, OFFLINE_KEYS
     from hf_rlhf.config.sections import SECTIONS
 
-    key, equals, begun = incomplete.partition("=")
-    head, *rest = key.split(".")
-    if equals:
-        yield from (f"{key}={value}" for value in _starting(_values(key), begun))
-    elif not rest:
-        keys = OFFLINE_KEYS if OFFLINE in recipe else [k for k in KEYS if k != OFFLINE]
-        found = _starting(keys, head)
-        if len(found) != 1:
-            yield from (f"{name}." if name in SECTIONS or name == "training" else f"{name}.use=" for name in found)
-        else:
-            yield from _overrides(recipe, words, f"{found[0]}.")
-    elif head in SECTIONS or head == "training":
-        names = [field.name for field in fields(SECTIONS[head])] if head in SECTIONS else training_arguments()
-        yield from _starting([f"{head}.{name}=" for name in names], key)
-    elif head in AXES:
-        yield from _of_axis(recipe, list(words), head, rest, incomplete)
+    head = incomplete.partition(".")[0].partition("=")[0]
+    for key in _starting(OFFLINE_KEYS if OFFLINE in recipe else [k for k in KEYS if k != OFFLINE], head):
+        if key in SECTIONS:
+            yield from (f"{key}.{field.name}=" for field in fields(SECTIONS[key]))
+            yield from (f"{key}.{name}={value}" for name, values in _choices(SECTIONS[key]) for value in values)
+        elif key == "training":
+            yield from (f"training.{name}=" for name in training_arguments())
+        elif key in LISTS:
+            chosen: list[Any] = recipe[key] if isinstance(recipe.get(key), list) else []
+            for place, plugin in enumerate([*chosen, None]):
+                yield from _plugin(key, f"{key}.{place}", plugin, words)
+        elif key in AXES:
+            yield from _plugin(key, key, recipe.get(key), words)
 
 
-def _of_axis(recipe: dict[str, Any], words: list[str], axis: str, rest: list[str], incomplete: str) -> Iterator[str]:
-    """The places below an axis: its plugins, and the settings of the one that is chosen."""
-    chosen: Any = recipe.get(axis)
-    path = axis
-    if axis in LISTS:
-        held = chosen if isinstance(chosen, list) else []
-        if len(rest) < 2:
-            yield from _starting([f"{axis}.{place}.use=" for place in range(len(held) + 1)], incomplete)
-            return
-        path, place = f"{axis}.{rest[0]}", int(rest[0]) if rest[0].isdigit() else len(held)
-        chosen, rest = held[place] if place < len(held) else None, rest[1:]
-    if len(rest) > 1:
-        inner = _nested(rest[0])
-        if inner:
-            yield from _starting([f"{path}.{rest[0]}.use={name}" for name in _names(inner)], incomplete)
-        return
+def _plugin(axis: str, path: str, chosen: Any, words: Iterable[str]) -> Iterator[str]:
+    """Yield the plugins that fit a place of a recipe, and the settings of the chosen one."""
+    yield from (f"{path}.use={name}" for name in get_host().names(axis))
     name = chosen.get("use") if isinstance(chosen, dict) else chosen
     for word in words:
         key, _, value = word.partition("=")
         name = value if key in (path, f"{path}.use") else name
-    found = [f"{path}.use={other}" for other in _names(axis)]
     for setting, default in (_settings(axis, name) if isinstance(name, str) else {}).items():
-        inner = ".use=" if _nested(setting) else "="
-        found += [f"{path}.{setting}{inner}"] + ([f"{path}.{setting}={default}"] if default and inner == "=" else [])
-    yield from _starting(found, incomplete)
+        if inner := next((axis for axis in sorted(NESTED) if axis.rpartition("_")[2] == setting), None):
+            yield from (f"{path}.{setting}.use={name}" for name in get_host().names(inner))
+        else:
+            yield f"{path}.{setting}="
+            if default:
+                yield f"{path}.{setting}={default}"
 
 
-def _values(key: str) -> list[str]:
-    """What can stand behind `key=`."""
-    from hf_rlhf.config.sections import SECTIONS
+def _choices(section: Any) -> Iterator[tuple[str, list[str]]]:
+    """Yield the settings of a section that are truth values or one of a few words, with their values."""
+    from hf_rlhf.registry.settings_schema import setting_types
 
-    *path, last = key.split(".")
-    axis = _nested(path[-1]) or path[0] if path and last == "use" else key
-    if axis in AXES:
-        return _names(axis)
-    if len(path) == 1 and path[0] in SECTIONS:
-        from hf_rlhf.registry.settings_schema import setting_types
-
-        wanted = setting_types(SECTIONS[path[0]]).get(last)
+    for name, wanted in setting_types(section).items():
         if wanted is bool:
-            return ["true", "false"]
-        if get_origin(wanted) is Literal:
-            return [str(value) for value in get_args(wanted)]
-    return []
+            yield name, ["true", "false"]
+        elif get_origin(wanted) is Literal:
+            yield name, [str(value) for value in get_args(wanted)]
 
 
-# Where it is looked up
-
-
-def _names(axis: str) -> list[str]:
-    return get_host().names(axis)
-
-
-def _nested(setting: str) -> str | None:
-    """The axis of the plugin inside a setting of this name."""
-    return next((axis for axis in sorted(NESTED) if axis.rpartition("_")[2] == setting), None)
-
-
-def _first_recipe(ctx: typer.Context) -> dict[str, Any]:
-    given = [ctx.params.get(name) for name in ("config", "recipe", "name")] + list(ctx.params.get("words") or ())
-    return _read(next((word for word in given if word and "=" not in str(word)), None))
+# Sources
 
 
 def _read(name: Any) -> dict[str, Any]:
-    """A recipe as it is written; empty where there is none."""
+    """Return a recipe as it is written; empty if there is none."""
     from hf_rlhf.config.recipe import read_recipe
 
     try:
@@ -274,22 +241,29 @@ def _is_staged(file: Path) -> bool:
 
 @functools.cache
 def _settings(axis: str, name: str) -> dict[str, str]:
-    """Setting -> its default as a recipe writes it, or nothing, of a plugin's class as its source has it."""
-    offer = next((o for o in get_host().offers(axis) if o.name == name.rpartition("/")[2] and not o.problem), None)
-    parent, _, module = offer.module.rpartition(".") if offer else ("", "", "")
-    for folder in _folders(parent) if parent else ():
-        with contextlib.suppress(OSError, SyntaxError):
-            tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
-            classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-            for node in classes.values():
-                if any(_assigns(item, "name", name.rpartition("/")[2]) for item in node.body):
-                    return dict(_fields(node, classes))
+    """Return the settings of a plugin's class with their defaults as a recipe writes them ("" if unknown)."""
+    name = name.rpartition("/")[2]
+    entry = next((entry for entry in get_host().offers(axis) if entry.name == name and not entry.problem), None)
+    classes = _classes(entry.module) if entry else {}
+    for node in classes.values():
+        if f"name = {name!r}" in {ast.unparse(item).replace(": ClassVar[str]", "") for item in node.body}:
+            return dict(_fields(node, classes))
     return {}
 
 
-def _assigns(item: ast.stmt, variable: str, value: str) -> bool:
-    named = isinstance(item, ast.Assign) and any(isinstance(t, ast.Name) and t.id == variable for t in item.targets)
-    return named and isinstance(item.value, ast.Constant) and item.value.value == value  # type: ignore[attr-defined]
+@functools.cache
+def training_arguments() -> list[str]:
+    """Return the fields of TrainingArguments."""
+    classes = _classes("transformers.training_args")
+    return [name for name, _ in _fields(classes["TrainingArguments"], classes)] if classes else []
+
+
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Return the classes of a module, from its source."""
+    try:
+        return {node.name: node for node in ast.parse(source_of(module)).body if isinstance(node, ast.ClassDef)}
+    except SyntaxError:
+        return {}
 
 
 def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[tuple[str, str]]:
@@ -304,36 +278,6 @@ def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[tu
             default = item.value.value if isinstance(item.value, ast.Constant) else None
             text = str(default).lower() if isinstance(default, bool) else str(default or "")
             yield item.target.id, text if re.fullmatch(r"[\w.+-]*", text) else ""
-
-
-@functools.cache
-def training_arguments() -> list[str]:
-    """The fields of TrainingArguments, read off its source."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return []
-    text = (Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8")
-    body = re.split(r"^class TrainingArguments\b.*:$", text, maxsplit=1, flags=re.MULTILINE)[-1]
-    return re.findall(
-        r"^    ([a-z]\w*): ", re.split(r"^    def ", body, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE
-    )
-
-
-def _files(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Files of these kinds, and folders, that begin so."""
-    folder, begun = os.path.split(incomplete)
-    try:
-        entries = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
-    except OSError:
-        return []
-    found = []
-    for entry in entries:
-        if entry.name.startswith(begun) and (begun or not entry.name.startswith(".")):
-            if entry.is_dir() and (begun or folder):
-                found.append(os.path.join(folder, entry.name) + "/")
-            elif entry.name.endswith(suffixes):
-                found.append(os.path.join(folder, entry.name))
-    return found
 
 
 def _starting(words: Iterable[str], incomplete: str) -> list[str]:

@@ -42,3 +42,4 @@ FLAGS = {
 TEXT = frozenset(
     {"model.path", "model.revision", "dataset.path", "dataset.name", "dataset.split", "dataset.eval_split"}
 )
+"""Recipe keys whose flags take plain text, not YAML."""

@@ -18,8 +18,7 @@ def add_commands() -> None:
 
 
 def main() -> None:
-    """Run the command line. What goes wrong is one message on stderr, with an exit code of `EXIT_CODES` and no traceback
-    unless one is asked for."""
+    """Run the command line. Errors are one message on stderr with an exit code of `EXIT_CODES`; tracebacks are on request."""
     quiet_off_terminal()
     if "--traceback" in sys.argv[1:]:  # before or after the command
         sys.argv.remove("--traceback")
@@ -30,7 +29,7 @@ def main() -> None:
             completion.run(app)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read stopped, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _end(1)
     except KeyboardInterrupt:
@@ -40,7 +39,7 @@ def main() -> None:
 
 
 def _end(code: int) -> None:
-    if "RANK" in os.environ:  # threads of a process group may hang or abort the interpreter's end
+    if "RANK" in os.environ:  # threads of a process group may hang or abort the interpreter's exit
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What every command prints alike: tables and JSON on stdout, the rest on stderr; examples below a command's help."""
+"""Output shared by all commands: tables and JSON on stdout, the rest on stderr; examples below a command's help."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import Annotated, Any
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
-"""The option `--json` of a command whose output is data."""
+"""The option `--json`, for commands whose output is data."""
 NOISE = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
-"""Environment variables with which libraries leave their progress bars out."""
+"""Environment variables that turn off the progress bars of libraries."""
 quieted: set[str] = set()
-"""Those of them that this process set for itself."""
+"""Those of `NOISE` that this process has set itself."""
 
 
 def examples(*lines: str) -> str:
-    """The `epilog` of a command: its examples, each a command as it is typed, with a comment after two spaces and `#`."""
+    """Return the `epilog` of a command: examples as typed, with a comment after two spaces and `#`."""
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 def examples_of(command: Any) -> list[str]:
-    """The examples of a command, without their comments."""
+    """Return the examples of a command, without their comments."""
     lines = (getattr(command, "epilog", None) or "").partition("\n\n")[0].splitlines()
     return [line.partition("  # ")[0].strip() for line in lines if line.startswith("  ")]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns: in a terminal fitted to its width, elsewhere plain lines without any cut."""
+    """Print columns: fitted to a terminal's width, otherwise as plain lines without truncation."""
     if not rows:
         print("none")
         return
@@ -53,7 +53,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON text. Numbers that JSON has no word for are null."""
+    """Print JSON. Numbers that JSON cannot represent become null."""
     print(json.dumps(_finite(value), default=str, ensure_ascii=False, indent=1))
 
 
@@ -67,7 +67,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def output_to_stderr(wanted: bool = True) -> Iterator[None]:
-    """What is printed inside, by child processes too, goes to stderr: stdout holds the result alone."""
+    """Redirect output inside the block, also of child processes, to stderr, so that stdout holds only the result."""
     if not wanted:
         yield
         return
@@ -83,8 +83,10 @@ def output_to_stderr(wanted: bool = True) -> Iterator[None]:
 
 
 def quiet_off_terminal() -> None:
-    """No progress bars of libraries where nobody watches them; what the environment says already stays. Nor does
-    bitsandbytes tell everybody who imports peft which kernels it lacks on a CPU."""
+    """Turn off progress bars of libraries outside a terminal, unless the environment sets them.
+
+    Also silence bitsandbytes, which logs missing CPU kernels to everybody who imports peft.
+    """
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         quieted.update(name for name in NOISE if name not in os.environ)

@@ -1,12 +1,12 @@
-"""`builtin:addition` for recipes without rollouts: rows of four kinds from the problems of `hf_rlhf.data.addition_task`.
+"""`builtin:addition` for recipes without rollouts: four kinds of rows from the problems of `hf_rlhf.data.addition_task`.
 
     demonstration  prompt `37+58=`, the right sum is the completion
     preference     prompt `37+58=`, the right sum is chosen, a wrong one rejected
     stepwise       the sum of the units and the sum as two steps, each right or wrong
     spans          one answer, each of its digits labelled right or wrong
 
-Wrong answers are near misses (a digit one off, replaced, dropped or added) or other sums; half of the steps and answers of
-the last two kinds are wrong. The same rows each time; the 512 held-out problems are those of the quickstart.
+Wrong answers are near misses (a digit off by one, replaced, dropped or added) or other sums; half of the steps and answers of
+the last two kinds are wrong. Rows are the same in every run; the 512 held-out problems are those of the quickstart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_rlhf.data.sources import DatasetError
 
 
 def demo_rows(trainer: OfflineTrainer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on and held-out ones. Raises `DatasetError` where the trainer's rows are of no kind that is here."""
+    """Return training and held-out rows. Raises `DatasetError` if there are none of the trainer's kind."""
     if trainer.rows not in KINDS:
         raise DatasetError(
             f"{BUILTIN} has no rows for trainer={trainer.name}: it has {', '.join(KINDS)}; set dataset.path (--dataset)"
@@ -33,7 +33,7 @@ def demo_rows(trainer: OfflineTrainer) -> tuple[list[dict[str, Any]], list[dict[
 
 
 def wrong_answer(right: str, draw: random.Random) -> str:
-    """Another number: any that a sum can be, or the right one with a digit one off, replaced, dropped or added."""
+    """Return another number: a possible sum, or the right one with a digit off by one, replaced, dropped or added."""
     while True:
         place, digit = draw.randrange(len(right)), draw.choice("0123456789")
         near = str((int(right[place]) + draw.choice((1, 9))) % 10)

@@ -1,16 +1,15 @@
 """The embedded task: two-digit addition, and a small language model warmed up on noisy demonstrations of it.
 
 Prompts read `37+58=`, answers `95`. 512 of the 8,100 problems are held out: neither the warm-up nor the training that
-follows sees them. The warm-up is supervised fine-tuning on demonstrations of which half are wrong, from one fixed seed,
-until the model is right in about 36% of its samples: a policy with a signal and room above it. It needs no network, is
-made once and kept in the cache (`$HF_RLHF_CACHE`, or `~/.cache/hf_rlhf`).
+follows sees them. The warm-up is supervised fine-tuning on demonstrations of which half are wrong, from a fixed seed, until
+about 36% of the model's samples are right: a policy with a signal and room to improve. It needs no network, runs once and
+is cached (`$HF_RLHF_CACHE`, or `~/.cache/hf_rlhf`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import string
@@ -23,13 +22,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.runtime.cache import cache_folder
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BUILTIN = "builtin:addition"
-"""What `model.path` and `dataset.path` say for this model and these problems."""
+"""Value of `model.path` and `dataset.path` for this model and these problems."""
 HELD_OUT = 512
 SUMS = range(20, 199)
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -37,7 +38,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """How the model is made. Another setting is another checkpoint."""
+    """Settings of the warm-up. Other settings make another checkpoint."""
 
     layers: int = 3
     hidden_size: int = 128
@@ -47,10 +48,10 @@ class WarmUp:
     initializer_range: float = 0.06
     learning_rate: float = 1e-3
     ramp: int = 50
-    """Steps over which the learning rate rises to its value."""
+    """Steps of linear learning-rate warm-up."""
     betas: tuple[float, float] = (0.9, 0.99)
     wrong: float = 0.5
-    """Share of the demonstrations whose answer is a random number."""
+    """Share of demonstrations whose answer is random."""
     target: float = 0.36
     """Probability of a right answer on training problems at which the warm-up stops."""
     check_every: int = 25
@@ -59,7 +60,7 @@ class WarmUp:
 
 
 def addition_dataset() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """All problems a + b with a, b in 10..99, shuffled once: 7,588 rows to train on and 512 held out."""
+    """Return all problems a + b with a, b in 10..99 in a fixed random order: 7,588 training rows and 512 held out."""
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random("addition").shuffle(problems)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in problems]
@@ -67,7 +68,7 @@ def addition_dataset() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def addition_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character, `<bos>` in front."""
+    """Return a tokenizer with one token per printable ASCII character, which prepends `<bos>`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -92,14 +93,14 @@ def addition_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def addition_model(warm_up: WarmUp | None = None) -> Path:
-    """The folder of the warmed-up model and its tokenizer, made now if the cache does not hold it.
+    """Return the folder of the warmed-up model and its tokenizer, making them if they are not cached.
 
-    Safe to call from several processes: one makes it, the others wait; an interrupted one leaves nothing behind.
+    Safe to call from several processes: one makes it and the others wait; an interrupted one leaves nothing behind.
     """
     from filelock import FileLock
 
     warm_up = warm_up or WarmUp()
-    home = _cache()
+    home = cache_folder()
     folder = home / f"addition-{_fingerprint(warm_up)}"
     if folder.is_dir():
         return folder
@@ -121,10 +122,6 @@ def addition_model(warm_up: WarmUp | None = None) -> Path:
     return folder
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("HF_RLHF_CACHE") or Path.home() / ".cache" / "hf_rlhf").expanduser()
-
-
 def _fingerprint(warm_up: WarmUp) -> str:
     import tokenizers
     import torch
@@ -135,7 +132,7 @@ def _fingerprint(warm_up: WarmUp) -> str:
 
 
 def _warm_up(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Supervised fine-tuning on noisy demonstrations until samples are right with probability `target`."""
+    """Fine-tune on noisy demonstrations until samples are right with probability `target`."""
     import torch
 
     generator = torch.Generator().manual_seed(warm_up.seed)
@@ -172,7 +169,7 @@ def _warm_up(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> tuple[Llama
 
 
 def addition_config(warm_up: WarmUp | None = None, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaConfig:
-    """The configuration of `addition_model`."""
+    """Return the configuration of `addition_model`."""
     from transformers import LlamaConfig
 
     warm_up, tokenizer = warm_up or WarmUp(), tokenizer or addition_tokenizer()
@@ -198,14 +195,14 @@ def _model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausa
 
 
 def _sums(rows: list[dict[str, str]]) -> Tensor:
-    """(rows, 3) int: a, b, a + b."""
+    """Return (rows, 3) int: a, b, a + b."""
     import torch
 
     return torch.tensor([[*map(int, row["prompt"][:-1].split("+")), int(row["answer"])] for row in rows])
 
 
 def _noisy(problems: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """(P, 3) -> (P, 3): in a share of the rows the answer is some number that a sum can be."""
+    """Replace the answer of a share of the rows, (P, 3), by a random possible sum."""
     import torch
 
     wrong = torch.rand(len(problems), generator=generator) < share
@@ -214,7 +211,7 @@ def _noisy(problems: Tensor, share: float, generator: torch.Generator) -> Tensor
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, problems: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, 3) -> ids (P, L), padded on the right, and a mask (P, L) that is 1 on the answer and its end of sequence."""
+    """Encode (P, 3) as ids (P, L), right-padded, and a mask (P, L) that is 1 on the answer and its end of sequence."""
     import torch
 
     rows, masks = [], []
@@ -239,9 +236,9 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _answer_logps(model: torch.nn.Module, encoded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(P, L-1) log-probs of the answers' tokens, 0 elsewhere, and their mask.
+    """Return the (P, L-1) log-probs of the answers' tokens, 0 elsewhere, and their mask.
 
-    A row's sum is the log of the probability that a sample at temperature 1 is exactly that answer.
+    A row's sum is the log-probability that a sample at temperature 1 is exactly that answer.
     """
     ids, mask = encoded
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
@@ -251,7 +248,7 @@ def _answer_logps(model: torch.nn.Module, encoded: tuple[Tensor, Tensor]) -> tup
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread: faster than several at this size, and the same checkpoint whatever the number of cores."""
+    """Use one thread: faster at this size, and the same checkpoint on any number of cores."""
     import torch
 
     threads = torch.get_num_threads()
@@ -264,7 +261,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _progress(warm_up: WarmUp) -> Iterator[Any]:
-    """A progress bar on a terminal, one line elsewhere."""
+    """Show a progress bar on a terminal, otherwise one line."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

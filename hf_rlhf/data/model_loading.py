@@ -1,4 +1,4 @@
-"""Loading the policy and its tokenizer as recipes name them."""
+"""Load the policy and its tokenizer as recipes name them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class ModelError(UserError, ValueError):
-    """The model or its tokenizer cannot be used; the message says why, and what to do."""
+    """A model or tokenizer that cannot be used; the message says why and how to fix it."""
 
 
 def load_tokenizer(settings: Model, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer, ready for rollouts (see `prepare_tokenizer`), with `chat_template` in place of its own."""
+    """Return the tokenizer, ready for rollouts (see `prepare_tokenizer`), with `chat_template` if it is set."""
     from transformers import AutoTokenizer
 
     path = model_path(settings.tokenizer or settings.path)
@@ -29,14 +29,14 @@ def load_tokenizer(settings: Model, trust_remote_code: bool = False) -> PreTrain
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: no tokenizer there; name one with model.tokenizer ({error})") from error
+        raise ModelError(f"{path} has no tokenizer: set model.tokenizer ({error})") from error
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
     return prepare_tokenizer(tokenizer)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Padding on the left, as generation wants it; where there is no padding token the end of sequence serves.
+    """Set padding to the left, as generation requires, with the end-of-sequence token if there is no padding token.
 
     The vocabulary keeps its size. Raises `ModelError` without an end-of-sequence token: completions could not end.
     """
@@ -49,9 +49,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def load_model(settings: Model, trust_remote_code: bool = False, lora: bool | None = None) -> PreTrainedModel:
-    """The causal language model that will be trained, without dropout unless `settings.dropout` keeps it.
+    """Return the causal language model to train, without dropout unless `settings.dropout` is set.
 
-    `lora`: whether an adapter will be trained on it; what the settings say when left out.
+    `lora`: whether an adapter will be trained on it; by default as the settings say.
     """
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +81,7 @@ def load_model(settings: Model, trust_remote_code: bool = False, lora: bool | No
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Every dropout probability becomes 0: in modules, in what attention reads, and in the config that is saved."""
+    """Set every dropout probability to 0: in modules, in what attention reads, and in the saved config."""
     zero_dropout(model)
     config = model.config
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
@@ -90,7 +90,7 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def zero_dropout(model: torch.nn.Module) -> None:
-    """Every dropout probability in the modules of `model` becomes 0."""
+    """Set every dropout probability in the modules of `model` to 0."""
     from torch.nn.modules.dropout import _DropoutNd
 
     for module in model.modules():
@@ -100,11 +100,11 @@ def zero_dropout(model: torch.nn.Module) -> None:
 
 
 def lora_config(settings: Lora) -> LoraConfig:
-    """The settings as peft takes them."""
+    """Return the settings as peft's configuration."""
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ModelError("model.lora needs peft: pip install 'hf_rlhf[peft]'") from error
+        raise ModelError("model.lora requires peft: pip install 'hf_rlhf[peft]'") from error
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -132,10 +132,10 @@ def model_path(path: str | None) -> str:
 
 
 def _template(text: str) -> str:
-    """A chat template, or the text of the file it names."""
+    """Return a chat template, or the text of the file it names."""
     if "\n" not in text and "{" not in text:
         file = Path(text).expanduser()
         if not file.is_file():
-            raise ModelError(f"model.chat_template: {text!r} is neither a Jinja template nor a file")
+            raise ModelError(f"model.chat_template must be a Jinja template or a file, got {text!r}")
         return file.read_text(encoding="utf-8")
     return text

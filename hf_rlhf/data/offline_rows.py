@@ -1,4 +1,4 @@
-"""The rows of a recipe without rollouts: read, split, checked and encoded before a model is loaded."""
+"""Read, split, check and encode the rows of a recipe without rollouts, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Numbered(Sequence[Row]):
-    """Rows with their places in the dataset, the first being 1, and columns under the names that the trainer reads."""
+    """Rows with their numbers in the dataset, from 1, and columns under the names that the trainer reads."""
 
     def __init__(self, rows: Any, places: Sequence[int], names: Mapping[str, str]):
         self.rows, self.places, self.names = rows, places, names
@@ -37,16 +37,16 @@ class Numbered(Sequence[Row]):
         return {**kept, **{name: row[own] for name, own in self.names.items()}}
 
     def number(self, index: int) -> int:
-        """Where the row stands in the dataset."""
+        """Return the row's number in the dataset."""
         return self.places[index] + 1
 
     def part(self, indices: Iterable[int]) -> Numbered:
-        """Some of the rows."""
+        """Return some of the rows."""
         return Numbered(self.rows, [self.places[i] for i in indices], self.names)
 
 
 def read_rows(settings: OfflineDataset, trainer: OfflineTrainer) -> tuple[Numbered, Numbered | None]:
-    """The rows to train on and the held-out ones, their columns checked. Raises `DatasetError`."""
+    """Return training and held-out rows with checked columns. Raises `DatasetError`."""
     if settings.path is None:
         raise DatasetError(
             f"no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or {BUILTIN}"
@@ -70,7 +70,7 @@ def read_rows(settings: OfflineDataset, trainer: OfflineTrainer) -> tuple[Number
 def encode(
     rows: Numbered, trainer: OfflineTrainer, tokenizer: PreTrainedTokenizerBase, context: int | None, title: str
 ) -> datasets.Dataset:
-    """What the trainer makes of each row. Raises `DatasetError` naming the first row that is wrong."""
+    """Encode each row with the trainer. Raises `DatasetError` naming the first invalid row."""
     import datasets
 
     limit = min((x for x in (trainer.max_length, context) if x is not None), default=None)
@@ -92,19 +92,19 @@ def encode(
             logger.warning("%d of %d rows of the %s %s: dropped", count, len(rows), title, why)
     if not examples:
         raise DatasetError(
-            f"no row of the {title} is left: {empty} of {len(rows)} have nothing to learn from and {long} are longer than "
+            f"the {title} has no usable row: {empty} of {len(rows)} have nothing to learn from and {long} are longer than "
             f"{limit} tokens (trainer.max_length, and the model's context)"
         )
     return datasets.Dataset.from_list(examples)
 
 
 def length(example: Mapping[str, Any]) -> int:
-    """Tokens of an encoded row: the longest of its lists."""
+    """Return the tokens of an encoded row: the length of its longest list."""
     return max((len(value) for value in example.values() if isinstance(value, list)), default=0)
 
 
 def longest(examples: datasets.Dataset) -> int:
-    """Tokens of the longest encoded row."""
+    """Return the tokens of the longest encoded row."""
     import pyarrow
     import pyarrow.compute
 
@@ -115,7 +115,7 @@ def longest(examples: datasets.Dataset) -> int:
 def _built_in(settings: OfflineDataset, trainer: OfflineTrainer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("columns", {})):
         if getattr(settings, key) != default:
-            raise DatasetError(f"dataset.{key} has no meaning for {BUILTIN}: leave it out")
+            raise DatasetError(f"dataset.{key} does not apply to {BUILTIN}: remove it")
     return demo_rows(trainer)
 
 
@@ -135,14 +135,14 @@ def _numbered(rows: Any, settings: OfflineDataset, trainer: OfflineTrainer, titl
     if missing:
         raise DatasetError(
             f"trainer={trainer.name} reads {', '.join(sorted(trainer.columns()))}; the {title} has no "
-            f"{', '.join(map(repr, missing))}, but {', '.join(sorted(first))}. Where a column has another name, say "
+            f"{', '.join(map(repr, missing))}, but {', '.join(sorted(first))}. If a column has another name, set "
             f"dataset.columns={{{missing[0]}: NAME}}"
         )
     return Numbered(rows, range(len(rows)), settings.columns)
 
 
 def _hold_out(rows: Numbered, count: int) -> tuple[Numbered, Numbered | None]:
-    """Rows without a tenth of them, about `count` at most, whole prompts each; the same ones whatever the run's seed."""
+    """Hold out a tenth of the rows, at most about `count`, by whole prompts, whatever the run's seed."""
     count = min(count, len(rows) // 10)
     groups: dict[str, list[int]] = {}
     for index in range(len(rows)):
@@ -160,6 +160,6 @@ def _hold_out(rows: Numbered, count: int) -> tuple[Numbered, Numbered | None]:
 
 
 def _group(row: Row, index: int) -> str:
-    """What rows of one prompt share; a row without a prompt of its own is alone."""
+    """Return a key shared by the rows of a prompt; a row without a prompt is its own group."""
     prompt = row.get("prompt")
     return f"row {index}" if prompt is None else json.dumps(prompt, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Which prompts come next: an endless, seeded, resumable stream, the same on every process."""
+"""An endless, seeded, resumable stream of prompts, the same on every process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 from hf_rlhf.batch import Prompt
 
 WINDOW = 1000
-"""Prompts among which a stream of unknown length is shuffled."""
+"""Size of the window in which a stream of unknown length is shuffled."""
 
 
 class PromptStream:
-    """Prompts of epoch after epoch, nothing dropped in between.
+    """Prompts of consecutive epochs, none dropped in between.
 
-    `source` is a sequence, of which each epoch is a permutation drawn from (seed, epoch), or an iterable, such as a
-    streamed dataset, which each epoch starts again and shuffles in a window of 1,000. The trainer takes each process'
-    share of what `next` gives.
+    `source` is a sequence, permuted in each epoch by (seed, epoch), or an iterable such as a streamed dataset, which each
+    epoch restarts and shuffles in a window of 1,000. The trainer takes each process's share of what `next` returns.
     """
 
     def __init__(self, source: Sequence[Prompt] | Iterable[Prompt], *, seed: int = 0, shuffle: bool = True) -> None:
@@ -33,16 +32,16 @@ class PromptStream:
 
     @property
     def rows(self) -> int | None:
-        """Prompts in an epoch; None where the source is a stream."""
+        """Prompts in an epoch; None for a stream."""
         return len(self._source) if isinstance(self._source, Sequence) else None
 
     @property
     def epoch(self) -> float:
-        """Epochs given so far, counting part of the present one where its length is known."""
+        """Epochs so far, with the fraction of the current one if its length is known."""
         return self._epoch + (self._position / self.rows if self.rows else 0)
 
     def next(self, n: int) -> list[Prompt]:
-        """The next `n` prompts."""
+        """Return the next `n` prompts."""
         prompts: list[Prompt] = []
         while len(prompts) < n:
             if self._upcoming is None:
@@ -57,18 +56,18 @@ class PromptStream:
         return prompts
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position, in plain numbers."""
+        """Return the exact position, in plain numbers."""
         return {"epoch": self._epoch, "position": self._position, "rows": self.rows, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises `ValueError` where this stream is another one."""
+        """Go to a saved position. Raises `ValueError` if it belongs to another stream."""
         for name, here in (("rows", self.rows), ("seed", self._seed)):
             if state[name] != here:
                 raise ValueError(f"the prompts have changed since the checkpoint: {name} was {state[name]}, now {here}")
         self._epoch, self._position, self._upcoming = state["epoch"], state["position"], None
 
     def _order(self) -> Iterator[Prompt]:
-        """The prompts of this epoch, from its first."""
+        """Yield the prompts of this epoch from the first."""
         generator = random.Random(f"{self._seed}-{self._epoch}")
         if not isinstance(self._source, Sequence):
             return _shuffled(self._source, generator) if self._shuffle else iter(self._source)
@@ -79,7 +78,7 @@ class PromptStream:
 
 
 def _shuffled(source: Iterable[Prompt], generator: random.Random) -> Iterator[Prompt]:
-    """Each prompt once, drawn from the next `WINDOW` of them."""
+    """Yield each prompt once, drawn from the next `WINDOW`."""
     window: list[Prompt] = []
     for prompt in source:
         if len(window) < WINDOW:

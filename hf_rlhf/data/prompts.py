@@ -1,7 +1,7 @@
-"""From what a recipe calls its dataset to prompts: splits, checks, chat templates, tokens.
+"""Turn a recipe's dataset into prompts: splits, checks, chat templates, tokens.
 
-Whatever is wrong with a dataset is a `DatasetError` here, before a model is loaded: no rows, a missing column, an empty
-prompt (with its row number), a prompt longer than the context.
+Invalid datasets raise `DatasetError` before a model is loaded: no rows, a missing column, an empty prompt (with its row
+number), a prompt longer than the context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHUNK = 1000
-"""Prompts tokenized at once."""
+"""Prompts tokenized at a time."""
 
 
 def load_prompts(
@@ -35,9 +35,9 @@ def load_prompts(
     train: Rows | None = None,
     evaluation: Rows | None = None,
 ) -> tuple[Prompts | StreamedPrompts, Prompts | StreamedPrompts | None]:
-    """The prompts to train on, and those to evaluate on or None.
+    """Return the training prompts, and the evaluation prompts or None.
 
-    `max_prompt_tokens` is what the context leaves; `settings.max_prompt_tokens` can only be stricter. `train` and
+    `max_prompt_tokens`: the room that the context leaves; `settings.max_prompt_tokens` can only lower it. `train` and
     `evaluation` replace what `settings` would load.
     """
     limits = [limit for limit in (settings.max_prompt_tokens, max_prompt_tokens) if limit is not None]
@@ -55,7 +55,7 @@ def load_prompts(
 def read_columns(
     settings: Dataset, train: Rows | None = None, evaluation: Rows | None = None
 ) -> tuple[set[str], int | None]:
-    """The columns that rewards can read, and the number of rows to train on (None for a stream). Needs no tokenizer."""
+    """Return the columns that rewards can read and the number of training rows (None for a stream), without a tokenizer."""
     rows, held_out = read_rows(settings, train, evaluation)
     columns = _columns(rows, "dataset")
     _check_prompt(settings, columns)
@@ -65,7 +65,7 @@ def read_columns(
 
 
 def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:
-    """Raises `DatasetError` where a reward reads a column that is not there."""
+    """Check that rewards read existing columns. Raises `DatasetError`."""
     problems = []
     for reward in rewards:
         reads = getattr(reward, "columns", None)
@@ -80,7 +80,7 @@ def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:
 def read_rows(
     settings: Dataset, train: Rows | None = None, evaluation: Rows | None = None
 ) -> tuple[_Subset | Iterable[Row], _Subset | Iterable[Row] | None]:
-    """The rows to train on, and those to evaluate on: `evaluation`, `eval_path`, `eval_split`, else held-out rows."""
+    """Return the training rows and the evaluation rows: `evaluation`, `eval_path`, `eval_split`, or held-out rows."""
     if train is None and settings.path == BUILTIN:
         train, built_in = _addition(settings)
         evaluation = built_in if evaluation is None and settings.eval_path is None else evaluation
@@ -109,13 +109,13 @@ class _Subset(Sequence[Row]):
         return self.rows[self.indices[index]]
 
     def number(self, index: int) -> int:
-        """Where the row stands in the dataset, the first being 1."""
+        """Return the row's number in the dataset, from 1."""
         place = self.indices[index]
         return self.rows.number(place) if isinstance(self.rows, _Subset) else place + 1
 
 
 def _sequence(rows: Any) -> _Subset | Iterable[Row]:
-    """Whatever has a length and indices as a `Sequence`, which `datasets.Dataset` is not."""
+    """Wrap rows with a length and indices as a `Sequence`, which `datasets.Dataset` is not."""
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
         return _Subset(rows, range(len(rows)))
     return rows
@@ -124,9 +124,9 @@ def _sequence(rows: Any) -> _Subset | Iterable[Row]:
 def _hold_out(
     rows: _Subset | Iterable[Row], count: int
 ) -> tuple[_Subset | Iterable[Row], _Subset | Iterable[Row] | None]:
-    """The rows without a tenth of them, at most `count`; the same tenth whatever the seed of the run.
+    """Hold out a tenth of the rows, at most `count`, whatever the run's seed.
 
-    Of a `datasets.IterableDataset` the first `count` rows are taken; other iterables are left whole.
+    Of a `datasets.IterableDataset` the first `count` rows are held out, of other iterables none.
     """
     stream: Any = rows
     if not isinstance(rows, _Subset):
@@ -142,7 +142,7 @@ def _hold_out(
 def _addition(settings: Dataset) -> tuple[Rows, Rows]:
     for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("streaming", False)):
         if getattr(settings, key) != default:
-            raise DatasetError(f"dataset.{key} has no meaning for {BUILTIN}: leave it out")
+            raise DatasetError(f"dataset.{key} does not apply to {BUILTIN}: remove it")
     return addition_dataset()
 
 
@@ -155,7 +155,7 @@ def _load(settings: Dataset, path: str | None, split: str) -> Rows:
 
 
 def _columns(rows: Rows, title: str) -> set[str]:
-    """The columns of the first row. Raises `DatasetError` where there is none."""
+    """Return the columns of the first row. Raises `DatasetError` if there are no rows."""
     first = next(iter(rows), None)
     if first is None:
         raise DatasetError(f"the {title} has no rows")
@@ -163,14 +163,14 @@ def _columns(rows: Rows, title: str) -> set[str]:
 
 
 def _places(settings: Dataset) -> list[str]:
-    """The columns that make the prompt."""
+    """Return the columns that make the prompt."""
     if settings.prompt_template is None:
         return [settings.prompt]
     return [place for _, place, _, _ in Formatter().parse(settings.prompt_template) if place is not None]
 
 
 def _consumed(settings: Dataset) -> set[str]:
-    """The columns that rewards do not see: the prompt's. A template's columns are seen."""
+    """Return the columns that rewards do not see: the prompt's. They see a template's columns."""
     return {settings.prompt} if settings.prompt_template is None else set()
 
 
@@ -187,7 +187,7 @@ def _check_prompt(settings: Dataset, columns: set[str]) -> None:
 
 @dataclass(kw_only=True)
 class Prompts(Sequence[Prompt]):
-    """Prompts with an order and a length; tokens are held, other columns read when asked for."""
+    """Prompts with an order and a length; tokens are stored, other columns are read on access."""
 
     ids: list[list[int]]
     rows: _Subset
@@ -207,7 +207,7 @@ class Prompts(Sequence[Prompt]):
 
 @dataclass(kw_only=True)
 class StreamedPrompts:
-    """Prompts made as they are asked for, from the first row each time."""
+    """Prompts made on iteration, which starts at the first row each time."""
 
     rows: Iterable[Row]
     maker: _Maker
@@ -222,7 +222,7 @@ class StreamedPrompts:
 
 @dataclass(kw_only=True)
 class _Maker:
-    """Rows to prompts."""
+    """Makes prompts of rows."""
 
     settings: Dataset
     tokenizer: PreTrainedTokenizerBase
@@ -249,7 +249,7 @@ class _Maker:
         return Prompts(ids=[ids[index] for index in kept], rows=_Subset(rows, kept), maker=self)
 
     def form(self, row: Row, number: int) -> str | list[dict[str, Any]]:
-        """The prompt of a row: text, or chat messages."""
+        """Return the prompt of a row: text, or chat messages."""
         settings = self.settings
         for place in _places(settings):
             if row.get(place) is None or (settings.prompt_template is None and not row[place]):
@@ -262,12 +262,12 @@ class _Maker:
             if not prompt.strip():
                 raise DatasetError(f"dataset: the prompt of row {number} is empty (the first row is 1)")
             if settings.system is not None and not settings.chat:
-                raise DatasetError("dataset.system needs a chat prompt: set dataset.chat, or leave it out")
+                raise DatasetError("dataset.system requires chat prompts: set dataset.chat=true, or remove it")
             if not settings.chat:
                 return prompt
             prompt = [{"role": "user", "content": prompt}]
         elif settings.chat:
-            raise DatasetError("dataset.chat wraps text prompts, and these are chat messages already: leave it out")
+            raise DatasetError("dataset.chat wraps text prompts, and these are chat messages already: remove it")
         messages = self._messages(prompt, number)
         if settings.system is None:
             return messages
@@ -278,19 +278,19 @@ class _Maker:
     def _messages(self, prompt: Any, number: int) -> list[dict[str, Any]]:
         if not isinstance(prompt, list) or not all(isinstance(part, Mapping) and "role" in part for part in prompt):
             raise DatasetError(
-                f"dataset: the prompt of row {number} is a {type(prompt).__name__}, neither text nor a list of "
-                "messages with role and content (the first row is 1)"
+                f"dataset: the prompt of row {number} must be text or a list of messages with role and content, got a "
+                f"{type(prompt).__name__} (the first row is 1)"
             )
         return [{key: value for key, value in part.items() if value is not None} for part in prompt]
 
     def tokenize(self, prompts: list[str | list[dict[str, Any]]], numbers: list[int]) -> list[list[int]]:
-        """Tokens of each prompt; a conversation ends where the assistant's turn begins, or goes on where it is open."""
+        """Return the tokens of each prompt; a conversation ends with the start of the assistant's turn, or inside an open one."""
         texts = [prompt if isinstance(prompt, str) else self._chat(prompt) for prompt in prompts]
         special = [isinstance(prompt, str) for prompt in prompts]
         if all(special) or not any(special):
             ids = self.tokenizer(texts, add_special_tokens=special[0])["input_ids"]
         else:
-            raise DatasetError("dataset: some prompts are text and some are chat messages; make them alike")
+            raise DatasetError("dataset: prompts must be all text or all chat messages, got both")
         for number, row in zip(numbers, ids, strict=True):
             if not row:
                 raise DatasetError(f"dataset: the prompt of row {number} has no tokens (the first row is 1)")
@@ -299,11 +299,11 @@ class _Maker:
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         if not self.tokenizer.chat_template:
             raise DatasetError(
-                "the prompts are chat messages and the tokenizer has no chat template: set model.chat_template"
+                "chat prompts require a chat template, and the tokenizer has none: set model.chat_template"
             )
-        goes_on = messages[-1]["role"] == "assistant"
+        is_open = messages[-1]["role"] == "assistant"
         text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+            messages, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
         )
         assert isinstance(text, str)
         return text
@@ -320,5 +320,5 @@ class _Maker:
         return True
 
     def columns(self, row: Row) -> dict[str, Any]:
-        """What rewards see of a row: the same columns in every row."""
+        """Return the columns that rewards see, the same in every row."""
         return {name: row.get(name) for name in sorted(self.names - _consumed(self.settings))}

@@ -1,4 +1,4 @@
-"""Bases held in 4 or 8 bits by bitsandbytes, on which an adapter is trained (QLoRA, arXiv:2305.14314)."""
+"""Bases in 4 or 8 bits by bitsandbytes, on which an adapter is trained (QLoRA, arXiv:2305.14314)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,22 @@ INSTALL = "pip install 'hf_rlhf[quant]'"
 
 
 def is_quantised(settings: Model) -> bool:
-    """Whether the settings ask for a base in few bits."""
+    """Return whether the settings quantise the base."""
     return settings.load_in_4bit or settings.load_in_8bit
 
 
 def model_problems(settings: Model, lora: bool, plugins: Iterable[tuple[str, Plugin]]) -> list[str]:
-    """Why a model cannot be loaded, trained or saved as the settings say, each reason with what to write instead.
+    """Return why a model cannot be loaded, trained or saved with these settings, each reason with its fix.
 
-    `lora`: whether an adapter is trained. `plugins`: dotted place and plugin, of which some need weights that are numbers.
+    `lora`: whether an adapter is trained. `plugins`: (dotted path, plugin), of which some need unquantised weights.
     """
     found = []
     if settings.save_merged is not None and not lora:
-        found.append(
-            "model.save_merged says what becomes of an adapter and there is none: set model.lora={r: 16}, or drop it"
-        )
+        found.append("model.save_merged requires an adapter: set model.lora={r: 16}, or remove it")
     if not is_quantised(settings):
         if settings.bnb_4bit_quant_type != "nf4" or settings.use_bnb_nested_quant:
             found.append(
-                "model.bnb_4bit_quant_type and model.use_bnb_nested_quant say how 4 bits are used: set model.load_in_4bit=true"
+                "model.bnb_4bit_quant_type and model.use_bnb_nested_quant require 4 bits: set model.load_in_4bit=true"
             )
         return found
     asked = "model.load_in_4bit" if settings.load_in_4bit else "model.load_in_8bit"
@@ -48,32 +46,32 @@ def model_problems(settings: Model, lora: bool, plugins: Iterable[tuple[str, Plu
     if not lora:
         found.append(f"{asked} freezes the weights, so nothing would be trained: set model.lora={{r: 16}} (--use_peft)")
     if importlib.util.find_spec("bitsandbytes") is None:
-        found.append(f"{asked} needs bitsandbytes: {INSTALL}")
+        found.append(f"{asked} requires bitsandbytes: {INSTALL}")
     if settings.dtype == "float64":
         found.append(f"{asked} computes in float32 or less: set model.dtype=float32 or bfloat16")
     if settings.path is not None and (Path(settings.path).expanduser() / "adapter_config.json").is_file():
         found.append(
-            f"{asked}: {settings.path} holds an adapter, and its base with it would be rounded after it was trained: name its "
-            "base, or a whole model that was saved with model.save_merged=true"
+            f"{asked}: {settings.path} holds an adapter, and quantising its base would change what the adapter was trained on: "
+            "name its base, or a whole model saved with model.save_merged=true"
         )
     for path, plugin in plugins:
         if "plain_weights" in plugin.needs:
             found.append(
-                f"{path}={plugin.name} trains a copy of the policy's weights, and {asked} holds them as codes: choose another "
-                f"(of the critics separate with adapter=true, or value_head), or drop {asked}"
+                f"{path}={plugin.name} trains a copy of the policy's weights, which {asked} quantises: choose another (of the "
+                f"critics separate with adapter=true, or value_head), or remove {asked}"
             )
         if "double_backward" in plugin.needs:
             found.append(
-                f"{path}={plugin.name} takes second derivatives, which bitsandbytes does not have: drop {asked}"
+                f"{path}={plugin.name} takes second derivatives, which bitsandbytes does not support: remove {asked}"
             )
     return found
 
 
 def ready(model: Any, settings: Model, lora: bool, merges: bool) -> Any:
-    """A model that was just loaded, quantised or not, such that it computes alike in rollout and update. `lora`: whether an
-    adapter will be trained; `merges`: whether it will be saved in the weights.
+    """Make a loaded model, quantised or not, compute the same in rollout and update, and return it.
 
-    Raises `ValueError` where it lies quantised in its folder and would be trained without an adapter, or could not be merged.
+    `lora`: whether an adapter will be trained; `merges`: whether it will be merged into the saved weights. Raises `ValueError`
+    if the saved model is quantised and would be trained without an adapter, or could not be merged.
     """
     if not getattr(model, "is_quantized", False):
         return model
@@ -92,7 +90,7 @@ def ready(model: Any, settings: Model, lora: bool, merges: bool) -> Any:
 
 
 def quantisation(settings: Model, path: str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Keywords of `from_pretrained` for what the settings ask of the model in a folder or on the Hub."""
+    """Return the keywords of `from_pretrained` for the settings' quantisation."""
     if not is_quantised(settings):
         return {}
     import torch
@@ -115,11 +113,11 @@ def quantisation(settings: Model, path: str, trust_remote_code: bool = False) ->
 
 
 def bytes_of(model: nn.Module, settings: Model) -> tuple[float, float]:
-    """Of a model whose weights are numbers: the bytes that it takes less once its base is held as the settings say, and those
-    that the numbers of its largest layer take, which are made anew for each product."""
+    """Return the bytes that quantising an unquantised model's base saves, and the bytes of its largest dequantised layer, which
+    exists during each product."""
     from torch import nn
 
-    trunk: Any = getattr(model, "base_model", model)  # heads stay numbers
+    trunk: Any = getattr(model, "base_model", model)  # heads are not quantised
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [m.weight for m in trunk.modules() if isinstance(m, nn.Linear) and m is not head]
     if not is_quantised(settings) or not layers:
@@ -130,7 +128,7 @@ def bytes_of(model: nn.Module, settings: Model) -> tuple[float, float]:
 
 
 def lighten(parts: dict[str, float], spared: float, layer: float) -> None:
-    """Takes what `bytes_of` found out of an estimate's parts of one phase, in the parts' unit, in place."""
+    """Subtract the savings of `bytes_of` from the parts of a phase, in place and in the parts' unit."""
     if spared:
         parts["weights"] -= spared
         parts["one layer's weights"] = layer

@@ -1,4 +1,4 @@
-"""Rows of a dataset from a file, a folder or the Hub. Values stay what the file says."""
+"""Load rows of a dataset from a file, a folder or the Hub, with values as written."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Rows = Sequence[Row] | Iterable[Row]
 
 
 class DatasetError(UserError, ValueError):
-    """Something is wrong with a dataset; the message says what, where, and what to do."""
+    """An invalid dataset; the message says what is wrong, where, and how to fix it."""
 
 
 def load_rows(path: str, *, name: str | None = None, split: str = "train", streaming: bool = False) -> Rows:
-    """The rows of one split. A file is one split, `train`. Raises `DatasetError`, saying what is wrong."""
+    """Return the rows of a split; a file has one, `train`. Raises `DatasetError`."""
     place = Path(path).expanduser()
     if not place.exists() and (place.suffix in FILES or path.startswith(("/", ".", "~"))):
         raise DatasetError(f"no dataset file or folder {path}")
     if place.is_file():
         if place.suffix not in FILES:
-            raise DatasetError(f"{path}: files end in {', '.join(FILES)}, not {place.suffix!r}")
+            raise DatasetError(f"{path}: a dataset file must end in {', '.join(FILES)}, got {place.suffix!r}")
         if name is not None:
-            raise DatasetError(f"dataset.name has no meaning for the file {path}: leave it out")
+            raise DatasetError(f"dataset.name does not apply to the file {path}: remove it")
         if split != "train":
-            raise DatasetError(f"{path}: a file is one split, 'train', and has no {split!r}")
+            raise DatasetError(f"{path}: a file has one split, 'train', got {split!r}")
         if place.suffix in (".json", ".jsonl"):
             return _json_stream(place) if streaming else _complete(list(_json_rows(place)))
         kind = place.suffix[1:]
@@ -42,7 +42,7 @@ def load_rows(path: str, *, name: str | None = None, split: str = "train", strea
         return _load(kind, path, split, options)
     if any((place / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         if name is not None:
-            raise DatasetError(f"dataset.name has no meaning for the folder {path}: leave it out")
+            raise DatasetError(f"dataset.name does not apply to the folder {path}: remove it")
         return _from_disk(place, split, streaming)
     return _load(str(place) if place.is_dir() else path, path, split, {"name": name, "streaming": streaming})
 
@@ -68,25 +68,25 @@ def _from_disk(place: Path, split: str, streaming: bool) -> Rows:
             raise DatasetError(f"{place} has no split {split!r}; it has: {', '.join(loaded)}")
         loaded = loaded[split]
     elif split != "train":
-        raise DatasetError(f"{place} holds one dataset without splits; leave {split!r} out")
+        raise DatasetError(f"{place} holds a dataset without splits, got split {split!r}: remove it")
     return loaded.to_iterable_dataset() if streaming else loaded
 
 
 def _text_columns(file: Path) -> Any:
-    """Every column of a CSV file as text: "007" stays "007", and whole numbers with a gap do not become 18.0."""
+    """Return features that keep every CSV column as text: "007" stays "007", and integers with gaps do not become 18.0."""
     import datasets
 
     with open(file, encoding="utf-8-sig", newline="") as lines:
         header = next(csv.reader(lines), [])
     if not header:
-        raise DatasetError(f"{file}: no header; the first line of a CSV file names its columns")
+        raise DatasetError(f"{file}: no header; the first line of a CSV file must name its columns")
     return datasets.Features({name: datasets.Value("string") for name in header})
 
 
 def _json_rows(file: Path) -> Iterator[Row]:
-    """The objects of a JSON list, or of a file with one object per line.
+    """Yield the objects of a JSON list, or of a file with one object per line.
 
-    Not through `datasets`, which makes a time of every text that looks like one: "2020-01-01" would no longer match.
+    `datasets` is not used because it turns text that looks like a date into one: "2020-01-01" would no longer match.
     """
     with open(file, encoding="utf-8-sig") as lines:
         if lines.read(1) == "[":
@@ -101,7 +101,9 @@ def _json_rows(file: Path) -> Iterator[Row]:
             numbered, what = _json_lines(file, lines), "line"
         for number, row in numbered:
             if not isinstance(row, dict):
-                raise DatasetError(f"{file}, {what} {number}: a {type(row).__name__}, not an object with named columns")
+                raise DatasetError(
+                    f"{file}, {what} {number}: must be an object with named columns, got a {type(row).__name__}"
+                )
             yield row
 
 
@@ -121,6 +123,6 @@ def _json_stream(file: Path) -> Rows:
 
 
 def _complete(rows: list[Row]) -> list[Row]:
-    """The rows with None where a row lacks a column that another has."""
+    """Return the rows with None for columns that only other rows have."""
     names = {name: None for row in rows for name in row}
     return [{**names, **row} for row in rows]

@@ -1,12 +1,12 @@
-"""The lab: what a combination of plugins climbs, by exact enumeration of a small tabular policy.
+"""The lab: exact expected gradients of plugin combinations, by enumeration of a small tabular policy.
 
     from hf_rlhf.lab import run
 
     for row in run("rloo", ["aggregation=token_mean"]):
         print(row.aggregation, row.objective, row.cosine, row.is_gradient)
 
-`run` gives one `hf_rlhf.lab.study.Row` per aggregation; `Matrix().sections()` the rows of every combination that the
-installed plugins allow; `World` says what is enumerated.
+`run` returns one `hf_rlhf.lab.study.Row` per aggregation; `Matrix().sections()` the rows of every combination that the
+installed plugins allow; `World` defines what is enumerated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Algorithms for the lab: the plugins of a recipe or of the whole matrix, in a world's surroundings."""
+"""Algorithms for the lab: the plugins of a recipe or of the whole matrix, with a world's rollouts and rewards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_rlhf.registry.settings_schema import nested, setting_types, settings_of
 from hf_rlhf.runtime.errors import UserError
 
 BETA = 0.3
-"""The largest beta, unless one is chosen: near the size of the rewards, so that pi* is not all on one completion."""
+"""Default largest beta: near the size of the rewards, so that pi* is not concentrated on one completion."""
 BARE: dict[str, Any] = {
     "rollout": {"use": "generate"},
     "rewards": [{"use": "exact_match"}],
@@ -28,22 +28,22 @@ BARE: dict[str, Any] = {
     "policy_loss": {"use": "reinforce"},
     "aggregation": {"use": "seq_mean_token_sum"},
 }
-"""The recipe that axis choices without a recipe change."""
+"""Base recipe for axis choices without a recipe."""
 REQUIRED: dict[str, dict[str, Any]] = {
     "advantages.mix": {"parts": ["leave_one_out", "pass_at_k"], "weights": [0.5, 0.5]},
 }
-"""Settings in the matrix of plugins that cannot do without."""
+"""Settings in the matrix for plugins that require some."""
 
 
 @dataclass(kw_only=True)
 class Lookup(RewardSource):
-    """The score of each completion, read from a table of the world."""
+    """Score of each completion, read from a table of the world."""
 
     name = "lookup"
     verifier = True
 
     scores: dict[tuple[int, ...], float] = field(default_factory=dict)
-    """Token ids -> score; a completion that is not in it does not count."""
+    """Score by token ids; the source does not apply to completions that are missing."""
 
     def __call__(self, rollouts: Rollouts) -> Sequence[float | None]:
         return [self.scores.get(tuple(ids)) for ids in rollouts.completion_ids]
@@ -57,8 +57,11 @@ def in_world(
     policy_loss: PolicyLoss | None = None,
     aggregation: Aggregation | None = None,
 ) -> Algorithm:
-    """These plugins with the world's rollouts, rewards, reference and critic: what depends on a model or a dataset is
-    replaced, so that only the chosen axes can be refused. One optimizer step per rollout, no filters, no loss terms."""
+    """Combine these plugins with the world's rollouts, rewards, reference and critic.
+
+    Parts that depend on a model or a dataset are replaced, so that only the chosen axes can be rejected. One optimizer step
+    per rollout, no filters, no loss terms.
+    """
     sources = [Lookup(label=label, weight=world.weights[label]) for label in world.scores]
     for source, scores in zip(sources, world.scores.values(), strict=True):
         source.scores = {s: float(x) for (_, s), x in zip(world.sequences, scores, strict=True)}
@@ -81,7 +84,7 @@ def in_world(
 
 
 def read(name: str | None, overrides: Iterable[str]) -> Recipe:
-    """A recipe by name or path, or the bare one, with overrides such as `kl.0.estimator=k1`."""
+    """Read a recipe by name or path, or the base recipe, with overrides such as `kl.0.estimator=k1`."""
     raw, notes = apply_overrides(BARE if name is None else read_recipe(name), overrides)
     recipe = resolve(raw, name=name or "the lab's")
     recipe.notes = notes
@@ -89,7 +92,7 @@ def read(name: str | None, overrides: Iterable[str]) -> Recipe:
 
 
 def scaled(kls: Sequence[KLPlacement], beta: float | None) -> list[KLPlacement]:
-    """The KLs with the largest beta set to `beta` and the others in proportion; as they are where it is None."""
+    """Scale the KLs so that the largest beta is `beta`; None leaves them unchanged."""
     largest = beta_of(kls)
     if beta is None or largest is None:
         return list(kls)
@@ -101,12 +104,12 @@ def _with_beta(kl: Any, beta: float) -> Any:
 
 
 def beta_of(kls: Iterable[KLPlacement]) -> float | None:
-    """The beta of those that enter somewhere; the largest where they differ, None where none enters."""
+    """Return the largest beta of the KLs that affect the gradient, None if none does."""
     return max((float(getattr(kl, "beta", 1.0)) for kl in kls if kl.places), default=None)
 
 
 def aggregations(world: World, own: Aggregation | None = None) -> list[Aggregation]:
-    """Every aggregation, `own` first with its settings; a constant length is the world's longest completion."""
+    """Return all aggregations, `own` first with its settings; constant lengths are the world's longest completion."""
     made = [x for x in defaults("aggregation") if own is None or x.name != own.name]
     chosen = [own, *made] if own else made
     return [dataclasses.replace(x, length=world.length) if hasattr(x, "length") else x for x in chosen]
@@ -116,7 +119,7 @@ def aggregations(world: World, own: Aggregation | None = None) -> list[Aggregati
 
 
 def defaults(axis: str) -> list[Any]:
-    """Every plugin of an axis with its default settings, or those of `REQUIRED`; one that needs others is left out."""
+    """Return all plugins of an axis with default settings, or those of `REQUIRED`, except plugins that need others."""
     made = []
     for name in get_host().names(axis):
         with contextlib.suppress(UserError):
@@ -125,8 +128,8 @@ def defaults(axis: str) -> list[Any]:
 
 
 def variants(estimator: AdvantageEstimator) -> Iterator[AdvantageEstimator]:
-    """The estimator with one setting changed at a time: every other choice, switch and nested plugin it has, and a
-    fraction set to 1."""
+    """Yield the estimator with one setting changed at a time: every other choice, switch and nested plugin, and
+    fractions set to 1."""
     hints = setting_types(type(estimator))
     for setting in settings_of(type(estimator)):
         hint, now = hints[setting.name], getattr(estimator, setting.name)
@@ -145,7 +148,7 @@ def variants(estimator: AdvantageEstimator) -> Iterator[AdvantageEstimator]:
 
 
 def kl_choices(beta: float) -> list[list[KLPlacement]]:
-    """Every placement that enters somewhere, with every estimator at both levels; then reward and loss together."""
+    """Return all placements that affect the gradient, with every estimator at both levels; then reward and loss together."""
     single: dict[frozenset[str], list[KLPlacement]] = {}
     estimates = defaults("kl_estimator")
     for placement in defaults("kl"):

@@ -1,9 +1,9 @@
-"""Expected gradients of a combination of plugins: every rollout of a world, weighed by its probability, in float64.
+"""Expected gradients of plugin combinations: a sum over all rollouts of a world, weighted by probability, in float64.
 
-The plugins, the loss (`hf_rlhf.training.losses`) and the place of the KL in the reward are the trainer's own. What the lab brings
-is what a trainer would sample or learn: rollouts, log-probs, values, greedy rewards. All K policies and all R rollouts go
-through a plugin in one call where it treats rollouts apart; a plugin that looks across them (a deviation over the batch,
-whitening) gets them one by one. Which of the two holds is found by trying.
+The plugins, the loss (`hf_rlhf.training.losses`) and the placement of the KL in the reward are the trainer's. The lab
+provides what a trainer would sample or learn: rollouts, log-probs, values, greedy rewards. All K policies and all R rollouts
+go through a plugin in one call if it treats rollouts separately; a plugin that mixes them (a std over the batch, whitening)
+gets them one by one. Which of the two holds is determined by a trial.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from hf_rlhf.training.collector import at_last_token
 from hf_rlhf.training.losses import DISTRIBUTION, measured, policy_terms
 
 TRIED = 12
-"""Rollouts on which a plugin is asked whether it treats them apart."""
+"""Number of rollouts in the trial of whether a plugin treats them separately."""
 
 OF_THE_POLICY = frozenset({"values", "greedy", "sum_sq_probs", "old_logps", "sampler_logps"})
-"""Fields of `Scored` that differ between policies, besides the KL in the rewards; an estimator declares that it reads one."""
+"""Fields of `Scored` that depend on the policy, besides the KL in the rewards; estimators declare them in `needs`."""
 
 Values = Literal["exact", "arbitrary"]
 
 
 @dataclass(kw_only=True)
 class Expectation:
-    """Expectations over the rollouts of `sampler`, K policies, of gradients at `policies`, K as well.
+    """Expectations of gradients at K `policies` over the rollouts of the K policies in `sampler`.
 
-    On-policy the two are one. Tensors of completions are (K, n, T), of rollouts (K, R, N, T).
+    On-policy the two are the same. Tensors of completions are (K, n, T), of rollouts (K, R, N, T).
     """
 
     world: World
     policies: Policies
     sampler: Policies
     values: Values = "exact"
-    """The critic: exact V of the return after in-reward KL, of each policy; or arbitrary numbers."""
+    """The critic: each policy's exact V of the return after in-reward KL, or arbitrary numbers."""
     _weights: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,14 +55,14 @@ class Expectation:
 
     @cached_property
     def of_first(self) -> Expectation:
-        """The same with the first policy alone."""
+        """The same for the first policy alone."""
         first = [Policies(self.world, x.tables[:1]) for x in (self.policies, self.sampler)]
         return dataclasses.replace(self, policies=first[0], sampler=first[1], _weights=self._weights)
 
     # Before the update
 
     def kl_of_completions(self, algorithm: Algorithm, title: str, kl: KLPlacement) -> Tensor:
-        """A KL as the rollout measures it, without gradient: (K, n, T), or (K, n) at level sequence."""
+        """Return a KL as measured at rollout, without gradient: (K, n, T), or (K, n) at level sequence."""
         known = {**self._known(self.sampler), "logps": self._logps(self.sampler)}
         value = measured(
             algorithm,
@@ -75,7 +75,7 @@ class Expectation:
         return value.view(self.sampler.logps.shape[: value.dim() + 1])
 
     def kl_penalties(self, algorithm: Algorithm) -> Tensor:
-        """(K, n, T) what the KLs in the reward take from it."""
+        """Return what the KLs in the reward subtract from it, (K, n, T)."""
         taken = torch.zeros_like(self._mask)
         for title, kl in algorithm.kl_in("reward"):
             penalty = kl.reward_penalty(self.kl_of_completions(algorithm, title, kl)).flatten(0, 1)
@@ -83,7 +83,7 @@ class Expectation:
         return taken.view(self.sampler.logps.shape)
 
     def scored(self, penalties: Tensor) -> Scored:
-        """All K x R rollouts one after the other, every field filled: K R N rows, each rollout with groups of its own."""
+        """Concatenate all K x R rollouts with every field filled: K R N rows, with separate groups for each rollout."""
         world, n = self.world, len(self.world.sequences)
         k = len(self.sampler.tables)
         given = at_last_token(world.reward, world.mask).expand(k, n, world.length)
@@ -111,9 +111,9 @@ class Expectation:
         )
 
     def advantages(self, estimator: AdvantageEstimator, penalties: Tensor) -> Tensor:
-        """(K R N, T) what the estimator gives for every rollout, before any KL in the advantage.
+        """Return the estimator's advantages (K R N, T) for every rollout, before any KL in the advantage.
 
-        Its plugins have observed the expectations under the first policy, as after many rollouts of it.
+        Its plugins have observed the expectations under the first policy, as after many rollouts.
         """
         estimator = self._after_many_rollouts(estimator, penalties)
 
@@ -142,7 +142,7 @@ class Expectation:
         return estimator
 
     def _of_each_rollout(self, function: Callable[[Scored], Tensor], whole: Scored) -> Tensor:
-        """What `function` gives for each rollout on its own, one after the other."""
+        """Apply `function` to each rollout separately and concatenate the results."""
         size = len(self.world.group_ids)
         together = function(whole)
         rollouts = len(whole.mask) // size
@@ -151,7 +151,7 @@ class Expectation:
             mine = torch.arange(i * size, (i + 1) * size)
             alone, turned = function(_rows(whole, mine)), function(_rows(whole, mine.flip(0)))
             if not torch.allclose(turned.flip(0), alone, rtol=1e-9, atol=1e-9, equal_nan=True):
-                raise ValueError("what a row gets depends on its place among the rows, which only group_ids may group")
+                raise ValueError("a row's advantage must not depend on its position, except through group_ids")
             apart = apart and torch.allclose(alone, together[mine], rtol=1e-12, atol=1e-13, equal_nan=True)
         if apart:
             return together
@@ -159,7 +159,7 @@ class Expectation:
         return torch.cat([function(parts[i]) for i in range(rollouts)])
 
     def _values(self, token_rewards: Tensor) -> Tensor:
-        """(K, n, T) the critic's value of the state of each token."""
+        """Return the critic's value of the state of each token, (K, n, T)."""
         if self.values == "arbitrary":
             return self.sampler.of_states(self.world.arbitrary_values.expand(len(self.sampler.tables), -1))
         world, on = self.world, self.world.mask > 0
@@ -172,7 +172,7 @@ class Expectation:
     # The update
 
     def weights(self, aggregation: Aggregation) -> Tensor:
-        """(R, N, T) the weight of each token of each rollout, an optimizer step of its own."""
+        """Return the weight of each token (R, N, T), with one optimizer step per rollout."""
         key = repr(aggregation)
         if key not in self._weights:
             world, (rows, _) = self.world, self.world.rollouts
@@ -185,8 +185,10 @@ class Expectation:
         return self._weights[key]
 
     def policy_part(self, algorithm: Algorithm, advantages: Tensor) -> Gradients:
-        """What the optimizer step climbs, in the logits, of the policy loss: KLs in the reward and in the advantage
-        included. `advantages` are those of `advantages(algorithm)`."""
+        """Return the ascent direction of the policy loss in the logits, including KLs in the reward and the advantage.
+
+        `advantages` are those of `advantages(algorithm)`.
+        """
         for title, kl in algorithm.kl_in("advantage"):
             penalty = self._of_rows(kl.advantage_penalty(self.kl_of_completions(algorithm, title, kl)))
             on = self._of_rows(self.world.mask.expand_as(self.sampler.logps))
@@ -194,7 +196,7 @@ class Expectation:
         return self._gradients(algorithm, advantages, "policy/")
 
     def kl_part(self, algorithm: Algorithm) -> Gradients:
-        """The same of the KLs in the loss, which no advantage reaches."""
+        """Return the ascent direction of the KLs in the loss, which does not depend on advantages."""
         k, (rollouts, _) = len(self.policies.tables), self.world.rollouts
         nothing = self.world.mask.new_zeros(k * rollouts.numel(), self.world.length)
         return self._gradients(algorithm, nothing, "kl/")
@@ -212,13 +214,13 @@ class Expectation:
         return Gradients(mean=mean, each=each)
 
     def variance(self, gradients: Gradients) -> float:
-        """Of the first policy's, per completion: the trace of the covariance of a rollout's gradient times its rows."""
+        """Return the first policy's variance per completion: the trace of a rollout gradient's covariance times its rows."""
         deviation = (gradients.each - gradients.mean[0]).flatten(1).square().sum(1)
         probability = self.sampler.rollout_probability[0].detach()
         return len(self.world.group_ids) * float((probability * deviation).sum())
 
     def _inputs(self, algorithm: Algorithm, advantages: Tensor) -> dict[str, Tensor]:
-        """(K R N, ...) what the loss gets besides the policy, as in a micro-batch."""
+        """Return the loss's inputs besides the policy, (K R N, ...), as in a micro-batch."""
         k, n = len(self.sampler.tables), len(self.world.sequences)
         per_row = {name: x.view(k, n, *x.shape[1:]) for name, x in self._known(self.sampler).items()}
         inputs = {name: self._of_rows(x) for name, x in per_row.items()} | {"advantages": advantages}
@@ -242,8 +244,8 @@ class Expectation:
         weights: Tensor,
         terms: str,
     ) -> Tensor:
-        """(L, S, V) minus the gradient of the loss' `terms` in each of L `tables`, which own equal shares of the
-        completions `rows`."""
+        """Return the negative gradient (L, S, V) of the loss's `terms` in each of L `tables`, which own equal shares of
+        the completions `rows`."""
         leaf = tables.detach().clone().requires_grad_()
         now = Policies(self.world, leaf)
         owner = torch.arange(len(leaf)).repeat_interleave(len(rows) // len(leaf))
@@ -259,23 +261,23 @@ class Expectation:
         (gradient,) = torch.autograd.grad(sum(chosen, start=0.0 * leaf.sum()), leaf)
         return -gradient
 
-    # What is known of completions and rows
+    # Data of completions and rows
 
     @cached_property
     def reference(self) -> Policies:
-        """The reference, one policy."""
+        """The reference as one policy."""
         return Policies(self.world, self.world.reference[None])
 
     @cached_property
     def _mask(self) -> Tensor:
-        """(K n, T)."""
+        """Mask (K n, T)."""
         return self.world.mask.repeat(len(self.sampler.tables), 1)
 
     def _logps(self, policies: Policies) -> Tensor:
         return policies.logps.detach().flatten(0, 1)
 
     def _known(self, sampler: Policies) -> dict[str, Tensor]:
-        """(K n, ...) what is known of each completion before the update."""
+        """Return the data (K n, ...) of each completion before the update."""
         k, world = len(sampler.tables), self.world
         return {
             "old_logps": self._logps(sampler),
@@ -297,23 +299,23 @@ class Expectation:
         return known | made
 
     def _distance(self, kl: KLPlacement, log_probs: Tensor) -> Tensor:
-        """(L, S, V) -> (L, S) an estimator over whole distributions in each state."""
+        """Apply an estimator over full distributions in each state: (L, S, V) -> (L, S)."""
         reference = self.reference.log_probs.expand_as(log_probs).flatten(0, 1)
         estimator: Callable[..., Tensor] = kl.estimator
         return estimator(log_probs.flatten(0, 1), reference).view(log_probs.shape[:2])
 
     def _states(self, x: Tensor, owner: Tensor, rows: Tensor) -> Tensor:
-        """(L, S) -> (rows, T) at the state of each token."""
+        """Look up values (L, S) at the state of each token: (rows, T)."""
         return x[owner[:, None], self.world.state[rows]] * self.world.mask[rows]
 
     def _of_rows(self, x: Tensor) -> Tensor:
-        """(K, n, ...) -> (K R N, ...): of completions to the rows of every rollout."""
+        """Expand data of completions (K, n, ...) to the rows of every rollout, (K R N, ...)."""
         return x[:, self.world.rollouts[0].flatten()].flatten(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """mean: (K, S, V) the expected gradient at each policy; each: (R, S, V) that of every rollout, of the first."""
+    """Expected gradient at each policy, `mean` (K, S, V), and the first policy's per rollout, `each` (R, S, V)."""
 
     mean: Tensor
     each: Tensor
@@ -323,7 +325,7 @@ class Gradients:
 
 
 def _rows(whole: Scored, rows: Tensor) -> Scored:
-    """Some of the rows."""
+    """Select rows."""
     held = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
     cut: dict[str, Any] = {name: x[rows] for name, x in held.items() if isinstance(x, Tensor)}
     scores = {label: x[rows] for label, x in (whole.scores or {}).items()}
@@ -331,7 +333,7 @@ def _rows(whole: Scored, rows: Tensor) -> Scored:
 
 
 class _Parts:
-    """A `Scored` of many rollouts, `size` rows each, cut into single ones: all of them, faster than one by one."""
+    """A `Scored` of many rollouts of `size` rows, split into single ones at once, which is faster than one by one."""
 
     def __init__(self, whole: Scored, size: int):
         held = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
@@ -346,7 +348,7 @@ class _Parts:
 
 
 def with_inner(plugin: Any) -> list[Any]:
-    """A plugin, the plugins that it holds, and those that they hold."""
+    """Return a plugin and all plugins nested in it, recursively."""
     found = [plugin]
     for setting in dataclasses.fields(plugin):
         value = getattr(plugin, setting.name)

@@ -1,4 +1,4 @@
-"""`hf-rlhf explain`: what a recipe computes on a small example, or where two recipes differ, in settings and in numbers."""
+"""Explanation of a recipe on a small example, or of the differences of two in settings and numbers (`hf-rlhf explain`)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from hf_rlhf.lab.worked_example import WorkedExample
 
 SAME = 1e-9
-"""Numbers this near to each other, relative to the larger one, are one number that was rounded on two ways."""
+"""Relative difference below which numbers count as equal up to rounding."""
 
 EXAMPLE = (
     "The example: two prompts with four completions each, of one to four tokens. The policy has been updated once since "
-    "the rollout, so that its ratio to the policy that rolled out is not 1."
+    "the rollout, so that its ratio to the rollout policy is not 1."
 )
 ONE_STEP = (
-    "{name} takes one optimizer step per rollout: there the ratio is 1, and what it changes below does not occur."
+    "{name} takes one optimizer step per rollout, where the ratio is 1: its effects below do not occur in training."
 )
 
 
 def explain(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
-    """Prints one recipe step by step, or two side by side. Overrides hold for both.
+    """Print one recipe step by step, or two side by side. Overrides apply to both.
 
-    Raises `UserError` for an unknown recipe and for one that is refused.
+    Raises `UserError` for an unknown recipe and for one with errors.
     """
     from hf_rlhf.config.recipe import load_recipe
 
@@ -47,7 +47,7 @@ def explain(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
 
 
 def as_plain(names: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as plain data: the recipes, where two differ, and the example's rows with what each recipe makes of them.
+    """Return the same as plain data: the recipes, their differences, and each recipe's numbers for the example's rows.
 
     Raises `UserError` as `explain` does.
     """
@@ -74,7 +74,7 @@ def as_plain(names: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, A
 def _accepted(recipe: Recipe) -> Algorithm:
     algorithm = recipe.algorithm()
     if problems := algorithm.problems():
-        raise UserError("\n  ".join([f"the recipe {recipe.name} is refused:", *problems]))
+        raise UserError("\n  ".join([f"recipe {recipe.name} is rejected:", *problems]))
     return algorithm
 
 
@@ -87,7 +87,7 @@ def _one(page: Page, recipe: Recipe, a: Algorithm) -> None:
     worked = work(a)
 
     def choose(axis: str, place: str | None = None) -> None:
-        """The plugins of an axis, of `kl` those that enter at `place`, each with what it says of itself."""
+        """Show the plugins of an axis (of `kl` those at `place`) with their descriptions."""
         written, made = recipe.raw[axis], getattr(a, axis)
         pairs = zip(written, made, strict=True) if isinstance(made, list) else [(written, made)]
         for text, plugin in pairs:
@@ -116,10 +116,10 @@ def _one(page: Page, recipe: Recipe, a: Algorithm) -> None:
     show("weights", "weight of each token")
     choose("kl", "loss")
     choose("loss_terms")
-    page.title("the loss: the sum over tokens of loss times weight, and what is added to it")
+    page.title("the loss: the sum over tokens of loss times weight, plus additional terms")
     _terms(page, [worked], [recipe.name])
-    page.title("minus its gradient in each token's log-prob: above 0 the token becomes likelier")
-    show("gradient", "minus the gradient")
+    page.title("its negative gradient in each token's log-prob: above 0 the token becomes more likely")
+    show("gradient", "negative gradient")
 
 
 def _introduction(pairs: Sequence[tuple[Recipe, Algorithm]]) -> Iterator[str]:
@@ -155,19 +155,19 @@ def _two(page: Page, recipes: Sequence[Recipe], algorithms: Sequence[Algorithm])
 
 
 NUMBERS = {
-    "rewards": "reward of each token, less the KL in the reward",
+    "rewards": "reward of each token, minus the KL in the reward",
     "advantages": "advantage",
     "weights": "weight of each token",
     "losses": "policy loss of each token, before its weight",
-    "gradient": "minus the gradient of the loss in each token's log-prob",
+    "gradient": "negative gradient of the loss in each token's log-prob",
 }
-"""What is compared, in the order of the step: attribute of `WorkedExample` -> its title."""
+"""Titles of the compared attributes of `WorkedExample`, in the order of the step."""
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(path, value on the left, value on the right) of the settings in which two resolved recipes differ.
+    """Yield (path, left value, right value) for the settings in which two resolved recipes differ.
 
-    A plugin that only one of them has is written as a whole.
+    A plugin that only one of them has is formatted as a whole.
     """
     for key in [*left, *(key for key in right if key not in left)]:
         yield from _differences(key, left.get(key), right.get(key))
@@ -191,7 +191,7 @@ def _are_plugins(values: list[Any]) -> bool:
 
 
 def _written(value: Any) -> str:
-    """`group_norm eps 0.0001 ddof 1` of a plugin; a value as a recipe has it; `-` where there is none."""
+    """Format a plugin as `group_norm eps 0.0001 ddof 1`, a value as in a recipe, and None as `-`."""
     if value is None:
         return "-"
     if isinstance(value, Mapping) and "use" in value:
@@ -209,12 +209,12 @@ def _inside(value: Any) -> str:
 
 
 def number(x: float) -> str:
-    """Five digits: 1.4997, -0.0025, 0."""
+    """Format a number with five digits: 1.4997, -0.0025, 0."""
     return f"{x:.5g}" if abs(x) > 1e-12 else "0"
 
 
 def _row(values: Tensor, mask: Tensor) -> str:
-    """The numbers of a row's tokens; one number where all are equal."""
+    """Format the numbers of a row's tokens; one number if all are equal."""
     on = values[mask > 0]
     if bool(on.isnan().all()):
         return "dropped"
@@ -223,7 +223,7 @@ def _row(values: Tensor, mask: Tensor) -> str:
 
 
 def _table(page: Page, worked: Sequence[WorkedExample], titles: Sequence[str], attribute: str) -> None:
-    """A line for each completion, a column for each recipe."""
+    """Show a table with a line per completion and a column per recipe."""
     mask, rows, marks = worked[0].mask, [], []
     for i in range(len(mask)):
         sides = [getattr(one, attribute)[i] for one in worked]
@@ -256,7 +256,7 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 
 @dataclass
 class Page:
-    """Titles, paragraphs and tables: with colours on a terminal, elsewhere plain, where `*` marks lines that differ."""
+    """Output of titles, paragraphs and tables: with colors on a terminal, otherwise plain with `*` at differing lines."""
 
     terminal: bool
 
@@ -271,7 +271,7 @@ class Page:
             self._print(line, "") if self.terminal else print(line)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[bool] = ()) -> None:
-        """Cells as they are; `marks` are True on the rows that differ."""
+        """Print a table; `marks` are True for rows that differ."""
         marked = list(marks) or [False] * len(rows)
         if self.terminal:
             self._rich_table(header, rows, marked)

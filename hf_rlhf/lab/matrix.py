@@ -1,4 +1,4 @@
-"""The whole matrix: every combination that the installed plugins allow, refused ones included."""
+"""The whole matrix: every combination of the installed plugins, including rejected ones."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hf_rlhf.registry.host import get_host
 
 
 def rollout_recipes() -> list[str]:
-    """The recipes that learn from rollouts."""
+    """Return the names of recipes with rollouts."""
     return [offer.name for offer in get_host().recipes() if not offer.problem and "rollout" in read_recipe(offer.name)]
 
 
 @dataclass(kw_only=True)
 class Matrix:
-    """The sections of the matrix for one seed and one beta."""
+    """Sections of the matrix for one seed and one beta."""
 
     beta: float = BETA
     seed: int = 0
     _labs: dict[tuple[World, Values, bool], Lab] = field(default_factory=dict)
 
     def sections(self) -> dict[str, list[Row]]:
-        """Name -> rows of every section."""
+        """Return the rows of every section by name."""
         made = (
             self.recipes,
             self.whole,
@@ -44,14 +44,14 @@ class Matrix:
         return {section.__name__: list(section()) for section in made}
 
     def recipes(self) -> Iterator[Row]:
-        """Every recipe's advantages, KLs, policy loss and aggregation, critics with exact values."""
+        """Yield rows for every recipe's advantages, KLs, policy loss and aggregation, with exact critics."""
         for name in rollout_recipes():
             row = self._lab(self.world, "exact", False).study(self.recipe(name))
             row.recipe = name
             yield row
 
     def recipe(self, name: str) -> Algorithm:
-        """A recipe's choices in the matrix's world."""
+        """Return a recipe's choices in the matrix's world."""
         chosen = read(name, ()).algorithm()
         return in_world(
             self.world,
@@ -62,35 +62,35 @@ class Matrix:
         )
 
     def whole(self) -> Iterator[Row]:
-        """Every estimator with its default settings, every KL, every aggregation."""
+        """Yield rows for every estimator with default settings, every KL and every aggregation."""
         yield from self._cross(self.world, defaults("advantages"), [[], *self.kls])
 
     def settings(self) -> Iterator[Row]:
-        """Estimators with one setting changed, without a KL and with k1 in the reward."""
+        """Yield rows for estimators with one setting changed, without a KL and with k1 in the reward."""
         yield from self._cross(self.world, self._changed(), [[], self.k1])
 
     def critics(self) -> Iterator[Row]:
-        """Estimators that need values, with a critic that has learnt nothing."""
+        """Yield rows for estimators that need values, with an untrained critic."""
         found = [x for x in [*defaults("advantages"), *self._changed()] if self._needs_values(x)]
         yield from self._cross(self.world, found, [[], self.k1], values="arbitrary")
 
     def binary(self) -> Iterator[Row]:
-        """Rewards of 0 and 1, groups of four (in three, a deviation that is not 0 has one value), without a KL."""
+        """Yield rows with rewards of 0 and 1 in groups of four, without a KL (in groups of three, nonzero stds are equal)."""
         world = World(seed=self.seed, rewards="binary", group=4)
         plain = [load_plugin("aggregation", "seq_mean_token_sum")]
         yield from self._cross(world, [*defaults("advantages"), *self._changed()], [[]], weighed=plain)
 
     def two_prompts(self) -> Iterator[Row]:
-        """Rollouts of two prompts with two completions of up to two tokens, without a KL."""
+        """Yield rows for rollouts of two prompts with two completions of up to two tokens, without a KL."""
         world = World(seed=self.seed, prompts=2, group=2, length=2)
         yield from self._cross(world, defaults("advantages"), [[]])
 
     def losses(self) -> Iterator[Row]:
-        """Every policy loss with leave_one_out, on-policy."""
+        """Yield rows for every policy loss with leave_one_out, on-policy."""
         yield from self._cross(self.world, self._one, [[]], losses=self._losses)
 
     def off_policy(self) -> Iterator[Row]:
-        """The same on the rollouts of an older policy; then every KL in the loss, with the surrogate."""
+        """Yield the same on the rollouts of an older policy; then every KL in the loss, with the surrogate."""
         yield from self._cross(self.world, self._one, [[]], losses=self._losses, off_policy=True)
         kls = [kl for kl in self.kls if all(placement.places == {"loss"} for placement in kl)]
         surrogate = [load_plugin("policy_loss", "surrogate")]

@@ -1,7 +1,7 @@
-"""Objectives that an expected gradient may be the gradient of, and how to tell.
+"""Candidate objectives of an expected gradient, and their recognition.
 
-Each candidate is an expectation over every completion, differentiated by autograd; what its name calls fixed is not
-differentiated. A match must hold at several policies with one factor, so that no candidate fits by chance.
+Each candidate is an expectation over every completion, differentiated by autograd, except for parts that its name declares
+fixed. A match must hold at several policies with one factor, so that no candidate fits by chance.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.world import Policies, World
 
 MATCH = 1e-9
-"""Relative error below which a gradient is recognised; matches stand near 1e-15."""
+"""Relative error below which a gradient is recognized; matches are near 1e-15."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A named objective and its gradient (K, S, V) at each policy."""
+    """Named objective with its gradient (K, S, V) at each policy."""
 
     name: str
     gradient: Tensor
@@ -33,7 +33,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Match:
-    """The candidate that comes nearest: `factor` x its gradient, and the error relative to what was to be matched."""
+    """Nearest candidate: `factor` x its gradient, and the error relative to the gradient to match."""
 
     name: str
     factor: float
@@ -42,12 +42,12 @@ class Match:
 
     @property
     def found(self) -> bool:
-        """Whether it is the same gradient."""
+        """True if the gradients are the same."""
         return self.error < MATCH
 
 
 class Objectives:
-    """The candidates of one world at K policies; `reference` is one policy, `sampler` whoever rolled out."""
+    """Candidates of one world at K policies; `reference` is one policy, `sampler` the rollout policies."""
 
     def __init__(self, policies: Policies, reference: Policies, sampler: Policies):
         self.off_policy = sampler is not policies
@@ -55,14 +55,14 @@ class Objectives:
         self.leaf = policies.tables.detach().clone().requires_grad_()
         self.now = Policies(self.world, self.leaf)
         self.log_ratio = self.now.logps - reference.logps
-        """(K, n, T) l of each token."""
+        """Log-ratio l of each token, (K, n, T)."""
         self._ref, self._sampler = reference, sampler
         self._halves: dict[str, list[Candidate]] = {}
         self.mean_reward = self.gradient(self.now.mean(self.world.reward))
         self.kl = self.gradient(self.now.mean(self.log_ratio.sum(2)))
 
     def gradient(self, objective: Tensor) -> Tensor:
-        """(K,) -> (K, S, V)."""
+        """Differentiate an objective (K,) in the logits: (K, S, V)."""
         return torch.autograd.grad(objective.sum(), self.leaf, retain_graph=True)[0].detach()
 
     # Rewards
@@ -88,12 +88,12 @@ class Objectives:
                 yield f"-sum_(k <= {order}) (1 - E[r])^k / k", self._log_of_success(order)
 
     def _of_prompt(self, x: Tensor) -> Iterator[Tensor]:
-        """(K, n) -> (K, n / P) for each prompt."""
+        """Split (K, n) into (K, n / P) for each prompt."""
         yield from x.split(len(self.world.sequences) // self.world.prompts, 1)
 
     def _of_groups(self, statistic: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """(K,) the expectation, over prompts and groups, of a statistic of the group's rewards and lengths,
-        (K, M, G) -> (K, M)."""
+        """Return the expectation (K,), over prompts and groups, of a statistic of the group's rewards and lengths, which
+        maps (K, M, G) to (K, M)."""
         groups, orders = self.world.groups
         of_rows = (
             self.now.probability,
@@ -108,7 +108,7 @@ class Objectives:
         return torch.stack([-sum((f**k / k for k in range(1, order + 1)), start=0 * f) for f in failure]).mean(0)
 
     def of_constant_baseline(self, field: Tensor) -> Match:
-        """The nearest a E[(r - b)/T], for a baseline b that is the same number at every policy."""
+        """Return the nearest a E[(r - b)/T], for a constant baseline b."""
         each = [self.gradient(self.now.mean(x / self.world.lengths)) for x in (self.world.reward, torch.ones(()))]
         parts = torch.stack(each).flatten(1).T
         a, c = torch.linalg.lstsq(parts, field.flatten()[:, None]).solution[:, 0].tolist()
@@ -120,7 +120,7 @@ class Objectives:
     # KLs
 
     def of_kls(self, algorithm: Algorithm) -> list[Candidate]:
-        """Divergences, and the halves of the gradient of each KL that `algorithm` has."""
+        """Return divergences, and the halves of the gradient of each KL of `algorithm`."""
         found = list(self._of_kls)
         for _, placement in algorithm.titled("kl"):
             key = f"{placement.estimator!r} {placement.level} {placement.clamp}"
@@ -166,9 +166,9 @@ class Objectives:
         yield "E[(l - 1 - sg E[l])/T]", self.gradient(now.mean((log_ratio - 1 - mean) / lengths))
 
     def _halves_of(self, placement: KLPlacement) -> Iterator[Candidate]:
-        """grad E[sum e] is a score half (the probability moves, e stands) and a path half (e moves, the probability
-        stands); in the own-token half each token's e meets the score of that token alone. Where e stops gradients or
-        carries a ratio, the halves do not make the gradient of its mean."""
+        """Yield the halves of grad E[sum e]: the score half (e held fixed), the path half (the probability held fixed),
+        and the own-token half, in which each token's e multiplies only the score of that token. If e stops gradients or
+        contains a ratio, the halves do not add up to the gradient of its mean."""
         value, name = self._estimate(placement), placement.estimator.name
         by_token = value.dim() == 3
         total = value.sum(2) if by_token else value
@@ -186,7 +186,7 @@ class Objectives:
                 yield Candidate(f"own-token half of {what}", self.gradient((p.detach() * own).sum(1) / n))
 
     def _estimate(self, placement: KLPlacement) -> Tensor:
-        """(K, n, T), or (K, n) at level sequence, with its gradient."""
+        """Return the estimate with its gradient: (K, n, T), or (K, n) at level sequence."""
         k, n = self.now.probability.shape
         if "full_distribution" in placement.estimator.needs:
             ref = self._ref.log_probs.expand_as(self.now.log_probs)
@@ -202,19 +202,19 @@ class Objectives:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |got|."""
+    """Return |got - want| / |got|."""
     size = float(got.norm())
     return float((got - want).norm()) / size if size else float(want.norm() > 0)
 
 
 def snapped(x: float) -> float:
-    """The fraction of small numbers, or 1 over a whole number, that `x` is up to rounding; else `x`."""
+    """Round `x` to a fraction of small numbers or 1 over an integer, if it equals one up to rounding."""
     near = fraction(x)
     return x if near is None else float(near)
 
 
 def fraction(x: float) -> Fraction | None:
-    """That fraction."""
+    """Return the fraction that `snapped` rounds to, or None."""
     inverse = round(1 / x) if abs(x) > 1e-6 else 0
     for near in (Fraction(x).limit_denominator(24), Fraction(1, inverse) if inverse else Fraction(0)):
         if abs(x - near) < 1e-7 * abs(x):
@@ -223,7 +223,7 @@ def fraction(x: float) -> Fraction | None:
 
 
 def nearest(field: Tensor, candidates: list[Candidate]) -> Match:
-    """The first candidate that matches (K, S, V) `field` with one factor for all policies, or the nearest."""
+    """Return the first candidate that matches `field` (K, S, V) with one factor for all policies, or the nearest."""
     best: Match | None = None
     for candidate in candidates:
         size = float(candidate.gradient.square().sum())
@@ -239,7 +239,7 @@ def nearest(field: Tensor, candidates: list[Candidate]) -> Match:
 
 
 def parallel(field: Tensor, gradient: Tensor) -> float:
-    """The error left by a positive factor of its own at each policy; infinite where a factor is not positive."""
+    """Return the error with a separate positive factor at each policy; infinite if a factor is not positive."""
     factors = (field * gradient).sum((1, 2)) / gradient.square().sum((1, 2)).clamp(min=1e-300)
     if bool((factors <= 0).any()):
         return math.inf

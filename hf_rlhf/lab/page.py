@@ -1,4 +1,4 @@
-"""The page of the whole matrix in Markdown, as the documentation's site has it."""
+"""Markdown page of the whole matrix, on the documentation site."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from hf_rlhf.lab.world import World
 
 INTRODUCTION = """# The lab
 
-`hf-rlhf lab RECIPE`, or `hf-rlhf lab` with axis choices (`advantages.use=gae kl.0.use=in_reward`), says what a combination of
-plugins really climbs. A policy small enough to enumerate samples every completion and every group with its exact probability, in
-float64. The plugins and the loss are the trainer's own; their expected gradient is compared with those of named objectives.
-Nothing is sampled and nothing trained: an error of 0 below is one of less than 1e-9, and stands near 1e-15.
+`hf-rlhf lab RECIPE`, or `hf-rlhf lab` with axis choices (`advantages.use=gae kl.0.use=in_reward`), shows which objective a
+combination of plugins actually optimizes. For a policy small enough to enumerate, every completion and every group is
+weighted by its exact probability, in float64. The plugins and the loss are the trainer's; their expected gradient is compared
+with those of named objectives. Nothing is sampled or trained: errors below 1e-9 are shown as 0, and are near 1e-15.
 
-- **expected gradient of**: the objective that is recognised, with one factor at two policies; `none` where there is no such.
-  `sg` is held fixed. `per-state` divergences are those of the next token's distributions, the visits to the states held
-  fixed. In the `score half` of grad E[sum e] the probability moves and e stands, in the `path half` e moves and the probability
-  stands; in the `own-token half` each token's e meets its own score alone. l is the log-ratio of a completion to the
-  reference, T its length. `c(pi)` is a factor that depends on the policy.
+- **expected gradient of**: the recognized objective, with one factor at two policies, or `none`. `sg` is held fixed.
+  `per-state` divergences are those of the next token's distributions, with the visited states held fixed. The `score half`
+  of grad E[sum e] holds e fixed, the `path half` the probability; in the `own-token half` each token's e multiplies only its
+  own score. l is the log-ratio of a completion to the reference, T its length. `c(pi)` is a factor that depends on the policy.
 - **cosine** and **bias**: of the expected gradient and the goal, grad E[r] - beta grad KL(pi||ref); the bias is the length of
   their difference over the goal's.
 - **variance**: the trace of the covariance of a rollout's gradient, times its rows.
-- **pi\\* stationary**: whether it vanishes at pi\\* = ref e^(r/beta) / Z, where the goal is highest.
-- **a gradient**: whether it is the gradient of anything, that is, whether its Jacobian is symmetric.
+- **pi\\* stationary**: yes if it vanishes at pi\\* = ref e^(r/beta) / Z, where the goal is highest.
+- **a gradient**: yes if it is the gradient of any function, that is, if its Jacobian is symmetric.
 
 The world: {world}; two reward sources; beta {beta:g}; seed {seed}. `hf-rlhf lab --all --json` gives every number of this page
 and more, `hf-rlhf lab --seed 1` another world."""
@@ -33,17 +32,17 @@ LEGEND = {
     Verdict.GOAL: "a multiple of the goal",
     Verdict.OTHER_BETA: "a multiple of the goal with another beta",
     Verdict.PARALLEL: "parallel to the goal, by a factor that depends on the policy",
-    Verdict.OTHER: "the gradient of another objective, recognised",
-    Verdict.FIXED: "recognised, and not the gradient of anything, as something in it is held fixed",
-    Verdict.UNKNOWN: "the gradient of something that is not recognised",
-    Verdict.NOTHING: "not recognised, and not the gradient of anything",
+    Verdict.OTHER: "the gradient of another, recognized objective",
+    Verdict.FIXED: "recognized, but not the gradient of any function, as part of it is held fixed",
+    Verdict.UNKNOWN: "the gradient of an unrecognized function",
+    Verdict.NOTHING: "not recognized, and not the gradient of any function",
 }
 PLAIN = "seq_mean_token_sum"
 UNBIASED = "leave_one_out"
 
 
 def page(sections: Mapping[str, Sequence[Row]], *, beta: float, seed: int, picture: str | None = None) -> str:
-    """The whole page. `sections` are those of `Matrix`, `picture` a path that it links to."""
+    """Return the whole page from the `sections` of `Matrix`, with a link to `picture`."""
     parts = [INTRODUCTION.format(world=describe_world(World(seed=seed)), beta=beta, seed=seed)]
     if picture:
         parts.append(f"![The cosine with the goal of every combination]({picture})")
@@ -80,8 +79,8 @@ def _recipes(rows: Iterable[Row]) -> Iterator[str]:
 
 def _kls(rows: Iterable[Row]) -> Iterator[str]:
     yield (
-        f"## KL\n\nEvery placement, estimator and level, with advantages `{UNBIASED}` and aggregation `{PLAIN}`. A refused one "
-        "is computed all the same; `hf-rlhf check` says why it is refused."
+        f"## KL\n\nEvery placement, estimator and level, with advantages `{UNBIASED}` and aggregation `{PLAIN}`. Rejected ones "
+        "are computed too; `hf-rlhf check` says why they are rejected."
     )
     chosen = [row for row in rows if row.advantages == UNBIASED and row.aggregation == PLAIN and row.objective]
     yield markdown(
@@ -99,7 +98,7 @@ def _kls(rows: Iterable[Row]) -> Iterator[str]:
         [[code(of_kl(row)), *_numbers(row), yes(bool(row.refused))] for row in chosen],
     )
     reasons = dict.fromkeys(reason for row in rows for reason in row.refused if row.advantages == UNBIASED)
-    yield "Why they are refused:\n\n" + "\n".join(f"- {reason}" for reason in reasons)
+    yield "Why they are rejected:\n\n" + "\n".join(f"- {reason}" for reason in reasons)
 
 
 def _numbers(row: Row) -> list[str]:
@@ -118,9 +117,9 @@ def _estimators(rows: Sequence[Row]) -> Iterator[str]:
     alone = [row for row in rows if row.kl == "none"]
     names = list(dict.fromkeys(row.aggregation for row in alone))
     yield (
-        "## Advantages\n\nEvery estimator with its default settings, then with one setting changed, without a KL. In each cell "
-        "the objective, then the cosine; the variance is that with the first aggregation. Settings that change nothing here are "
-        "left out."
+        "## Advantages\n\nEvery estimator with its default settings, then with one setting changed, without a KL. Cells show "
+        "the objective, then the cosine; the variance is that with the first aggregation. Settings without an effect here are "
+        "omitted."
     )
     names.sort(key=lambda name: name != PLAIN)
     found: dict[str, dict[str, Row]] = {}
@@ -135,7 +134,7 @@ def _estimators(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _distinct(rows: Iterable[Row]) -> Iterator[Row]:
-    """Without those that a changed setting leaves as they were."""
+    """Skip rows that a changed setting leaves unchanged."""
     seen: dict[tuple[str, ...], str] = {}
     for row in rows:
         key = (row.advantages, of_kl(row), row.aggregation, row.objective or "", number(row.variance, 6))
@@ -163,7 +162,7 @@ HEADER = ["expected gradient of", "error", "cosine", "bias", "variance", "pi\\* 
 
 def _critics(rows: Iterable[Row]) -> Iterator[str]:
     yield (
-        f"## Critics\n\nEverything above has exact values, of the return after the KL in the reward. With arbitrary values and "
+        f"## Critics\n\nAbove, critics have exact values of the return after the KL in the reward. With arbitrary values and "
         f"aggregation `{PLAIN}`:"
     )
     yield markdown(
@@ -226,7 +225,7 @@ def _whole(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         "## The whole matrix\n\nEvery estimator with its default settings, every KL and every aggregation, in one character "
         "each:\n\n"
-        f"{legend}\n- `( )` around it: refused; empty: not defined"
+        f"{legend}\n- `( )` around it: rejected; empty: not defined"
     )
     columns = list(dict.fromkeys(of_estimator(row) for row in rows))
     for aggregation in dict.fromkeys(row.aggregation for row in rows):
@@ -242,17 +241,17 @@ def _whole(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def character(row: Row) -> str:
-    """One cell of the whole matrix."""
+    """Return one cell of the whole matrix."""
     found = code(row.verdict.value)
     return f"({found})" if row.refused and found else found
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; `|` in a cell is escaped."""
+    """Return a Markdown table; `|` in a cell is escaped."""
     found = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in found)
 
 
 def code(text: str) -> str:
-    """As code, unless there is nothing."""
+    """Format as code, unless empty."""
     return f"`{text}`" if text.strip() else ""

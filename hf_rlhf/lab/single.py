@@ -1,4 +1,4 @@
-"""One combination of plugins, with every aggregation."""
+"""Study of one combination of plugins with every aggregation."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def run(
     values: Values = "exact",
     off_policy: bool = False,
 ) -> list[Row]:
-    """What its advantages, KLs and policy loss climb under each aggregation, its own first.
+    """Study which objective its advantages, KLs and policy loss optimize under each aggregation, its own first.
 
-    algorithm: a recipe's name or path, a recipe, or an algorithm; None: reinforce without a KL, for `overrides` to change.
-    overrides: `advantages.use=leave_one_out` and the like, of a recipe by name.
-    beta: the largest beta is set to it, the others in proportion; None: as they are. At a small beta pi* is all on one
-    completion, and whether it is stationary cannot be seen.
-    values: what the critic knows, where one is needed.
-    off_policy: rollouts come from another policy than the one that is updated.
+    algorithm: a recipe's name or path, a recipe, or an algorithm; None: reinforce without a KL, as changed by `overrides`.
+    overrides: overrides such as `advantages.use=leave_one_out` of a recipe given by name.
+    beta: the largest beta, to which all are scaled; None: unchanged. At a small beta pi* is concentrated on one completion,
+    which hides whether it is stationary.
+    values: the values of the critic, if one is needed.
+    off_policy: sample rollouts from another policy than the updated one.
 
     Rollouts, rewards, reference, critic and optimizer are the world's; filters, loss terms, rollout correction and all but
-    the first optimizer step of a rollout are left out. Raises `UserError`, `RecipeError` for wrong choices.
+    the first optimizer step of a rollout are ignored. Raises `UserError` and `RecipeError` for wrong choices.
     """
     if algorithm is None or isinstance(algorithm, str):
         algorithm = read(algorithm, overrides)
@@ -50,7 +50,7 @@ def run(
 
 
 def left_out(algorithm: Algorithm) -> list[str]:
-    """`filters.0=zero_variance` and the like: what the lab does not take over."""
+    """Return the parts of an algorithm that the lab ignores, such as `filters.0=zero_variance`."""
     return [
         f"{path}={plugin.name}"
         for path, plugin in algorithm.plugins()

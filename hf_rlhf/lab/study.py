@@ -1,4 +1,4 @@
-"""One combination of plugins under the lab's glass: what its expected gradient is, and how noisy."""
+"""Study of a combination of plugins: the objective of its expected gradient, bias and variance."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from hf_rlhf.lab.objectives import MATCH, Match, Objectives, distance, fraction,
 from hf_rlhf.lab.world import Policies, World
 
 WITNESSES = 2
-"""Policies, the studied one first, at which an objective must be recognised with one factor."""
+"""Number of policies, the studied one first, at which an objective must be recognized with one factor."""
 STEP = 1e-5
-"""Of the central differences for the Jacobian of the expected gradient."""
+"""Step of the central differences for the Jacobian of the expected gradient."""
 DIRECTIONS = 2
-"""In which the Jacobian is taken. Drawn at random, two tell a curl from none."""
+"""Number of random directions of the Jacobian; two distinguish a curl from none."""
 CURL = 1e-6
 """Asymmetry of the Jacobian below which there is no curl; central differences leave 1e-10."""
 KEPT = 200
-"""Most combinations whose gradients are kept."""
+"""Maximum number of combinations whose gradients are cached."""
 STATIONARY = 1e-9
 """Size of the expected gradient at pi*, relative to that of E[r] there, below which pi* is stationary."""
 SHARP = 1e-6
-"""Size of the gradient of E[r] at pi*, relative to that of the objective, below which pi* is nearly one completion and
-rounding hides whether it is stationary."""
+"""Size of the gradient of E[r] at pi*, relative to that of the objective, below which pi* is nearly a single completion
+and rounding hides whether it is stationary."""
 NOTHING = 1e-12
 """Size relative to grad E[r] below which a gradient is 0."""
 
 
 class Verdict(Enum):
-    """What an expected gradient is, by one character."""
+    """Kind of an expected gradient, as one character."""
 
     GOAL = "="
     """A multiple of grad E[r] - beta grad KL(pi||ref)."""
     OTHER_BETA = "b"
-    """Of that with another beta."""
+    """A multiple of that with another beta."""
     OTHER = "o"
-    """The gradient of another objective, which is recognised."""
+    """The gradient of another, recognized objective."""
     FIXED = "f"
-    """Recognised, and not the gradient of anything: something in it is held fixed."""
+    """Recognized, but not the gradient of any function: part of it is held fixed."""
     PARALLEL = "c"
     """Parallel to it, by a factor that depends on the policy."""
     UNKNOWN = "?"
-    """The gradient of something that is not recognised."""
+    """The gradient of an unrecognized function."""
     NOTHING = "-"
-    """Not recognised, and not the gradient of anything."""
+    """Not recognized, and not the gradient of any function."""
     UNDEFINED = " "
     """Could not be computed."""
 
 
 @dataclass(kw_only=True)
 class Row:
-    """What the lab found out about one combination. None: not defined, or the combination could not be computed."""
+    """Results for one combination; None for values that are undefined or could not be computed."""
 
     advantages: str
     kl: str
@@ -68,45 +68,45 @@ class Row:
     level: str | None
     aggregation: str
     objective: str | None = None
-    """What the expected gradient is the gradient of, as far as it is recognised; `none`; `0` where there is no gradient."""
+    """Recognized objective of the expected gradient; `none` if it is not recognized, `0` if it is zero."""
     relative_error: float | None = None
     """|expected gradient - gradient of the objective| / |expected gradient|, over two policies; for `none` that of the
     nearest candidate."""
     cosine: float | None = None
-    """Of the expected gradient and grad E[r] - beta grad KL(pi||ref)."""
+    """Cosine of the expected gradient and grad E[r] - beta grad KL(pi||ref)."""
     variance: float | None = None
-    """Trace of the covariance of a rollout's gradient times its rows: what one completion contributes."""
+    """Trace of the covariance of a rollout's gradient times its rows, the contribution of one completion."""
     bias: float | None = None
     """|expected gradient - (grad E[r] - beta grad KL)| / |grad E[r] - beta grad KL|."""
     norm: float | None = None
-    """Of the expected gradient."""
+    """Norm of the expected gradient."""
     nearest: str | None = None
-    """The recognised objective, or the nearest candidate."""
+    """Recognized objective, or the nearest candidate."""
     reward_part: str | None = None
-    """The objective without the KL; `0` where there is none, None where it is not recognised."""
+    """Objective without the KL; `0` if it is zero, None if it is not recognized."""
     reward_factor: float | None = None
-    """Its factor."""
+    """Factor of `reward_part`."""
     kl_part: str | None = None
-    """What the KL takes from it, over beta; `0` and None likewise."""
+    """Objective subtracted by the KL, over beta; `0` and None as for `reward_part`."""
     kl_factor: float | None = None
-    """Its factor; over `reward_factor`, that of the effective beta."""
+    """Factor of `kl_part`; divided by `reward_factor` it is that of the effective beta."""
     stationary: bool | None = None
-    """Whether the expected gradient vanishes at pi* = ref e^{r/beta} / Z."""
+    """True if the expected gradient vanishes at pi* = ref e^{r/beta} / Z."""
     drift: float | None = None
-    """The size of the expected gradient there, relative to that of grad E[r]."""
+    """Norm of the expected gradient at pi*, relative to that of grad E[r]."""
     is_gradient: bool | None = None
-    """Whether it is the gradient of anything: its Jacobian is symmetric."""
+    """True if it is the gradient of some function: its Jacobian is symmetric."""
     asymmetry: float | None = None
     """Largest difference of d_i^T J d_j and d_j^T J d_i for two directions d, J the Jacobian, relative to the largest."""
     refused: list[str] = field(default_factory=list)
-    """Why a trainer would refuse the combination."""
+    """Reasons for which a trainer would reject the combination."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the estimator that differ from their defaults."""
     recipe: str | None = None
-    """Whose choices these are, in the matrix."""
+    """Recipe with these choices, in the matrix."""
     policy_loss: str = "reinforce"
     values: str | None = None
-    """Which critic: exact or arbitrary; None where none is needed."""
+    """Values of the critic: exact or arbitrary; None without a critic."""
     rewards: str = "real"
     prompts: int = 1
     group: int = 3
@@ -117,7 +117,7 @@ class Row:
 
     @property
     def verdict(self) -> Verdict:
-        """What kind of gradient it is."""
+        """Kind of the expected gradient."""
         if self.objective is None:
             return Verdict.UNDEFINED
         if self.objective == "none":
@@ -129,20 +129,20 @@ class Row:
         return Verdict.OTHER if self.is_gradient else Verdict.FIXED
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Convert to plain data."""
         return dataclasses.asdict(self)
 
 
 @dataclass(kw_only=True, eq=False)
 class Lab:
-    """One world with one beta; what several combinations share is computed once."""
+    """Study of combinations in one world with one beta; shared results are computed once."""
 
     world: World
     beta: float | None = None
-    """Of every KL that is studied here; None where none has one."""
+    """Beta of all studied KLs; None if there are none."""
     values: Values = "exact"
     off_policy: bool = False
-    """Whether rollouts come from policies other than the updated ones."""
+    """True if rollouts come from policies other than the updated ones."""
     _advantages: dict[tuple[str, int], Tensor | ValueError] = field(default_factory=dict)
     _policy_parts: dict[str, Gradients] = field(default_factory=dict)
     _kl_parts: dict[str, Gradients] = field(default_factory=dict)
@@ -151,12 +151,12 @@ class Lab:
 
     @cached_property
     def directions(self) -> Tensor:
-        """(DIRECTIONS, S, V) in which the studied policy is moved for the Jacobian."""
+        """Directions (DIRECTIONS, S, V) in which the studied policy is moved for the Jacobian."""
         return torch.stack([self.world.table(100 + i) for i in range(DIRECTIONS)])
 
     @cached_property
     def expectation(self) -> Expectation:
-        """Over the rollouts of all the policies at once."""
+        """Expectations over the rollouts of all policies at once."""
         base = torch.stack([self.world.table(i) for i in range(WITNESSES)])
         moved = [base[0] + sign * STEP * direction for direction in self.directions for sign in (1, -1)]
         tables = torch.cat([base, self.world.optimum(self.beta or 1.0)[None], torch.stack(moved)])
@@ -169,14 +169,14 @@ class Lab:
         )
 
     def _behind(self, tables: Tensor) -> Tensor:
-        """The policies that rolled out: each policy before an update; one for all that lie around the studied one."""
+        """Return the rollout policies: each policy before an update; a single one for those around the studied one."""
         drift = 0.3 * torch.stack([self.world.table(WITNESSES + i) for i in range(WITNESSES + 1)])
         fixed = tables[:1].expand(len(tables) - WITNESSES - 1, -1, -1) + drift[:1]
         return torch.cat([tables[: WITNESSES + 1] + drift, fixed])
 
     @cached_property
     def objectives(self) -> Objectives:
-        """The candidates at the studied policy and the witnesses."""
+        """Candidates at the studied policy and the witnesses."""
         e = self.expectation
         now = Policies(self.world, e.policies.tables[:WITNESSES])
         old = Policies(self.world, e.sampler.tables[:WITNESSES]) if self.off_policy else now
@@ -184,12 +184,12 @@ class Lab:
 
     @cached_property
     def pull_at_optimum(self) -> Tensor:
-        """The size of grad E[r] at pi*."""
+        """Norm of grad E[r] at pi*."""
         there = Policies(self.world, self.expectation.policies.tables[WITNESSES : WITNESSES + 1])
         return Objectives(there, self.expectation.reference, there).mean_reward.norm()
 
     def gradients(self, algorithm: Algorithm) -> Gradients:
-        """Of a combination at every policy. Raises `ValueError` where the estimator does."""
+        """Return the gradients of a combination at every policy. Raises `ValueError` if the estimator does."""
         before = [kl for kl in algorithm.kl if kl.places & {"reward", "advantage"}]
         loss = [kl for kl in algorithm.kl if "loss" in kl.places]
         found = self._policy_part(dataclasses.replace(algorithm, kl=before))
@@ -210,7 +210,7 @@ class Lab:
         return self._kl_parts[key]
 
     def advantages(self, algorithm: Algorithm) -> Tensor:
-        """(K R N, T) before any KL in the advantage. KLs that take the same from the reward share them."""
+        """Return advantages (K R N, T) before any KL in the advantage; shared by KLs with the same effect on the reward."""
         penalties = self.expectation.kl_penalties(algorithm)
         key = (repr(algorithm.advantages), hash(penalties.numpy().tobytes()))
         if key not in self._advantages:
@@ -226,7 +226,7 @@ class Lab:
         return found
 
     def _of_every_policy(self, estimator: AdvantageEstimator, penalties: Tensor) -> Tensor:
-        """An estimator that sees nothing of the policy is asked for the first alone."""
+        """Return advantages for every policy; computed once if the estimator does not depend on the policy."""
         if any(plugin.needs & OF_THE_POLICY for plugin in with_inner(estimator)) or bool(penalties.any()):
             return self.expectation.advantages(estimator, penalties)
         found = self.expectation.of_first.advantages(estimator, penalties[:1])
@@ -235,7 +235,7 @@ class Lab:
     # A combination
 
     def describe(self, algorithm: Algorithm) -> Row:
-        """What is chosen, and why it is refused; nothing is computed."""
+        """Return a row with the choices and the reasons for rejection, without computing anything."""
         kls = [kl for kl in algorithm.kl if kl.places]
         return Row(
             advantages=algorithm.advantages.name,
@@ -257,7 +257,7 @@ class Lab:
         )
 
     def study(self, algorithm: Algorithm) -> Row:
-        """Everything about one combination, refused ones included. `algorithm` has no filters and no loss terms."""
+        """Study a combination, even a rejected one. `algorithm` must have no filters and no loss terms."""
         row = self.describe(algorithm)
         if any("full_distribution" in kl.estimator.needs and kl.level == "sequence" for kl in algorithm.kl):
             return row  # there is no such estimate
@@ -289,13 +289,13 @@ class Lab:
         row.is_gradient = row.asymmetry < CURL
 
     def _forms(self, field: Tensor) -> Tensor:
-        """(D, D) d_i^T J d_j for the Jacobian J of the expected gradient at the studied policy."""
+        """Return d_i^T J d_j (D, D) for the Jacobian J of the expected gradient at the studied policy."""
         ahead, behind = field[WITNESSES + 1 :: 2], field[WITNESSES + 2 :: 2]
         columns = (ahead - behind).flatten(1) / (2 * STEP)
         return self.directions.flatten(1) @ columns.T
 
     def _recognise(self, row: Row, field: Tensor, alone: Tensor, algorithm: Algorithm) -> None:
-        """Names the part of the reward and the part of the KL. `alone`: the expected gradient without any KL."""
+        """Recognize the parts of the reward and of the KL. `alone` is the expected gradient without any KL."""
         small = NOTHING * float(self.objectives.mean_reward.norm())
         reward = self._reward_part(alone) if float(alone.norm()) > small else None
         added = field - alone
@@ -332,7 +332,7 @@ class Lab:
 
 
 def changed_settings(plugin: Plugin) -> dict[str, Any]:
-    """The settings of a plugin that are not its defaults; plugins in it by name."""
+    """Return the settings of a plugin that differ from their defaults, with nested plugins by name."""
     changed = {}
     for setting in dataclasses.fields(plugin):
         value = getattr(plugin, setting.name)
@@ -352,25 +352,25 @@ def _plain(value: Any) -> Any:
 
 
 def _part(match: Match | None) -> tuple[str | None, float | None]:
-    """Name and factor of what was found; nothing is `0`."""
+    """Return name and factor of a match; `0` for None."""
     if match is None:
         return "0", 0.0
     return (match.name, match.factor) if match.found else (None, None)
 
 
 def _joined(names: list[str]) -> str | None:
-    """The names, once where all are equal."""
+    """Join the names, or return a single one if all are equal."""
     return " + ".join(dict.fromkeys(names)) or None
 
 
 def _number(x: float) -> str:
-    """A factor as it stands before a name: nothing for 1."""
+    """Format a factor before a name; empty for 1."""
     near = fraction(x)
     return "" if near == 1 else f"{x:.3g} " if near is None else f"{near} "
 
 
 def _text(reward: Match | None, kl: Match | None) -> str:
-    """`2/3 (E[r] - beta KL(pi||ref))`, and `0` where both are None."""
+    """Format as `2/3 (E[r] - beta KL(pi||ref))`; `0` if both are None."""
     if reward and kl and abs(reward.factor - kl.factor) < 1e-9:
         both = f"{reward.name} - beta {_bracketed(kl.name)}"
         factor = _number(reward.factor)
@@ -385,7 +385,7 @@ def _text(reward: Match | None, kl: Match | None) -> str:
 
 
 def _bracketed(name: str) -> str:
-    """In brackets where it is a difference."""
+    """Add brackets to a difference."""
     depth = 0
     for i, character in enumerate(name):
         depth += (character in "([") - (character in ")]")

@@ -1,4 +1,4 @@
-"""The lab's findings in plain text: the table of one combination, and the cells that the page has too."""
+"""The lab's results in plain text: the table of one combination, and the cells that the page shares."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from hf_rlhf.lab.study import Row
 from hf_rlhf.lab.world import World
 
 EXACT = 1e-9
-"""Errors below it are rounding and shown as 0."""
+"""Error below which numbers are rounding errors, shown as 0."""
 
 
 def number(x: float | None, digits: int = 3) -> str:
-    """Three digits, rounding errors as 0, nothing for None."""
+    """Format with three digits; rounding errors as 0, None as empty."""
     if x is None:
         return ""
     return f"{0.0 if abs(x) < EXACT else x:.{digits}g}"
 
 
 def cosine(x: float | None) -> str:
-    """Three places; 1 only where it is 1 up to rounding."""
+    """Format with three decimals; 1 only if it is 1 up to rounding."""
     if x is None:
         return ""
     if abs(x) > 1 - EXACT:
@@ -28,17 +28,17 @@ def cosine(x: float | None) -> str:
 
 
 def yes(x: bool | None) -> str:
-    """yes, no, or nothing."""
+    """Format as yes, no, or empty."""
     return "" if x is None else "yes" if x else "no"
 
 
 def of_kl(row: Row) -> str:
-    """`in_reward k1 token`."""
+    """Format a row's KL as `in_reward k1 token`."""
     return " ".join(filter(None, [row.kl, row.estimator, row.level])) if row.beta is not None else "none"
 
 
 def of_estimator(row: Row) -> str:
-    """`gae(lam=1.0)`."""
+    """Format a row's estimator as `gae(lam=1.0)`."""
     changed = ", ".join(f"{name}={_short(value)}" for name, value in row.settings.items())
     return f"{row.advantages}({changed})" if changed else row.advantages
 
@@ -61,7 +61,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def describe_world(world: World) -> str:
-    """One sentence on what is enumerated."""
+    """Describe the enumeration in one sentence."""
     rollouts, orders = world.rollouts
     return (
         f"{world.tokens} tokens, at most {world.length} of them, {len(world.sequences)} completions, "
@@ -70,7 +70,7 @@ def describe_world(world: World) -> str:
 
 
 def lines(rows: Sequence[Row], world: World) -> Iterator[str]:
-    """The table of one combination in plain text."""
+    """Yield the table of one combination in plain text."""
     first = rows[0]
     chosen = f"advantages {of_estimator(first)}, KL {of_kl(first)}, policy loss {first.policy_loss}"
     if first.beta is not None:
@@ -84,16 +84,16 @@ def lines(rows: Sequence[Row], world: World) -> Iterator[str]:
     yield from aligned(list(COLUMNS), cells)
     unknown = [row for row in rows if row.objective == "none"]
     if unknown:
-        yield "\nNearest to what is not recognised:"
+        yield "\nNearest candidates of unrecognized gradients:"
         yield from (f"  {row.aggregation}: {row.nearest}" for row in unknown)
     reasons = dict.fromkeys(reason for row in rows for reason in row.refused)
     if reasons:
-        yield "\nA trainer refuses it:"
+        yield "\nA trainer rejects it:"
         yield from (f"  {reason}" for reason in reasons)
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns in plain text."""
+    """Align columns in plain text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for line in (header, *rows):
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,7 +1,7 @@
-"""A rollout small enough to print, and what the plugins of an algorithm make of it.
+"""A rollout small enough to print, and the numbers that an algorithm's plugins compute from it.
 
-Two prompts have four completions each, of one to four tokens, over a vocabulary of two tokens: the one that was sampled
-and the other. The policy has been updated once since the rollout, so that ratios are not 1.
+Two prompts have four completions each, of one to four tokens, over a vocabulary of two tokens: the sampled one and
+another. The policy has been updated once since the rollout, so that ratios are not 1.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from hf_rlhf.training.collector import at_last_token
 from hf_rlhf.training.losses import DISTRIBUTION, POLICY_GETS, measured, policy_terms, value_term
 
 SCORES = [1, 0, 0, 0, 1, 1, 0, 1]
-"""Of the first reward source, four completions of one prompt and four of another."""
+"""Scores of the first reward source for four completions of one prompt and four of another."""
 GREEDY = [0, 1]
 """Scores of the greedy completions of the two prompts."""
 LONG = -0.5
-"""What further reward sources give to completions of four tokens; 0 to the others."""
+"""Score of further reward sources for completions of four tokens; 0 for the others."""
 OLD = [[50, 40], [25, 50, 5, 40], [60], [30, 80, 50], [40, 50, 25], [70], [45, 60], [20, 30, 50, 80]]
-"""Probability in percent of each token under the policy that rolled out."""
+"""Probability in percent of each token under the rollout policy."""
 NEW = [[55, 56], [30, 35, 70, 40], [54], [33, 72, 45], [44, 55, 20], [77], [36, 30], [26, 36, 50, 72]]
-"""Under the policy now."""
+"""Probability in percent of each token under the current policy."""
 REFERENCE = [[40, 40], [50, 25, 20, 50], [75], [30, 60, 50], [50, 40, 25], [50], [60, 60], [25, 20, 60, 80]]
 SAMPLER = [[50, 40], [10, 50, 5, 40], [60], [30, 80, 50], [40, 50, 25], [70], [45, 60], [20, 30, 50, 80]]
-"""As the sampler reported it: one token was rarer than in the trainer."""
+"""Probability in percent reported by the sampler: one token was less likely than in the trainer."""
 VALUES = [[50, 60], [40, 40, 20, 30], [30], [20, 20, 10], [60, 70, 80], [70], [50, 40], [40, 50, 60, 60]]
-"""What a critic says, in percent."""
+"""Values of a critic, in percent."""
 
 
 @dataclass(kw_only=True)
 class WorkedExample:
-    """What became of each row: (8, T) tensors, NaN on dropped rows, 0 off the mask, and the terms of the loss."""
+    """Results for each row: (8, T) tensors, NaN on dropped rows, 0 off the mask, and the terms of the loss."""
 
     mask: Tensor
     score: Tensor
     ratio: Tensor
     rewards: Tensor
-    """Rewards at their tokens after the KL in the reward."""
+    """Rewards at their tokens, after the KL in the reward."""
     advantages: Tensor
     weights: Tensor
     losses: Tensor
-    """The policy loss of each token, before its weight."""
+    """Policy loss of each token, before its weight."""
     gradient: Tensor
-    """Of the whole loss in each token's log-prob, times -1: where it is positive the token becomes likelier."""
+    """Negative gradient of the whole loss in each token's log-prob: if positive, the token becomes more likely."""
     kept: Tensor
-    """(8,) bool"""
+    """Rows kept by the filters, (8,) bool."""
     terms: dict[str, float]
 
 
 def inputs() -> dict[str, Tensor]:
-    """What was measured of the rollout and of the policy now, rows first, in float64."""
+    """Return the data of the rollout and of the current policy, rows first, in float64."""
 
     def logs(percents: list[list[int]]) -> Tensor:
         return _padded([[p / 100 for p in row] for row in percents], 0.5).log()
@@ -83,7 +83,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def work(algorithm: Algorithm) -> WorkedExample:
-    """One optimizer step on the example, by the algorithm's own plugins."""
+    """Compute one optimizer step on the example with the algorithm's plugins."""
     t, a = inputs(), algorithm
     scored, total = _scored(a, t)
     rows = _kept(a, scored, torch.arange(len(t["mask"])), after=False)
@@ -106,7 +106,7 @@ def work(algorithm: Algorithm) -> WorkedExample:
 
 
 def _scored(a: Algorithm, t: dict[str, Tensor]) -> tuple[Scored, Tensor]:
-    """The rollout as estimators see it, and each row's total score."""
+    """Return the rollout as estimators see it, and each row's total score."""
     mask = t["mask"]
     scores = {label: t["further" if i else "score"] for i, label in enumerate(a.labels())}
     weights = {label: source.weight for label, source in zip(a.labels(), a.rewards, strict=True)}
@@ -176,7 +176,7 @@ def _update(
 
 
 def _measured(a: Algorithm, title: str, kl: KLPlacement, known: dict[str, Tensor]) -> Tensor:
-    """A KL at the rollout."""
+    """Return a KL as measured at rollout."""
     mask = known["mask"]
     if "full_distribution" in kl.estimator.needs:
         value = _of_distributions(kl.estimator, known["logps"], known["ref_logps"], mask)
@@ -185,18 +185,18 @@ def _measured(a: Algorithm, title: str, kl: KLPlacement, known: dict[str, Tensor
 
 
 def _of_distributions(estimator: KLEstimator, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) what an estimator over whole distributions gives on each token."""
+    """Return the values (B, T) of an estimator over full distributions."""
     on = mask > 0
     return torch.zeros_like(mask).masked_scatter(on, estimator(_both(logps)[on], _both(ref_logps)[on]))
 
 
 def _both(logps: Tensor) -> Tensor:
-    """(...) log-probs of the sampled token -> (..., 2) of it and of the other."""
+    """Extend the log-probs (...) of the sampled token to those of both tokens, (..., 2)."""
     return torch.stack([logps, torch.log1p(-logps.exp())], -1)
 
 
 def _kept(a: Algorithm, scored: Scored, rows: Tensor, *, after: bool) -> Tensor:
-    """Which of `rows` the filters keep, those that want advantages or the others."""
+    """Return the `rows` kept by the filters that need advantages (`after`), or by the others."""
     for chosen in a.filters:
         if ("advantages" in chosen.needs) == after and len(rows):
             rows = rows[chosen(_rows(scored, rows))]
@@ -204,7 +204,7 @@ def _kept(a: Algorithm, scored: Scored, rows: Tensor, *, after: bool) -> Tensor:
 
 
 def _rows(scored: Scored, rows: Tensor) -> Scored:
-    """Some rows of it."""
+    """Select rows."""
     parts: dict[str, Any] = {name: x[rows] for name, x in vars(scored).items() if isinstance(x, Tensor)}
     parts["scores"] = {label: score[rows] for label, score in (scored.scores or {}).items()}
     return replace(scored, **parts)

@@ -1,8 +1,8 @@
-"""A world small enough to enumerate: prompts, every completion of each, rewards, a reference and policies, in float64.
+"""World small enough to enumerate: prompts, all completions of each, rewards, a reference and policies, in float64.
 
-A policy is a table of logits, one row per state (the tokens so far). Token 0 ends a completion; one that has not ended
-after `length` tokens is cut off. Groups that differ in the order of their rows alone have the same gradient, so each
-multiset of completions is taken once, with its multinomial probability. All numbers follow from the seed.
+A policy is a table of logits, one row per state (the tokens so far). Token 0 ends a completion, which is otherwise truncated
+after `length` tokens. Groups that differ only in the order of their rows have the same gradient, so each multiset of
+completions is enumerated once, with its multinomial probability. The seed determines all numbers.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 from hf_rlhf.runtime.errors import UserError
 
 LARGEST = 200_000
-"""Most rollouts that a world may have."""
+"""Maximum number of rollouts of a world."""
 SOURCES = {"first": 1.0, "second": 0.5}
-"""Label -> weight of the reward sources of a world with real-valued rewards."""
+"""Weights of the reward sources of a world with real-valued rewards, by label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The sizes of a world; everything else is made from them when it is asked for.
+    """Sizes of a world, from which everything else is computed on demand.
 
     n completions of all prompts together, S states, V tokens, T = `length`; a rollout has N = `prompts` x `group` rows.
     """
 
     tokens: int = 3
-    """V, the end of a completion included."""
+    """V, including the token that ends a completion."""
     length: int = 3
-    """T, most tokens of a completion."""
+    """T, the maximum tokens of a completion."""
     prompts: int = 1
-    """Prompts in each rollout, each with a policy of its own."""
+    """Prompts in each rollout, with separate policies."""
     group: int = 3
     """G, completions per prompt."""
     rewards: Literal["real", "binary"] = "real"
@@ -48,14 +48,14 @@ class World:
     def __post_init__(self) -> None:
         for name, least in (("tokens", 2), ("length", 1), ("prompts", 1), ("group", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"a world has {name} >= {least}; got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         completions = 1
         for _ in range(self.length):
             completions = 1 + (self.tokens - 1) * completions
         multisets = math.comb(completions + self.group - 1, self.group)
         if multisets**self.prompts > LARGEST:
             raise UserError(
-                f"{multisets**self.prompts} rollouts are too many to enumerate (most: {LARGEST}): choose a smaller "
+                f"the world must have at most {LARGEST} rollouts to enumerate, got {multisets**self.prompts}. Lower "
                 "--group, --length, --tokens or --prompts"
             )
 
@@ -71,33 +71,33 @@ class World:
 
     @cached_property
     def state(self) -> Tensor:
-        """(n, T) int, the state in which each token is sampled; 0 in the padding."""
+        """State in which each token is sampled, (n, T) int; 0 in the padding."""
         place = {state: i for i, state in enumerate(self.states)}
         return torch.tensor([self._padded([place[p, s[:t]] for t in range(len(s))]) for p, s in self.sequences])
 
     @cached_property
     def token(self) -> Tensor:
-        """(n, T) int, the tokens; 0 in the padding."""
+        """Tokens (n, T) int; 0 in the padding."""
         return torch.tensor([self._padded(s) for _, s in self.sequences])
 
     @cached_property
     def mask(self) -> Tensor:
-        """(n, T) 1 on tokens."""
+        """Mask (n, T), 1 on tokens."""
         return torch.tensor([self._padded([1.0] * len(s)) for _, s in self.sequences], dtype=torch.float64)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(n,) tokens of each completion."""
+        """Number of tokens of each completion, (n,)."""
         return self.mask.sum(1)
 
     @cached_property
     def finished(self) -> Tensor:
-        """(n,) bool, False where the completion was cut off."""
+        """False for truncated completions, (n,) bool."""
         return torch.tensor([s[-1] == 0 for _, s in self.sequences])
 
     @cached_property
     def prompt(self) -> Tensor:
-        """(n,) int, the prompt of each completion."""
+        """Prompt of each completion, (n,) int."""
         return torch.tensor([p for p, _ in self.sequences])
 
     def _padded(self, row: Sequence[float]) -> list[float]:
@@ -106,30 +106,30 @@ class World:
     # What the seed decides
 
     def draw(self, *shape: int, stream: int) -> Tensor:
-        """Normal numbers; each `stream` is another sample."""
+        """Draw normal numbers; each `stream` is a separate sample."""
         generator = torch.Generator().manual_seed(1000 * self.seed + stream)
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def table(self, which: int) -> Tensor:
-        """(S, V) the logits of a policy; 0 is the one that is studied, the others are witnesses."""
+        """Return the logits (S, V) of a policy; 0 is the studied one, the others are witnesses."""
         return self.draw(len(self.states), self.tokens, stream=10 + which)
 
     @cached_property
     def reference(self) -> Tensor:
-        """(S, V) the logits of the reference."""
+        """Logits (S, V) of the reference."""
         return self.draw(len(self.states), self.tokens, stream=1)
 
     @cached_property
     def arbitrary_values(self) -> Tensor:
-        """(S,) a critic that has learnt nothing."""
+        """Values (S,) of an untrained critic."""
         return self.draw(len(self.states), stream=2)
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
-        """label -> (n,) each reward source before its weight."""
+        """Unweighted scores (n,) of each reward source, by label."""
         n = len(self.sequences)
         binary = (self.draw(n, stream=4) > 0).double()
-        for p in range(self.prompts):  # each prompt can be solved and failed
+        for p in range(self.prompts):  # each prompt has correct and wrong completions
             first, *_, last = (self.prompt == p).nonzero().flatten().tolist()
             binary[first], binary[last] = 0.0, 1.0
         if self.rewards == "binary":
@@ -138,20 +138,20 @@ class World:
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        """label -> weight of each reward source."""
+        """Weight of each reward source, by label."""
         return {label: SOURCES[label] for label in self.scores}
 
     @cached_property
     def reward(self) -> Tensor:
-        """(n,) r, the weighted total."""
+        """Weighted total reward r, (n,)."""
         return torch.stack([self.weights[label] * x for label, x in self.scores.items()]).sum(0)
 
     # Rollouts
 
     @cached_property
     def groups(self) -> tuple[Tensor, Tensor]:
-        """(M, G) int, the completions of every group of a prompt, counted within the prompt, and (M,) how many orders
-        each has."""
+        """Completions of every group of a prompt, (M, G) int, numbered within the prompt, and each one's number of orders,
+        (M,)."""
         each = range(len(_completions(self.tokens, self.length)))
         groups = list(itertools.combinations_with_replacement(each, self.group))
         orders = [
@@ -161,7 +161,7 @@ class World:
 
     @cached_property
     def rollouts(self) -> tuple[Tensor, Tensor]:
-        """(R, N) int, the completions of every rollout, and (R,) how many orders each has."""
+        """Completions of every rollout, (R, N) int, and each one's number of orders, (R,)."""
         groups, orders = self.groups
         per_prompt = len(self.sequences) // self.prompts
         chosen = torch.cartesian_prod(*[torch.arange(len(groups))] * self.prompts).view(-1, self.prompts)
@@ -170,11 +170,11 @@ class World:
 
     @cached_property
     def group_ids(self) -> Tensor:
-        """(N,) int, the prompt of each row of a rollout."""
+        """Prompt of each row of a rollout, (N,) int."""
         return torch.arange(self.prompts).repeat_interleave(self.group)
 
     def optimum(self, beta: float) -> Tensor:
-        """(S, V) the logits of pi* = ref e^{r / beta} / Z, which maximises E[r] - beta KL(pi || ref)."""
+        """Return the logits (S, V) of pi* = ref e^{r / beta} / Z, which maximizes E[r] - beta KL(pi || ref)."""
         ref_logps = (self.reference.log_softmax(1)[self.state, self.token] * self.mask).sum(1)
         mass = ref_logps + self.reward / beta
         table = torch.full((len(self.states), self.tokens), float("-inf"), dtype=torch.float64)
@@ -187,7 +187,7 @@ class World:
 
 
 def _completions(tokens: int, length: int, prefix: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
-    """Every completion that begins with `prefix`: up to `length` tokens, 0 only as the last."""
+    """Return all completions that start with `prefix`: up to `length` tokens, 0 only as the last."""
     if len(prefix) == length or prefix[-1:] == (0,):
         return [prefix]
     return [s for token in range(tokens) for s in _completions(tokens, length, (*prefix, token))]
@@ -195,43 +195,43 @@ def _completions(tokens: int, length: int, prefix: tuple[int, ...] = ()) -> list
 
 @dataclass(frozen=True)
 class Policies:
-    """K policies of one world: `tables` (K, S, V) of logits. Differentiable where the tables are."""
+    """K policies of one world, with logits `tables` (K, S, V); differentiable if these are."""
 
     world: World
     tables: Tensor
 
     @cached_property
     def log_probs(self) -> Tensor:
-        """(K, S, V)."""
+        """Log-probs (K, S, V) of each token in each state."""
         return self.tables.log_softmax(2)
 
     @cached_property
     def logps(self) -> Tensor:
-        """(K, n, T) of each completion's tokens, 0 in the padding."""
+        """Log-probs (K, n, T) of each completion's tokens; 0 in the padding."""
         return self.log_probs[:, self.world.state, self.world.token] * self.world.mask
 
     @cached_property
     def probability(self) -> Tensor:
-        """(K, n) of each completion, given its prompt."""
+        """Probability (K, n) of each completion, given its prompt."""
         return self.logps.sum(2).exp()
 
     @cached_property
     def rollout_probability(self) -> Tensor:
-        """(K, R) of each rollout; sums to 1."""
+        """Probability (K, R) of each rollout; sums to 1."""
         rows, orders = self.world.rollouts
         return self.probability[:, rows].prod(2) * orders
 
     def mean(self, x: Tensor) -> Tensor:
-        """(K, n) or (n,) -> (K,) the expectation over completions, averaged over the prompts."""
+        """Return the expectation (K,) of (K, n) or (n,) over completions, averaged over the prompts."""
         return (self.probability * x).sum(1) / self.world.prompts
 
     def of_states(self, x: Tensor) -> Tensor:
-        """(K, S) -> (K, n, T) what belongs to the state of each token, 0 in the padding."""
+        """Look up values (K, S) at the state of each token: (K, n, T), 0 in the padding."""
         return x[:, self.world.state] * self.world.mask
 
     @cached_property
     def greedy(self) -> Tensor:
-        """(K, n) the reward of the most probable completion, token by token, of each completion's prompt."""
+        """Reward (K, n) of the greedy completion of each completion's prompt."""
         best = self.log_probs.detach().argmax(2)[:, self.world.state] == self.world.token
         chosen = (best | (self.world.mask == 0)).all(2)
         of_prompt = [

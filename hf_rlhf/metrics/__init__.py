@@ -39,12 +39,14 @@ __all__ = [
 ]
 
 CORE: tuple[CoreMetric, ...] = (*LEARNING, *RUNNING)
-"""What training logs, whatever the plugins, where its `given` holds."""
+"""Metrics of training, whatever the plugins, if their `given` holds."""
 
 
 def metrics_of(algorithm: Algorithm, logging: Logging | None = None) -> list[Named]:
-    """Every metric that a run of `algorithm` may log, with `logging.metric_aliases` under a library's names too; all but
-    those that are `optional` appear."""
+    """Return every metric that a run of `algorithm` may log, under a library's names too with `logging.metric_aliases`.
+
+    All but the `optional` ones appear in the log.
+    """
     found = [
         Named(name, metric, metric.section)
         for metric in CORE
@@ -69,12 +71,12 @@ def metrics_of(algorithm: Algorithm, logging: Logging | None = None) -> list[Nam
 
 
 def declared_by(plugin: type[Plugin], axis: str) -> dict[str, Metric]:
-    """What a plugin class declares, by whole names with the label left open."""
+    """Return the metrics that a plugin class declares, by full name with the label left open."""
     return {under(AXES[axis].axis.metric_prefix, metric): metric for metric in plugin.metrics}
 
 
 def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:
-    """The names that a metric of the core has in an algorithm: one per reward source, KL, term, filter."""
+    """Yield the names of a core metric in an algorithm: one per reward source, KL, term or filter."""
     if "<label>" in name:
         yield from (name.replace("<label>", label) for label in algorithm.labels())
     elif "<kl>" in name:
@@ -90,7 +92,7 @@ def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:
 
 
 def _has(name: str, kl: object) -> bool:
-    """Whether one KL of several logs what another one does."""
+    """Return whether this KL logs the metric, which another one may."""
     return {
         "kl/<kl>/loss": "loss" in getattr(kl, "places", ()),
         "kl/<kl>/beta": hasattr(kl, "controller"),

@@ -1,4 +1,4 @@
-"""Averages, and peaks, between two log entries."""
+"""Averages and peaks between two log entries."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ HEALTH = dict.fromkeys(
     ),
     0.0,
 )
-"""Always logged, also where nothing was counted."""
+"""Always logged, even if nothing was counted."""
 
 
 class MetricAggregator:
-    """Averages since the last log entry, and peaks.
+    """Averages and peaks since the last log entry.
 
-    `add` takes sums and counts of this process, which are added up over all processes when they are read; `put` takes
-    numbers that are equal on every process; of what `peak` takes the largest over all processes is read. `device` is the
-    one whose memory is measured.
+    `add` takes sums and counts of this process, which `read` sums over all processes; `put` takes numbers that are equal on
+    every process; of the values of `peak`, `read` returns the largest over all processes. `device`: whose memory is measured.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -44,39 +43,39 @@ class MetricAggregator:
         self._values: dict[str, list[float]] = {}
         self._updates: dict[str, tuple[Any, Any]] = {}
         self.items: dict[str, float] = {}
-        """Over how many items each average of the last `read` was taken."""
+        """Number of items behind each average of the last `read`."""
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Adds `total` over `count` items to the average `name`, without waiting for the device."""
+        """Add `total` over `count` items to the average `name`, without waiting for the device."""
         detached = total.detach() if isinstance(total, Tensor) else total
         for sums in (self._sums, self._updates) if name.startswith("policy/") else (self._sums,):
             old_total, old_count = sums.get(name, (0.0, 0.0))
             sums[name] = (old_total + detached, old_count + count)
 
     def put(self, name: str, value: float) -> None:
-        """One number of the whole run; several between two log entries are averaged, those of `health/` added up."""
+        """Record a number of the whole run; several per log entry are averaged, those of `health/` summed."""
         self._values.setdefault(name, []).append(float(value))
 
     def count(self, name: str, number: int) -> None:
-        """A count of this process; those of all processes between two log entries are added up."""
+        """Add to a count, which is summed over processes and since the last log entry."""
         if number:
             self._counts[name] = self._counts.get(name, 0) + number
 
     def peak(self, name: str, value: float) -> None:
-        """One number of this process; several between two log entries are not averaged: the largest counts."""
+        """Record a number of this process; the largest since the last log entry counts."""
         self._peaks[name] = max(value, self._peaks.get(name, value))
 
     def mark(self) -> dict[str, int]:
-        """A place in what was put, for `since`."""
+        """Return a position among the values of `put`, for `since`."""
         return {name: len(values) for name, values in self._values.items()}
 
     def since(self, mark: dict[str, int]) -> dict[str, float]:
-        """The average of what was put under each name after `mark`."""
+        """Return the average of the values put under each name after `mark`."""
         new = {name: values[mark.get(name, 0) :] for name, values in self._values.items()}
         return {name: sum(values) / len(values) for name, values in new.items() if values}
 
     def since_last_rollout(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages under `policy/` over all updates since this was asked last. One collective."""
+        """Return the averages under `policy/` over all updates since the last call. One collective."""
         several = accelerator.num_processes > 1
         names = sorted(set(gather_object(list(self._updates)))) if several else sorted(self._updates)
         flat = sum_over_processes(accelerator, [x for name in names for x in self._updates.get(name, (0.0, 0.0))])
@@ -86,8 +85,8 @@ class MetricAggregator:
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Seconds spent inside, as `time/<name>_s`; MiB held at most, and above what was held at the start, as
-        `memory/<name>/peak` and `memory/<name>/above`."""
+        """Record the seconds inside as `time/<name>_s`, and the peak MiB, and that above the start, as `memory/<name>/peak` and
+        `memory/<name>/above`."""
         with recorder(self.device).phase() as phase:
             start = time.perf_counter()
             yield
@@ -96,9 +95,9 @@ class MetricAggregator:
         self.peak(f"memory/{name}/above", phase.above / MIB)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages, and a fresh start. Names without a finite number are left out.
+        """Return the finite averages and start over.
 
-        Processes may have added to different names: a reward function logs what it likes. Two collectives.
+        Processes may have added to different names, since reward functions log as they like. Two collectives.
         """
         own = (list(self._sums), self._peaks, self._counts)
         given = gather_object([own]) if accelerator.num_processes > 1 else [own]
@@ -119,17 +118,17 @@ class MetricAggregator:
         return {name: x for name, x in sorted({**averages, **means, **counts, **peaks}.items()) if math.isfinite(x)}
 
     def peak_memory(self, accelerator: Accelerator) -> float:
-        """MiB that a process held at most since it started, the largest of all processes. One collective."""
+        """Return the peak MiB of any process since it started. One collective."""
         own = recorder(self.device).largest() / MIB
         return max(gather_object([own])) if accelerator.num_processes > 1 else own
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the first log entry after a resume is complete."""
+        """Return what a checkpoint keeps, so that the first log entry after a resume is complete."""
         sums, updates = ({k: [float(x) for x in v] for k, v in kept.items()} for kept in (self._sums, self._updates))
         return {"sums": sums, "values": self._values, "updates": updates, "peaks": self._peaks, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         self._sums = {name: (x[0], x[1]) for name, x in state["sums"].items()}
         self._values = {name: list(values) for name, values in state["values"].items()}
         self._updates = {name: (x[0], x[1]) for name, x in state["updates"].items()}

@@ -1,7 +1,7 @@
-"""Other libraries' names for the same numbers, so that their dashboards work: `logging.metric_aliases`.
+"""Names of other libraries for the same numbers, so that their dashboards work: `logging.metric_aliases`.
 
-TRL's (1.16) have no counterpart here where they are not listed: lengths of completions that ended, extremes of the share that
-is clipped, `num_tokens`, and names that belong to one loss.
+TRL's (1.16) names that are not listed have no counterpart here: lengths of completions that ended, extremes of the clipped
+share, `num_tokens`, and names that belong to one loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_rlhf.config.sections import Logging
 
 SECTION = "Aliases"
-"""Of `Named`: no dashboard shows them, as the number stands under its own name."""
+"""Section of `Named`: no dashboard shows it, because the number has a panel under its own name."""
 ENTROPY = "policy/entropy"
 RENAMED: tuple[tuple[str, str], ...] = (
     ("reward/total/mean", "reward"),
@@ -40,7 +40,7 @@ RENAMED: tuple[tuple[str, str], ...] = (
     ("rollout/logp_gap/max", "sampling/sampling_logp_difference/max"),
     ("rollout/is_ratio/mean", "sampling/importance_sampling_ratio/mean"),
 )
-"""Our name, TRL's name of the same number; both may stand behind `eval_`."""
+"""(our name, TRL's name of the same number); both may follow `eval_`."""
 MADE: dict[str, tuple[tuple[str, ...], str, str]] = {
     "clip_ratio/region_mean": (
         ("policy/clip_frac/low", "policy/clip_frac/high"),
@@ -58,15 +58,17 @@ MADE: dict[str, tuple[tuple[str, ...], str, str]] = {
         "of an optimizer step with its share of the rollout, the forwards and what the rewards add to them",
     ),
 }
-"""TRL's name -> what it is made of, its unit, and how."""
+"""TRL's name -> (its parts, its unit, its formula)."""
 PHASES = ("time/rollout_s", "time/forward_s", "time/reward_wait_s", "time/update_s")
 
 
 def aliased(
     logs: Mapping[str, float], counts: Mapping[str, float], algorithm: Algorithm, logging: Logging
 ) -> dict[str, float]:
-    """TRL's names of what stands in a log entry; those that are made of several numbers in entries of training alone.
-    `counts`: over how many rows, tokens or phases each average was taken."""
+    """Return a log entry's numbers under TRL's names; those made of several numbers in training entries only.
+
+    `counts`: number of rows, tokens or phases behind each average.
+    """
     if logging.metric_aliases == "none":
         return {}
     left_out = set() if entropy_is_exact(algorithm, logging) else {ENTROPY}
@@ -85,12 +87,12 @@ def aliased(
 
 
 def entropy_is_exact(algorithm: Algorithm, logging: Logging) -> bool:
-    """Whether `policy/entropy` is the entropy of the distributions, as TRL's is, not an estimate from the sampled tokens."""
+    """Return whether `policy/entropy` is exact, as TRL's is, not estimated from the sampled tokens."""
     return "entropy" in algorithm.needs or logging.entropy == "exact"
 
 
 def per_token(logs: Mapping[str, float], counts: Mapping[str, float], algorithm: Algorithm) -> float | None:
-    """The first placement's KL per token, from its mean over rows."""
+    """Return the first placement's KL per token, from its mean over rows."""
     title = kl_of(algorithm)
     if title is None or title not in logs:
         return None
@@ -103,14 +105,14 @@ def per_token(logs: Mapping[str, float], counts: Mapping[str, float], algorithm:
 
 
 def kl_of(algorithm: Algorithm) -> str | None:
-    """The name under which the first placement is logged."""
+    """Return the name of the first placement's KL."""
     for title, kl in algorithm.titled("kl"):
         return f"kl/{title}/{kl.estimator.name}"
     return None
 
 
 def renamed(name: str) -> Iterator[str]:
-    """TRL's name of one of ours, if it has one."""
+    """Yield TRL's name of one of ours, if any."""
     prefix = EVAL if name.startswith(EVAL) else ""
     bare = name.removeprefix(prefix)
     for ours, theirs in RENAMED:
@@ -121,7 +123,7 @@ def renamed(name: str) -> Iterator[str]:
 
 
 def named(declared: list[Named], algorithm: Algorithm, logging: Logging) -> Iterator[Named]:
-    """What is declared under TRL's names of declared metrics."""
+    """Yield the declared metrics under TRL's names."""
     if logging.metric_aliases == "none":
         return
     exact = entropy_is_exact(algorithm, logging)

@@ -1,4 +1,4 @@
-"""What a metric of the core is, and when it is there."""
+"""Core metrics: their class, sections and conditions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Given:
-    """When a metric of the core is there."""
+    """Condition under which a core metric is logged."""
 
     words: str
     holds: Callable[[Algorithm], bool]
@@ -75,7 +75,7 @@ GIVEN: dict[str, Given] = {
 
 @dataclass(frozen=True)
 class CoreMetric(Metric):
-    """A metric of the core, by its whole name."""
+    """A core metric, by its full name."""
 
     section: str = ""
     given: str = ""
@@ -88,9 +88,9 @@ SECTIONS = (REWARDS, KL, POLICY, CRITIC, ROLLOUTS, THROUGHPUT, HEALTH, TRAINER)
 """In the order of pages and dashboards."""
 
 EVAL = "eval_"
-"""What stands before the names of an evaluation."""
+"""Prefix of the names of an evaluation."""
 
 
 def core(section: str, name: str, unit: str, meaning: str, given: str = "", **more: object) -> CoreMetric:
-    """A metric of a section, there if GIVEN[given] holds."""
+    """Return a metric of a section, logged if GIVEN[given] holds."""
     return CoreMetric(name, unit, meaning, section=section, given=given, **more)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ OFFLINE: tuple[CoreMetric, ...] = (
     ),
     *(metric for metric in RUNNING if metric.section == TRAINER and metric.name not in _SHARED),
 )
-"""What every trainer logs while it trains."""
+"""Training metrics of every trainer."""
 OFFLINE_EVALUATION: tuple[CoreMetric, ...] = (
     core(TRAINER, "loss", "loss", "the same of the held-out rows", when="evaluation", summary="min"),
     core(THROUGHPUT, "runtime", "seconds", "of the evaluation", when="evaluation"),
@@ -59,11 +59,11 @@ OFFLINE_EVALUATION: tuple[CoreMetric, ...] = (
         optional=True,
     ),
 )
-"""What every trainer logs of the held-out rows, without `eval_`."""
+"""Metrics of every trainer on held-out rows, without `eval_`."""
 
 
 def metrics_of_trainer(trainer: OfflineTrainer) -> list[Named]:
-    """Every metric that a run of `trainer` may log; all but those that are `optional` appear."""
+    """Return every metric that a run of `trainer` may log; all but the `optional` ones appear in the log."""
     found = [Named(metric.name, metric, metric.section) for metric in OFFLINE]
     found += [Named(f"{EVAL}{metric.name}", metric, metric.section) for metric in OFFLINE_EVALUATION]
     found += [

@@ -177,7 +177,7 @@ RUNNING: tuple[CoreMetric, ...] = (
         "loss",
         "loss",
         "`policy/loss` + `kl/<kl>/loss` + `plugin/<term>/loss` + `value/loss`. It need not fall: the policy gradient's loss "
-        "is no measure of success",
+        "does not measure success",
         when="step",
     ),
     core(TRAINER, "grad_norm", "norm", "the same as `policy/grad_norm`", when="step"),

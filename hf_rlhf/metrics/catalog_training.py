@@ -12,7 +12,7 @@ LEARNING: tuple[CoreMetric, ...] = (
         "weighted sum of the sources, mean over the rows that any source scored, before filters",
         summary="max",
         unhealthy="Flat from the start: no group has signal (see `reward/zero_std_frac`) or the learning rate is too low. "
-        "Rising while the held-out accuracy falls: the reward is being gamed; raise `kl.0.beta` or mend the reward.",
+        "Rising while the held-out accuracy falls: the reward is being gamed; raise `kl.0.beta` or fix the reward.",
     ),
     core(REWARDS, "reward/total/std", "reward", "its standard deviation over those rows"),
     core(

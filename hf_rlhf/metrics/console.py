@@ -1,4 +1,4 @@
-"""What a person at the terminal sees of a run: the plan, the progress, the result."""
+"""Terminal output of a run: plan, progress, result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = {
 }
 """Column of the progress display -> metric."""
 ENDLESS = 100_000
-"""Characters of a line that goes to no terminal."""
+"""Width of lines that do not go to a terminal."""
 OFFLINE_SHOWN = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -40,18 +40,18 @@ OFFLINE_SHOWN = {
     "gradient": "grad_norm",
     "learning rate": "learning_rate",
 }
-"""The same of runs without rollouts."""
+"""The same for runs without rollouts."""
 
 
 def console() -> Console:
-    """A terminal of its own width; elsewhere wide enough that no line is cut or broken. Characters it lacks are escaped."""
+    """Return a console as wide as the terminal, or wide enough that no line breaks; unencodable characters are escaped."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return Console(width=None if sys.stdout.isatty() else ENDLESS, highlight=False)
 
 
 def show_plan(plan: Plan, out: Console) -> None:
-    """Plugins with provenance, models, forwards, what is skipped, remarks, memory, and the arithmetic of batches."""
+    """Print plugins with provenance, models, forwards, skipped work, remarks, memory, and the arithmetic of batches."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("axis", "plugin", "package", "version"):
         table.add_column(name)
@@ -63,7 +63,7 @@ def show_plan(plan: Plan, out: Console) -> None:
         ("forward passes per rollout", plan.forwards),
         ("skipped", plan.skipped),
         ("remarks", plan.remarks),
-        ("memory of a process at most, estimated, MiB", memory_rows(plan)),
+        ("peak memory of a process, forecast, MiB", memory_rows(plan)),
     ):
         if rows:
             out.print(Text(f"\n{title}", style="bold"))
@@ -95,7 +95,7 @@ class LiveProgress(TrainerCallback):
         self.bar = Progress(*columns, console=out)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the display."""
+        """Start the display."""
         if not state.is_world_process_zero:
             return
         self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step)
@@ -104,12 +104,12 @@ class LiveProgress(TrainerCallback):
             self.live.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         if state.is_world_process_zero:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Takes in the newest numbers."""
+        """Show the newest numbers."""
         if not state.is_world_process_zero or not logs or state.max_steps == 0:  # 0: evaluated before training
             return
         self.numbers |= {name: logs[key] for name, key in self.shown.items() if key in logs}
@@ -123,11 +123,11 @@ class LiveProgress(TrainerCallback):
             self.out.print(f"step {state.global_step}/{state.max_steps}  {numbers}", soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops the display."""
+        """Stop the display."""
         self.stop()
 
     def stop(self) -> None:
-        """Gives the terminal back, also after an error."""
+        """Release the terminal, also after an error."""
         if self.live:
             self.live.stop()
             self.live = None
@@ -206,7 +206,7 @@ def _next_offline(folder: str, reward: str) -> list[str]:
     lines = ["  the model (weights, tokenizer), recipe.yaml, summary.json, metrics.jsonl"]
     if reward:
         lines += ["next:", f"  hf-rlhf train RECIPE 'rewards=[{{use: {reward}, model: {folder}}}]'"]
-        lines += ["                                       trains a policy with it as the reward"]
+        lines += ["                                       trains a policy with this reward"]
     return lines
 
 
@@ -222,14 +222,14 @@ def _indented(what: RenderableType) -> Padding:
 
 
 def number(x: float) -> str:
-    """Three digits, without an exponent where it can be avoided: 0.0312, 12.5, 1,840; 2e-07."""
+    """Format with three digits, without an exponent if possible: 0.0312, 12.5, 1,840; 2e-07."""
     if x != 0 and abs(x) < 1e-3:
         return f"{x:.0e}"
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def _short(value: Any, width: int = 60) -> str:
-    """One line of it, without what would steer the terminal."""
+    """Return one line of text, without control characters."""
     text = value if isinstance(value, str) else " ".join(str(message.get("content")) for message in value)
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= width else text[: width - 3] + "..."

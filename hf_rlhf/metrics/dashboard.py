@@ -1,6 +1,6 @@
-"""Which panels a recipe's dashboard has, from what its plugins declare: sections, titles, units, ranges, reference lines.
+"""Panels of a recipe's dashboard, from the metrics its plugins declare: sections, titles, units, ranges, reference lines.
 
-Nothing here knows how Weights & Biases writes it down: that is `hf_rlhf.metrics.wandb_workspace`.
+`hf_rlhf.metrics.wandb_workspace` writes them in the format of Weights & Biases.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ HEADLINES = (
     "eval_tokens/log_loss",
     "learning_rate",
 )
-"""What the overview shows, where it is there."""
+"""Metrics of the overview, as far as they are logged."""
 MOST_HEADLINES = 9
 HIDDEN = re.compile(
     r"epoch|(eval_)?(num_tokens|model_preparation_time|samples_per_second|steps_per_second)|eval_.*/count"
 )
-"""Without a panel: counts of rows and Trainer's clocks. They are logged all the same."""
+"""Logged without a panel: counts of rows and Trainer's clocks."""
 PHASES = re.compile(r"time/(rollout|forward|reward_wait|update)_s")
 TOGETHER: tuple[tuple[re.Pattern[str], str], ...] = (
     (PHASES, "time by phase"),
@@ -76,9 +76,9 @@ TOGETHER: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(eval_.*)/all_(?:good|bad)"), r"\1, rules of thumb"),
     (re.compile(r"(eval_(?:.*/)?(?:pass|maj))@.*"), r"\1@k"),
 )
-"""Metrics whose names match, and whose unit and healthy range are one, share a panel of this title."""
+"""Metrics whose names match, with the same unit and healthy range, share a panel of this title."""
 FROM_ZERO = {"count", "seconds", "tokens", "rows", "MiB", "tokens/s", "norm", "prompts", "steps/s"}
-"""Units whose axis begins at 0."""
+"""Units whose axis starts at 0."""
 CALM = ("evaluation", "end")
 
 
@@ -88,17 +88,17 @@ class Panel:
 
     title: str
     metrics: tuple[str, ...]
-    """As Weights & Biases has them: `train/kl/ref`."""
+    """Names in Weights & Biases: `train/kl/ref`."""
     unit: str
     healthy: Bounds = NONE
-    """Where reference lines are drawn."""
+    """Bounds drawn as reference lines."""
     axis: Bounds = NONE
     smoothed: bool = False
     stacked: bool = False
 
     @property
     def lines(self) -> tuple[float, ...]:
-        """The reference lines: the healthy bounds that are not the end of the axis."""
+        """Reference lines: the healthy bounds that are not an end of the axis."""
         return tuple(x for x in self.healthy if x is not None and x not in self.axis)
 
 
@@ -121,12 +121,12 @@ class Dashboard:
 
     @property
     def metrics(self) -> set[str]:
-        """Every metric that a panel shows."""
+        """Metrics that a panel shows."""
         return {name for section in self.sections for panel in section.panels for name in panel.metrics}
 
 
 def dashboard_of(recipe: Recipe) -> Dashboard:
-    """The dashboard of a recipe."""
+    """Return the dashboard of a recipe."""
     return Dashboard(name=f"hf_rlhf {recipe.name}", sections=tuple(sections_of(recipe)))
 
 
@@ -141,7 +141,7 @@ def dashboard_of_stages(staged: Pipeline) -> Dashboard:
 
 
 def sections_of(recipe: Recipe) -> Iterator[Section]:
-    """The sections that have something to show, in the order of ORDER."""
+    """Yield the non-empty sections, in the order of ORDER."""
     offline = isinstance(recipe, OfflineRecipe)
     twice = () if offline else ("grad_norm",)  # it is policy/grad_norm
     shown = [named for named in declared(recipe) if not HIDDEN.fullmatch(named.name) and named.name not in twice]
@@ -158,8 +158,8 @@ def sections_of(recipe: Recipe) -> Iterator[Section]:
 
 
 def declared(recipe: Recipe) -> list[Named]:
-    """What a run of the recipe logs at steps, with the names that its evaluation settings decide; names that only a run
-    knows are left out."""
+    """Return what a run of the recipe logs at steps, named by its evaluation settings; names known only during the run are left
+    out."""
     if isinstance(recipe, OfflineRecipe):
         found = metrics_of_trainer(recipe.trainer())
     else:
@@ -173,18 +173,20 @@ def declared(recipe: Recipe) -> list[Named]:
 
 
 def is_evaluated(dataset: Dataset) -> bool:
-    """Whether there are held-out rows."""
+    """Return whether there are held-out rows."""
     return dataset.held_out > 0 or dataset.eval_path is not None or dataset.eval_split is not None
 
 
 def _rare(named: Named) -> bool:
-    """What only some models log."""
+    """Return whether only some models log the metric."""
     return named.metric.optional and named.name.endswith("aux_loss")
 
 
 def _by_evaluation(named: Named, recipe: Recipe, labels: list[str]) -> Iterator[Named]:
-    """The names under which an evaluation with these settings logs a metric: none, one, or one for each k. `labels`: those of
-    all verifiers but the first, whose metrics have none."""
+    """Yield the names of a metric under a recipe's evaluation settings: none, one, or one per k.
+
+    `labels`: those of all verifiers but the first, whose metrics carry no label.
+    """
     bare = named.name.removeprefix(EVAL)
     if bare == named.name:
         yield named
@@ -202,13 +204,13 @@ def _by_evaluation(named: Named, recipe: Recipe, labels: list[str]) -> Iterator[
 
 
 def headlines(shown: Iterable[Named]) -> list[Named]:
-    """What the overview shows."""
+    """Return the metrics of the overview."""
     by_name = {named.name: named for named in shown}
     return [by_name[name] for name in HEADLINES if name in by_name][:MOST_HEADLINES]
 
 
 def section_of(named: Named, offline: bool) -> str:
-    """The section of a metric."""
+    """Return the section of a metric."""
     if named.name.startswith(EVAL):
         return EVALUATION
     if named.plugin:
@@ -220,7 +222,7 @@ def section_of(named: Named, offline: bool) -> str:
 
 
 def panels_of(shown: Iterable[Named], *, stacked: bool, alone: bool = False) -> Iterator[Panel]:
-    """Panels of metrics, those that belong together in one; with `alone`, one for each."""
+    """Yield panels of metrics, related ones in one; with `alone`, one for each."""
     groups: dict[tuple[str, str, object], list[Named]] = {}
     for named in shown:
         title = named.name if alone else _title(named.name)
@@ -257,7 +259,7 @@ def _panel(name: str, unit: str, members: list[Named], stacked: bool) -> Panel:
 
 
 def _axis(unit: str) -> Bounds:
-    """The ends of the axis: 0 and 1 of shares of something, 0 of what cannot be negative."""
+    """Return the ends of the axis: 0 and 1 for shares, 0 for what cannot be negative."""
     if unit.startswith("share of ") or unit == "probability":
         return (0.0, 1.0)
     return (0.0, None) if unit in FROM_ZERO else NONE

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides the trackers: metrics.jsonl and completions/*.parquet."""
+"""Write metrics.jsonl and completions/*.parquet."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from transformers import TrainerCallback
 class RunLog(TrainerCallback):
     """One line of metrics.jsonl per log entry, and a sample of completions in completions/step_*.parquet.
 
-    A run that resumes drops what was written after its checkpoint, so that no step appears twice; a new run in the same
-    folder starts both anew.
+    A resumed run drops what was written after its checkpoint, so that no step appears twice; a new run in the same folder
+    overwrites both.
 
-    A line is in its file when `on_log` returns. A table is written in a thread beside the next rollout, one at a time: it
-    is there when that rollout's completions come, and after a checkpoint, an evaluation, the end of training and the end of
-    the process. A process that is killed loses the newest table at most, and never part of one. What fails in the
-    thread is raised by the next event.
+    A line is in its file when `on_log` returns. A table is written in a thread during the next rollout, one at a time, and
+    is complete before that rollout's completions, a checkpoint, an evaluation, the end of training and of the process. A
+    killed process loses at most the newest table, never part of one. The next event raises what failed in the thread.
     """
 
     def __init__(self, output_dir: str | Path, record: dict[str, Any]):
@@ -37,7 +36,7 @@ class RunLog(TrainerCallback):
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """Rows for the table of the coming log entry."""
+        """Rows for the table of the next log entry."""
         return self._completions
 
     @completions.setter
@@ -46,23 +45,23 @@ class RunLog(TrainerCallback):
         self._completions = rows
 
     def _wait(self) -> None:
-        """For the table that is being written, whose error is left to the next event."""
+        """Wait for the table being written; the next event raises its error."""
         if self._table is not None:
             wait([self._table])
 
     def flush(self) -> None:
-        """Waits for the table that is being written. Raises what its writing raised, once."""
+        """Wait for the table being written. Raises its error, once."""
         table, self._table = self._table, None
         if table is not None:
             table.result()
 
     @property
     def metrics(self) -> Path:
-        """The file of numbers."""
+        """Path of metrics.jsonl."""
         return self.output_dir / "metrics.jsonl"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops what an earlier run, or the run after the checkpoint, left in the files."""
+        """Drop what an earlier run, or the run after the checkpoint, left in the files."""
         self._wait()
         if not state.is_world_process_zero:
             return
@@ -81,7 +80,7 @@ class RunLog(TrainerCallback):
         self._start = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """One line with the step and every finite number; one parquet file where there are new completions."""
+        """Write a line with the step and every finite number, and a parquet file if there are new completions."""
         rows, self._completions = self._completions, []
         if not state.is_world_process_zero:
             return
@@ -95,15 +94,15 @@ class RunLog(TrainerCallback):
                 self._table = self._writer.submit(self._parquet, rows, state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint has every table up to it beside it."""
+        """Finish the tables before a checkpoint."""
         self.flush()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What was evaluated has its tables."""
+        """Finish the tables of an evaluation."""
         self.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing is written after the end."""
+        """Finish the tables."""
         self.flush()
 
     def _append(self, line: str, before: bool) -> None:
@@ -137,9 +136,9 @@ class RunLog(TrainerCallback):
 def completion_rows(
     step: int, texts: dict[str, list[Any]], numbers: dict[str, Tensor], advantages: Tensor, mask: Tensor, limit: int
 ) -> list[dict[str, Any]]:
-    """The first `limit` rows of this process for the table of completions: every reward, the mean advantage, the length.
+    """Return the first `limit` rows of this process for the table of completions: rewards, mean advantage, length.
 
-    `step` is the number of optimizer steps that the policy had when it wrote them.
+    `step`: optimizer steps of the policy that wrote them.
     """
     mask = mask[:limit]
     lengths = mask.sum(1)
@@ -157,13 +156,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """Text that every encoder takes: messages as JSON, lone surrogates replaced."""
+    """Return text that every encoder accepts: messages as JSON, lone surrogates replaced."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; infinite where the process died while writing it."""
+    """Return the step of a line; infinite if the process died while writing it."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

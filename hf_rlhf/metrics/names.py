@@ -1,4 +1,4 @@
-"""The whole names of metrics: as they are logged, and as Trainer's callback rewrites them for Weights & Biases."""
+"""Full names of metrics: as logged, and as Trainer's callback rewrites them for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hf_rlhf.metrics.catalog import EVAL
 
 @dataclass(frozen=True)
 class Named:
-    """A metric of one algorithm, by the whole name under which it is logged."""
+    """A metric of one algorithm, by the full name under which it is logged."""
 
     name: str
-    """Parts in angle brackets are left where only the run knows them: `eval_pass@<k>`, a reward function's own names."""
+    """Parts known only during the run stay in angle brackets: `eval_pass@<k>`, a reward function's own names."""
     metric: Metric
     section: str
     """A section of SECTIONS for a metric of the core, otherwise the plugin's axis."""
@@ -23,14 +23,14 @@ class Named:
 
 
 def under(area: str, metric: Metric) -> str:
-    """The whole name of a plugin's metric below the place of its axis; a trainer's stand below none, and those of an
-    evaluation behind `eval_`."""
+    """Return the full name of a plugin's metric: below its axis's prefix (trainers have none), after `eval_` if it belongs to
+    an evaluation."""
     name = f"{area}/{metric.name}" if area else metric.name
     return f"{EVAL}{name}" if metric.when == "evaluation" else name
 
 
 def is_logged(metric: Metric, plugin: object) -> bool:
-    """Whether the plugin's settings have it log this metric."""
+    """Return whether the plugin's settings enable this metric."""
     if metric.setting is None:
         return True
     name, given, value = metric.setting.partition("=")
@@ -39,31 +39,31 @@ def is_logged(metric: Metric, plugin: object) -> bool:
 
 
 def pattern(name: str) -> re.Pattern[str]:
-    """What a declared name stands for; a part in angle brackets is any text without `/`."""
+    """Return the pattern of a declared name; a part in angle brackets is any text without `/`."""
     parts = re.split(r"(<\w+>)", name)
     return re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in parts))
 
 
 STEP = "train/global_step"
-"""What Trainer's callback logs with every entry: the optimizer step, the x-axis of every metric."""
+"""The optimizer step, which Trainer's callback logs with every entry: the x-axis of every metric."""
 TABLE = "samples/completions"
 """The table of completions."""
 ONCE = frozenset({"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"})
-"""Written into the run's summary alone, under these names."""
+"""Written only to the run's summary, under these names."""
 
 
 def tracked(name: str) -> str:
-    """`reward/total/mean` -> `train/reward/total/mean`, `eval_accuracy` -> `eval/accuracy`."""
+    """Map `reward/total/mean` to `train/reward/total/mean`, and `eval_accuracy` to `eval/accuracy`."""
     if name in ONCE:
         return name
     return f"eval/{name.removeprefix(EVAL)}" if name.startswith(EVAL) else f"train/{name}"
 
 
 def is_open(name: str) -> bool:
-    """Whether a part of a name is known to the run alone: `eval_pass@<k>`."""
+    """Return whether a part of a name is known only during the run: `eval_pass@<k>`."""
     return "<" in name
 
 
 def globbed(name: str) -> str:
-    """An open name as `define_metric` takes it: a star at its end, from the open part on."""
+    """Return an open name in the form of `define_metric`: a star in place of the open part and the rest."""
     return f"{name.partition('<')[0]}*" if is_open(name) else name

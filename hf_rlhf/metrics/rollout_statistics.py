@@ -1,4 +1,4 @@
-"""What is logged of a rollout: rewards, lengths, advantages, drift from the reference."""
+"""Statistics of a rollout: rewards, lengths, advantages, drift from the reference."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from hf_rlhf.batch import Credit, Scored
 
 Put = Callable[[str, float], None]
-"""(name, a number that is equal on every process)."""
+"""(name, number that is equal on every process)."""
 MISSING, SCORED = "missing:", "scored"
-"""Names that are read with the metrics and have others, or none, in the log."""
+"""Names read with the metrics but logged under others, or not at all."""
 Numbers = dict[str, Tensor]
-"""name -> a number on the device, NaN where there is none to log."""
+"""Name -> number on the device, NaN if there is none to log."""
 
 
 def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) -> dict[str, float]:
-    """Rewards and lengths of all N rows, before anything is filtered. Gives them, and under SCORED how many rows count."""
+    """Log rewards and lengths of all N rows before filters, and return them; under SCORED the number of scored rows."""
     valid, lengths = table["valid"].bool(), table["mask"].sum(1)
     found: Numbers = {}
     for label in labels:
@@ -43,7 +43,7 @@ def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) ->
 
 
 def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:
-    """The share of valid rows, among those whose group has several, whose group has one total alone."""
+    """Return the share of rows whose group has equal totals, among valid rows of groups with several."""
     alone = table["group_ids"].where(valid, -1)  # rows that nobody scored are a group of their own
     scored = Scored(mask=table["mask"], token_rewards=table["mask"], group_ids=alone)
     compared = valid & (scored.group_size() > 1)
@@ -51,7 +51,7 @@ def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:
 
 
 def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
-    """Advantages, the estimator's own metrics and, with a critic, how well it predicts its targets."""
+    """Log advantages, the estimator's own metrics and, with a critic, how well it predicts its targets."""
     advantages, on = credit.advantages, scored.mask > 0
     far = torch.finfo(advantages.dtype).max
     found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0]))
@@ -68,7 +68,7 @@ def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
 
 
 def report_drift(put: Put, table: dict[str, Tensor]) -> None:
-    """Mean k1 from the reference over the rollout, and how far the sampler is from the trainer; where both are known."""
+    """Log the mean k1 to the reference over the rollout and the gap between sampler and trainer, if both are known."""
     mask = table["mask"]
     put("rollout/rows", len(mask))
     if not len(mask):
@@ -87,7 +87,7 @@ def report_drift(put: Put, table: dict[str, Tensor]) -> None:
 
 
 def _read(found: Numbers) -> dict[str, float]:
-    """The numbers that there are, waiting for the device once."""
+    """Return the numbers that are not NaN, waiting for the device once."""
     if not found:
         return {}
     values = torch.stack([x.double() if x.device.type != "mps" else x.float() for x in found.values()]).tolist()
@@ -95,7 +95,7 @@ def _read(found: Numbers) -> dict[str, float]:
 
 
 def _mean_std(name: str, x: Tensor, on: Tensor) -> Numbers:
-    """Mean and unbiased standard deviation of `x` where `on` is True; 0 of a single number, NaN of none."""
+    """Return mean and unbiased standard deviation of `x` where `on` is True; std 0 for one number, NaN for none."""
     return {f"{name}/mean": _mean(x, on), f"{name}/std": _variance(x, on).sqrt()}
 
 
@@ -104,7 +104,7 @@ def _mean(x: Tensor, on: Tensor) -> Tensor:
 
 
 def _finite_mean(x: Tensor | float, on: Tensor) -> Tensor:
-    """Of a number, of (N,), or of (N, T) on the mask; NaN where nothing is finite."""
+    """Return the mean of the finite entries of a number, (N,), or (N, T) on the mask; NaN if there are none."""
     values = torch.as_tensor(x, device=on.device)
     finite = values.isfinite() & on if values.shape == on.shape else values.isfinite()
     return _mean(values.to(torch.get_default_dtype()) if not values.is_floating_point() else values, finite)

@@ -1,4 +1,4 @@
-"""The trackers of Trainer's `report_to`: what Weights & Biases gets besides the numbers, and why none can stop a run."""
+"""Trackers of Trainer's `report_to`: what Weights & Biases gets besides metrics, and guards so that none stops a run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ logger = logging.getLogger(__name__)
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 LONGEST_TAG = 64
-"""Characters that W&B takes."""
+"""Most characters of a tag in W&B."""
 ROWS_IN_TABLE = 10_000
-"""Completions after which the table in W&B starts anew, as it is held in memory."""
+"""Completions after which a new table starts in W&B, as it is held in memory."""
 TABLE_EVERY_S, TABLE_PATIENCE, TABLE_SHARE = 60.0, 200, 0.02
-"""Seconds between two parts of the table in W&B, each of which is files that are hashed and written out, and of which the
-newest 100 are shown; how many times as long as the last part took is waited at least, and which share of the run so far."""
+"""Minimum wait between two parts of the table in W&B: seconds, multiples of the last part's duration, share of the run so
+far. Each part is hashed and written as files, and the newest 100 are shown."""
 INIT_TIMEOUT_S = 8.0
-"""How long the server of W&B may take to answer at the start (WANDB_INIT_TIMEOUT sets another)."""
+"""Seconds that W&B's server may take to answer at the start; WANDB_INIT_TIMEOUT overrides it."""
 
 
 def install(
     handler: Any, report_to: list[str], run_log: Any, record: dict[str, Any], declared: Sequence[Named] = ()
 ) -> None:
-    """Makes Trainer's W&B callback ours and guards every reporting callback. `declared`: what the run may log.
+    """Replace Trainer's W&B callback and guard every reporting callback. `declared`: metrics that the run may log.
 
     Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it.
     """
@@ -49,9 +49,9 @@ def install(
 
 
 def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallback:
-    """The callback, whose errors are dropped from now on.
+    """Make a callback drop its errors, and return it.
 
-    The first is a warning; after `patience` in a row the callback is not called any more (None: it always is).
+    The first one is logged as a warning; after `patience` in a row the callback is disabled (None: never).
     """
     failures, name, warned = 0, type(callback).__name__, False
 
@@ -66,7 +66,9 @@ def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallbac
             except Exception as error:
                 failures += 1
                 if not warned:
-                    logger.warning("%s failed; training goes on without it. %s: %s", name, type(error).__name__, error)
+                    logger.warning(
+                        "%s failed; training continues without it. %s: %s", name, type(error).__name__, error
+                    )
                 warned = True
                 return None
             failures = 0
@@ -80,9 +82,9 @@ def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallbac
 
 
 class WandbTracker(WandbCallback):
-    """Trainer's callback, with labels and a config by which runs line up, and completions as a growing table.
+    """Trainer's callback, with labels and a config to compare runs by, and completions as a growing table.
 
-    Without an account, or where the server does not answer, the run is written offline: `wandb sync` uploads it later.
+    Without an account, or if the server does not answer, the run is logged offline: `wandb sync` uploads it later.
     """
 
     def __init__(self, record: dict[str, Any], run_log: Any, declared: Sequence[Named] = ()):
@@ -93,7 +95,7 @@ class WandbTracker(WandbCallback):
         self._began, self._due = time.monotonic(), -math.inf
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
-        """Starts the run, puts what it is made of into its config, and says what its summary keeps of each metric."""
+        """Start the run, fill its config, and define what its summary keeps of each metric."""
         if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
             self._start(args.run_name)
         super().setup(args, state, model, **kwargs)
@@ -122,7 +124,7 @@ class WandbTracker(WandbCallback):
                 self._wandb.init(mode="offline", **options)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        """The numbers; and the completions since the last part of the table as its next part, where it is time for one."""
+        """Log the numbers, and the waiting completions as the next part of the table when it is due."""
         super().on_log(args, state, control, model=model, logs=logs, **kwargs)
         if state.is_world_process_zero:
             self._waiting += self._run_log.completions
@@ -130,19 +132,19 @@ class WandbTracker(WandbCallback):
                 self._send(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint has every completion up to it in the table."""
+        """Send the waiting completions before a checkpoint."""
         self._send(state)
         super().on_save(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
-        """Nothing waits after the end."""
+        """Send the waiting completions."""
         self._send(state)
         super().on_train_end(args, state, control, model=model, processing_class=processing_class, **kwargs)
 
     def _send(self, state: Any) -> None:
-        """The rows that wait, as the next part of `samples/completions`."""
+        """Send the waiting rows as the next part of `samples/completions`."""
         began, rows, self._waiting = time.monotonic(), self._waiting, []
         for columns, part in itertools.groupby(rows, key=list):
             if self._table is None or self._table.columns != columns or len(self._table.data) >= ROWS_IN_TABLE:
@@ -158,7 +160,7 @@ class WandbTracker(WandbCallback):
 
 
 def summaries(declared: Sequence[Named]) -> dict[str, str]:
-    """Metric, or its name up to the open part and a star -> what the summary keeps of it."""
+    """Map each metric (an open name ends in a star) to what the summary keeps of it."""
     found: dict[str, str] = {}
     for named in declared:
         if named.name not in ONCE:
@@ -168,7 +170,7 @@ def summaries(declared: Sequence[Named]) -> dict[str, str]:
 
 
 def labels(record: dict[str, Any]) -> dict[str, Any]:
-    """Group, job type and tags of the run; what WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_TAGS say is left to them.
+    """Return group, job type and tags of the run, unless WANDB_RUN_GROUP, WANDB_JOB_TYPE or WANDB_TAGS sets them.
 
     Runs of one recipe, and stages of one pipeline, are a group; the job is `train` with rollouts, else the trainer.
     """
@@ -186,13 +188,13 @@ def labels(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What the run is made of: flat, to group and filter by, and whole."""
+    """Return the run's config: flat choices to group and filter by, and the full recipe, algorithm, plan and versions."""
     whole = {key: record.get(key) for key in ("algorithm", "plan", "versions")}
     return {**choices(record), "recipe": record.get("name"), "resolved_recipe": record.get("recipe"), **whole}
 
 
 def choices(record: dict[str, Any]) -> dict[str, str]:
-    """Axis -> the name of its plugin, or of its plugins in their order; `plugins`: all of them, with their packages."""
+    """Map each axis to its plugins' names in order, and `plugins` to all of them with their packages."""
     manifest = (record.get("plan") or {}).get("plugins") or ()
     found: dict[str, str] = {}
     for axis, names in _top(record.get("algorithm") or {}).items():
@@ -201,7 +203,7 @@ def choices(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _top(algorithm: dict[str, Any]) -> dict[str, list[str]]:
-    """Axis -> names of the plugins at the top of the recipe."""
+    """Map each axis to the names of its plugins at the top of the recipe."""
     found: dict[str, list[str]] = {}
     for axis, value in algorithm.items():
         plugins = value if isinstance(value, list) else [value]

@@ -1,7 +1,7 @@
-"""A dashboard as a workspace of Weights & Biases, by the library wandb-workspaces (Public Preview).
+"""Write a dashboard as a workspace of Weights & Biases, with the library wandb-workspaces (Public Preview).
 
-Documented there: `Workspace`, `Section`, the panels and `Workspace.save`. Not documented, and used here: `_to_model` and
-`_from_model` between a workspace and what is stored of it, and the ids of panels, sets of runs and views.
+Documented there: `Workspace`, `Section`, the panels and `Workspace.save`. Undocumented but used here: `_to_model` and
+`_from_model` between a workspace and its stored form, and the ids of panels, run sets and views.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ INSTALL = "pip install 'hf_rlhf[dashboard]'"
 SMOOTHING = 0.6
 """Weight of the time-weighted moving average over points that are noisy from step to step."""
 LAYOUT = {"x": 0, "y": 0, "w": 8, "h": 6}
-"""The library's default, which sections lay out anew."""
+"""The library's default, which sections override."""
 OMITTED = ("flowConfig", "localPanelSettings", "type", "sorted", "pinned")
-"""Of sections, where they are the library's defaults."""
+"""Fields of sections that are left out if they have the library's defaults."""
 COLUMNS = (
     *("run:displayName", "run:state", "config:recipe", "config:advantages", "config:policy_loss", "config:kl"),
     *("config:rewards", "summary:train/reward/total/mean", "summary:eval/accuracy"),
 )
-"""Of the table of runs."""
+"""Columns of the table of runs."""
 
 
 def workspace_of(dashboard: Dashboard, entity: str = "", project: str = "") -> Any:
-    """The `Workspace` of a dashboard; asks nobody. The same dashboard gives the same ids."""
+    """Return the `Workspace` of a dashboard, without network access. Equal dashboards give equal ids."""
     ws, wr = libraries()
     sections = [
         ws.Section(
@@ -58,7 +58,7 @@ def workspace_of(dashboard: Dashboard, entity: str = "", project: str = "") -> A
 
 
 def specification(workspace: Any) -> str:
-    """What is stored of a workspace, as readable JSON: a line for each panel, and without what the library fills in."""
+    """Return a workspace's stored form as readable JSON: one line per panel, without the library's defaults."""
     from wandb_workspaces.workspaces.internal import PanelBankConfigSectionsItem
 
     view = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -77,30 +77,30 @@ def specification(workspace: Any) -> str:
 
 
 def read_specification(text: str) -> Any:
-    """The `Workspace` of a specification. Raises `UserError` where it is none."""
+    """Return the `Workspace` of a specification. Raises `UserError` if it is not valid."""
     ws, _ = libraries()
     from wandb_workspaces.workspaces.internal import View
 
     try:
         return ws.Workspace._from_model(View.model_validate_json(text))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(f"this is no specification of a dashboard: {str(error).splitlines()[0]}") from error
+        raise UserError(f"this is not a dashboard specification: {str(error).splitlines()[0]}") from error
 
 
 def push(workspace: Any) -> str:
-    """Saves a workspace as a new view of its project; its address. Raises `UserError` with the server's answer."""
+    """Save a workspace as a new view of its project and return its URL. Raises `UserError` with the server's answer."""
     try:
         workspace.save()
         return str(workspace.url)
     except Exception as error:
         raise UserError(
-            f"Weights & Biases did not take the dashboard for {workspace.entity}/{workspace.project}: "
+            f"Weights & Biases rejected the dashboard for {workspace.entity}/{workspace.project}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
 
 
 def libraries() -> tuple[Any, Any]:
-    """`wandb_workspaces.workspaces` and `wandb_workspaces.reports.v2`. Raises `UserError` where they are not installed."""
+    """Return `wandb_workspaces.workspaces` and `wandb_workspaces.reports.v2`. Raises `UserError` if not installed."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
@@ -110,7 +110,7 @@ def libraries() -> tuple[Any, Any]:
 
 
 def has_account() -> bool:
-    """Whether Weights & Biases is to be asked: there is a key, and it is not turned off or offline."""
+    """Return whether Weights & Biases can be asked: there is a key, and it is neither disabled nor offline."""
     import wandb
 
     from hf_rlhf.runtime.wandb_account import has_account as found
@@ -120,7 +120,7 @@ def has_account() -> bool:
 
 
 def owner(entity: str | None) -> str:
-    """The user or team: the one that is named, that of WANDB_ENTITY, or the account's own. Raises `UserError`."""
+    """Return the user or team: `entity`, WANDB_ENTITY, or the account's own. Raises `UserError` if there is none."""
     if named := entity or os.environ.get("WANDB_ENTITY"):
         return named
     import wandb
@@ -128,9 +128,11 @@ def owner(entity: str | None) -> str:
     try:
         found = wandb.Api().default_entity
     except Exception as error:
-        raise UserError(f"Weights & Biases does not say who owns the account: {error}; say --entity NAME") from error
+        raise UserError(
+            f"cannot read the account's owner from Weights & Biases: {error}. Pass --entity NAME"
+        ) from error
     if not found:
-        raise UserError("whose dashboard? --entity NAME, a user or team of Weights & Biases")
+        raise UserError("a dashboard needs an owner: pass --entity NAME, a user or team of Weights & Biases")
     return str(found)
 
 
@@ -163,8 +165,10 @@ def _line_plot(wr: Any, panel: Panel) -> Any:
 
 
 def _expressions(panel: Panel) -> Iterator[str]:
-    """Reference lines: the library has none, so each is the metric times 0 plus the bound. Expressions stand in the place of
-    metrics, which are therefore written as expressions too."""
+    """Yield reference lines, which the library lacks: the metric times 0 plus the bound.
+
+    Expressions replace metrics, which are therefore written as expressions too.
+    """
     if panel.lines:
         yield from (f"${{{name}}}" for name in panel.metrics)
         yield from (f"${{{panel.metrics[0]}}} * 0 + {line:g}" for line in panel.lines)
@@ -176,5 +180,5 @@ def _with_id(panel: Any, *words: str) -> Any:
 
 
 def _id(*words: str) -> str:
-    """Eleven letters and digits, as the library draws them."""
+    """Return eleven letters and digits, in the library's format."""
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:11]

@@ -1,8 +1,8 @@
-"""bitsandbytes on the CPU: one way to compute, whether a module trains or not.
+"""Make bitsandbytes on a CPU compute the same in evaluation as in training.
 
-In evaluation mode its layers take other kernels than in training mode there: 4-bit weights are packed anew for bfloat16 where
-the processor has AVX512-BF16, and 8-bit layers round what they are given to 8 bits as well. A sampled token would then have
-another log-prob in the rollout than in the update.
+Without it (bitsandbytes 0.50): on a processor with AVX512-BF16 the first evaluation of a 4-bit layer repacks its weights for
+bfloat16, which raises a RuntimeError for narrow layers, and 8-bit layers round their inputs to 8 bits in evaluation only. A
+sampled token would have another log-prob in the rollout than in the update.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def compute_alike(model: nn.Module) -> None:
-    """Lets every quantised layer on the CPU compute in evaluation mode as it does in training mode, in place."""
+    """Make every quantised layer on the CPU compute in evaluation mode as in training mode, in place."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for module in model.modules():
@@ -29,11 +29,11 @@ def compute_alike(model: nn.Module) -> None:
 
 @cache
 def _steady() -> Any:
-    """`Linear8bitLt` that stays in training mode: it has no dropout, and what it is given is not rounded."""
+    """Return a `Linear8bitLt` that stays in training mode, where inputs are not rounded; it has no dropout."""
     from bitsandbytes.nn import Linear8bitLt
 
     class Steady8bit(Linear8bitLt):
-        """Computes as in training, whatever mode it is set to."""
+        """Compute as in training, whatever mode it is set to."""
 
         def train(self, mode: bool = True) -> Steady8bit:
             return super().train(True)

@@ -1,51 +1,40 @@
-"""Where tensors lie while nothing reads them: on their device, or away from it.
+"""Keep tensors in main memory while no phase reads them.
 
-Away from a GPU and its like is main memory (with CUDA in a few large pinned blocks, which the tensors fill one after the
-other: torch takes a power of two of bytes for each block that is pinned, and keeps it): tensors are copied over for the
-phases that read them, and what has changed is copied back. Away from a CPU is a file that is mapped into memory: pages come
-in as they are read or written, and the process lets go of all of them after the phase. The system then keeps them in its
-cache of files for as long as it has room, and on the disk. The file has no name, so it is gone with the process; it lies in
-TMPDIR where that is set, else in /var/tmp, which is on a disk where /tmp may be memory.
+A run on a GPU (or the like) copies offloaded tensors to the device for the phases that read them and copies back what has
+changed. With CUDA they are in a few large pinned blocks, filled one tensor after the other, because torch rounds each pinned
+block up to a power of two and keeps it. On a CPU everything is in main memory already, and `offload` changes nothing.
 
-A tensor stays the same Python object throughout, and may be read and written wherever it lies: optimizers, checkpoints and
-whatever else holds it need not know. Numbers are copied, never changed.
+A tensor stays the same Python object throughout and may be read and written wherever its data is: optimizers, checkpoints and
+other holders need not know. Copies never change a number.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""A tensor begins at a multiple of so many bytes in a file or a block."""
+"""Each tensor in a block starts at a multiple of this many bytes."""
 SMALLEST_BLOCK = 4096
 """Bytes of the smallest block of main memory."""
-PREFIX = "hf_rlhf-"
-"""How the name of a file begins as long as it has one."""
 
 
 def keeper(tensors: Callable[[], Iterable[Tensor]], device: torch.device, offload: bool, **options: bool) -> Keeper:
-    """What keeps `tensors` of a run on `device`: there all the time, or with `offload` only when they are asked for.
+    """Return the keeper of a run's `tensors` on `device`: always there, or with `offload` only on request.
 
-    `tensors` is asked anew at every move, for an optimizer makes its own in its first step. `options` are `ToMainMemory`'s.
+    `tensors` is called at every move, because an optimizer creates its state in its first step. `options` are those of
+    `ToMainMemory`.
     """
-    if not offload:
-        return Keeper(tensors)
-    return ToFile(tensors) if device.type == "cpu" else ToMainMemory(tensors, device, **options)
+    return ToMainMemory(tensors, device, **options) if offload and device.type != "cpu" else Keeper(tensors)
 
 
 def tensors_of(module: nn.Module | None) -> Callable[[], Iterator[Tensor]]:
-    """The parameters and buffers of a module, those that are tied once; nothing of None."""
+    """Return a callable that yields the parameters and buffers of a module, tied ones once; nothing for None."""
 
     def tensors() -> Iterator[Tensor]:
         if module is not None:
@@ -56,25 +45,25 @@ def tensors_of(module: nn.Module | None) -> Callable[[], Iterator[Tensor]]:
 
 
 class Keeper:
-    """Keeps tensors on their device all the time."""
+    """Keep tensors on their device all the time."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]):
         self._tensors = tensors
         self._asked = 0
 
     def load(self, changed: bool = True) -> None:
-        """Has them on their device; nothing to do where they are. `changed`: whether they may change there."""
+        """Bring the tensors to the device if they are not there. `changed`: whether they may change there."""
 
     def offload(self) -> None:
-        """Has them away from it, if that is where they are kept; nothing to do where they are."""
+        """Move the tensors off the device, if they are kept elsewhere."""
 
     def offloaded_bytes(self) -> int:
-        """Bytes of them that are kept away from the device."""
+        """Return the bytes kept off the device."""
         return 0
 
     @contextmanager
     def on_device(self, changed: bool = True) -> Iterator[None]:
-        """On their device until the outermost of such blocks is left. Without `changed` nothing changes them in this block."""
+        """Keep the tensors on the device until the outermost such block ends. With `changed=False` the block only reads them."""
         self._asked += 1
         try:
             if self._asked == 1 or changed:
@@ -86,27 +75,27 @@ class Keeper:
                 self.offload()
 
     def _plain(self) -> list[Tensor]:
-        """The tensors as they are now, each once. Raises TypeError where one is more than its numbers."""
+        """Return the current tensors, each once. Raises TypeError if one is not a plain tensor."""
         import torch
 
         now = list({id(x): x for x in self._tensors() if x.numel()}.values())
         for x in now:
             if type(x) not in (torch.Tensor, torch.nn.Parameter):
                 raise TypeError(
-                    f"offload moves plain tensors, and here is a {type(x).__name__}, as quantised weights and the states of "
-                    "8-bit and 4-bit optimizers are: set offload: false"
+                    f"offload requires plain tensors, got a {type(x).__name__} (quantised weights or the state of an 8-bit or "
+                    "4-bit optimizer): set offload: false"
                 )
         return now
 
 
 class ToMainMemory(Keeper):
-    """Keeps tensors of a device in main memory.
+    """Keep a device's tensors in main memory between uses.
 
     Args:
-        tensors: those to keep. What another device holds at first, as some optimizers' step counters, stays there.
-        device: the one that they are brought to.
-        changes: whether they change while they are there, so that sending them copies them back.
-        at_home: they are in main memory at first, all of them.
+        tensors: the tensors to keep. Those that start on another device, such as step counters of some optimizers, stay there.
+        device: the device they are brought to.
+        changes: whether they change on the device, so that offloading copies them back.
+        at_home: whether all of them start in main memory.
     """
 
     def __init__(
@@ -120,7 +109,7 @@ class ToMainMemory(Keeper):
         super().__init__(tensors)
         self._device, self._changes = device, changes
         self._homes: dict[int, tuple[Tensor, Tensor]] = {}
-        self._as_home: dict[int, int] = {}  # where the copies lie that do not change
+        self._as_home: dict[int, int] = {}  # addresses of unchanged copies
         own = self._plain() if at_home else []
         if device.type == "cuda":
             for x, home in in_blocks(own, pinned=True):
@@ -162,43 +151,11 @@ class ToMainMemory(Keeper):
         return sum(home.nbytes for _, home in self._homes.values())
 
 
-class ToFile(Keeper):
-    """Keeps tensors of the CPU in mapped files, one for all that are new when they are sent."""
-
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]]):
-        super().__init__(tensors)
-        self._mapped: dict[int, tuple[Tensor, int]] = {}
-        self._files: WeakSet[mmap.mmap] = WeakSet()  # a mapping ends with the last tensor in it
-
-    def offload(self) -> None:
-        here = [x for x in self._plain() if x.device.type == "cpu"]
-        self._mapped = {id(x): self._mapped[id(x)] for x in here if self._is_mapped(x)}
-        if new := [x for x in here if id(x) not in self._mapped]:
-            self._files.add(mapped(new))
-            self._mapped |= {id(x): (x, x.data_ptr()) for x in new}
-        for file in list(self._files):
-            if hasattr(mmap, "MADV_DONTNEED"):
-                file.madvise(mmap.MADV_DONTNEED)
-
-    def offloaded_bytes(self) -> int:
-        return sum(x.nbytes for x, _ in self._mapped.values())
-
-    def _is_mapped(self, x: Tensor) -> bool:
-        return id(x) in self._mapped and self._mapped[id(x)][1] == x.data_ptr()
-
-
-def mapped(tensors: list[Tensor]) -> mmap.mmap:
-    """Moves CPU tensors into a new mapped file, each with a storage of its own there. Raises OSError where the disk is full."""
-    sizes = [aligned(x) for x in tensors]
-    file = _file(sum(sizes))
-    for x, place in zip(tensors, accumulate(sizes, initial=0), strict=False):
-        x.data = _view(file, place, x.detach()).copy_(x.detach())
-    return file
-
-
 def in_blocks(tensors: list[Tensor], pinned: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tensor, one like it in main memory whose numbers are still to be written), block by block; each has a storage of its
-    own, and a block goes with the last that lies in it."""
+    """Yield (tensor, uninitialised tensor like it in main memory), block by block.
+
+    Each has its own storage; a block is freed with the last tensor in it.
+    """
     import torch
 
     for size, inside in blocks([aligned(x) for x in tensors]):
@@ -208,10 +165,10 @@ def in_blocks(tensors: list[Tensor], pinned: bool) -> Iterator[tuple[Tensor, Ten
 
 
 def blocks(sizes: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Blocks for things of these sizes: bytes, a power of two, and (index, place) of what lies in it.
+    """Pack items of these sizes into blocks: (bytes, a power of two; [(index, offset), ...]) per block.
 
-    The largest go first, each into the first block with room; where there is none, the next block is the largest that what
-    is left would fill, or the smallest that holds it.
+    The largest item goes first, each into the first block with room. A new block is the largest that the remaining items
+    would fill, or the smallest that holds the item.
     """
     made: list[tuple[int, list[tuple[int, int]]]] = []
     free: list[int] = []
@@ -229,37 +186,15 @@ def blocks(sizes: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:
 
 
 def aligned(x: Tensor) -> int:
-    """Bytes of a tensor, and what lies empty up to the next."""
+    """Return the bytes of a tensor, padded to the alignment."""
     return -(-x.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _view(buffer: Any, place: int, like: Tensor) -> Tensor:
-    """A tensor at a place of a buffer, with a storage of its own, and the order of dimensions of another."""
+    """Return a tensor at an offset of a buffer, with its own storage and the strides of `like`."""
     import torch
 
     flat: Any = torch.frombuffer(buffer, dtype=like.dtype, count=like.numel(), offset=place)
     dense = torch.empty_like(like, device="meta")
     viewed: Tensor = flat.as_strided(dense.size(), dense.stride())
     return viewed
-
-
-def folder() -> str:
-    """Where files are made."""
-    return os.environ.get("TMPDIR") or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
-
-
-def _file(size: int) -> mmap.mmap:
-    """A mapped file of `size` bytes with room on the disk and without a name."""
-    with tempfile.NamedTemporaryFile(prefix=PREFIX, dir=folder()) as file:
-        try:
-            if hasattr(os, "posix_fallocate"):  # a full disk would else end the process when a page is written
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"offload: no room for {size >> 20} MiB ({error.strerror}); set TMPDIR to a larger disk",
-                folder(),
-            ) from error
-        return mmap.mmap(file.fileno(), size)

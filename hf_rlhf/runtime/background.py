@@ -1,4 +1,4 @@
-"""Work in a thread of its own, beside what the main thread does."""
+"""Run work in a thread while the main thread continues."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 @contextmanager
 def run_in_thread(work: Callable[[], T], device: torch.device) -> Iterator[Future[T]]:
-    """Runs `work` in a thread, without gradients and with `device` as the current one, while the block runs.
+    """Run `work` in a thread while the block runs, without gradients and with `device` as the current device.
 
-    The future gives its result or raises its error. The block is left only when `work` has ended, also after an error in
-    the block, which is then the one that is raised: nothing is left running.
+    The future returns its result or raises its error. The block exits only after `work` has ended, even if the block raises,
+    in which case the block's error is raised: nothing is left running.
     """
 
     def run() -> T:

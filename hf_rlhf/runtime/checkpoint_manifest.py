@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count: a manifest with the hash of every file, written last."""
+"""Complete checkpoints: a manifest with the hash of every file, written last. Without it a checkpoint does not count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "rlhf_manifest.json"
 STATE = "rlhf_state_{rank}.pt"
 FREE = re.compile(r"(update|critic|reference|rewards\.\d+)\.offload")
-"""Dotted paths of settings that change nothing that is computed, so that a resumed run may have others."""
+"""Dotted paths of settings that do not affect results, so that a resumed run may change them."""
 
 
 ADDED = {"update.fused_loss": "auto"}
@@ -33,9 +33,9 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def written_whole(folder: Path, args: Any) -> Iterator[int | None]:
-    """Inside, Trainer writes a checkpoint into `folder`: a manifest of before is gone, and no older checkpoint is deleted.
+    """Remove an old manifest and keep older checkpoints while Trainer writes a checkpoint into `folder`.
 
-    Gives `save_total_limit`, for `rotate` once the new manifest is there.
+    Yields `save_total_limit`, for `rotate` once the new manifest is written.
     """
     if args.should_save:
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -47,13 +47,13 @@ def written_whole(folder: Path, args: Any) -> Iterator[int | None]:
 
 
 def save_state(folder: Path, rank: int, state: dict[str, Any]) -> None:
-    """One process's part: buffer, stream, plugin state, meters."""
+    """Save one process's part: buffer, stream, plugin state, meters."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / STATE.format(rank=rank))
 
 
 def load_state(folder: Path, rank: int) -> dict[str, Any]:
-    """What `save_state` wrote; only plain containers and tensors are read."""
+    """Load what `save_state` wrote; only plain containers and tensors are read."""
     return torch.load(folder / STATE.format(rank=rank), map_location="cpu", weights_only=True)
 
 
@@ -74,7 +74,7 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Flushes every file to disk and writes the manifest: from now on the checkpoint counts."""
+    """Flush every file to disk and write the manifest, which completes the checkpoint."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with open(path, "rb") as file:
@@ -89,12 +89,12 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, without a look at the files. Raises `CheckpointError` where there is none."""
+    """Return the manifest without checking the files. Raises `CheckpointError` if there is none."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} has no {MANIFEST}: it was never completed, or is no checkpoint of hf_rlhf"
+            f"{folder} has no {MANIFEST}: it was never completed, or is not a checkpoint of hf_rlhf"
         ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
@@ -102,26 +102,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file was found as it was written. Raises `CheckpointError` naming the first that was not."""
+    """Check every file and return the manifest. Raises `CheckpointError` naming the first file that differs."""
     manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
-            raise CheckpointError(f"{path} is not what was written: its size or SHA-256 differs from the manifest")
+            raise CheckpointError(f"{path} was changed: its size or SHA-256 differs from the manifest")
     return manifest
 
 
 def newest(output_dir: Path) -> Path:
-    """The newest checkpoint in `output_dir` that verifies; says which it passed over. Raises `CheckpointError` without one."""
+    """Return the newest valid checkpoint in `output_dir` and warn about skipped ones. Raises `CheckpointError` without one."""
     found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     reasons = []
     for folder in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
         try:
             verify(folder)
         except CheckpointError as error:
-            logger.warning("passing over a checkpoint: %s", error)
+            logger.warning("skipping a checkpoint: %s", error)
             reasons.append(str(error))
         else:
             return folder
@@ -132,7 +132,7 @@ def newest(output_dir: Path) -> Path:
 
 
 def rotate(newest_folder: Path, limit: int | None, best: str | None) -> None:
-    """Deletes all but `limit` checkpoints: incomplete ones first, then the oldest; never the newest or the best."""
+    """Delete all but `limit` checkpoints: incomplete ones first, then the oldest; never the newest or the best."""
     kept = {newest_folder.resolve(), *([Path(best).resolve()] if best else [])}
     others = [p for p in newest_folder.parent.glob("checkpoint-*") if p.is_dir() and p.resolve() not in kept]
     others.sort(key=lambda p: ((p / MANIFEST).exists(), p.stat().st_mtime_ns))
@@ -144,10 +144,10 @@ def rotate(newest_folder: Path, limit: int | None, best: str | None) -> None:
 def check_same_run(
     folder: Path, manifest: dict[str, Any], record: dict[str, Any], processes: int | None, blends_away: bool = False
 ) -> None:
-    """Raises `CheckpointError` naming what differs between the run of a checkpoint and this one.
+    """Check that a checkpoint comes from a run like this one. Raises `CheckpointError` naming the differences.
 
-    `processes` is their number where it matters, within a rollout, whose rows lie with their processes. `blends_away`: where
-    the reference lies decides how it is rounded when it moves, so that another `reference.offload` gives a warning.
+    `processes`: their number if it matters, which is within a rollout, whose rows belong to processes. `blends_away`: the
+    device of the reference decides how its average is rounded, so that a changed `reference.offload` gives a warning.
     """
     if not manifest["resumable"]:
         raise CheckpointError(f"{folder} was saved with save_only_model: it cannot be resumed")
@@ -158,21 +158,21 @@ def check_same_run(
         raise CheckpointError(
             f"{folder} comes from another run:\n  "
             + "\n  ".join(changed)
-            + "\nResume with the same recipe, or start anew"
+            + "\nResume with the same recipe, or choose another output folder"
         )
     if not blends_away:
         return
     before, now = (bool(run["algorithm"]["reference"].get("offload")) for run in (manifest, record))
     if before != now:
         logger.warning(
-            "reference.offload was %s in %s and is %s now: the reference moves where it lies, and a CPU may round its average "
-            "otherwise than this device, so the run may differ from the uninterrupted one by rounding",
+            "reference.offload was %s in %s and is %s now: a CPU may round the reference's average differently from this device, "
+            "so the run may differ from the uninterrupted one by rounding",
             *(str(before).lower(), folder, str(now).lower()),
         )
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:
-    """Dotted paths at which two nested containers differ, with both values; not those that are `FREE`."""
+    """Return the dotted paths at which two nested containers differ, with both values, except `FREE` ones."""
     if FREE.fullmatch(path):
         return []
     if isinstance(saved, dict) and isinstance(now, dict):

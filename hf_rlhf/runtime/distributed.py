@@ -1,4 +1,4 @@
-"""Gathering rows of unequal number and length from every process."""
+"""Gather rows of unequal number and length from every process, and sum numbers over processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every process's rows, in the order of the processes.
+    """Return the rows of every process, in the order of the processes.
 
     `wide` holds (n, T) and `narrow` (n,) tensors of this process, where n and T differ between processes; the result
-    holds (N, T) and (N,), with T the longest. Booleans and integers come back as they went in. Three collectives.
+    holds (N, T) and (N,), with T the longest. Dtypes are kept. Three collectives.
     """
     if accelerator.num_processes == 1:
         return {**wide, **narrow}
@@ -40,12 +40,12 @@ def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[
 
 
 def _number(tensors: dict[str, Tensor]) -> torch.dtype:
-    """float64 where any tensor has it, so that nothing is rounded on the way."""
+    """Return float64 if any tensor has it, so that nothing is rounded."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
 
 
 def sum_over_processes(accelerator: Accelerator, numbers: Sequence[Tensor | float]) -> list[float]:
-    """Each number summed over every process: one collective, one wait for the device."""
+    """Sum each number over every process, with one collective and one wait for the device."""
     if not numbers:
         return []
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64

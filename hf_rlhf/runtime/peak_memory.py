@@ -1,11 +1,11 @@
-"""Peak memory of the phases of a run, by a high-water mark that is read and set back.
+"""Measure the peak memory of the phases of a run, with a high-water mark that is read and reset.
 
-There is one recorder per device in a process, because there is one mark. Phases may nest, and overlap in threads: whenever
-one begins or ends, the mark is counted for every phase that is open and then set back, so each phase gets the largest of
-what was reached while it was open.
+A process has one recorder per device, because there is one mark. Phases may nest, and overlap in threads: whenever one
+starts or ends, the mark is recorded for every open phase and then reset, so each phase gets the largest value reached while
+it was open.
 
-On CUDA and its like the mark is the allocator's (tensors, not the context or what the allocator keeps in reserve). On CPU
-it is the resident set of this process: the kernel's own mark where it may be set back (Linux), else the largest of samples.
+On CUDA and similar devices the mark is the allocator's (tensors, not the context or the allocator's reserve). On a CPU it is
+the resident set of this process: the kernel's mark if it can be reset (Linux), otherwise the largest of samples.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ import torch
 MIB = 2**20
 STATUS, CLEAR_REFS = "/proc/self/status", "/proc/self/clear_refs"
 INTERVAL_S = 0.01
-"""Time between two samples where there is no mark."""
+"""Seconds between two samples on systems without a mark."""
 
 
 class Mark(Protocol):
     """A high-water mark of memory, in bytes."""
 
     def take(self) -> tuple[int, int]:
-        """(the most that was held since it was set back, what is held now); sets it back."""
+        """Return (most held since the last reset, held now), and reset the mark."""
 
     def watch(self, on: bool) -> None:
-        """Whether somebody will ask; what samples need not run without."""
+        """Start or stop sampling, if the mark needs it."""
 
 
 class ResidentMark:
-    """The kernel's mark of this process's resident set (`VmHWM`), set back by writing 5 to `clear_refs`; Linux."""
+    """The kernel's mark of this process's resident set (`VmHWM`), reset by writing 5 to `clear_refs`; Linux."""
 
     @classmethod
     def works(cls) -> bool:
-        """Whether this system has it and lets this process set it back."""
+        """Return whether this system has the mark and lets this process reset it."""
         try:
             cls().take()
         except (OSError, KeyError):
@@ -58,7 +58,7 @@ class ResidentMark:
         return max(peak, held), held
 
     def watch(self, on: bool) -> None:
-        """The kernel always does."""
+        """Do nothing: the kernel always records."""
 
 
 class AllocatorMark:
@@ -74,11 +74,11 @@ class AllocatorMark:
         return peak, self.module.memory_allocated(self.device)
 
     def watch(self, on: bool) -> None:
-        """The allocator always does."""
+        """Do nothing: the allocator always records."""
 
 
 class SampledMark:
-    """The largest of samples, taken every `INTERVAL_S` by a thread while somebody watches."""
+    """The largest of samples, taken every `INTERVAL_S` by a thread while watched."""
 
     def __init__(self, read: Callable[[], int]):
         self.read = read
@@ -92,7 +92,7 @@ class SampledMark:
         return largest, held
 
     def watch(self, on: bool) -> None:
-        """Starts and stops the thread."""
+        """Start or stop the thread."""
         if self._stop is not None:
             self._stop.set()
             self._stop = None
@@ -106,7 +106,7 @@ class SampledMark:
 
 
 def mark_of(device: torch.device) -> Mark:
-    """The best mark that this system offers for `device`."""
+    """Return the best mark that this system has for `device`."""
     if device.type != "cpu":
         module: Any = torch.get_device_module(device)
         if hasattr(module, "reset_peak_memory_stats"):
@@ -117,7 +117,7 @@ def mark_of(device: torch.device) -> Mark:
 
 
 def resident() -> int:
-    """Bytes of this process's resident set, by psutil."""
+    """Return the bytes of this process's resident set, by psutil."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -125,21 +125,21 @@ def resident() -> int:
 
 @dataclass(eq=False)
 class Phase:
-    """What was seen while a phase was open, in bytes."""
+    """Memory while a phase was open, in bytes."""
 
     held: int
-    """When it began."""
+    """Held at the start."""
     peak: int
-    """At most. Complete once the phase is closed."""
+    """The most held. Final once the phase is closed."""
 
     @property
     def above(self) -> int:
-        """The peak above what was held when the phase began."""
+        """The peak above what was held at the start."""
         return self.peak - self.held
 
 
 class Recorder:
-    """Counts a mark for the phases that are open."""
+    """Record a mark for the open phases."""
 
     def __init__(self, mark: Mark):
         self._mark = mark
@@ -149,7 +149,7 @@ class Recorder:
 
     @contextmanager
     def phase(self) -> Iterator[Phase]:
-        """A phase from here to the end of the block, in whatever thread."""
+        """Record a phase until the block ends, in any thread."""
         with self._lock:
             phase = Phase(held := self._count(), held)
             self._open.append(phase)
@@ -169,7 +169,7 @@ class Recorder:
                 self._mark.watch(False)
 
     def largest(self) -> int:
-        """The most that was ever held, between phases and before them as well."""
+        """Return the most ever held, between and before phases too."""
         with self._lock:
             self._count()
             return self._largest
@@ -184,7 +184,7 @@ class Recorder:
 
 @cache
 def recorder(device: torch.device) -> Recorder:
-    """The recorder of `device` in this process."""
+    """Return the recorder of `device` in this process."""
     return Recorder(mark_of(device))
 
 

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where a run stands and on nothing that came before."""
+"""Random numbers that depend on the position in a run and on nothing that came before."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 32-bit seed from (run seed, rollout, process, ...): equal parts give equal seeds on every machine."""
+    """Return a 32-bit seed from (run seed, rollout, process, ...); equal parts give equal seeds on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's global generators inside, and puts their states, the default dtype and the
-    gradient mode back after: whatever runs inside leaves the training's random numbers as they were."""
+    """Seed the global generators of Python, NumPy and torch inside the block, and restore them after it.
+
+    The default dtype and the gradient mode are restored too, so that code inside leaves training's random numbers unchanged.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -38,5 +40,5 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 
 def permutation(n: int, *parts: int | str) -> list[int]:
-    """A permutation of 0..n-1 that depends on `parts` alone."""
+    """Return a permutation of 0..n-1 that depends only on `parts`."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*parts))).tolist()

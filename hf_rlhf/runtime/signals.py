@@ -1,4 +1,4 @@
-"""A run that is asked to stop, and a folder that only one run writes into."""
+"""Stop a run on a signal, and lock the output folder for one run."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from hf_rlhf.runtime.errors import UserError
 
 
 class StoppedError(UserError):
-    """The run was asked to stop, and did after a checkpoint. The exit code is that of its signal."""
+    """The run was stopped by a signal, after a checkpoint. The exit code is that of the signal."""
 
     def __init__(self, number: int, step: int, folder: Path):
         self.code = 128 + number
         super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}, whose checkpoint is in {folder}: "
-            "`hf-rlhf train --resume` goes on, and so does the same `hf-rlhf pipeline`"
+            f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint in {folder}: "
+            "`hf-rlhf train --resume` continues it, as does the same `hf-rlhf pipeline`"
         )
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT let the optimizer step end, save a checkpoint and end training; a second one ends it at once.
+    """Finish the optimizer step, save a checkpoint and end training on SIGTERM or SIGINT; a second signal ends it at once.
 
-    Processes agree after each step, so that all of them stop after the same one. Inside `with`, in the main thread.
+    Processes agree after each step, so that all stop after the same one. Active inside `with`, in the main thread.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The signal that came."""
+        """The signal received."""
         self.stopped_after: int | None = None
-        """The step after which training ended for it."""
+        """The step after which training ended because of it."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -56,10 +56,10 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self.__exit__()  # the next one does what it did before
+        self.__exit__()  # the next signal has its previous handler
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks for a checkpoint and the end where a signal came to any process."""
+        """Request a checkpoint and the end if any process received a signal."""
         number = self.number or 0
         if args.world_size > 1:
             flag = torch.tensor(number, device=args.device)
@@ -70,14 +70,14 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def check(self, folder: Path) -> None:
-        """Raises `StoppedError` where training ended for a signal."""
+        """Raise `StoppedError` if training ended because of a signal."""
         if self.number is not None and self.stopped_after is not None:
             raise StoppedError(self.number, self.stopped_after, folder)
 
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Inside, no other run writes into the folder. Raises `UserError` where one does. The first process of a run asks."""
+    """Lock the folder inside the block, in the first process. Raises `UserError` if another run holds it."""
     if int(os.environ.get("RANK", "0")) != 0:
         yield
         return
@@ -87,7 +87,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"another run is writing into {folder}: wait for its end, or choose another --output-dir"
+            f"another run is writing into {folder}: wait until it ends, or choose another --output-dir"
         ) from None
     try:
         yield

@@ -1,1 +1,1 @@
-"""Score completions, with a policy or without one."""
+"""Scoring of completions, with or without a policy."""

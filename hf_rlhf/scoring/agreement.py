@@ -1,4 +1,4 @@
-"""How well scores agree with labels: the share that is equal where both are 0 or 1, else correlations."""
+"""Agreement of scores with labels: the share of equal values if both are 0 or 1, else correlations."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ Number = float | None
 
 @dataclass(kw_only=True)
 class Agreement:
-    """Of one source with the labels, over the rows that have both."""
+    """Agreement of a source's scores with the labels, over the rows that have both."""
 
     rows: int
-    """How many have both a score and a label."""
+    """Number of rows with both a score and a label."""
     binary: bool
-    """Whether all of these are 0 or 1."""
+    """True if all of these scores and labels are 0 or 1."""
     equal: Number = None
-    """Share of equal ones, where `binary`."""
+    """Share of equal values, if `binary`."""
     pearson: Number = None
-    """Linear correlation, where not `binary`; None where either is constant."""
+    """Linear correlation, if not `binary`; None if either is constant."""
     spearman: Number = None
-    """Correlation of the ranks, equal values sharing the mean of theirs."""
+    """Rank correlation; ties share the mean of their ranks."""
     confusion: Counter[tuple[Number, Number]] = field(default_factory=Counter)
-    """(label, score) -> rows, None for a row without; where `binary`."""
+    """Number of rows by (label, score), None for a missing value; if `binary`."""
     differing: list[int] = field(default_factory=list)
-    """The rows whose score is another one than their label, where `binary`."""
+    """Rows whose score differs from their label, if `binary`."""
 
     @property
     def number(self) -> Number:
-        """The share that is equal, or the linear correlation."""
+        """Share of equal values, or the linear correlation."""
         return self.equal if self.binary else self.pearson
 
 
 def agreement(scores: Sequence[Number], labels: Sequence[Number]) -> Agreement:
-    """How well scores agree with labels; None for a row without."""
+    """Compute the agreement of scores with labels; None marks a missing value."""
     both = [
         (score, label) for score, label in zip(scores, labels, strict=True) if score is not None and label is not None
     ]
@@ -54,7 +54,7 @@ def agreement(scores: Sequence[Number], labels: Sequence[Number]) -> Agreement:
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """The place of each value in their order, from 1; equal values share the mean of their places."""
+    """Return the rank of each value, from 1; ties share the mean of their ranks."""
     order = sorted(values)
     first = {x: place for place, x in reversed(list(enumerate(order, start=1)))}
     counts = Counter(order)
@@ -64,5 +64,5 @@ def ranks(values: Sequence[float]) -> list[float]:
 def _correlation(x: Sequence[float], y: Sequence[float]) -> Number:
     try:
         return correlation(x, y)
-    except StatisticsError:  # one row, or all values equal
+    except StatisticsError:  # a single row, or all values equal
         return None

@@ -1,4 +1,4 @@
-"""What a reward source said of each row: checked, and refused with a reason where it is not what is due. Needs no torch."""
+"""Validation of the answers of a reward source, one per row. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 class RewardError(UserError, RuntimeError):
-    """A reward source raised, or answered with something that is not one number per row."""
+    """Error for a reward source that raised, or returned something other than one answer per row."""
 
 
 Answer = float | Spans | TokenScores
-"""What a source said of one row: a number (NaN: does not apply), rewards by step, or rewards by token."""
+"""A source's answer for a row: a number (NaN: does not apply), per-step rewards, or per-token rewards."""
 
 
 def checked(label: str, answer: Any, rollouts: Rollouts, rows: Sequence[int] | None = None) -> list[Answer]:
-    """One answer per row: NaN where a source does not apply (None, NaN) or gave an infinite number.
+    """Return one answer per row: NaN if the source does not apply (None, NaN) or returned an infinite number.
 
-    `rows`: what the rows are called in messages, their places when left out. Raises `RewardError`.
+    `rows` are the rows' numbers in messages, by default their indices. Raises `RewardError`.
     """
     named = range(len(rollouts)) if rows is None else rows
     listed = _listed(label, answer, len(rollouts))
@@ -33,25 +33,23 @@ def checked(label: str, answer: Any, rollouts: Rollouts, rows: Sequence[int] | N
     infinite = [i for i, value in enumerate(given) if isinstance(value, float) and math.isinf(value)]
     if infinite:
         names = [named[i] for i in infinite]
-        logger.warning("reward %r gave an infinite number for rows %s: they count as missing", label, names)
+        logger.warning("reward %r returned infinite numbers for rows %s: they count as missing", label, names)
     return [math.nan if i in infinite else value for i, value in enumerate(given)]
 
 
 def _listed(label: str, answer: Any, rows: int) -> Sequence[Any]:
     if getattr(answer, "ndim", 1) != 1:
         raise RewardError(
-            f"reward {label!r} gave an array of shape {tuple(answer.shape)}; one number per row: ({rows},)"
+            f"reward {label!r} must return one number per row, shape ({rows},), got shape {tuple(answer.shape)}"
         )
     if hasattr(answer, "tolist") and getattr(answer, "ndim", None) == 1:
         answer = answer.tolist()
     if not isinstance(answer, list | tuple):
         raise RewardError(
-            f"reward {label!r} gave a {type(answer).__name__}; a list with one number or None per row is due"
+            f"reward {label!r} must return a list with one number or None per row, got a {type(answer).__name__}"
         )
     if len(answer) != rows:
-        raise RewardError(
-            f"reward {label!r} gave {len(answer)} numbers for {rows} completions; one per completion is due"
-        )
+        raise RewardError(f"reward {label!r} must return one number per completion ({rows}), got {len(answer)}")
     return answer
 
 
@@ -62,8 +60,8 @@ def _answer(label: str, row: int, place: int, value: Any, rollouts: Rollouts) ->
         tokens = len(rollouts.completion_ids[place])
         if len(value.values) != tokens:
             raise RewardError(
-                f"reward {label!r}, row {row}: {len(value.values)} token scores for {tokens} completion tokens; one for each "
-                "is due, tool tokens and the end-of-sequence token included"
+                f"reward {label!r}, row {row}: TokenScores must have one value per completion token ({tokens}, including tool "
+                f"tokens and the end-of-sequence token), got {len(value.values)}"
             )
         return TokenScores([_finite(label, row, x) for x in value.values])
     if isinstance(value, Spans):
@@ -71,14 +69,14 @@ def _answer(label: str, row: int, place: int, value: Any, rollouts: Rollouts) ->
         for step in value.values:
             if not (isinstance(step, tuple | list) and len(step) == 2 and isinstance(step[0], Integral)):
                 raise RewardError(
-                    f"reward {label!r}, row {row}: {step!r} among its Spans; each is (end, value), `end` the place in "
-                    "characters after the step"
+                    f"reward {label!r}, row {row}: each item of Spans must be (end, value), with the step's end position in "
+                    f"characters, got {step!r}"
                 )
             end = step[0]
             if not 0 <= end <= length:
                 raise RewardError(
-                    f"reward {label!r}, row {row}: a step ends at character {end} of a completion with {length} characters; "
-                    "`end` is the place after the step's last character"
+                    f"reward {label!r}, row {row}: `end`, the position after a step's last character, must be between 0 and "
+                    f"the completion's {length} characters, got {end}"
                 )
         return Spans([(int(end), _finite(label, row, x)) for end, x in value.values])
     return _number(label, row, value)
@@ -88,8 +86,8 @@ def _finite(label: str, row: int, value: Any) -> float:
     number = _number(label, row, value)
     if not math.isfinite(number):
         raise RewardError(
-            f"reward {label!r}, row {row}: {value!r} among the rewards of its steps or tokens; give finite numbers, or None "
-            "for the whole row where the source does not apply"
+            f"reward {label!r}, row {row}: per-step and per-token rewards must be finite numbers, got {value!r}. Return None "
+            "for the whole row if the source does not apply"
         )
     return number
 
@@ -103,20 +101,20 @@ def _number(label: str, row: int, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise RewardError(
-            f"reward {label!r}, row {row}: {value!r} is no number and not None; rewards by step are Spans([(end, value), "
-            "...]), by token TokenScores([...])"
+            f"reward {label!r}, row {row}: an answer must be a number, None, Spans([(end, value), ...]) or TokenScores([...]), "
+            f"got {value!r}"
         ) from None
 
 
 def as_json(answer: Answer) -> Any:
-    """A number, or {"spans": [[end, value], ...]}, or {"tokens": [value, ...]}."""
+    """Convert an answer to a number, {"spans": [[end, value], ...]}, or {"tokens": [value, ...]}."""
     if isinstance(answer, Spans):
         return {"spans": [list(step) for step in answer.values]}
     return {"tokens": answer.values} if isinstance(answer, TokenScores) else answer
 
 
 def from_json(value: Any) -> Any:
-    """What `as_json` made of an answer, as the source gave it."""
+    """Convert the output of `as_json` back to an answer."""
     if not isinstance(value, dict):
         return value
     return Spans([(end, x) for end, x in value["spans"]]) if "spans" in value else TokenScores(value["tokens"])

@@ -1,4 +1,4 @@
-"""Reward sources by name, without a policy: those of a recipe, a plugin with its settings, or a function in a file."""
+"""Lookup of reward sources by name, without a policy: those of a recipe, a plugin with settings, or a function."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from hf_rlhf.contract.reward_source import RewardSource
     from hf_rlhf.scoring.scorer import Scorer
 
-NO_TOKENS = "token ids are not known here"
+NO_TOKENS = "token ids are not available here"
 
 
 @dataclass(kw_only=True)
 class NamedRewards:
-    """Reward sources under their labels, and how the recipe that they come from makes prompts of rows."""
+    """Reward sources by label, and the dataset settings of their recipe."""
 
     sources: list[tuple[str, RewardSource]]
     dataset: Dataset = field(default_factory=Dataset)
 
     def columns(self) -> set[str]:
-        """Dataset columns that the sources read."""
+        """Return the dataset columns that the sources read."""
         return {name for _, source in self.sources for name in columns_of(source)}
 
 
 def columns_of(source: RewardSource) -> set[str]:
-    """Dataset columns that a source reads, those of its `when` included. Raises `UserError` where it cannot say."""
+    """Return the dataset columns that a source reads, including those of its `when`. Raises `UserError` if it fails."""
     try:
         return source.columns() | set(source.when or ())
     except ValueError as error:
@@ -40,31 +40,38 @@ def columns_of(source: RewardSource) -> set[str]:
 
 
 def named_rewards(name: str, words: Sequence[str] = ()) -> NamedRewards:
-    """The reward sources of a recipe (a name or a YAML file; `words` override its keys), of one reward plugin, or of a function
-    `file.py:name` or `module:name` (`words` are their settings). Raises `UserError` saying what there is."""
+    """Return the reward sources of a recipe, a reward plugin, or a function `file.py:name` or `module:name`.
+
+    A recipe is a name or a YAML file, whose keys `words` override; for plugins and functions `words` are settings. Raises
+    `UserError` naming the choices.
+    """
     from hf_rlhf.registry.host import get_host
 
     wrong = [word for word in words if "=" not in word]
     if wrong:
-        raise UserError(f"{wrong[0]!r}: write KEY=VALUE, for instance column=answer")
+        raise UserError(f"settings must be KEY=VALUE, such as column=answer, got {wrong[0]!r}")
     host = get_host()
     if name.endswith((".yaml", ".yml")):
         return _of_recipe(name, words)
     if ":" in name:
         return _of_plugin("function", [f"function={name}", *words])
     if name.endswith(".py"):
-        raise UserError(f"{name}: name a function in it as {name}:FUNCTION, or add its plugins with -p {name}")
+        raise UserError(
+            f"{name} is a file. Name a function in it as {name}:FUNCTION, or add its plugins with -p {name}"
+        )
     bare = name.rpartition("/")[2]
     rewards, recipes = set(host.names("rewards")), {recipe.name for recipe in host.recipes() if not recipe.problem}
     if bare in rewards and bare in recipes:
-        raise UserError(f"{name!r} is a recipe and a reward plugin: name the recipe's YAML file, or write a recipe")
+        raise UserError(
+            f"{name!r} is both a recipe and a reward plugin. Name the recipe's YAML file, or write a recipe"
+        )
     if bare in rewards:
         return _of_plugin(name, words)
     if bare in recipes:
         return _of_recipe(name, words)
     raise UserError(
         f"no recipe and no reward plugin named {name!r}.{did_you_mean(bare, rewards | recipes)} Reward plugins: "
-        f"{', '.join(sorted(rewards))}; `hf-rlhf recipes` lists the recipes; a function is named file.py:name"
+        f"{', '.join(sorted(rewards))}. `hf-rlhf recipes` lists the recipes; functions have the form file.py:name"
     )
 
 
@@ -73,14 +80,14 @@ def _of_recipe(name: str, words: Sequence[str]) -> NamedRewards:
 
     recipe = load_recipe(name, words)
     if "rewards" not in recipe.plugins:
-        raise UserError(f"the recipe {name} trains on a dataset and has no rewards: name a recipe with `rewards`")
+        raise UserError(f"recipe {name} trains on a dataset and has no rewards. Name a recipe with `rewards`")
     sources = [(source.label or source.name, source) for source in recipe.plugins["rewards"]]
     labels = [label for label, _ in sources]
     if not sources:
-        raise UserError(f"the recipe {name} has no reward source: give it one with 'rewards=[{{use: NAME}}]'")
+        raise UserError(f"recipe {name} has no reward source. Set 'rewards=[{{use: NAME}}]'")
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise UserError(f"{name} has several reward sources called {twice[0]!r}: give each a `label` of its own")
+        raise UserError(f"{name} has several reward sources labelled {twice[0]!r}. Set a distinct `label` for each")
     return NamedRewards(sources=sources, dataset=recipe.dataset)
 
 
@@ -94,12 +101,12 @@ def _of_plugin(name: str, words: Sequence[str]) -> NamedRewards:
 
 
 def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
-    """`use` as the argument of `load_plugin`."""
+    """Rename `use` to `name`, the argument of `load_plugin`."""
     return {"name" if key == "use" else key: value for key, value in settings.items()}
 
 
 def tokenizer_of(path: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder or on the Hub, None for None. Raises `UserError` where there is none."""
+    """Load the tokenizer in a folder or on the Hub, None for None. Raises `UserError` if there is none."""
     if path is None:
         return None
     from hf_rlhf.data.model_loading import load_tokenizer
@@ -108,8 +115,10 @@ def tokenizer_of(path: str | None) -> PreTrainedTokenizerBase | None:
 
 
 def scorer_of(sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
-    """The sources set up, without a policy; failures of rows are reported and end nothing, `on_error: raise` or not. Raises
-    `UserError` where a source cannot be set up."""
+    """Set up the sources without a policy. Failures of rows are reported and never raised, even with `on_error: raise`.
+
+    Raises `UserError` if a source cannot be set up.
+    """
     import torch
 
     from hf_rlhf.batch import Context
@@ -125,10 +134,10 @@ def scorer_of(sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedToke
 
 
 class NoTokens(Sequence[int]):
-    """Stands for the tokens or the mask of a row where only its text is known: whoever looks at it is told so."""
+    """Placeholder for the tokens or the mask of a row of which only the text is known; raises an error on any access."""
 
     def _refuse(self) -> NoReturn:
-        raise UserError(f"this source reads token ids or masks, and {NO_TOKENS}")
+        raise UserError(f"this source reads token ids or masks, but {NO_TOKENS}")
 
     def __len__(self) -> int:
         self._refuse()

@@ -1,4 +1,4 @@
-"""What becomes of a source's numbers before they are weighted: `clip`, and `normalize` by what all its numbers so far are."""
+"""Clip and normalize rewards before weighting: `clip`, and `normalize` by running statistics of each source."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 EQUAL = 1e-9
-"""Numbers that differ by less, relative to their mean, are equal."""
+"""Relative difference below which numbers count as equal."""
 
 
 class RunningMoments:
-    """Mean and population variance of all numbers so far, by merging (Chan, Golub and LeVeque, 1979)."""
+    """Running mean and population variance, by merging (Chan, Golub and LeVeque, 1979)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
 
     @property
     def std(self) -> float:
-        """Their standard deviation; 1 of fewer than two numbers, and of numbers that are equal up to rounding."""
+        """Standard deviation; 1.0 for fewer than two values, and for values equal up to rounding."""
         found = math.sqrt(self.squares / self.count) if self.count > 1 else 0.0
         return found if found > EQUAL * max(1.0, abs(self.mean)) else 1.0
 
     def add(self, count: float, mean: float, squares: float) -> None:
-        """Takes in `count` numbers with this mean and this sum of squared deviations from it."""
+        """Merge `count` numbers with this mean and sum of squared deviations."""
         if count == 0:
             return
         total, gap = self.count + count, mean - self.mean
@@ -42,30 +42,33 @@ class RunningMoments:
 
 
 class RewardNormalizer:
-    """`clip` and `normalize` of every source."""
+    """Clipping and normalization of the rewards of every source."""
 
     def __init__(self, sources: Sequence[tuple[str, RewardSource]]) -> None:
         self._sources = dict(sources)
         self._running = {label: RunningMoments() for label, source in sources if source.normalize != "none"}
 
     def __call__(self, answers: Mapping[str, list[Answer]], accelerator: Accelerator | None) -> dict[str, list[Answer]]:
-        """label -> its answers as they are weighted. The numbers of all processes are learned from, unless `accelerator` is
-        None. Two collectives where a source is normalised, else none."""
+        """Return the clipped and normalized answers by label.
+
+        Statistics are updated from all processes, unless `accelerator` is None. Uses two collectives if any source is
+        normalized, otherwise none.
+        """
         clipped = {label: self._clipped(label, given) for label, given in answers.items()}
         if accelerator is not None and self._running:
             self._learn(clipped, accelerator)
         return {label: self._normalized(label, given) for label, given in clipped.items()}
 
     def changes(self, label: str) -> bool:
-        """Whether a source's numbers may become others."""
+        """Return True if a source's numbers may change."""
         return self._sources[label].clip is not None or label in self._running
 
     def state_dict(self) -> dict[str, list[float]]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {label: [x.count, x.mean, x.squares] for label, x in self._running.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the output of `state_dict`."""
         for label, numbers in state.items():
             running = self._running[label]
             running.count, running.mean, running.squares = numbers

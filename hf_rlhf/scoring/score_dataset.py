@@ -1,4 +1,4 @@
-"""`hf-rlhf score`: what reward sources say of completions that are there already, and how well that agrees with labels."""
+"""Scoring of existing completions (`hf-rlhf score`), and agreement with labels."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
     from hf_rlhf.scoring.scorer import SourceResult
 
 HEAD = 60
-"""Characters of a text that are shown."""
+"""Maximum characters shown of a text."""
 
 
 @dataclass(kw_only=True)
 class Columns:
-    """Where the parts of a row stand."""
+    """Columns of the parts of a row."""
 
     prompt: str | None = None
-    """The recipe's `dataset.prompt` when left out."""
+    """Column of the prompt; None: the recipe's `dataset.prompt`."""
     completion: str = "completion"
     finish_reason: str = "finish_reason"
-    """Where a dataset has it: `stop`, or `length` for a completion that was cut off."""
+    """Optional column with `stop`, or `length` for a truncated completion."""
 
 
 @dataclass(kw_only=True)
 class Scores:
-    """What came of scoring a dataset."""
+    """Results of scoring a dataset."""
 
     rollouts: Rollouts
     asked: dict[str, SourceResult]
     totals: dict[str, list[Number]]
-    """label -> the total of each row, None without a score."""
+    """Total of each row by source label; None for a row without a score."""
     agreement: dict[str, Agreement]
     labels: list[Number]
-    """What was compared with, one per row; empty where nothing was."""
+    """Labels compared with, one per row; empty without a comparison."""
 
     @property
     def failed(self) -> int:
-        """Rows that failed, over all sources."""
+        """Number of failed rows, over all sources."""
         return sum(len(found.failures) for found in self.asked.values())
 
 
@@ -63,7 +63,7 @@ def score(
     tokenizer: str | None = None,
     split: str = "train",
 ) -> Scores:
-    """Scores the completions of a dataset. Raises `UserError` for what a user can mend; rows that fail are counted."""
+    """Score the completions of a dataset. Raises `UserError` for invalid input; failed rows are counted."""
     places = columns or Columns()
     rows = _rows(dataset, split)
     names = {name for row in rows for name in row}
@@ -81,7 +81,7 @@ def score(
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Failures are not logged: they are listed with the scores."""
+    """Suppress the logging of failures, which are listed with the scores."""
     log = logging.getLogger("hf_rlhf.scoring.scorer")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -92,7 +92,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def total(answer: float | Spans | TokenScores) -> Number:
-    """The score of a row: the number, or the sum over its steps or tokens; None without one."""
+    """Return the score of a row: the number, or the sum over its steps or tokens; None without one."""
     if isinstance(answer, Spans):
         return math.fsum(value for _, value in answer.values)
     if isinstance(answer, TokenScores):
@@ -108,13 +108,13 @@ def _rows(dataset: str, split: str) -> list[Row]:
 
 
 def _check_columns(rewards: NamedRewards, places: Columns, names: set[str], against: str | None) -> None:
-    """Raises `UserError` naming every column that is not there."""
+    """Check that all columns exist. Raises `UserError` naming the missing ones."""
     prompts = _prompt_columns(rewards, places)
-    wanted = [(name, "the prompt: name its column with --prompt-column") for name in prompts]
-    wanted += [(places.completion, "the completion: name its column with --completion-column")]
+    wanted = [(name, "the prompt; set --prompt-column") for name in prompts]
+    wanted += [(places.completion, "the completion; set --completion-column")]
     wanted += [(against, "the labels of --against")] if against is not None else []
     for label, source in rewards.sources:
-        wanted += [(name, f"what reward {label!r} reads") for name in sorted(columns_of(source))]
+        wanted += [(name, f"needed by reward {label!r}") for name in sorted(columns_of(source))]
     missing = [f"no column {name!r} ({what})" for name, what in wanted if name not in names]
     if missing:
         raise UserError(f"{'; '.join(missing)}. The dataset has: {', '.join(sorted(names))}")
@@ -136,7 +136,7 @@ def rollouts_of(
     names: set[str],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Rollouts:
-    """The rows of a dataset as sources see them; without a tokenizer their tokens are not known."""
+    """Convert rows of a dataset to the input of sources; without a tokenizer they have no tokens."""
     from dataclasses import replace
 
     from hf_rlhf.data.prompts import _Maker
@@ -170,13 +170,13 @@ def rollouts_of(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, why: str) -> list[int]:
-    """The completion's tokens, with the end of sequence where it was not cut off."""
+    """Tokenize the completion, with an end-of-sequence token unless it was truncated."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return [*ids, tokenizer.eos_token_id] if why == "stop" else ids
 
 
 def completion_of(value: Any, row: int) -> str:
-    """A completion as text: it itself, or what the assistant's messages say, joined by line breaks."""
+    """Return a completion as text: itself, or the contents of the assistant's messages, joined by line breaks."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -185,7 +185,7 @@ def completion_of(value: Any, row: int) -> str:
         said = [_content(part.get("content")) for part in value if part.get("role", "assistant") == "assistant"]
         if said:
             return "\n".join(said)
-    raise UserError(f"row {row}: the completion is {str(value)[:HEAD]!r}, neither text nor messages of an assistant")
+    raise UserError(f"row {row}: the completion must be a text or assistant messages, got {str(value)[:HEAD]!r}")
 
 
 def _content(content: Any) -> str:
@@ -198,18 +198,18 @@ def _reason(value: Any, row: int) -> str:
     if value in (None, ""):
         return "stop"
     if value not in ("stop", "length"):
-        raise UserError(f"row {row}: the finish reason is {value!r}; it is 'stop' or 'length'")
+        raise UserError(f"row {row}: the finish reason must be 'stop' or 'length', got {value!r}")
     return str(value)
 
 
 def _groups(prompts: Sequence[Any]) -> list[int]:
-    """Equal numbers for rows of equal prompts."""
+    """Return group ids, equal for rows with equal prompts."""
     seen: dict[str, int] = {}
     return [seen.setdefault(repr(prompt), len(seen)) for prompt in prompts]
 
 
 def _label(value: Any, row: int, column: str) -> Number:
-    """A label as a number; None where a row has none."""
+    """Convert a label to a number; None for a row without one."""
     if value is None or value == "":
         return None
     if isinstance(value, str):
@@ -217,7 +217,7 @@ def _label(value: Any, row: int, column: str) -> Number:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"row {row}: {column} is {value!r}; --against takes numbers, true or false") from None
+        raise UserError(f"row {row}: {column} must be a number, true or false for --against, got {value!r}") from None
     return None if math.isnan(number) else number
 
 
@@ -225,16 +225,16 @@ def _check_tokens(asked: Mapping[str, SourceResult]) -> None:
     for label, found in asked.items():
         if any(NO_TOKENS in failure.reason for failure in found.failures):
             raise UserError(
-                f"reward {label!r} reads token ids or masks, and texts alone are given: name the policy's tokenizer with "
+                f"reward {label!r} reads token ids or masks, but the dataset has only texts. Set the policy's tokenizer with "
                 "--tokenizer FOLDER"
             )
 
 
-# What is printed
+# Output
 
 
 def as_json(scores: Scores) -> dict[str, Any]:
-    """All of it as plain data. Rows count from 0."""
+    """Convert the results to plain data. Rows count from 0."""
     return {
         "scores": scores.totals,
         "agreement": {label: found.number for label, found in scores.agreement.items()},
@@ -250,7 +250,7 @@ HEADER = ["source", "rows", "scored", "missing", "failed", "mean", "std", "min",
 
 
 def table(scores: Scores) -> list[list[str]]:
-    """A line per source under HEADER. `missing`: no score, and not because it failed; std: of the population."""
+    """Return a row per source for the columns HEADER. `missing`: no score without failure; std: population std."""
     lines = []
     for label, totals in scores.totals.items():
         found = scores.asked[label]
@@ -264,12 +264,12 @@ def table(scores: Scores) -> list[list[str]]:
 
 
 def shown(number: Number) -> str:
-    """A number in a table; `-` for none. -0 is 0."""
+    """Format a number for a table; `-` for None, 0 for -0."""
     return "-" if number is None else f"{number + 0.0:.4g}"
 
 
 def remarks(scores: Scores, most: int) -> list[str]:
-    """What else is to say, a line each: metrics of the sources, failures, agreement and disagreements; `most` of a kind."""
+    """Return further lines: metrics of the sources, failures, agreement and differences; at most `most` of a kind."""
     lines: list[str] = []
     for label, found in scores.asked.items():
         said = [f"{name} {shown(statistics.fmean(values))}" for name, values in found.metrics.items() if values]

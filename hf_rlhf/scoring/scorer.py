@@ -1,5 +1,7 @@
-"""Reward sources to numbers: each is called where its settings say, its answers are checked, failures counted, and what
-does not apply is kept apart from 0."""
+"""Scorer, which calls reward sources with their runners, validates answers, counts failures and combines scores.
+
+Rows to which a source does not apply are distinguished from a score of 0.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,14 @@ from hf_rlhf.scoring.runners.reward_call import logs_of
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
-"""Calls in a row that may fail beyond a source's `failure_budget`."""
+"""Consecutive checks in which a source may exceed its `failure_budget`."""
 ENOUGH = 8
-"""Rows by which a source is judged; calls with fewer are taken together."""
+"""Minimum rows per check of the failure budget; calls with fewer are combined."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A row whose scoring failed."""
+    """Failure to score a row."""
 
     row: int
     kind: str
@@ -44,37 +46,37 @@ class Failure:
     reason: str
     trace: str
     error: BaseException | None = None
-    """What was raised, where it was raised in this process."""
+    """Exception, if it was raised in this process."""
 
 
 @dataclass(kw_only=True)
 class SourceResult:
-    """What came of one source."""
+    """Results of one source."""
 
     answers: list[Answer]
-    """One per row; NaN where the source does not apply, or failed and `on_error` is none."""
+    """One answer per row; NaN if the source does not apply, or failed with `on_error: none`."""
     failures: list[Failure] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    """What it logged for the table of completions, one value per row."""
+    """Columns that it logged for the table of completions, one value per row."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def count(self, kind: str) -> int:
-        """Failures of a kind."""
+        """Return the number of failures of a kind."""
         return sum(failure.kind == kind for failure in self.failures)
 
 
 class Scorer:
-    """Reward sources with the workers that they run in.
+    """Reward sources with their runners.
 
-    `context` is for the sources' `setup`; without one they were set up before, or need none. Sources that do not run in the
-    caller's thread run beside each other and beside those that do. `close` ends workers and sources.
+    `context` is passed to the sources' `setup`; without it they must be set up already, or need no setup. Sources that do
+    not run in the caller's thread run in parallel. `close` stops workers and sources.
     """
 
     def __init__(self, sources: Sequence[tuple[str, RewardSource]], context: Context | None = None) -> None:
         self.sources = dict(sources)
         if len(self.sources) < len(sources):
-            raise ValueError("two reward sources have one label: give each a `label` of its own")
+            raise ValueError("reward sources must have distinct labels. Set a `label` for each")
         self._runners: dict[str, Runner] = {}
         self._budgets: dict[str, _Budget] = {label: _Budget() for label in self.sources}
         self._ends = ExitStack()
@@ -95,15 +97,15 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """Ends every worker and closes every source that was set up here, also where one of them raises."""
+        """Stop all workers and close all sources that were set up here, even if one of them raises."""
         self._ends.close()
 
     def ask(self, rollouts: Rollouts, *seed: int | str, counts: bool = True) -> dict[str, SourceResult]:
-        """label -> what each source said of the rows. `seed` is mixed with the label and the row for whoever draws random
-        numbers; the global generators are the caller's to save. `counts`: failures count towards the budget.
+        """Score the rows with all sources and return their results by label.
 
-        Each source gets copies of its own, so that none can change what the next one sees. Raises `RewardError` where a
-        source gave what is no answer, failed and `on_error` is raise, or fails beyond its budget.
+        `seed` is combined with the label and the row to seed the global generators during calls, which the caller must
+        save. With `counts`, failures count towards the budget. Each source gets its own copy of the rows. Raises
+        `RewardError` if a source returns an invalid answer, fails with `on_error: raise`, or exceeds its budget.
         """
         inline = [label for label, runner in self._runners.items() if runner.inline]
         apart = {label: _in_thread(self._ask, label, rollouts, seed) for label in self._runners if label not in inline}
@@ -111,7 +113,7 @@ class Scorer:
             asked = {label: self._ask(label, rollouts, seed) for label in inline}
         except Exception:
             for future in apart.values():
-                future.exception()  # nothing is left running
+                future.exception()  # wait for the others
             raise
         asked |= {label: future.result() for label, future in apart.items()}
         for label in self.sources:
@@ -119,7 +121,7 @@ class Scorer:
         return {label: asked[label] for label in self.sources}
 
     def final_answers(self, label: str, completions: Sequence[str]) -> list[str | None]:
-        """What a verifier takes for the final answer of each completion; None where there is none, or it failed."""
+        """Return the final answer that a verifier extracts from each completion; None if there is none, or it failed."""
         units = [RewardCall(rows=[i], texts=[text]) for i, text in enumerate(completions)]
         outcomes = self._runners[label].run(units)
         return [outcome.answers[0] if outcome.answers else None for outcome in outcomes]
@@ -147,7 +149,7 @@ class Scorer:
 
 
 def _in_thread(work: Callable[..., SourceResult], *arguments: Any) -> Future[SourceResult]:
-    """The result of some work in a thread that does not keep the interpreter from ending."""
+    """Run work in a daemon thread and return its future."""
     future: Future[SourceResult] = Future()
 
     def run() -> None:
@@ -161,7 +163,7 @@ def _in_thread(work: Callable[..., SourceResult], *arguments: Any) -> Future[Sou
 
 
 def _unit(source: RewardSource, rollouts: Rollouts, part: list[int], seed: tuple[int | str, ...]) -> RewardCall:
-    """A call's rows, copied: a source may change what it gets."""
+    """Create a call with copies of its rows, which the source may change."""
     seeds = len(seed) > 1 and (source.draws or not source.rowwise)
     own = rollouts.select(part)
     for name in ("prompt_ids", "completion_ids", "masks"):
@@ -180,7 +182,7 @@ def _applies(label: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row
         value = rollouts.column(name)[row]
         if isinstance(value, list | dict) or getattr(value, "shape", ()) != ():
             raise RewardError(
-                f"reward {label!r}: when={{{name}: ...}} compares single values, and row {row} has a {type(value).__name__}"
+                f"reward {label!r}: when={{{name}: ...}} needs scalar values, but row {row} has a {type(value).__name__}"
             )
         if value not in wanted if isinstance(wanted, list) else value != wanted:
             return False
@@ -190,7 +192,7 @@ def _applies(label: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row
 def _take(
     asked: SourceResult, label: str, source: RewardSource, part: list[int], outcome: CallResult, final: bool
 ) -> None:
-    """Puts what came of a call into place; a failure only where it is not tried again."""
+    """Store the result of a call; a failure only if it is not retried."""
     if outcome.kind == "wrong":
         raise RewardError(outcome.reason)
     for name, values in outcome.metrics.items():
@@ -211,7 +213,7 @@ def _take(
 
 def _take_column(asked: SourceResult, label: str, name: str, part: list[int], column: list[Any]) -> None:
     if len(column) != len(part):
-        logger.warning("reward %r logged %d values of %r for %d rows: dropped", label, len(column), name, len(part))
+        logger.warning("reward %r logged %d values of %r for %d rows; dropped", label, len(column), name, len(part))
         return
     kept = asked.columns.setdefault(name, [None] * len(asked.answers))
     for row, value in zip(part, column, strict=True):
@@ -219,32 +221,32 @@ def _take_column(asked: SourceResult, label: str, name: str, part: list[int], co
 
 
 def _take_shared_logs(asked: SourceResult, label: str, source: RewardSource, parts: list[list[int]]) -> None:
-    """Metrics of calls that ran beside each other; a column only where there was one call."""
+    """Store the metrics of parallel calls, and columns if there was only one call."""
     columns, asked.metrics = logs_of(label, source)
     for name, column in columns.items():
         if len(parts) == 1:
             _take_column(asked, label, name, parts[0], column)
         else:
             logger.warning(
-                "reward %r logs a column %r row by row beside other rows, so that nobody can tell whose a value is: dropped; "
-                "workers=inline and workers=processes keep it",
+                "reward %r logs a column %r from parallel calls, so that values cannot be assigned to rows; dropped. Set "
+                "workers=inline or workers=processes to keep it",
                 *(label, name),
             )
 
 
 @dataclass
 class _Budget:
-    """How often a source failed lately."""
+    """Recent failures of a source."""
 
     over: int = 0
-    """Times in a row that it was judged beyond its budget."""
+    """Consecutive checks in which it exceeded its budget."""
     judged: bool = False
     rows: int = 0
-    """Rows, and failures among them, since it was judged last."""
+    """Rows since the last check, and failures among them."""
     failures: int = 0
 
     def judge(self, label: str, source: RewardSource, asked: SourceResult, counts: bool) -> None:
-        """Warns of failures, which count or not. Raises `RewardError` where the source's settings say that they end the run."""
+        """Warn of failures, and count them with `counts`. Raises `RewardError` if the source's settings require it."""
         failed = {failure.row for failure in asked.failures}
         if counts:
             self.rows += len(failed) + sum(not (_is_missing(x) or i in failed) for i, x in enumerate(asked.answers))
@@ -271,9 +273,9 @@ class _Budget:
             rows = _named([failure.row for failure in failures])
             logger.warning("%s %s: %s, %s", _title(label, source), reason, rows, f"which get {given}")
         if len(reasons) > 10:
-            logger.warning("%s failed for %d further reasons", _title(label, source), len(reasons) - 10)
+            logger.warning("%s failed for %d more reasons", _title(label, source), len(reasons) - 10)
         if asked.failures[-1].trace:
-            logger.warning("the last of them:\n%s", asked.failures[-1].trace)
+            logger.warning("last failure:\n%s", asked.failures[-1].trace)
 
     def _end(self, label: str, source: RewardSource, asked: SourceResult, first: bool) -> None:
         last = asked.failures[-1] if asked.failures else None
@@ -281,7 +283,7 @@ class _Budget:
             "as for every row so far"
             if first
             else f"and more than {source.failure_budget:.0%} of its rows failed {PATIENCE} times in a row; "
-            "rewards.*.failure_budget allows more"
+            "raise rewards.*.failure_budget to allow more"
         )
         said = f"{_title(label, source)} {last.reason if last else 'failed'}, {why}"
         raise RewardError(f"{said}\n{last.trace if last else ''}".rstrip()) from (last.error if last else None)
@@ -292,7 +294,7 @@ def _title(label: str, source: RewardSource) -> str:
 
 
 def _named(rows: Sequence[int]) -> str:
-    """`row 3`, `rows 3, 4`, `rows 0, 1, ... and 54 more`."""
+    """Format row numbers as `row 3`, `rows 3, 4`, or `rows 0, 1, ... and 54 more`."""
     more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:10]))}{more}"
 
@@ -302,7 +304,7 @@ def _is_missing(answer: Answer) -> bool:
 
 
 def totals(answers: dict[str, list[Answer]], rollouts: Rollouts) -> dict[str, Tensor]:
-    """label -> (n,) float64: the number, or the sum over steps or over the tokens that the policy sampled."""
+    """Return totals (n,) in float64 by label: the number, or the sum over steps or over sampled tokens."""
     return {
         label: torch.tensor(
             [_sum(answer, mask) for answer, mask in zip(given, rollouts.masks, strict=True)], dtype=torch.float64
@@ -320,10 +322,10 @@ def _sum(answer: Answer, mask: Sequence[int]) -> float:
 
 
 def place(answers: Sequence[Answer], rollouts: Rollouts, tokenizer: Any, width: int) -> Tensor:
-    """(n, width) float64, each reward of one source at its token.
+    """Place each reward of a source at its token: (n, width) in float64.
 
-    A number stands at the row's last sampled token, a step's value at the token that holds the step's last character, or
-    at the sampled token before it where a tool wrote that one (the first one where none comes before).
+    A number is placed at the row's last sampled token, a step's value at the token with the step's last character, or, if
+    that is a tool token, at the last sampled token before it (the first one if there is none).
     """
     placed = torch.zeros(len(answers), width, dtype=torch.float64)
     for row, answer in enumerate(answers):
@@ -344,12 +346,12 @@ def place(answers: Sequence[Answer], rollouts: Rollouts, tokenizer: Any, width: 
 
 
 def _characters(tokenizer: Any, ids: list[int]) -> int:
-    """How many characters of the completion the first tokens make; half a character does not count."""
+    """Return the number of characters decoded from the first tokens, without an incomplete character."""
     return len(tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd"))
 
 
 def total(scores: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
-    """(n,) the weighted sum of the sources that apply to each row, and (n,) bool, False where none does."""
+    """Return the weighted sum (n,) of the sources that apply to each row, and a bool mask (n,), False where none does."""
     stacked = torch.stack([scores[label] for label in weights])
     factors = torch.tensor(list(weights.values()), dtype=stacked.dtype).unsqueeze(1).to(stacked.device)
     return (stacked.nan_to_num(0.0) * factors).sum(0), ~stacked.isnan().all(0)

@@ -1,7 +1,7 @@
-"""`hf-rlhf serve-reward`: reward sources behind HTTP, for `rewards.remote` and for whoever speaks its protocol.
+"""HTTP server of reward sources (`hf-rlhf serve-reward`), for `rewards.remote` and other clients of its protocol.
 
-Requests are answered in an event loop in a thread of its own; the sources run in the main thread, one request after the
-other, because only there can a call that takes too long be interrupted.
+Requests are handled by an event loop in a separate thread; the sources run in the main thread, one request at a time,
+because only there can a call be interrupted at its time limit.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Of the protocol, in every request and every answer."""
+"""Protocol version in every request and response."""
 SHOWN_ERRORS = 100
-"""Failed rows that an answer names at most."""
+"""Maximum failed rows named in a response."""
 
 
 class RequestError(Exception):
-    """A request that cannot be answered as it stands: `status` and what to send instead."""
+    """Error for an invalid request: HTTP `status`, and a message that says what to send instead."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
@@ -47,7 +47,7 @@ class RequestError(Exception):
 
 
 class ScoringQueue:
-    """Where requests wait for the thread that scores them. `scorers`: one for each source, under its label."""
+    """Queue of requests for the scoring thread; `scorers` has one per source, by label."""
 
     def __init__(self, scorers: Mapping[str, Scorer]) -> None:
         self.scorers = scorers
@@ -56,13 +56,13 @@ class ScoringQueue:
         self._answered = 0
 
     def hand_in(self, label: str, rollouts: Rollouts) -> Future[SourceResult]:
-        """What the source `label` says of these rows, once it is asked."""
+        """Enqueue rows for the source `label` and return the future result."""
         future: Future[SourceResult] = Future()
         self._waiting.put((label, rollouts, future))
         return future
 
     def work(self) -> None:
-        """Scores what is handed in until `stop`, in the calling thread."""
+        """Score enqueued requests in the calling thread until `stop`."""
         while (job := self._waiting.get()) is not None:
             label, rollouts, future = job
             if not future.set_running_or_notify_cancel():
@@ -74,12 +74,12 @@ class ScoringQueue:
             self._answered += 1
 
     def stop(self) -> None:
-        """Ends `work` after what it does now."""
+        """Stop `work` after the current request."""
         self._waiting.put(None)
 
 
 def app_of(desk: ScoringQueue, *, token: str | None = None, max_bytes: int = 64 << 20) -> Starlette:
-    """The server: POST /score/LABEL, /score where there is one source, GET /health."""
+    """Create the app: POST /score/LABEL, /score if there is one source, GET /health."""
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse
     from starlette.routing import Route
@@ -89,7 +89,7 @@ def app_of(desk: ScoringQueue, *, token: str | None = None, max_bytes: int = 64 
     def checked(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise RequestError(401, "this server wants its token: Authorization: Bearer ...")
+            raise RequestError(401, "this server needs a token. Send Authorization: Bearer ...")
 
     async def health(request: Request) -> Response:
         checked(request)
@@ -114,7 +114,7 @@ def app_of(desk: ScoringQueue, *, token: str | None = None, max_bytes: int = 64 
     async def no_route(request: Request, error: Exception) -> Response:
         there = ", ".join(f"POST {path}" for path in paths(list(sources)))
         status = getattr(error, "status_code", 404)
-        return JSONResponse({"error": f"{request.method} {request.url.path}: there are {there}, GET /health"}, status)
+        return JSONResponse({"error": f"no {request.method} {request.url.path}; use {there}, GET /health"}, status)
 
     routes = [
         Route("/health", health, methods=["GET"]),
@@ -126,7 +126,7 @@ def app_of(desk: ScoringQueue, *, token: str | None = None, max_bytes: int = 64 
 
 
 def paths(labels: Sequence[str]) -> list[str]:
-    """Where requests are posted."""
+    """Return the URL paths for requests."""
     from urllib.parse import quote
 
     return (["/score"] if len(labels) == 1 else []) + [f"/score/{quote(label)}" for label in labels]
@@ -136,7 +136,7 @@ def _label(asked: str | None, labels: Sequence[str]) -> str:
     if asked is None and len(labels) == 1:
         return labels[0]
     if asked is None or asked not in labels:
-        raise RequestError(404, f"no source {asked or '(none named)'}: there are {', '.join(paths(labels))}")
+        raise RequestError(404, f"no source {asked or '(none named)'}; use {', '.join(paths(labels))}")
     return asked
 
 
@@ -146,21 +146,21 @@ async def _body(request: Request, max_bytes: int) -> bytes:
         body += chunk
         if len(body) > max_bytes:
             raise RequestError(
-                413, f"the request is larger than {max_bytes / 2**20:.3g} MiB: send fewer rows at a time"
+                413, f"the request must be at most {max_bytes / 2**20:.3g} MiB. Send fewer rows at a time"
             )
     return bytes(body)
 
 
 def read_request(body: bytes, reads: set[str]) -> Rollouts:
-    """The rows of a request; `reads`: the columns that the source needs. Raises `RequestError` saying what is wrong."""
+    """Parse the rows of a request; `reads` are the columns that the source needs. Raises `RequestError`."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the request is not JSON: {error}") from error
+        raise RequestError(400, f"the request must be JSON: {error}") from error
     if not isinstance(data, dict):
-        raise RequestError(400, 'the request is no object {"version": 1, "prompts": [...], "completions": [...]}')
+        raise RequestError(400, 'the request must be {"version": 1, "prompts": [...], "completions": [...]}')
     if data.get("version") != VERSION:
-        raise RequestError(400, f"version {VERSION} of the protocol is spoken here, not {data.get('version')!r}")
+        raise RequestError(400, f"this server speaks protocol version {VERSION}, got {data.get('version')!r}")
     completions = _list(data, "completions", None, _is_text, "texts")
     rows = len(completions)
     prompts = _list(data, "prompts", rows, _is_prompt, "texts or lists of messages with role and content")
@@ -170,11 +170,11 @@ def read_request(body: bytes, reads: set[str]) -> Rollouts:
     groups = _list(data, "group_ids", rows, _is_whole, "whole numbers", list(range(rows)))
     columns = data.get("columns", {})
     if not isinstance(columns, dict):
-        raise RequestError(400, "columns: a mapping of names to lists is due")
+        raise RequestError(400, "columns must be a mapping of names to lists")
     missing = sorted(reads - columns.keys())
     if missing:
         raise RequestError(
-            422, f"this source reads the columns {', '.join(missing)}: send them (`send` of rewards.remote)"
+            422, f"this source reads the columns {', '.join(missing)}. Send them (`send` of rewards.remote)"
         )
     return Rollouts(
         prompts=prompts,
@@ -187,7 +187,7 @@ def read_request(body: bytes, reads: set[str]) -> Rollouts:
 
 
 def _tokens(data: dict[str, Any], rows: int) -> dict[str, list[Any]]:
-    """prompt_ids, completion_ids and masks; where they are not sent, what says so to whoever reads them."""
+    """Return prompt_ids, completion_ids and masks; those not sent are placeholders that raise an error when read."""
     unknown: list[Any] = [NoTokens()] * rows
     found = {
         name: _list(data, name, rows, _are_whole, "lists of whole numbers", unknown)
@@ -196,7 +196,7 @@ def _tokens(data: dict[str, Any], rows: int) -> dict[str, list[Any]]:
     if ("masks" in data) != ("completion_ids" in data) or (
         "masks" in data and list(map(len, found["masks"])) != list(map(len, found["completion_ids"]))
     ):
-        raise RequestError(400, "completion_ids and masks belong together: one mask of 0 and 1 for each token")
+        raise RequestError(400, "completion_ids and masks must be sent together, with 0 or 1 for each token")
     return found
 
 
@@ -205,12 +205,12 @@ def _list(data: dict[str, Any], name: str, rows: int | None, good: Any, what: st
         return list(default)
     values = data.get(name)
     if not isinstance(values, list):
-        raise RequestError(400, f"{name}: a list is due, one value per completion")
+        raise RequestError(400, f"{name} must be a list of one value per completion")
     if rows is not None and len(values) != rows:
-        raise RequestError(400, f"{name}: {len(values)} values for {rows} completions")
+        raise RequestError(400, f"{name} must have one value per completion ({rows}), got {len(values)}")
     wrong = next((i for i, value in enumerate(values) if not good(value)), None)
     if wrong is not None:
-        raise RequestError(400, f"{name}: row {wrong} is {str(values[wrong])[:60]!r}; {what} are due")
+        raise RequestError(400, f"{name} must be {what}, got {str(values[wrong])[:60]!r} in row {wrong}")
     return values
 
 
@@ -232,7 +232,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def answer(asked: SourceResult) -> dict[str, Any]:
-    """The answer to a request. Raises `RequestError` where the source needs token ids that were not sent."""
+    """Build the response to a request. Raises `RequestError` if the source needs token ids that were not sent."""
     import math
 
     from hf_rlhf.scoring.answers import as_json
@@ -240,7 +240,7 @@ def answer(asked: SourceResult) -> dict[str, Any]:
     if any(NO_TOKENS in failure.reason for failure in asked.failures):
         raise RequestError(
             422,
-            "this source reads token ids or masks: send prompt_ids, completion_ids and masks (`send_ids: true` of "
+            "this source reads token ids or masks. Send prompt_ids, completion_ids and masks (`send_ids: true` of "
             "rewards.remote)",
         )
     scores = [None if isinstance(x, float) and math.isnan(x) else as_json(x) for x in asked.answers]
@@ -249,15 +249,15 @@ def answer(asked: SourceResult) -> dict[str, Any]:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises `UserError` where the address cannot be had."""
+    """Return a listening socket. Raises `UserError` if the address is unavailable."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port or --host") from error
+        raise UserError(f"cannot listen on {host}:{port}: {error}. Choose another --port or --host") from error
 
 
 def serve(desk: ScoringQueue, app: Starlette, where: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM. Call it in the main thread."""
+    """Serve until SIGINT or SIGTERM. Call it in the main thread."""
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

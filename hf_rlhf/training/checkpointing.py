@@ -129,8 +129,8 @@ class SavingTrainer(RunTrainer):
         folder = Path(output_dir or self.output_dir)
         policy: Any = self.model
         whole = not self._saves_checkpoint and bool(self.parts.sections["model"].save_merged)
+        weights = parallel.state_dict(policy)  # on every process, as all that follows
         if whole and self.args.should_save:
-            weights = parallel.state_dict(policy)
             policy.save_pretrained(folder / ADAPTER, state_dict=weights)  # before the merge, which may fail
             self.model = merged(policy, weights)
             try:
@@ -138,17 +138,21 @@ class SavingTrainer(RunTrainer):
             finally:
                 self.model = policy
         else:
-            super()._save(output_dir, parallel.state_dict(policy))
-        if not self.args.should_save:
-            return
+            super()._save(output_dir, weights)
         for name, module in self._beside().items():
-            checkpoint_manifest.save_tensors(folder / name, parallel.state_dict(module))
+            weights = parallel.state_dict(module)
+            if self.args.should_save:
+                checkpoint_manifest.save_tensors(folder / name, weights)
         if self.ema is not None:
             save = save_merged if whole else type(policy).save_pretrained
             with self.ema.as_policy(policy, exact=True):
-                save(policy, folder / FOLDER, state_dict=parallel.state_dict(policy))
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder / FOLDER)
+                weights = parallel.state_dict(policy)
+                if self.args.should_save:
+                    save(policy, folder / FOLDER, state_dict=weights)
+        if not self.args.should_save:
+            return
+        if self.ema is not None and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder / FOLDER)
         if hasattr(policy, "peft_config") and not self._saves_checkpoint:
             for written in (folder, folder / FOLDER):
                 drop_other_form(written, whole)

@@ -42,7 +42,7 @@ from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.scorer import Scorer
-from hf_rlhf.training.memory.resident import offload_problems, offload_remarks, policy_state
+from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -353,16 +353,12 @@ def estimate_memory(
     prompt_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Fills the plan's memory: of `model` where it is there, else of the one that the settings name. What the plan says
-    already of the process itself stays."""
-    from hf_rlhf.runtime.peak_memory import MIB
-    from hf_rlhf.training.memory.estimate import from_model, from_settings
-    from hf_rlhf.training.memory.workload import Workload
+    """Fill the plan's memory forecast: of `model` if it is loaded, else of the one that the settings name."""
+    from hf_rlhf.training.memory.estimate import Workload, from_model, from_settings
 
     settings: Model = sections["model"]
     known = prompt_tokens or sections["dataset"].max_prompt_tokens
-    before = next((parts["process"] * MIB for parts in plan.memory.values() if "process" in parts), None)
-    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=known, process=before)
+    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=known)
     base = getattr(model, "get_base_model", lambda: model)()
     if model is None or isinstance(model, str) or getattr(base, "is_quantized", False):
         found = from_settings(settings, setting, peft_config, trust_remote_code)

@@ -1,4 +1,4 @@
-"""Tensor code by group that several estimators share: what the other rows of a row's group have, and the order of KL."""
+"""Group-wise tensor operations shared by several estimators: statistics of a row's group, and the order of KL."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class GroupEstimator(AdvantageEstimator, ABC):
-    """One number per row, from the returns of its group, on each of the row's tokens."""
+    """Base class: one advantage per row from its group's returns, broadcast to the row's tokens."""
 
     needs = frozenset({"groups"})
 
     order: Literal["kl_first", "score_first"] = "kl_first"
-    """`kl_first`: returns after the KL in the reward are compared; `score_first` (OpenRLHF): scores are compared before
-    it, then each token loses the KL from it on. Equal without a KL in the reward."""
+    """`kl_first`: compare returns, which include the KL in the reward; `score_first` (OpenRLHF): compare scores without
+    it, then subtract from each token the KL of that and later tokens. The same without a KL in the reward."""
 
     @abstractmethod
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
-        """(N,) what is compared -> (N,) the advantage of each row."""
+        """Return each row's advantage (N,) from the returns or scores (N,) to compare."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if self.order == "score_first" and not algorithm.kl_in("reward"):
-            yield "order=score_first changes nothing: there is no KL in the reward"
+            yield "order=score_first has no effect without a KL in the reward"
 
     def __call__(self, scored: Scored) -> Tensor:
         if self.order == "kl_first":
@@ -43,19 +43,19 @@ class GroupEstimator(AdvantageEstimator, ABC):
 
 
 def minus_kl(advantages: Tensor, scored: Scored) -> Tensor:
-    """(N, T) -> (N, T): less what the KL took from the rewards of this and the later tokens."""
+    """Subtract from each token's advantage (N, T) the KL penalties of that and later tokens."""
     if scored.kl_penalties is None:
         return advantages
     return advantages - reward_to_go(scored.kl_penalties, scored.mask)
 
 
 def centred(scored: Scored, x: Tensor) -> Tensor:
-    """(N,) -> (N,) `x` minus its group's mean; exactly 0 where all of the group are equal."""
+    """Subtract the group mean from `x` (N,); exactly 0 where all values of the group are equal."""
     return (x - scored.group_mean(x)).masked_fill(scored.group_is_flat(x), 0.0)
 
 
 def others(scored: Scored, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) -> (N, G) the group's rows without the own one, 0 where there is none, and (N, G) bool, True where there is."""
+    """Return the values of each row's other group members, (N, G) with 0 in empty slots, and a (N, G) bool mask of them."""
     index, place, table = _by_group(scored, x)
     _, _, filled = _by_group(scored, x.new_ones(len(x)))
     there = filled[index].bool().scatter(1, place.unsqueeze(1), False)
@@ -63,15 +63,15 @@ def others(scored: Scored, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_of_group(scored: Scored, x: Tensor) -> Tensor:
-    """(N, ...) -> (N, ...) the sum over the group."""
+    """Sum `x` (N, ...) over each row's group."""
     index, counts = scored.groups()
     return x.new_zeros(len(counts), *x.shape[1:]).index_add(0, index, x)[index]
 
 
 def sum_of_others(scored: Scored, x: Tensor) -> Tensor:
-    """(N, ...) -> (N, ...) the sum over the group's other rows.
+    """Sum `x` (N, ...) over the other rows of each row's group.
 
-    It is the sum of the rows before and of the rows after: a large own value leaves no rounding error behind.
+    Adds the sums of the rows before and after, so that a large value of the row itself leaves no rounding error.
     """
     import torch
 
@@ -83,7 +83,7 @@ def sum_of_others(scored: Scored, x: Tensor) -> Tensor:
 
 
 def _by_group(scored: Scored, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) the group and the place in it of each row, and `x` as (groups, G, ...) with 0 in empty places."""
+    """Return each row's group and index within it, (N,) each, and `x` as (groups, G, ...) with 0 in empty slots."""
     import torch
 
     index, counts = scored.groups()

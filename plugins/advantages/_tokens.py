@@ -1,8 +1,8 @@
-"""Tensor code by token that several estimators share: discounted sums, GAE, whitening.
+"""Token-wise tensor operations shared by several estimators: discounted sums, GAE, whitening.
 
-Rows are worked on in parts that fit a processor's cache, each from its inputs to its result, so that the large tensors
-are read and written once. Sums stay in the tensors' own precision, and none depends on matrix products, whose precision
-a user may have lowered.
+Rows are processed in chunks that fit the CPU cache, each from inputs to result, so that large tensors are read and
+written once. Sums stay in the tensors' own precision, and none uses matrix products, whose precision a user may have
+lowered.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PART = 2**18
-"""Numbers of one tensor that are worked on at a time on a CPU: 1 MiB in float32."""
+"""Elements of one tensor processed at a time on a CPU: 1 MiB in float32."""
 
 
 def given(x: T | None, field: str, reader: str) -> T:
-    """`x`, a field of `Scored`. Raises `ValueError` naming the estimator that reads it where it is None."""
+    """Return `x`, a field of `Scored`. Raises `ValueError` naming the estimator that reads it if it is None."""
     if x is None:
         fix = (
             "give the recipe a critic"
             if field == "values"
-            else "the core fills it for plugins that declare it in `needs`"
+            else "the trainer fills it for plugins that declare it in `needs`"
         )
         raise ValueError(f"{reader} needs {field}: Scored.{field} is None; {fix}")
     return x
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """G_t = R_t + gamma G_{t+1}, where t+1 is the next token with m = 1: (N, T), 0 off the mask.
+    """Return G_t = R_t + gamma G_{t+1} (N, T), where t+1 is the next token with m = 1; 0 off the mask.
 
-    Tokens with m = 0 neither discount nor add.
+    Tokens with m = 0 neither discount nor contribute.
     """
     import torch
 
@@ -49,13 +49,13 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
-    """A_t = d_t + gamma lam A_{t+1}, d_t = R_t + gamma V_{t+1} - V_t, where t+1 is the next token with m = 1.
+    """Return A_t = d_t + gamma lam A_{t+1}, d_t = R_t + gamma V_{t+1} - V_t, where t+1 is the next token with m = 1.
 
-    (N, T) each, `lam` a number or (N,); 0 off the mask. Tokens with m = 0 carry what comes after them back unchanged;
-    after the last token the value is 0. With values of 0 and lam = 1 this is the discounted reward to go.
+    Tensors are (N, T), `lam` is a number or (N,); the result is 0 off the mask. Tokens with m = 0 pass later terms back
+    unchanged; the value after the last token is 0. With values of 0 and lam = 1 this is the discounted reward to go.
 
-    With Q_t = (1 - lam) V_t + lam (R_t + gamma Q_{t+1}), what a token hands to the one before it, A_t is
-    R_t + gamma Q_{t+1} - V_t: one scan, and nothing is divided by lam.
+    With Q_t = (1 - lam) V_t + lam (R_t + gamma Q_{t+1}), which each token passes to the one before it, A_t is
+    R_t + gamma Q_{t+1} - V_t: one scan, without a division by lam.
     """
     import torch
 
@@ -73,7 +73,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float 
 
 
 def on_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` in place, 0 where m = 0, also where it is infinite or no number there."""
+    """Zero `x` in place where m = 0, also if it is infinite or NaN there."""
     if x.device.type != "cpu":
         return x.masked_fill_(mask == 0, 0.0)
     x.mul_(mask)  # several times faster on a CPU than filling in
@@ -81,7 +81,7 @@ def on_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _parts(like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows of (N, T) at a time, with room for two tensors (rows, T): the same room each time, as new memory is slow."""
+    """Yield slices of the rows of (N, T), each with two scratch tensors (rows, T), reused because allocation is slow."""
     rows, length = like.shape
     if not like.numel():
         return
@@ -93,9 +93,9 @@ def _parts(like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _carried(x: Tensor, mask: Tensor, factor: Tensor, room: Tensor) -> Tensor:
-    """y_t = x_t + d_t y_{t+1}, d = `factor` (rows or 1, 1) on the mask and 1 off it: (rows, T), where `x` is 0 off the mask.
+    """Return y_t = x_t + d_t y_{t+1} (rows, T), with d = `factor` (rows or 1, 1) on the mask and 1 off it.
 
-    `factor` is of any dtype. The result stands in `x` or `room`; both are overwritten.
+    `x` must be 0 off the mask; `factor` may have any dtype. The result is `x` or `room`; both are overwritten.
     """
     import torch
 
@@ -109,10 +109,10 @@ def _carried(x: Tensor, mask: Tensor, factor: Tensor, room: Tensor) -> Tensor:
 
 
 def _doubled(x: Tensor, factor: Tensor, room: Tensor) -> Tensor:
-    """y_t = x_t + factor y_{t+1}, by sums over 2, 4, 8, ... tokens: (rows, T), in `x` or `room`."""
+    """Return y_t = x_t + factor y_{t+1} (rows, T), in `x` or `room`, by sums over 2, 4, 8, ... tokens."""
     import torch
 
-    span, power = 1, factor.to("cpu", torch.float64)  # a square of a square of ... in float32 would lose digits
+    span, power = 1, factor.to("cpu", torch.float64)  # repeated squaring in float32 would lose digits
     while span < x.size(1) and power.any():
         torch.addcmul(x[:, :-span], power.to(x), x[:, span:], out=room[:, :-span])
         room[:, -span:] = x[:, -span:]
@@ -122,17 +122,17 @@ def _doubled(x: Tensor, factor: Tensor, room: Tensor) -> Tensor:
 
 
 def _scan(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + decay_t y_{t+1}: (rows, T) each, T > 0. Overwrites `x`, which it returns, and `decay`.
+    """Return y_t = x_t + decay_t y_{t+1}, (rows, T) each, T > 0. Overwrites `x`, which it returns, and `decay`.
 
-    About sqrt(T) blocks of time are scanned side by side, then what enters each from behind is added: about 3 sqrt(T)
-    steps on tensors. Nothing is divided, so no decay from 0 to 1 loses digits.
+    Scans about sqrt(T) blocks of time in parallel, then adds the carry into each: about 3 sqrt(T) tensor operations.
+    There is no division, so no decay in [0, 1] loses digits.
     """
     import torch
 
     length = x.size(1)
     steps = math.isqrt(length)
     blocks, edge = length // steps, length - length % steps
-    for t in reversed(range(edge, length - 1)):  # what the blocks leave over
+    for t in reversed(range(edge, length - 1)):  # the remainder after the last full block
         x[:, t].addcmul_(decay[:, t], x[:, t + 1])
     inside, faded = (a[:, :edge].unflatten(1, (blocks, steps)) for a in (x, decay))
     xs, decays = inside.unbind(2), faded.unbind(2)
@@ -151,9 +151,9 @@ def _scan(x: Tensor, decay: Tensor) -> Tensor:
 
 
 def whiten_tokens(x: Tensor, mask: Tensor, ddof: int = 1) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the mask: (N, T), 0 off the mask, exactly 0 where all are equal.
+    """Return (x - mean) / sqrt(var + 1e-8) over the mask (N, T); 0 off the mask, exactly 0 if all values are equal.
 
-    What is summed are deviations, first from one of the numbers, so that equal ones are found without a rounding error.
+    Sums deviations from one of the values, so that equal values are detected without rounding error.
     """
     import torch
 

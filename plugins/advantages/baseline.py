@@ -1,7 +1,7 @@
-"""Reward to go with a baseline of its own choice (REINFORCE with baseline; Williams 1992, Greensmith et al. 2004).
+"""Reward to go minus a selectable baseline (REINFORCE with baseline; Williams 1992, Greensmith et al. 2004).
 
-A baseline that does not depend on the row's own tokens leaves the expected gradient as it is and only changes its noise:
-`constant`, `ema`, `others_mean`, `greedy` and `critic` are all of this kind.
+A baseline that does not depend on the row's own tokens leaves the expected gradient unchanged and only affects its
+variance: `constant`, `ema`, `others_mean`, `greedy` and `critic` are all of this kind.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class WithBaseline(AdvantageEstimator):
-    """A_t = G_t - b, G_t the discounted sum of the rewards from each token on.
+    """A_t = G_t - b, where G_t is the discounted sum of the rewards from token t on.
 
-    Rewards by step or token credit the tokens up to theirs. Where the baseline is a critic, its targets are G_t.
+    Per-step and per-token rewards credit the tokens up to theirs. If the baseline is a critic, its targets are G_t.
     """
 
     name = "baseline"
 
     baseline: Baseline = choice("others_mean")
-    """b: constant, ema (of earlier rollouts' returns), others_mean (of the group), greedy or critic."""
+    """The baseline b: constant, ema (of earlier rollouts' returns), others_mean (of the group), greedy or critic."""
     gamma: Fraction = 1.0
-    """Discount from one sampled token to the next; the baselines but the critic's do not discount."""
+    """Discount from one sampled token to the next; no baseline except the critic's discounts."""
 
     @property
     def across_groups(self) -> bool:
-        """Whether rows of other prompts count in the baseline."""
+        """True if the baseline depends on rows of other prompts."""
         return self.baseline.across_groups
 
     def __call__(self, scored: Scored) -> Tensor | Credit:

@@ -1,8 +1,8 @@
-"""Generalised advantage estimation (arXiv:1506.02438), with the decoupled and the length-adaptive lambda of VAPO
+"""Generalized advantage estimation (arXiv:1506.02438), with the decoupled and the length-adaptive lambda of VAPO
 (arXiv:2504.05118).
 
-The scan steps over the tokens that the policy sampled: discount, lambda and the next value ignore tool output between
-them. The value after the last token is 0, also where the completion was cut off.
+The scan runs over the tokens that the policy sampled: discount, lambda and the next value skip tool output between
+them. The value after the last token is 0, also if the completion was truncated.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class GAE(AdvantageEstimator):
     """A_t = d_t + gamma lam A_{t+1} with d_t = R_t + gamma V_{t+1} - V_t; the critic's targets are A + V.
 
-    With lam = 1 any critic leaves the gradient unbiased; smaller lam trades noise for the critic's error. Rewards by
-    step or token enter at their tokens.
+    With lam = 1 any critic leaves the gradient unbiased; a smaller lam trades variance for bias from the critic's error.
+    Per-step and per-token rewards enter at their tokens.
     """
 
     name = "gae"
@@ -36,37 +36,39 @@ class GAE(AdvantageEstimator):
     gamma: Fraction = 1.0
     """Discount from one sampled token to the next."""
     lam: Fraction = 0.95
-    """Weight of later steps' errors: 0 is the one-step error, 1 the return minus the value."""
+    """Weight of later TD errors: 0 gives the one-step error, 1 the return minus the value."""
     lam_critic: Fraction | None = None
-    """lam of the critic's targets (VAPO: 1); None: the same as `lam`."""
+    """lam for the critic's targets (VAPO: 1); None: the same as `lam`."""
     length_adaptive: Positive | None = None
-    """alpha: each row's advantages get lam = 1 - 1/max(alpha T, 1), T its sampled tokens (VAPO: 0.05, which is lam 0 up to
-    20 tokens). Biased even with exact values. None: `lam` for every row."""
+    """alpha in lam = 1 - 1/max(alpha T, 1) for the advantages of a row with T sampled tokens (VAPO: 0.05, which is lam 0 up
+    to 20 tokens). Biased even with exact values. None: `lam` for every row."""
     whiten_rewards: bool = False
-    """Bring the token rewards, less the KL in them, to variance 1 over all tokens before the scan; their mean stays (TRL's
-    `whiten_rewards`). Equal ones stay as they are."""
+    """Scale the token rewards, after the KL in them, to variance 1 over all tokens before the scan and keep their mean
+    (TRL's `whiten_rewards`). Equal rewards stay unchanged."""
     whiten: bool = False
-    """Bring the advantages to mean 0 and variance 1 over all tokens; the critic's targets stay. Equal ones give 0."""
+    """Normalize the advantages to mean 0 and variance 1 over all tokens; the critic's targets stay unchanged. Equal
+    advantages give 0."""
     ddof: Literal[0, 1] = 1
-    """Of the variance in whitening: 1 divides by the number of tokens less 1 (TRL, verl), 0 by their number (OpenRLHF)."""
+    """Delta degrees of freedom in whitening: 1 divides by the number of tokens minus 1 (TRL, verl), 0 by their number
+    (OpenRLHF)."""
 
     @property
     def across_groups(self) -> bool:
-        """Whether rows of other prompts count: in the whitening alone."""
+        """True if whitening makes a row depend on rows of other prompts."""
         return self.whiten or self.whiten_rewards
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if self.ddof == 0 and not self.across_groups:
-            yield "ddof=0 changes nothing: set whiten=true for it to count"
+            yield "ddof=0 has no effect without whitening: set whiten=true"
         if self.length_adaptive is None:
             return
         if self.lam_critic is not None:
-            yield f"lam={self.lam:g} is not used: length_adaptive sets that of the advantages, lam_critic the critic's"
+            yield f"lam={self.lam:g} is unused: length_adaptive sets it for the advantages, lam_critic for the critic"
         longest = getattr(algorithm.rollout, "max_new_tokens", None)
         if longest is not None and self.length_adaptive * longest <= 1:
             yield (
-                f"length_adaptive={self.length_adaptive:g} gives lam 0 on all of up to {longest} tokens: "
-                f"only a value above {1 / longest:g} tells lengths apart"
+                f"length_adaptive={self.length_adaptive:g} gives lam 0 for every row of up to {longest} tokens: "
+                f"set it above {1 / longest:g} to distinguish lengths"
             )
 
     def __call__(self, scored: Scored) -> Credit:

@@ -1,7 +1,7 @@
 """Group policy gradient (GPG, arXiv:2504.02546), with the paper's F_norm = 1.
 
-Rows of groups without signal add nothing to the gradient; the factor N / N_valid gives the others their weight, so a
-rollout's gradient does not shrink with the share of such groups.
+Rows of groups without signal contribute nothing to the gradient; the factor N / N_valid gives their weight to the others,
+so that a rollout's gradient does not shrink with the share of such groups.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class GPG(GroupEstimator):
-    """Return minus its group's mean, times N / N_valid, on each token; N_valid rows are in groups with max != min.
+    """Return minus its group's mean, times N / N_valid, on each token; N_valid counts rows in groups with max != min.
 
-    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum.
+    Exactly 0 if all returns of the group are equal or one row remains. Per-step and per-token rewards count by their sum.
     """
 
     name = "gpg"
     across_groups = True
 
     dialect: Literal["paper", "verl"] = "paper"
-    """`paper`: N / N_valid; `verl`: N over the number of returns that are not 0, right or wrong."""
+    """`paper`: N / N_valid; `verl`: N over the number of nonzero returns."""
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         valid = returns != 0 if self.dialect == "verl" else ~scored.group_is_flat(returns)

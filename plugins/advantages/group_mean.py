@@ -1,7 +1,7 @@
 """Group-centred advantages (Dr. GRPO, arXiv:2503.20783).
 
-The row's own return is in the mean, so the expected gradient is (1 - 1/G) of the policy gradient; `leave_one_out` has
-the full one. A KL in the loss therefore weighs G/(G-1) times more than its beta says.
+The mean includes the row's own return, so the expected gradient is (1 - 1/G) times the policy gradient; `leave_one_out`
+gives the full one. A KL in the loss therefore counts G/(G-1) times as much as its beta says.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class GroupMean(GroupEstimator):
-    """Return minus its group's mean, on each token; exactly 0 where all are equal or one row remains.
+    """Return minus its group's mean, on each token; exactly 0 if all are equal or one row remains.
 
-    Rewards by step or token count by their sum.
+    Per-step and per-token rewards count by their sum.
     """
 
     name = "group_mean"

@@ -1,7 +1,7 @@
-"""Group mean, batch deviation (Lite PPO, arXiv:2508.08221): no reweighting of prompts by difficulty.
+"""Group mean, batch std (Lite PPO, arXiv:2508.08221): prompts are not reweighted by difficulty.
 
 Every prompt of a rollout is divided by the same number, so prompts keep the weights they have in `group_mean`. Biased at
-finite N, as the deviation depends on the row. Departure: none of the paper's other tricks; its loss is
+finite N, because the std depends on the row. Departure: none of the paper's other techniques; its loss is
 `aggregation: token_mean`.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class GroupMeanBatchStd(GroupEstimator):
     """Return minus its group's mean, over the standard deviation of all returns of the rollout, on each token.
 
-    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum.
+    Exactly 0 if all returns of the group are equal or one row remains. Per-step and per-token rewards count by their sum.
     """
 
     name = "group_mean_batch_std"
@@ -34,7 +34,7 @@ class GroupMeanBatchStd(GroupEstimator):
     eps: Positive = 1e-4
     """Added to the standard deviation, so that a rollout of nearly equal returns is not blown up."""
     ddof: Literal[0, 1] = 1
-    """1: the deviation divides by the rollout's rows less 1; 0: by its rows."""
+    """Delta degrees of freedom of the std: 1 divides by the rollout's rows minus 1, 0 by its rows."""
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         variance = ((returns - returns.mean()) ** 2).sum() / max(len(returns) - self.ddof, 1)

@@ -1,6 +1,6 @@
-"""Group-normalised advantages (GRPO, arXiv:2402.03300), with TRL's constants: ddof 1 and eps 1e-4.
+"""Group-normalized advantages (GRPO, arXiv:2402.03300), with TRL's constants: ddof 1 and eps 1e-4.
 
-Dividing by the deviation weighs prompts by difficulty: the expected gradient is not that of the mean reward. Dialects:
+Dividing by the std weights prompts by difficulty: the expected gradient is not that of the mean reward. Dialects:
 verl eps 1e-6, NeMo-RL eps 1e-6 and `statistics: others`, open-instruct ddof 0 and eps 1e-8.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class GroupNorm(GroupEstimator):
     """Return minus its group's mean, over its group's standard deviation, on each token.
 
-    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum.
+    Exactly 0 if all returns of the group are equal or one row remains. Per-step and per-token rewards count by their sum.
     """
 
     name = "group_norm"
@@ -33,10 +33,10 @@ class GroupNorm(GroupEstimator):
     eps: Positive = 1e-4
     """Added to the standard deviation, so that nearly equal returns are not blown up (verl: 1e-6)."""
     ddof: Literal[0, 1] = 1
-    """1: the deviation divides by rows less 1 (TRL, verl); 0: by rows (open-instruct)."""
+    """Delta degrees of freedom of the std: 1 divides by rows minus 1 (TRL, verl), 0 by rows (open-instruct)."""
     statistics: Literal["group", "others"] = "group"
-    """Rows that mean and deviation are of: the whole `group`, or the `others` in it (NeMo-RL). Where the others are all
-    equal, their mean is subtracted and nothing divides."""
+    """Rows over which mean and std are taken: the whole `group`, or the `others` in it (NeMo-RL). If the others are all
+    equal, their mean is subtracted without a division."""
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         if self.statistics == "group":

@@ -1,4 +1,4 @@
-"""Leave-one-out advantages (RLOO, arXiv:2402.14740): the others' mean as baseline, so no bias."""
+"""Leave-one-out advantages (RLOO, arXiv:2402.14740): the others' mean as an unbiased baseline."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 class LeaveOneOut(GroupEstimator):
     """Return minus the mean return of the group's other rows, on each token: G/(G-1) (r - mean).
 
-    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum.
+    Exactly 0 if all returns of the group are equal or one row remains. Per-step and per-token rewards count by their sum.
     """
 
     name = "leave_one_out"
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
-        # as numbers of the returns' precision: a quotient of counts would be float32
+        # in the returns' precision: a quotient of counts would be float32
         rows = scored.group_size().to(returns.dtype)
         return centred(scored, returns) * rows / (rows - 1).clamp(min=1)
 

@@ -1,8 +1,8 @@
 """Maximum-likelihood reinforcement learning (MaxRL, arXiv:2602.02710), for rewards of 0 and 1.
 
-With p the chance to be right, log p = -sum_k (1 - p)^k / k. The expected gradient, summed over the rows' tokens, is that
-of this series up to an order: sum_{k <= order} (1/k) grad pass@k. Dividing by the group's mean, with 0 where none is
-right, gives order G - 1; `all_wrong: -1` gives order G.
+With p the probability of a correct answer, log p = -sum_k (1 - p)^k / k. The expected gradient, summed over the rows'
+tokens, is that of this series up to an order: sum_{k <= order} (1/k) grad pass@k. Dividing by the group's mean, with 0
+where no row is correct, gives order G - 1; `all_wrong: -1` gives order G.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class MaxRL(AdvantageEstimator):
     """Return minus its group's mean, over the mean, on each token; `all_wrong` where the mean is 0.
 
-    Exactly 0 where all returns of the group are equal and not 0, or one right row remains. Rewards by step or token
+    Exactly 0 if all returns of the group are equal and nonzero, or one correct row remains. Per-step and per-token rewards
     count by their sum. Raises `ValueError` for negative returns.
     """
 
@@ -35,13 +35,13 @@ class MaxRL(AdvantageEstimator):
     needs = frozenset({"groups"})
 
     all_wrong: Literal[0, -1] = 0
-    """Advantage of the rows of a group without a right one: 0 as in the paper, or -1, which adds order G to the series."""
+    """Advantage of rows in a group without a correct one: 0 as in the paper, or -1, which adds order G to the series."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if algorithm.kl_in("reward"):
             yield (
-                "maxrl takes rewards of 0 and 1, and a KL in the reward makes returns negative: move it with "
-                "kl.0.use=in_loss, or choose advantages.use=leave_one_out"
+                "maxrl needs rewards of 0 and 1, but a KL in the reward makes returns negative. Set "
+                "kl.0.use=in_loss or advantages.use=leave_one_out"
             )
 
     def __call__(self, scored: Scored) -> Tensor:
@@ -50,7 +50,7 @@ class MaxRL(AdvantageEstimator):
         if wrong:
             named = ", ".join(f"row {row} has {returns[row].item():g}" for row in wrong[:5])
             raise ValueError(
-                f"maxrl takes returns of 0 or more, best 0 and 1, and {len(wrong)} of {len(returns)} are negative: "
+                f"maxrl: returns must be nonnegative (ideally 0 or 1), got {len(wrong)} negative of {len(returns)}: "
                 f"{named}. Shift or clip the reward, or choose another estimator"
             )
         mean = scored.group_mean(returns)

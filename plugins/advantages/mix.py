@@ -1,6 +1,6 @@
-"""A weighted sum of other estimators on the same rows.
+"""Weighted sum of other estimators on the same rows.
 
-The expected gradient is the same sum of theirs. Weights need not sum to 1; a negative one subtracts.
+The expected gradient is the same weighted sum of theirs. Weights need not sum to 1; a negative one subtracts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Mix(AdvantageEstimator):
-    """The sum of each part's advantages times its weight; the critic's targets are those of the first part that has some.
+    """Sum of each part's advantages times its weight; the critic's targets come from the first part that provides them.
 
-    Rewards by step or token are used as each part does.
+    Each part uses per-step and per-token rewards in its own way.
     """
 
     name = "mix"
@@ -28,20 +28,20 @@ class Mix(AdvantageEstimator):
     parts: list[AdvantageEstimator]
     """The estimators, one or more, each with its own settings."""
     weights: list[float]
-    """The factor of each part, in their order."""
+    """Factor of each part, in the order of `parts`."""
 
     @property
     def across_groups(self) -> bool:
-        """Whether rows of other prompts count for any part."""
+        """True if any part depends on rows of other prompts."""
         return any(part.across_groups for part in self.parts)
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ValueError("parts is empty: name at least one estimator, for instance parts=[{use: leave_one_out}]")
+            raise ValueError("parts must name at least one estimator, got []. Example: parts=[{use: leave_one_out}]")
         if len(self.parts) != len(self.weights):
             names = ", ".join(part.name for part in self.parts)
             raise ValueError(
-                f"weights has {len(self.weights)} numbers for {len(self.parts)} parts ({names}): write one for each part"
+                f"weights must have one number per part, got {len(self.weights)} for {len(self.parts)} parts ({names})"
             )
 
     def __call__(self, scored: Scored) -> Credit:

@@ -1,10 +1,10 @@
 """DPO on the policy's own completions (arXiv:2402.04792): the better against the worse completions of a prompt.
 
-The gradient of -logsigmoid(beta (d_w - d_l)), d = log pi / pi_ref of a whole completion, is that of -A log pi summed over both,
-with A = beta sigmoid(-beta (d_w - d_l)) on the tokens of w and -A on those of l. So a pair need not be in one micro-batch: with
-`policy_loss: reinforce`, `aggregation: seq_mean_token_sum` and one optimizer step per rollout this is the gradient of the mean
-over prompts of the mean loss of their pairs. Departures: rewards order the completions, a reward model or a rule in place of a
-language model; completions that tie for the best or the worst are all paired.
+The gradient of -logsigmoid(beta (d_w - d_l)), with d = log pi / pi_ref of a whole completion, is that of -A log pi summed
+over both, with A = beta sigmoid(-beta (d_w - d_l)) on the tokens of w and -A on those of l. So a pair need not be in one
+micro-batch: with `policy_loss: reinforce`, `aggregation: seq_mean_token_sum` and one optimizer step per rollout this is
+the gradient of the mean over prompts of the mean loss of their pairs. Departures: completions are ranked by rewards (a
+reward model or a rule) instead of a language model; completions that tie for best or worst are all paired.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class OnlineDPO(AdvantageEstimator):
-    """Minus the derivative of the pairs' loss by the log-prob of the row, times the rows of the group, on each token.
+    """Negative derivative of the pairs' loss by the row's log-prob, times the rows of the group, on each token.
 
-    A row of no pair has 0, as has every row of a prompt whose total scores are all equal. Scores are taken before any KL.
+    0 for a row in no pair, and for every row of a prompt whose total scores are all equal. Scores are taken before any KL.
     """
 
     name = "online_dpo"
     needs = frozenset({"groups", "old_logps", "ref_logps"})
 
     beta: Positive = 0.1
-    """How much the policy is held at the reference."""
+    """Strength of the constraint to the reference; larger keeps the policy closer."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
-    """Of x = d_w - d_l: -logsigmoid(beta x), or (x - 1 / (2 beta))^2 (arXiv:2310.12036), not divided by lengths."""
+    """Loss of x = d_w - d_l: -logsigmoid(beta x), or (x - 1 / (2 beta))^2 (arXiv:2310.12036), not divided by lengths."""
     pairs: Literal["best_worst", "all"] = "best_worst"
-    """Pairs of completions with the highest and with the lowest total score of the prompt, or all with unequal ones."""
+    """Pairs of the prompt's highest- and lowest-scoring completions, or all pairs with unequal total scores."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if algorithm.steps_per_rollout > 1:
             yield (
-                f"with {algorithm.steps_per_rollout} optimizer steps per rollout pairs keep the weights that they had under the "
-                "policy that rolled out; with update.mini_batches=1 and update.epochs=1 the gradient is DPO's"
+                f"with {algorithm.steps_per_rollout} optimizer steps per rollout, pairs keep the weights computed under the "
+                "rollout policy; with update.mini_batches=1 and update.epochs=1 the gradient is DPO's"
             )
 
     def __call__(self, scored: Scored) -> Tensor:
@@ -64,12 +64,12 @@ class OnlineDPO(AdvantageEstimator):
         return row.unsqueeze(1) * scored.mask
 
     def _weight(self, x: Tensor) -> Tensor:
-        """Minus the derivative of a pair's loss by x."""
+        """Return the negative derivative of a pair's loss by x."""
         return self.beta * (-self.beta * x).sigmoid() if self.loss_type == "sigmoid" else 1 / self.beta - 2 * x
 
 
 def _extremes(totals: Tensor, theirs: Tensor, there: Tensor) -> Tensor:
-    """(N, G) 1 where of the row and the other one is best and one worst of the group."""
+    """Return (N, G): 1 where one of the row and the other is the best and one the worst of the group."""
     import torch
 
     own = totals.unsqueeze(1)

@@ -1,7 +1,8 @@
-"""Optimal baseline by length (OPO, arXiv:2505.23585).
+"""Length-weighted optimal baseline (OPO, arXiv:2505.23585).
 
-The baseline of least variance weighs each return by the squared norm of its row's gradient, for which the paper takes the
-row's length. As in the paper the own row is in it, which biases the gradient; `leave_one_out` leaves it out and is exact.
+The minimum-variance baseline weights each return by the squared norm of its row's gradient, which the paper approximates
+by the row's length. As in the paper it includes the row itself, which biases the gradient; `leave_one_out` excludes it and
+is exact.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 class OPO(GroupEstimator):
     """Return minus its group's mean weighted by length, sum_j T_j r_j / sum_j T_j, on each token.
 
-    Exactly 0 where all returns of the group are equal or one row remains. Rewards by step or token count by their sum;
+    Exactly 0 if all returns of the group are equal or one row remains. Per-step and per-token rewards count by their sum;
     T counts sampled tokens.
     """
 
     name = "opo"
 
     leave_one_out: bool = False
-    """Leave the own row out of the mean: then the baseline does not depend on it, and the gradient is unbiased."""
+    """Exclude the row itself from the mean, so that the baseline is independent of it and the gradient unbiased."""
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         lengths = scored.mask.sum(1)

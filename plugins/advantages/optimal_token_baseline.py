@@ -1,8 +1,8 @@
-"""The baseline of least variance at each token (arXiv:2602.07078).
+"""Minimum-variance baseline at each token (arXiv:2602.07078).
 
-The weight of a row at token t is the squared norm of the gradient that its tokens up to t send into the logits,
-sum_s (1 - 2 p_s + sum_v p_v^2), from the forward pass alone. As in the paper the own row is in the baseline, which biases
-the gradient; `leave_one_out` leaves it out and is exact. t counts places in the completion, tool tokens included.
+The weight of a row at token t is the squared norm of the gradient of its tokens up to t with respect to the logits,
+sum_s (1 - 2 p_s + sum_v p_v^2), from the forward pass alone. As in the paper the baseline includes the row itself, which
+biases the gradient; `leave_one_out` excludes it and is exact. t counts positions in the completion, tool tokens included.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class OptimalTokenBaseline(AdvantageEstimator):
-    """The rewards from token t on, minus their group's mean at t weighted by W_t = sum_{s <= t} (1 - 2 p_s + sum_v p_v^2).
+    """Rewards from token t on, minus their group's mean at t weighted by W_t = sum_{s <= t} (1 - 2 p_s + sum_v p_v^2).
 
-    The mean is over the rows that sampled a token at t; where that is one row, or all weights are 0, the baseline is 0.
-    Rewards by step or token credit the tokens up to theirs.
+    The mean is over the rows that sampled a token at t; if that is one row, or all weights are 0, the baseline is 0.
+    Per-step and per-token rewards credit the tokens up to theirs.
     """
 
     name = "optimal_token_baseline"
     needs = frozenset({"groups", "old_logps", "sum_sq_probs"})
 
     leave_one_out: bool = False
-    """Leave the own row out of the mean: then the baseline does not depend on it, and the gradient is unbiased."""
+    """Exclude the row itself from the mean, so that the baseline is independent of it and the gradient unbiased."""
 
     def __call__(self, scored: Scored) -> Tensor:
         mask, off = scored.mask, scored.mask == 0
         probs = given(scored.old_logps, "old_logps", self.name).masked_fill(off, 0.0).exp()
         squares = given(scored.sum_sq_probs, "sum_sq_probs", self.name).masked_fill(off, 0.0)
-        # a rounding error below 0 would turn a weight around
+        # a rounding error below 0 would flip the sign of a weight
         energy = ((1 - 2 * probs + squares).clamp(min=0) * mask).cumsum(1) * mask
         to_go = reward_to_go(scored.token_rewards, mask)
         add = sum_of_others if self.leave_one_out else sum_of_group

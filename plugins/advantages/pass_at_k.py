@@ -1,7 +1,7 @@
-"""The best row's lead over the second (arXiv:2503.19595): pass@K with K the size of the group.
+"""Margin of the best row over the second (arXiv:2503.19595): pass@K with K the size of the group.
 
-The baseline of each row is the best of the others, so only the best row's advantage is not 0, and the expected gradient
-is exactly (1/G) grad E[max of G returns]: pass@G for returns of 0 and 1.
+The baseline of each row is the best of the others, so only the best row has a nonzero advantage, and the expected
+gradient is exactly (1/G) grad E[max of G returns]: pass@G for returns of 0 and 1.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PassAtK(GroupEstimator):
-    """The group's best row gets its return minus the second best, on each token; the others get 0.
+    """Return minus the second best return for the group's best row, on each token; 0 for the others.
 
-    Of two equal best ones the second best is the other: both get 0. One row that remains of its group gets 0. Rewards by
-    step or token count by their sum.
+    0 for all rows if the best is tied, and for a row that remains alone in its group. Per-step and per-token rewards count
+    by their sum.
     """
 
     name = "pass_at_k"
 
     normalise: Literal["none", "std"] = "none"
-    """`std`: the lead over the group's standard deviation (ddof 1), at most sqrt(G); its gradient is not that of pass@G."""
+    """`std`: divide the margin by the group's std (ddof 1), at most sqrt(G); the gradient is then not that of pass@G."""
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         rest, there = others(scored, returns)

@@ -1,6 +1,6 @@
-"""The full return on every token: the plain policy gradient (REINFORCE, Williams 1992), without causality or baseline.
+"""Full return on every token: the plain policy gradient (REINFORCE, Williams 1992), without causality or baseline.
 
-Departure: `gamma` counts the tokens that the policy sampled, so tool output between them does not discount.
+Departure: `gamma` counts only tokens that the policy sampled, so tool output between them does not discount.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Reinforce(AdvantageEstimator):
     """The row's discounted return, on each of its tokens: A_t = sum_s gamma^s R_s.
 
-    Rewards by step or token enter at their tokens, and credit every token of the row, also those after them.
+    Per-step and per-token rewards enter at their tokens and credit every token of the row, later ones included.
     """
 
     name = "reinforce"

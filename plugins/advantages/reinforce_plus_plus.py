@@ -1,7 +1,7 @@
 """REINFORCE++ (arXiv:2501.03262): reward to go, whitened over all tokens of the rollout.
 
-The paper's KL is `kl: in_reward` with k1 and no part of this plugin. Biased at finite N, as mean and variance depend on
-the row; long completions weigh more in both.
+The paper's KL is `kl: in_reward` with k1, not part of this plugin. Biased at finite N, because mean and variance depend
+on the row; long completions count more in both.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ReinforcePlusPlus(AdvantageEstimator):
-    """The rewards from each token on, brought to mean 0 and variance 1 over all tokens; equal ones give 0.
+    """Rewards from each token on, normalized to mean 0 and variance 1 over all tokens; 0 if all are equal.
 
-    Rewards by step or token credit the tokens up to theirs.
+    Per-step and per-token rewards credit the tokens up to theirs.
     """
 
     name = "reinforce_plus_plus"
@@ -33,7 +33,7 @@ class ReinforcePlusPlus(AdvantageEstimator):
     gamma: Fraction = 1.0
     """Discount from one sampled token to the next."""
     ddof: Literal[0, 1] = 1
-    """Of the variance: 1 divides by the number of tokens less 1 (verl), 0 by their number (OpenRLHF)."""
+    """Delta degrees of freedom: 1 divides by the number of tokens minus 1 (verl), 0 by their number (OpenRLHF)."""
 
     def __call__(self, scored: Scored) -> Tensor:
         to_go = reward_to_go(scored.token_rewards, scored.mask, self.gamma)

@@ -1,7 +1,7 @@
 """REINFORCE++ with the group's mean as baseline (arXiv:2501.03262), whitened over all tokens of the rollout.
 
-The paper's KL is `kl: in_loss` with k2 and no part of this plugin. Biased at finite N, as mean and variance depend on
-the row; long completions weigh more in both.
+The paper's KL is `kl: in_loss` with k2, not part of this plugin. Biased at finite N, because mean and variance depend on
+the row; long completions count more in both.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ReinforcePlusPlusBaseline(GroupEstimator):
-    """Return minus its group's mean on each token, brought to mean 0 and variance 1 over all tokens.
+    """Return minus its group's mean on each token, normalized to mean 0 and variance 1 over all tokens.
 
-    Groups of equal returns enter with 0 and get what the whitening makes of it. Rewards by step or token count by their
-    sum.
+    Groups of equal returns enter the whitening with 0. Per-step and per-token rewards count by their sum.
     """
 
     name = "reinforce_plus_plus_baseline"
     across_groups = True
 
     ddof: Literal[0, 1] = 1
-    """Of the variance: 1 divides by the number of tokens less 1 (verl), 0 by their number (OpenRLHF)."""
+    """Delta degrees of freedom: 1 divides by the number of tokens minus 1 (verl), 0 by their number (OpenRLHF)."""
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         return centred(scored, returns)

@@ -1,8 +1,8 @@
 """Return minus the greedy completion's (ReMax, arXiv:2310.10505).
 
-The greedy completion of the same prompt is rolled out once more and is no row of the batch, so the baseline is
+The greedy completion of the same prompt is generated separately and is not a row of the batch, so the baseline is
 independent of the row and the gradient unbiased. Departure: the return counts from each token on (causality); with one
-reward at the end, as in the paper, that is the same. The greedy score has no KL in it.
+reward at the end, as in the paper, that is the same. The greedy score includes no KL.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ReMax(AdvantageEstimator):
-    """The rewards from each token on, minus the score of the greedy completion of the same prompt.
+    """Rewards from each token on, minus the score of the greedy completion of the same prompt.
 
-    It needs no group: one row per prompt will do. Rewards by step or token credit the tokens up to theirs, and the greedy
-    completion's count by their sum.
+    One row per prompt is enough. Per-step and per-token rewards credit the tokens up to theirs; those of the greedy
+    completion count by their sum.
     """
 
     name = "remax"

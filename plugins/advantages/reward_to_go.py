@@ -1,7 +1,7 @@
-"""The rewards from a token on: the policy gradient with causality (Sutton et al., 2000).
+"""Rewards from each token on: the policy gradient with causality (Sutton et al., 2000).
 
-With gamma < 1 its expected gradient is not that of the discounted return, which would need a further gamma^t; the
-field leaves that factor out, and so does this plugin.
+With gamma < 1 the expected gradient is not that of the discounted return, which would need a further gamma^t; like most
+implementations, this plugin omits that factor.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class RewardToGo(AdvantageEstimator):
-    """The discounted sum of the rewards from each token on: G_t = R_t + gamma G_{t+1}, over sampled tokens only.
+    """Discounted sum of the rewards from each token on: G_t = R_t + gamma G_{t+1}, over sampled tokens only.
 
-    Rewards by step or token credit the tokens up to theirs, and no later ones.
+    Per-step and per-token rewards credit the tokens up to theirs and no later ones.
     """
 
     name = "reward_to_go"

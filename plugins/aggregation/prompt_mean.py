@@ -1,7 +1,7 @@
-"""The mean over prompts of the mean over all tokens of a prompt's completions (ScaleRL, arXiv:2510.13786).
+"""Mean over prompts of the mean over all tokens of a prompt's completions (ScaleRL, arXiv:2510.13786).
 
-Every prompt weighs alike; within one, long completions weigh more. The number of tokens depends on the sample, so the
-expected gradient has a bias that fades with the rows per prompt.
+Prompts have equal weight; within a prompt, long completions count more. The number of tokens depends on the sample, so
+the expected gradient has a bias that vanishes as rows per prompt grow.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PromptMean(Aggregation):
-    """m / (P times the tokens of the row's prompt), P prompts; one without sampled tokens weighs 0 and counts in P."""
+    """m / (P times the tokens of the row's prompt), P prompts; one without sampled tokens has weight 0 and counts in P."""
 
     name = "prompt_mean"
     needs = frozenset({"group_ids"})
 
-    # the core hands over what `needs` names as keywords, which the base class cannot list
+    # fields named in `needs` arrive as keywords, which the base class cannot list
     def __call__(self, mask: Tensor, *, group_ids: Tensor) -> Tensor:  # type: ignore[override]
         prompts, index = group_ids.unique(return_inverse=True)
         tokens = mask.new_zeros(len(prompts)).index_add(0, index, mask.sum(1))

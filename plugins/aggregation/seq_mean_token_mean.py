@@ -1,4 +1,4 @@
-"""The mean over rows of each row's token mean (GRPO, arXiv:2402.03300): short completions weigh more per token."""
+"""Mean over rows of each row's token mean (GRPO, arXiv:2402.03300): tokens of short completions count more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SeqMeanTokenMean(Aggregation):
-    """m / T_i / N_u. A row without sampled tokens weighs 0 and counts in N_u."""
+    """m / T_i / N_u. A row without sampled tokens has weight 0 and counts in N_u."""
 
     name = "seq_mean_token_mean"
 

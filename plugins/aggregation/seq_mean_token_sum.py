@@ -1,4 +1,4 @@
-"""The mean over rows of each row's token sum: the weights of the policy gradient, without a length bias."""
+"""Mean over rows of each row's token sum: the weights of the policy gradient, without length bias."""
 
 from __future__ import annotations
 

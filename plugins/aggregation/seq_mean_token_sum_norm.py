@@ -1,7 +1,7 @@
-"""The mean over rows of each row's token sum over a constant length (Dr. GRPO, arXiv:2503.20783).
+"""Mean over rows of each row's token sum over a constant length (Dr. GRPO, arXiv:2503.20783).
 
-Departure: the paper's length is the longest completion allowed; here it is a number of its own, so that the step size
-stays when `max_new_tokens` changes.
+Departure: the paper's length is the longest completion allowed; here it is a separate setting, so that the step size
+stays the same when `max_new_tokens` changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SeqMeanTokenSumNorm(Aggregation):
-    """m / (N_u L): as seq_mean_token_sum, over a constant length. A row without sampled tokens counts in N_u."""
+    """m / (N_u L): seq_mean_token_sum over a constant length. A row without sampled tokens counts in N_u."""
 
     name = "seq_mean_token_sum_norm"
 
@@ -32,8 +32,8 @@ class SeqMeanTokenSumNorm(Aggregation):
         longest = getattr(algorithm.rollout, "max_new_tokens", None)
         if longest is not None and longest != self.length:
             yield (
-                f"length is {self.length} and rollout.max_new_tokens is {longest}: every weight is "
-                f"{longest / self.length:.3g} times the paper's; set aggregation.length={longest} for the paper's"
+                f"length is {self.length} but rollout.max_new_tokens is {longest}: every weight is "
+                f"{longest / self.length:.3g} times the paper's. Set aggregation.length={longest} to match it"
             )
 
     def __call__(self, mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Every token of the step alike (DAPO, arXiv:2503.14476): long completions weigh more.
+"""Mean over all tokens of the step (DAPO, arXiv:2503.14476): long completions count more.
 
-The number of tokens depends on the sample, so the expected gradient has a bias that fades with the number of rows.
+The number of tokens depends on the sample, so the expected gradient has a bias that vanishes as the number of rows grows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TokenMean(Aggregation):
-    """m / sum m over all tokens of the optimizer step; 0 where nothing was sampled."""
+    """m / sum m over all tokens of the optimizer step; 0 if nothing was sampled."""
 
     name = "token_mean"
 

@@ -1,4 +1,4 @@
-"""The same number for every token of every row."""
+"""Constant baseline: the same number for every token of every row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Constant(Baseline):
-    """`value`, whatever the row."""
+    """`value` for every row."""
 
     name = "constant"
 
     value: float = 0.0
-    """What every return is compared with; 0 leaves the returns as they are."""
+    """Number subtracted from every return; 0 leaves the returns unchanged."""
 
     def __call__(self, scored: Scored) -> Tensor:
         return scored.mask.new_full((len(scored.mask), 1), self.value)

@@ -1,4 +1,4 @@
-"""The critic's value of the state in which each token was sampled (Sutton et al., 2000).
+"""Value baseline: the critic's value of the state in which each token was sampled (Sutton et al., 2000).
 
 With the estimator `baseline` this is `gae` with lam = 1; the critic's targets are the same.
 """
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class CriticValue(Baseline):
-    """V_t, from the rollout's policy; any values leave the gradient unbiased."""
+    """V_t, computed at rollout time; any values leave the gradient unbiased."""
 
     name = "critic"
     needs = frozenset({"values"})
 
     def __call__(self, scored: Scored) -> Tensor:
         if scored.values is None:
-            raise ValueError("critic needs values: Scored.values is None; give the recipe a critic")
+            raise ValueError("baseline.critic needs values: Scored.values is None. Give the recipe a critic")
         return scored.values
 
 

@@ -1,7 +1,7 @@
-"""The mean return of the rollouts so far, older ones fading (the running baseline of Williams, 1992).
+"""Exponential moving average of the mean return of earlier rollouts (the running baseline of Williams, 1992).
 
-A rollout is observed after its own advantages are made, so the baseline depends on earlier rollouts only and the gradient
-stays unbiased.
+A rollout is observed after its own advantages are computed, so the baseline depends on earlier rollouts only and the
+gradient stays unbiased.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EMA(Baseline):
-    """b = decay b + (1 - decay) mean, of the mean return after KL of each rollout; 0 before the first, then its mean."""
+    """b <- decay b + (1 - decay) mean, with each rollout's mean return after KL; 0 before the first, then its mean."""
 
     name = "ema"
 
     decay: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """How much of the old value a rollout leaves; 0 is the last rollout's mean."""
+    """Share of the old value that a rollout keeps; 0 uses the last rollout's mean."""
     mean: float | None = field(default=None, init=False)
     """The mean so far; None before the first rollout."""
 
@@ -36,7 +36,7 @@ class EMA(Baseline):
         return scored.mask.new_full((len(scored.mask), 1), self.mean or 0.0)
 
     def observe(self, statistics: Mapping[str, float]) -> None:
-        """A rollout without rows has no mean and changes nothing."""
+        """Update the mean; a rollout without rows has none and changes nothing."""
         seen = statistics.get("reward/after_kl/mean")
         if seen is not None:
             self.mean = seen if self.mean is None else self.decay * self.mean + (1 - self.decay) * seen

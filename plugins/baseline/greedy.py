@@ -1,4 +1,4 @@
-"""The greedy completion's score (as in ReMax, arXiv:2310.10505), without KL."""
+"""Greedy baseline: the greedy completion's score (as in ReMax, arXiv:2310.10505), without KL."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Greedy(Baseline):
-    """The total score of the greedy completion of the row's prompt."""
+    """Total score of the greedy completion of the row's prompt."""
 
     name = "greedy"
     needs = frozenset({"greedy"})
 
     def __call__(self, scored: Scored) -> Tensor:
         if scored.greedy is None:
-            raise ValueError("greedy needs greedy: Scored.greedy is None; nobody rolled out greedy completions")
+            raise ValueError("baseline.greedy needs greedy: Scored.greedy is None. Declare 'greedy' in `needs`")
         return scored.greedy.unsqueeze(1)
 
 

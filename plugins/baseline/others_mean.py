@@ -1,4 +1,4 @@
-"""The mean return of the group's other rows (as in RLOO, arXiv:2402.14740)."""
+"""Leave-one-out baseline: the mean return of the group's other rows (as in RLOO, arXiv:2402.14740)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class OthersMean(Baseline):
-    """(sum of the group's returns - r) / (G - 1); r itself where all are equal, 0 where one row remains.
+    """(sum of the group's returns - r) / (G - 1); r itself if all are equal, 0 if one row remains.
 
-    Rewards by step or token count by their sum, after the KL in the reward.
+    Per-step and per-token rewards count by their sum, after the KL in the reward.
     """
 
     name = "others_mean"
@@ -27,7 +27,7 @@ class OthersMean(Baseline):
     def __call__(self, scored: Scored) -> Tensor:
         returns, rows = scored.returns(), scored.group_size()
         mean = (scored.group_sum(returns) - returns) / (rows - 1).clamp(min=1)
-        # without rounding: equal returns must leave exactly nothing
+        # without rounding: equal returns must leave exactly 0
         equal = returns.where(scored.group_is_flat(returns), mean)
         return equal.masked_fill(rows == 1, 0.0).unsqueeze(1)
 

@@ -1,7 +1,7 @@
-"""The modules behind the critics. Each is called as (batch, states) -> (n,) values.
+"""Modules behind the critics, each called as (batch, states) -> (n,) values.
 
-n is the number of sampled tokens of the `TokenBatch`; `states` (n, H) is the policy's hidden state at the token before each,
-given where `on_trunk` is True.
+n is the number of sampled tokens of the `TokenBatch`; `states` (n, H) are the policy's hidden states at the tokens before
+them, passed if `on_trunk` is True.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "ge
 
 
 def value_head(size: int, layers: int = 0, width: int | None = None, activation: Activation = "relu") -> nn.Module:
-    """(n, `size`) -> (n, 1), zero at the start: a linear layer behind `layers` hidden ones.
+    """Return a head (n, `size`) -> (n, 1) that outputs 0 at the start: `layers` hidden layers and a linear one.
 
-    Hidden layers start orthogonal with gain sqrt(2) and without bias, as PPO's networks (implementation detail 2); the last
-    one at zero, as in lm-human-preferences (arXiv:1909.08593).
+    Hidden layers are initialized orthogonally with gain sqrt(2) and zero bias, as in PPO's networks (implementation detail
+    2); the last layer with zeros, as in lm-human-preferences (arXiv:1909.08593).
     """
     parts: list[nn.Module] = []
     for _ in range(layers):
@@ -40,7 +40,7 @@ def value_head(size: int, layers: int = 0, width: int | None = None, activation:
 
 
 class TrunkHead(nn.Module):
-    """A value head on the policy's hidden states."""
+    """Value head on the policy's hidden states."""
 
     on_trunk = True
 
@@ -59,7 +59,7 @@ class TrunkHead(nn.Module):
         self.trunk_gradient = trunk_gradient
 
     def forward(self, batch: TokenBatch, states: Tensor) -> Tensor:
-        """(n,) values; the gradient into `states` is scaled by `trunk_gradient`."""
+        """Return values (n,); the gradient into `states` is scaled by `trunk_gradient`."""
         if self.trunk_gradient == 0:
             states = states.detach()
         elif self.trunk_gradient != 1:
@@ -68,7 +68,7 @@ class TrunkHead(nn.Module):
 
 
 class SeparateCritic(nn.Module):
-    """A transformers trunk with a head on its last hidden state."""
+    """Transformers trunk with a head on its last hidden state."""
 
     on_trunk = False
 
@@ -78,12 +78,12 @@ class SeparateCritic(nn.Module):
         self.head = head
 
     def forward(self, batch: TokenBatch, states: None) -> Tensor:
-        """(n,) values."""
+        """Return values (n,)."""
         return self.head(batch.states(self.trunk)).squeeze(-1)
 
     @classmethod
     def from_policy(cls, policy: Any) -> SeparateCritic:
-        """The policy's trunk, copied, with a head that starts at zero."""
+        """Copy the policy's trunk and add a head that outputs 0 at the start."""
         base = copy.deepcopy(policy)
         if hasattr(base, "merge_and_unload"):
             base = base.merge_and_unload()
@@ -91,24 +91,24 @@ class SeparateCritic(nn.Module):
 
     @classmethod
     def from_model(cls, model: Any, policy: Any, who: str = "critic") -> SeparateCritic:
-        """The trunk of a reward model with its head: its values are the model's scores. Raises as `trunk_and_head`."""
+        """Use a reward model's trunk and head, so that values start as its scores. Raises as `trunk_and_head` does."""
         from ._origins import trunk_and_head
 
         return cls.of(*trunk_and_head(model, who), policy)
 
     @classmethod
     def of(cls, trunk: Any, head: nn.Module | None, policy: Any) -> SeparateCritic:
-        """A trunk with its head, or one that starts at zero, all of it to be trained, where and as the policy is."""
+        """Join a trunk and its head (or a zero head), all trainable, on the policy's device and in its dtype."""
         like = policy.get_output_embeddings().weight
         head = value_head(_width(trunk)) if head is None else head
         return cls(trunk, head).to(device=like.device, dtype=_trainable(like.dtype)).requires_grad_(True)
 
 
 class AdapterCritic(nn.Module):
-    """A copy of what the policy trains in its trunk, on the policy's own frozen weights, with a head that starts at zero.
+    """Copy of the policy's trainable trunk weights on its shared frozen weights, with a head that outputs 0 at the start.
 
-    The frozen weights are the policy's very tensors, so that they are held once; they are no parameters of this module, which
-    trains, saves and moves its own alone. It is without dropout.
+    The frozen weights are the policy's tensors, so that they are in memory once; they are not parameters of this module,
+    which trains, saves and moves only its own. It has no dropout.
     """
 
     on_trunk = False
@@ -124,7 +124,7 @@ class AdapterCritic(nn.Module):
         own = {name.replace(".", "/"): p for name, p in trunk.named_parameters() if p.requires_grad}
         if not own or not shared:
             raise TypeError(
-                f"critic.adapter copies an adapter within the policy's trunk, and this {type(policy).__name__} has none; give "
+                f"critic.adapter needs an adapter within the policy's trunk, but this {type(policy).__name__} has none. Give "
                 "the policy one (model.lora in a recipe, peft_config in Python) or set critic.adapter=false"
             )
         like = policy.get_output_embeddings().weight
@@ -134,22 +134,22 @@ class AdapterCritic(nn.Module):
 
     @property
     def trunk(self) -> Any:
-        """The trunk with the policy's frozen weights and this critic's own."""
+        """The trunk with the policy's frozen weights and this critic's trainable ones."""
         return self._trunk[0]
 
     def train(self, mode: bool = True) -> AdapterCritic:
-        """Training mode or evaluation mode, of the trunk as well."""
+        """Set training or evaluation mode, of the trunk as well."""
         self.trunk.train(mode)
         return super().train(mode)
 
     def forward(self, batch: TokenBatch, states: None) -> Tensor:
-        """(n,) values."""
+        """Return values (n,)."""
         found = batch.states(self.trunk)
         return self.head(found.to(next(self.head.parameters()).dtype)).squeeze(-1)
 
 
 def _width(trunk: Any) -> int:
-    """Width of a model's hidden states."""
+    """Return the width of a model's hidden states."""
     return int(trunk.config.get_text_config().hidden_size)
 
 

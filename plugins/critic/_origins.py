@@ -1,4 +1,4 @@
-"""Where a separate critic's weights start: the trunk of a model on disk or of a reward model, with the head that scores."""
+"""Initial weights of a separate critic: trunk and score head of a model on disk or of a reward model."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLASSIFIERS = ("SequenceClassification", "TokenClassification", "RewardModel")
-"""What stands in the architecture of a model with a head that scores."""
+"""Parts of architecture names of models with a score head."""
 PROBE = "The 2nd of 30 words isn't one:\n\n\tx = f(1.50) + [y_i];  naïve, Größe, 你好 — END"
-"""A text that tokenizers with one vocabulary and other rules cut in other places."""
+"""Text that tokenizers with the same vocabulary but different rules split differently."""
 
 
 def from_path(path: str) -> tuple[Any, nn.Module | None]:
-    """The trunk of a checkpoint and its head, where it has one with a single output; else None."""
+    """Return the trunk of a checkpoint and its head, or None instead of a head without exactly one output."""
     from transformers import AutoConfig, AutoModel
 
     who = f"critic.init={path!r}"
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{who} is no model: give policy, reward, a folder or a name on the Hub ({error})") from error
+        raise ValueError(
+            f"{who} is not a model; use policy, reward, a folder or a name on the Hub ({error})"
+        ) from error
     declared = " ".join(config.architectures or [])
     heads = {f"{name}.weight" for name in LINEAR} & Stored(path, None).names
     if not heads and not any(name in declared for name in CLASSIFIERS):
         return AutoModel.from_pretrained(path).base_model, None
     kind: Any = "token" if "TokenClassification" in declared else "sequence"
     wanted = ModelFiles(path, None, None, "float32", "cpu", False, {}, kind)
-    tokenizer: Any = None  # only causal models are read by words
+    tokenizer: Any = None  # only causal models score by words
     model, labels = classifier(wanted, config, tokenizer, {}, who)
     if len(labels) > 1:
         logger.warning(
-            "%s has %d labels (%s): the critic takes its trunk, and its head starts at zero",
+            "%s has %d labels (%s): the critic uses its trunk, with a head that starts at 0",
             *(who, len(labels), ", ".join(labels)),
         )
         return model.base_model, None
@@ -50,10 +52,10 @@ def from_path(path: str) -> tuple[Any, nn.Module | None]:
 
 
 def trunk_and_head(model: Any, who: str) -> tuple[Any, nn.Module]:
-    """The trunk of a reward model and its head, such that head(last hidden state at a token) is what the model says there.
+    """Return a reward model's trunk and head, such that head(last hidden state at a token) is the model's score there.
 
-    Of two words of a causal model it is the second one's logit less the first one's. Raises `ValueError` where the scores are
-    more than that, and where the trunk reads what comes after a token.
+    For a causal model with two words it is the second one's logit minus the first one's. Raises `ValueError` if scores are
+    not computed by such a head, and if the trunk attends to later tokens.
     """
     trunk, head = model.base_model, _head(model, who)
     ids = torch.arange(1, 8, device=model.device).unsqueeze(0)
@@ -66,27 +68,28 @@ def trunk_and_head(model: Any, who: str) -> tuple[Any, nn.Module]:
         found = head(states.to(next(head.parameters()).dtype)).flatten()[-len(due) :]
     if not _near(later[:, :-1], states[:, :-1]):
         raise ValueError(
-            f"{who}: {_what(model)} reads what comes after a token, and a value may not; set critic.init=policy, or start from "
+            f"{who}: {_what(model)} attends to later tokens, which a value must not. Set critic.init=policy, or start from "
             "a decoder"
         )
     if not _near(found, due):
         raise ValueError(
-            f"{who}: the scores of {_what(model)} are more than its head on the hidden state of a token; set critic.init=policy"
+            f"{who}: the scores of {_what(model)} must be its head on a token's hidden state, and are not. Set "
+            "critic.init=policy"
         )
     return trunk, head
 
 
 def _head(model: Any, who: str) -> nn.Module:
-    """A copy of the head, with one output."""
+    """Copy the head, with one output."""
     module, words = getattr(model, "score", None) or getattr(model, "classifier", None), False
     if module is None and hasattr(model, "get_output_embeddings"):
         module, words = model.get_output_embeddings(), True
     last: Any = module[-1] if isinstance(module, nn.Sequential) else module
     if not isinstance(last, nn.Linear):
-        raise ValueError(f"{who}: {_what(model)} has no linear head on its hidden states; set critic.init=policy")
+        raise ValueError(f"{who}: {_what(model)} has no linear head on its hidden states. Set critic.init=policy")
     if last.out_features > 1 + words:
         raise ValueError(
-            f"{who}: the head of {_what(model)} has {last.out_features} outputs, and a value is one; set critic.init=policy"
+            f"{who}: the head of {_what(model)} must have 1 output, got {last.out_features}. Set critic.init=policy"
         )
     head: Any = copy.deepcopy(module)
     last = head[-1] if isinstance(head, nn.Sequential) else head
@@ -112,40 +115,42 @@ def _what(model: Any) -> str:
 
 
 def check_vocabulary(policy: Any, model: Any, origin: str) -> None:
-    """Raises ValueError where the critic has no embedding for some of the policy's tokens: it reads the same token ids."""
+    """Check that the critic, which reads the policy's token ids, has an embedding for each. Raises `ValueError`."""
     ours, theirs = policy.get_input_embeddings().num_embeddings, model.get_input_embeddings().num_embeddings
     if theirs < ours:
         raise ValueError(
-            f"critic.init={origin!r}: its vocabulary has {theirs} tokens, the policy's {ours}. A critic reads the policy's "
-            "token ids; start it from a model with the policy's tokenizer, or set critic.init=policy"
+            f"critic.init={origin!r}: its vocabulary must cover the policy's {ours} tokens, got {theirs}. Start the critic "
+            "from a model with the policy's tokenizer, or set critic.init=policy"
         )
 
 
 def check_tokenizer(own: PreTrainedTokenizerBase, path: str | None, revision: str | None, origin: str) -> None:
-    """Raises ValueError naming the first token that the tokenizer at `path` numbers or cuts in another way than `own`."""
+    """Check that the tokenizer at `path` agrees with `own`. Raises `ValueError` naming the first token that differs."""
     from transformers import AutoTokenizer
 
     try:
         theirs: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-        if not set(theirs.get_vocab()) - set(theirs.all_special_tokens):  # what some classes make of no files at all
+        if not set(theirs.get_vocab()) - set(theirs.all_special_tokens):  # some classes load without any files
             raise OSError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         logger.warning(
-            "critic.init=%r: there is no tokenizer in %s, so only the sizes of the vocabularies were compared",
+            "critic.init=%r: %s has no tokenizer, so only the vocabulary sizes were compared",
             origin,
             path,
         )
         return
     if (difference := first_difference(own, theirs)) is not None:
         raise ValueError(
-            f"critic.init={origin!r}: the tokenizer of {path} is not the policy's: {difference}. A critic reads the policy's "
-            "token ids; start it from a model with the policy's tokenizer, or set critic.init=policy"
+            f"critic.init={origin!r}: the tokenizer of {path} must be the policy's, but {difference}. Start the critic from "
+            "a model with the policy's tokenizer, or set critic.init=policy"
         )
 
 
 def first_difference(own: Any, theirs: Any) -> str | None:
-    """What the token with the lowest id is that one tokenizer numbers otherwise than the other, or cuts otherwise out of one
-    text; None where there is none. Tokens that were only added to theirs do not count: the policy never gives them."""
+    """Describe the lowest token id on which the tokenizers differ, or the first place where they split a text differently.
+
+    Returns None if they agree. Tokens that only `theirs` has do not count: the policy never produces them.
+    """
     ours, its = own.get_vocab(), theirs.get_vocab()
     added = set(theirs.get_added_vocab()) - set(ours)
     differ = [token for token in ours.keys() | (its.keys() - added) if ours.get(token) != its.get(token)]

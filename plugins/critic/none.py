@@ -1,4 +1,4 @@
-"""No critic: nothing predicts returns."""
+"""No critic: returns are not predicted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class NoCritic(Critic):
-    """Gives no values; refused where an estimator needs them."""
+    """Provides no values; recipes whose estimator needs them are rejected."""
 
     name = "none"
 

@@ -1,4 +1,4 @@
-"""A critic with weights of its own, as in InstructGPT (arXiv:2203.02155, appendix C.4)."""
+"""Critic with separate weights, as in InstructGPT (arXiv:2203.02155, appendix C.4)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Separate(TrainedCritic):
     name = "separate"
 
     init: str = "policy"
-    """Where its weights start: `policy` (trunk copied, head zero), `reward` (the recipe's reward model with its head, which
-    starts with the model's scores), or a folder or Hub name (its trunk, and its head where that has one output). A model whose
-    tokenizer is not the policy's is refused."""
+    """Initial weights: `policy` (copied trunk, zero head), `reward` (the recipe's reward model with its head, so that values
+    start as its scores), or a folder or Hub name (its trunk, and its head if that has one output). A model with another
+    tokenizer than the policy's is rejected."""
     adapter: bool = False
-    """Train a copy of the policy's adapter (model.lora) on the policy's frozen weights, which are then held once, in place of
-    a whole second model."""
+    """Train a copy of the policy's adapter (model.lora) on the policy's frozen weights, which are then in memory once,
+    instead of a whole second model."""
     offload: bool = False
     """Keep its own weights and their optimizer state away from the device while completions are sampled and scored: in main
-    memory, or of a run on the CPU in a file. The trained parameters are the same bits."""
+    memory. The trained parameters are the same bits."""
 
     def __post_init__(self) -> None:
         if self.adapter:
@@ -43,11 +43,11 @@ class Separate(TrainedCritic):
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.init == "reward" and not any("reward_model" in source.provides for source in algorithm.rewards):
             yield (
-                "critic.init is 'reward' and no reward source is a model; "
-                "add {use: reward_model, model: ...} to rewards, or set critic.init=policy"
+                "critic.init is 'reward' but no reward source is a model. "
+                "Add {use: reward_model, model: ...} to rewards, or set critic.init=policy"
             )
         if self.adapter and self.init != "policy":
-            yield f"critic.adapter shares the policy's weights, and init is {self.init!r}: set init=policy, or adapter=false"
+            yield f"critic.init must be 'policy' with critic.adapter, got {self.init!r}. Set init=policy or adapter=false"
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         source: Any = next((s for s in algorithm.rewards if "reward_model" in s.provides), None)
@@ -56,7 +56,7 @@ class Separate(TrainedCritic):
         defaults = {"weight": 1.0, "clip": None, "normalize": "none", "value": "logit"}
         changed = [f"{name}={x}" for name, plain in defaults.items() if (x := getattr(source, name, plain)) != plain]
         if changed:
-            yield f"it starts with the reward model's plain scores, before its {', '.join(changed)}"
+            yield f"it starts from the reward model's raw scores, before its {', '.join(changed)}"
 
     def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> nn.Module:
         from ._modules import AdapterCritic, SeparateCritic
@@ -79,7 +79,7 @@ class Separate(TrainedCritic):
         return made
 
     def setup(self, context: Context) -> None:
-        """Compares the tokenizers: by now the policy's is known."""
+        """Compare the model's tokenizer with the policy's, which is known by now."""
         if self._tokenizer is not None and context.tokenizer is not None:
             from ._origins import check_tokenizer
 

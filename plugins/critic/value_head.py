@@ -1,4 +1,4 @@
-"""A value head on the policy's own trunk: one forward for log-probs and values (as in A3C, arXiv:1602.01783, section 4)."""
+"""Value head on the policy's trunk: one forward for log-probs and values (as in A3C, arXiv:1602.01783, section 4)."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ValueHead(TrainedCritic):
-    """Reads a value off the hidden state from which each token is predicted. It starts at 0."""
+    """Predicts a value from the hidden state that predicts each token; starts at 0."""
 
     name = "value_head"
     shares_forward = True
 
     trunk_gradient: Fraction = 1.0
-    """Factor of the value loss's gradient into the trunk; 0 stops it, so that only the head learns values."""
+    """Factor on the value loss's gradient into the trunk; 0 stops it, so that only the head learns values."""
 
     layers: Annotated[int, Ge(0)] = 0
-    """Hidden layers of the head; 0: it is linear."""
+    """Hidden layers of the head; 0 makes it linear."""
     width: Count | None = None
-    """Units of each hidden layer; as wide as the hidden state when left out."""
+    """Units of each hidden layer; None: the width of the hidden state."""
     activation: Literal["relu", "tanh", "gelu", "silu"] = "relu"
-    """What follows each hidden layer."""
+    """Activation after each hidden layer."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         changed = {"width": self.width is not None, "activation": self.activation != "relu"}
         if self.layers == 0 and any(changed.values()):
             names = ", ".join(name for name, set_ in changed.items() if set_)
-            yield f"a linear head reads no {names}: set layers=1 or more for it to count"
+            yield f"{names} has no effect on a linear head: set layers=1 or more"
 
     def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> nn.Module:
         from ._modules import TrunkHead

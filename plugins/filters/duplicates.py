@@ -1,6 +1,6 @@
-"""Drops repeated completions of a prompt: a policy that says one thing eight times learns it once.
+"""Filter for repeated completions of a prompt: a completion sampled eight times is learned from once.
 
-The rows that stay are no longer a sample of the policy, so the expected gradient is that of a flatter one.
+The remaining rows are no longer a sample from the policy, so the expected gradient is that of a flatter one.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Duplicates(Filter):
-    """Keeps the first `keep` rows of those that are equal, token by token, within a group."""
+    """Keeps the first `keep` of the rows within a group that are equal token by token."""
 
     name = "duplicates"
     needs = frozenset({"completion_ids", "groups"})
 
     keep: Count = 1
-    """How many equal completions of a prompt stay, the first in the order of the rows."""
+    """Number of equal completions kept per prompt, the first in row order."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.resample:
-            yield f"resample={self.resample} has no meaning here: a row of every prompt stays. Set resample=0"
+            yield f"resample must be 0, got {self.resample}: every prompt keeps at least one row. Set resample=0"
 
     def __call__(self, scored: Scored) -> Tensor:
         import torch
 
         ids = scored.completion_ids
-        assert ids is not None, "the core provides what `needs` names"
+        assert ids is not None, "filled because `needs` names it"
         group, _ = scored.groups()
-        # the mask tells a sampled token 0 from padding
+        # the mask distinguishes a sampled token 0 from padding
         rows = torch.cat([group.unsqueeze(1), ids, scored.mask.to(ids.dtype)], 1)
         _, kind, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
         order = kind.argsort(stable=True)

@@ -1,7 +1,7 @@
-"""Drops completions that were cut off (overlong filtering, DAPO, arXiv:2503.14476): their score says little of them.
+"""Filter for truncated completions (overlong filtering, DAPO, arXiv:2503.14476), whose score is uninformative.
 
-Departure: filters run before the advantages, so a dropped row leaves its group's mean and std too; the paper only masks
-its loss.
+Departure: filters run before the advantages, so a dropped row is excluded from its group's mean and std too; the paper
+only masks its loss.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Overlong(Filter):
     name = "overlong"
 
     max_tokens: Count | None = None
-    """Rows with more sampled tokens are dropped too, though they finished; None: only those cut off."""
+    """Drop rows with more sampled tokens even if they finished; None: only truncated rows."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         longest = getattr(algorithm.rollout, "max_new_tokens", None)
         if self.max_tokens is not None and longest is not None and self.max_tokens >= longest:
-            yield f"max_tokens {self.max_tokens} never binds, as rollout.max_new_tokens is {longest}"
+            yield f"max_tokens={self.max_tokens} has no effect, because rollout.max_new_tokens is {longest}"
 
     def __call__(self, scored: Scored) -> Tensor:
         keep = scored.mask.new_ones(len(scored.mask)).bool() if scored.finished is None else scored.finished.bool()

@@ -1,4 +1,4 @@
-"""Drops completions of too few tokens, so that empty answers neither win nor serve as a baseline."""
+"""Filter for very short completions, so that empty answers neither win nor enter a baseline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TooShort(Filter):
     name = "too_short"
 
     min_tokens: Count = 2
-    """Fewest sampled tokens of a row, the end-of-sequence token included; 1 keeps every row that has any."""
+    """Minimum number of sampled tokens, the end-of-sequence token included; 1 keeps every row that has any."""
 
     def __call__(self, scored: Scored) -> Tensor:
         return scored.mask.sum(1) >= self.min_tokens

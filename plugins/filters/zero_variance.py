@@ -1,7 +1,7 @@
-"""Drops prompts whose completions all score the same (dynamic sampling, DAPO, arXiv:2503.14476).
+"""Filter for prompts whose completions all score the same (dynamic sampling, DAPO, arXiv:2503.14476).
 
-What is compared is the weighted total of the rewards before any KL, as in the paper: after a KL in the reward no two
-returns are equal. Set `resample` for the paper's refilling; without it the rollout just gets smaller.
+Compares the weighted total of the rewards before any KL, as in the paper: after a KL in the reward no two returns are
+equal. Set `resample` to refill the rollout as in the paper; without it the rollout gets smaller.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ZeroVariance(Filter):
     """Keeps the rows of groups with at least two different scores; a group of one row is dropped.
 
-    A reward source that does not apply to a row adds nothing to its total.
+    A reward source that does not apply to a row contributes nothing to its total.
     """
 
     name = "zero_variance"

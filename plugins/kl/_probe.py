@@ -1,7 +1,7 @@
-"""What an estimator's expected gradients are, found by trying it: placements ask this instead of its name.
+"""Expected gradients of a KL estimator, found by evaluating it, so that placements need not branch on its name.
 
-The trial is one state with five tokens, in float64, every expectation summed out. A gradient that equals a divergence's
-there equals it state by state at level token, and between whole completions at level sequence.
+The trial has one state with five tokens, in float64, and sums every expectation exactly. A gradient that equals a
+divergence's there equals it state by state at level token, and between whole completions at level sequence.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from hf_rlhf.axes import KLEstimator
 
 TRIED = frozenset({"old_logps", "ref_logps", "full_distribution"})
-"""Needs that the trial can meet."""
+"""Values of `needs` that the trial provides."""
 KL, REVERSED, L1 = "KL(policy || reference)", "KL(reference || policy)", "the L1 distance (twice the total variation)"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`loss`: E[grad e], what the estimator does in the loss; `score`: E[e grad log p], what it does in reward or advantage.
+    """Expected gradients of an estimator e: `loss` is E[grad e], in the loss; `score` is E[e grad log p], in the reward.
 
-    Together they are the gradient of E[e]. `stale` is `loss` on tokens of another policy, which is old_logps.
+    `score` applies to the advantage too. Their sum is the gradient of E[e]. `stale` is `loss` on tokens sampled from
+    another policy, old_logps.
     """
 
     loss: Tensor
@@ -32,17 +33,17 @@ class Trial:
     divergences: dict[str, Tensor]
 
     def named(self, gradient: Tensor) -> str | None:
-        """The divergence whose gradient this is."""
+        """Return the name of the divergence with this gradient, or None."""
         return next((name for name, x in self.divergences.items() if same(gradient, x)), None)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding."""
+    """Return True if the tensors are equal up to rounding."""
     return bool((a - b).abs().max() < 1e-9)
 
 
 def trial(estimator: KLEstimator) -> Trial | None:
-    """The estimator's expected gradients, or None where it needs what the trial has not."""
+    """Return the estimator's expected gradients, or None if it needs more than the trial provides."""
     if estimator.needs - TRIED:
         return None
     import torch
@@ -80,10 +81,10 @@ def trial(estimator: KLEstimator) -> Trial | None:
 
 
 def is_linear(estimator: KLEstimator) -> bool:
-    """Whether the slope in the log-ratio is one number, as k1's is.
+    """Return True if the slope in the log-ratio is constant, as for k1.
 
-    The expected gradient in the loss is then that number times E[grad log p] = 0. Estimators that need more than the
-    two log-probs are not tried and count as not linear.
+    The expected gradient in the loss is then a multiple of E[grad log p] = 0. Estimators that need more than the two
+    log-probs are not evaluated and count as nonlinear.
     """
     if estimator.needs:
         return False
@@ -96,7 +97,7 @@ def is_linear(estimator: KLEstimator) -> bool:
 
 
 def is_exponential(estimator: KLEstimator) -> bool:
-    """Whether a log-ratio of -30 nats, a usual sum over a completion, gives more than a million, as k3's does."""
+    """Return True if a log-ratio of -30 nats, a usual sum over a completion, gives more than a million, as for k3."""
     if estimator.needs - {"old_logps", "ref_logps"}:
         return False
     import torch

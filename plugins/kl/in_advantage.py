@@ -1,8 +1,8 @@
-"""KL in the advantage of its own token, after the estimator: no whitening, baseline or discount touches it.
+"""KL in the advantage of its own token, after the estimator: unaffected by whitening, baseline and discount.
 
-It does not propagate: a token does not pay for the KL of those after it. With k1 at level token the expected gradient is that
-of the reverse KL state by state, the visits held fixed; at level sequence every token pays for its whole row, and with k1
-that is exactly the gradient of the KL.
+It does not propagate: a token is not penalized for the KL of later tokens. With k1 at level token the expected gradient is
+that of the reverse KL state by state, with the visited states held fixed; at level sequence every token is penalized for
+its whole row, and with k1 that is exactly the gradient of the KL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class InAdvantage(KLPlacement):
-    """Subtracts beta times each token's KL from its advantage; at level sequence its row's KL."""
+    """Subtracts beta times each token's KL (at level sequence its row's KL) from its advantage."""
 
     name = "in_advantage"
     places: ClassVar[frozenset[str]] = frozenset({"advantage"})
@@ -32,17 +32,16 @@ class InAdvantage(KLPlacement):
     beta: NonNegative = 0.05
     """Advantage lost per nat of KL."""
     controller: KLController = choice("fixed")
-    """How beta moves during training."""
+    """Schedule of beta during training."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.beta == 0:
-            yield "beta is 0: set use=monitor to log the KL only, or leave it out with kl=[]"
+            yield "beta must be positive, got 0. Set use=monitor to only log the KL, or kl=[] for none"
         if "full_distribution" in self.estimator.needs:
             name = self.estimator.name
             yield (
-                f"{name} in the advantage has the expected gradient 0 (it depends on the state and not on the token that was "
-                f"sampled, as a baseline does), so it adds noise and no penalty: set estimator.use=k1, or move {name} to "
-                "use=in_loss"
+                f"{name} in the advantage has expected gradient 0 (like a baseline, it depends on the state but not on the "
+                f"sampled token), so it adds noise and no penalty. Set estimator.use=k1, or move {name} to use=in_loss"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:

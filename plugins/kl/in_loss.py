@@ -1,8 +1,8 @@
 """KL in the loss (GRPO, arXiv:2402.03300).
 
-On-policy, k2, k3_plus, k1_is and k3_is at level sequence give exactly the gradient of the KL; at level token, and exact,
-the reverse KL's, k3 the forward KL's, state by state with the visits held fixed. Off-policy only k1_is and k3_is stay what
-they are. Departure: in the paper k3 is the only estimator.
+On-policy, k2, k3_plus, k1_is and k3_is at level sequence give exactly the gradient of the KL; at level token they and
+`exact` give the reverse KL's, and k3 the forward KL's, state by state with the visited states held fixed. Off-policy this
+holds for k1_is and k3_is only. Departure: in the paper k3 is the only estimator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class InLoss(KLPlacement):
-    """Adds beta times the KL to each token's loss; at level sequence to each row's, with the weight of one token."""
+    """Adds beta times the KL to each token's loss; at level sequence to each row's, weighted as one token."""
 
     name = "in_loss"
     places: ClassVar[frozenset[str]] = frozenset({"loss"})
@@ -34,18 +34,18 @@ class InLoss(KLPlacement):
     beta: NonNegative = 0.04
     """Loss added per nat of KL."""
     controller: KLController = choice("fixed")
-    """How beta moves during training."""
+    """Schedule of beta during training."""
     estimator: KLEstimator = choice("k3")
-    """How the KL is estimated; its gradient is what counts."""
+    """Estimator of the KL; in the loss its gradient is what counts."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.beta == 0:
-            yield "beta is 0: set use=monitor to log the KL only, or leave it out with kl=[]"
+            yield "beta must be positive, got 0. Set use=monitor to only log the KL, or kl=[] for none"
         if is_linear(self.estimator):
             name = self.estimator.name
             yield (
-                f"{name} in the loss has the expected gradient 0 (it is a multiple of grad log p, whose mean is 0), so "
-                f"it adds noise and no penalty: set estimator.use=k2, k3 or k1_is, or move {name} to use=in_reward"
+                f"{name} in the loss has expected gradient 0 (a multiple of grad log p, whose mean is 0), so it adds noise "
+                f"and no penalty. Set estimator.use=k2, k3 or k1_is, or move {name} to use=in_reward"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:

@@ -1,7 +1,7 @@
 """KL in the reward (Ziegler et al., arXiv:1909.08593; InstructGPT, arXiv:2203.02155).
 
-With k1 the expected gradient is exactly that of E[r] - beta KL, for advantage estimators without bias of their own. Of any
-other estimator only half the gradient comes through the reward; for k3 and exact the other half is the same in the loss.
+With k1 the expected gradient is exactly that of E[r] - beta KL, for unbiased advantage estimators. With any other KL
+estimator only half the gradient comes through the reward; for k3 and exact the other half is the same KL in the loss.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class InReward(KLPlacement):
     beta: NonNegative = 0.05
     """Reward lost per nat of KL."""
     controller: KLController = choice("fixed")
-    """How beta moves during training."""
+    """Schedule of beta during training."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.beta == 0:
-            yield "beta is 0: set use=monitor to log the KL only, or leave it out with kl=[]"
+            yield "beta must be positive, got 0. Set use=monitor to only log the KL, or kl=[] for none"
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield from of_the_score(self, algorithm, "reward")

@@ -1,4 +1,4 @@
-"""KL that is only logged; it costs the reference's forward pass and changes no gradient."""
+"""KL that is only logged; costs the reference's forward pass and changes no gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Monitor(KLPlacement):
-    """Measures the KL and adds it nowhere."""
+    """Logs the KL and adds it to nothing."""
 
     name = "monitor"
 

@@ -1,8 +1,8 @@
-"""Beta that follows a target (Ziegler et al., arXiv:1909.08593, section 2.2).
+"""Adaptive beta that tracks a target KL (Ziegler et al., arXiv:1909.08593, section 2.2).
 
 Once per rollout: beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * rows / horizon. The KL is the rollout's mean k1, whatever
-estimator the placement uses. Departure: the paper has a constant 0.1 for rows / horizon, which is what its authors' code
-does; `statistic: token` is verl's reading of the KL.
+estimator the placement uses. Departure: the paper has a constant 0.1 in place of rows / horizon, which its authors' code
+uses; `statistic: token` is verl's definition of the KL.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Adaptive(KLController):
-    """Raises beta while the KL is above its target and lowers it while it is below; the recipe's beta is the first."""
+    """Raises beta while the KL is above its target and lowers it while below; starts at the recipe's beta."""
 
     name = "adaptive"
     needs = frozenset({"ref_logps", "old_logps"})
 
     target: Positive = 6.0
-    """The KL to hold, in nats per row, or per token with `statistic: token`."""
+    """Target KL in nats per row, or per token with `statistic: token`."""
     horizon: Positive = 10_000.0
-    """Rows in which beta grows by at most about 20%, or falls as much; fewer move it faster."""
+    """Rows in which beta changes by at most about 20%; a smaller horizon adapts faster."""
     statistic: Literal["sequence", "token"] = "sequence"
     """`sequence`: mean over rows of the sum over tokens; `token`: mean over all tokens (verl)."""
 
@@ -39,13 +39,13 @@ class Adaptive(KLController):
         rows = algorithm.rollout.prompts * algorithm.rollout.num_generations
         if rows >= 5 * self.horizon:
             yield (
-                f"horizon={self.horizon:g} is short for the {rows} rows of a rollout: a single one could take beta to 0 or "
-                f"below. Set horizon to more than {rows / 5:g}"
+                f"horizon must be above {rows / 5:g} for rollouts of {rows} rows, got {self.horizon:g}: a single rollout "
+                f"could bring beta to 0 or below. Raise horizon"
             )
 
     def observe(self, statistics: Mapping[str, float]) -> None:
         kl = statistics.get(f"kl/rollout/{self.statistic}")
-        if kl is not None:  # absent where no row was left
+        if kl is not None:  # absent if no row was left
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self._factor *= 1 + error * statistics["rollout/rows"] / self.horizon
 

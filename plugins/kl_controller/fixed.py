@@ -1,4 +1,4 @@
-"""Beta as the recipe has it, from the first step to the last."""
+"""Constant beta."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_rlhf.axes import KLController
 
 @dataclass(kw_only=True)
 class Fixed(KLController):
-    """The recipe's beta."""
+    """Keeps the recipe's beta for the whole run."""
 
     name = "fixed"
 

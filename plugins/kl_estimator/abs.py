@@ -1,7 +1,7 @@
-"""The size of the log-ratio: an estimate of a distance rather than of the KL.
+"""Absolute log-ratio: an estimate of a distance rather than of the KL.
 
 In the loss its expected gradient is that of the L1 distance between the two distributions (twice the total variation),
-state by state at level token; no step that it takes grows with the distance.
+state by state at level token; its gradient does not grow with the distance.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ ROUNDING = 64
 
 @dataclass(kw_only=True)
 class Abs(KLEstimator):
-    """|l| with l = log p - log p_ref: never negative, biased as a value; its slope is -1, 0 at equality, or 1.
+    """|l| with l = log p - log p_ref: nonnegative, biased as a value; its slope is -1, 1, or 0 at equality.
 
-    Log-probs that differ by rounding alone count as equal, else a policy that is the reference had a slope at random.
+    Log-probs that differ by rounding alone count as equal; otherwise a policy equal to the reference had a random slope.
     """
 
     name = "abs"

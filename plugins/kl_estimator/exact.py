@@ -1,7 +1,7 @@
-"""The KL of the next token's distributions, summed over the whole vocabulary instead of sampled.
+"""Exact KL between the next-token distributions, summed over the whole vocabulary instead of sampled.
 
-In the loss its gradient is that of the KL state by state, the states being those that were visited; without the noise of
-the sampled token. It has no sequence level: the completions that could have been are not there to be summed over.
+In the loss its gradient is that of the KL at each visited state, without the variance of the sampled token. It has no
+sequence level, because the sum over all completions is intractable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Exact(KLEstimator):
-    """sum over V of p (log p - log p_ref): exact in each state; a token that the policy never gives adds 0."""
+    """sum over V of p (log p - log p_ref): exact in each state; tokens with p = 0 contribute 0."""
 
     name = "exact"
     needs = frozenset({"full_distribution"})

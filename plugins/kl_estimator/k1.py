@@ -1,6 +1,6 @@
-"""The log-ratio, the unbiased estimate of the KL (k1 of http://joschu.net/blog/kl-approx.html).
+"""Log-ratio, the unbiased estimate of the KL (k1 of http://joschu.net/blog/kl-approx.html).
 
-Right in the reward, where it gives the exact gradient of the KL; in the loss its expected gradient is 0.
+Use it in the reward, where it gives the exact gradient of the KL; in the loss its expected gradient is 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class K1(KLEstimator):
-    """l = log p - log p_ref: unbiased, of either sign, noisy."""
+    """l = log p - log p_ref: unbiased, of either sign, high variance."""
 
     name = "k1"
 

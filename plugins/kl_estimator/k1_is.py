@@ -1,7 +1,7 @@
-"""k1 weighed by how much likelier the policy is than the one that rolled out (importance sampling of the KL's estimate).
+"""k1 weighted by the ratio of the policy to the rollout policy (importance sampling of the KL estimate).
 
-The ratio is 1 on-policy and still carries the gradient that plain k1 lacks in the loss: at level sequence exactly that of
-the KL, at level token the reverse KL's, state by state. It stays so off-policy, at the price of the ratio's variance.
+The ratio is 1 on-policy but carries the gradient that plain k1 lacks in the loss: at level sequence exactly that of the
+KL, at level token the reverse KL's, state by state. This holds off-policy too, at the price of the ratio's variance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class K1IS(KLEstimator):
-    """rho l with l = log p - log p_ref and rho = p / p_old, which carries gradient too: unbiased, of either sign."""
+    """rho l with l = log p - log p_ref and rho = p / p_old, also differentiated: unbiased, of either sign."""
 
     name = "k1_is"
     needs = frozenset({"old_logps"})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class K2(KLEstimator):
-    """l^2 / 2: never negative, biased as a value."""
+    """l^2 / 2 with l = log p - log p_ref: nonnegative, biased as a value."""
 
     name = "k2"
 

@@ -1,7 +1,7 @@
-"""The log-ratio with a control variate (k3 of http://joschu.net/blog/kl-approx.html; GRPO, arXiv:2402.03300).
+"""Log-ratio with a control variate (k3 of http://joschu.net/blog/kl-approx.html; GRPO, arXiv:2402.03300).
 
-Its value is unbiased; its gradient in the loss is the forward KL's, state by state. It grows as exp(-l) where the
-reference likes a token better than the policy.
+Its value is unbiased; its gradient in the loss is the forward KL's, state by state. It grows as exp(-l) for tokens that
+are more likely under the reference than under the policy.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class K3(KLEstimator):
-    """exp(-l) - 1 + l with l = log p - log p_ref: unbiased and never negative."""
+    """exp(-l) - 1 + l with l = log p - log p_ref: unbiased and nonnegative."""
 
     name = "k3"
 
     def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
         difference = logps - ref_logps
-        # expm1 keeps the digits that exp(-l) - 1 loses near l = 0, where training spends its time
+        # expm1 keeps the digits that exp(-l) - 1 loses near l = 0, the usual case
         return (-difference).expm1() + difference
 
 

@@ -1,8 +1,7 @@
-"""k3 weighed by how much likelier the policy is than the one that rolled out (as in DeepSeek-V3.2, arXiv:2512.02556).
+"""k3 weighted by the ratio of the policy to the rollout policy (as in DeepSeek-V3.2, arXiv:2512.02556).
 
-Its expected gradient in the loss stays the same when the rows are no longer the policy's own: at level sequence that of the
-KL, at level token the reverse KL's, state by state, with the visits of the policy that rolled out. The price is the ratio's
-variance.
+Its expected gradient in the loss stays the same off-policy: at level sequence that of the KL, at level token the reverse
+KL's, state by state, at the states visited by the rollout policy. The price is the ratio's variance.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class K3IS(KLEstimator):
-    """rho (exp(-l) - 1 + l) with l = log p - log p_ref and rho = p / p_old, which carries gradient too."""
+    """rho (exp(-l) - 1 + l) with l = log p - log p_ref and rho = p / p_old, also differentiated."""
 
     name = "k3_is"
     needs = frozenset({"old_logps"})

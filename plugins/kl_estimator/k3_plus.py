@@ -1,7 +1,7 @@
-"""The value of k3 with the gradient of k2 (verl's straight-through `low_var_kl+`).
+"""Value of k3 with the gradient of k2 (verl's straight-through `low_var_kl+`).
 
-As a number it is k3: unbiased, never negative. Its expected gradient in the loss is k2's: at level sequence exactly that of
-the KL on-policy, at level token the reverse KL's, state by state. In the reward, where only values count, it is k3.
+Its value is k3's: unbiased and nonnegative. Its expected gradient in the loss is k2's: on-policy at level sequence exactly
+that of the KL, at level token the reverse KL's, state by state. In the reward, where only values count, it is k3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class K3Plus(KLEstimator):
         difference = logps - ref_logps
         fixed = difference.detach()
         k3 = (-fixed).expm1() + fixed
-        # a zero that carries the slope, so that the value stays k3's to the last digit
+        # a zero that carries the slope, so that the value stays exactly k3's
         return k3 + fixed * (difference - fixed)
 
 

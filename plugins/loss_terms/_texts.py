@@ -1,4 +1,4 @@
-"""Texts from a file or a dataset on the Hub, with errors that name the column and the fix."""
+"""Texts from a file or a dataset on the Hub, with errors that name the column."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def is_file(path: str) -> bool:
-    """Whether `path` names a file of texts, and not a dataset."""
+    """Return True if `path` names a text file rather than a dataset."""
     return path.endswith((".txt", ".jsonl"))
 
 
 def read_texts(path: str, column: str, split: str) -> list[str]:
-    """Every text of a .txt file (one per line), of a .jsonl file or of a dataset's split. Empty lines are skipped.
+    """Read all texts of a .txt file (one per line), a .jsonl file or a dataset's split, skipping empty lines.
 
-    Raises `ValueError` where a row has no text in `column`.
+    Raises `ValueError` if a row has no text in `column`.
     """
     if not is_file(path):
         from datasets import load_dataset
@@ -31,7 +31,7 @@ def _text(row: Any, column: str, path: str) -> str:
     if not isinstance(text, str):
         there = ", ".join(sorted(row)) if isinstance(row, dict) else repr(row)
         raise ValueError(
-            f"loss_terms.ptx: a row of {path!r} has no text in column {column!r}; it has: {there}. Set column to one "
-            "that holds texts"
+            f"loss_terms.ptx: a row of {path!r} has no text in column {column!r}; its columns: {there}. Set column to a "
+            "text column"
         )
     return text

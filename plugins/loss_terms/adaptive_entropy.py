@@ -1,8 +1,8 @@
 """Entropy bonus whose coefficient follows a target entropy (Skywork-OR1, arXiv:2505.22312).
 
-After each rollout's updates the coefficient rises by `delta` where their mean entropy was at or below `target` and falls by
-`delta` where it was above; the bonus is paid only while the entropy is at or below the target. Departure: the coefficient
-moves once per rollout, not in every step, so that all processes and micro-batches share it.
+After each rollout's updates the coefficient rises by `delta` if their mean entropy was at or below `target` and falls by
+`delta` if it was above; the bonus applies only while the entropy is at or below the target. Departure: the coefficient
+changes once per rollout, not in every step, so that all processes and micro-batches share it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class AdaptiveEntropy(LossTerm):
-    """-c times the entropy of each token's distribution, in nats; every token of the step weighs alike."""
+    """-c times the entropy of each token's distribution, in nats; averaged over all tokens of the step."""
 
     name = "adaptive_entropy"
     needs = frozenset({"entropy"})
     metrics = (Metric("coef", "loss per nat", "the coefficient of the entropy bonus after this rollout was observed"),)
 
     target: Positive = 0.2
-    """The entropy to keep at least, in nats per token."""
+    """Entropy below which the bonus applies, in nats per token."""
     coef: NonNegative = 0.0
     """c in the first rollout, before any entropy was observed."""
     delta: Positive = 0.005
-    """How much c moves after a rollout."""
+    """Change of c after a rollout."""
     maximum: Positive = 1.0
     """Largest c; the smallest is 0."""
 
@@ -42,7 +42,7 @@ class AdaptiveEntropy(LossTerm):
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.coef > self.maximum:
-            yield f"coef {self.coef:g} is above maximum {self.maximum:g}: lower coef, or raise maximum"
+            yield f"coef must be at most maximum={self.maximum:g}, got {self.coef:g}. Lower coef or raise maximum"
 
     def observe(self, statistics: Mapping[str, float]) -> None:
         entropy = statistics.get("policy/entropy")
@@ -61,7 +61,7 @@ class AdaptiveEntropy(LossTerm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._now, self._pays = state["coef"], state["pays"]
 
-    # the core hands over what `needs` names as keywords, which the base class cannot list
+    # fields named in `needs` arrive as keywords, which the base class cannot list
     def __call__(self, logps: Tensor, mask: Tensor, *, entropy: Tensor) -> Tensor:  # type: ignore[override]
         return -(self._now if self._pays else 0.0) * entropy * mask
 

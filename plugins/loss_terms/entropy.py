@@ -1,4 +1,4 @@
-"""Entropy bonus (Williams and Peng, 1991): the policy is paid for staying undecided."""
+"""Entropy bonus (Williams and Peng, 1991), which keeps the policy from collapsing early."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Entropy(LossTerm):
-    """-coef times the entropy of each token's distribution, in nats; every token of the step weighs alike."""
+    """-coef times the entropy of each token's distribution, in nats; averaged over all tokens of the step."""
 
     name = "entropy"
     needs = frozenset({"entropy"})
 
     coef: float = 0.01
-    """Factor of the entropy; a negative one penalises it."""
+    """Factor of the entropy; a negative one penalizes it."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.coef == 0:
-            yield "coef is 0: the entropy would be computed for nothing; leave it out with loss_terms=[]"
+            yield "coef must not be 0: the entropy would be computed to no effect. Remove the term with loss_terms=[]"
 
-    # the core hands over what `needs` names as keywords, which the base class cannot list
+    # fields named in `needs` arrive as keywords, which the base class cannot list
     def __call__(self, logps: Tensor, mask: Tensor, *, entropy: Tensor) -> Tensor:  # type: ignore[override]
         return -self.coef * entropy * mask
 

@@ -1,4 +1,4 @@
-"""Next-token loss on the completions that scored well (positive-example LM loss, VAPO, arXiv:2504.05118)."""
+"""Next-token loss on high-scoring completions (positive-example LM loss, VAPO, arXiv:2504.05118)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PositiveNLL(LossTerm):
-    """-coef log p, averaged over all tokens of the rows whose total score exceeds `threshold`; 0 where no row's does."""
+    """-coef log p, averaged over all tokens of the rows whose total score exceeds `threshold`; 0 if there are none."""
 
     name = "positive_nll"
     needs = frozenset({"total_score"})
@@ -22,9 +22,9 @@ class PositiveNLL(LossTerm):
     coef: Positive = 0.1
     """Factor of the loss."""
     threshold: float = 0.0
-    """Rows with a weighted total score above this, before any KL, are learned from."""
+    """Weighted total score, before any KL, above which a row counts as positive."""
 
-    # the core hands over what `needs` names as keywords, which the base class cannot list
+    # fields named in `needs` arrive as keywords, which the base class cannot list
     def __call__(self, logps: Tensor, mask: Tensor, *, total_score: Tensor) -> Tensor:  # type: ignore[override]
         return -self.coef * logps.masked_fill(mask == 0, 0.0)
 

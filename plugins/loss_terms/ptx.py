@@ -1,8 +1,8 @@
-"""Next-token loss on texts of its own, against forgetting (PPO-ptx, InstructGPT, arXiv:2203.02155).
+"""Next-token loss on separate texts, against forgetting (PPO-ptx, InstructGPT, arXiv:2203.02155).
 
-The mean over all tokens of an optimizer step's texts, in the same step as the policy loss. Departures: the texts come in
-one shuffled order, round and round, from one file or dataset; the paper's coefficient, 27.8, belongs to its own
-normalisation.
+The mean over all tokens of an optimizer step's texts, in the same step as the policy loss. Departures: the texts come from
+one file or dataset, shuffled once and repeated in that order; the paper's coefficient, 27.8, applies to its own
+normalization.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PTX(TextTerm):
-    """-coef log p of each token but the first; each text ends in the end-of-sequence token."""
+    """-coef log p of each token except the first; each text ends in the end-of-sequence token."""
 
     name = "ptx"
 
     path: str
     """A file of texts (.txt: one per line; .jsonl: one object per line), or the name of a dataset on the Hub."""
     column: str = "text"
-    """Where the text stands in a row; unused for .txt."""
+    """Column with the text; unused for .txt."""
     split: str = "train"
-    """Split of a dataset on the Hub. All of it is tokenised at the start: "train[:10000]" takes its first 10,000 rows."""
+    """Split of a dataset on the Hub, tokenized at the start; "train[:10000]" takes its first 10,000 rows."""
     rows: Count = 8
     """Texts per optimizer step, over all processes."""
     max_tokens: Annotated[int, Ge(2)] = 512
-    """Longer texts are cut into parts of this many tokens, each a text of its own."""
+    """Longer texts are split into parts of this many tokens, each a separate text."""
     coef: Positive = 1.0
     """Factor of the loss."""
 
@@ -50,7 +50,7 @@ class PTX(TextTerm):
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if is_file(self.path) and not Path(self.path).expanduser().is_file():
-            yield f"there is no file {self.path!r}: set path to a .txt or .jsonl file, or to a dataset on the Hub"
+            yield f"path: no such file {self.path!r}. Set path to a .txt or .jsonl file, or to a dataset on the Hub"
 
     def setup(self, context: Context) -> None:
         assert context.policy is not None
@@ -59,7 +59,7 @@ class PTX(TextTerm):
         room = getattr(config.get_text_config(), "max_position_embeddings", None)
         if room is not None and self.max_tokens > room:
             raise ValueError(
-                f"loss_terms.ptx: max_tokens={self.max_tokens} exceeds the model's context of {room}: lower it"
+                f"loss_terms.ptx: max_tokens must be at most the model's context of {room}, got {self.max_tokens}. Lower it"
             )
         texts, end = read_texts(self.path, self.column, self.split), context.tokenizer.eos_token_id
         self._texts = []
@@ -68,7 +68,7 @@ class PTX(TextTerm):
             parts = (whole[at : at + self.max_tokens] for at in range(0, len(whole), self.max_tokens))
             self._texts += [part for part in parts if len(part) > 1]
         if not self._texts:
-            raise ValueError(f"loss_terms.ptx: {self.path!r} holds no text of two tokens or more: set another path")
+            raise ValueError(f"loss_terms.ptx: {self.path!r} has no text of two or more tokens. Set another path")
         random.Random(context.seed).shuffle(self._texts)
 
     def close(self) -> None:

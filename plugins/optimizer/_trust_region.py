@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 class TrustRegion(torch.optim.AdamW):
-    """Group 0 is the policy, which has no state; the others are the critic's, and their state is AdamW's.
+    """Optimizer with a natural-gradient step for group 0, the policy, and AdamW for the others, the critic's.
 
-    `step()` needs what the gradient was made from in `held`, and lets go of it. A policy without gradients stays as it is.
-    `measured` holds what the last step was: kl, improvement of the loss, backtracks (shorter steps tried), accepted.
+    The policy has no optimizer state. `step()` reads from `held` the rows that the gradient was computed from, and releases
+    them. A policy without gradients stays unchanged. `measured` describes the last step: kl, improvement of the loss,
+    backtracks (shorter steps tried), accepted.
     """
 
     def __init__(
@@ -37,27 +38,27 @@ class TrustRegion(torch.optim.AdamW):
         self.measured: dict[str, float] = {}
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Moves the policy within the trust region, then the critic. Raises `RuntimeError` where nothing is held."""
+        """Update the policy within the trust region, then the critic. Raises `RuntimeError` if nothing is held."""
         if closure is not None:
-            raise TypeError("optimizer.trpo takes no closure: what it evaluates again is handed to its hold()")
+            raise TypeError("optimizer.trpo takes no closure. Pass the step to evaluate again to hold(step)")
         held, self.held, self.measured = self.held, None, {}
         moved = [p for p in self.param_groups[0]["params"] if p.grad is not None]
         if moved:
             if held is None:
                 raise RuntimeError(
-                    "optimizer.trpo has a gradient and not what it was made from: call hold(step) before"
+                    "optimizer.trpo has a gradient but not the rows it was computed from. Call hold(step) first"
                 )
             with torch.no_grad():
                 self.measured = self._move(moved, held)
         gradients = [p.grad for p in moved]
         for p in moved:
-            p.grad = None  # AdamW passes over parameters without one
+            p.grad = None  # AdamW skips parameters without one
         super().step()
         for p, gradient in zip(moved, gradients, strict=True):
             p.grad = gradient
 
     def _move(self, parameters: list[Tensor], step: Step) -> dict[str, float]:
-        """The longest of the tried steps that keeps the KL and lowers the loss; none, to the bit, where there is none."""
+        """Take the longest tried step that keeps the KL limit and lowers the loss; without one, restore the parameters."""
         old = [p.clone() for p in parameters]
         gradient = flat([p.grad for p in parameters])
         direction, curvature = conjugate_gradient(
@@ -79,11 +80,11 @@ class TrustRegion(torch.optim.AdamW):
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """x with product(x) = b, as far as the iterations lead, and x . product(x)."""
+    """Solve product(x) = b approximately and return x and x . product(x)."""
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = first = residual.dot(residual)
     for _ in range(iterations):
-        if square <= 1e-20 * first:  # solved; 0 where there is no gradient
+        if square <= 1e-20 * first:  # solved; 0 without a gradient
             break
         image = product(direction)
         curvature = direction.dot(image)
@@ -97,7 +98,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 
 def fisher_product(parameters: list[Tensor], step: Step, vector: Tensor) -> Tensor:
-    """F v: the mean over all tokens of the KL's second derivative where old and new policy are one, times `vector`."""
+    """Return F v: the mean over all tokens of the KL's second derivative at the current policy, times `vector`."""
     pieces, found, tokens = list(unflat(vector, parameters)), torch.zeros_like(vector), 0
     for micro in step.micro_batches:
         with torch.enable_grad():
@@ -114,11 +115,11 @@ def fisher_product(parameters: list[Tensor], step: Step, vector: Tensor) -> Tens
 
 
 def mean_kl(parameters: list[Tensor], old: list[Tensor], new: list[Tensor], step: Step) -> float:
-    """KL(old || new) per sampled token, over the whole vocabulary; leaves the parameters at `new`.
+    """Return KL(old || new) per sampled token, over the whole vocabulary; leaves the parameters at `new`.
 
-    The old distributions are computed anew for each micro-batch: held for a whole step they would be (tokens, V).
+    Recomputes the old distributions for each micro-batch: for a whole step they would take (tokens, V).
     """
-    found = torch.zeros(2, dtype=torch.float64)  # the KL, and the tokens it is of
+    found = torch.zeros(2, dtype=torch.float64)  # sum of the KL, number of tokens
     for micro in step.micro_batches:
         assign(parameters, old)
         before = step.log_probs(micro)
@@ -131,28 +132,28 @@ def mean_kl(parameters: list[Tensor], old: list[Tensor], new: list[Tensor], step
 
 
 def kl_sum(old: Tensor, new: Tensor) -> Tensor:
-    """(n, V) log-probs each -> the sum over tokens of KL(old || new)."""
+    """Return the sum over tokens of KL(old || new), from log-probs (n, V)."""
     return (old.exp() * (old - new).masked_fill(old == float("-inf"), 0.0)).sum()
 
 
 def total_loss(step: Step) -> float:
-    """The loss of the whole step, over all processes."""
+    """Return the loss of the whole step, over all processes."""
     return float(step.total(torch.stack([step.loss(micro).detach() for micro in step.micro_batches]).sum()))
 
 
 def assign(parameters: list[Tensor], values: list[Tensor]) -> None:
-    """Sets the parameters, in place."""
+    """Set the parameters in place."""
     for p, x in zip(parameters, values, strict=True):
         p.copy_(x)
 
 
 def flat(tensors: Any) -> Tensor:
-    """One vector of all, in float32 or better."""
+    """Concatenate the tensors to one vector, in float32 or better."""
     wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     return torch.cat([x.detach().reshape(-1).to(wide) for x in tensors])
 
 
 def unflat(vector: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
-    """The vector cut into tensors of the shapes and dtypes of `like`."""
+    """Split the vector into tensors with the shapes and dtypes of `like`."""
     parts = vector.split([x.numel() for x in like])
     return (part.view_as(x).to(x.dtype) for part, x in zip(parts, like, strict=True))

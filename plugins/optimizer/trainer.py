@@ -1,4 +1,4 @@
-"""The optimizer that TrainingArguments name (`training.optim`, AdamW by default)."""
+"""The optimizer selected by TrainingArguments (`training.optim`, AdamW by default)."""
 
 from __future__ import annotations
 

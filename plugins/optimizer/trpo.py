@@ -1,11 +1,11 @@
-"""Trust region policy optimisation (TRPO, arXiv:1502.05477): the natural gradient, as far as a mean KL allows.
+"""Trust region policy optimization (TRPO, arXiv:1502.05477): a natural-gradient step limited by a mean KL.
 
 The step is -sqrt(2 max_kl / x (F + damping) x) x, with x solving (F + damping) x = g by conjugate gradients and F the Fisher
 information of the next token's distribution, averaged over the sampled tokens. It is shortened until the exact mean
-KL(old || new) is within max_kl and the loss is lower, and not taken at all where no length does.
+KL(old || new) is within max_kl and the loss is lower, and skipped if no length achieves both.
 
-Departures: the paper's states are sampled tokens here, each with its whole vocabulary; F has a damping, which also enters
-the length, so that the first step stays a little within max_kl; every optimizer step has a trust region of its own.
+Departures: the states are sampled tokens, each with its whole vocabulary; F has damping, which also enters the step length,
+so that the first step stays slightly within max_kl; every optimizer step has its own trust region.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TRPO(UpdateRule):
-    """Moves the policy by at most `max_kl` per optimizer step, and only where that lowers the loss; the critic by AdamW.
+    """Moves the policy by at most `max_kl` per optimizer step, if that lowers the loss, and the critic by AdamW.
 
-    For small models and adapters: a step costs about `cg_iters` double backwards over its rows.
+    For small models and adapters: a step costs about `cg_iters` double backward passes over its rows.
     """
 
     name = "trpo"
     metrics = (
         Metric("kl", "nats per token", "exact mean KL(old, new) of the step that was taken", when="step"),
-        Metric("improvement", "loss", "by how much the step lowered the loss", when="step"),
+        Metric("improvement", "loss", "decrease of the loss by the step", when="step"),
         Metric(
             "backtracks",
             "count",
-            "how often the step was shortened",
+            "number of times the step was shortened",
             (None, 5.0),
             "The quadratic model of the KL is poor: lower `max_kl`, raise `damping` or `cg_iters`.",
             when="step",
@@ -50,7 +50,7 @@ class TRPO(UpdateRule):
         Metric(
             "accepted",
             "0 or 1",
-            "0: no shorter step was good enough and nothing moved",
+            "0: no step length was accepted and the policy did not change",
             (0.5, None),
             "Nothing is learned: raise `backtracks` or `damping`.",
             when="step",
@@ -63,11 +63,11 @@ class TRPO(UpdateRule):
     cg_iters: Count = 10
     """Iterations of conjugate gradients; 1 gives the plain gradient's direction."""
     damping: NonNegative = 0.1
-    """Added to the Fisher information's diagonal, so that directions that move no distribution are not followed."""
+    """Added to the diagonal of the Fisher information, so that directions that change no distribution are not followed."""
     backtracks: Annotated[int, Ge(0)] = 10
-    """How many shorter steps are tried where the first breaks the KL's limit or does not lower the loss."""
+    """Maximum number of shorter steps tried if the first exceeds the KL limit or does not lower the loss."""
     shrink: Annotated[float, Interval(gt=0, lt=1)] = 0.5
-    """Length of each step that is tried, over the one before."""
+    """Ratio of the length of each tried step to the one before."""
 
     def __post_init__(self) -> None:
         self._optimizer: TrustRegion | None = None
@@ -75,47 +75,48 @@ class TRPO(UpdateRule):
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if getattr(algorithm.critic, "shares_forward", False):
             yield (
-                f"critic={algorithm.critic.name} learns on the policy's trunk, and the value loss has no part in a trust "
-                "region: set critic.use=separate, or optimizer.use=trainer"
+                f"critic={algorithm.critic.name} trains the policy's trunk, but a trust region does not cover the value "
+                "loss. Set critic.use=separate or optimizer.use=trainer"
             )
         stopped = [f"policy_loss={algorithm.policy_loss.name}"] if algorithm.policy_loss.stops_gradient else []
         stopped += [f"kl={kl.estimator.name}" for _, kl in algorithm.kl_in("loss") if kl.estimator.stops_gradient]
         for what in stopped:
             yield (
-                f"{what} stops gradients, so its value does not say whether a step was good, and backtracking compares values: "
-                "choose one that does not (policy_loss.use=surrogate), or set optimizer.use=trainer"
+                f"{what} stops gradients, so its value cannot tell backtracking whether a step was good. Choose one that does "
+                "not (policy_loss.use=surrogate), or set optimizer.use=trainer"
             )
 
         for term in algorithm.loss_terms:
             if isinstance(term, TextTerm):
                 yield (
-                    f"loss_terms={term.name} learns on texts of its own, which the line search does not see: leave it out, or "
+                    f"loss_terms={term.name} trains on separate texts, which the line search does not evaluate. Remove it, or "
                     "set optimizer.use=trainer"
                 )
 
     def check_arguments(self, args: TrainingArguments) -> Iterable[str]:
         if args.max_grad_norm:
             yield (
-                f"training.max_grad_norm={args.max_grad_norm:g} clips a gradient whose length optimizer=trpo does not use, and "
-                "the critic's with it: set training.max_grad_norm=0"
+                f"training.max_grad_norm must be 0 with optimizer=trpo, which ignores the gradient's length, got "
+                f"{args.max_grad_norm:g}: it would clip the critic's. Set training.max_grad_norm=0"
             )
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             yield (
-                "training.gradient_checkpointing_kwargs={use_reentrant: true} cannot be differentiated twice, as optimizer=trpo "
-                "must: set use_reentrant to false"
+                "training.gradient_checkpointing_kwargs: use_reentrant must be false with optimizer=trpo, which differentiates "
+                "twice. Set use_reentrant=false"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield (
-            "training.learning_rate (logged as 0), its schedule and weight_decay do not scale the policy's step: max_kl does"
+            "max_kl sets the length of the policy's step; training.learning_rate (logged as 0), its schedule and "
+            "weight_decay do not"
         )
         update, has_critic = algorithm.update, isinstance(algorithm.critic, TrainedCritic)
         if update.offload and update.ema is None and not has_critic:
-            yield "update.offload has no effect: a trust region keeps no state, and there is no critic and no update.ema"
+            yield "update.offload has no effect: a trust region has no optimizer state, and there is no critic or update.ema"
         if "old_logps" not in algorithm.policy_loss.needs:
             yield (
-                f"the loss that has to fall is policy_loss={algorithm.policy_loss.name}, which does not estimate the new "
+                f"a step is accepted by policy_loss={algorithm.policy_loss.name}, which does not estimate the new "
                 "policy's reward; surrogate does"
             )
 

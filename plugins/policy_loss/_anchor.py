@@ -1,4 +1,4 @@
-"""Which log-probs stand for the policy that rolled out: the trainer's, or what the sampler reported."""
+"""Choice of the old log-probs: the trainer's at rollout time, or those that the sampler reported."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Anchored(PolicyLoss):
-    """A loss that can hold the policy to either."""
+    """Base class of losses that compare the policy with either."""
 
     anchor: Literal["old", "sampler"] = "old"
-    """`old`: the log-probs of the policy that rolled out, in the trainer; `sampler`: as the sampler reported them, so that
-    its mismatch counts too (needs a rollout engine that reports log-probs)."""
+    """`old`: the trainer's log-probs of the rollout policy; `sampler`: those that the sampler reported, so that its mismatch
+    counts too (needs a rollout engine that reports log-probs)."""
 
     def __post_init__(self) -> None:
         if self.anchor == "sampler":
             self.needs = self.needs | {"sampler_logps"}  # type: ignore[misc]
 
     def anchored(self, old_logps: Tensor, sampler_logps: Tensor | None) -> Tensor:
-        """(B, T): those of the two that the setting names."""
+        """Return the log-probs (B, T) that `anchor` selects."""
         if self.anchor == "old":
             return old_logps
-        assert sampler_logps is not None, "the core provides what `needs` names"
+        assert sampler_logps is not None, "filled because `needs` names it"
         return sampler_logps

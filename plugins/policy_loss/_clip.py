@@ -1,4 +1,4 @@
-"""The clipped surrogate of any log-ratio, which several losses compose."""
+"""Clipped surrogate of any log-ratio, shared by several losses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from hf_rlhf.axes import Algorithm
 
-FAR = "The update moves far from the policy that rolled out: lower the learning rate, `update.epochs` or `update.mini_batches`."
+FAR = "The update moves far from the rollout policy: lower the learning rate, `update.epochs` or `update.mini_batches`."
 HIGH = Metric(
     "clip_frac/high",
     "share of tokens",
     "positive advantage and ratio above its upper bound: the gradient is cut",
     (None, 0.3),
-    f"{FAR} Near 0 all along with a falling entropy: the bound does not matter; see `epsilon_high`.",
+    f"{FAR} Always near 0 with a falling entropy: the bound does not bind; see `epsilon_high`.",
     when="step",
 )
 LOW = Metric(
@@ -39,20 +39,20 @@ LOW = Metric(
 
 @dataclass(kw_only=True)
 class Clipped(PolicyLoss):
-    """A loss that clips a ratio to [1 - epsilon_low, 1 + epsilon_high]."""
+    """Base class of losses that clip a ratio to [1 - epsilon_low, 1 + epsilon_high]."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (LOW, HIGH)
 
     epsilon_low: Annotated[float, Gt(0), Lt(1)] = 0.2
-    """How far below 1 the ratio of a token with negative advantage may fall before its gradient is cut."""
+    """Distance below 1 at which the ratio of a token with negative advantage is clipped and its gradient becomes 0."""
     epsilon_high: Positive = 0.2
-    """How far above 1 the ratio of a token with positive advantage may rise before its gradient is cut."""
+    """Distance above 1 at which the ratio of a token with positive advantage is clipped and its gradient becomes 0."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield from unbound(algorithm, f"epsilon_low {self.epsilon_low:g} and epsilon_high {self.epsilon_high:g}")
 
     def clipped(self, log_ratios: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, T) each -> -min(rho A, clip(rho) A) and where it was clipped, 0 off the mask."""
+        """Return -min(rho A, clip(rho) A) and the clip metrics, (B, T) each and 0 off the mask."""
         ratio = bounded_exp(log_ratios)
         bounded = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         loss = -(ratio * advantages).minimum(bounded * advantages) * mask

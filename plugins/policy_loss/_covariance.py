@@ -1,4 +1,4 @@
-"""Which tokens drive the entropy down: those whose advantage and log-prob go together most (arXiv:2505.22617)."""
+"""Selection of the tokens that reduce the entropy most, by covariance of advantage and log-prob (arXiv:2505.22617)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Share = Annotated[float, Interval(gt=0, le=1)]
 
 
 def highest_covariance(old_logps: Tensor, advantages: Tensor, mask: Tensor, fraction: float) -> Tensor:
-    """(N, T) each -> (N, T): 1 on the `fraction` of tokens (at least one) with the highest (A - mean A)(log p - mean log p).
+    """Return (N, T): 1 on the `fraction` of tokens (at least one) with the highest (A - mean A)(log p - mean log p).
 
-    Means are over the mask. Tokens that tie with the last one chosen are chosen too; none without positive covariance is.
+    Means are over the mask. Ties with the last selected token are included; tokens without positive covariance are not.
     """
     on = mask > 0
     count = on.sum()

@@ -1,7 +1,7 @@
-"""REINFORCE weighed by a clipped ratio (CISPO, arXiv:2506.13585): no token loses its gradient, none weighs too much.
+"""REINFORCE weighted by a clipped ratio (CISPO, arXiv:2506.13585): weights are bounded and no token loses its gradient.
 
 The paper clips to [1 - epsilon_low, 1 + epsilon_high] and sets epsilon_low so that it does not bind. TRL and ScaleRL
-(arXiv:2510.13786) name the largest weight itself: `bound: absolute` with `epsilon_low: 1`.
+(arXiv:2510.13786) set the largest weight itself: `bound: absolute` with `epsilon_low: 1`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class CISPO(PolicyLoss):
-    """-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log p, where sg lets no gradient through."""
+    """-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log p, where sg stops the gradient."""
 
     name = "cispo"
     metrics = (
@@ -42,13 +42,13 @@ class CISPO(PolicyLoss):
     epsilon_high: Positive = 4.0
     """The largest weight is 1 + epsilon_high, or epsilon_high itself with `bound: absolute`."""
     bound: Literal["relative", "absolute"] = "relative"
-    """How epsilon_high is read: as a distance from 1 (the paper, verl), or as the largest weight (TRL, ScaleRL)."""
+    """Meaning of epsilon_high: the distance from 1 (the paper, verl), or the largest weight (TRL, ScaleRL)."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.largest < 1:
             yield (
-                f"epsilon_high {self.epsilon_high:g} as an absolute bound weighs every token {self.epsilon_high:g} already "
-                f"at ratio 1: set policy_loss.epsilon_high={1 + self.epsilon_high:g}, or policy_loss.bound=relative"
+                f"epsilon_high must be at least 1 with bound=absolute, got {self.epsilon_high:g}: it would bind at ratio 1. "
+                f"Set policy_loss.epsilon_high={1 + self.epsilon_high:g} or policy_loss.bound=relative"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
@@ -57,7 +57,7 @@ class CISPO(PolicyLoss):
 
     @property
     def largest(self) -> float:
-        """The largest weight of a token."""
+        """Largest weight of a token."""
         return self.epsilon_high if self.bound == "absolute" else 1 + self.epsilon_high
 
     def __call__(

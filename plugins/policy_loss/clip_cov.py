@@ -1,8 +1,8 @@
-"""The clipped surrogate without the gradient of the tokens that collapse the entropy (Clip-Cov, arXiv:2505.22617).
+"""Clipped surrogate without the gradient of the tokens that collapse the entropy (Clip-Cov, arXiv:2505.22617).
 
-Departures: the paper draws its tokens at random among those with a covariance between two bounds, in every update; here
-they are the ones with the highest covariance, found once per rollout over all its rows from old log-probs and advantages,
-so that no split into micro-batches or processes changes them.
+Departures: the paper draws tokens at random among those with a covariance between two bounds, in every update; here the
+tokens with the highest covariance are selected once per rollout over all its rows from old log-probs and advantages, so
+that no split into micro-batches or processes changes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ClipCov(Clipped):
-    """ppo_clip, whose gradient is 0 on the selected tokens."""
+    """ppo_clip with gradient 0 on the selected tokens."""
 
     name = "clip_cov"
     metrics = (*Clipped.metrics, SELECTED)
@@ -38,7 +38,7 @@ class ClipCov(Clipped):
     def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         return highest_covariance(old_logps, advantages, mask, self.fraction)
 
-    # the core hands over what `needs` names as keywords, which the base class cannot list
+    # fields named in `needs` arrive as keywords, which the base class cannot list
     def __call__(  # type: ignore[override]
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, selected: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

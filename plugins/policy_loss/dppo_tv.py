@@ -1,8 +1,8 @@
-"""A trust region in probability instead of ratio (DPPO with binary total variation, arXiv:2602.04879).
+"""Trust region in probability instead of ratio (DPPO with binary total variation, arXiv:2602.04879).
 
-|p - p_old| is the total variation between the two policies as seen by the sampled token alone. A ratio forgives what a
-likely token does and forbids a rare one to move; this does not. Departure: rho always has the trainer's old log-probs
-below; with `anchor: sampler` its mismatch is left to `rollout_correction`.
+|p - p_old| is the total variation between the two policies restricted to the event of the sampled token. A ratio hardly
+limits likely tokens and hardly lets rare ones move; this bound treats both alike. Departure: the denominator of rho is
+always the trainer's old log-probs; with `anchor: sampler` its mismatch is left to `rollout_correction`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class DPPOTV(Anchored):
     stops_gradient = True
 
     low: Annotated[float, Interval(gt=0, le=1)] = 0.15
-    """How far the probability of a token without positive advantage may fall before its gradient is cut."""
+    """Largest decrease in probability of a token with A <= 0 before its gradient becomes 0."""
     high: Annotated[float, Interval(gt=0, le=1)] = 0.15
-    """How far the probability of a token with positive advantage may rise before its gradient is cut."""
+    """Largest increase in probability of a token with A > 0 before its gradient becomes 0."""
     c: Annotated[float, Ge(1)] = 20.0
-    """The largest ratio that a token's gradient is weighed with."""
+    """Largest ratio that weights a token's gradient."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         bounds = f"low {self.low:g}, high {self.high:g} and c {self.c:g}" if self.anchor == "old" else f"c {self.c:g}"

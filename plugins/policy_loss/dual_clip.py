@@ -1,6 +1,6 @@
-"""The clipped surrogate with a floor under the objective of bad tokens (dual-clip PPO, arXiv:1912.09729).
+"""Clipped surrogate with a lower bound on the objective of bad tokens (dual-clip PPO, arXiv:1912.09729).
 
-ppo_clip leaves a token with negative advantage unbounded as its ratio grows; here it stops at `c`. TRL calls c `delta`.
+ppo_clip leaves a token with negative advantage unbounded as its ratio grows; here it is bounded at `c`, TRL's `delta`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class DualClip(Clipped):
-    """Where A < 0 min(ppo_clip, -c A), elsewhere ppo_clip: beyond rho = c a bad token's gradient is 0."""
+    """min(ppo_clip, -c A) for A < 0, else ppo_clip: a bad token's gradient is 0 beyond rho = c."""
 
     name = "dual_clip"
     metrics = (
@@ -43,7 +43,7 @@ class DualClip(Clipped):
     zero_without_advantage = True
 
     c: Annotated[float, Gt(1)] = 3.0
-    """The ratio of a token with negative advantage above which its gradient is cut."""
+    """Ratio above which a token with negative advantage has gradient 0."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         bounds = f"epsilon_low {self.epsilon_low:g}, epsilon_high {self.epsilon_high:g} and c {self.c:g}"

@@ -1,7 +1,7 @@
-"""The geometric mean of a row's clipped ratios (GMPO, arXiv:2507.20673): an outlier moves it little.
+"""Geometric mean of a row's clipped ratios (GMPO, arXiv:2507.20673), which is robust to outliers.
 
 The paper's mean over rows of one term each is `aggregation: seq_mean_token_mean`. Departure: the paper gives a row one
-advantage; where tokens differ, each has its own, and the sign that decides its clip.
+advantage; if tokens differ, each has its own, whose sign selects its clip.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class GMPO(PolicyLoss):
     zero_without_advantage = True
 
     epsilon_low: Positive = 0.4
-    """How far below 0 the log-ratio of a token with negative advantage may fall before its gradient is cut."""
+    """Distance below 0 at which the log-ratio of a token with A < 0 is clipped and its gradient becomes 0."""
     epsilon_high: Positive = 0.4
-    """How far above 0 the log-ratio of a token with positive advantage may rise before its gradient is cut."""
+    """Distance above 0 at which the log-ratio of a token with A > 0 is clipped and its gradient becomes 0."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield from unbound(algorithm, f"epsilon_low {self.epsilon_low:g} and epsilon_high {self.epsilon_high:g}")

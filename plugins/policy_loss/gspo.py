@@ -1,7 +1,7 @@
-"""The clipped surrogate of one ratio per row: its tokens' geometric mean (GSPO, arXiv:2507.18071) or their product.
+"""Clipped surrogate of one ratio per row: its tokens' geometric mean (GSPO, arXiv:2507.18071) or their product.
 
 The paper's mean over rows of one term each is `aggregation: seq_mean_token_mean`; with `seq_mean_token_sum` it is LUSPO.
-The product is no part of the paper: it is the ratio of the whole completion, as RLOO (arXiv:2402.14740) is clipped by TRL.
+The product is not in the paper: it is the ratio of the whole completion, which TRL clips in RLOO (arXiv:2402.14740).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class GSPO(Clipped):
     """-min(s A, clip(s, 1 - epsilon_low, 1 + epsilon_high) A), s = exp(mean or sum over the row of log p - log p_old).
 
-    Where a row has one advantage and its n tokens weigh alike, both levels have one gradient with the mean; with the
-    product that of `sequence` is n times that of `token`.
+    If a row has one advantage and its n tokens have equal weights, both levels have the same gradient with the mean; with
+    the product that of `sequence` is n times that of `token`.
     """
 
     name = "gspo"
@@ -34,17 +34,17 @@ class GSPO(Clipped):
     stops_gradient = True
 
     level: Literal["sequence", "token"] = "sequence"
-    """`sequence`: every token sees s and its gradient goes to the whole row; `token`: sg(s) p / sg(p), the value of s with
-    the gradient of the own token, for advantages that differ between tokens (GSPO-token)."""
+    """`sequence`: every token has s, whose gradient reaches the whole row; `token`: sg(s) p / sg(p), the value of s with
+    the gradient of the token itself, for advantages that differ between tokens (GSPO-token)."""
     ratio: Literal["mean", "product"] = "mean"
-    """What s is: the geometric `mean` of the row's ratios, or their `product`, the ratio of the whole completion. Each
-    token then has the gradient of the row: `seq_mean_token_mean` gives that of a sum over its tokens, at s = 1 the one of
-    `reinforce` with `seq_mean_token_sum`. A product leaves its bounds sooner the longer the row, so they are set wider;
-    above e^20 it counts as e^20, without gradient."""
+    """Definition of s: the geometric `mean` of the row's ratios, or their `product`, the ratio of the whole completion. With
+    `product` each token has the gradient of the row: `seq_mean_token_mean` gives that of a sum over its tokens, at s = 1
+    the one of `reinforce` with `seq_mean_token_sum`. Longer rows leave the bounds sooner, so set them wider; above e^20 it
+    counts as e^20, without gradient."""
     epsilon_low: Annotated[float, Gt(0), Lt(1)] = 3e-4
-    """How far below 1 the ratio of a row may fall before tokens with negative advantage lose their gradient."""
+    """Distance below 1 at which a row's ratio is clipped for tokens with negative advantage."""
     epsilon_high: Positive = 4e-4
-    """How far above 1 the ratio of a row may rise before tokens with positive advantage lose their gradient."""
+    """Distance above 1 at which a row's ratio is clipped for tokens with positive advantage."""
 
     def __call__(
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor

@@ -1,8 +1,8 @@
-"""The surrogate with a KL to the old policy on the tokens that collapse the entropy (KL-Cov, arXiv:2505.22617).
+"""Surrogate with a KL to the old policy on the tokens that collapse the entropy (KL-Cov, arXiv:2505.22617).
 
-Departures: tokens are found once per rollout over all its rows from old log-probs and advantages, not in every update, so
-that no split into micro-batches or processes changes them; the KL is estimated by rho - 1 - log rho, unbiased under the
-old policy, where the authors' program takes |log rho|.
+Departures: tokens are selected once per rollout over all its rows from old log-probs and advantages, not in every update,
+so that no split into micro-batches or processes changes them; the KL is estimated by rho - 1 - log rho, unbiased under the
+old policy, where the authors' code uses |log rho|.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class KLCov(PolicyLoss):
-    """-rho A, on the selected tokens + beta (rho - 1 - log rho)."""
+    """-rho A, plus beta (rho - 1 - log rho) on the selected tokens."""
 
     name = "kl_cov"
     metrics = (SELECTED,)
@@ -33,7 +33,7 @@ class KLCov(PolicyLoss):
     needs = frozenset({"old_logps", "selected"})
 
     fraction: Share = 2e-4
-    """Share of the rollout's tokens that are penalised, at least one token; ties with the last add to it."""
+    """Share of the rollout's tokens that are penalized, at least one token; ties with the last add to it."""
     beta: Positive = 1.0
     """Factor of their KL to the old policy."""
 
@@ -43,7 +43,7 @@ class KLCov(PolicyLoss):
     def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         return highest_covariance(old_logps, advantages, mask, self.fraction)
 
-    # the core hands over what `needs` names as keywords, which the base class cannot list
+    # fields named in `needs` arrive as keywords, which the base class cannot list
     def __call__(  # type: ignore[override]
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, selected: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

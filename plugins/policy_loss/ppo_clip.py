@@ -1,4 +1,4 @@
-"""The clipped surrogate (PPO, arXiv:1707.06347). Equal bounds are PPO; a larger `epsilon_high` is DAPO's clip-higher
+"""Clipped surrogate (PPO, arXiv:1707.06347). Equal bounds are PPO; a larger `epsilon_high` is DAPO's clip-higher
 (arXiv:2503.14476)."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class PPOClip(Clipped):
     """-min(rho A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) A) with rho = p / p_old.
 
-    Clipping is gradient masking: where it bites, the token's gradient is 0; elsewhere it is the surrogate's.
+    Where the clip binds, the token's gradient is 0; elsewhere it is the surrogate's.
     """
 
     name = "ppo_clip"

@@ -1,4 +1,4 @@
-"""Minus advantage times log-prob: the score-function loss (REINFORCE, Williams 1992). It reads no old log-probs."""
+"""Negative advantage times log-prob: the score-function loss (REINFORCE, Williams 1992), without old log-probs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Reinforce(PolicyLoss):
-    """-A log p: the policy gradient while the policy is the one that rolled out."""
+    """-A log p: the policy gradient on-policy."""
 
     name = "reinforce"
     token_level = True
@@ -27,8 +27,8 @@ class Reinforce(PolicyLoss):
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if algorithm.steps_per_rollout > 1:
             yield (
-                f"with {algorithm.steps_per_rollout} optimizer steps per rollout, from the second on the policy is "
-                "not the one that rolled out, and nothing corrects for it; surrogate and ppo_clip do"
+                f"with {algorithm.steps_per_rollout} optimizer steps per rollout, it is off-policy from the second on "
+                "and does not correct for it; surrogate and ppo_clip do"
             )
 
     def __call__(

@@ -1,4 +1,4 @@
-"""A soft gate in the place of the clip (SAPO, arXiv:2511.20347): the gradient fades as the ratio leaves 1."""
+"""Soft gate instead of a clip (SAPO, arXiv:2511.20347): the gradient decays as the ratio departs from 1."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class SAPO(PolicyLoss):
     zero_without_advantage = True
 
     tau_positive: Positive = 1.0
-    """How fast the gradient of tokens with positive advantage fades."""
+    """Decay rate of the gradient of tokens with positive advantage."""
     tau_negative: Positive = 1.05
-    """How fast the gradient of all other tokens fades."""
+    """Decay rate of the gradient of all other tokens."""
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield from unbound(algorithm, f"tau_positive {self.tau_positive:g} and tau_negative {self.tau_negative:g}")

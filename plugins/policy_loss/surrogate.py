@@ -1,4 +1,4 @@
-"""Minus ratio times advantage: importance sampling without a clip (the surrogate of TRPO, arXiv:1502.05477)."""
+"""Negative ratio times advantage: importance sampling without a clip (the surrogate of TRPO, arXiv:1502.05477)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""REINFORCE whose bad rows fade as they become unlikely (TOPR, arXiv:2503.14286): stable far off-policy.
+"""REINFORCE whose bad rows lose weight as they become unlikely (TOPR, arXiv:2503.14286): stable far off-policy.
 
-The paper weighs negative rows with min(pi / mu, 1) over the whole sequence and takes the sign from the reward; so do
-`level: sequence` and `sign: score`, where a score of 0 counts as bad. By default the sign is that of the advantage, which
-is the reward after its baseline.
+The paper weights negative rows by min(pi / mu, 1) over the whole sequence and takes the sign from the reward, as
+`level: sequence` and `sign: score` do, where a score of 0 counts as bad. By default the sign is that of the advantage,
+the reward after its baseline.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TOPR(PolicyLoss):
-    """-A log p where A > 0, else -sg(min(rho, 1)) A log p with rho the ratio of the whole row."""
+    """-A log p if A > 0, else -sg(min(rho, 1)) A log p with rho the ratio of the whole row."""
 
     name = "topr"
     metrics = (
@@ -35,9 +35,9 @@ class TOPR(PolicyLoss):
     stops_gradient = True
 
     level: Literal["sequence", "token"] = "sequence"
-    """Whether rho is the ratio of the whole row, exp(sum of log p - log p_old), or of each token."""
+    """Ratio rho of the whole row, exp(sum of log p - log p_old), or of each token."""
     sign: Literal["advantage", "score"] = "advantage"
-    """What must be positive for a token to keep its whole gradient: its advantage, or its row's total score before KL."""
+    """Quantity that must be positive for a token's full gradient: its advantage, or its row's total score before KL."""
 
     def __post_init__(self) -> None:
         if self.sign == "score":
@@ -60,7 +60,7 @@ class TOPR(PolicyLoss):
             d = d.sum(1, keepdim=True).expand_as(d)
         good = advantages > 0
         if self.sign == "score":
-            assert total_score is not None, "the core provides what `needs` names"
+            assert total_score is not None, "filled because `needs` names it"
             good = (total_score > 0).unsqueeze(1).expand_as(d)
         weight = d.clamp(max=0).exp().masked_fill(good, 1.0)
         loss = -(weight * advantages * logps.masked_fill(mask == 0, 0.0)) * mask

@@ -1,9 +1,9 @@
-"""The surrogate with a penalty on the KL to the old policy (TRPO's penalised form, arXiv:1502.05477).
+"""Surrogate with a penalty on the KL to the old policy (TRPO's penalized form, arXiv:1502.05477).
 
-The coefficient follows PPO's rule (arXiv:1707.06347, section 4): after a rollout whose updates' mean KL exceeded 1.5 target
-it doubles, below target / 1.5 it halves. Departures: the KL is estimated from the sampled tokens by rho - 1 - log rho,
-unbiased under the old policy; TRPO's maximum over states is that of each row (`reduce: max`), which keeps any split into
-micro-batches exact.
+The coefficient follows PPO's rule (arXiv:1707.06347, section 4): it doubles after a rollout whose updates' mean KL exceeded
+1.5 target and halves below target / 1.5. Departures: the KL is estimated from the sampled tokens by rho - 1 - log rho,
+unbiased under the old policy; TRPO's maximum over states is taken per row (`reduce: max`), so that any split into
+micro-batches is exact.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ RANGE = 2.0**20
 
 @dataclass(kw_only=True)
 class TRPOPenalty(PolicyLoss):
-    """-rho A + C KL(old || new); C never leaves a factor of 2^20 around its start."""
+    """-rho A + C KL(old || new); C stays within a factor of 2^20 of its start."""
 
     name = "trpo_penalty"
     metrics = (
-        Metric("kl_old", "nats per token", "the estimate of KL(old, new) that is penalised", when="step"),
-        Metric("kl_coef", "loss per nat", "its coefficient", when="step"),
+        Metric("kl_old", "nats per token", "estimated KL(old, new) in the penalty", when="step"),
+        Metric("kl_coef", "loss per nat", "coefficient C of the penalty", when="step"),
     )
 
     coef: Positive = 1.0
     """C in the first rollout."""
     target: Positive = 0.01
-    """The KL(old || new) per token, in nats, that C is moved to keep; what is measured is the mean, whatever `reduce` is."""
+    """Target of KL(old || new) per token, in nats, that adapts C; compared with the mean for either `reduce`."""
     reduce: Literal["mean", "max"] = "mean"
-    """`mean`: each token pays for its own KL; `max`: each token pays for the largest of its row."""
+    """`mean`: penalize each token's own KL; `max`: penalize the largest of its row."""
 
     def __post_init__(self) -> None:
         self._now = self.coef
@@ -66,7 +66,7 @@ class TRPOPenalty(PolicyLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         d = log_ratio(logps, old_logps, mask)
         kl = kl_from_old(d)
-        if self.reduce == "max":  # 0 off the mask, and never negative
+        if self.reduce == "max":  # 0 off the mask, nonnegative
             kl = kl.amax(1, keepdim=True).expand_as(d)
         loss = (-bounded_exp(d) * advantages + self._now * kl) * mask
         return loss, {"kl_old": kl.detach() * mask, "kl_coef": self._now * mask}

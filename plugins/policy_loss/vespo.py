@@ -1,8 +1,8 @@
-"""REINFORCE weighed by a smooth kernel of the row's ratio (VESPO, arXiv:2602.10693), without length normalisation.
+"""REINFORCE weighted by a smooth kernel of the row's ratio (VESPO, arXiv:2602.10693), without length normalization.
 
-phi(w) = w^k exp(lambda (1 - w)) is 1 at w = 1, fades for rows that became unlikely (w^k) and for rows that became likelier
-(the exponential), and is largest at w = k / lambda. w is the ratio to the behaviour policy: with `anchor: sampler` to the
-sampler, as in the paper; then a rollout correction would count the mismatch twice and is refused.
+phi(w) = w^k exp(lambda (1 - w)) is 1 at w = 1, decays for rows that became less likely (w^k) and for rows that became more
+likely (the exponential), and is largest at w = k / lambda. w is the ratio to the behavior policy: with `anchor: sampler` to
+the sampler, as in the paper; a rollout correction would then count the mismatch twice and is rejected.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ class VESPO(Anchored):
     """-sg(phi(w)) A log p with w = exp(sum over the row of log p - log p_old); k and lambda by the sign of A."""
 
     name = "vespo"
-    metrics = (Metric("row_weight", "weight", "what a row is weighed with, mean over tokens", when="step"),)
+    metrics = (Metric("row_weight", "weight", "weight of a row, mean over tokens", when="step"),)
     zero_without_advantage = True
     stops_gradient = True
 
     k_positive: NonNegative = 2.0
-    """Power of w where A >= 0: how fast rows that became unlikely fade."""
+    """Power of w for A >= 0; larger values discount rows that became less likely faster."""
     lambda_positive: Positive = 3.0
-    """Decay in w where A >= 0: how fast rows that became likelier fade."""
+    """Decay in w for A >= 0; larger values discount rows that became more likely faster."""
     k_negative: NonNegative = 3.0
-    """Power of w where A < 0."""
+    """Power of w for A < 0."""
     lambda_negative: Positive = 2.0
-    """Decay in w where A < 0."""
+    """Decay in w for A < 0."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.anchor == "sampler" and "sampler_logps" in algorithm.rollout_correction.needs:
             yield (
-                f"anchor=sampler already weighs each row by its ratio to the sampler, and rollout_correction="
-                f"{algorithm.rollout_correction.name} would do so again: set rollout_correction.use=none, or "
-                "policy_loss.anchor=old"
+                f"rollout_correction must be none with anchor=sampler, which already weights each row by its ratio to the "
+                f"sampler, got {algorithm.rollout_correction.name}. Set rollout_correction.use=none or policy_loss.anchor=old"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:

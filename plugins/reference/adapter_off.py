@@ -1,4 +1,4 @@
-"""The policy's own base model, with its adapter switched off: a reference that takes no memory.
+"""The policy's base model, with its adapter disabled: a reference without memory cost.
 
 The reference is the base model, so a policy that starts from a trained adapter does not start at KL 0.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class AdapterOff(Reference):
-    """The log-probs of the policy without its adapter (LoRA and the like, by peft)."""
+    """Log-probs of the policy without its adapter (LoRA and others from peft)."""
 
     name = "adapter_off"
     needs = frozenset({"adapter"})
@@ -27,8 +27,8 @@ class AdapterOff(Reference):
     def build(self, policy: PreTrainedModel) -> None:
         if not hasattr(policy, "disable_adapter"):
             raise TypeError(
-                f"reference.adapter_off needs a policy with an adapter, and this {type(policy).__name__} has none; "
-                "give it one (model.lora in a recipe, peft_config in Python) or write reference: {use: frozen}"
+                f"reference.adapter_off needs a policy with an adapter, but this {type(policy).__name__} has none. "
+                "Give it one (model.lora in a recipe, peft_config in Python) or set reference.use=frozen"
             )
 
     def active(self, policy: PreTrainedModel) -> AbstractContextManager[None]:

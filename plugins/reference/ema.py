@@ -1,4 +1,4 @@
-"""A reference that is the policy's moving average (the anchor of WARP, arXiv:2406.16768, whose mu is 1 - decay)."""
+"""Moving average of the policy as reference (the anchor of WARP, arXiv:2406.16768, whose mu is 1 - decay)."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EMA(Reference):
-    """After every optimizer step: reference <- decay x reference + (1 - decay) x policy, weight by weight."""
+    """reference <- decay x reference + (1 - decay) x policy for each weight, after every optimizer step."""
 
     name = "ema"
     moves = True
 
     decay: Fraction = 0.99
-    """What stays of the reference in each step; 0 copies the policy, 1 is refused, as nothing would move."""
+    """Share of the reference kept in each step; 0 copies the policy, 1 is rejected because nothing would change."""
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory, or of a run on the CPU in a file. It
-    moves where it lies."""
+    """Keep it away from the device but for the forwards that read it: in main memory. It moves where it
+    lies."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.decay == 1:
-            yield "decay is 1, so the reference never moves: set decay to less, or reference.use=frozen"
+            yield "decay must be below 1, got 1: the reference would never change. Lower it, or set reference.use=frozen"
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if self.decay == 0:
-            yield "it copies the policy before every rollout: the KL of the tokens that are rolled out is 0"
+            yield "the reference is the policy's copy at every rollout, so the KL of sampled tokens is 0"
 
     def build(self, policy: PreTrainedModel) -> Module:
         check_mixing(policy, 1 - self.decay, f"reference.ema with decay={self.decay:g}")

@@ -1,4 +1,4 @@
-"""The policy as it was when training began; what it does not train is held once."""
+"""The policy at the start of training; weights that it does not train are shared."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Frozen(Reference):
-    """A copy of the policy that never learns, adapters included."""
+    """Log-probs of a copy of the policy that is never updated, adapters included."""
 
     name = "frozen"
 
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory, or of a run on the CPU in a file. The
+    """Keep it away from the device but for the forwards that read it: in main memory. The
     trained parameters are the same bits."""
 
     def build(self, policy: PreTrainedModel) -> Module:

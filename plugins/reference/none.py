@@ -1,4 +1,4 @@
-"""No reference model: nothing is measured against one."""
+"""No reference model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class NoReference(Reference):
-    """Gives no log-probs; refused where a KL needs them."""
+    """Provides no log-probs; recipes with a KL that needs them are rejected."""
 
     name = "none"
     provides = frozenset()

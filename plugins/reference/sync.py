@@ -1,4 +1,4 @@
-"""A reference that catches up with the policy every so many optimizer steps (TR-DPO, arXiv:2404.09656).
+"""Reference that is updated from the policy every few optimizer steps (TR-DPO, arXiv:2404.09656).
 
 TRL's sync_ref_model: `every` is its ref_model_sync_steps, `mixing` its ref_model_mixup_alpha (0.6 there). DeepSeek-R1-Zero
 (arXiv:2501.12948) copied the policy every 400 steps, which is `every: 400, mixing: 1`.
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Sync(Reference):
-    """After every n-th optimizer step: reference <- mixing x policy + (1 - mixing) x reference, weight by weight."""
+    """reference <- mixing x policy + (1 - mixing) x reference for each weight, after every `every` optimizer steps."""
 
     name = "sync"
     moves = True
 
     every: Count = 512
-    """Optimizer steps between two moves. The reference's log-probs are taken with each rollout, so a move in between shows
-    at the next."""
+    """Optimizer steps between updates. Reference log-probs are computed with each rollout, so an update in between takes
+    effect at the next."""
     mixing: Fraction = 1.0
-    """The policy's share; 1 copies it, 0 is refused, as nothing would move."""
+    """The policy's share; 1 copies it, 0 is rejected because nothing would change."""
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory, or of a run on the CPU in a file. It
-    moves where it lies."""
+    """Keep it away from the device but for the forwards that read it: in main memory. It moves where it
+    lies."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.mixing == 0:
-            yield "mixing is 0, so the reference never moves: set mixing to more, or reference.use=frozen"
+            yield "mixing must be above 0, got 0: the reference would never change. Raise it, or set reference.use=frozen"
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if self.mixing == 1 and algorithm.steps_per_rollout % self.every == 0:
-            yield "it copies the policy before every rollout: the KL of the tokens that are rolled out is 0"
+            yield "the reference is the policy's copy at every rollout, so the KL of sampled tokens is 0"
 
     def build(self, policy: PreTrainedModel) -> Module:
         check_mixing(policy, self.mixing, f"reference.sync with mixing={self.mixing:g}")

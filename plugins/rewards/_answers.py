@@ -1,4 +1,4 @@
-"""Where the final answer stands in a completion: after a marker, in a box."""
+"""Final answers in completions: after a marker or in a box."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def after(text: str, marker: str | None) -> str | None:
-    """The text after the last `marker`; None without a marker, or where the text lacks it."""
+    """Return the text after the last `marker`; None without a marker, or if the text lacks it."""
     if not marker:
         return None
     place = text.rfind(marker)
@@ -20,7 +20,7 @@ def after(text: str, marker: str | None) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds; None where there is none or it does not close. Takes time linear in the text."""
+    r"""Return the content of the last \boxed{...}; None if there is none or it is unclosed. Runs in linear time."""
     start = text.rfind("\\boxed")
     if start < 0:
         return None
@@ -39,5 +39,5 @@ def boxed(text: str) -> str | None:
 
 @lru_cache(maxsize=1000)
 def warn_of_reference(name: str, column: str, value: str, lacks: str) -> None:
-    """Say once of each reference that it cannot be used."""
-    logger.warning("rewards.%s: no score where column %s is %.60r: %s", name, column, value, lacks)
+    """Warn once about each unusable reference."""
+    logger.warning("rewards.%s: no score for rows whose column %s is %.60r: %s", name, column, value, lacks)

@@ -1,4 +1,4 @@
-"""Finding a user's function and calling it the way TRL does."""
+"""Loading of a user's reward function and its arguments, as TRL passes them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hf_rlhf.batch import Rollouts
 logger = logging.getLogger(__name__)
 
 PROVIDED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
-"""Keywords that do not come from the dataset."""
+"""Keyword arguments that do not come from the dataset."""
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """`file.py:name` or `package.module:name` -> the function. `sys.path` stays as it is."""
+    """Load the function `file.py:name` or `package.module:name`, leaving `sys.path` unchanged."""
     place, colon, name = path.rpartition(":")
     if not colon or not name.isidentifier():
-        raise ValueError(f"reward function {path!r}: write file.py:name or package.module:name")
+        raise ValueError(f"reward function must be file.py:name or package.module:name, got {path!r}")
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:
@@ -43,7 +43,7 @@ def load_function(path: str) -> Callable[..., Any]:
 def _load_file(file: Path) -> Any:
     file = file.expanduser().resolve()
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file}")
+        raise FileNotFoundError(f"no such file: {file}")
     title = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     specification = importlib.util.spec_from_file_location(title, file)
     assert specification is not None
@@ -60,29 +60,29 @@ def _load_file(file: Path) -> Any:
 
 @dataclass(kw_only=True)
 class Parameters:
-    """What a function's signature asks for."""
+    """Parameters in a function's signature."""
 
     own_style: bool
-    """Its one required parameter is `rollouts`."""
+    """True if its only required parameter is `rollouts`."""
     names: set[str]
     open: bool
-    """It takes any keyword."""
+    """True if it takes any keyword."""
     columns: set[str]
-    """Names that only the dataset can fill."""
+    """Parameters that only the dataset can fill."""
 
     def choose(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments if self.open else {name: value for name, value in arguments.items() if name in self.names}
 
 
 def parameters(function: Callable[..., Any], title: str) -> Parameters:
-    """What `function` asks for. Raises `ValueError` where it cannot be called by keywords."""
+    """Return the parameters of `function`. Raises `ValueError` if it cannot be called with keyword arguments."""
     try:
         found = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward function {title}: its signature cannot be read: {error}") from error
+        raise ValueError(f"reward function {title}: cannot read its signature: {error}") from error
     fixed = [p.name for p in found if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     if fixed:
-        raise ValueError(f"reward function {title}: {', '.join(fixed)} cannot be given by name; drop the `/`")
+        raise ValueError(f"reward function {title}: {', '.join(fixed)} must not be positional-only. Remove the `/`")
     named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     required = {p.name for p in named if p.default is p.empty}
     own_style = required == {"rollouts"}
@@ -95,7 +95,7 @@ def parameters(function: Callable[..., Any], title: str) -> Parameters:
 
 
 def trl_arguments(rollouts: Rollouts, logs: Logs, step: int) -> dict[str, Any]:
-    """Every keyword that TRL would give, in copies."""
+    """Return copies of all keyword arguments that TRL would pass."""
     from transformers import TrainerState
 
     conversations = bool(rollouts.prompts) and not isinstance(rollouts.prompts[0], str)
@@ -113,7 +113,7 @@ def trl_arguments(rollouts: Rollouts, logs: Logs, step: int) -> dict[str, Any]:
 
 @dataclass
 class Logs:
-    """What a function logs on the side. Odd values are dropped with a warning."""
+    """Columns and metrics that a function logs; invalid values are dropped with a warning."""
 
     columns: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from annotated_types import Ge
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential
 
 from hf_rlhf.axes import Context, Count, Positive, RewardSource
 
@@ -165,25 +166,29 @@ class Endpoint:
         # Escaped, because a completion may hold half of a surrogate pair, which UTF-8 cannot.
         content = json.dumps(plain(body), allow_nan=False).encode("ascii")
         async with self._session() as session:
-            tries = 0
-            while True:
-                tries += 1
-                try:
-                    return await self._send(session, content, headers)
-                except _TryAgain as failed:
-                    if tries > self.retries:
-                        times = f" (tried {tries} times)" if tries > 1 else ""
-                        raise HttpError(f"{self.url}: {failed}{times}") from failed.__cause__
-                    if failed.wait > self.max_wait:
-                        raise HttpError(
-                            f"{self.url}: {failed}; it asks to wait {failed.wait:g} s, and max_wait is {self.max_wait:g} s"
-                        ) from failed.__cause__
-                    wait = max(failed.wait, self._backoff(tries))
-                await asyncio.sleep(wait)
+            retrying = AsyncRetrying(
+                retry=retry_if_exception_type(_TryAgain),
+                stop=self._is_last,
+                wait=self._wait,
+                sleep=asyncio.sleep,
+                retry_error_callback=self._fail,
+            )
+            return await retrying(self._send, session, content, headers)
 
-    def _backoff(self, tries: int) -> float:
-        """Seconds before the next try: half to all of FIRST_WAIT times 2 to the number of tries so far, less one."""
-        return min(self.max_wait, FIRST_WAIT * 2.0 ** min(tries - 1, 30)) * self._jitter.uniform(0.5, 1.0)
+    def _is_last(self, state: RetryCallState) -> bool:
+        return state.attempt_number > self.retries or _failure(state).wait > self.max_wait
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds before the next try: `Retry-After`, or half to all of FIRST_WAIT * 2^(tries - 1), whichever is longer."""
+        backoff = wait_exponential(multiplier=FIRST_WAIT, max=self.max_wait)(state) * self._jitter.uniform(0.5, 1.0)
+        return max(_failure(state).wait, backoff)
+
+    def _fail(self, state: RetryCallState) -> NoReturn:
+        failed, tries = _failure(state), state.attempt_number
+        reason = f" (tried {tries} times)" if tries > 1 else ""
+        if tries <= self.retries:
+            reason = f"; it asks to wait {failed.wait:g} s, and max_wait is {self.max_wait:g} s"
+        raise HttpError(f"{self.url}: {failed}{reason}") from failed.__cause__
 
     async def _send(self, session: _Session, content: bytes, headers: Mapping[str, str]) -> Any:
         import httpx
@@ -261,6 +266,12 @@ def _certificates() -> Any:
     import httpx
 
     return httpx.create_ssl_context()
+
+
+def _failure(state: RetryCallState) -> _TryAgain:
+    error = state.outcome.exception() if state.outcome else None
+    assert isinstance(error, _TryAgain)
+    return error
 
 
 def _asked_wait(value: str | None) -> float:

@@ -1,8 +1,8 @@
-"""Instructions that a text can be checked for: those of IFEval (arXiv:2311.07911), by their ids and keyword arguments.
+"""Verifiable instructions of IFEval (arXiv:2311.07911), by their ids and keyword arguments.
 
-Departures: an argument that is missing is an error, where IFEval draws one at random; keywords are taken literally and not
-as regular expressions; sentences are counted by rule; languages are told by py3langid, among those of IFEval and the
-wanted one. All take time linear in the text.
+Departures: a missing argument is an error, where IFEval draws one at random; keywords are matched literally, not as
+regular expressions; sentences are counted by rule; languages are identified by py3langid, among those of IFEval and the
+expected one. All checks run in time linear in the text.
 """
 
 from __future__ import annotations
@@ -54,21 +54,23 @@ LANGUAGES = frozenset(
         "fi",
     )
 )
-"""Those that IFEval asks for."""
+"""Languages that IFEval asks for."""
 ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-"""The answers that `detectable_format:constrained_response` allows."""
+"""Answers that `detectable_format:constrained_response` allows."""
 
 CHECKS: dict[str, Callable[..., bool]] = {}
-"""Instruction id -> whether a text follows it; its keyword arguments are the function's."""
+"""Check of each instruction id; an instruction's keyword arguments are the function's."""
 
 
 def instruction(name: str, arguments: Mapping[str, Any]) -> Check:
-    """The check of an instruction; arguments that are None count as left out. Raises ValueError where it is unknown or its
-    arguments are wrong."""
+    """Return the check of an instruction; arguments that are None count as omitted.
+
+    Raises `ValueError` for an unknown instruction or wrong arguments.
+    """
     if name not in CHECKS:
         near = difflib.get_close_matches(name, CHECKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no instruction {name!r}.{hint} There are: {', '.join(CHECKS)}")
+        raise ValueError(f"no instruction named {name!r}.{hint} Available: {', '.join(CHECKS)}")
     given = {key: value for key, value in arguments.items() if value is not None}
     try:
         inspect.signature(CHECKS[name]).bind("", **given)
@@ -77,13 +79,15 @@ def instruction(name: str, arguments: Mapping[str, Any]) -> Check:
         raise ValueError(f"instruction {name!r}: {error}; it takes: {due or 'nothing'}") from error
     for key in ("relation", "let_relation", "capital_relation"):
         if given.get(key) not in (None, "less than", "at least"):
-            raise ValueError(f"instruction {name!r}: {key} is {given[key]!r}; write 'less than' or 'at least'")
+            raise ValueError(f"instruction {name!r}: {key} must be 'less than' or 'at least', got {given[key]!r}")
     return partial(CHECKS[name], **given)
 
 
 def follows(text: str, check: Check, loose: bool) -> bool:
-    """Whether a text follows an instruction. Loosely: whether it does without its first line, its last one or both, or
-    without asterisks, in any combination. A blank text follows none."""
+    """Return True if a text follows an instruction; a blank text follows none.
+
+    With `loose` it may do so without its first line, its last line, or asterisks, in any combination.
+    """
     texts = [text]
     if loose:
         lines = text.split("\n")
@@ -143,7 +147,7 @@ def _number_sentences(text: str, num_sentences: int, relation: str) -> bool:
 
 @_named("length_constraints:number_paragraphs")
 def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Paragraphs between `***`, none of them blank but what is before the first or behind the last one."""
+    """Compare the number of paragraphs between `***`; none may be blank, except before the first or after the last `***`."""
     first, *inner = (bool(part.strip()) for part in text.split("***"))
     if not inner:
         return num_paragraphs == first
@@ -152,7 +156,7 @@ def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
 
 @_named("length_constraints:nth_paragraph_first_word")
 def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs between blank lines, how many are not blank and the first word of the n-th, from 1."""
+    """Check the number of nonblank paragraphs between blank lines, and the first word of the n-th, from 1."""
     paragraphs = text.split("\n\n")
     filled = sum(1 for paragraph in paragraphs if paragraph.strip())
     if nth_paragraph > filled or not paragraphs[nth_paragraph - 1].strip():
@@ -166,7 +170,7 @@ def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int
 
 @_named("detectable_content:number_placeholders")
 def _number_placeholders(text: str, num_placeholders: int) -> bool:
-    """Pairs of square brackets, each in one line."""
+    """Compare the number of pairs of square brackets, each within one line."""
     found = 0
     for line in text.split("\n"):
         opening = line.find("[")
@@ -185,7 +189,7 @@ def _postscript(text: str, postscript_marker: str) -> bool:
 
 @_named("detectable_format:number_bullet_lists")
 def _number_bullet_lists(text: str, num_bullets: int) -> bool:
-    """Lines that start with one `*` and more, or with `-`."""
+    """Compare the number of lines that start with a single `*`, or with `-`."""
     lines = [line.lstrip() for line in text.split("\n")]
     return num_bullets == sum(line.startswith("-") or bool(re.match(r"\*[^*]", line)) for line in lines)
 
@@ -197,7 +201,7 @@ def _constrained_response(text: str) -> bool:
 
 @_named("detectable_format:number_highlighted_sections")
 def _number_highlighted_sections(text: str, num_highlights: int) -> bool:
-    """What stands between `*`, and once more what stands between `**`, where it is not blank."""
+    """Compare the number of nonblank texts between `*`, plus those between `**`."""
     once = [part for part in re.findall(r"\*([^\n*]*)\*", text) if part.strip()]
     twice = [part for part in re.findall(r"\*\*([^\n*]*)\*\*", text) if part.strip()]
     return len(once) + len(twice) >= num_highlights
@@ -210,7 +214,7 @@ def _multiple_sections(text: str, section_spliter: str, num_sections: int) -> bo
 
 @_named("detectable_format:json_format")
 def _json_format(text: str) -> bool:
-    """The whole text is JSON, with or without a fence around it."""
+    """Check that the whole text is JSON, with or without a code fence."""
     bare = re.sub(r"\A```(?:json|Json|JSON)?", "", text.strip()).removesuffix("```")
     try:
         loads(bare.strip())
@@ -221,7 +225,7 @@ def _json_format(text: str) -> bool:
 
 @_named("detectable_format:title")
 def _title(text: str) -> bool:
-    """A line has something between `<<` and `>>`."""
+    """Check for a line with text between `<<` and `>>`."""
     for line in text.split("\n"):
         start, end = line.find("<<"), line.rfind(">>")
         if start >= 0 and end > start + 2 and line[start:end].lstrip("<").rstrip(">").strip():
@@ -234,7 +238,7 @@ def _title(text: str) -> bool:
 
 @_named("combination:two_responses")
 def _two_responses(text: str) -> bool:
-    """Two different texts with `******` between them."""
+    """Check for two different texts separated by `******`."""
     parts = [part.strip() for part in text.split("******")]
     filled = [part for part in parts if part]
     return all(parts[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
@@ -247,7 +251,7 @@ def _repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
 
 @_named("multi-turn:constrained_start")
 def _constrained_start(text: str, starter: str) -> bool:
-    """A line starts so."""
+    """Check that a line starts with `starter`."""
     return any(line.lstrip().startswith(starter.strip()) for line in text.split("\n"))
 
 
@@ -267,7 +271,7 @@ def _quotation(text: str) -> bool:
 
 @_named("change_case:capital_word_frequency")
 def _capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> bool:
-    """A hyphenated word is one word."""
+    """Compare the number of words in capitals; a hyphenated word counts once."""
     words = re.findall(r"\w[\w./&-]*", text)
     return _holds(sum(map(str.isupper, words)), capital_relation, capital_frequency)
 
@@ -289,7 +293,7 @@ def _no_comma(text: str) -> bool:
 
 @_named("language:response_language")
 def _response_language(text: str, language: str) -> bool:
-    """A text without letters is in every language."""
+    """Check the language; a text without letters passes for any."""
     if not any(map(str.isalpha, text)):
         return True
     found = probabilities(text, LANGUAGES | {language})

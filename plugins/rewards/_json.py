@@ -1,4 +1,4 @@
-"""JSON in completions, and schemas that it meets."""
+"""JSON in completions, and validators of JSON schemas."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 
 
 class NoJson(ValueError):
-    """A text is not JSON."""
+    """Error for a text that is not JSON."""
 
 
 def last_block(text: str) -> str:
-    """What the last fenced block of JSON (or of no language) holds; the whole text where there is none."""
+    """Return the content of the last code block in JSON (or without a language); the whole text if there is none."""
     if "```" not in text:
         return text
     block: str | None = None
@@ -32,7 +32,7 @@ def last_block(text: str) -> str:
 
 
 def loads(text: str) -> Any:
-    """The value of a JSON text (RFC 8259: no NaN or Infinity). Raises `NoJson`."""
+    """Parse a JSON text (RFC 8259: no NaN or Infinity). Raises `NoJson`."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -45,8 +45,11 @@ def _refuse(constant: str) -> NoReturn:
 
 @lru_cache(maxsize=1000)
 def validator(schema: str) -> Any:
-    """A validator for a schema, given as JSON text: `is_valid(value)`. References are to the schema itself and to the
-    specification, nothing is fetched. Raises ValueError where it is no schema."""
+    """Return a validator, with `is_valid(value)`, for a schema given as JSON text.
+
+    References resolve within the schema and the specification; nothing is fetched. Raises `ValueError` for an invalid
+    schema.
+    """
     import jsonschema
     from referencing.jsonschema import EMPTY_REGISTRY
 
@@ -55,5 +58,5 @@ def validator(schema: str) -> Any:
     try:
         kind.check_schema(parsed)
     except jsonschema.SchemaError as error:
-        raise ValueError(f"schema is no JSON schema: {error.message} (at {error.json_path})") from error
+        raise ValueError(f"schema must be a JSON schema: {error.message} (at {error.json_path})") from error
     return kind(parsed, registry=EMPTY_REGISTRY)

@@ -1,4 +1,4 @@
-"""In which language a text is, by py3langid."""
+"""Language identification with py3langid."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ NOT_PROSE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|https?://\S+",
     re.DOTALL,
 )
-"""Code, formulas and addresses."""
+"""Pattern of code, formulas and URLs."""
 
 
 def probabilities(text: str, candidates: frozenset[str] = frozenset()) -> dict[str, float]:
-    """ISO 639 code -> probability among the candidates, all that py3langid knows when there are none.
+    """Return the probability of each candidate language, by ISO 639 code; without candidates, of all known ones.
 
-    Of text in capitals the small letters count. Raises ValueError where a candidate is unknown.
+    Text in capitals is lowercased first. Raises `ValueError` for an unknown candidate.
     """
     return dict(_identifier(candidates).rank(text))
 
 
 def known() -> frozenset[str]:
-    """The languages that py3langid knows."""
+    """Return the languages that py3langid knows."""
     return frozenset(_model().labels)
 
 
 def prose(text: str) -> str | None:
-    """A text without code, formulas and addresses; None where no letter is left."""
+    """Remove code, formulas and URLs from a text; returns None if no letter remains."""
     rest = NOT_PROSE.sub(" ", text)
     return rest if any(map(str.isalpha, rest)) else None
 

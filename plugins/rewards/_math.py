@@ -1,7 +1,7 @@
-"""Parsing and comparing with Math-Verify, without its own time limits.
+"""Parsing and comparison with Math-Verify, without its own time limits.
 
-Those use SIGALRM, which works in a main thread only, and a computation of big integers does not hear it. Whoever calls
-this must be able to kill the process: `(10^9)!` and `9^{9^{9^9}}` are computed before they are compared.
+Those use SIGALRM, which works in the main thread only and does not interrupt big-integer arithmetic. Callers must be able
+to kill the process: `(10^9)!` and `9^{9^{9^9}}` are computed before they are compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ._answers import after
 
 
 def judge(completion: str, reference: str, answer_after: str | None = None) -> float | None:
-    """1.0 where a completion's answer equals the reference, else 0.0; None where the reference cannot be parsed."""
+    """Return 1.0 if a completion's answer equals the reference, else 0.0; None if the reference cannot be parsed."""
     math_verify = load()
     gold = _parse(math_verify, reference, answer_after)
     if not gold:
@@ -23,7 +23,7 @@ def judge(completion: str, reference: str, answer_after: str | None = None) -> f
 
 
 def final_answer(completion: str, answer_after: str | None = None) -> str | None:
-    """The answer in a completion as Math-Verify prints it; None where there is none."""
+    """Return the answer in a completion as Math-Verify prints it; None if there is none."""
     found = _parse(load(), completion, answer_after)
     return str(found[0]) if found else None
 
@@ -35,7 +35,7 @@ def _parse(math_verify: Any, text: str, answer_after: str | None) -> list[Any]:
 
 @cache
 def load() -> Any:
-    """The library, without its warning that time limits are off."""
+    """Import the library, without its warning that time limits are off."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -1,8 +1,9 @@
-r"""Numbers as people write them, read exactly.
+r"""Exact parsing of numbers in prose.
 
-Read are: signs, also U+2212; thousands separators; scientific notation (`3e5`, `3.2 × 10^5`, `3\times 10^{5}`); integer
-powers; fractions (`3/4`, `\frac{3}{4}`) and mixed numbers (`1 1/2`). A currency sign may stand in front and any unit behind.
-Digits inside a word (`H2O`) or in an exponent (`m^2`) are no numbers, nor is what is longer than 400 characters or digits.
+Supported: signs, also U+2212; thousands separators; scientific notation (`3e5`, `3.2 × 10^5`, `3\times 10^{5}`); integer
+powers; fractions (`3/4`, `\frac{3}{4}`) and mixed numbers (`1 1/2`). A currency sign may precede and any unit may follow.
+Digits inside a word (`H2O`) or an exponent (`m^2`) do not count as numbers, nor does anything above 400 characters or
+digits.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Literal
 DecimalMark = Literal[".", ","]
 
 LONGEST = 400
-"""Characters of a number, digits of a power and size of an exponent: they bound the time of arithmetic."""
+"""Maximum characters of a number, digits of a power and size of an exponent, which bounds the time of arithmetic."""
 
 MINUS = ("-", "−")
 
 
 class Reader:
-    """Finds numbers in texts. `percent_is_hundredth`: whether 50% is 1/2, or 50 with a unit."""
+    """Parser of numbers in texts; with `percent_is_hundredth` 50% is 1/2, otherwise 50 with a unit."""
 
     def __init__(self, decimal_mark: DecimalMark, percent_is_hundredth: bool) -> None:
         self.percent_is_hundredth = percent_is_hundredth
@@ -31,17 +32,17 @@ class Reader:
         self._pattern = re.compile(_pattern(self._mark.pattern, self._separator.pattern), re.VERBOSE)
 
     def first(self, text: str) -> Fraction | None:
-        """The first number in a text."""
+        """Return the first number in a text, or None."""
         match = self._pattern.search(text)
         return None if match is None else self._value(match)
 
     def only(self, text: str) -> Fraction | None:
-        """The number in a text that has exactly one."""
+        """Return the number in a text with exactly one, else None."""
         matches = list(self._pattern.finditer(text[: 4 * LONGEST]))
         return self._value(matches[0]) if len(matches) == 1 else None
 
     def last(self, text: str) -> Fraction | None:
-        """The last number in a text. Only the end of the last line with a digit is looked at."""
+        """Return the last number in a text, searching only the end of the last line with a digit."""
         digit = max(map(text.rfind, "0123456789"))
         line = text.rfind("\n", 0, max(0, digit)) + 1
         matches = list(self._pattern.finditer(text, max(line, digit - 2 * LONGEST), digit + 12))
@@ -71,7 +72,7 @@ class Reader:
         return Fraction(self._mark.sub(".", self._separator.sub("", text)))
 
     def _scaled(self, found: dict[str, str | None]) -> Fraction:
-        """A power, or a number times a power of ten. Raises OverflowError where it has too many digits."""
+        """Return a power, or a number times a power of ten. Raises `OverflowError` if it has too many digits."""
         number = found["number"] or ""
         value = self._plain(number)
         power, ten = (_exponent(found, *names) for names in (("power", "power_bare"), ("e", "ten", "ten_bare")))
@@ -87,13 +88,13 @@ def _exponent(found: dict[str, str | None], *names: str) -> int | None:
 
 
 def _pattern(mark: str, separator: str) -> str:
-    """A verbose regular expression. No number holds a line break."""
+    """Return a verbose regular expression for a number, which contains no line break."""
     groups = rf"[0-9]{{1,3}} (?: (?:{separator}) [0-9]{{3}} )+ (?![0-9])"
     plain = rf"(?: (?: {groups} | [0-9]+ ) (?: {mark} [0-9]+ )? | (?<![0-9]) {mark} [0-9]+ )"
     gap = r"[ \t]?"
 
     def braced(name: str, content: str, digits: tuple[str, str], sign: str = "") -> str:
-        """`{content}`, or `digits` without braces."""
+        """Match `{content}`, or `digits` without braces."""
         return rf"(?: \{{{gap} {sign} (?P<{name}>{content}) {gap}\}} | (?P<{name}_{digits[0]}>{digits[1]}) )"
 
     def exponent(name: str) -> str:
@@ -119,5 +120,5 @@ def _pattern(mark: str, separator: str) -> str:
 
 @lru_cache
 def reader(decimal_mark: DecimalMark, percent_is_hundredth: bool) -> Reader:
-    """One for each choice of settings."""
+    """Return the cached reader for these settings."""
     return Reader(decimal_mark, percent_is_hundredth)

@@ -1,4 +1,4 @@
-"""Which of several choices a text picks."""
+"""Multiple-choice answers: the label that a text picks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from ._answers import after, boxed
 
 ANNOUNCING = ("answer", "option", "choice", "pick", "choose", "select")
-"""Words in front of a pick."""
+"""Words that announce a pick."""
 
 
 def pick(text: str, labels: tuple[str, ...], texts: tuple[str, ...], marker: str | None) -> str | None:
-    """The label that a completion picks; None where it picks none. `texts`: of the choices, as far as they are known."""
+    """Return the label that a completion picks, or None. `texts` are those of the choices, if known."""
     marked = after(text, marker)
     answer = boxed(text) if marked is None else marked
     due, start, announced, in_parentheses = _patterns(labels)
@@ -31,7 +31,7 @@ def pick(text: str, labels: tuple[str, ...], texts: tuple[str, ...], marker: str
 
 
 def meant(reference: Any, labels: tuple[str, ...], texts: tuple[str, ...]) -> str | None:
-    """The label that a reference means."""
+    """Return the label that a reference denotes."""
     text = str(reference).strip()
     alike = [label for label in labels if label.casefold() == text.strip("().").casefold()]
     if alike:
@@ -43,7 +43,7 @@ def meant(reference: Any, labels: tuple[str, ...], texts: tuple[str, ...]) -> st
 
 @lru_cache(maxsize=100)
 def _patterns(labels: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
-    """A label where one is due; one that starts a text; one after words that announce it; one in parentheses."""
+    """Return patterns for a label in an answer slot, at the start of a text, after announcing words, and in parentheses."""
     one = "|".join(map(re.escape, labels))
     wrap = r"(?:\\(?:text|textbf|mathrm|mathbf)\{|[*_`\"'$\s])*+"
     bracketed = rf"\(\s*+((?i:{one}))\s*+\)|\[\s*+((?i:{one}))\s*+\]"
@@ -58,7 +58,7 @@ def _patterns(labels: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
 
 
 def _label(text: str, labels: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
-    """The label at the start of a text, or the lower-case one that is all of it."""
+    """Return the label at the start of a text, or a lower-case one that is the whole text."""
     match = pattern.match(text)
     if match is not None:
         return _named(match, labels)
@@ -72,7 +72,7 @@ def _named(found: re.Match[str] | str, labels: tuple[str, ...]) -> str:
 
 
 def _by_text(text: str, labels: tuple[str, ...], texts: tuple[str, ...]) -> str | None:
-    """The label of the choice that a text is, or else of the only one that it holds."""
+    """Return the label of the choice that equals a text, or else of the only one contained in it."""
     if not texts:
         return None
     plain = _plain(text)
@@ -84,5 +84,5 @@ def _by_text(text: str, labels: tuple[str, ...], texts: tuple[str, ...]) -> str 
 
 
 def _plain(text: str) -> str:
-    """Words and numbers alone, in lower case."""
+    """Return only the words and numbers of a text, in lower case."""
     return " ".join(re.findall(r"[^\W_]+(?:[.,][0-9]+)*", text.casefold()))

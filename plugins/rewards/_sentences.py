@@ -1,4 +1,4 @@
-"""Sentences of prose, counted by rule."""
+"""Rule-based counting of sentences."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ ABBREVIATIONS = frozenset(
         "dec",
     )
 )
-"""Words, without their last period, that do not end a sentence."""
+"""Abbreviations, without their last period, that do not end a sentence."""
 
 _STOP = re.compile(r"""([^\s"'()\[\]]{0,40}?)([.!?]+)["')\]”’*_]*+(?=\s|$)(?=\s*+(["'(\[“‘*_]*+\w?))""")
 _INITIAL = re.compile(r"[A-Za-z]")
 
 
 def count_sentences(text: str) -> int:
-    """Stretches of text that end with a period, question or exclamation mark, or with the text.
+    """Count sentences, which end with a period, question or exclamation mark, or with the text.
 
-    A period ends no sentence behind an abbreviation or an initial, nor in front of a small letter; more of them end one in
-    front of a capital.
+    A period after an abbreviation or an initial, or before a lower-case letter, does not end a sentence; several periods
+    end one before a capital.
     """
     ends = [stop for stop in _STOP.finditer(text) if _ends(stop)]
     rest = text[ends[-1].start(3) :] if ends else text

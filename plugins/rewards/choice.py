@@ -1,8 +1,8 @@
-"""1 where the completion picks the right one of several choices, else 0.
+"""1 if the completion picks the correct one of several choices, else 0.
 
-The pick is looked for in this order: after the marker or in the last \\boxed{}; after words such as "answer is", "Option:",
-the last time they stand before a label; a label at the start or alone (`B`, `(b)`, `B. Paris`); the text of exactly one
-choice, where the dataset has those; the last label in parentheses.
+The pick is searched in this order: after the marker or in the last \\boxed{}; after words such as "answer is", "Option:",
+at their last occurrence before a label; a label at the start or alone (`B`, `(b)`, `B. Paris`); the text of exactly one
+choice, if the dataset has those; the last label in parentheses.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from ._picks import meant, pick
 
 @dataclass(kw_only=True)
 class Choice(RewardSource):
-    """1.0 where the picked label is the reference's, 0.0 elsewhere or without a pick; no score where the reference is
-    missing or names no choice."""
+    """1.0 if the picked label is the reference's, else 0.0; no score if the reference is missing or names no choice."""
 
     name = "choice"
     verifier = True
     rowwise = True
 
     column: str = "answer"
-    """Dataset column of the right choice: its label (`C`), its place from 0 (`2`), or its text."""
+    """Dataset column of the correct choice: its label (`C`), its index from 0 (`2`), or its text."""
     choices: str | None = None
     """Dataset column of the choices: a list of their texts, or {"label": [...], "text": [...]}. Their texts then count as
     picks too."""
     labels: str = "ABCD"
-    """The labels, each one character, where `choices` does not give them; as many as there are choices are used."""
+    """Labels, one character each, if `choices` has none; only as many as there are choices are used."""
     answer_after: str | None = None
-    """Marker in front of the pick, e.g. "Answer:"; a completion without it is read as if there were none."""
+    """Marker before the pick, e.g. "Answer:"; ignored for completions without it."""
 
     def __post_init__(self) -> None:
         if not self.labels or len(set(self.labels.casefold())) < len(self.labels):
-            raise ValueError(f"labels ({self.labels!r}) must be different characters, e.g. ABCD")
+            raise ValueError(f"labels must be distinct characters such as ABCD, got {self.labels!r}")
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         given = rollouts.column(self.choices) if self.choices else [None] * len(rollouts)
@@ -59,19 +58,19 @@ class Choice(RewardSource):
         labels, texts = self._choices(choices)
         right = meant(reference, labels, texts)
         if right is None:
-            warn_of_reference(self.name, self.column, str(reference), f"it names none of {', '.join(labels)}")
+            warn_of_reference(self.name, self.column, str(reference), f"it must name one of {', '.join(labels)}")
             return None
         return float(pick(completion, labels, texts, self.answer_after) == right)
 
     def _choices(self, choices: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Labels and texts of a row's choices."""
+        """Return labels and texts of a row's choices."""
         if isinstance(choices, dict) and {"label", "text"} <= set(choices):
             return tuple(map(str, choices["label"])), tuple(map(str, choices["text"]))
         if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
             return tuple(self.labels), ()
         if len(choices) > len(self.labels):
             raise ValueError(
-                f"rewards.choice: {len(choices)} choices and {len(self.labels)} labels; give more in `labels`"
+                f"rewards.choice: labels must cover the {len(choices)} choices, got {len(self.labels)}. Add labels"
             )
         return tuple(self.labels[: len(choices)]), tuple(map(str, choices))
 

@@ -1,6 +1,6 @@
-"""How many of its instructions the completion follows, as IFEval checks them (arXiv:2311.07911).
+"""Share of verifiable instructions that the completion follows (IFEval, arXiv:2311.07911).
 
-The rows of IFEval's data set work unchanged. `_instructions` lists the instructions and the departures.
+The rows of IFEval's dataset work unchanged. `_instructions` lists the instructions and the departures.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from ._instructions import Check, follows, instruction
 
 @dataclass(kw_only=True)
 class Constraints(RewardSource):
-    """The share of the row's instructions that the completion follows, or 1.0 where it follows all and 0.0 elsewhere; no
-    score where the row has no instructions."""
+    """Share of the row's instructions that the completion follows, or 1.0 for all and 0.0 otherwise; no score without any."""
 
     name = "constraints"
     verifier = True
@@ -29,13 +28,13 @@ class Constraints(RewardSource):
     column: str = "instruction_id_list"
     """Dataset column with the ids of each row's instructions, e.g. ["punctuation:no_comma"], as a list or as JSON text."""
     kwargs_column: str = "kwargs"
-    """Dataset column with the keyword arguments of each of them; those that are null are left out."""
+    """Dataset column with the keyword arguments of each instruction; null ones are ignored."""
     instructions: list[dict[str, Any]] | None = None
-    """In place of the columns, instructions for all rows, e.g. [{id: length_constraints:number_words, relation: at least,
+    """Instructions for all rows instead of the columns, e.g. [{id: length_constraints:number_words, relation: at least,
     num_words: 50}]."""
     mode: Literal["strict", "loose"] = "strict"
-    """Check the completion as it is; or take, for each instruction, the best of it without its first line, its last one or
-    both, and without asterisks (section 2.2 of the paper)."""
+    """`strict`: check the completion as it is; `loose`: also accept it without its first line, its last line or both, and
+    without asterisks (section 2.2 of the paper)."""
     score: Literal["share", "all"] = "share"
     """Share of instructions followed, or all or nothing."""
 
@@ -45,7 +44,7 @@ class Constraints(RewardSource):
             without = [given for given in self.instructions if "id" not in given]
             if without or not self.instructions:
                 raise ValueError(
-                    f"instructions must each have an id, e.g. [{{id: punctuation:no_comma}}], not {without}"
+                    f"instructions must each have an id, e.g. [{{id: punctuation:no_comma}}], got {without}"
                 )
             arguments = [{key: x for key, x in given.items() if key != "id"} for given in self.instructions]
             self._checks = _checks([given["id"] for given in self.instructions], arguments)
@@ -74,9 +73,11 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _checks(ids: list[str], kwargs: Sequence[dict[str, Any] | None]) -> list[Check]:
-    """Raises ValueError where there are not as many arguments as ids."""
+    """Return the checks of instructions. Raises `ValueError` unless there are as many arguments as ids."""
     if ids and len(ids) != len(kwargs):
-        raise ValueError(f"rewards.constraints: {len(ids)} instructions and {len(kwargs)} sets of keyword arguments")
+        raise ValueError(
+            f"rewards.constraints: each of {len(ids)} instructions must have keyword arguments, got {len(kwargs)} sets"
+        )
     return [instruction(name, arguments or {}) for name, arguments in zip(ids, kwargs, strict=False)]
 
 

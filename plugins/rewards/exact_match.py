@@ -1,4 +1,4 @@
-"""1 where the completion is the reference answer, character by character, else 0."""
+"""1 if the completion equals the reference answer, character by character, else 0."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from hf_rlhf.batch import Rollouts
 
 @dataclass(kw_only=True)
 class ExactMatch(RewardSource):
-    """1.0 where the completion's text equals the row's reference, or one of a list of them, 0.0 elsewhere; no score without
-    a reference."""
+    """1.0 if the completion equals the row's reference, or one of a list of them, else 0.0; no score without a reference."""
 
     name = "exact_match"
     verifier = True
     rowwise = True
 
     column: str = "answer"
-    """Dataset column of the reference; numbers are compared as they are written."""
+    """Dataset column of the reference; numbers are compared as text."""
     ignore_case: bool = False
-    """Compare without regard to case."""
+    """Ignore case."""
     strip: bool = True
-    """Compare without the white space around either text."""
+    """Ignore whitespace around either text."""
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         rows = zip(rollouts.completions, rollouts.column(self.column), strict=True)

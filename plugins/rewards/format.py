@@ -1,4 +1,4 @@
-"""1 where the completion has a given form, else 0, as for the tags of DeepSeek-R1 (arXiv:2501.12948, section 2.2.2)."""
+"""1 if the completion has a given format, else 0, such as the tags of DeepSeek-R1 (arXiv:2501.12948, section 2.2.2)."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ R1 = r"<think>.*</think>\s*<answer>.*</answer>"
 
 @dataclass(kw_only=True)
 class Format(RewardSource):
-    r"""1.0 where the completion meets each of `pattern`, `tags` and `boxed` that is set, 0.0 elsewhere.
+    r"""1.0 if the completion satisfies each of `pattern`, `tags` and `boxed` that is set, else 0.0.
 
-    With none of them the pattern is that of DeepSeek-R1, <think>.*</think>\s*<answer>.*</answer>.
+    If none is set, the pattern is DeepSeek-R1's, <think>.*</think>\s*<answer>.*</answer>.
     """
 
     name = "format"
     rowwise = True
 
     pattern: str | None = None
-    """A regular expression, in the syntax of the library `regex`, that matches from the first to the last character; `.`
-    matches line breaks too. End it with `.*` to allow any rest."""
+    """Regular expression, in the syntax of the `regex` library, that must match the whole completion; `.` matches line
+    breaks too. End it with `.*` to allow any suffix."""
     tags: tuple[str, ...] = ()
-    """Names of tags, e.g. [think, answer]: each opens once and closes once, in this order, with nothing but white space
-    before, between and behind them."""
+    """Names of tags, e.g. [think, answer]: each must open once and close once, in this order, with only whitespace before,
+    between and after them."""
     boxed: bool = False
-    r"""There is exactly one \\boxed{}, it closes and is not empty."""
+    r"""Require exactly one \\boxed{}, closed and not empty."""
     timeout: Positive | None = 5.0
-    """Seconds after which matching a row is given up."""
+    """Time limit in seconds for matching a row."""
 
     def __post_init__(self) -> None:
         if len(set(self.tags)) < len(self.tags):
-            raise ValueError(f"tags ({', '.join(self.tags)}) must be different")
+            raise ValueError(f"tags must be distinct, got {', '.join(self.tags)}")
         if self._whole is not None:
             compiled("pattern", self._whole, dotall=True)
 
@@ -59,7 +59,7 @@ class Format(RewardSource):
         return compiled("pattern", self._whole, dotall=True).fullmatch(text, timeout=self.timeout) is not None
 
     def _has_tags(self, text: str) -> bool:
-        """Whether the tags that occur are those named, in order, with nothing around them."""
+        """Return True if the tags occur in order with nothing around them, and no others."""
         names = "|".join(map(re.escape, self.tags))
         pieces = re.split(rf"(</?(?:{names})>)", text)
         due = [mark for name in self.tags for mark in (f"<{name}>", f"</{name}>")]

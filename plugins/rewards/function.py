@@ -1,10 +1,10 @@
-"""A reward from a Python function: the user's own, or any written for TRL (`reward_funcs`).
+"""Reward from a Python function: the user's own, or any written for TRL (`reward_funcs`).
 
-As TRL calls it: with the keywords prompts, completions, completion_ids and every dataset column, of which a function
-without `**kwargs` gets those that it names; completions of conversations are `[{"role": "assistant", "content": ...}]`;
-async functions are awaited, together with other async sources. Departures: `trainer_state.global_step` counts rollouts, and
-what `log_extra` and `log_metric` are given is kept under the function's own name (`take_logs`). A function whose one
-parameter is called `rollouts` gets `hf_rlhf.batch.Rollouts` instead.
+Functions are called as in TRL: with the keyword arguments prompts, completions, completion_ids and every dataset column, of
+which a function without `**kwargs` gets those that it names; completions of conversations are
+`[{"role": "assistant", "content": ...}]`; async functions are awaited, concurrently with other async sources. Departures:
+`trainer_state.global_step` counts rollouts, and values passed to `log_extra` and `log_metric` are logged under the
+function's name (`take_logs`). A function whose only parameter is named `rollouts` gets `hf_rlhf.batch.Rollouts` instead.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from ._call import Logs, load_function, parameters, trl_arguments
 
 @dataclass(kw_only=True)
 class Function(RewardSource):
-    """What the function returns: a list of one number per row, None where it does not apply."""
+    """The numbers that the function returns, one per row, None where it does not apply."""
 
     name = "function"
-    metrics = (Metric("<name>", "as the function's", "what the function gives `log_metric`", optional=True),)
+    metrics = (Metric("<name>", "as the function's", "values that the function passes to `log_metric`", optional=True),)
     draws = True
 
     function: str | Callable[..., Any]
-    """`file.py:name`, `package.module:name`, or the function itself. Code that a recipe names is run."""
+    """`file.py:name`, `package.module:name`, or the function itself. A recipe's function is imported and run."""
     runs_model: bool = False
-    """The function runs a model, the policy or another: it then waits for the policy's forwards instead of running beside
-    them."""
+    """The function runs a model, the policy or another: call it after the policy's forwards instead of in parallel."""
     rowwise: bool = False  # type: ignore[misc]
-    """Call the function once for each row, so that a row that fails takes no others with it; right where a row's score
-    depends on that row alone."""
+    """Call the function once per row, so that a failing row affects no others; valid if a row's score depends on that row
+    alone."""
 
     def __post_init__(self) -> None:
         self._logs = Logs()
@@ -50,7 +49,7 @@ class Function(RewardSource):
         return any(map(inspect.iscoroutinefunction, (self._loaded, getattr(self._loaded, "__call__", None))))  # noqa: B004
 
     def columns(self) -> set[str]:
-        """The parameters without a default that only a dataset column can fill."""
+        """Return the parameters without a default that only a dataset column can fill."""
         return parameters(self._loaded, self._title).columns
 
     def __call__(self, rollouts: Rollouts) -> Any:
@@ -75,7 +74,7 @@ class Function(RewardSource):
         return RuntimeError(f"reward function {self._title}: {type(error).__name__}: {error}")
 
     def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
-        """Columns (`log_extra`) and metrics (`log_metric`) that the function logged since the last call."""
+        """Return columns (`log_extra`) and metrics (`log_metric`) that the function logged since the last call."""
         return self._logs.take()
 
     def observe(self, statistics: Mapping[str, float]) -> None:

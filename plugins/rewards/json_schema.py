@@ -1,4 +1,4 @@
-"""1 where the completion is JSON that meets a JSON Schema (json-schema.org), else 0."""
+"""1 if the completion is JSON that is valid under a JSON Schema (json-schema.org), else 0."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from ._json import NoJson, last_block, loads, validator
 
 @dataclass(kw_only=True)
 class JsonSchema(RewardSource):
-    """1.0 where the last fenced JSON block of the completion, or all of it where there is none, meets the schema; `partial`
-    where it is JSON that does not; 0.0 elsewhere. No score where the row's schema is missing."""
+    """1.0 if the completion's JSON is valid under the schema, `partial` if it is other JSON, else 0.0.
+
+    The JSON is the last fenced JSON block, or else the whole completion. No score if the row's schema is missing.
+    """
 
     name = "json_schema"
     verifier = True
     rowwise = True
 
     schema: dict[str, Any] | None = None
-    """The schema, of any draft that the library jsonschema knows, 2020-12 by default; or else give `column`."""
+    """Schema, of any draft that jsonschema supports, 2020-12 by default; alternatively set `column`."""
     column: str | None = None
     """Dataset column with each row's schema, as an object or as JSON text."""
     partial: Fraction = 0.0
-    """Score of JSON that does not meet the schema."""
+    """Score of JSON that is invalid under the schema."""
 
     def __post_init__(self) -> None:
         if (self.schema is None) == (self.column is None):
-            raise ValueError("give either schema, a JSON schema, or column, a dataset column with schemas")
+            raise ValueError(
+                "exactly one of schema, a JSON schema, and column, a dataset column of schemas, must be set"
+            )
         if self.schema is not None:
             validator(json.dumps(self.schema))
 
@@ -40,7 +44,7 @@ class JsonSchema(RewardSource):
         return [self._score(*row) for row in zip(rollouts.completions, schemas, strict=True)]
 
     def answer(self, completion: str) -> str | None:
-        """The JSON with sorted keys and no white space."""
+        """Return the JSON with sorted keys and no whitespace."""
         try:
             value = loads(last_block(completion))
             return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,7 +1,7 @@
-"""The score that a language model gives by a rubric (a judge, arXiv:2306.05685), over any OpenAI-compatible server.
+"""Score by a language model with a rubric (LLM-as-a-judge, arXiv:2306.05685), over any OpenAI-compatible server.
 
-Departures: one response is graded by itself, never two against each other; a reply without a readable score is an error of its
-row and not a score of 0.
+Departures: responses are graded individually, never in pairs; a reply without a readable score is an error of its row, not
+a score of 0.
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ from ._judge.costs import Costs
 from ._judge.reply import SCORE, UnreadableError, content_of, default_template, filled, finite_range, number_in, places
 
 OWN = frozenset({"model", "messages", "temperature", "max_tokens", "seed", "stream", "n"})
-"""Fields of a request that settings fill, or that would give another kind of reply."""
+"""Request fields that settings fill, or that would change the kind of reply."""
 
 
 @dataclass(kw_only=True)
 class Judge(HttpReward):
-    """(grade - minimum) / (maximum - minimum): 0 to 1. No score where a column that the template names is null."""
+    """(grade - minimum) / (maximum - minimum): 0 to 1. No score if a column that the template names is null."""
 
     name = "judge"
     metrics = (
-        Metric("prompt_tokens", "tokens", "of a request, as the server counts", optional=True),
-        Metric("completion_tokens", "tokens", "of a reply, as the server counts", optional=True),
+        Metric("prompt_tokens", "tokens", "of a request, as counted by the server", optional=True),
+        Metric("completion_tokens", "tokens", "of a reply, as counted by the server", optional=True),
         Metric("cost", "as the prices", "of a request", optional=True),
-        Metric("cached", "share of judgements", "that the cache held", optional=True),
+        Metric("cached", "share of judgements", "found in the cache", optional=True),
         Metric("tokens_total", "tokens", "since the run began", optional=True, summary="max"),
         Metric("cost_total", "as the prices", "since the run began", optional=True, summary="max"),
     )
     rowwise = True
 
     base_url: str
-    """The server up to /chat/completions, such as https://api.openai.com/v1 or http://127.0.0.1:8000/v1."""
+    """URL of the server up to /chat/completions, such as https://api.openai.com/v1 or http://127.0.0.1:8000/v1."""
     model: str
-    """The judge's name at that server."""
+    """Name of the judge model on that server."""
     template: str | None = None
-    """What the judge is asked, with places {prompt}, {completion}, {minimum}, {maximum} and {any dataset column}; a rubric
-    of correctness, obedience and clarity when left out. Chat prompts are written as `role: content`."""
+    """The judge's prompt, with placeholders {prompt}, {completion}, {minimum}, {maximum} and {any dataset column}; None: a
+    rubric of correctness, instruction following and clarity. Chat prompts are written as `role: content`."""
     system: str | None = None
-    """A system message before it."""
+    """System message before the prompt."""
     pattern: str | None = None
-    """A regular expression whose first group is the grade; its last match counts. `Score: 7` and the like when left out."""
+    """Regular expression whose first group is the grade; its last match counts. None: `Score: 7` and similar."""
     json_field: str | None = None
-    """Instead of `pattern`: the field of the reply's JSON object that holds the grade, `grades.overall` inside another."""
+    """Instead of `pattern`: the field of the reply's JSON object with the grade; `grades.overall` for a nested one."""
     minimum: float = 0.0
-    """The lowest grade, which scores 0. A grade outside the range is an error of its row."""
+    """Lowest grade, which scores 0. A grade outside the range is an error of its row."""
     maximum: float = 10.0
-    """The highest grade, which scores 1."""
+    """Highest grade, which scores 1."""
     temperature: NonNegative | None = 0.0
-    """Temperature of the judge; the server's own when left out."""
+    """Sampling temperature of the judge; None: the server's default."""
     max_tokens: Count | None = 1024
-    """Most tokens of a reply; the server's own bound when left out."""
+    """Maximum tokens of a reply; None: the server's default."""
     seed: int | None = None
-    """Sent as it is; no server is bound by it."""
+    """Seed sent with each request; servers need not honor it."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request, such as {reasoning_effort: low} or {response_format: {type: json_object}}."""
+    """Additional fields of each request, such as {reasoning_effort: low} or {response_format: {type: json_object}}."""
     requests_per_minute: Positive | None = None
-    """Requests are sent at this rate at most, evenly, by each process of the run."""
+    """Maximum request rate of each process of the run; requests are spaced evenly."""
     cache: str | None = None
-    """A file in which replies are kept and found again, in later runs too: equal requests are then paid once."""
+    """File that caches replies across runs, so that equal requests are paid once."""
     prompt_price: NonNegative | None = None
-    """Price of a million tokens of the prompt, for the metric `cost`."""
+    """Price per million prompt tokens, for the metric `cost`."""
     completion_price: NonNegative | None = None
-    """Price of a million tokens of the reply, for the metric `cost`."""
+    """Price per million reply tokens, for the metric `cost`."""
     timeout: Positive | None = None
-    """Seconds for a row with all its tries and waits; when left out `request_timeout` and `request_retries` bound it."""
+    """Seconds for a row including all retries; None: bounded by `request_timeout` and `request_retries` alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +80,9 @@ class Judge(HttpReward):
         self._check_reading()
         mine = sorted(OWN & self.extra.keys())
         if mine:
-            raise ValueError(f"extra: {', '.join(mine)} cannot stand there; the settings say what may be set")
+            raise ValueError(
+                f"extra must not contain {', '.join(mine)}. Use the settings of these names, if there are any"
+            )
         self._template = default_template(self.json_field) if self.template is None else self.template
         self._pattern = SCORE if self.pattern is None else re.compile(self.pattern)
         self._server = self._endpoint(f"{self.base_url.rstrip('/')}/chat/completions", self.requests_per_minute)
@@ -90,17 +92,17 @@ class Judge(HttpReward):
 
     def _check_reading(self) -> None:
         if self.pattern is not None and self.json_field is not None:
-            raise ValueError("pattern and json_field both say where the grade stands: leave one out")
+            raise ValueError("only one of pattern and json_field may be set, got both. Remove one")
         try:
             groups = re.compile(self.pattern or "()").groups
         except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(f"pattern must be a regular expression, got {self.pattern!r}: {error}") from error
         if not groups:
-            raise ValueError(f"pattern {self.pattern!r} has no group: put the grade in parentheses")
+            raise ValueError(f"pattern must have a group, got {self.pattern!r}. Put the grade in parentheses")
         if not finite_range(self.minimum, self.maximum):
-            raise ValueError(f"maximum ({self.maximum:g}) must be above minimum ({self.minimum:g})")
+            raise ValueError(f"maximum must be above minimum={self.minimum:g}, got {self.maximum:g}")
         if self.template is not None and "completion" not in places(self.template):
-            raise ValueError("template: it has no place {completion}: the judge would not see what it grades")
+            raise ValueError("template must contain {completion}, the text to grade")
 
     def columns(self) -> set[str]:
         return places(self._template) - {"prompt", "completion", "minimum", "maximum"}
@@ -114,7 +116,7 @@ class Judge(HttpReward):
         return await together(self._judge(rollouts, row, headers) for row in range(len(rollouts)))
 
     def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
-        """Tokens and cost of each row, whether its reply was known, and totals since the run began or was resumed."""
+        """Return tokens, cost and cache hits of each row, and totals since the run began or was resumed."""
         return {}, self._costs.take()
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class Judge(HttpReward):
         return {"model": self.model, "messages": [*messages, {"role": "user", "content": text}], **given, **self.extra}
 
     def _known(self, reply: str) -> float | None:
-        """The score in a kept reply; None where these settings cannot read it, and it is asked for once more."""
+        """Return the score in a cached reply; None if these settings cannot read it, so that it is requested again."""
         try:
             score = self._score(reply)
         except UnreadableError:
@@ -156,7 +158,7 @@ class Judge(HttpReward):
         return score
 
     async def _ask(self, request: dict[str, Any], headers: dict[str, str]) -> tuple[float, str]:
-        """The score and the reply in which it stands."""
+        """Request a grade and return the score with the reply."""
         data = await self._server.post(request, headers)
         try:
             reply, cut = content_of(data)
@@ -166,7 +168,7 @@ class Judge(HttpReward):
         try:
             return self._score(reply), reply
         except UnreadableError as error:
-            why = ", cut off at max_tokens" if cut else ""
+            why = ", truncated at max_tokens," if cut else ""
             raise UnreadableError(
                 f"{self.model} at {self._server.url} gave no score: {error}; its reply{why} ends {reply[-200:]!r}"
             ) from None

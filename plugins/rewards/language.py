@@ -1,7 +1,7 @@
-"""How far the completion is in the wanted language, by py3langid.
+"""Language consistency: the degree to which the completion is in the target language, by py3langid.
 
-As DeepSeek-R1's reward for language consistency (arXiv:2501.12948, section 2.3.2), which is the share of words in the
-target language; a single word says little of its language, so the share is taken over lines, or a probability instead.
+Similar to DeepSeek-R1's language consistency reward (arXiv:2501.12948, section 2.3.2), the share of words in the target
+language; single words are hard to identify, so the share is taken over lines, or a probability is used.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from . import _languages
 
 @dataclass(kw_only=True)
 class Language(RewardSource):
-    """A number from 0 to 1. Code, formulas and addresses are left out; no score where no letter remains or the wanted
-    language is missing."""
+    """Probability of the target language, or the share of the text in it: 0 to 1.
+
+    Code, formulas and URLs are ignored; no score if no letter remains or the target language is missing.
+    """
 
     name = "language"
     rowwise = True
 
     language: str | None = None
-    """The wanted language, an ISO 639-1 code such as en; or else give `column`."""
+    """Target language, an ISO 639-1 code such as en; alternatively set `column`."""
     column: str | None = None
-    """Dataset column with each row's wanted language."""
+    """Dataset column with each row's target language."""
     languages: tuple[str, ...] = ()
-    """Languages among which it is told, the wanted one besides; all that py3langid knows when left out. Fewer make short
-    texts safer."""
+    """Candidate languages, in addition to the target; empty: all that py3langid knows. Fewer candidates make short texts
+    more reliable."""
     measure: Literal["probability", "share"] = "probability"
-    """Probability that the text is in the wanted language; or the share of its lines, by letters, that are most likely in
-    it."""
+    """Probability that the text is in the target language; or the share of its lines, weighted by letters, that are most
+    likely in it."""
 
     def __post_init__(self) -> None:
         if (self.language is None) == (self.column is None):
-            raise ValueError("give either language, e.g. language=en, or column, a dataset column with codes")
+            raise ValueError("exactly one of language, such as en, and column, a dataset column of codes, must be set")
         given = {*self.languages, *([self.language] if self.language else ())}
         unknown = sorted(given - _languages.known())
         if unknown:
@@ -55,7 +57,9 @@ class Language(RewardSource):
         if wanted is None or text is None:
             return None
         if wanted not in _languages.known():
-            raise ValueError(f"column {self.column}: {wanted!r} is no language that py3langid knows, such as en")
+            raise ValueError(
+                f"column {self.column} must hold languages that py3langid knows, such as en, got {wanted!r}"
+            )
         candidates = frozenset({*self.languages, wanted}) if self.languages else frozenset[str]()
         if self.measure == "probability":
             return _languages.probabilities(text, candidates)[wanted]

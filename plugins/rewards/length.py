@@ -1,6 +1,6 @@
-"""A penalty on length: the soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13), in a unit of one's choice.
+"""Length penalty: the soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13), in a selectable unit.
 
-In the paper's names `maximum` is L_max and `target` is L_max - L_cache. A negative `weight` rewards length instead.
+In the paper's notation `maximum` is L_max and `target` is L_max - L_cache. A negative `weight` rewards length instead.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from hf_rlhf.batch import Rollouts
 
 @dataclass(kw_only=True)
 class Length(RewardSource):
-    """-clip((length - target) / (maximum - target), 0, 1): 0 up to `target`, falling in a line to -1 at `maximum`."""
+    """-clip((length - target) / (maximum - target), 0, 1): 0 up to `target`, decreasing linearly to -1 at `maximum`."""
 
     name = "length"
     rowwise = True
 
     unit: Literal["tokens", "words", "characters"] = "tokens"
-    """What is counted. Tokens: those the policy sampled, the end of sequence included; words: between white space."""
+    """Unit of length: sampled tokens, the end-of-sequence token included; words separated by whitespace; or characters."""
     target: Count = 256
-    """The longest length that costs nothing."""
+    """Largest length without penalty."""
     maximum: Count = 512
-    """The length from which the score is -1."""
+    """Length from which the score is -1."""
 
     def __post_init__(self) -> None:
         if self.maximum <= self.target:
-            raise ValueError(f"maximum ({self.maximum}) must be above target ({self.target})")
+            raise ValueError(f"maximum must be above target={self.target}, got {self.maximum}")
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         span = self.maximum - self.target

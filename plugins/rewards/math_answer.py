@@ -1,7 +1,7 @@
-"""1 where the completion's final answer is mathematically equal to the reference, else 0, by Math-Verify.
+"""1 if the completion's final answer is mathematically equal to the reference, else 0, by Math-Verify.
 
-Both texts are parsed as LaTeX and as plain expressions (`\\boxed{\\frac12}`, `0.5`, `1/2` are one number). SymPy computes
-what model text says, however large: rows are judged in processes that are killed at a time limit.
+Both texts are parsed as LaTeX and as plain expressions (`\\boxed{\\frac12}`, `0.5`, `1/2` are equal). SymPy evaluates
+whatever the model writes, however large, so rows are scored in processes that are killed at a time limit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ._math import final_answer, judge, load
 
 @dataclass(kw_only=True)
 class MathAnswer(RewardSource):
-    """1.0 where the answer found in the completion equals the reference, 0.0 elsewhere.
+    """1.0 if the answer in the completion equals the reference, else 0.0.
 
-    No score (None) where the reference is missing or cannot be parsed.
+    No score (None) if the reference is missing or cannot be parsed.
     """
 
     name = "math_answer"
@@ -31,17 +31,17 @@ class MathAnswer(RewardSource):
     column: str = "answer"
     """Dataset column of the reference."""
     answer_after: str | None = None
-    """Marker in front of the answer, e.g. "####" (GSM8K): the text after its last occurrence is read, of completion and
-    reference. A text without it is read as a whole."""
+    """Marker before the answer, e.g. "####" (GSM8K): the text after its last occurrence is parsed, in completion and
+    reference. A text without it is parsed as a whole."""
     workers: Literal["inline", "threads", "processes", "ray"] = "processes"
-    """Where rows are judged. Only processes can be stopped in the middle of a computation."""
+    """Runner for rows. Only processes can be killed during a computation."""
     timeout: Positive | None = 5.0
-    """Seconds after which the judgement of a row is given up."""
+    """Time limit in seconds for scoring a row."""
     memory_mib: Count | None = 4096
     """Address space of a process in MiB."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The copy in a worker process loads Math-Verify before the time of its first row runs."""
+        """Load Math-Verify when a worker process unpickles this, before the time limit of its first row starts."""
         self.__dict__.update(state)
         load()
 

@@ -1,6 +1,6 @@
-"""A penalty on completions without an end: those that were cut off at the longest length.
+"""Penalty on completions truncated at the maximum length, before an end-of-sequence token.
 
-The `missing_eos_penalty` of TRL and of PPO as in "The N implementation details of RLHF with PPO" (2023) is its `weight`.
+Its `weight` is the `missing_eos_penalty` of TRL and of "The N implementation details of RLHF with PPO" (2023).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_rlhf.batch import Rollouts
 
 @dataclass(kw_only=True)
 class MissingEos(RewardSource):
-    """-1 where a completion was cut off, 0 where it ended by itself."""
+    """-1 if a completion was truncated, 0 if it ended by itself."""
 
     name = "missing_eos"
     rowwise: ClassVar[bool] = True

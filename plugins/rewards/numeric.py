@@ -1,6 +1,6 @@
-"""1 where the completion's number is the reference, within a tolerance, else 0.
+"""1 if the completion's number equals the reference within a tolerance, else 0.
 
-As evaluations of GSM8K (arXiv:2110.14168) read it: the number after a marker, else the one in a box, else the last one.
+As in evaluations of GSM8K (arXiv:2110.14168) it is the number after a marker, else the one in a box, else the last one.
 Expressions are not evaluated; `math_answer` does that, at some hundred times the cost.
 """
 
@@ -20,28 +20,30 @@ from ._numbers import DecimalMark, Reader, reader
 
 @dataclass(kw_only=True)
 class Numeric(RewardSource):
-    """1.0 where |x - reference| <= max(abs_tol, rel_tol * |reference|) for the completion's number x, 0.0 elsewhere or
-    without a number; no score where the reference is missing or has no number. Units and currencies are not compared."""
+    """1.0 if |x - reference| <= max(abs_tol, rel_tol * |reference|) for the completion's number x, else 0.0.
+
+    No score if the reference is missing or has no number. Units and currencies are not compared.
+    """
 
     name = "numeric"
     verifier = True
     rowwise = True
 
     column: str = "answer"
-    """Dataset column of the reference, a number or a text that is read as completions are."""
+    """Dataset column of the reference, a number or a text that is parsed like completions."""
     answer_after: str | None = None
-    """Marker in front of the answer, e.g. "####" (GSM8K): the first number after its last occurrence counts. A text without
-    it is read as if there were none."""
+    """Marker before the answer, e.g. "####" (GSM8K): the first number after its last occurrence counts. Ignored for texts
+    without it."""
     strict: bool = False
-    r"""A completion with neither the marker nor a \\boxed{} is wrong, instead of giving its last number."""
+    r"""Score 0 for a completion with neither the marker nor a \\boxed{}, instead of using its last number."""
     abs_tol: NonNegative = 0.0
     """Largest absolute difference. Without tolerances numbers are compared exactly: 0.1 and 1/10 are equal."""
     rel_tol: NonNegative = 0.0
-    """Largest difference as a share of the reference."""
+    """Largest difference relative to the reference."""
     decimal_mark: DecimalMark = "."
-    """What separates the decimals; the other one of comma and point, an apostrophe or a thin space separates thousands."""
+    """Decimal separator; the other one of comma and point, an apostrophe or a thin space separates thousands."""
     percent: Literal["number", "fraction"] = "number"
-    """50% is 50, its sign a unit like any other, or 0.5."""
+    """Value of 50%: 50, with the sign as a unit, or 0.5."""
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         numbers = reader(self.decimal_mark, self.percent == "fraction")
@@ -65,7 +67,7 @@ class Numeric(RewardSource):
         else:
             read = self._read(numbers, str(reference), False)
             if read is None:
-                warn_of_reference(self.name, self.column, str(reference), "it holds no number")
+                warn_of_reference(self.name, self.column, str(reference), "it must contain a number")
                 return None
             truth = read
         found = self._read(numbers, completion, self.strict)

@@ -1,7 +1,8 @@
-"""A reward for each step by a process reward model (arXiv:2305.20050, in reinforcement learning as in arXiv:2312.08935).
+"""Per-step rewards by a process reward model (arXiv:2305.20050, in reinforcement learning as in arXiv:2312.08935).
 
-Departure: what a step is, `delimiter` or a dataset column says, not annotators. One number for all steps is the product of
-their probabilities in arXiv:2305.20050 (section 2.6), their minimum in arXiv:2312.08935, the last one in arXiv:2408.03314.
+Departure: steps are defined by `delimiter` or a dataset column, not by annotators. To reduce steps to one number,
+arXiv:2305.20050 (section 2.6) takes the product of their probabilities, arXiv:2312.08935 their minimum, arXiv:2408.03314
+the last one.
 """
 
 from __future__ import annotations
@@ -29,44 +30,45 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ProcessRewardModel(TokenModelReward):
-    """What the model says at the end of each step, as a reward there.
+    """The model's score at the end of each step, as a reward there.
 
     The model is an `AutoModelForTokenClassification`, a causal model's trunk with a value head, or with `good_token` a causal
-    model. Its one output is the log-odds of a good step; of two outputs (as TRL's PRMTrainer saves) the second one is good.
-    Steps of white space do not count; a completion without any has total 0. Rewards add up over the steps: with
-    probabilities, more steps earn more, so limit their number, give `value: log_odds`, or reduce them to one number.
+    model. A single output is the log-odds of a good step; of two outputs (as saved by TRL's PRMTrainer) the second one is
+    good. Blank steps do not count; a completion without any has total 0. Rewards add up over the steps: with probabilities,
+    more steps earn more, so limit their number, set `value: log_odds`, or reduce them to one number.
     """
 
     name = "process_reward_model"
     default_outputs: ClassVar[dict[int, int]] = {1: 0, 2: 1}
 
     delimiter: Annotated[str, MinLen(1)] = "\n\n"
-    """What ends a step. The last step is read as if it followed."""
+    """Text that ends a step. It is appended to the last step if missing."""
     step_column: str | None = None
-    """Dataset column with each row's steps in place of `delimiter`: a list of the places after them in characters, or of
-    their texts. A row with null has no score."""
+    """Dataset column with each row's steps instead of `delimiter`: a list of their end positions in characters, or of their
+    texts. A row with null has no score."""
     step_token: Annotated[str, MinLen(1)] | None = None
-    """What the model was trained to be read at: it is put after each step, before the delimiter (" ки" for Math-Shepherd's
-    model, "<extra_0>" for Qwen2.5-Math-PRM)."""
+    """Token at which the model was trained to score: it is inserted after each step, before the delimiter (" ки" for
+    Math-Shepherd's model, "<extra_0>" for Qwen2.5-Math-PRM)."""
     keep_delimiter: bool = True
-    """Whether the delimiter stays behind a `step_token`; false puts the token in its place, as Qwen2.5-Math-PRM has it."""
+    """Keep the delimiter after a `step_token`; false replaces it by the token, as for Qwen2.5-Math-PRM."""
     good_token: str | int | None = None
-    """Read a causal language model: the token (or its id) whose logit is a good step's ("+" for Math-Shepherd's model)."""
+    """For a causal language model: the token (or its id) whose logit is that of a good step ("+" for Math-Shepherd's
+    model)."""
     bad_token: str | int | None = None
-    """The token against which `good_token` stands; without it the logit of the good one is its log-odds."""
+    """Token that competes with `good_token`; without it the logit of the good one is its log-odds."""
     value: Literal["probability", "log_odds", "logit"] = "probability"
-    """The probability that the step is good, its log-odds, or the label's logit as the model gives it."""
+    """Probability that the step is good, its log-odds, or the label's raw logit."""
     reduce: Literal["none", "sum", "mean", "min", "last", "product"] = "none"
-    """Make one number of a row's steps, as a reward for the whole completion."""
+    """Reduce a row's steps to one number, as a reward for the whole completion."""
 
     def refusals(self) -> Iterator[str]:
         yield from super().refusals()
         if self.bad_token is not None and self.good_token is None:
-            yield f"{self.asker}: bad_token is read with good_token only; set good_token, or leave bad_token out"
+            yield f"{self.asker}: bad_token needs good_token. Set good_token, or remove bad_token"
         if self.reduce == "product" and self.value != "probability":
-            yield f"{self.asker}: reduce=product multiplies probabilities; set value: probability, or reduce: sum for log-odds"
+            yield f"{self.asker}: reduce=product needs probabilities. Set value: probability, or reduce: sum for log-odds"
         if not self.keep_delimiter and (self.step_token is None or self.step_column is not None):
-            yield f"{self.asker}: keep_delimiter is read with step_token and delimiter only; leave it out"
+            yield f"{self.asker}: keep_delimiter needs step_token and delimiter. Remove it"
 
     def columns(self) -> set[str]:
         return set() if self.step_column is None else {self.step_column}
@@ -78,7 +80,7 @@ class ProcessRewardModel(TokenModelReward):
                 check_token(held.tokenizer, self.step_token, f"{self.asker}.step_token", self.model)
 
     def steps(self, rollouts: Rollouts) -> list[list[Step] | None]:
-        """The steps of each row; None where it has no score. A subclass that finds steps otherwise overrides it."""
+        """Return the steps of each row, None for a row without score. Subclasses may override it."""
         if self.step_column is None:
             return [by_delimiter(text, self.delimiter) for text in rollouts.completions]
         found: list[list[Step] | None] = []
@@ -110,7 +112,7 @@ class ProcessRewardModel(TokenModelReward):
         return Spans(rewards) if self.reduce == "none" else reduced(self.reduce, [x for _, x in rewards])
 
     def _at_steps(self, text: Prepared, tokens: list[Read]) -> list[float | None] | None:
-        """The score of each step, None for one that the model did not see; None where a step token became part of another."""
+        """Return the score of each step, None for a truncated one; None if a step token was merged into another token."""
         found = [at_end(tokens, last) for _, last in text.places]
         if self.step_token is not None:
             within = [
@@ -118,7 +120,9 @@ class ProcessRewardModel(TokenModelReward):
                 for token, (first, last) in zip(found, text.places, strict=True)
             ]
             if not all(within):
-                logger.warning("%s: %r merges step_token into a completion, which has no score", self.asker, self.model)
+                logger.warning(
+                    "%s: %r merges step_token with a completion's text; it has no score", self.asker, self.model
+                )
                 return None
         return [None if token is None else token.score for token in found]
 

@@ -1,4 +1,4 @@
-"""1 where the completion matches a regular expression, else 0."""
+"""1 if the completion matches a regular expression, else 0."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ._patterns import compiled
 
 @dataclass(kw_only=True)
 class Regex(RewardSource):
-    """min(matches, count) / count for the matches of the pattern in the completion, which do not overlap."""
+    """min(matches, count) / count for the nonoverlapping matches of the pattern in the completion."""
 
     name = "regex"
     rowwise = True
 
     pattern: str
-    """A regular expression in the syntax of the library `regex`, which has all of Python's. `(?i)` in front ignores case,
+    """Regular expression in the syntax of the `regex` library, a superset of Python's. A leading `(?i)` ignores case,
     `(?s)` lets `.` match line breaks."""
     method: Literal["search", "match", "fullmatch"] = "search"
-    """Where it matches: anywhere, from the first character on, or from the first to the last."""
+    """Position of the match: anywhere, at the start, or the whole completion."""
     count: Count = 1
-    """Matches that give 1; fewer give their share. Only `search` can have more than one."""
+    """Number of matches that give 1; fewer give their share. Only `search` can have more than one."""
     timeout: Positive | None = 5.0
-    """Seconds after which matching a row is given up."""
+    """Time limit in seconds for matching a row."""
 
     def __post_init__(self) -> None:
         compiled("pattern", self.pattern)
         if self.count > 1 and self.method != "search":
             raise ValueError(
-                f"count={self.count} with method={self.method}: it matches once at most; use method=search"
+                f"count must be 1 with method={self.method}, which matches at most once, got {self.count}. Use method=search"
             )
 
     def __call__(self, rollouts: Rollouts) -> list[float]:

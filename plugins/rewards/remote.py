@@ -1,7 +1,7 @@
-"""Scores from a server of one's own, over HTTP: prompts and completions in, scores out.
+"""Scores from your own server, over HTTP: prompts and completions in, scores out.
 
-The protocol is one JSON object each way; docs/remote_rewards.md holds it, and `hf-rlhf serve-reward` serves any source
-with it. A server can be stopped and started again in the middle of a run: requests are sent again while it is away.
+The protocol is one JSON object each way, documented in docs/remote_rewards.md; `hf-rlhf serve-reward` serves any source
+with it. A server can be restarted during a run: requests are retried while it is down.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ._http import HttpError, HttpReward, check_url, shown, together
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Of the protocol, in every request and every answer."""
+"""Protocol version in every request and response."""
 TOKENS = ("prompt_ids", "completion_ids", "masks")
 
 
 @dataclass(kw_only=True)
 class Remote(HttpReward):
-    """What a server answers for each row: a number, null (no score), rewards by step or rewards by token."""
+    """The server's answer for each row: a number, null (no score), per-step rewards or per-token rewards."""
 
     name = "remote"
     metrics = (
         Metric(
             "failed_frac",
             "share of rows",
-            "that the server says have failed there",
+            "reported as failed by the server",
             (None, 0.0),
             "A source fails on the server: its log has the reason.",
             optional=True,
@@ -40,15 +40,15 @@ class Remote(HttpReward):
     )
 
     url: str
-    """Where requests are posted, such as http://127.0.0.1:8765/score."""
+    """URL that requests are posted to, such as http://127.0.0.1:8765/score."""
     send: list[str] = field(default_factory=list)
-    """Dataset columns that are sent with the texts."""
+    """Dataset columns sent with the texts."""
     send_ids: bool = False
     """Send token ids and masks too, for a server that counts or scores tokens."""
     batch_size: Count | None = 64
-    """Rows per request; all rows in one when left out, for a server that compares the rows of a prompt."""
+    """Rows per request; None: all rows in one, for a server that compares the rows of a prompt."""
     num_workers: Count | None = 4
-    """Requests at a time, of each process of the run; no bound when left out."""
+    """Concurrent requests of each process of the run; None: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +68,7 @@ class Remote(HttpReward):
         return [score for scores in answered for score in scores]
 
     def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
-        """The share of rows that the server reports as failed, where it reports any."""
+        """Return the share of rows that the server reports as failed, if it reports any."""
         failed, self._failed = self._failed, []
         return {}, {"failed_frac": failed} if any(failed) else {}
 
@@ -80,12 +80,12 @@ class Remote(HttpReward):
 
     def _answers(self, data: Any, rows: range) -> list[float | Spans | TokenScores | None]:
         if not isinstance(data, dict) or not isinstance(data.get("scores"), list):
-            raise self._wrong(f'an object {{"version": {VERSION}, "scores": [...]}} is due', data)
+            raise self._wrong(f'the answer must be {{"version": {VERSION}, "scores": [...]}}', data)
         if data.get("version") != VERSION:
-            raise self._wrong(f"version {VERSION} of the protocol is due, not {data.get('version')!r}", data)
+            raise self._wrong(f"protocol version must be {VERSION}, not {data.get('version')!r}", data)
         scores = data["scores"]
         if len(scores) != len(rows):
-            raise self._wrong(f"{len(rows)} scores are due, one per completion, not {len(scores)}", data)
+            raise self._wrong(f"scores must be one per completion ({len(rows)}), not {len(scores)}", data)
         self._report(data, rows)
         return [self._answer(row, value) for row, value in zip(rows, scores, strict=True)]
 
@@ -107,13 +107,13 @@ class Remote(HttpReward):
             ) from None
 
     def _report(self, data: dict[str, Any], rows: range) -> None:
-        """Takes note of the rows that the server says have failed there."""
+        """Record the rows that the server reports as failed."""
         failed, errors = data.get("failed", 0), data.get("errors", [])
         if not isinstance(failed, int) or not 0 <= failed <= len(rows) or not isinstance(errors, list):
-            raise self._wrong("failed is a number of rows and errors a list", data)
+            raise self._wrong("failed must be a number of rows and errors a list", data)
         self._failed += [failed / len(rows)] * len(rows)
         if failed:
-            reason = shown(str(errors[0]), 300) if errors else "it does not say why"
+            reason = shown(str(errors[0]), 300) if errors else "no reason reported"
             logger.warning("rewards.remote: %d of %d rows failed at %s: %s", failed, len(rows), self.url, reason)
 
     def _wrong(self, why: str, came: Any) -> HttpError:

@@ -1,7 +1,7 @@
-"""A penalty on repeated n-grams (Demystifying Long Chain-of-Thought Reasoning, arXiv:2502.03373).
+"""Penalty on repeated n-grams (Demystifying Long Chain-of-Thought Reasoning, arXiv:2502.03373).
 
-By row: as Open-R1 (on words) and TRL (on tokens) have it. By token: algorithm 1 of the paper with a penalty of -1, which puts
-it where the repetition is. A larger `weight` is a larger penalty.
+Per row it is that of Open-R1 (on words) and TRL (on tokens). Per token it is algorithm 1 of the paper with a penalty of -1
+where the repetition is. A larger `weight` is a larger penalty.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from hf_rlhf.batch import Rollouts, TokenScores
 
 @dataclass(kw_only=True)
 class Repetition(RewardSource):
-    """unique / total - 1 for the completion's n-grams: 0 where none is repeated or there is none, falling towards -1. By
-    token -1 at each token of an n-gram that stood before, 0 elsewhere."""
+    """unique / total - 1 for the completion's n-grams: 0 without repetition, decreasing towards -1.
+
+    Per token -1 at each token of an n-gram that occurred before, 0 elsewhere.
+    """
 
     name = "repetition"
     rowwise = True
 
     ngram_size: Count = 3
-    """n: how many tokens or words."""
+    """Tokens or words per n-gram."""
     unit: Literal["tokens", "words"] = "tokens"
-    """Of what n-grams are made: tokens that the policy sampled, or words between white space in lower case."""
+    """Units of n-grams: sampled tokens, or lower-cased words separated by whitespace."""
     level: Literal["sequence", "token"] = "sequence"
     """One number for the row, or a penalty at each repeated token."""
 
     def __post_init__(self) -> None:
         if self.level == "token" and self.unit == "words":
-            raise ValueError("level=token with unit=words: a token's penalty is on n-grams of tokens; set unit=tokens")
+            raise ValueError("unit must be tokens with level=token, got words. Set unit=tokens")
 
     def __call__(self, rollouts: Rollouts) -> list[float] | list[TokenScores]:
         if self.unit == "words":

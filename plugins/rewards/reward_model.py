@@ -1,4 +1,4 @@
-"""The score of a reward model: a sequence classifier with one output, in its own words (arXiv:2203.02155).
+"""Score of a reward model: a sequence classifier with one output and its own tokenizer (arXiv:2203.02155).
 
 It need not share the policy's tokenizer: it receives text and uses its own tokenizer and chat template. Of a classifier with
 several labels, one scores: an objective of a multi-objective model, or the good one of two.
@@ -22,25 +22,24 @@ from ._models.text import rendered, row_of
 
 @dataclass(kw_only=True)
 class RewardModel(ModelReward):
-    """What the classifier says of each prompt with its completion; batches give what single rows give.
+    """The classifier's score of each prompt with its completion, independent of batching.
 
-    The model is an `AutoModelForSequenceClassification`, or a causal model's trunk with a value head (as TRL's
-    `AutoModelForCausalLMWithValueHead`, LLaMA-Factory and OpenRLHF save them), read at the last token.
+    The model is an `AutoModelForSequenceClassification`, or a causal model's trunk with a value head (as saved by TRL's
+    `AutoModelForCausalLMWithValueHead`, LLaMA-Factory and OpenRLHF), scored at the last token.
     """
 
     name = "reward_model"
 
     value: Literal["logit", "log_odds", "probability"] = "logit"
-    """The label's logit, its log-odds against the other labels (of two: its logit minus the other's), or its probability
-    (softmax over the labels; sigmoid of a single label and where the model's problem_type is multi_label_classification)."""
+    """The label's logit, its log-odds against the other labels (with two labels: its logit minus the other's), or its
+    probability (softmax over the labels; sigmoid for a single label or problem_type multi_label_classification)."""
     pair: bool = False
-    """Read prompt and completion as two texts with the tokenizer's separator between, as models of BERT's kind are trained
-    to."""
+    """Encode prompt and completion as two texts joined by the tokenizer's separator, as BERT-like models are trained."""
 
     def refusals(self) -> Iterator[str]:
         yield from super().refusals()
         if self.pair and self.chat:
-            yield f"{self.asker}: pair reads two texts and chat makes one of them: set one of the two to false"
+            yield f"{self.asker}: only one of pair (two texts) and chat (one text) may be true. Set one of them to false"
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         with self._session() as held:
@@ -57,7 +56,7 @@ class RewardModel(ModelReward):
             texts = (prompt, completion) if self.pair else (prompt + completion,)
             return row_of(held.tokenizer, texts, chat=False, limit=limit)
         if self.pair:
-            raise ValueError(f"{self.asker}: pair is for text prompts, and these are conversations: set pair: false")
+            raise ValueError(f"{self.asker}: pair needs text prompts, got conversations. Set pair: false")
         return row_of(held.tokenizer, (rendered(held.tokenizer, prompt, completion),), chat=True, limit=limit)
 
 

@@ -1,8 +1,8 @@
-"""A reward for each token by a model: a token classifier with one output (after arXiv:1706.03741).
+"""Per-token rewards by a model: a token classifier with one output (after arXiv:1706.03741).
 
-There a network scores each moment and the sum over a segment is compared with another segment's by Bradley and Terry;
-such a network is what `model` names. Departures: moments are the model's tokens, one network and no ensemble, and the
-scores are used as they are: they are not normalised.
+In the paper a network scores each time step and is trained by a Bradley-Terry model on sums over segments; `model` is such
+a network. Departures: time steps are the model's tokens, there is one network instead of an ensemble, and scores are not
+normalized.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ._models.token_classifier import TokenModelReward
 
 @dataclass(kw_only=True)
 class TokenRewardModel(TokenModelReward):
-    """What the model says at each of its own tokens of the completion, as a reward where that token ends.
+    """The model's score at each of its own tokens of the completion, as a reward where that token ends.
 
     The model is an `AutoModelForTokenClassification`, or a causal model's trunk with a value head. It need not share the
-    policy's tokenizer. The end-of-sequence token is no text and gets nothing; an empty completion has total 0.
+    policy's tokenizer. The end-of-sequence token has no text and no reward; an empty completion has total 0.
     """
 
     name = "token_reward_model"

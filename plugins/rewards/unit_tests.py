@@ -1,8 +1,8 @@
-"""The share of a row's tests that a completion's program passes, run in a sandbox.
+"""Share of a row's tests that a completion's program passes, run in a sandbox.
 
-The program is the completion's last fenced block. The sandbox gets it with the tests' expressions and inputs and gives back
+The program is the completion's last code block. The sandbox gets it with the tests' expressions and inputs and returns
 plain values and printed texts, which are compared here: expected values never enter it, and neither an exit status nor the
-program's own `==` passes a test. docs/sandbox.md says what each sandbox holds back, and what it does not.
+program's own `==` passes a test. docs/sandbox.md documents what each sandbox prevents, and what it does not.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ READ_BY = {
     "token_env": ("remote",),
     "python": ("bubblewrap", "rlimits"),
 }
-"""Setting -> the sandboxes that read it."""
+"""Sandboxes that read each setting."""
 
 
 @dataclass(kw_only=True)
 class UnitTests(RewardSource):
-    """Passed tests over all tests, or 1.0 where all passed and else 0.0; no score where the row has no tests.
+    """Passed tests over all tests, or 1.0 if all passed and else 0.0; no score if the row has no tests.
 
-    A program that does not compile, runs too long, takes too much or ends its sandbox has failed: it scores what it passed
-    before. A sandbox that does not start raises, which is no score of the program. Each program and each test runs for itself.
+    A program that does not compile, exceeds a limit or kills its sandbox fails the remaining tests. A sandbox that does not
+    start raises an error, which is not a score. Each program and each test runs separately.
     """
 
     name = "unit_tests"
@@ -51,60 +51,58 @@ class UnitTests(RewardSource):
     column: str = "tests"
     """Dataset column: a list of {call, expected}, of {stdin, stdout}, or of texts "assert EXPRESSION == LITERAL"; or its JSON."""
     score: Literal["share", "all"] = "share"
-    """The share of the tests that passed, or 1 only where all did."""
+    """Share of passed tests, or 1 only if all passed."""
     without_fence: Literal["whole", "fail"] = "whole"
-    """A completion without a fenced block is a program as a whole, or fails."""
+    """Treat a completion without a code block as a program, or let it fail."""
     tolerance: NonNegative = 1e-6
-    """Floats are equal where they differ by no more than this, absolutely or relative to the larger one."""
+    """Largest difference of equal floats, absolute or relative to the larger one."""
     sandbox: Literal["bubblewrap", "docker", "podman", "remote", "rlimits"] = "bubblewrap"
-    """What the program runs in. `rlimits` bounds time and memory of each process and is no sandbox."""
+    """Sandbox that runs the program. `rlimits` limits time and memory of each process and is not a sandbox."""
     i_understand_this_is_not_a_sandbox: bool = False
-    """Has to be set for `rlimits`: the model's programs can then read, change and send whatever this process can."""
+    """Required for `rlimits`: the model's programs can then read, change and send whatever this process can."""
     image: str | None = None
-    """Image for docker and podman with Python 3.11 or newer; python:3.12-slim when left out. It is never pulled."""
+    """Image for docker and podman with Python 3.11 or newer; None: python:3.12-slim. It is never pulled."""
     url: str | None = None
-    """Where the runner of `remote` listens."""
+    """URL of the runner for `remote`."""
     token_env: str | None = None
     """Environment variable with the runner's token, sent as `Authorization: Bearer ...`."""
     python: str | None = None
-    """Interpreter of programs under bubblewrap and rlimits, such as one of a virtual environment, with its packages. When left
-    out, this process' own with the standard library alone."""
+    """Interpreter for programs under bubblewrap and rlimits, such as one of a virtual environment, with its packages. None:
+    this process's own with the standard library alone."""
     time_limit: Positive = 10.0
-    """Seconds for all tests of a completion; what has not answered then has failed."""
+    """Seconds for all tests of a completion; tests without an answer by then fail."""
     test_time_limit: Positive = 5.0
     """Seconds for one test."""
     program_memory_mib: Count = 512
-    """Address space of each process of a program in MiB; what docker and podman bound is the sum of them."""
+    """Address space of each process of a program in MiB; docker and podman limit their sum."""
     processes: Count = 8
-    """Processes and threads of a program at a time; `rlimits` does not bound them."""
+    """Concurrent processes and threads of a program; not limited by `rlimits`."""
     disk_mib: Count = 32
-    """Size of its temporary folder in MiB, the only place where it can write; of each file under `rlimits`."""
+    """Size in MiB of the temporary folder, the only writable place; under `rlimits`, of each file."""
     output_kib: Count = 1024
-    """What its tests may give back in all, in KiB."""
+    """Total output of the tests, in KiB."""
     workers: Literal["inline", "threads", "processes", "ray"] = "threads"
-    """Where the sandboxes are started and waited for; each is a process of its own anyway."""
+    """Runner that starts and awaits the sandboxes, which are separate processes anyway."""
     timeout: Positive | None = 120.0
-    """Seconds for a row: above `time_limit`, so that it ends only a sandbox that hangs."""
+    """Seconds for a row; must exceed `time_limit`, so that it stops only a hanging sandbox."""
 
     def __post_init__(self) -> None:
         for setting, sandboxes in READ_BY.items():
             if getattr(self, setting) is not None and self.sandbox not in sandboxes:
-                raise ValueError(
-                    f"{setting} is read by sandbox {' and '.join(sandboxes)}, not by {self.sandbox}: leave it out"
-                )
+                raise ValueError(f"{setting} needs sandbox {' or '.join(sandboxes)}, got {self.sandbox}. Remove it")
         if self.sandbox == "rlimits" and not self.i_understand_this_is_not_a_sandbox:
             raise ValueError(
-                "sandbox `rlimits` is no sandbox: the model's programs can read, change and send whatever this process can. "
+                "`rlimits` is not a sandbox: the model's programs can read, change and send whatever this process can. "
                 "Choose bubblewrap, docker, podman or remote, or set i_understand_this_is_not_a_sandbox: true"
             )
         if self.sandbox == "remote":
             if self.url is None:
-                raise ValueError("sandbox `remote` needs url: where its runner listens (docs/sandbox.md)")
+                raise ValueError("sandbox `remote` needs url, the address of its runner (docs/sandbox.md)")
             check_url("url", self.url)
         if self.timeout is not None and self.timeout <= self.time_limit + 1:
             raise ValueError(
-                f"timeout {self.timeout:g} has to be more than a second above time_limit {self.time_limit:g}: a program that "
-                "runs too long has failed its tests, a row that runs into `timeout` has no score"
+                f"timeout must be more than a second above time_limit={self.time_limit:g}, got {self.timeout:g}: a row that "
+                "reaches timeout has no score, while a program that reaches time_limit fails its tests"
             )
 
     def columns(self) -> set[str]:
@@ -116,7 +114,7 @@ class UnitTests(RewardSource):
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if self.sandbox == "rlimits":
-            yield "NOT A SANDBOX: the model's programs run with this process' rights, under resource limits alone"
+            yield "NOT A SANDBOX: the model's programs run with this process's rights, under resource limits alone"
 
     def setup(self, context: Context) -> None:
         problem = self._backend.problem()
@@ -131,7 +129,7 @@ class UnitTests(RewardSource):
         ]
 
     def answer(self, completion: str) -> str | None:
-        """The program."""
+        """Return the completion's program."""
         program = program_of(completion, self.without_fence)
         return program and program.strip()
 

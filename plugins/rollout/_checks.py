@@ -1,4 +1,4 @@
-"""Which settings and which models the decode loop serves, and what is wrong with a setting."""
+"""Validation of rollout settings, and the settings and models that the decode loop supports."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ OWN = {
     "eos_token_id": "the model's generation_config and the tokenizer",
     "pad_token_id": "the tokenizer",
 }
-"""Keys of a GenerationConfig, and where to say the same."""
+"""Keys of a GenerationConfig that have their own settings here."""
 NOT_SAMPLING = (
     *("num_beams", "num_beam_groups", "constraints", "force_words_ids", "penalty_alpha", "dola_layers"),
     *("guidance_scale", "prompt_lookup_num_tokens", "use_mtp", "speculation_type", "is_assistant"),
     *("assistant_early_exit", "num_assistant_tokens"),
     *("return_dict_in_generate", "token_healing", "low_memory", "transformers_version"),
 )
-"""Keys with which `generate` does something other than to draw token after token from the policy, or returns something
-other than tokens."""
+"""Keys with which `generate` does not sample token by token from the policy, or does not return tokens."""
 
 
 def generation_problems(kwargs: Mapping[str, Any]) -> Iterable[str]:
-    """What is wrong with `generation_kwargs`."""
+    """Yield errors in `generation_kwargs`."""
     from difflib import get_close_matches
 
     from transformers import GenerationConfig
@@ -51,16 +50,16 @@ def generation_problems(kwargs: Mapping[str, Any]) -> Iterable[str]:
     known = [key for key in vars(GenerationConfig()) if not key.startswith("_")]
     for key in kwargs:
         if key in OWN:
-            yield f"rollout.generation_kwargs holds {key!r}, which is {OWN[key]}: say it there"
+            yield f"rollout.generation_kwargs must not contain {key!r}. Set {OWN[key]} instead"
         elif key in NOT_SAMPLING:
             yield (
-                f"rollout.generation_kwargs holds {key!r}: completions have to be drawn token by token from the policy; "
-                "leave it out"
+                f"rollout.generation_kwargs must not contain {key!r}: completions must be sampled token by token from the "
+                "policy. Remove it"
             )
         elif key not in known:
             near = get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" It knows {', '.join(sorted(known))}."
-            yield f"rollout.generation_kwargs holds {key!r}, which transformers.GenerationConfig does not know.{hint}"
+            hint = f" Did you mean {near[0]!r}?" if near else f" Use {', '.join(sorted(known))}."
+            yield f"rollout.generation_kwargs: transformers.GenerationConfig has no {key!r}.{hint}"
     if not any(key in OWN or key in NOT_SAMPLING or key not in known for key in kwargs):
         try:
             GenerationConfig(**{"do_sample": True, **kwargs}).validate()
@@ -69,25 +68,25 @@ def generation_problems(kwargs: Mapping[str, Any]) -> Iterable[str]:
 
 
 def load_processors(paths: Sequence[str]) -> list[Any]:
-    """The logits processors that `package.module:Class` name, made without arguments. Raises ValueError with the path."""
+    """Create the logits processors named by `package.module:Class`, without arguments. Raises `ValueError`."""
     from transformers import LogitsProcessor
 
     made = []
     for path in paths:
-        where = f"rollout.logits_processors holds {path!r}"
+        where = f"rollout.logits_processors: {path!r}"
         module, colon, name = path.partition(":")
         if not (module and colon and name):
-            raise ValueError(f"{where}: write package.module:Class")
+            raise ValueError(f"{where} must have the form package.module:Class")
         try:
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"{where}, which cannot be imported: {error}") from error
+            raise ValueError(f"{where} cannot be imported: {error}") from error
         if not (isinstance(cls, type) and issubclass(cls, LogitsProcessor)):
-            raise ValueError(f"{where}, which is no subclass of transformers.LogitsProcessor")
+            raise ValueError(f"{where} must be a subclass of transformers.LogitsProcessor")
         try:
             made.append(cls())
         except TypeError as error:
-            raise ValueError(f"{where}, which cannot be made without arguments ({error}): subclass it") from error
+            raise ValueError(f"{where} must be callable without arguments ({error}). Subclass it") from error
     return made
 
 
@@ -95,7 +94,7 @@ _SAID: set[str] = set()
 
 
 def say_once(level: int, reason: str) -> None:
-    """Once per process and reason."""
+    """Log `reason` once per process."""
     if reason not in _SAID:
         _SAID.add(reason)
         logger.log(level, "rollout=generate decodes with model.generate: %s", reason)
@@ -105,20 +104,20 @@ _FOUND: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 def unserved(model: Any, device: torch.device, longest: int) -> str | None:
-    """Why the decode loop cannot serve rows of up to `longest` tokens of this model, None where it can.
+    """Return why the decode loop does not support this model with rows of up to `longest` tokens, or None if it does.
 
-    Each model is tried once: six tokens of four rows, given ones, against the plain forward.
+    Each model is tested once: the logits of four rows of six fixed tokens are compared with a plain forward.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (limit := _stretches_beyond(inner.config)) is not None and longest > limit:
-        return f"beyond {limit} tokens its rotary embedding depends on the longest row of a batch"
+        return f"its rotary embedding depends on the longest row of a batch beyond {limit} tokens"
     if inner not in _FOUND:
         _FOUND[inner] = attention_refusal(model) or _mismatch(model, device)
     return _FOUND[inner]
 
 
 def _stretches_beyond(config: Any) -> int | None:
-    """The length from which on rotary frequencies depend on the positions in the batch."""
+    """Return the length from which rotary frequencies depend on the positions in the batch, or None."""
     rope = getattr(config, "rope_parameters", None) or {}
     layers = rope.values() if all(isinstance(x, Mapping) for x in rope.values()) else [rope]
     limits = [
@@ -130,7 +129,7 @@ def _stretches_beyond(config: Any) -> int | None:
 
 
 def _mismatch(model: Any, device: torch.device) -> str | None:
-    """What is wrong with the decode loop's logits."""
+    """Describe a mismatch of the decode loop's logits, or return None."""
     words = model.get_input_embeddings().num_embeddings
     prompts, steps = [[(5 + 3 * i) % words for i in range(7)], [(8 + 5 * i) % words for i in range(4)]], CHECK + 2
     told = torch.tensor([[(11 + 7 * i + 5 * row) % words for i in range(steps)] for row in range(4)], device=device)
@@ -153,7 +152,7 @@ def _mismatch(model: Any, device: torch.device) -> str | None:
 
 
 def _bound(model: Any, device: torch.device) -> tuple[float, bool]:
-    """How far rounding can set logits apart, and whether they are of half precision: there single ones may be further."""
+    """Return the tolerance for rounding errors in logits, and True for half precision, where outliers may exceed it."""
     narrow = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
     if narrow or torch.is_autocast_enabled(device.type):
         return 0.1, True
@@ -162,7 +161,7 @@ def _bound(model: Any, device: torch.device) -> tuple[float, bool]:
 
 @torch.no_grad()
 def _error(model: Any, prompt: list[int], told: Tensor, row: int, found: dict[tuple[int, int], Tensor]) -> Tensor:
-    """(steps,) how far the loop's logits are from the plain forward's, relative to the latter's spread."""
+    """Return the difference (steps,) of the loop's logits from the plain forward's, relative to the latter's spread."""
     ids = torch.cat((torch.tensor(prompt, device=told.device), told)).unsqueeze(0)
     plain = at_least_float32(model(input_ids=ids, use_cache=False).logits[0])
     steps = sorted(step for at, step in found if at == row)

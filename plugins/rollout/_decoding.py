@@ -1,7 +1,7 @@
-"""The decode loop: every distinct prompt once, its keys and values shared, rows leave when they have ended.
+"""Decode loop: each distinct prompt is prefilled once, its keys and values are shared, and finished rows are dropped.
 
-A decode step is one forward over the last tokens (B, 1) of the B live rows. Which rows have ended is looked up every
-`CHECK` steps, and nothing else waits for the device; what a row drew after its end is cut off.
+A decode step is one forward over the last tokens (B, 1) of the B live rows. Finished rows are detected every `CHECK`
+steps, the only synchronization with the device; tokens sampled after a row's end are discarded.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ._layouts import Heads, Prefill, Shared
 from ._sampling import Sampler
 
 CHECK = 4
-"""Steps between two looks at which rows have ended."""
+"""Steps between two checks for finished rows."""
 PREFILL = 16384
-"""Tokens of prompts that pass through the model at a time, unless one prompt is longer."""
+"""Maximum prompt tokens per prefill forward, unless one prompt is longer."""
 
 Drawn = tuple[list[list[int]], list[list[float]] | None]
-"""The tokens of each row up to its end, and their log-probs."""
+"""Tokens of each row up to its end, and their log-probs."""
 
 
 @dataclass(kw_only=True)
 class Decoder:
-    """Completes prompts with `model`, until a token of `eos` or for `steps` tokens."""
+    """Decoder that completes prompts with `model`, until a token in `eos` or for `steps` tokens."""
 
     model: Any
     eos: Collection[int]
@@ -40,7 +40,7 @@ class Decoder:
     device: torch.device
 
     def __call__(self, prompts: Sequence[Sequence[int]], group: int, sampler: Sampler, first_row: int = 0) -> Drawn:
-        """`group` rows of each prompt, side by side; the sampler hears of them as rows `first_row`, ..."""
+        """Sample `group` adjacent rows per prompt; the sampler gets them as rows `first_row`, `first_row` + 1, ..."""
         with torch.inference_mode(), _kept_for_training(self.model):
             return self._decode(prompts, group, sampler, first_row)
 
@@ -68,7 +68,7 @@ class Decoder:
         return live.finish(ends)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Heads], Tensor]:
-        """Keys and values of each layer, (K, N, d) over all prompts, and the logits (U, V) after each prompt."""
+        """Return keys and values of each layer, (K, N, d) over all prompts, and the logits (U, V) after each prompt."""
         layers: list[list[Heads]] = []
         logits = []
         for part in _parts(prompts):
@@ -90,7 +90,7 @@ class Decoder:
         return merged, torch.cat(logits)
 
     def _logits(self, ids: Tensor, positions: Tensor, keep: int | Tensor, **keywords: Any) -> Tensor:
-        """(rows, kept, V) logits, in float32 or better, of the last `keep` columns or of those that it names."""
+        """Return logits (rows, kept, V), in float32 or better, of the last `keep` columns or of the columns in `keep`."""
         few = self._takes_few
         kwargs = {"logits_to_keep": keep} if few else {}
         out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kwargs, **keywords).logits
@@ -105,7 +105,7 @@ class Decoder:
 
 @contextmanager
 def _kept_for_training(model: Any) -> Iterator[None]:
-    """What the model stores of itself in inference mode could not be trained with: it is made ordinary again."""
+    """Convert tensors that the model caches in inference mode to ordinary ones afterwards, so that it can be trained."""
     stored = [(module, name, x) for module in model.modules() for name, x in module._buffers.items()]
     try:
         yield
@@ -118,7 +118,7 @@ def _kept_for_training(model: Any) -> Iterator[None]:
 
 
 class _Live:
-    """The rows that have not ended, and what all rows have drawn."""
+    """Unfinished rows, and the tokens that all rows have sampled."""
 
     def __init__(self, of_row: list[int], lengths: list[int], steps: int, first_row: int, device: torch.device):
         count = len(of_row)
@@ -133,17 +133,17 @@ class _Live:
 
     @property
     def positions(self) -> Tensor:
-        """(B,) of `tokens` in their rows."""
+        """Positions (B,) of `tokens` in their rows."""
         return self._next + self.step
 
     def take(self, drawn: tuple[Tensor, Tensor | None]) -> None:
-        """The next token of each row."""
+        """Append the next token of each row."""
         self.tokens = drawn[0]
         self._pending.append(drawn)
         self.step += 1
 
     def look(self, ends: Tensor) -> list[int] | None:
-        """Which rows go on, each in the place of the row that it replaces; None where no row has ended."""
+        """Return the rows that remain, each at the index of the row that it replaces; None if no row has finished."""
         ended = torch.isin(self._write(), ends).any(0).tolist()
         if not any(ended):
             return None
@@ -155,7 +155,7 @@ class _Live:
         return order
 
     def _write(self) -> Tensor:
-        """(steps, B) tokens since the last call."""
+        """Store the tokens sampled since the last call and return them (steps, B)."""
         tokens = torch.stack([tokens for tokens, _ in self._pending])
         logps = [logps for _, logps in self._pending if logps is not None]
         begin, rows = self.step - len(tokens), self.rows - self._first_row
@@ -176,12 +176,12 @@ class _Live:
         if self._logps is None:
             return ids, None
         if bool(self._logps.isnan().any()):
-            raise ValueError("logits of the policy hold NaN or only -inf: its weights have diverged")
+            raise ValueError("the policy's logits are NaN or all -inf: its weights have diverged")
         return ids, [row[:length] for row, length in zip(self._logps.T.tolist(), first, strict=True)]
 
 
 def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Runs of prompts of at most `PREFILL` tokens each, or of one prompt."""
+    """Split prompts into batches of at most `PREFILL` tokens, or of one prompt."""
     part: list[Sequence[int]] = []
     tokens = 0
     for ids in prompts:
@@ -194,7 +194,7 @@ def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
 
 
 def copy_of(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its weights in `dtype`; buffers, such as rotary frequencies, are the model's own."""
+    """Copy the model with its weights in `dtype`, sharing buffers such as rotary frequencies."""
     same: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for weight in model.parameters():
         data = weight.detach().to(dtype) if weight.is_floating_point() else weight.detach()

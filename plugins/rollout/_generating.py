@@ -1,4 +1,4 @@
-"""Completions by transformers' own `generate`, which knows every architecture, stop strings and custom processors."""
+"""Completions by transformers' `generate`, which supports every architecture, stop strings and custom processors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hf_rlhf.axes import Policy, at_least_float32
 
 @dataclass(kw_only=True)
 class Generated:
-    """What `generate` sampled, up to the end of each row."""
+    """Rows sampled by `generate`, up to the end of each."""
 
     ids: list[list[int]]
     stopped: list[bool]
-    """False where a row was cut off."""
+    """False for truncated rows."""
     logps: list[list[float]] | None
 
 
 @dataclass(kw_only=True)
 class Generator:
-    """Calls `generate`; `settings` are keywords of its `GenerationConfig`."""
+    """Sampler that calls `generate`; `settings` are fields of its `GenerationConfig`."""
 
     policy: Policy
     eos: Collection[int]
@@ -35,9 +35,10 @@ class Generator:
     processors: Sequence[Any] = field(default_factory=list)
 
     def __call__(self, prompts: Sequence[Sequence[int]], group: int, temperature: float) -> Generated:
-        """`group` rows of each prompt, side by side. Prompts are padded on the left; what follows the end of a row is cut
-        off. Log-probs are of the whole vocabulary at the temperature, before anything cuts or shifts it; a greedy row
-        has none."""
+        """Sample `group` adjacent rows per prompt, without the tokens after their end. Prompts are padded on the left.
+
+        Log-probs are of the full distribution at the temperature, before any truncation or penalty; greedy rows have none.
+        """
         model, device, pad = self.policy.model, self.policy.device, self.policy.tokenizer.pad_token_id
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -70,7 +71,7 @@ class Generator:
         return found if sampled else _repeat(found, group)
 
     def _cut(self, rows: list[list[int]], logps: list[list[float]] | None, stops: list[int] | None) -> Generated:
-        """Rows up to their end: an end-of-sequence token or a stop string, whichever comes first."""
+        """Truncate rows at an end-of-sequence token or a stop string, whichever comes first."""
         ids, stopped = [], []
         for i, row in enumerate(rows):
             ends = [place + 1 for place, token in enumerate(row) if token in self.eos][:1]
@@ -87,7 +88,7 @@ def _repeat(found: Generated, group: int) -> Generated:
 
 
 class _Ends(StoppingCriteria):
-    """Stops a row at any of `strings`, and remembers where."""
+    """Stopping criterion that ends a row at any of `strings` and records the position."""
 
     def __init__(self, strings: Sequence[str], tokenizer: Any):
         self._criteria = StopStringCriteria(tokenizer, list(strings))
@@ -101,16 +102,15 @@ class _Ends(StoppingCriteria):
         return done
 
     def lengths(self, width: int) -> list[int]:
-        """Tokens of each completion up to its stop string, that included; 0 where there is none."""
+        """Return the number of tokens of each completion up to and including its stop string; 0 without one."""
         assert self._at is not None
         return (self._at - width).clamp(min=0).tolist()
 
 
 class _Recorder(LogitsProcessor):
-    """Changes nothing and computes the log-prob of each token that was drawn.
+    """Logits processor that changes nothing and records the log-prob of each sampled token.
 
-    `raw` are the model's own logits (rows, V) of the coming token, after which the last of `input_ids` shows what was
-    drawn.
+    `raw` are the model's logits (rows, V) of the next token, which is the last of `input_ids` in the following call.
     """
 
     def __init__(self, temperature: float):
@@ -125,7 +125,7 @@ class _Recorder(LogitsProcessor):
         return scores
 
     def finish(self, rows: Tensor) -> Tensor:
-        """(rows, tokens) log-probs of what was drawn."""
+        """Return the log-probs (rows, tokens) of the sampled tokens."""
         self._note(rows)
         return torch.stack(self._drawn, 1)
 
@@ -150,8 +150,8 @@ def _recording(model: Any, temperature: float) -> Iterator[_Recorder]:
 
 @contextmanager
 def _alone(model: Any) -> Iterator[None]:
-    """Keeps the model's own generation settings (suppressed tokens, n-gram bans, ...) out of what is sampled: transformers
-    would fill in every setting that ours leaves open."""
+    """Ignore the model's generation config (suppressed tokens, n-gram bans, ...), with which transformers would fill in
+    every setting that ours leaves unset."""
     parts: tuple[Any, ...] = (model, getattr(model, "base_model", None), _inner(model))
     holders = [part for part in parts if hasattr(part, "generation_config")]
     own = [part.generation_config for part in holders]

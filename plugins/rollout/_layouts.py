@@ -1,8 +1,8 @@
-"""Attention of a rollout: prompts packed into one row, then completions that share the keys and values of their prompt.
+"""Attention in a rollout: prompts packed into one row, then completions that share the keys and values of their prompt.
 
-Letters: U prompts, P tokens of the longest of them, N tokens of all of them, B live rows, T tokens of each row so far,
-H heads, K heads of keys and values, R = H / K, d numbers of a head. No padding enters a linear layer; both layouts keep
-what they need of each attention layer in the order in which the layers run.
+Dimensions: U prompts, P tokens of the longest prompt, N tokens of all prompts, B live rows, T tokens of each row so far,
+H heads, K key-value heads, R = H / K, d head size. No padding enters a linear layer; both layouts store the state of each
+attention layer in the order in which the layers run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Heads = tuple[Tensor, Tensor]
 """Keys and values of one layer."""
 
 PADDED = 2
-"""Prompts are attended to together while padding at most doubles their tokens."""
+"""Maximum ratio of padded to actual tokens for prompts attended to together."""
 GROWTH = 32
-"""Tokens by which the room for completions grows at least; it doubles from there."""
+"""Minimum tokens by which the buffer for completions grows; it doubles from there."""
 
 
 class Prefill:
-    """Prompts side by side in one row (1, N), shortest first; each token sees its own prompt up to itself."""
+    """Layout of prompts packed into one row (1, N), shortest first; each token attends to its own prompt up to itself."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
         self.layers: list[Heads] = []
@@ -43,7 +43,7 @@ class Prefill:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See `hf_rlhf.modeling.attention.Layout`; here B is 1."""
+        """Attend as described in `hf_rlhf.modeling.attention.Layout`, with B = 1."""
         key, value = _stored(key), _stored(value)
         self.layers.append((key[0], value[0]))
         groups = query.size(1) // key.size(1)
@@ -56,8 +56,10 @@ class Prefill:
         return torch.cat(parts).unsqueeze(0)
 
     def _bucket(self, lengths: Sequence[int], start: int, stop: int) -> tuple[int, int, Tensor | None, Tensor | None]:
-        """Where the tokens of prompts start:stop begin and end, their places in (u, P) and those of the tokens in u * P,
-        both None for a single prompt."""
+        """Return the token range of prompts start:stop, their indices in (u, P) and those of the tokens in u * P.
+
+        The indices are None for a single prompt.
+        """
         first = sum(lengths[:start])
         sizes = lengths[start:stop]
         if len(sizes) == 1:
@@ -71,7 +73,7 @@ class Prefill:
 
 
 def _buckets(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs start:stop of ascending lengths whose padding is bounded."""
+    """Split ascending lengths into ranges start:stop with bounded padding."""
     runs, start, tokens = [], 0, 0
     for i, length in enumerate(lengths):
         if i > start and length * (i + 1 - start) > PADDED * (tokens + length):
@@ -82,7 +84,7 @@ def _buckets(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
-    """(u, H, P, d) three times -> (u, H, P, d): each token sees itself and what came before, `window` tokens at most."""
+    """Causal attention over (u, H, P, d) tensors; each token attends to at most `window` tokens up to itself."""
     length = q.size(2)
     plain = window is None or window >= length
     if softcap is None and plain:
@@ -96,7 +98,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, 
 
 
 def repeated(heads: Tensor, times: int) -> Tensor:
-    """(u, K, P, d) -> (u, K * times, P, d), each head `times` times side by side."""
+    """Repeat each head `times` times: (u, K, P, d) -> (u, K * times, P, d)."""
     return heads if times == 1 else heads.repeat_interleave(times, 1)
 
 
@@ -105,27 +107,27 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _weights(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The softmax of scores, computed in float32 or better."""
+    """Return the softmax of scores, computed in float32 or better."""
     return scores.softmax(-1) if scores.dtype == dtype else scores.softmax(-1).to(dtype)
 
 
 def _stored(heads: Tensor) -> Tensor:
-    """In the type in which autocast will multiply, so that it casts each number once."""
+    """Convert to the dtype in which autocast multiplies, so that each number is cast once."""
     kind = heads.device.type
     return heads.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else heads
 
 
 class Shared:
-    """One token of each of B live rows; rows of a prompt share its keys and values.
+    """Layout of one token of each of B live rows, where rows of a prompt share its keys and values.
 
-    Prompts end in the same column, so that a window cuts the same columns off for all of them. Completions are stored
-    by row; a row that leaves is replaced by the last one, so that little is copied.
+    Prompts end in the same column, so that a window excludes the same columns for all of them. Completions are stored by
+    row; a finished row is replaced by the last one, to copy little.
     """
 
     def __init__(self, prompts: Sequence[Heads], lengths: Sequence[int], prompt_of_row: Sequence[int]):
-        """`prompts`: per layer (K, N, d), the prompts side by side; `lengths`: of each; `prompt_of_row`: B of 0..U-1."""
+        """Store `prompts`, (K, N, d) per layer, of these `lengths`; `prompt_of_row` has B indices in 0..U-1."""
         self.steps = 0
-        """Tokens of each row that the layers have stored."""
+        """Number of tokens stored per row."""
         self._device = prompts[0][0].device
         self._lengths = list(lengths)
         self._prompt_of_row = list(prompt_of_row)
@@ -138,7 +140,7 @@ class Shared:
         self._index()
 
     def start(self) -> None:
-        """Before each forward."""
+        """Prepare for a forward; call before each."""
         self._layer = 0
         self.steps += 1
 
@@ -153,7 +155,7 @@ class Shared:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See `hf_rlhf.modeling.attention.Layout`; here L is 1."""
+        """Attend as described in `hf_rlhf.modeling.attention.Layout`, with L = 1."""
         layer, self._layer = self._layer, self._layer + 1
         rows, heads, _, size = query.shape
         shared = key.size(1)
@@ -173,7 +175,7 @@ class Shared:
         return out.baddbmm_(weights[..., seen:], values).view(rows, 1, heads, -1)
 
     def _asked(self, layer: int, query: Tensor, index: Index, seen: int, softcap: float | None) -> Tensor:
-        """(B * K, R, d) -> (B * K, R, seen), the scores of the last `seen` columns of the row's prompt."""
+        """Return the scores (B * K, R, seen) of queries (B * K, R, d) for the last `seen` columns of the row's prompt."""
         keys = self._prompts[layer][0][:, self._width - seen :].transpose(1, 2)
         asked = query.view(len(query), -1).index_select(0, index.rows).view(len(keys), -1, query.size(2))
         if index.bias is None:
@@ -185,14 +187,14 @@ class Shared:
         return scores.view(len(index.rows), -1).index_select(0, index.slots).view(*query.shape[:2], seen)
 
     def _given(self, layer: int, weights: Tensor, index: Index) -> Tensor:
-        """(B * K, R, seen) -> (B * K, R, d), what a row takes from its prompt."""
+        """Return the weighted values (B * K, R, d) of the row's prompt, from weights (B * K, R, seen)."""
         values = self._prompts[layer][1][:, self._width - weights.size(2) :]
         given = weights.reshape(len(weights), -1).index_select(0, index.rows)
         out = torch.bmm(given.view(len(values), -1, weights.size(2)), values)
         return out.view(len(index.rows), -1).index_select(0, index.slots).view(*weights.shape[:2], -1)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
-        """(B, K, 1, d) twice; gives the layer's (B * K, room, d)."""
+        """Append key and value, (B, K, 1, d) each, and return the layer's buffers (B * K, room, d)."""
         stored = self._rows[layer]
         if not stored or stored[0].size(1) < self.steps:
             stored = self._rows[layer] = [
@@ -210,7 +212,7 @@ class Shared:
         return room
 
     def keep(self, order: Sequence[int]) -> None:
-        """Row i becomes what row `order[i]` was; the other rows are forgotten, as are prompts without rows."""
+        """Move row `order[i]` to row i and drop the other rows, and prompts without rows."""
         holes = [i for i, row in enumerate(order) if i != row]
         into = torch.tensor(holes, device=self._device, dtype=torch.long)
         out_of = torch.tensor([order[i] for i in holes], device=self._device, dtype=torch.long)
@@ -239,7 +241,7 @@ class Shared:
         self._prompts = [(trimmed(k), trimmed(v)) for k, v in self._prompts]
 
     def _index(self) -> None:
-        """Numbers the rows of each prompt."""
+        """Assign indices to the rows of each prompt."""
         counts = [0] * len(self._lengths)
         numbers = []
         for u in self._prompt_of_row:
@@ -262,7 +264,7 @@ class Shared:
         return self._by_heads[shared]
 
     def _bias(self, shared: int) -> Tensor | None:
-        """(U * K, 1, P): -inf on the columns before a prompt; None where all are equally long."""
+        """Return (U * K, 1, P) with -inf on the columns before a prompt; None if all prompts have the same length."""
         if min(self._lengths) == self._width:
             return None
         outside = torch.arange(self._width) < self._width - torch.tensor(self._lengths)[:, None]
@@ -271,17 +273,17 @@ class Shared:
 
 
 class Index(NamedTuple):
-    """Where rows stand among those of their prompt, for each of K heads of keys and values."""
+    """Positions of rows among those of their prompt, for each of K key-value heads."""
 
     rows: Tensor
-    """(U * K * G,) the row and head (of B * K) in each slot; any where a slot is empty. G rows of a prompt at most."""
+    """Row and head (of B * K) in each slot, (U * K * G,), arbitrary for empty slots; G is the maximum rows per prompt."""
     slots: Tensor
-    """(B * K,) the slot of each row and head."""
+    """Slot of each row and head, (B * K,)."""
     bias: Tensor | None
     """(U * K, 1, P)."""
 
 
 def _by_prompt(heads: Tensor, places: Tensor, prompts: int) -> Tensor:
-    """(K, N, d) -> (U * K, P, d); `places` (U * P,) are those of the prompts' columns in N."""
+    """Unpack prompts, (K, N, d) -> (U * K, P, d); `places` (U * P,) are the indices in N of the prompts' columns."""
     chosen = heads.index_select(1, places).unflatten(1, (prompts, -1))
     return chosen.transpose(0, 1).flatten(0, 1).contiguous()

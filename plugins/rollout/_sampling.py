@@ -1,4 +1,4 @@
-"""What a decode step makes of logits: tokens drawn by one uniform number a row, and their log-probs."""
+"""Sampling of tokens from logits, by one uniform number per row, with their log-probs."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Steps whose uniform numbers are drawn together."""
+"""Number of steps whose uniform numbers are drawn together."""
 
 
 class Sampler(Protocol):
-    """Chooses the next token of each row."""
+    """Protocol of samplers, which choose the next token of each row."""
 
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """(B, V) logits in float32 or better, which may be overwritten, and the numbers (B,) of their rows in the rollout ->
-        tokens (B,) and their log-probs (B,), None where nothing reads them. `step`: how many tokens each row has."""
+        """Return tokens (B,) and their log-probs (B,), or None if nothing reads them.
+
+        `logits` (B, V) are in float32 or better and may be overwritten; `rows` (B,) are their indices in the rollout; `step`
+        is the number of tokens of each row.
+        """
 
 
 class Uniforms:
-    """Numbers in [0, 1) by row and step, whatever other rows there are; one draw from the global generator."""
+    """Uniform numbers in [0, 1) by row and step, independent of other rows; draws once from the global generator."""
 
     def __init__(self, rows: int, device: torch.device):
         self._rows, self._device, self._block = rows, device, -1
         self._seed = int(torch.randint(2**62, ()))
 
     def __call__(self, step: int) -> Tensor:
-        """(rows,) in float64."""
+        """Return the numbers (rows,) of a step in float64."""
         block, column = divmod(step, BLOCK)
         if block != self._block:
             draw = torch.Generator().manual_seed(self._seed)
@@ -42,17 +45,17 @@ class Uniforms:
 
 
 class History:
-    """The tokens of each row, prompt and completion, for processors that look at them."""
+    """Tokens of each row, prompt and completion, for logits processors that read them."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], steps: int, device: torch.device):
-        """`prompts`: one per row. Columns before a prompt repeat its first token, which a set of tokens does not notice."""
+        """Store one prompt per row. Columns before a prompt repeat its first token, so that its set of tokens stays."""
         self._width = max(map(len, prompts))
         padded = [[ids[0]] * (self._width - len(ids)) + list(ids) for ids in prompts]
         self._ids = torch.zeros(len(prompts), self._width + steps, dtype=torch.long, device=device)
         self._ids[:, : self._width] = torch.tensor(padded, device=device)
 
     def of(self, rows: Tensor, step: int) -> Tensor:
-        """(B, tokens so far)."""
+        """Return the tokens so far, (B, tokens)."""
         return self._ids[:, : self._width + step].index_select(0, rows)
 
     def add(self, rows: Tensor, step: int, tokens: Tensor) -> None:
@@ -61,7 +64,7 @@ class History:
 
 @dataclass(kw_only=True)
 class Penalised:
-    """Changes the scores of tokens that a row holds already; without a processor it changes nothing."""
+    """Penalty on the scores of tokens that already occur in a row; without a processor it changes nothing."""
 
     processor: Any = None
     history: History | None = None
@@ -77,7 +80,7 @@ class Penalised:
 
 @dataclass(kw_only=True)
 class Greedy:
-    """The most likely token."""
+    """Sampler that takes the most likely token."""
 
     penalised: Penalised
 
@@ -87,9 +90,9 @@ class Greedy:
 
 @dataclass(kw_only=True)
 class Random:
-    """A token drawn at the temperature, from what `cuts` leave of the distribution.
+    """Sampler that draws a token at the temperature, from the distribution as truncated by `cuts`.
 
-    The log-probs are those of the whole distribution at the temperature, before penalties and cuts.
+    The log-probs are those of the full distribution at the temperature, before penalties and truncation.
     """
 
     uniforms: Uniforms
@@ -116,10 +119,10 @@ class Random:
 
 
 def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """(B, V) probabilities, up to a factor for each row, and (B,) numbers in [0, 1) -> (B,) tokens.
+    """Sample tokens (B,) from unnormalized probabilities (B, V), given uniform numbers (B,) in [0, 1).
 
-    The first token at which the cumulative sum exceeds `uniform` times the sum of all; never one of probability 0. Sums
-    of about sqrt(V) neighbours first, then the neighbours themselves, cumulated in float64.
+    Returns the first token at which the cumulative sum exceeds `uniform` times the total, never one of probability 0. Adds
+    blocks of about sqrt(V) neighbors first, then the neighbors themselves, in float64.
     """
     size = probs.size(1)
     width = _width(size)
@@ -134,23 +137,23 @@ def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
         near = probs.gather(1, columns.clamp_(max=size - 1)) * inside
     else:
         near = probs.gather(1, columns)
-    return (block * width + _first_above(near, rest)[0]).squeeze(1).clamp_(max=size - 1)  # NaN is above everything
+    return (block * width + _first_above(near, rest)[0]).squeeze(1).clamp_(max=size - 1)  # NaN sorts last
 
 
 def _first_above(sums: Tensor, target: Tensor, relative: bool = False) -> tuple[Tensor, Tensor]:
-    """(B, n) not negative and (B, 1) -> the first place (B, 1) whose cumulative sum exceeds `target` (times the total, if
-    `relative`), and by how much `target` exceeds the cumulative sum before it."""
+    """Return the first index (B, 1) at which the cumulative sum of `sums` (B, n) >= 0 exceeds `target` (B, 1), and the
+    excess of `target` over the cumulative sum before it. With `relative`, `target` is relative to the total."""
     cumulated = sums.cumsum(1, dtype=torch.float64)
     total = cumulated[:, -1:]
     below = total.nextafter(torch.zeros_like(total))  # rounding could let the target reach the total
     target = torch.minimum(target * total if relative else target, below)
-    place = torch.searchsorted(cumulated, target, right=True).clamp_(max=sums.size(1) - 1)  # NaN is above everything
+    place = torch.searchsorted(cumulated, target, right=True).clamp_(max=sums.size(1) - 1)  # NaN sorts last
     return place, (target - cumulated.gather(1, place) + sums.gather(1, place)).clamp_(min=0)
 
 
 @cache
 def _width(size: int) -> int:
-    """The divisor of `size` nearest to its root within a factor of 4, else a power of two near it."""
+    """Return the divisor of `size` nearest to its square root within a factor of 4, else a power of two near it."""
     root = max(1, round(size**0.5))
     for width in sorted(range(max(1, root // 4), min(size, 4 * root) + 1), key=lambda w: abs(w - root)):
         if size % width == 0:

@@ -1,9 +1,9 @@
-"""Completions sampled from the policy, from its full distribution unless a setting cuts it.
+"""Completions sampled from the policy, from its full distribution unless a setting truncates it.
 
-Each distinct prompt passes through the model once and its completions share its keys and values; rows that have ended
-leave the batch; a token is drawn by one uniform number that depends on its row and step alone. Where a setting or the
-architecture asks for more (stop strings, logits processors, keywords of `generate`, recurrent layers), transformers'
-`model.generate` samples instead, which is said once.
+Each distinct prompt is prefilled once and its completions share its keys and values; finished rows leave the batch; each
+token is sampled by a uniform number that depends on its row and step alone. If a setting or the architecture requires it
+(stop strings, logits processors, arguments of `generate`, recurrent layers), transformers' `model.generate` samples
+instead, which is logged once.
 """
 
 from __future__ import annotations
@@ -30,70 +30,70 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Generate(RolloutEngine):
-    """Samples with the policy itself."""
+    """Samples completions from the policy."""
 
     name = "generate"
     provides = frozenset({"sampler_logps"})
 
     max_new_tokens: Count = 256
-    """Longest completion in tokens, the end-of-sequence token included."""
+    """Maximum tokens of a completion, the end-of-sequence token included."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Sample from the most likely tokens that hold this much probability; 1 is all."""
+    """Sample from the most likely tokens with this cumulative probability; 1 disables."""
     top_k: Annotated[int, Ge(0)] = 0
-    """Sample from this many of the most likely tokens; 0 is all."""
+    """Sample from this many of the most likely tokens; 0 disables."""
     min_p: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Leave out tokens less likely than this factor times the most likely one."""
+    """Exclude tokens less likely than this factor times the most likely one."""
     repetition_penalty: Positive = 1.0
-    """Divides the scores of tokens that have occurred; 1 is none."""
+    """Divides the scores of tokens that have occurred; 1 disables."""
     max_rows: Count | None = None
-    """Most rows that are decoded at a time, in whole groups of one prompt; all when left out."""
+    """Maximum rows decoded at a time, in whole groups of one prompt; None: all."""
     stop_strings: list[str] = field(default_factory=list)
-    """Texts that end a completion, as the end-of-sequence token does; they stay in it."""
+    """Texts that end a completion, like the end-of-sequence token; they are kept."""
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further keywords of transformers' GenerationConfig, as they stand."""
+    """Additional fields of transformers' GenerationConfig."""
     logits_processors: list[str] = field(default_factory=list)
-    """Logits processors of transformers, each as `package.module:Class`, made without arguments. They are run."""
+    """Logits processors of transformers, as `package.module:Class`, created without arguments. A recipe's code is run."""
     decode_dtype: Literal["same", "bfloat16"] = "same"
-    """Type of the weights for decoding. "bfloat16" copies them once per rollout and frees the copy after it."""
+    """Dtype of the weights for decoding. "bfloat16" copies them once per rollout and frees the copy after it."""
 
     @property
     def exact_logps(self) -> bool:
-        """Whether the log-probs it reports are those the trainer's policy gives, up to rounding."""
+        """True if the reported log-probs equal the trainer policy's, up to rounding."""
         return self.decode_dtype == "same"
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
-        """Keywords that `generate` does not know or that are settings here; processors that cannot be made."""
+        """Yield errors: unknown or redundant `generation_kwargs`, and processors that cannot be created."""
         from ._checks import generation_problems, load_processors
 
         yield from generation_problems(self.generation_kwargs)
         if "" in self.stop_strings:
-            yield "rollout.stop_strings holds an empty text, which every completion contains: leave it out"
+            yield "rollout.stop_strings must not contain an empty text, which every completion contains. Remove it"
         try:
             load_processors(self.logits_processors)
         except ValueError as error:
             yield str(error)
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
-        """Settings that keep the samples from being the policy's own."""
+        """Yield remarks on settings that change the sampling distribution."""
         cut = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         for setting, off in cut.items():
             if getattr(self, setting) != off:
                 yield (
-                    f"{setting}={getattr(self, setting)} samples from another distribution than the one whose log-probs "
-                    f"are trained on: gradients are biased; {setting}={off} is exact"
+                    f"{setting}={getattr(self, setting)} samples from a distribution other than the policy's, so gradients "
+                    f"are biased; {setting}={off} is exact"
                 )
         for setting in ("generation_kwargs", "logits_processors"):
             if getattr(self, setting):
                 yield (
-                    f"{setting} may change the distribution that is sampled from: then gradients are biased; and "
-                    "model.generate decodes, which is slower"
+                    f"{setting} may change the sampling distribution, which biases gradients; model.generate decodes, which "
+                    "is slower"
                 )
         if self.stop_strings:
-            yield "stop_strings lets model.generate decode, which is slower"
+            yield "stop_strings needs model.generate for decoding, which is slower"
         if not self.exact_logps:
             yield (
                 f"decode_dtype={self.decode_dtype} samples from a rounded policy; rollout_correction weights the rows by the "
-                "ratio of the two"
+                "ratio of the policies"
             )
 
     def setup(self, context: Context) -> None:
@@ -104,8 +104,11 @@ class Generate(RolloutEngine):
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
-        """See `RolloutEngine`. Log-probs are of the whole distribution at the temperature, before top_p and the like cut
-        it; a greedy row has none."""
+        """Sample completions (see `RolloutEngine`).
+
+        Log-probs are of the full distribution at the temperature, before top_p and others truncate it; greedy rows have
+        none.
+        """
         import torch
 
         temperature = self.temperature if temperature is None else temperature
@@ -125,12 +128,12 @@ class Generate(RolloutEngine):
         device: torch.device,
         logps: bool,
     ) -> Sampler:
-        """What chooses the next tokens: `sampler(logits, rows, step) -> (tokens, logps)`.
+        """Return the function that chooses the next tokens: `sampler(logits, rows, step) -> (tokens, logps)`.
 
-        `logits` (B, V) are the model's for the rows `rows` (B,), numbered over prompts times generations, each of which
-        has `step` tokens; `tokens` are (B,), `logps` (B,) or None, and due where `logps` here is True. Measurements
-        override this, for example to end each row at a length of its own. Greedy rows are sampled once per prompt:
-        `num_generations` is then 1.
+        `logits` (B, V) are the model's for the rows `rows` (B,), numbered over prompts times generations, each of which has
+        `step` tokens; `tokens` are (B,), `logps` (B,) or None, and required if `logps` here is True. Benchmarks override
+        this, for example to end each row at a given length. Greedy rows are sampled once per prompt: `num_generations` is
+        then 1.
         """
         from transformers import (
             MinPLogitsWarper,
@@ -157,7 +160,7 @@ class Generate(RolloutEngine):
     def _decode(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float
     ) -> Completions:
-        """By the decode loop."""
+        """Sample with the decode loop."""
         from ._decoding import Decoder
 
         group, eos = num_generations if temperature > 0 else 1, self._eos(policy)
@@ -182,7 +185,7 @@ class Generate(RolloutEngine):
     def _generate(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float
     ) -> Completions:
-        """By `model.generate`."""
+        """Sample with `model.generate`."""
         from ._checks import load_processors
         from ._generating import Generator
 
@@ -209,13 +212,13 @@ class Generate(RolloutEngine):
         )
 
     def _parts(self, prompts: Sequence[Prompt], group: int) -> Iterable[tuple[int, Sequence[Prompt]]]:
-        """Prompts whose rows are decoded together, and how many prompts came before."""
+        """Yield prompts whose rows are decoded together, with the number of prompts before them."""
         size = max(1, (self.max_rows or len(prompts) * group) // group)
         for start in range(0, len(prompts), size):
             yield start, prompts[start : start + size]
 
     def _needs_generate(self, policy: Policy, prompts: Sequence[Prompt]) -> bool:
-        """Whether `model.generate` has to decode; says why."""
+        """Return True if `model.generate` is required, and log why."""
         from ._checks import say_once, unserved
 
         for setting in ("stop_strings", "logits_processors", "generation_kwargs"):
@@ -225,7 +228,7 @@ class Generate(RolloutEngine):
         longest = max(len(prompt.ids) for prompt in prompts) + self.max_new_tokens
         reason = unserved(policy.model, policy.device, longest)
         if reason is not None:
-            say_once(logging.WARNING, f"{type(policy.model).__name__} is not served by the decode loop: {reason}")
+            say_once(logging.WARNING, f"the decode loop does not support {type(policy.model).__name__}: {reason}")
         return reason is not None
 
     def _eos(self, policy: Policy) -> set[int]:

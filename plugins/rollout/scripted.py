@@ -1,4 +1,4 @@
-"""Completions that stand in the dataset: a test double, and a way to train on completions made elsewhere."""
+"""Completions from the dataset: a test double, and a way to train on completions generated elsewhere."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Scripted(RolloutEngine):
-    """Gives each prompt the completions of its row."""
+    """Returns the completions in each prompt's dataset row."""
 
     name = "scripted"
 
     column: str = "completions"
     """Column with a list of completions, each a text (the end-of-sequence token is added) or a list of token ids."""
     mask_column: str | None = None
-    """Column with a list of 0/1 lists, 0 on tokens that a tool wrote; all 1 when left out."""
+    """Column with a list of 0/1 lists, 0 on tokens written by a tool; None: all 1."""
     logps_column: str | None = None
-    """Column with a list of lists of log-probs, as whoever sampled the completions reports them; none when left out."""
+    """Column with a list of lists of the sampler's log-probs; None: not reported."""
 
     @property
     def provides(self) -> frozenset[str]:  # type: ignore[override]
-        """The sampler's log-probs where the dataset has them."""
+        """`sampler_logps` if the dataset has them."""
         return frozenset({"sampler_logps"} if self.logps_column else ())
 
     def columns(self) -> set[str]:
-        """The dataset columns that must be there."""
+        """Return the required dataset columns."""
         return {self.column, self.mask_column or self.column, self.logps_column or self.column}
 
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
-        """The first `num_generations` completions of each row; `temperature` has nothing to act on."""
+        """Return the first `num_generations` completions of each row; `temperature` has no effect."""
         ids: list[list[int]] = []
         masks: list[list[int]] = []
         logps: list[list[float]] = []
@@ -48,8 +48,8 @@ class Scripted(RolloutEngine):
             scripts = prompt.columns[self.column]
             if len(scripts) < num_generations:
                 raise ValueError(
-                    f"rollout=scripted: a row's column {self.column!r} holds {len(scripts)} completions and "
-                    f"{num_generations} are asked for; lower rollout.num_generations or add completions"
+                    f"rollout=scripted: column {self.column!r} must have at least {num_generations} completions per row, "
+                    f"got {len(scripts)}. Lower rollout.num_generations or add completions"
                 )
             ids += [self._tokens(policy, script) for script in scripts[:num_generations]]
             if self.mask_column:

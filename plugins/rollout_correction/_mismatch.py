@@ -1,4 +1,4 @@
-"""How far the sampler's policy is from the trainer's, as a log-ratio."""
+"""Log-ratio of the trainer's policy to the sampler's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def log_ratio(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, level: str) -> Tensor:
-    """(N, T) each -> (N, T) log p_trainer - log p_sampler of each token, or the row's sum on each of its tokens.
+    """Return log p_trainer - log p_sampler (N, T) of each token, or at level sequence the row's sum on each of its tokens.
 
-    0 off the mask at level token. Without gradient.
+    0 off the mask at level token. Detached.
     """
     mismatch = (old_logps - sampler_logps).masked_fill(mask == 0, 0.0).detach()
     return mismatch.sum(1, keepdim=True).expand_as(mismatch) if level == "sequence" else mismatch

@@ -1,6 +1,6 @@
-"""Importance sampling between sampler and trainer that drops what mismatches too much (IcePop, arXiv:2510.18855).
+"""Importance sampling between sampler and trainer that masks large mismatches (IcePop, arXiv:2510.18855).
 
-With `level: sequence`, `low: 0` it is the masking of whole rows of Liu et al. 2025, "When speed kills stability".
+With `level: sequence`, `low: 0` it masks whole rows as in Liu et al. 2025, "When speed kills stability".
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Masked(RolloutCorrection):
-    """Multiplies by p_trainer / p_sampler where that is within low and c, by 0 elsewhere."""
+    """Multiplies each token's loss by p_trainer / p_sampler if that is within [low, c], by 0 otherwise."""
 
     name = "masked"
 
     low: Fraction = 0.5
-    """The smallest ratio that is kept; 0 sets no lower bound."""
+    """Smallest ratio kept; 0 sets no lower bound."""
     c: Annotated[float, Ge(1)] = 5.0
-    """The largest ratio that is kept."""
+    """Largest ratio kept."""
     level: Literal["token", "sequence"] = "token"
-    """The ratio of each token, or that of the whole row on each of its tokens."""
+    """Ratio of each token, or of the whole row on each of its tokens."""
 
     def __call__(self, old_logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
         mismatch = log_ratio(old_logps, sampler_logps, mask, self.level)

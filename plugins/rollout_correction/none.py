@@ -1,4 +1,4 @@
-"""No correction: the sampler's log-probs are taken to be the trainer's."""
+"""No correction: the sampler's log-probs are assumed to equal the trainer's."""
 
 from __future__ import annotations
 

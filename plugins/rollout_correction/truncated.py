@@ -1,8 +1,9 @@
 """Truncated importance sampling between sampler and trainer (Espeholt et al., arXiv:1802.01561; for language models Yao et
 al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
 
-Uncorrected, tokens that the sampler likes more than the trainer does are trained on too often. At level sequence the
-correction is exact where `c` does not bind; at level token each token is corrected as if all before it were right.
+Uncorrected, tokens that are more likely under the sampler than under the trainer are trained on too often. At level
+sequence the correction is exact where `c` does not bind; at level token each token is corrected as if all earlier ones
+came from the trainer's policy.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Truncated(RolloutCorrection):
-    """Multiplies by min(p_trainer / p_sampler, c)."""
+    """Multiplies each token's loss by min(p_trainer / p_sampler, c)."""
 
     name = "truncated"
 
     c: Annotated[float, Ge(1)] = 2.0
-    """The largest factor."""
+    """Largest factor."""
     level: Literal["token", "sequence"] = "token"
-    """The ratio of each token, or that of the whole row on each of its tokens."""
+    """Ratio of each token, or of the whole row on each of its tokens."""
 
     def __call__(self, old_logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
         mismatch = log_ratio(old_logps, sampler_logps, mask, self.level)

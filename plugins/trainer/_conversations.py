@@ -1,4 +1,4 @@
-"""Rows as the reward models read them: texts as they stand, conversations by the tokenizer's chat template."""
+"""Tokenization of rows as reward models read them: texts unchanged, conversations with the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any, column: str) -> list[int]:
-    """Tokens of a prompt (or None) with its answer: texts, or lists of messages. Raises `ValueError` for anything else."""
+    """Tokenize a prompt (or None) with its answer: texts, or lists of messages. Raises `ValueError` for anything else."""
     if isinstance(prompt, str) and not isinstance(answer, str):
-        raise ValueError(f"{column} is {answer!r:.80}; a text is due, as prompt is one")
+        raise ValueError(f"{column} must be a text, like prompt, got {answer!r:.80}")
     if isinstance(answer, str) and not isinstance(prompt, list):
         ids = row_of(tokenizer, ((prompt or "") + answer,), chat=False, limit=None).ids
     else:
@@ -31,14 +31,12 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any, column:
 def ids_in(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: str
 ) -> tuple[list[int], list[Span | None]] | None:
-    """Tokens of a prompt with its completion, and for each its characters in the completion, None outside of it.
+    """Tokenize a prompt with its completion, and return for each token its characters in the completion, None outside.
 
-    None where a chat template does not give the completion back whole: as a reward the row has no score either.
+    Returns None if a chat template changes the completion; as a reward the row has no score either.
     """
     if not tokenizer.is_fast:
-        raise ValueError(
-            "the tokenizer does not say which characters a token stands for: model.tokenizer must be a fast one"
-        )
+        raise ValueError("the tokenizer does not report character offsets. Set model.tokenizer to a fast one")
     if prompt is not None and not isinstance(prompt, str):
         prompt = _messages(prompt, "prompt")
         _check_template(tokenizer)
@@ -51,10 +49,10 @@ def ids_in(
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
-        raise ValueError("it is a conversation and the tokenizer has no chat template: set model.chat_template")
+        raise ValueError("conversations need a tokenizer with a chat template. Set model.chat_template")
 
 
 def _messages(given: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given or not all(isinstance(m, Mapping) and "role" in m for m in given):
-        raise ValueError(f"{column} is {given!r:.80}; a text is due, or a list of messages with role and content")
+        raise ValueError(f"{column} must be a text or a list of messages with role and content, got {given!r:.80}")
     return [{key: value for key, value in message.items() if value is not None} for message in given]

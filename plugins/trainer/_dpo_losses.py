@@ -1,4 +1,4 @@
-"""Losses of a pair that TRL does not have, and the scores that they compare. x = beta (score of the chosen - of the rejected).
+"""Pair losses that TRL does not have, and the scores that they compare: x = beta (score of chosen - score of rejected).
 
 | loss | of x | largest gradient, where | gradient at x = -10 |
 | --- | --- | --- | --- |
@@ -8,8 +8,8 @@
 | savage | sigmoid(-x)^2 | .2963, sigmoid x = 1/3 | .00009 |
 | symmetric | sigmoid -x | .25, x = 0 | .00005 |
 
-The last three lie in (0, 1): a pair that is badly misordered, such as one with a wrong label, moves the policy hardly at all,
-whether the label is wrong or the policy is.
+The last three lie in (0, 1): a badly misordered pair, such as one with a wrong label, hardly moves the policy, whether the
+label or the policy is wrong.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ LossType = Literal[
 ]
 # fmt: on
 OWN = ("fidelity", "savage", "symmetric")
-"""Loss types that TRL does not have. Every other is TRL's, but for the smoothed sigmoid."""
+"""Loss types that TRL does not have. All others are TRL's, except the smoothed sigmoid."""
 LEFT_OUT = {
     "aot": "it sorts the pairs of a micro-batch: the step would depend on how rows are split",
     "aot_unpaired": "it sorts the rows of a micro-batch: the step would depend on how rows are split",
     "sft": "it is averaged over the tokens of a micro-batch, and compares nothing",
 }
-"""TRL's loss types that are not here, and why."""
+"""Unsupported loss types of TRL, and why."""
 OF_DIFFERENCES = frozenset({"sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm", *OWN})
 """Losses of the difference of two scores, in which the unknown constant of an f-divergence cancels (arXiv:2309.16240)."""
 SMOOTHED = {"sigmoid", "robust", "exo_pair"}
-"""Losses that read the label smoothing."""
+"""Losses that use the label smoothing."""
 LARGEST_EXPONENT = 80.0
 
 
 def score(log_ratios: Tensor, divergence: Divergence, alpha: float) -> Tensor:
-    """log pi / pi_ref -> f'(pi / pi_ref) without its constant, elementwise; log pi / pi_ref itself for the reverse KL.
+    """Return f'(pi / pi_ref) without its constant, elementwise from log pi / pi_ref, which it equals for the reverse KL.
 
-    f'(t) = log t, 1 - 1/t, log(2t / (t + 1)), (t^(alpha - 1) - 1) / (alpha - 1) (arXiv:2309.16240). Exponents end at 80, which
-    stops the gradient there.
+    f'(t) = log t, 1 - 1/t, log(2t / (t + 1)), (t^(alpha - 1) - 1) / (alpha - 1) (arXiv:2309.16240). Exponents are clamped at
+    80, which stops the gradient there.
     """
     from torch.nn.functional import logsigmoid
 
@@ -61,26 +61,26 @@ def score(log_ratios: Tensor, divergence: Divergence, alpha: float) -> Tensor:
 
 
 def smoothed(x: Tensor, a: float) -> Tensor:
-    """-(1 - a) logsigmoid x - a logsigmoid -x: the label is wrong with probability a."""
+    """Return -(1 - a) logsigmoid x - a logsigmoid -x: the label is wrong with probability a."""
     from torch.nn.functional import logsigmoid
 
     return -(1 - a) * logsigmoid(x) - a * logsigmoid(-x)
 
 
 def fidelity(x: Tensor) -> Tensor:
-    """1 - sqrt(sigmoid x), without cancellation."""
+    """Return 1 - sqrt(sigmoid x), without cancellation."""
     from torch.nn.functional import logsigmoid
 
     return -(logsigmoid(x) / 2).expm1()
 
 
 def savage(x: Tensor) -> Tensor:
-    """sigmoid(-x)^2."""
+    """Return sigmoid(-x)^2."""
     return (-x).sigmoid() ** 2
 
 
 def symmetric(x: Tensor) -> Tensor:
-    """sigmoid -x: a pair and the same pair turned around cost 1 together."""
+    """Return sigmoid -x: the losses of a pair and of the swapped pair add up to 1."""
     return (-x).sigmoid()
 
 
@@ -90,7 +90,7 @@ BOUNDED: dict[str, Callable[[Tensor], Tensor]] = {"fidelity": fidelity, "savage"
 def own_loss(
     loss_type: LossType, beta: float, label_smoothing: float, divergence: Divergence, alpha: float
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """(B,) and (B,) log pi / pi_ref of the chosen and the rejected -> (B,); None where TRL has the loss."""
+    """Return the loss (B,) as a function of log pi / pi_ref of chosen and rejected, (B,) each; None if TRL has it."""
     if loss_type not in OWN and not (loss_type == "sigmoid" and label_smoothing > 0):
         return None
 
@@ -102,20 +102,20 @@ def own_loss(
 
 
 def reasons(loss_type: LossType, label_smoothing: float, divergence: Divergence, **given: float | None) -> list[str]:
-    """What of these settings would not be read, or not work, and what to write instead."""
+    """Return errors for settings that would be ignored or fail, with the fix."""
     found = []
     if label_smoothing > 0 and loss_type not in SMOOTHED:
-        found.append(f"label_smoothing={label_smoothing:g} is not read by loss_type={loss_type}: set it to 0, or choose "
-                     f"{', '.join(sorted(SMOOTHED))}")  # fmt: skip
+        found.append(f"label_smoothing must be 0 with loss_type={loss_type}, got {label_smoothing:g}. Set it to 0, or "
+                     f"loss_type to {', '.join(sorted(SMOOTHED))}")  # fmt: skip
     if loss_type == "exo_pair" and label_smoothing == 0:
-        found.append("loss_type=exo_pair takes the logarithm of label_smoothing: set it to 0.001, as arXiv:2402.00856")
+        found.append("label_smoothing must be positive with loss_type=exo_pair. Set 0.001, as in arXiv:2402.00856")
     if divergence != "reverse_kl" and loss_type not in OF_DIFFERENCES:
         found.append(
-            f"f_divergence_type={divergence} leaves a constant in each score, which loss_type={loss_type} does not take the "
-            f"difference of: choose {', '.join(sorted(OF_DIFFERENCES))}, or f_divergence_type=reverse_kl"
+            f"f_divergence_type={divergence} leaves a constant in each score, which does not cancel in loss_type={loss_type}. "
+            f"Set loss_type to {', '.join(sorted(OF_DIFFERENCES))}, or f_divergence_type=reverse_kl"
         )
     for name, reader in (("f_alpha_divergence_coef", "alpha_divergence"), ("discopop_tau", "discopop")):
         if given[name] is not None and reader not in (loss_type, divergence):
             key = "loss_type" if reader in get_args(LossType) else "f_divergence_type"
-            found.append(f"{name}={given[name]:g} is read with {key}={reader} alone: leave it out")
+            found.append(f"{name}={given[name]:g} needs {key}={reader}. Remove it")
     return found

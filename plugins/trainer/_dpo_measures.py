@@ -1,4 +1,4 @@
-"""Metrics of held-out pairs under a policy and its reference."""
+"""Metrics of held-out pairs for a policy and its reference."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from statistics import fmean
 from ._measures import of_pairs, wilson
 
 Logps = Sequence[tuple[float, float]]
-"""Log-probs of the chosen and of the rejected completion of each row."""
+"""Log-probs of the chosen and rejected completions of each row."""
 
 
 def of_policy(
     policy: Logps, reference: Logps, rewards: Logps, chosen_tokens: Sequence[int], rejected_tokens: Sequence[int]
 ) -> dict[str, float]:
-    """`pairs/` as of a reward model, of the implicit rewards; how often the policy finds the chosen one likelier; and how far
-    it is from the reference, in nats per completion: `drift/k2` is the mean of half the squared log-ratio."""
+    """Return `pairs/` metrics of the implicit rewards, as for a reward model; how often the chosen completion is likelier
+    under the policy; and the distance from the reference in nats per completion: `drift/k2` is the mean of half the squared
+    log-ratio."""
     chosen, rejected = ([pair[i] for pair in rewards] for i in (0, 1))
     ratios = [[p[i] - r[i] for p, r in zip(policy, reference, strict=True)] for i in (0, 1)]
     likelier = fmean(0.5 if c == r else float(c > r) for c, r in policy)

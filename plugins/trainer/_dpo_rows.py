@@ -1,4 +1,4 @@
-"""Preference rows as tokens, and a batch of them."""
+"""Tokenization and batching of preference rows."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ if TYPE_CHECKING:
 
 
 def pair_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of the prompt, of prompt and chosen, of prompt and rejected. Raises `ValueError`.
+    """Return the tokens of the prompt, of prompt and chosen, and of prompt and rejected. Raises `ValueError`.
 
-    Behind texts stands the end-of-sequence token, as a policy ends its completions; a chat template brings its own end. Where
-    tokens of the prompt merge with those of a completion, they count as the completion's (as in TRL).
+    Texts get the end-of-sequence token appended, as a policy ends its completions; a chat template has its own end. Prompt
+    tokens that merge with a completion's count as the completion's (as in TRL).
     """
     chosen, rejected = row["chosen"], row["rejected"]
     prompt = row.get("prompt")
     if prompt is None:
         if isinstance(chosen, str) or isinstance(rejected, str):
-            raise ValueError(
-                "chosen and rejected are texts and there is no prompt: a column prompt is due, '' for none"
-            )
+            raise ValueError("chosen and rejected are texts, which need a column prompt. Use '' for no prompt")
         prompt, chosen, rejected = _apart(chosen, rejected)
     both = [ids_of(tokenizer, prompt, answer, name) for name, answer in (("chosen", chosen), ("rejected", rejected))]
     if isinstance(prompt, str):
@@ -39,7 +37,7 @@ def pair_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two rows begin with alike."""
+    """Return the length of the common prefix of two rows."""
     pairs = zip(a, b, strict=False)
     return next((place for place, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
@@ -49,24 +47,24 @@ def _ended(ids: list[int], end: int | None) -> list[int]:
 
 
 def _apart(chosen: Any, rejected: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """The messages that two conversations begin with alike, and the rest of each."""
+    """Split two conversations into their common messages and the rest of each."""
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise ValueError(f"chosen is {chosen!r:.60}; without a prompt, conversations are due: lists of messages")
+        raise ValueError(f"chosen must be a list of messages without a prompt, got {chosen!r:.60}")
     count = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen))
     count = min(count, len(chosen) - 1, len(rejected) - 1)
     if count < 1:
-        raise ValueError("chosen and rejected begin with different messages: they are answers to one prompt")
+        raise ValueError("chosen and rejected must start with the same messages, as answers to one prompt")
     return chosen[:count], chosen[count:], rejected[count:]
 
 
 class Pairs:
-    """The chosen rows of a batch, then the rejected ones, padded on the right; their completions are marked."""
+    """Collator: the chosen rows of a batch, then the rejected ones, padded on the right, with completion masks."""
 
     def __init__(self, pad: int, dtype: torch.dtype):
         self.pad, self.dtype = pad, dtype
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and completion_mask (2B, L); the reference's log-probs (B,) where the rows have them."""
+        """Return input_ids, attention_mask and completion_mask (2B, L), and the reference's log-probs (B,) if present."""
         import torch
 
         rows = [example[name] for name in ("chosen_ids", "rejected_ids") for example in examples]

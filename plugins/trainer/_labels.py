@@ -1,4 +1,4 @@
-"""Token classification with labels on some tokens: the batch, and a loss that is a mean over the labels of the whole step."""
+"""Token classification with labels on some tokens: collation, and a loss averaged over the labels of the whole step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ UNLABELLED = -100
 
 
 class Batch:
-    """Rows of tokens and labels, padded on the right."""
+    """Collator for rows of tokens and labels, padded on the right."""
 
     def __init__(self, pad: int, dtype: torch.dtype):
         self.pad, self.dtype = pad, dtype
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and labels, (B, L) each; -100 where there is no label."""
+        """Return input_ids, attention_mask and labels, (B, L) each; -100 for unlabelled tokens."""
         import torch
 
         longest = max(len(example["input_ids"]) for example in examples)
@@ -40,10 +40,10 @@ class Batch:
 
 
 def token_trainer(materials: Materials, loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Trainer:
-    """transformers' Trainer with `loss`: (n, outputs) and (n,) of the labelled tokens -> (n,).
+    """Return a transformers Trainer with `loss`, which maps outputs (n, outputs) and labels (n,) to (n,).
 
-    The labels of all micro-batches and processes of an optimizer step weigh alike: a classifier's own loss would be averaged
-    in each micro-batch, and not divided by their number.
+    All labels in the micro-batches and processes of an optimizer step have equal weight: a classifier's own loss would be
+    averaged within each micro-batch.
     """
     from transformers import Trainer, TrainingArguments
 

@@ -1,4 +1,4 @@
-"""Metrics of held-out rows: accuracy with its interval and what simple rules reach on the same rows, and calibration."""
+"""Metrics of held-out rows: accuracy with its interval, simple baselines on the same rows, and calibration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BINS = 10
 
 
 def wilson(rate: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a rate observed in `count` trials (Wilson 1927); (0, 1) of none."""
+    """Return the 95 % interval of a rate observed in `count` trials (Wilson 1927); (0, 1) for none."""
     if count == 0:
         return 0.0, 1.0
     middle = (rate + Z**2 / (2 * count)) / (1 + Z**2 / count)
@@ -21,8 +21,7 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
 
 
 def calibration_error(probabilities: Sequence[float], outcomes: Sequence[float], low: float) -> float:
-    """How far probabilities are from what happened, on average: the expected calibration error over ten equal bins of
-    [low, 1], each weighed by its rows."""
+    """Return the expected calibration error over ten equal bins of [low, 1], weighted by their rows."""
     bins: dict[int, list[tuple[float, float]]] = {}
     for p, outcome in zip(probabilities, outcomes, strict=True):
         place = min(BINS - 1, int((p - low) / (1 - low) * BINS))
@@ -34,8 +33,10 @@ def calibration_error(probabilities: Sequence[float], outcomes: Sequence[float],
 def of_pairs(
     chosen: Sequence[float], rejected: Sequence[float], chosen_tokens: Sequence[int], rejected_tokens: Sequence[int]
 ) -> dict[str, float]:
-    """Of scores of pairs: how often the chosen one has the higher, next to how often it is the longer or the shorter one. A tie
-    counts half. Confidence is the probability that the scores give to the one that they prefer."""
+    """Return metrics of scored pairs: how often the chosen completion scores higher, and how often it is longer or shorter.
+
+    A tie counts half. Confidence is the probability that the scores give to the completion they prefer.
+    """
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     right = [_share(c, r) for c, r in zip(chosen, rejected, strict=True)]
     longer = fmean(_share(c, r) for c, r in zip(chosen_tokens, rejected_tokens, strict=True))
@@ -53,8 +54,8 @@ def of_pairs(
 
 
 def of_labels(area: str, log_odds: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
-    """Of the log-odds of good and of labels from 0 (bad) to 1 (good): how often both are on one side, next to the share of good
-    labels, which is what calling everything good reaches."""
+    """Return metrics of log-odds of good against labels from 0 (bad) to 1 (good): accuracy, and the share of good labels,
+    which is the accuracy of always predicting good."""
     good = [float(label > 0.5) for label in labels]
     probabilities = [_sigmoid(x) for x in log_odds]
     right = [_share(x, 0.0) if y else 1 - _share(x, 0.0) for x, y in zip(log_odds, good, strict=True)]
@@ -71,7 +72,7 @@ def of_labels(area: str, log_odds: Sequence[float], labels: Sequence[float]) -> 
 
 
 def of_values(area: str, found: Sequence[float], wanted: Sequence[float]) -> dict[str, float]:
-    """Of numbers and what they should be: the mean squared error, and the share of the variance that it leaves explained."""
+    """Return the mean squared error of predictions, and the share of the labels' variance that they explain."""
     error = fmean((x - y) ** 2 for x, y in zip(found, wanted, strict=True))
     variance = pvariance(wanted)
     explained = {f"{area}/explained_var": 1 - error / variance} if variance > 0 else {}
@@ -85,7 +86,7 @@ def _rate(name: str, right: Sequence[float]) -> dict[str, float]:
 
 
 def _share(a: float, b: float) -> float:
-    """1 where a is larger, 0 where b is, 0.5 where they are equal."""
+    """Return 1 if a is larger, 0 if b is, 0.5 if they are equal."""
     return 0.5 if a == b else float(a > b)
 
 

@@ -1,28 +1,28 @@
-"""What the trainers log besides what every one of them does: TRL's own while they train, and `measure`'s of held-out rows."""
+"""Metrics of individual offline trainers: TRL's during training, and those of `measure` on held-out rows."""
 
 from __future__ import annotations
 
 from hf_rlhf import Metric
 
-GAMED = "Falls while the one of the rows that are trained on rises: they are learned by heart; train for fewer epochs."
+GAMED = "Falls while that of the training rows rises: overfitting; train for fewer epochs."
 
 
 def both(name: str, unit: str, meaning: str, **more: object) -> tuple[Metric, Metric]:
-    """A metric of the rows that are trained on, and the same of the held-out ones."""
+    """Return a metric of the training rows, and the same of the held-out ones."""
     given: dict[str, object] = {"when": "step", **more}
     return (
-        Metric(name, unit, f"{meaning}, of the rows since the last entry", **given),  # type: ignore[arg-type]
-        held_out(name, unit, f"{meaning}, as TRL averages it over batches", **more),
+        Metric(name, unit, f"{meaning}, over the rows since the last entry", **given),  # type: ignore[arg-type]
+        held_out(name, unit, f"{meaning}, averaged over batches by TRL", **more),
     )
 
 
 def held_out(name: str, unit: str, meaning: str, **more: object) -> Metric:
-    """A metric of an evaluation."""
+    """Return a metric of an evaluation."""
     return Metric(name, unit, f"{meaning}, of the held-out rows", **{**more, "when": "evaluation"})  # type: ignore[arg-type]
 
 
 def rate(name: str, what: str, count: str, **more: object) -> tuple[Metric, ...]:
-    """A share with its 95 % interval (Wilson 1927) and how many there were."""
+    """Return a share with its 95 % interval (Wilson 1927)."""
     return (
         held_out(name, f"share of {count}", what, summary="max", unhealthy=GAMED, **more),
         held_out(f"{name}_low", f"share of {count}", f"lower end of the 95 % interval of `eval_{name}`", **more),
@@ -31,51 +31,51 @@ def rate(name: str, what: str, count: str, **more: object) -> tuple[Metric, ...]
 
 
 TOKENS = (
-    Metric("num_tokens", "tokens", "tokens that were trained on so far", when="step", summary="max"),
-    held_out("num_tokens", "tokens", "tokens that were trained on so far, at the evaluation"),
+    Metric("num_tokens", "tokens", "tokens trained on so far", when="step", summary="max"),
+    held_out("num_tokens", "tokens", "tokens trained on so far, at the evaluation"),
 )
 CAUSAL = (
     *TOKENS,
     *both("entropy", "nats per token", "mean entropy of the model's distributions"),
-    *both("mean_token_accuracy", "share of tokens", "where the likeliest token is the due one"),
+    *both("mean_token_accuracy", "share of tokens", "for which the most likely token is correct"),
     *both("aux_loss", "loss", "the load-balancing loss of a mixture of experts", optional=True),
 )
-"""Of every causal model."""
+"""Metrics of causal models."""
 OF_SFT = (
     *CAUSAL,
     held_out("tokens/log_loss", "nats per token", "-log p, over all learned tokens together", summary="min"),
-    held_out("tokens/perplexity", "", "its exponential", summary="min"),
-    held_out("tokens/accuracy", "share of tokens", "where the likeliest token is the due one", summary="max"),
-    held_out("tokens/count", "tokens", "learned tokens"),
+    held_out("tokens/perplexity", "", "exponential of the log loss", summary="min"),
+    held_out("tokens/accuracy", "share of tokens", "for which the most likely token is correct", summary="max"),
+    held_out("tokens/count", "tokens", "number of learned tokens"),
 )
 PAIRS = (
-    *rate("pairs/accuracy", "pairs of which the chosen completion has the higher score", "pairs"),
-    held_out("pairs/count", "pairs", "how many there were"),
+    *rate("pairs/accuracy", "pairs whose chosen completion has the higher score", "pairs"),
+    held_out("pairs/count", "pairs", "number of pairs"),
     held_out(
         "pairs/longer_wins",
         "share of pairs",
-        "pairs of which the longer completion was chosen: what length alone reaches",
+        "pairs whose longer completion was chosen: the accuracy of length alone",
     ),
-    held_out("pairs/shorter_wins", "share of pairs", "pairs of which the shorter completion was chosen"),
+    held_out("pairs/shorter_wins", "share of pairs", "pairs whose shorter completion was chosen"),
     held_out("pairs/margin", "score", "mean score of the chosen completion minus that of the rejected one"),
     held_out(
         "pairs/log_loss", "nats per pair", "-log of the probability that the scores give to the label", summary="min"
     ),
-    held_out("pairs/confidence", "probability", "mean probability that the scores give to the one that they prefer"),
+    held_out("pairs/confidence", "probability", "mean probability that the scores give to the preferred completion"),
     held_out(
         "pairs/calibration_error",
         "probability",
-        "mean distance of that probability from how often it is right, over ten bins",
+        "expected calibration error of the confidence, over ten bins",
         summary="min",
         healthy=(None, 0.1),
-        unhealthy="Scores say more or less than they know: train for fewer epochs, or set `center_rewards_coefficient`.",
+        unhealthy="Scores are over- or underconfident: train for fewer epochs, or set `center_rewards_coefficient`.",
     ),
     held_out("pairs/score_mean", "score", "mean score of all completions"),
 )
-"""Of scores of pairs."""
+"""Metrics of scored pairs."""
 OF_REWARD = (
     *TOKENS,
-    *both("accuracy", "share of pairs", "pairs of which the chosen completion has the higher score"),
+    *both("accuracy", "share of pairs", "pairs whose chosen completion has the higher score"),
     *both("margin", "score", "mean score of the chosen completion minus that of the rejected one"),
     *both("mean_reward", "score", "mean score"),
     *both("min_reward", "score", "lowest score of a batch"),
@@ -90,21 +90,19 @@ OF_DPO = (
         "reward",
         "implicit reward of the rejected completions",
     ),
-    *both("rewards/margins", "reward", "the difference of the two"),
-    *both(
-        "rewards/accuracies", "share of pairs", "pairs of which the chosen completion has the higher implicit reward"
-    ),
+    *both("rewards/margins", "reward", "difference of the chosen and rejected implicit rewards"),
+    *both("rewards/accuracies", "share of pairs", "pairs whose chosen completion has the higher implicit reward"),
     *both("logps/chosen", "nats per row", "log-prob of the chosen completions"),
     *both("logps/rejected", "nats per row", "log-prob of the rejected completions"),
     *both("logits/chosen", "logit", "mean logit over the vocabulary at the chosen completions"),
     *both("logits/rejected", "logit", "mean logit over the vocabulary at the rejected completions"),
     *PAIRS,
-    *rate("likelihood/accuracy", "pairs of which the policy finds the chosen completion likelier", "pairs"),
+    *rate("likelihood/accuracy", "pairs whose chosen completion is likelier under the policy", "pairs"),
     held_out(
         "drift/chosen",
         "nats per row",
         "log-ratio of policy and reference at the chosen completions",
-        unhealthy="Falls far below 0: the policy gets worse at both completions, the rejected one faster; raise `beta`, or use "
+        unhealthy="Falls far below 0: both completions become less likely, the rejected one faster; raise `beta`, or use "
         "`apo_zero`.",
     ),
     held_out("drift/rejected", "nats per row", "log-ratio of policy and reference at the rejected completions"),
@@ -112,18 +110,18 @@ OF_DPO = (
         "drift/k2",
         "nats per row",
         "half the squared log-ratio of policy and reference",
-        unhealthy="Growing without end: the policy leaves the reference; raise `beta` or lower the learning rate.",
+        unhealthy="Keeps growing: the policy leaves the reference; raise `beta` or lower the learning rate.",
     ),
 )
 
 
 def labels(area: str, what: str, **more: object) -> tuple[Metric, ...]:
-    """Of the log-odds of good and of labels."""
+    """Return metrics of log-odds of good against labels."""
     return (
-        *rate(f"{area}/accuracy", f"{what} on the side of their label", what, **more),
-        held_out(f"{area}/count", what, "how many there were", **more),
-        held_out(f"{area}/all_good", f"share of {what}", "good ones: what calling everything good reaches", **more),
-        held_out(f"{area}/all_bad", f"share of {what}", "bad ones: what calling everything bad reaches", **more),
+        *rate(f"{area}/accuracy", f"{what} predicted on the side of their label", what, **more),
+        held_out(f"{area}/count", what, f"number of {what}", **more),
+        held_out(f"{area}/all_good", f"share of {what}", "good ones: the accuracy of always predicting good", **more),
+        held_out(f"{area}/all_bad", f"share of {what}", "bad ones: the accuracy of always predicting bad", **more),
         held_out(
             f"{area}/log_loss",
             f"nats per {what.removesuffix('s')}",
@@ -134,7 +132,7 @@ def labels(area: str, what: str, **more: object) -> tuple[Metric, ...]:
         held_out(
             f"{area}/calibration_error",
             "probability",
-            "mean distance of the probability of good from the share of good ones, over ten bins",
+            "expected calibration error of the probability of good, over ten bins",
             summary="min",
             **more,
         ),
@@ -142,7 +140,7 @@ def labels(area: str, what: str, **more: object) -> tuple[Metric, ...]:
 
 
 OF_STEPS = labels("steps", "steps")
-"""Of a process reward model."""
+"""Metrics of a process reward model."""
 SQUARED = "loss=squared_error"
 OF_SPANS = (
     *labels("tokens", "tokens", setting="loss=binary_cross_entropy"),
@@ -150,7 +148,7 @@ OF_SPANS = (
     held_out(
         "tokens/explained_var",
         "share",
-        "share of the labels' variance that is explained",
+        "explained share of the labels' variance",
         optional=True,
         setting=SQUARED,
         summary="max",
@@ -158,4 +156,4 @@ OF_SPANS = (
         unhealthy="Below 0: worse than the labels' mean; train longer or raise the learning rate.",
     ),
 )
-"""Of a token reward model, by its loss."""
+"""Metrics of a token reward model, by its loss."""

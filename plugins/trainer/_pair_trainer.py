@@ -1,7 +1,7 @@
-"""What is used of TRL's DPOTrainer and not documented there, in one class.
+"""All uses of undocumented parts of TRL's DPOTrainer, in one class.
 
-tests/test_dpo_trl.py says what is relied on: which methods there are, what they are given, that the loss of a batch may be a
-sum of no losses, and where the log-probs of a forward are.
+tests/unit/plugins/test_dpo_trl.py checks what it relies on: the methods and their arguments, that a batch may have no losses,
+and the location of a forward's log-probs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from trl import DPOTrainer
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-"""Columns of precomputed log-probs, and the names under which TRL's loss finds the reference's in a batch."""
+"""Columns of precomputed reference log-probs, which are also TRL's names for them in a batch."""
 
 UNSCORED = -100
-"""The label of a token that is not scored."""
+"""Label of tokens that are not scored."""
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""(B,) and (B,) log pi / pi_ref of the chosen and the rejected completions -> (B,)."""
+"""Loss (B,) of log pi / pi_ref of the chosen and the rejected completions, (B,) each."""
 
 
 class Seen:
-    """A model whose last outputs stay at hand."""
+    """Model wrapper that keeps the last outputs."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -38,13 +38,13 @@ class Seen:
 
 
 class Whole:
-    """A float64 model, called as TRL calls one with its head, which would compute in float32."""
+    """Wrapper of a float64 model with the call that TRL makes to fuse the head, which would compute in float32."""
 
     def __init__(self, model: Any):
         self.model = model
 
     def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> Any:
-        """What TRL reads of a forward, of all logits at once."""
+        """Return what TRL reads from a forward, from all logits at once."""
         outputs = self.model(**inputs)
         logits, given = outputs.logits[:, :-1], labels[:, 1:]
         off = given == UNSCORED
@@ -59,12 +59,11 @@ class Whole:
 
 
 class PairTrainer(DPOTrainer):
-    """TRL's DPOTrainer on rows that are tokenized, with losses of its own, and the model of the start as its reference.
+    """TRL's DPOTrainer on tokenized rows, with additional losses, and the initial model as its reference.
 
-    `pair_loss` takes the place of TRL's losses (`loss_type` is then an empty list); what TRL logs of a batch stays. The reference
-    is `ref_model`, or, with an adapter and without a `ref_model`, the model without its adapter: TRL would copy the adapter.
-    It never has dropout. Precomputed log-probs are columns of the datasets, not files. A float64 model is computed with in
-    float64.
+    `pair_loss` replaces TRL's losses (`loss_type` is then an empty list); TRL's metrics stay. The reference is `ref_model`, or,
+    with an adapter and without a `ref_model`, the model without its adapter, where TRL would copy the adapter. It never has
+    dropout. Precomputed log-probs are columns of the datasets, not files. A float64 model is evaluated in float64.
     """
 
     model: Any
@@ -74,33 +73,33 @@ class PairTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         if "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
-        self.precompute_ref_logps = True  # from now on: the loss reads them in the batch
+        self.precompute_ref_logps = True  # set late: the loss reads them from the batch
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """TRL would tokenize texts."""
+        """Return the rows unchanged, where TRL would tokenize texts."""
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """TRL would hand rows on in files, which other processes look for in folders of their own."""
+        """Return the rows unchanged, where TRL would write them to files that other processes do not find."""
         found = self.of_rows(dataset, batch_size, self.reference)
         for column, values in zip(REFERENCE, zip(*found, strict=True), strict=True):
             dataset = dataset.add_column(column, list(values))
         return dataset
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        """TRL's, of the reference's log-probs as they are in the batch or else computed here; or the mean of `pair_loss`."""
+        """Return TRL's loss or the mean of `pair_loss`, computing the reference's log-probs unless the batch has them."""
         ours = dict(zip(REFERENCE, self.reference(inputs), strict=True))
         if self.pair_loss is None:
             return super()._compute_loss(self._called(model), {**inputs, **ours}, return_outputs)
         seen = Seen(self._called(model))
-        others = super()._compute_loss(seen, {**inputs, **ours}, False)  # of no pairs: it logs, and balances experts
+        others = super()._compute_loss(seen, {**inputs, **ours}, False)  # without losses: logs, and balances experts
         policy = seen.outputs.log_probs.sum(1).chunk(2)
         ratios = [x - ours[name] for x, name in zip(policy, REFERENCE, strict=True)]
         loss = self.pair_loss(*ratios).mean() + others
         return (loss, seen.outputs) if return_outputs else loss
 
     def reference(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(B,) and (B,) the reference's log-probs of the chosen and the rejected completions of a batch."""
+        """Return the reference's log-probs of a batch's chosen and rejected completions, (B,) each."""
         if REFERENCE[0] in inputs:
             return inputs[REFERENCE[0]], inputs[REFERENCE[1]]
         training = self.model.training
@@ -112,7 +111,7 @@ class PairTrainer(DPOTrainer):
             self.model.train(training)
 
     def policy(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The same of the model as it is."""
+        """Return the current model's log-probs of a batch's chosen and rejected completions, (B,) each."""
         read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, UNSCORED)
         outputs = self._called(self.model)(**read, labels=labels, fused_lm_head=True)
@@ -125,7 +124,7 @@ class PairTrainer(DPOTrainer):
     def of_rows(
         self, rows: Dataset, batch_size: int, ask: Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]
     ) -> list[tuple[float, float]]:
-        """What `ask` says of each row, on every process; each asks of its share."""
+        """Evaluate `ask` on every row, split over the processes; all processes get all results."""
         count, own = self.accelerator.num_processes, self.accelerator.process_index
         places = list(range(own, len(rows), count))
         lengths = [max(map(len, pair)) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]

@@ -1,4 +1,4 @@
-"""Scores of held-out rows by the model as it is, each process its share, all of them on every process."""
+"""Scores of held-out rows by the current model, split over the processes and gathered on all of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def of_texts(trainer: Trainer, rows: Sequence[list[int]]) -> list[float]:
-    """The one output of a sequence classifier for each row of tokens."""
+    """Return the output of a sequence classifier for each row of tokens."""
     return _of_rows(trainer, rows, index=0)
 
 
 def of_tokens(trainer: Trainer, rows: Sequence[list[int]]) -> list[list[float]]:
-    """For each token the one output of a token classifier, or the log-odds of the second of two."""
+    """Return for each token the output of a token classifier, or the log-odds of the second of two."""
     model: Any = trainer.model
     return _of_rows(trainer, rows, index=model.config.num_labels - 1)
 

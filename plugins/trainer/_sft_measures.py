@@ -1,4 +1,4 @@
-"""How well held-out tokens are predicted, and whether rows in one sequence see each other."""
+"""Metrics of held-out tokens, and a check that packed rows do not attend to each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def of_tokens(trainer: Trainer, examples: datasets.Dataset) -> dict[str, float]:
-    """Of every labelled token together: -log p in nats, its exponential, how often the token is the likeliest."""
+    """Return metrics over all labelled tokens: -log p in nats, its exponential, and how often the token is most likely."""
     import torch
 
     count, own = trainer.args.world_size, trainer.args.process_index
@@ -41,7 +41,7 @@ def of_tokens(trainer: Trainer, examples: datasets.Dataset) -> dict[str, float]:
 
 
 def _of_batch(trainer: Any, ids: Sequence[list[int]], labels: Sequence[list[int]]) -> Tensor:
-    """(3,): the sum of -log p, how many tokens are the likeliest, how many have a label."""
+    """Return (3,): the sum of -log p, the number of most likely tokens, and the number of labelled tokens."""
     import torch
 
     longest = max(map(len, ids))
@@ -63,7 +63,7 @@ def _of_batch(trainer: Any, ids: Sequence[list[int]], labels: Sequence[list[int]
 
 
 def check_packing(trainer: Any, rows: Sequence[list[int]]) -> None:
-    """Raises `ValueError` where a row's logits change because other rows stand in the same sequence."""
+    """Check that packing leaves a row's logits unchanged. Raises `ValueError` if other rows in a sequence affect them."""
     import torch
 
     batch = trainer.data_collator([{"input_ids": row, "labels": list(row)} for row in rows])
@@ -81,5 +81,5 @@ def check_packing(trainer: Any, rows: Sequence[list[int]]) -> None:
     if not error < (0.25 if half else 1e-2):
         raise ValueError(
             f"trainer.packing: rows in one sequence change each other's logits in this model (by {error:.2g} of their "
-            "spread): set packing=false, or model.attn_implementation to one that keeps them apart"
+            "spread). Set packing=false, or model.attn_implementation to one that separates them"
         )

@@ -1,4 +1,4 @@
-"""A row as tokens and labels: what is learned is what the policy would sample, its end of sequence included."""
+"""Tokens and labels of a row: the policy learns what it would sample, the end-of-sequence token included."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = "{% generation"
-"""How a chat template says which of its text an assistant wrote (transformers)."""
+"""Tag by which a chat template marks the assistant's text (transformers)."""
 Part = tuple[list[int], bool]
-"""Tokens, and whether they are learned."""
+"""Tokens, and True if they are learned."""
 
 
 def of_completion(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> list[Part]:
-    """The prompt, tokenized alone as in a rollout, and the completion behind it: texts, or lists of messages."""
+    """Tokenize the prompt alone, as in a rollout, and the completion after it: texts, or lists of messages."""
     if isinstance(prompt, str):
         if not isinstance(completion, str):
-            raise ValueError(f"completion is {completion!r:.80}; a text is due, as prompt is one")
+            raise ValueError(f"completion must be a text, like prompt, got {completion!r:.80}")
         return [(_ids(tokenizer, prompt, special=True), False), (_ended(tokenizer, _ids(tokenizer, completion)), True)]
     messages = _messages(prompt, "prompt")
     if isinstance(completion, str):
@@ -31,7 +31,7 @@ def of_completion(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: A
     whole = _rendered(tokenizer, [*messages, *completion])
     if not whole.startswith(before):
         raise ValueError(
-            f"the chat template writes the prompt otherwise once it is answered ({before[-40:]!r} ends the prompt): set "
+            f"the chat template renders the prompt differently once it is answered ({before[-40:]!r} ends the prompt). Set "
             "model.chat_template to one that does not"
         )
     answer = _ended(tokenizer, _ids(tokenizer, whole[len(before) :]))
@@ -39,11 +39,11 @@ def of_completion(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: A
 
 
 def of_messages(tokenizer: PreTrainedTokenizerBase, given: Any) -> list[Part]:
-    """A conversation, of which the assistant's turns are learned."""
+    """Tokenize a conversation, of which the assistant's turns are learned."""
     messages = _messages(given, "messages")
     _check_template(tokenizer)
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("messages has no turn of the assistant, and only these are learned")
+        raise ValueError("messages must have an assistant turn: only these are learned")
     template = str(tokenizer.chat_template)
     parts = None if MARKER in template else _turns(tokenizer, messages)
     if parts is None:
@@ -52,14 +52,14 @@ def of_messages(tokenizer: PreTrainedTokenizerBase, given: Any) -> list[Part]:
 
 
 def of_text(tokenizer: PreTrainedTokenizerBase, text: Any) -> list[Part]:
-    """A text as it stands, all of it learned, and the end of sequence."""
+    """Tokenize a text, all of it learned, and append the end-of-sequence token."""
     if not isinstance(text, str):
-        raise ValueError(f"text is {text!r:.80}; a text is due")
+        raise ValueError(f"text must be a string, got {text!r:.80}")
     return [(_ended(tokenizer, _ids(tokenizer, text, special=True)), True)]
 
 
 def labelled(parts: list[Part], all_of_it: bool) -> dict[str, Any] | None:
-    """input_ids and labels, -100 where nothing is learned; None where no token has another one before it and a label."""
+    """Return input_ids and labels, -100 for unlearned tokens; None if no token after the first has a label."""
     ids = [token for tokens, _ in parts for token in tokens]
     labels = [token if learned or all_of_it else UNLABELLED for tokens, learned in parts for token in tokens]
     if not any(label != UNLABELLED for label in labels[1:]):
@@ -68,7 +68,7 @@ def labelled(parts: list[Part], all_of_it: bool) -> dict[str, Any] | None:
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[Part] | None:
-    """Before and after each of the assistant's turns; None where the template writes earlier turns otherwise later on."""
+    """Split at each assistant turn; returns None if the template renders earlier turns differently later on."""
     parts: list[Part] = []
     done = ""
     for place, message in enumerate(messages):
@@ -89,41 +89,41 @@ def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: str) -> list[Part]:
-    """By the marks of the chat template; the end of sequence behind a turn belongs to it."""
+    """Split by the marks of the chat template; the end-of-sequence token after a turn belongs to it."""
     found: Any = tokenizer.apply_chat_template(
         list(messages), chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, mask = list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
     if not any(mask):
-        raise ValueError("the chat template's {% generation %} marks nothing of the assistant's turns: mend it")
+        raise ValueError("the chat template's {% generation %} must mark assistant turns, but marks none. Fix it")
     for i in range(1, len(ids)):
         mask[i] = mask[i] or (mask[i - 1] and ids[i] == tokenizer.eos_token_id != ids[i - 1])
     return [([token], learned) for token, learned in zip(ids, mask, strict=True)]
 
 
 def _known(tokenizer: PreTrainedTokenizerBase) -> str:
-    """TRL's copy of the chat template with marks, where it knows the template."""
+    """Return TRL's version of the chat template with marks, if it knows the template."""
     from trl import get_training_chat_template
 
     try:
         template = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise ValueError(
-            "the chat template writes earlier turns otherwise once there are later ones, and does not mark the assistant's: "
-            "set model.chat_template to one with {% generation %} around them, or give one row for each turn with "
+            "the chat template renders earlier turns differently once there are later ones, and does not mark the "
+            "assistant's. Set model.chat_template to one with {% generation %} around them, or use one row per turn with "
             "trainer.format=prompt_completion"
         ) from error
     return str(template)
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Up to the end of sequence, which is put there where it is missing."""
+    """Truncate at the end-of-sequence token, or append it if it is missing."""
     turn, _ = _split(tokenizer, ids)
     return turn
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], list[int]]:
-    """A turn up to its end of sequence, which is put there where it is missing, and what a template writes behind it."""
+    """Split a turn into its tokens up to the end-of-sequence token, appended if missing, and the template's rest."""
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
     last = max((place for place, token in enumerate(ids) if token == end), default=None)

@@ -1,10 +1,10 @@
-"""A policy from pairs without a reward model (DPO, arXiv:2305.18290) and its relatives, by TRL's `DPOTrainer`.
+"""Direct preference optimization (DPO, arXiv:2305.18290) and variants, by TRL's `DPOTrainer`.
 
 The implicit reward of a completion is beta log pi / pi_ref, and the loss compares those of the chosen and the rejected one.
 Departures from TRL: `label_smoothing` works for the sigmoid loss too (conservative DPO: Mitchell 2023, and arXiv:2403.00409);
 three bounded losses: fidelity (Tsai et al., SIGIR 2007), savage (Masnadi-Shirazi and Vasconcelos, NIPS 2008) and symmetric
-(arXiv:1712.09482; as a preference loss in arXiv:2404.04102); shared beginnings of completions may be masked; pairs that are too
-long are dropped and counted, not cut; with an adapter the reference is the model without it; no telemetry.
+(arXiv:1712.09482; as a preference loss in arXiv:2404.04102); common prefixes of completions may be masked; pairs that are too
+long are dropped and counted, not truncated; with an adapter the reference is the model without it; no telemetry.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ ALPHA, TAU = 0.5, 0.05
 
 @dataclass(kw_only=True)
 class DPOTrainer(OfflineTrainer):
-    """A causal model, fitted so that it moves towards chosen completions and away from rejected ones, from where it starts.
+    """Raises the log-prob of chosen over rejected completions of a causal model, relative to the initial model.
 
-    Rows have `prompt`, `chosen` and `rejected`: texts, behind which the end-of-sequence token is put, or lists of messages; or
-    `chosen` and `rejected` are conversations that begin alike. Pairs of equal tokens are dropped.
+    Rows have `prompt`, `chosen` and `rejected`: texts, to which the end-of-sequence token is appended, or lists of messages;
+    or `chosen` and `rejected` are conversations with a common start. Pairs of equal tokens are dropped.
     """
 
     name = "dpo"
@@ -48,23 +48,24 @@ class DPOTrainer(OfflineTrainer):
     metrics = OF_DPO
 
     beta: Positive = 0.1
-    """How much the policy is held at the reference; for `ipo` and `sppo_hard` one over twice the gap that is aimed at."""
+    """Strength of the constraint to the reference; for `ipo` and `sppo_hard`, 1 / (2 beta) is the target gap."""
     loss_type: LossType = "sigmoid"
-    """How the implicit rewards are compared: TRL's losses of single pairs, and fidelity, savage and symmetric."""
+    """Loss of the implicit rewards: TRL's losses of single pairs, and fidelity, savage and symmetric."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
     """Probability that a label is wrong: for `sigmoid` (conservative DPO), `robust` (unbiased under such noise), `exo_pair`."""
     f_divergence_type: Divergence = "reverse_kl"
-    """The divergence from the reference that the implicit reward belongs to (arXiv:2309.16240)."""
+    """Divergence from the reference that defines the implicit reward (arXiv:2309.16240)."""
     f_alpha_divergence_coef: float | None = None
-    """alpha of the alpha-divergence; 0.5 when left out."""
+    """alpha of the alpha-divergence; None: 0.5."""
     discopop_tau: Positive | None = None
-    """Temperature of `discopop`; 0.05 when left out."""
+    """Temperature of `discopop`; None: 0.05."""
     reference: Literal["frozen", "adapter_off", "precomputed"] | None = None
-    """A copy of the model; the model without its adapter; or log-probs of every row computed before training, with neither a
-    second model nor a second forward. Left out: `adapter_off` with `model.lora`, else `frozen`. All are the starting model."""
+    """`frozen`: a copy of the model; `adapter_off`: the model without its adapter; `precomputed`: log-probs of every row
+    computed before training, without a second model or forward. None: `adapter_off` with `model.lora`, else `frozen`. All
+    are the initial model."""
     mask_shared_prefix: bool = False
-    """Leave tokens before the first difference of chosen and rejected out of the completions. The difference of two sums of
-    log-ratios stays; what is averaged over tokens, or compares single completions, changes."""
+    """Exclude tokens before the first difference of chosen and rejected from the completions. Differences of two sums of
+    log-ratios stay the same; token averages, and losses of single completions, change."""
 
     def __post_init__(self) -> None:
         given = {"f_alpha_divergence_coef": self.f_alpha_divergence_coef, "discopop_tau": self.discopop_tau}
@@ -73,7 +74,7 @@ class DPOTrainer(OfflineTrainer):
 
     def problems(self, model: ModelSettings) -> Iterable[str]:
         if self.reference == "adapter_off" and model.lora is None:
-            yield "trainer.reference=adapter_off needs an adapter: set model.lora, or trainer.reference=frozen"
+            yield "trainer.reference=adapter_off needs an adapter. Set model.lora, or trainer.reference=frozen"
 
     def columns(self) -> set[str]:
         return {"chosen", "rejected"}
@@ -99,7 +100,7 @@ class DPOTrainer(OfflineTrainer):
         wide = torch.float64 if materials.model.dtype == torch.float64 else torch.float32
         loss = own_loss(self.loss_type, self.beta, self.label_smoothing, self.f_divergence_type, self._alpha)
         if loss is None and self.f_divergence_type == "alpha_divergence" and wide == torch.float64:
-            raise ValueError("TRL's alpha_divergence does not know float64: set model.dtype=float32")
+            raise ValueError("TRL's alpha_divergence does not support float64. Set model.dtype=float32")
         args = DPOConfig(
             **materials.arguments,
             beta=self.beta,
@@ -122,10 +123,10 @@ class DPOTrainer(OfflineTrainer):
         return ALPHA if self.f_alpha_divergence_coef is None else self.f_alpha_divergence_coef
 
     def _copy(self, model: Any) -> Any:
-        """The frozen reference, or None where there is none."""
+        """Return the frozen reference, or None without one."""
         adapter = hasattr(model, "peft_config")
         if self.reference == "adapter_off" and not adapter:
-            raise ValueError("reference=adapter_off needs an adapter, and the model has none")
+            raise ValueError("reference=adapter_off needs an adapter, but the model has none")
         if self.reference in ("adapter_off", "precomputed") or (self.reference is None and adapter):
             return None
         copied = copy.deepcopy(model)
@@ -143,7 +144,7 @@ class DPOTrainer(OfflineTrainer):
         return of_policy(policy, reference, self._rewards(policy, reference), *tokens)
 
     def _rewards(self, policy: Any, reference: Any) -> list[tuple[float, float]]:
-        """The implicit rewards, up to a constant of each prompt."""
+        """Return the implicit rewards, up to a constant per prompt."""
         import torch
 
         log_ratios = torch.tensor(policy, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""A process reward model from labelled steps (arXiv:2305.20050, arXiv:2312.08935), on transformers' Trainer.
+"""Process reward model trained on labelled steps (arXiv:2305.20050, arXiv:2312.08935), with transformers' Trainer.
 
-Cross entropy of good and bad at the token that ends each step, averaged over the steps of an optimizer step. Departures: a step
-is what `delimiter` ends, and the last one is followed by it too, as `rewards.process_reward_model` reads it; labels are good or
-bad, where arXiv:2305.20050 has neutral ones besides.
+The loss is the cross entropy of good and bad at the token that ends each step, averaged over the steps of an optimizer step.
+Departures: steps end with `delimiter`, the last one too, as `rewards.process_reward_model` reads them; labels are good or
+bad, where arXiv:2305.20050 also has neutral ones.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ProcessRewardModelTrainer(OfflineTrainer):
-    """A token classifier with the outputs bad and good, fitted to labels of steps.
+    """Fits a token classifier with the outputs bad and good to labels of steps.
 
-    Rows have `completions`, a list of steps, and `labels`, a list of as many truth values; `prompt`, a text or a conversation,
-    stands before them where there is one.
+    Rows have `completions`, a list of steps, and `labels`, a list of as many booleans, and optionally `prompt`, a text or a
+    conversation.
     """
 
     name = "process_reward_model"
@@ -43,7 +43,7 @@ class ProcessRewardModelTrainer(OfflineTrainer):
     metrics = OF_STEPS
 
     delimiter: Annotated[str, MinLen(1)] = "\n\n"
-    """What is put behind each step, and where it is judged: the `delimiter` of `rewards.process_reward_model`."""
+    """Text appended to each step, at whose end it is scored: the `delimiter` of `rewards.process_reward_model`."""
 
     def columns(self) -> set[str]:
         return {"completions", "labels"}
@@ -69,16 +69,16 @@ class ProcessRewardModelTrainer(OfflineTrainer):
 
     def _check(self, steps: Any, labels: Any) -> None:
         if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-            raise ValueError(f"completions is {steps!r:.80}; a list of texts is due, one for each step")
+            raise ValueError(f"completions must be a list of texts, one per step, got {steps!r:.80}")
         if not isinstance(labels, list) or not all(label in (0, 1) for label in labels):
-            raise ValueError(f"labels is {labels!r:.80}; a list of true and false is due, one for each step")
+            raise ValueError(f"labels must be a list of true and false, one per step, got {labels!r:.80}")
         if len(labels) != len(steps):
-            raise ValueError(f"{len(steps)} steps have {len(labels)} labels; each step needs one")
+            raise ValueError(f"labels must have one value per step ({len(steps)}), got {len(labels)}")
         for number, step in enumerate(steps, start=1):
             if not step.strip() or self.delimiter in step + self.delimiter[:-1]:
                 raise ValueError(
-                    f"step {number} is {step!r:.60}: a step holds text and not the delimiter {self.delimiter!r}, or a reward "
-                    "would see other steps; set trainer.delimiter to what separates them"
+                    f"step {number} must be a text without the delimiter {self.delimiter!r}, got {step!r:.60}: a reward "
+                    "would see other steps. Set trainer.delimiter to what separates them"
                 )
 
     def build(self, materials: Materials) -> Trainer:
@@ -100,7 +100,7 @@ class ProcessRewardModelTrainer(OfflineTrainer):
 
 
 def _at(spans: list[tuple[int, int] | None], end: int) -> int | None:
-    """The place of the token that holds the character before `end`, else of the last one before it."""
+    """Return the index of the token with the character before `end`, else of the last one before it."""
     inside = [(place, span) for place, span in enumerate(spans) if span is not None]
     holding = [place for place, span in inside if span[0] < end <= span[1]]
     before = [place for place, span in inside if span[1] <= end]

@@ -1,9 +1,9 @@
-"""A reward model from pairs (Bradley and Terry; arXiv:2203.02155): TRL's `RewardTrainer`.
+"""Reward model trained on pairs (Bradley-Terry; arXiv:2203.02155), by TRL's `RewardTrainer`.
 
--logsigmoid(c - r - m) + lambda (c + r)^2, averaged over the pairs, with the scores c and r of the chosen and the rejected
-completion, a margin m (arXiv:2307.09288) and lambda = `center_rewards_coefficient` (arXiv:2312.09244). Departures from TRL: a
-text is tokenized as `rewards.reward_model` will read it, so no end-of-sequence token is put behind it; pairs that are too long
-are counted; a constant margin; no telemetry.
+The loss is -logsigmoid(c - r - m) + lambda (c + r)^2, averaged over the pairs, with the scores c and r of the chosen and the
+rejected completion, a margin m (arXiv:2307.09288) and lambda = `center_rewards_coefficient` (arXiv:2312.09244). Departures
+from TRL: a text is tokenized as `rewards.reward_model` will read it, without an end-of-sequence token; pairs that are too
+long are counted; a constant margin; no telemetry.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class RewardModelTrainer(OfflineTrainer):
-    """A sequence classifier with one output, fitted so that it prefers the chosen completion to the rejected one.
+    """Fits a sequence classifier with one output to score the chosen completion above the rejected one.
 
-    Rows have `chosen` and `rejected`: texts or conversations, with their prompt or, where there is a column `prompt`, after
-    it. Pairs of equal tokens are dropped.
+    Rows have `chosen` and `rejected`: texts or conversations, including their prompt unless there is a column `prompt`.
+    Pairs of equal tokens are dropped.
     """
 
     name = "reward_model"
@@ -41,7 +41,7 @@ class RewardModelTrainer(OfflineTrainer):
     metrics = OF_REWARD
 
     margin: NonNegative | None = None
-    """How much better the chosen one should be, for every pair; left out, the column `margin` where there is one, else 0."""
+    """Margin between the scores of every pair; None: the column `margin` if there is one, else 0."""
     center_rewards_coefficient: NonNegative | None = None
     """Weight of the squared sum of a pair's scores, which keeps scores near 0 (TRL recommends 0.01)."""
 
@@ -52,7 +52,9 @@ class RewardModelTrainer(OfflineTrainer):
         chosen, rejected = (ids_of(tokenizer, row.get("prompt"), row[name], name) for name in ("chosen", "rejected"))
         margin = row.get("margin", 0.0) if self.margin is None else self.margin
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-            raise ValueError(f"margin is {margin!r}; a number is due, or set trainer.margin for every pair")
+            raise ValueError(
+                f"margin must be a number, got {margin!r}. Fix the column, or set trainer.margin for every pair"
+            )
         if chosen == rejected:
             return None
         return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": float(margin)}

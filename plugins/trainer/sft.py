@@ -1,9 +1,9 @@
-"""Supervised fine-tuning, the first step of arXiv:2203.02155: TRL's `SFTTrainer`.
+"""Supervised fine-tuning, the first step of arXiv:2203.02155, by TRL's `SFTTrainer`.
 
--log p of each learned token, averaged over those of all micro-batches and processes of an optimizer step. Departures from TRL: a
-prompt is tokenized alone, as a rollout tokenizes it, and the completion behind it, so that what is learned is what the policy
-will sample; each completion and each of the assistant's turns ends in the end-of-sequence token; rows that are too long are
-dropped and counted, not cut; held-out metrics weigh every token alike; no telemetry.
+The loss is -log p averaged over the learned tokens of all micro-batches and processes of an optimizer step. Departures from
+TRL: the prompt is tokenized alone, as in a rollout, and the completion after it, so that the model learns what the policy
+will sample; each completion and each assistant turn ends in the end-of-sequence token; rows that are too long are dropped
+and counted, not truncated; held-out metrics average over all tokens; no telemetry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SFT(OfflineTrainer):
-    """A causal language model, fitted to completions, conversations or texts. What is saved is a policy for any recipe."""
+    """Fits a causal language model to completions, conversations or texts; the result is a policy for any recipe."""
 
     name = "sft"
     head = "causal"
@@ -34,13 +34,13 @@ class SFT(OfflineTrainer):
     metrics = OF_SFT
 
     format: Literal["prompt_completion", "messages", "text"] = "prompt_completion"
-    """Which columns are read: `prompt` and `completion` (texts, or lists of chat messages), `messages` (whole conversations),
-    or `text`."""
+    """Columns to read: `prompt` and `completion` (texts, or lists of chat messages), `messages` (whole conversations), or
+    `text`."""
     completion_only_loss: bool = True
-    """Learn completions, or the assistant's turns of `messages`, and not what stands before them. A `text` is learned whole."""
+    """Learn only completions, or the assistant turns of `messages`. A `text` is learned as a whole."""
     packing: bool = False
-    """Put several rows into one sequence of up to `max_length` tokens, by best fit; none is cut, and each sees itself alone. Rows
-    of a batch are then such sequences. Refused where the model would mix them."""
+    """Pack rows into sequences of up to `max_length` tokens, by best fit; none is split, and each attends only to itself.
+    Batches then consist of such sequences. Rejected for models that would mix the rows."""
 
     def columns(self) -> set[str]:
         return set(self.format.split("_"))
@@ -65,7 +65,7 @@ class SFT(OfflineTrainer):
             max_length=self._room(materials.model) if self.packing else None,
             packing=self.packing,
             eval_packing=False,
-            completion_only_loss=False,  # the labels say it
+            completion_only_loss=False,  # encoded in the labels
             chat_template_path=None,
         )
         made = materials.trainer(SFTTrainer, args)
@@ -77,11 +77,11 @@ class SFT(OfflineTrainer):
         return of_tokens(trainer, examples)
 
     def _room(self, model: Any) -> int:
-        """Most tokens of a packed sequence."""
+        """Return the maximum tokens of a packed sequence."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = min((x for x in (self.max_length, context) if x is not None), default=None)
         if room is None:
-            raise ValueError("trainer.packing needs trainer.max_length: the model names no context")
+            raise ValueError("trainer.packing needs trainer.max_length, because the model defines no context length")
         return room
 
 

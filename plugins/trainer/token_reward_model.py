@@ -1,7 +1,7 @@
-"""A reward model of tokens from labels of spans (dense rewards after arXiv:2306.01693), on transformers' Trainer.
+"""Token reward model trained on labels of spans (dense rewards after arXiv:2306.01693), with transformers' Trainer.
 
-At each labelled token the binary cross entropy of its label, or the squared error, averaged over the labelled tokens of an
-optimizer step. Departures: one output in place of classes of errors, and labels of tokens as well as of spans.
+The loss is the binary cross entropy or the squared error at each labelled token, averaged over those of an optimizer step.
+Departures: one output instead of error classes, and labels of tokens as well as of spans.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TokenRewardModelTrainer(OfflineTrainer):
-    """A token classifier with one output, fitted to a number for each token of a completion.
+    """Fits a token classifier with one output to a number for each token of a completion.
 
     Rows have `completion`, a text, and `spans`, a list of {start, end, label} in characters of it, or `labels`, a list of one
-    number (or null) for each of its tokens; `prompt` stands before it where there is one. A token has the label of the span
-    that holds its last character, and none where no span does.
+    number (or null) per token, and optionally `prompt`. A token has the label of the span that contains its last character,
+    if there is one.
     """
 
     name = "token_reward_model"
@@ -42,7 +42,7 @@ class TokenRewardModelTrainer(OfflineTrainer):
     metrics = OF_SPANS
 
     loss: Literal["binary_cross_entropy", "squared_error"] = "binary_cross_entropy"
-    """Labels from 0 to 1, of which the output is the log-odds; or any numbers, which are the output."""
+    """`binary_cross_entropy`: labels in [0, 1], whose log-odds are the output; `squared_error`: any numbers."""
 
     def columns(self) -> set[str]:
         return {"completion"}
@@ -50,7 +50,7 @@ class TokenRewardModelTrainer(OfflineTrainer):
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
         text = row["completion"]
         if not isinstance(text, str):
-            raise ValueError(f"completion is {text!r:.80}; a text is due")
+            raise ValueError(f"completion must be a text, got {text!r:.80}")
         found = ids_in(tokenizer, row.get("prompt"), text)
         if found is None:
             return None
@@ -66,17 +66,17 @@ class TokenRewardModelTrainer(OfflineTrainer):
         return {"input_ids": ids, "labels": [float(UNLABELLED) if label is None else float(label) for label in known]}
 
     def _label(self, spans: Sequence[Mapping[str, Any]], place: int, text: str) -> float | None:
-        """The label of the character at `place`."""
+        """Return the label of the character at `place`, or None."""
         labels = []
         for span in spans:
             if not isinstance(span, Mapping) or not {"start", "end", "label"} <= span.keys():
-                raise ValueError(f"a span is {span!r:.60}; {{start, end, label}} is due")
+                raise ValueError(f"a span must be {{start, end, label}}, got {span!r:.60}")
             if not 0 <= span["start"] < span["end"] <= len(text):
-                raise ValueError(f"a span is {span!r:.60}; it must lie within the completion's {len(text)} characters")
+                raise ValueError(f"a span must be within the completion's {len(text)} characters, got {span!r:.60}")
             if span["start"] <= place < span["end"]:
                 labels.append(span["label"])
         if len(labels) > 1:
-            raise ValueError(f"spans overlap at character {place}; each character has one label at most")
+            raise ValueError(f"spans must not overlap, but do at character {place}")
         return labels[0] if labels else None
 
     def _of_tokens(self, labels: Any, spans: Sequence[Any]) -> list[float | None]:
@@ -84,8 +84,8 @@ class TokenRewardModelTrainer(OfflineTrainer):
         if not isinstance(labels, list) or len(labels) != len(places):
             given = f"{len(labels)} labels" if isinstance(labels, list) else f"labels {labels!r:.40}"
             raise ValueError(
-                f"the completion has {len(places)} tokens and {given}: a list of one number or null for each is due, or "
-                "spans of {start, end, label}"
+                f"labels must have one number or null per token ({len(places)}), or there must be spans of {{start, end, "
+                f"label}}; got {given}"
             )
         known: list[float | None] = [None] * len(spans)
         for place, label in zip(places, labels, strict=True):
@@ -96,9 +96,11 @@ class TokenRewardModelTrainer(OfflineTrainer):
         if label is None:
             return
         if not isinstance(label, int | float) or not math.isfinite(label) or label == UNLABELLED:
-            raise ValueError(f"a label is {label!r}; a finite number is due, not {UNLABELLED}, or null for none")
+            raise ValueError(f"a label must be a finite number other than {UNLABELLED}, or null, got {label!r}")
         if self.loss == "binary_cross_entropy" and not 0 <= label <= 1:
-            raise ValueError(f"a label is {label!r}; from 0 to 1 is due, or set trainer.loss=squared_error")
+            raise ValueError(
+                f"a label must be between 0 and 1, got {label!r}. Fix it, or set trainer.loss=squared_error"
+            )
 
     def build(self, materials: Materials) -> Trainer:
         import torch

@@ -12,14 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import typer
 
 from hf_rlhf import __version__
-from hf_rlhf.cli import app, errors, main
+from hf_rlhf.cli import app, main
 from hf_rlhf.cli.output import examples_of
 from hf_rlhf.config.pipeline import load_pipeline
 from hf_rlhf.config.recipe import load_recipe
@@ -295,19 +294,13 @@ def test_the_flag_wins_over_the_variable_and_the_variable_does_the_same(run, pla
 def test_a_traceback_that_cannot_be_written_is_printed(run, place, monkeypatch):
     (place / "file").write_text("")
     monkeypatch.setenv("HF_RLHF_CACHE", str(place / "file"))
-    monkeypatch.setattr(errors, "tempfile", SimpleNamespace(gettempdir=lambda: place / "file"))
     assert "Traceback" in run(*FAULT).err
 
 
-def test_old_tracebacks_are_removed(run, place):
-    folder = place / "cache" / "tracebacks"
-    folder.mkdir(parents=True)
-    for i in range(errors.KEPT + 5):
-        (folder / f"20200101-0000{i:02}-1.txt").write_text("")
+def test_one_file_holds_the_last_traceback(run, place):
     run(*FAULT)
-    kept = sorted(file.name for file in folder.iterdir())
-    assert len(kept) == errors.KEPT
-    assert not kept[-1].startswith("2020")
+    run(*FAULT)
+    assert [file.name for file in (place / "cache").glob("*.txt")] == ["last_traceback.txt"]
 
 
 # What wins

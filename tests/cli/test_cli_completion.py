@@ -59,12 +59,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("hf-rlhf expl", ["explain"], ["train"]),
         ("hf-rlhf train gr", ["grpo", "grpo@verl"], ["ppo", "mine.yaml"]),
-        ("hf-rlhf train mi", ["mine.yaml"], ["notes.txt"]),
-        ("hf-rlhf train ru", ["runs/"], []),
-        ("hf-rlhf train runs/", ["runs/recipe.yaml"], []),
         ("hf-rlhf train hf_rlhf/gr", ["hf_rlhf/grpo"], []),
         ("hf-rlhf pipeline ", ["instructgpt"], ["grpo"]),
-        ("hf-rlhf pipeline instructgpt pp", ["ppo."], ["rm."]),
+        ("hf-rlhf pipeline instructgpt pp", ["ppo.recipe=", "ppo.advantages."], ["rm.recipe="]),
         ("hf-rlhf pipeline instructgpt ppo.advantages.use=g", ["ppo.advantages.use=gae"], []),
         ("hf-rlhf pipeline instructgpt ppo.recipe=gr", ["ppo.recipe=grpo"], []),
         ("hf-rlhf show adv", ["advantages"], ["rewards"]),
@@ -76,8 +73,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hf-rlhf check mine.yaml advantages.", ["advantages.lam="], ["advantages.eps="]),
         ("hf-rlhf check grpo advantages.use=gae advantages.l", ["advantages.lam="], []),
         ("hf-rlhf train --config grpo advantages.use=le", ["advantages.use=leave_one_out"], []),
-        ("hf-rlhf train grpo kl.", ["kl.0.use=", "kl.1.use="], ["kl.2.use="]),
-        ("hf-rlhf train grpo kl.0.", ["kl.0.use=in_reward", "kl.0.beta=", "kl.0.estimator.use="], []),
+        ("hf-rlhf train grpo kl.", ["kl.0.", "kl.1."], ["kl.2."]),
+        ("hf-rlhf train grpo kl.0.", ["kl.0.use=in_reward", "kl.0.beta=", "kl.0.estimator."], []),
         ("hf-rlhf train grpo kl.0.estimator.use=", ["kl.0.estimator.use=k3"], ["kl.0.estimator.use=in_loss"]),
         ("hf-rlhf train grpo model.dt", ["model.dtype="], []),
         ("hf-rlhf train grpo model.dtype=b", ["model.dtype=bfloat16"], ["model.dtype=float32"]),
@@ -87,7 +84,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hf-rlhf train grpo --num_gen", ["--num_generations"], []),
         ("hf-rlhf train grpo --out", ["--output-dir", "--output_dir"], []),
         ("hf-rlhf plugins -p no:rewards.j", ["no:rewards.judge", "no:rewards.json_schema"], []),
-        ("hf-rlhf plugins -p plu", ["plugin.py"], []),
         ("hf-rlhf score ex", ["exact_match"], []),
         ("hf-rlhf score exact_match col", ["column="], []),
         ("hf-rlhf lab advantages.use=l", ["advantages.use=leave_one_out"], ["grpo"]),
@@ -101,6 +97,11 @@ def test_tab_offers_what_fits(line, holds, lacks, place, monkeypatch):
     assert not set(lacks) & set(found)
     assert len(found) == len(set(found))
     assert all(word.startswith(line.rpartition(" ")[2]) for word in found)
+
+
+@pytest.mark.parametrize("line", ["hf-rlhf train mi", "hf-rlhf train runs/", "hf-rlhf plugins -p plu"])
+def test_where_nothing_fits_the_shell_offers_files(line, place, monkeypatch):
+    assert here(line, place, monkeypatch) == []
 
 
 def here(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -123,7 +124,7 @@ def here(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit), use_host(Host(disable="")):
         completion.run(app.app)
-    return [found.partition("\t")[0] for found in said.getvalue().splitlines()]
+    return [found.partition("\t")[0] for found in said.getvalue().splitlines() if found]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_piped_output_is_plain_and_nothing_is_cut_at_the_width_of_a_terminal(wor
     assert (done.returncode, done.stderr) == (0, "")
     assert not DRAWN.search(done.stdout)
     whole = {
-        "check": "epsilon_high 0.2 never bind, as the ratio stays 1 with one optimizer step per rollout",
+        "check": "epsilon_high 0.2 never bind, because the ratio stays 1 with one optimizer step per rollout",
         "recipes": "group's mean, over its group's standard deviation; k3 KL in the loss.",
         "show": "denominator",
         "train": "--resume_from_checkpoint",

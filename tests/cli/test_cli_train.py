@@ -153,7 +153,7 @@ def test_plain_output_says_what_runs_how_far_it_is_and_what_came_out(trained):
     assert "step 3/3  reward " in printed
     for word in ("group_norm", "rollout.prompts", "held-out prompts", "accuracy", "next:", "hf-rlhf check"):
         assert word in printed
-    assert "epsilon_high 0.2 never bind, as the ratio stays 1 with one optimizer step per rollout" in printed
+    assert "epsilon_high 0.2 never bind, because the ratio stays 1 with one optimizer step per rollout" in printed
 
 
 # Resume

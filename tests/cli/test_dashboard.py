@@ -77,7 +77,7 @@ def test_every_recipe_has_panels_and_its_specification_round_trips(made):
 
 @pytest.mark.parametrize("text", ["", "{}", '{"spec": {}}', "[1]"])
 def test_what_is_no_specification_is_refused(text):
-    with pytest.raises(UserError, match="no specification of a dashboard"):
+    with pytest.raises(UserError, match="not a dashboard specification"):
         wb.read_specification(text)
 
 

@@ -272,7 +272,7 @@ def test_every_axis_has_a_small_example(axis: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "name"), [("optimizer", "any"), ("critic", "tensor"), ("filters", "filter"), ("baseline", "scored")]
+    ("axis", "name"), [("optimizer", "metric"), ("critic", "tensor"), ("filters", "filter"), ("baseline", "scored")]
 )
 def test_the_class_has_a_name_of_its_own(axis: str, name: str, tmp_path: Path) -> None:
     write(tmp_path, package(axis, name, "A. Name"))

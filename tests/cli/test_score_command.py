@@ -148,7 +148,7 @@ def test_columns_may_have_other_names(run):
     names = ("--prompt-column", "q", "--completion-column", "response", "--finish-reason-column", "stop")
     assert run.json("exact_match", "--dataset", write("names.jsonl", rows), *names)["scores"]["exact_match"] == [1.0]
     missing = run("exact_match", "--dataset", "names.jsonl", code=2)
-    assert "no column 'prompt' (the prompt: name its column with --prompt-column)" in missing
+    assert "no column 'prompt' (the prompt; set --prompt-column)" in missing
     assert "no column 'completion'" in missing
     assert "The dataset has: answer, q, response, stop" in missing
 
@@ -300,14 +300,20 @@ def test_metrics_of_a_source_are_printed(run):
             ("exact_match", "column=truth"),
             "no column 'truth' (what reward 'exact_match' reads). The dataset has: answer",
         ),
-        (("functions.py",), "name a function in it as functions.py:FUNCTION"),
+        (("functions.py",), "Name a function in it as functions.py:FUNCTION"),
         (("functions.py:lenghts",), "has no function 'lenghts'; it has: lengths, own"),
         (("nowhere.py:f",), "no file"),
         (("nowhere.yaml",), "there is no recipe file nowhere.yaml"),
         (("grpo", "rewards=[]"), "no reward source"),
         (("exact_match", "--against", "label"), "no column 'label' (the labels of --against)"),
-        (("exact_match", "--against", "completion"), "row 1: completion is 'six, I think'; --against takes numbers"),
-        (("exact_match", "--completion-column", "human"), "row 0: the completion is '1', neither text nor messages"),
+        (
+            ("exact_match", "--against", "completion"),
+            "row 1: completion must be a number, true or false for --against, got 'six, I think'",
+        ),
+        (
+            ("exact_match", "--completion-column", "human"),
+            "row 0: the completion must be a text or assistant messages, got '1'",
+        ),
         (("exact_match", "--tokenizer", "./none"), "no model folder ./none"),
         (("reward_model", "model=./none"), "./none"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_rlhf.axes import Plugin
+from hf_rlhf.axes import LISTS, Plugin
 from hf_rlhf.registry.host import Host
 
 PLUGINS = sorted(p.name for p in entry_points(group="hf_rlhf") if p.dist and p.dist.name == "hf_rlhf")
@@ -64,11 +64,9 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
             return {"advantages": "gae", "critic": chosen} if name != "none" else {}
         case "reference":
             return {**REFERENCE, "reference": chosen} if name != "none" else {}
-        case "loss_terms" | "filters":
-            return {axis: [chosen]}
-        case "policy_loss" | "aggregation" | "rollout_correction" | "optimizer":
-            return {axis: chosen}
-    raise KeyError(plugin)
+        case "rewards" | "rollout" | "trainer":
+            raise KeyError(plugin)
+    return {axis: [chosen] if axis in LISTS else chosen}
 
 
 def update(plugin: str) -> dict[str, int]:

@@ -230,7 +230,7 @@ def test_a_critic_with_another_vocabulary_is_refused(tmp_path):
 
     policy, _ = tiny_policy()
     LlamaModel(LlamaConfig(**{**policy.config.to_diff_dict(), "vocab_size": 50})).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vocabulary has 50 tokens, the policy's 99") as refused:
+    with pytest.raises(ValueError, match="vocabulary must cover the policy's 99 tokens, got 50") as refused:
         load_plugin("critic", "separate", init=str(tmp_path)).build(policy, None)
     assert "critic.init=policy" in str(refused.value)
 
@@ -277,7 +277,7 @@ def test_width_and_activation_of_a_linear_head_are_named_as_without_effect():
         return list(load_plugin("critic", "value_head", **settings).remarks(None))
 
     assert said(width=8, activation="tanh") == [
-        "a linear head reads no width, activation: set layers=1 or more for it to count"
+        "width, activation has no effect on a linear head: set layers=1 or more"
     ]
     assert not said()
     assert not said(layers=1, width=8, activation="tanh")

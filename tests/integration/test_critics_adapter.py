@@ -15,7 +15,7 @@ from hf_rlhf import load_plugin
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import conformance, tiny_policy
-from hf_rlhf.training.memory.workload import Workload
+from hf_rlhf.training.memory.estimate import Workload
 from hf_rlhf.training.setup import AlgorithmError
 from hf_rlhf_plugins.critic._modules import SeparateCritic
 from tests.helpers import runs, stepping
@@ -156,7 +156,7 @@ def test_without_an_adapter_it_is_refused_before_the_model_loads(tmp_path: Path)
     with pytest.raises(AlgorithmError, match=r"critic=separate needs a policy with an adapter: set model\.lora"):
         runs.trainer(tmp_path, advantages="gae", critic=ADAPTER, policy="no/such/model")
     algorithm: Any = None
-    with pytest.raises(TypeError, match=r"copies an adapter within the policy's trunk.*critic\.adapter=false"):
+    with pytest.raises(TypeError, match=r"needs an adapter within the policy's trunk.*critic\.adapter=false"):
         load_plugin("critic", "separate", adapter=True).build(tiny_policy()[0], algorithm)
 
 
@@ -166,7 +166,7 @@ def test_another_start_than_the_policy_is_refused():
     (problem,) = plugin.check(algorithm)
     assert (
         problem
-        == "critic.adapter shares the policy's weights, and init is 'some/model': set init=policy, or adapter=false"
+        == "critic.init must be 'policy' with critic.adapter, got 'some/model'. Set init=policy or adapter=false"
     )
 
 
@@ -179,7 +179,7 @@ def test_the_plan_counts_its_own_weights_alone():
 
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
     algorithm = runs.recipe(rollout=runs.SAMPLED, advantages="gae", critic=ADAPTER).algorithm()
-    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20, process=0.0)
+    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20)
     policy = adapted()
     found = estimate.from_model(policy, Model(), setting).phases["update"]
     trunk = policy.get_base_model().model

@@ -155,7 +155,7 @@ def test_of_a_path_with_several_labels_the_trunk_is_taken_and_said_so(tmp_path: 
     assert torch.equal(runs.parameters(critic.trunk), runs.parameters(AutoModel.from_pretrained(path)))
     assert [value(critic, text) for text in TEXTS] == [0, 0, 0]
     assert (
-        "3 labels (helpful, honest, harmless): the critic takes its trunk, and its head starts at zero" in caplog.text
+        "3 labels (helpful, honest, harmless): the critic uses its trunk, with a head that starts at 0" in caplog.text
     )
 
 
@@ -191,8 +191,7 @@ def test_the_plan_says_where_scores_are_changed_before_they_are_returns():
     assert said() == []
     (text,) = said(weight=0.5, value="probability", normalize="std")
     assert (
-        text
-        == "it starts with the reward model's plain scores, before its weight=0.5, normalize=std, value=probability"
+        text == "it starts from the reward model's raw scores, before its weight=0.5, normalize=std, value=probability"
     )
 
 
@@ -201,22 +200,20 @@ def test_the_plan_says_where_scores_are_changed_before_they_are_returns():
 
 def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path):
     path = save_token_classifier(tmp_path, arch="bert")
-    with pytest.raises(
-        ValueError, match=r"BertForTokenClassification reads what comes after a token.*critic\.init=policy"
-    ):
+    with pytest.raises(ValueError, match=r"BertForTokenClassification attends to later tokens.*critic\.init=policy"):
         load_plugin("critic", "separate", init=path).build(policy(), None)
 
 
 def test_a_head_that_reads_more_than_a_hidden_state_is_refused(tmp_path: Path):
     path = save_sequence_classifier(tmp_path, "modernbert")
     with pytest.raises(
-        ValueError, match=r"ModernBertForSequenceClassification (reads what comes|.* more than its head)"
+        ValueError, match=r"ModernBertForSequenceClassification (attends to later tokens|must be its head)"
     ):
         load_plugin("critic", "separate", init=path).build(policy(), None)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"critic\.init='.*' is no model: give policy, reward, a folder or a name"):
+    with pytest.raises(ValueError, match=r"critic\.init='.*' is not a model; use policy, reward, a folder or a name"):
         load_plugin("critic", "separate", init=str(tmp_path)).build(policy(), None)
 
 
@@ -228,7 +225,7 @@ def test_a_larger_vocabulary_will_do_and_a_smaller_one_will_not(tmp_path: Path):
     build = lambda size: load_plugin("critic", "separate", init=str(tmp_path / str(size))).build(policy(), None)  # noqa: E731
     assert build(300).trunk.get_input_embeddings().num_embeddings == 300
     assert build(301).trunk.get_input_embeddings().num_embeddings == 301
-    with pytest.raises(ValueError, match="vocabulary has 299 tokens, the policy's 300"):
+    with pytest.raises(ValueError, match="vocabulary must cover the policy's 300 tokens, got 299"):
         build(299)
 
 
@@ -268,7 +265,7 @@ def renumbered() -> Any:
 def test_a_critic_on_other_tokens_is_refused_with_the_first_that_differs(init: str, tmp_path: Path):
     """The vocabularies are of one size: nothing else would tell."""
     own = tiny_policy()[1].get_vocab()
-    expected = rf"token 'b' is {own['b']} in the policy's and {own['q']} there\. A critic reads the policy's token ids"
+    expected = rf"token 'b' is {own['b']} in the policy's and {own['q']} there\. Start the critic from a model"
     if init == "path":
         parts: dict[str, Any] = {
             "critic": {"use": "separate", "init": with_tokenizer(tmp_path / "other", renumbered())}
@@ -293,7 +290,7 @@ def test_without_a_tokenizer_there_the_sizes_are_compared_and_a_warning_says_so(
     plugin.build(base, algorithm)
     with caplog.at_level(logging.WARNING):
         plugin.setup(Context(device=CPU, tokenizer=tokenizer, policy=base))
-    assert "only the sizes of the vocabularies were compared" in caplog.text
+    assert "only the vocabulary sizes were compared" in caplog.text
 
 
 def test_equal_tokenizers_pass_and_tokens_that_were_only_added_to_theirs_do_not_count():

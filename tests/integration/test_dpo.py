@@ -51,10 +51,10 @@ def test_conversations_are_rendered_and_the_answer_is_the_completion():
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
-    ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen is 5"),
-    ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "different messages"),
-    ({"chosen": 4, "rejected": 5}, "conversations are due"),
+    ({"chosen": "a", "rejected": "b"}, "need a column prompt"),
+    ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen must be a text"),
+    ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "the same messages"),
+    ({"chosen": 4, "rejected": 5}, "a list of messages without a prompt"),
 ])  # fmt: skip
 def test_a_row_that_is_no_pair_is_refused_with_its_number(row, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -178,7 +178,7 @@ def test_the_adapter_is_on_again_behind_the_reference(tmp_path):
 
 
 def test_adapter_off_without_an_adapter_is_refused(tmp_path):
-    with pytest.raises(Exception, match=r"adapter_off needs an adapter: set model\.lora"):
+    with pytest.raises(Exception, match=r"adapter_off needs an adapter\. Set model\.lora"):
         dpo.made(tmp_path, "trainer.reference=adapter_off")
 
 

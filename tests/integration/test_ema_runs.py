@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_rlhf.config.recipe import RecipeError
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.training.memory.workload import Workload
+from hf_rlhf.training.memory.estimate import Workload
 from tests.helpers import runs, stepping
 
 DECAY = 0.8
@@ -171,7 +171,7 @@ def test_the_plan_refuses_it_too_and_counts_the_memory_of_an_average():
         check(runs.recipe(evaluation={"ema": True}, rollout=runs.SAMPLED))
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
     algorithm = runs.recipe(rollout=runs.SAMPLED).algorithm()
-    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20, process=0.0)
+    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20)
     averaged = replace(setting, algorithm=runs.recipe(rollout=runs.SAMPLED, update={"ema": 0.9}).algorithm())
     plain, more = (estimate.from_model(tiny_policy()[0], Model(), one).phases["update"] for one in (setting, averaged))
     assert more.pop("average") == pytest.approx(plain["weights"], rel=1e-3)

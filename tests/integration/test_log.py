@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, caplog):
         made = runs.trained(tmp_path, callbacks=[Fill()], training={"max_steps": 4})
     assert made.state.global_step == 4
     assert [r.message for r in caplog.records if "RunLog" in r.message] == [
-        "RunLog failed; training goes on without it. OSError: [Errno 28] No space left on device"
+        "RunLog failed; training continues without it. OSError: [Errno 28] No space left on device"
     ]
 
 
@@ -327,7 +327,7 @@ def test_a_tracker_that_fails_is_warned_about_once_and_stops_nothing(caplog, fai
             assert broken.on_log(None, None, None, logs={}) is None
     assert broken.calls == calls
     assert [r.message for r in caplog.records] == [
-        "Broken failed; training goes on without it. ConnectionResetError: gone"
+        "Broken failed; training continues without it. ConnectionResetError: gone"
     ]
 
 

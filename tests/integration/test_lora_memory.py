@@ -31,11 +31,10 @@ def config(tmp_path_factory):
 
 
 def expected(config: Path, **parts: Any) -> float:
-    """MiB that the largest phase of a run is estimated to hold, the process without its libraries."""
+    """MiB that the largest phase of a run is forecast to hold."""
     from transformers import TrainingArguments
 
-    from hf_rlhf.training.memory.estimate import from_settings
-    from hf_rlhf.training.memory.workload import Workload
+    from hf_rlhf.training.memory.estimate import Workload, from_settings
 
     raw = {
         "rollout": {"use": "generate", "prompts": 2, "num_generations": 4, "max_new_tokens": 16},
@@ -45,7 +44,7 @@ def expected(config: Path, **parts: Any) -> float:
         **parts,
     }
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
-    setting = Workload(algorithm=resolve(raw).algorithm(), args=args, prompt_tokens=24, process=0.0)
+    setting = Workload(algorithm=resolve(raw).algorithm(), args=args, prompt_tokens=24)
     found = from_settings(Model(path=str(config), lora=Lora()), setting)
     assert {"rollout", "update"} <= found.phases.keys()
     return max(sum(phase.values()) for phase in found.phases.values())

@@ -107,7 +107,7 @@ def test_the_plan_of_a_trainer_counts_its_bytes(name, bits, path):
     settings = [f"model.path={path}", "model.dtype=float32", "model.lora={r: 2}", *reference]
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
     whole, few = (load_recipe(name, [*settings, *more]) for more in ([], [f"model.{bits}=true"]))
-    plans = [estimate_offline(made.model, made.trainer(), args, tokens=20, process=0.0) for made in (whole, few)]
+    plans = [estimate_offline(made.model, made.trainer(), args, tokens=20) for made in (whole, few)]
     assert not plans[1].notes
     loaded = [
         load_with_head(made.model, made.trainer(), AutoTokenizer.from_pretrained(path), 0, False)
@@ -259,14 +259,14 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     raw = {**runs.BASE, "rollout": runs.SAMPLED, "model": {"lora": {}, "load_in_4bit": True}}
-    with pytest.raises(UserError, match=r"load_in_4bit needs bitsandbytes: pip install 'hf_rlhf\[quant\]'"):
+    with pytest.raises(UserError, match=r"load_in_4bit requires bitsandbytes: pip install 'hf_rlhf\[quant\]'"):
         check(resolve(raw))
 
 
 def test_an_adapters_folder_is_refused_as_a_quantised_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     raw = {**runs.BASE, "rollout": runs.SAMPLED, "model": section(str(tmp_path), "load_in_4bit")}
-    with pytest.raises(UserError, match="holds an adapter, and its base with it would be rounded"):
+    with pytest.raises(UserError, match="holds an adapter, and quantising its base would change"):
         check(resolve(raw))
 
 

@@ -131,11 +131,9 @@ def test_a_head_that_shares_the_embeddings_weights_gets_its_own(target, tmp_path
 
 def test_without_an_adapter_the_setting_is_refused(tmp_path):
     raw = {**runs.BASE, "rollout": runs.SAMPLED, "model": {"save_merged": True}}
-    with pytest.raises(
-        UserError, match=r"model\.save_merged says what becomes of an adapter and there is none: set model\.lora"
-    ):
+    with pytest.raises(UserError, match=r"model\.save_merged requires an adapter: set model\.lora"):
         check(resolve(raw))
-    with pytest.raises(UserError, match=r"model\.save_merged says"):
+    with pytest.raises(UserError, match=r"model\.save_merged requires"):
         check(off.recipe(tmp_path, "reward_model", "model.save_merged=false"))
 
 
@@ -213,5 +211,5 @@ def test_adapter_off_without_an_adapter_is_refused_before_the_model_loads(tmp_pa
 
     recipe = dpo_runs.recipe(tmp_path, "trainer.reference=adapter_off")
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path="no/such/model"))
-    with pytest.raises(UserError, match=r"trainer\.reference=adapter_off needs an adapter: set model\.lora"):
+    with pytest.raises(UserError, match=r"trainer\.reference=adapter_off needs an adapter\. Set model\.lora"):
         check(recipe)

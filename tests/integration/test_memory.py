@@ -1,4 +1,4 @@
-"""What a run holds: peaks of its phases as they are measured, and as they are estimated before it."""
+"""Memory of a run: measured peaks of its phases, and their forecast."""
 
 from __future__ import annotations
 
@@ -13,27 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.metrics.aggregator import MetricAggregator
-from hf_rlhf.modeling.policy import ActorCritic
-from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.runtime import peak_memory
-from hf_rlhf.runtime.peak_memory import resident
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.training.memory import fake_tensor_trace
-from hf_rlhf.training.memory.estimate import estimate
-from hf_rlhf.training.memory.fake_tensor_trace import (
-    MicroBatch,
-    count_cache,
-    count_forward,
-    count_heads,
-    count_update,
-    hollow,
-    without_storage,
-)
-from hf_rlhf.training.memory.workload import Workload
+from hf_rlhf.training.memory import estimate, shapes
+from hf_rlhf.training.memory.estimate import Workload
 from tests.helpers import runs
 from tests.helpers.waits import until
 
@@ -177,7 +163,7 @@ def test_every_phase_of_a_run_is_logged(tmp_path):
             assert 0 <= above < peak < made.meters.peak_memory(made.accelerator) + 1
 
 
-# Counted
+# Forecast
 
 
 def llama(**sizes: Any) -> Any:
@@ -190,157 +176,75 @@ def llama(**sizes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**own, **sizes}))
 
 
-def rows(attention: str = "packed", **more: Any) -> MicroBatch:
-    prompts = [[i // 4, *[5] * 15] for i in range(8)]
-    return MicroBatch(prompts=prompts, completions=[[7] * 24] * 8, attention=attention, **more)
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=256, **ids))
 
 
-def test_storages_count_from_when_they_are_made_until_they_are_dropped():
-    with without_storage(), fake_tensor_trace.LiveTensors() as live:
-        a = torch.empty(1000)
-        b = a.view(10, 100).t()
-        assert live.now == 4000
-        c = b + 1
-        del a, b
-        assert (live.now, live.peak) == (4000, 8000)
-        del c
-    assert (live.now, live.peak) == (0, 8000)
+def experts() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    more = {"num_key_value_heads": 2, "moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **more))
 
 
-def test_a_linear_layer_by_hand():
-    """y = W x saves x (the input has no gradient): n x in; the backward makes dW and, for the loss, dy."""
-    layer = nn.Linear(32, 16, bias=False)
-    with without_storage():
-        empty = hollow(layer)
-        with fake_tensor_trace.LiveTensors() as live:
-            x = torch.empty(100, 32)
-            y = empty(x)
-            loss = y.sum()
-            assert live.now == 4 * (100 * 32 + 100 * 16 + 1)
-            loss.backward()
-            del x, y, loss
-            assert live.now == 4 * 32 * 16
+def adapted() -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(llama(), runs.adapter())
 
 
-def test_a_hollow_copy_has_the_shape_and_none_of_the_memory():
-    model = llama(tie_word_embeddings=True)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    empty = hollow(model, "meta")
-    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in before.items()}
-    assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
-    assert all(p.is_meta for p in empty.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert fake_tensor_trace.tensor_bytes(empty) == fake_tensor_trace.tensor_bytes(model)
-    assert fake_tensor_trace.tensor_bytes(model, trainable=True) == 4 * sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize(("autocast", "width"), [(None, 4), (torch.bfloat16, 2)])
-def test_a_tokens_keys_and_values_by_hand(autocast, width):
-    by_hand = 2 * 2 * 2 * 16 * width  # keys and values, layers, heads, numbers of a head, bytes
-    with without_storage():
-        trunk = hollow(llama()).base_model
-        assert count_heads(trunk, autocast) == by_hand
-        assert autocast or count_cache(trunk, 30, None) == 30 * by_hand
-
-
-def test_transformers_cache_keeps_a_window_of_sliding_layers():
-    from transformers import MistralConfig, MistralModel
-
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
-    with torch.device("meta"):
-        trunk = MistralModel(MistralConfig(vocab_size=96, intermediate_size=160, sliding_window=16, **sizes))
-    with without_storage():
-        assert count_cache(hollow(trunk), 100, None) <= 16 * 2 * 3 * 2 * 16 * 4
-
-
-def really(attention: str, model: Any) -> tuple[ActorCritic, TokenBatch]:
-    """The same rows for a model with memory, after the look at whether rows can be packed."""
-    micro, module = rows(attention), ActorCritic(model.train(), None, 1.0)
-
-    def batch() -> TokenBatch:
-        return TokenBatch(micro.prompts, micro.completions, torch.ones(8, 24), 0, attention)  # type: ignore[arg-type]
-
-    with torch.no_grad():
-        module(batch())
-    return module, batch()
-
-
-def test_activations_are_what_a_real_forward_saves():
-    model = llama()
-    with without_storage():
-        counted = count_update(hollow(model).train(), None, rows(), entropy=False, by_derivative=False, later=False)
-    module, batch = really("packed", model)
-    saved: dict[int, int] = {}
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+@pytest.mark.parametrize(
+    ("make", "half"),
+    [(llama, False), (llama, True), (gpt2, False), (gpt2, True), (adapted, False), (adapted, True), (experts, False)],
+    ids=lambda x: x.__name__ if callable(x) else "autocast" if x else "float32",
+)
+def test_activations_are_near_what_a_real_forward_keeps(make, half):
+    model, ids = make().train(), torch.zeros((8, 64), dtype=torch.long)
+    kept: dict[int, torch.Tensor] = {}
+    weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage()._cdata not in weights:
-            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        module(batch)["logps"].sum().backward()
-    assert counted.saved == pytest.approx(sum(saved.values()), rel=0.05)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
+        shapes.trunk_of(model)(input_ids=ids, use_cache=False)
+    forecast = ids.numel() * shapes.kept_per_token(model, half) + shapes.cast_bytes(model, half)
+    assert forecast == pytest.approx(sum(x.untyped_storage().nbytes() for x in kept.values()), rel=0.35)
 
 
-@pytest.mark.parametrize(
-    ("attention", "checkpointed", "error"), [("packed", False, 0.05), ("packed", True, 0.1), ("padded", False, 0.1)]
-)
-def test_without_memory_as_much_is_counted_as_with_it(attention, checkpointed, error):
-    """Padded rows go through transformers' own attention, which repeats keys and values where it believes to be traced;
-    under checkpointing the gradients of so small a model are most of the peak, and their order is not followed."""
+def test_a_tokens_keys_and_values_by_hand_and_as_transformers_caches_them():
+    from transformers import DynamicCache
+
     model = llama()
-    if checkpointed:
-        model.activation_checkpointing_enable()
-    with without_storage():
-        options = {"entropy": False, "by_derivative": False, "later": False}
-        counted = count_update(hollow(model).train(), None, rows(attention), **options)
-    module, batch = really(attention, model)
-    with fake_tensor_trace.LiveTensors() as live:
-        loss = module(batch)["logps"].sum()
-        assert counted.saved == pytest.approx(live.now, rel=error)
-        loss.backward()
-    assert counted.peak == pytest.approx(live.peak, rel=error)
-
-
-@pytest.mark.parametrize(
-    ("later", "by_derivative", "vocabulary"),
-    [(False, True, 6000), (True, False, 96)],
-)
-def test_few_layers_tell_what_all_of_them_take(later, by_derivative, vocabulary, monkeypatch):
-    with without_storage():
-        model = hollow(llama(num_hidden_layers=5, vocab_size=vocabulary, tie_word_embeddings=True)).train()
-        options = {"entropy": True, "by_derivative": by_derivative, "later": later}
-        found = count_update(model, None, rows(), **options)
-        alone = count_forward(model, rows(), head=True), count_heads(model.base_model, None)
-        assert len(model.base_model.layers) == model.config.num_hidden_layers == 5
-        monkeypatch.setattr(fake_tensor_trace, "_kinds", lambda trunk: [])
-        assert found == count_update(model, None, rows(), **options)
-        assert alone == (count_forward(model, rows(), head=True), count_heads(model.base_model, None))
-
-
-def test_the_peak_of_a_micro_batch_is_that_of_the_whole_backward():
-    """Without the shortcut: every storage of forward and backward, gradients as they come."""
-    with without_storage():
-        model = hollow(llama(vocab_size=600)).train()
-        found = count_update(model, None, rows(), entropy=False, by_derivative=False, later=False)
-        with fake_tensor_trace.LiveTensors() as live:
-            fake_tensor_trace._policy_loss(model, rows(), False, None).backward()
-    assert found.peak == pytest.approx(live.peak, rel=0.1)
+    found = shapes.cache_per_token(model, False)
+    assert (
+        found == 2 * shapes.cache_per_token(model, True) == 2 * 2 * 2 * 16 * 4
+    )  # keys and values, layers, heads, width
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros((1, 30), dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)) == 30 * found
 
 
 @pytest.mark.parametrize("tokens", [16, 100])
 def test_logits_are_held_a_chunk_at_a_time(tokens, monkeypatch):
-    monkeypatch.setattr("hf_rlhf.modeling.lm_head.tokens_at_a_time", lambda vocabulary: tokens)
-    with without_storage():
-        model = hollow(llama(vocab_size=50_000, num_hidden_layers=1)).eval()
-        trunk = count_forward(model.base_model, rows(), head=False)
-        found = count_forward(model, rows(), head=True)
-    chunk = 4 * 50_000 * tokens
-    assert chunk <= found <= chunk + trunk
+    monkeypatch.setattr(shapes, "tokens_at_a_time", lambda vocabulary: tokens)
+    assert shapes.logits_tile(llama(), 64) == 4 * 96 * min(tokens, 64)
 
 
-# Estimated
+def test_attention_that_keeps_its_scores_takes_more():
+    model = llama()
+    more = shapes.kept_per_token(model, False, keys=100) - shapes.kept_per_token(model, False)
+    assert more == 2 * 4 * 100 * 4 * 2  # scores and softmax, bytes, keys, heads, layers
 
 
 def setting(processes: int = 1, **parts: Any) -> Workload:
@@ -349,8 +253,14 @@ def setting(processes: int = 1, **parts: Any) -> Workload:
     training = parts.pop("training", {})
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none", **training)
     algorithm = runs.recipe(**{"rollout": runs.SAMPLED, "update": {}, **parts}).algorithm()
-    made = Workload(algorithm=algorithm, args=args, prompt_tokens=20, process=float(300 * peak_memory.MIB))
+    made = Workload(algorithm=algorithm, args=args, prompt_tokens=20)
     made.__dict__["processes"] = processes
+    return made
+
+
+def on_gpu(**parts: Any) -> Workload:
+    made = setting(**parts)
+    made.__dict__["device"] = "cuda"
     return made
 
 
@@ -359,18 +269,39 @@ def of_llama(made: Workload, peft_config: Any = None, **sizes: Any) -> estimate.
 
 
 def test_weights_optimizer_reference_and_critic_by_hand():
-    weights = fake_tensor_trace.tensor_bytes(llama()) / peak_memory.MIB
-    trunk = fake_tensor_trace.tensor_bytes(llama().base_model) / peak_memory.MIB
+    weights = shapes.tensor_bytes(llama()) / peak_memory.MIB
+    trunk = sum(p.nbytes for p in llama().base_model.parameters()) / peak_memory.MIB
     plain = of_llama(setting()).phases["update"]
     full = of_llama(setting(kl=["in_reward"], reference="frozen", critic="separate", advantages="gae")).phases["update"]
     parameters = 4 * sum(p.numel() for p in llama().parameters()) / peak_memory.MIB
-    assert plain["process"] == 300
     assert plain["weights"] == full["weights"] == full["reference"] == weights
     assert plain["optimizer"] == pytest.approx(2 * parameters)
     assert plain["gradients"] <= parameters
     assert full["critic"] == pytest.approx(trunk)
-    assert full["optimizer"] == pytest.approx(plain["optimizer"] + 2 * trunk, rel=1e-3)
+    assert full["optimizer"] == pytest.approx(plain["optimizer"] + 2 * trunk)
     assert not {"reference", "critic"} & plain.keys()
+
+
+def test_tied_weights_count_once():
+    tied, untied = (shapes.tensor_bytes(llama(tie_word_embeddings=tie)) for tie in (True, False))
+    assert untied - tied == 4 * 96 * 64
+
+
+def test_the_parts_of_an_update_by_hand():
+    """24 completion tokens of each of 4 rows of each of 4 prompts in one micro-batch, a prompt once; gradients come as the
+    activations go."""
+    found = {part: size * peak_memory.MIB for part, size in of_llama(setting()).phases["update"].items()}
+    rollout = setting().algorithm.rollout
+    per_row = rollout.max_new_tokens
+    tokens = rollout.prompts * (20 + rollout.num_generations * per_row)
+    sampled = rollout.prompts * rollout.num_generations * per_row
+    rows = setting().args.per_device_train_batch_size
+    batch = min(rows, rollout.prompts * rollout.num_generations) / (rollout.prompts * rollout.num_generations)
+    kept = shapes.kept_per_token(llama(), False)
+    assert found["activations"] == pytest.approx(batch * tokens * kept)
+    assert found["backward"] == pytest.approx(batch * tokens * kept / 2 + 2 * 4 * 96 * batch * sampled)
+    several = of_llama(setting(update={"max_tokens_per_micro_batch": 60})).phases["update"]
+    assert several["gradients"] * peak_memory.MIB == sum(p.nbytes for p in llama().parameters())
 
 
 @pytest.mark.parametrize(
@@ -379,13 +310,13 @@ def test_weights_optimizer_reference_and_critic_by_hand():
 )
 def test_the_state_of_an_optimizer_by_hand(optim, factor):
     notes: list[str] = []
-    assert resident.optimizer_bytes(optim, 400, notes) == factor * 400
+    assert shapes.optimizer_bytes(optim, 400, notes) == factor * 400
     assert not notes
 
 
 def test_an_optimizer_that_is_not_known_is_named():
     notes: list[str] = []
-    assert resident.optimizer_bytes("lomo", 400, notes) == 0
+    assert shapes.optimizer_bytes("lomo", 400, notes) == 0
     assert notes == ["without the state of training.optim=lomo"]
 
 
@@ -395,8 +326,8 @@ def test_an_adapter_has_the_only_gradients():
     from peft import get_peft_model
 
     model = get_peft_model(llama(), adapter)
-    trained = fake_tensor_trace.tensor_bytes(model, trainable=True) / peak_memory.MIB
-    assert found["weights"] == fake_tensor_trace.tensor_bytes(model) / peak_memory.MIB
+    trained = shapes.tensor_bytes(model, trainable=True) / peak_memory.MIB
+    assert found["weights"] == shapes.tensor_bytes(model) / peak_memory.MIB
     assert found["optimizer"] == pytest.approx(2 * trained)
     assert found.get("gradients", 0) <= trained
 
@@ -448,7 +379,7 @@ def test_without_a_configuration_the_plan_says_why():
     assert re.match("not estimated: .*(nobody/nothing-of-the-kind|cache)", found.notes[0])
     scripted = replace(setting(rollout=runs.SCRIPTED), prompt_tokens=None)
     (note,) = estimate.from_model(llama(), Model(), scripted).notes
-    assert "rollout=scripted does not say" in note
+    assert note == "not estimated: rollout=scripted does not bound its completions"
 
 
 def test_what_is_assumed_of_prompts_is_said_and_fits_the_context():
@@ -467,7 +398,7 @@ def test_the_plan_prints_sums_of_parts():
 def test_tiny_policies_can_be_estimated(tmp_path):
     model, _ = tiny_policy()
     found = estimate.from_model(model, Model(), setting())
-    assert found.peak("update") > found.peak("rollout") - found.phases["rollout"]["layers"] > 300
+    assert found.peak("update") > found.peak("rollout") - found.phases["rollout"]["layers"] > 0
 
 
 # Offloaded
@@ -481,10 +412,17 @@ def of_phases(found: estimate.Estimate, part: str) -> set[str]:
 PPO: dict[str, Any] = {"kl": ["in_reward"], "advantages": "gae"}
 
 
+def test_on_a_cpu_nothing_is_offloaded():
+    here, away = (
+        setting(**PPO, critic={"use": "separate", "offload": x}, update={"offload": x}) for x in (False, True)
+    )
+    assert of_llama(here).phases == of_llama(away).phases
+
+
 def test_what_is_offloaded_counts_in_the_phases_that_read_it():
-    here = of_llama(setting(**PPO, reference="frozen", critic="separate"))
+    here = of_llama(on_gpu(**PPO, reference="frozen", critic="separate"))
     own = {"reference": {"use": "frozen", "offload": True}, "critic": {"use": "separate", "offload": True}}
-    away = of_llama(setting(**PPO, **own, update={"offload": True}))
+    away = of_llama(on_gpu(**PPO, **own, update={"offload": True}))
     for part in ("reference", "critic", "optimizer"):
         assert of_phases(here, part) == {"rollout", "forward", "update"}
     assert of_phases(away, "reference") | of_phases(away, "critic") == {"forward", "update"}
@@ -496,13 +434,13 @@ def test_what_is_offloaded_counts_in_the_phases_that_read_it():
 
 
 def test_the_update_is_the_larger_of_its_backward_and_the_optimizers_step():
-    one = of_llama(setting(update={"offload": True})).phases["update"]
-    two = of_llama(setting(update={"offload": True, "epochs": 2})).phases["update"]
-    plain = of_llama(setting()).phases["update"]
+    one = of_llama(on_gpu(update={"offload": True})).phases["update"]
+    two = of_llama(on_gpu(update={"offload": True, "epochs": 2})).phases["update"]
+    plain = of_llama(on_gpu()).phases["update"]
     assert "optimizer" not in one, "activations are more than the state"
     assert two == plain, "from the second step on the state is there"
     small = {"max_tokens_per_micro_batch": 30, "offload": True}
-    step = of_llama(setting(update=small, rollout={**runs.SAMPLED, "max_new_tokens": 2}), hidden_size=128).phases[
+    step = of_llama(on_gpu(update=small, rollout={**runs.SAMPLED, "max_new_tokens": 2}), hidden_size=128).phases[
         "update"
     ]
     assert {"optimizer", "gradients"} <= step.keys()
@@ -511,7 +449,7 @@ def test_the_update_is_the_larger_of_its_backward_and_the_optimizers_step():
 
 def test_a_critic_that_is_offloaded_takes_its_own_state_along():
     critic = {"use": "separate", "offload": True}
-    away = of_llama(setting(**PPO, reference="frozen", critic=critic)).phases
+    away = of_llama(on_gpu(**PPO, reference="frozen", critic=critic)).phases
     weights = 4 * sum(p.numel() for p in llama().parameters()) / peak_memory.MIB
     trunk = 4 * sum(p.numel() for p in llama().base_model.parameters()) / peak_memory.MIB
     assert away["rollout"]["optimizer"] == pytest.approx(2 * weights)
@@ -523,17 +461,17 @@ def test_a_critic_that_is_offloaded_takes_its_own_state_along():
 def test_a_reference_over_whole_distributions_is_there_in_the_update():
     def found(estimator: str) -> set[str]:
         kl = {"use": "in_loss", "estimator": estimator}
-        return of_phases(of_llama(setting(kl=[kl], reference={"use": "frozen", "offload": True})), "reference")
+        return of_phases(of_llama(on_gpu(kl=[kl], reference={"use": "frozen", "offload": True})), "reference")
 
     assert found("k3") == {"forward"}
     assert found("exact") == {"forward", "update"}
 
 
 def test_the_reference_of_an_adapter_shares_the_base():
-    found = of_llama(setting(kl=["in_loss"], reference="frozen"), runs.adapter()).phases["update"]
+    found = of_llama(on_gpu(kl=["in_loss"], reference="frozen"), runs.adapter()).phases["update"]
     from peft import get_peft_model
 
-    trained = fake_tensor_trace.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / peak_memory.MIB
+    trained = shapes.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / peak_memory.MIB
     assert found["reference"] == pytest.approx(trained, abs=0.01)
 
 
@@ -541,7 +479,7 @@ def test_offloaded_reward_models_are_there_to_score(tmp_path):
     path = runs.save_classifier(tmp_path)
 
     def found(**settings: Any) -> estimate.Estimate:
-        return of_llama(setting(rewards=[{"use": "reward_model", "model": path, **settings}]))
+        return of_llama(on_gpu(rewards=[{"use": "reward_model", "model": path, **settings}]))
 
     assert of_phases(found(), "reward models") == {"rollout", "reward", "update"}
     away = found(offload=True)

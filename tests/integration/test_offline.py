@@ -141,15 +141,15 @@ def test_columns_are_renamed_and_what_is_missing_is_named_before_a_model_is_look
 @pytest.mark.parametrize(
     ("trainer", "change", "message"),
     [
-        ("reward_model", {"chosen": 5}, "chosen is 5"),
-        ("reward_model", {"margin": "x"}, "margin is 'x'"),
-        ("process_reward_model", {"completions": "ab"}, "a list of texts is due"),
+        ("reward_model", {"chosen": 5}, "chosen must be a text"),
+        ("reward_model", {"margin": "x"}, "margin must be a number, got 'x'"),
+        ("process_reward_model", {"completions": "ab"}, "a list of texts, one per step"),
         ("process_reward_model", {"labels": [True] * 9}, "have 9 labels"),
         ("process_reward_model", {"completions": ["a", " "], "labels": [True, False]}, "step 2 is ' '"),
         ("process_reward_model", {"completions": ["a\nb"], "labels": [True]}, r"step 1 is 'a\\nb'"),
-        ("token_reward_model", {"spans": [{"start": 0, "end": 99, "label": 1}]}, "must lie within"),
+        ("token_reward_model", {"spans": [{"start": 0, "end": 99, "label": 1}]}, "must be within"),
         ("token_reward_model", {"spans": [{"start": 0, "end": 1}]}, "end, label. is due"),
-        ("token_reward_model", {"spans": [{"start": 0, "end": 1, "label": 2}]}, "from 0 to 1 is due"),
+        ("token_reward_model", {"spans": [{"start": 0, "end": 1, "label": 2}]}, "between 0 and 1"),
         ("token_reward_model", {"spans": None, "labels": [1.0]}, "tokens and 1 labels"),
     ],
 )
@@ -173,7 +173,7 @@ def test_long_rows_and_rows_without_a_difference_are_dropped_and_counted(tmp_pat
     assert (summary["before"], summary["after"]) == (None, None)
     assert "1 of 42 rows of the dataset have nothing to learn from: dropped" in caplog.text
     assert "1 of 42 rows of the dataset are longer than 60 tokens: dropped" in caplog.text
-    with pytest.raises(DatasetError, match="no row of the dataset is left"):
+    with pytest.raises(DatasetError, match="the dataset has no usable row"):
         off.run(tmp_path, "reward_model", "trainer.max_length=1", "dataset.held_out=0", out="other")
     long = [{**row, "chosen": "a" * 300} for row in off.rows("reward_model")]
     with pytest.raises(DatasetError, match="are longer than 256 tokens"):  # the model's context

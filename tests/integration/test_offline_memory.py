@@ -1,10 +1,7 @@
-"""The plan of a recipe without rollouts: how much memory it expects, next to what is measured, and what packing does to steps."""
+"""The plan of a recipe without rollouts: its memory forecast, and what packing does to steps."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,6 @@ from hf_rlhf.training.memory.estimate import Estimate
 from hf_rlhf.training.offline.memory_estimate import TILE, estimate_offline
 from tests.helpers import offline_runs as off
 from tests.helpers import sft_runs as sft
-from tests.helpers.paths import environment
-from tests.helpers.waits import scaled
 
 LETTERS = 150
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -57,33 +52,7 @@ def estimate(made: OfflineRecipe, **more: Any) -> Estimate:
     from transformers import TrainingArguments
 
     args = TrainingArguments(**{"output_dir": "nowhere", "report_to": "none", **made.training})
-    return estimate_offline(made.model, made.trainer(), args, process=0.0, **more)
-
-
-MEASURED = """
-import json, sys, torch
-from pathlib import Path
-from hf_rlhf import memory
-from tests.integration.test_offline_memory import recipe, rows
-from hf_rlhf.cli.runs.run import train
-
-name, model, folder = sys.argv[1], *map(Path, sys.argv[2:])
-summary = train(recipe(name, model, rows(name, folder)), str(folder / "run"))
-peak = memory.recorder(torch.device("cpu")).largest() / memory.MIB
-(folder / "measured.json").write_text(json.dumps([peak, summary["plan"]["memory"], summary["plan"]["memory_notes"]]))
-"""
-
-
-def test_the_estimate_is_near_what_a_run_takes(model, tmp_path):
-    """In a process of its own, which has loaded nothing before: DPO, with two models and rows of two texts."""
-    command = [sys.executable, "-c", MEASURED, "dpo", str(model), str(tmp_path)]
-    env = environment(HF_HUB_OFFLINE="1")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=scaled(300))
-    assert done.returncode == 0, done.stderr
-    peak, phases, notes = json.loads((tmp_path / "measured.json").read_text())
-    assert not notes  # how long rows are is known by then
-    assert 0.7 * peak < sum(phases["update"].values()) < 1.4 * peak
-    assert phases["update"]["activations"] + phases["update"]["backward"] > 0.3 * peak
+    return estimate_offline(made.model, made.trainer(), args, **more)
 
 
 def test_weights_optimizer_and_reference_by_hand(model, tmp_path):
@@ -132,8 +101,8 @@ def test_the_room_for_logits_is_that_of_trl():
 
 def test_what_cannot_be_known_is_said(model, tmp_path):
     plan = check(recipe("rm", model, rows("rm", tmp_path)), str(tmp_path / "out"))
-    assert plan.memory["update"]["process"] > 100
-    assert plan.memory_notes == ["rows of 256 tokens are assumed, as trainer.max_length and the model's context allow"]
+    assert plan.memory["update"]["weights"] > 0
+    assert plan.memory_notes == ["rows of 256 tokens are assumed, the most that trainer.max_length and the model allow"]
     assert estimate(load_recipe("rm", ["model.path=null"])).notes == ["not estimated: no model is named"]  # type: ignore[arg-type]
     missing = estimate(load_recipe("rm", ["model.path=nobody/nothing-of-the-kind"])).notes  # type: ignore[arg-type]
     assert missing[0].startswith("not estimated: ")
@@ -155,4 +124,4 @@ def test_the_plan_counts_packed_sequences(tmp_path):
         name: value for name, value, _ in check(sft.recipe(tmp_path, *words[2:]), str(tmp_path / "out")).arithmetic
     }
     assert "sequences of packed rows" not in alone
-    assert (alone["rows of a micro-batch"], alone["optimizer steps"]) == ("4", "12")
+    assert (alone["rows per micro-batch"], alone["optimizer steps"]) == ("4", "12")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,39 +17,23 @@ from torch import Tensor, nn
 from hf_rlhf import load_plugin
 from hf_rlhf.cli.runs.run import check
 from hf_rlhf.modeling import offload
-from hf_rlhf.modeling.offload import Keeper, ToFile, ToMainMemory, keeper, tensors_of
+from hf_rlhf.modeling.offload import Keeper, ToMainMemory, keeper, tensors_of
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.runtime.checkpoint_manifest import check_same_run, differences
 from hf_rlhf.runtime.errors import UserError
-from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.training import device_phases
-from hf_rlhf.training.memory import resident
+from hf_rlhf.training import device_phases, offload_checks
 from tests.helpers import runs
 
 CPU = torch.device("cpu")
 EXACT_KL = {"use": "in_loss", "estimator": "exact", "beta": 0.5}
 KL = {"use": "in_loss", "estimator": "k3", "beta": 0.5}
 SYNC = {"use": "sync", "every": 2, "mixing": 0.5}
-linux = pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs the kernel's table of mappings")
 
 
-def in_files() -> tuple[int, int]:
-    """Bytes of all mapped files of offloaded tensors, and how much of them this process holds."""
-    gc.collect()
-    size, held, ours = 0, 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            ours = offload.PREFIX in line
-        elif ours and line.startswith(("Size:", "Rss:")):
-            kib = int(line.split()[1])
-            size, held = (size + kib * 1024, held) if line.startswith("Size:") else (size, held + kib * 1024)
-    return size, held
-
-
-both = pytest.mark.parametrize(
-    "way", [ToFile, lambda tensors: ToMainMemory(tensors, CPU, changes=True)], ids=["file", "main memory"]
-)
+def way(tensors: Callable[[], Any]) -> ToMainMemory:
+    """As from a GPU: main memory beside main memory."""
+    return ToMainMemory(tensors, CPU, changes=True)
 
 
 def mixed() -> list[Tensor]:
@@ -65,8 +47,7 @@ def mixed() -> list[Tensor]:
 # Tensors
 
 
-@both
-def test_a_tensor_stays_the_object_that_it_is_with_the_numbers_that_it_has(way):
+def test_a_tensor_stays_the_object_that_it_is_with_the_numbers_that_it_has():
     tensors = mixed()
     kept = [(x.detach().clone(), x.stride(), x.dtype, x.requires_grad) for x in tensors]
     held = way(lambda: tensors)
@@ -79,9 +60,8 @@ def test_a_tensor_stays_the_object_that_it_is_with_the_numbers_that_it_has(way):
     assert held.offloaded_bytes() == sum(x.nbytes for x in tensors)
 
 
-@both
 @pytest.mark.parametrize("where", ["there", "away"])
-def test_what_changes_in_either_place_stays_changed(way, where):
+def test_what_changes_in_either_place_stays_changed(where):
     x = torch.zeros(5)
     held = way(lambda: [x])
     held.offload()
@@ -97,8 +77,7 @@ def test_what_changes_in_either_place_stays_changed(way, where):
     assert x.tolist() == [3] * 5
 
 
-@both
-def test_tensors_that_are_new_or_others_are_taken_along(way):
+def test_tensors_that_are_new_or_others_are_taken_along():
     tensors = [torch.ones(4)]
     held = way(lambda: tensors)
     held.offload()
@@ -192,8 +171,7 @@ def test_what_another_device_holds_stays_there():
     assert held.offloaded_bytes() == own.nbytes
 
 
-@both
-def test_only_the_outermost_block_sends_away_and_an_error_does_too(way):
+def test_only_the_outermost_block_sends_away_and_an_error_does_too():
     x = torch.ones(2)
     held = way(lambda: [x])
     moves: list[str] = []
@@ -214,22 +192,22 @@ def test_only_the_outermost_block_sends_away_and_an_error_does_too(way):
     assert moves == ["load", "offload"] * 2
 
 
-def test_resident_tensors_stay():
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_resident_tensors_stay_and_on_a_cpu_all_are(offloaded):
     layer = nn.Linear(3, 2)
     where = layer.weight.data_ptr()
-    held = keeper(tensors_of(layer), CPU, False)
+    held = keeper(tensors_of(layer), CPU, offloaded)
     with held.on_device():
         held.offload()
     assert layer.weight.data_ptr() == where
     assert held.offloaded_bytes() == 0
 
 
-@both
-def test_a_tensor_that_is_more_than_its_numbers_is_refused(way):
+def test_a_tensor_that_is_more_than_its_numbers_is_refused():
     class Quantised(torch.Tensor):
         pass
 
-    with pytest.raises(TypeError, match=r"here is a Quantised, as quantised weights.*set offload: false"):
+    with pytest.raises(TypeError, match=r"got a Quantised .*set offload: false"):
         way(lambda: [torch.ones(2).as_subclass(Quantised)]).offload()
 
 
@@ -238,57 +216,10 @@ def test_tied_weights_are_one_and_stay_tied():
     model.config.tie_word_embeddings = True
     model.tie_weights()
     whole = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    held = keeper(tensors_of(model), CPU, True)
+    held = way(tensors_of(model))
     held.offload()
     assert held.offloaded_bytes() == whole
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-@linux
-def test_the_process_lets_go_of_the_pages_and_has_them_back_when_they_are_read():
-    size, _ = in_files()
-    tensors = [x := torch.ones(8 * MIB // 4)]
-    held = ToFile(lambda: tensors)
-    held.offload()
-    assert in_files() == (size + 8 * MIB, 0)
-    assert x.sum() == 8 * MIB // 4
-    assert in_files()[1] == 8 * MIB
-    held.offload()
-    assert in_files()[1] == 0
-    x[: MIB // 4].mul_(2)
-    assert in_files()[1] <= 2 * MIB
-    held.offload()
-    assert x.sum() == 9 * MIB // 4
-    tensors.clear()
-    del x, held
-    assert in_files()[0] == size, "the mapping ends with the last tensor in it"
-
-
-def test_a_file_has_no_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    x = torch.ones(5)
-    held = ToFile(lambda: [x])
-    held.offload()
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
-    y = torch.ones(5)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        ToFile(lambda: [y]).offload()
-
-
-@linux
-def test_a_full_disk_is_an_error_and_not_the_end_of_the_process():
-    import resource
-
-    x = torch.ones(4 * MIB // 4)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
-    try:
-        with pytest.raises(OSError, match=r"offload: no room for 4 MiB .*set TMPDIR to a larger disk"):
-            ToFile(lambda: [x]).offload()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert x.sum() == MIB
 
 
 # What is said before a run
@@ -301,7 +232,7 @@ def told(*training: str, **parts: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("optim", resident.CODED)
+@pytest.mark.parametrize("optim", offload_checks.CODED)
 def test_state_that_cannot_be_moved_is_refused_before_anything_is_loaded(optim):
     both = {"update": {"offload": True}, "advantages": "gae", "critic": {"use": "separate", "offload": True}}
     text = f"the state of training.optim={optim} is torchao's codes: set update.offload=false and critic.offload=false, or "
@@ -327,6 +258,12 @@ def test_the_plan_says_what_of_the_policy_is_offloaded_and_where_there_is_nothin
         where = "; offloaded while completions are sampled and scored: "
         assert plan.models[0] == "policy: trained" + (where + kept if kept else "")
         assert sum(nothing in remark for remark in plan.remarks) == remarks
+
+
+def test_on_a_cpu_the_plan_says_that_offload_has_no_effect():
+    plan = told(advantages="gae", critic={"use": "separate", "offload": True}, update={"offload": True})
+    (remark,) = (remark for remark in plan.remarks if "offload" in remark)
+    assert remark == "update.offload, critic.offload: no effect on a CPU, where everything is in main memory"
 
 
 def test_settings_of_a_reference_that_is_not_named_say_what_to_write():
@@ -447,24 +384,16 @@ REFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_a_run_trains_the_same_bits_with_a_file(name, tmp_path, plainly):
+def test_a_run_trains_the_same_bits(name, tmp_path, plainly, main_memory):
     reference, more = REFERENCES[name]
     made = runs.trained(tmp_path, **parts(True, reference, **more))
     assert torch.equal(weights(made), plainly(reference, **more))
     assert max(entry.get("memory/offloaded", 0) for entry in runs.entries(made)) > 0
 
 
-@pytest.mark.parametrize("name", ["sync", "sync, whole distributions"])
-def test_a_run_trains_the_same_bits_with_main_memory(name, tmp_path, plainly, main_memory):
-    reference, more = REFERENCES[name]
-    assert torch.equal(weights(runs.trained(tmp_path, **parts(True, reference, **more))), plainly(reference, **more))
-
-
-@pytest.mark.parametrize("way", ["file", "main memory", "resident"])
-def test_a_checkpoint_within_a_rollout_resumes_to_the_bit(way, tmp_path, plainly, request):
-    """Written by a run that offloads; `resident`: resumed by one that does not."""
-    if way == "main memory":
-        request.getfixturevalue("main_memory")
+@pytest.mark.parametrize("resumed_by", ["offloaded", "resident"])
+def test_a_checkpoint_within_a_rollout_resumes_to_the_bit(resumed_by, tmp_path, plainly, main_memory):
+    """Written by a run that offloads."""
 
     def run(offloaded: bool, steps: int, resume: str | None = None) -> Any:
         chosen = parts(offloaded, SYNC)
@@ -475,14 +404,11 @@ def test_a_checkpoint_within_a_rollout_resumes_to_the_bit(way, tmp_path, plainly
         return made
 
     run(True, 3)
-    resumed = run(way != "resident", 5, str(tmp_path / "checkpoint-3"))
+    resumed = run(resumed_by == "offloaded", 5, str(tmp_path / "checkpoint-3"))
     assert torch.equal(weights(resumed), plainly(SYNC))
 
 
-@pytest.mark.parametrize("way", ["file", "main memory"])
-def test_an_evaluation_within_a_rollout_changes_nothing_and_sees_the_average(way, tmp_path, request):
-    if way == "main memory":
-        request.getfixturevalue("main_memory")
+def test_an_evaluation_within_a_rollout_changes_nothing_and_sees_the_average(tmp_path, main_memory):
     found = []
     for offloaded in (False, True):
         chosen = parts(offloaded, {"use": "frozen"}, rollout=runs.SAMPLED, evaluation={"ema": True})
@@ -555,22 +481,7 @@ def test_each_part_is_there_in_its_phases_and_away_in_the_others(kl, tmp_path, m
     assert gradients["stepping"] == {True}
 
 
-@linux
-def test_the_pages_of_what_is_away_are_away_while_completions_are_sampled(tmp_path):
-    before, seen = in_files(), []
-    rollout = Looking(prompts=4, num_generations=4, look=lambda _: seen.append(in_files()))
-    made = runs.trained(tmp_path, **parts(True, {"use": "frozen"}, rollout=rollout))
-    assert len(seen) == 3
-    assert {held - before[1] for _, held in seen} == {0}
-    models = sum(
-        x.nbytes
-        for x in (*tensors_of(made.collector.forwards.reference.own)(), *tensors_of(made.actor_critic.critic)())
-    )
-    assert seen[0][0] - before[0] >= models
-    assert seen[1][0] - before[0] >= models + made.phases.update.offloaded_bytes()
-
-
-def test_a_critic_takes_its_own_optimizer_state_along(tmp_path):
+def test_a_critic_takes_its_own_optimizer_state_along(tmp_path, main_memory):
     made = runs.trained(tmp_path, **parts(False, {"use": "frozen"}, critic={"use": "separate", "offload": True}))
     made.phases.sampling()
     critic = list(made.actor_critic.critic.parameters())
@@ -579,7 +490,7 @@ def test_a_critic_takes_its_own_optimizer_state_along(tmp_path):
     assert made.phases.critic.offloaded_bytes() == sum(x.nbytes for x in tensors_of(made.actor_critic.critic)())
 
 
-def test_a_frozen_reference_of_an_adapter_holds_the_base_once(tmp_path):
+def test_a_frozen_reference_of_an_adapter_holds_the_base_once(tmp_path, main_memory):
     made = runs.trainer(tmp_path, lora=True, kl=[KL], reference={"use": "frozen", "offload": True})
     own = {id(p) for p in made.model.parameters()}
     reference = made.collector.forwards.reference.own

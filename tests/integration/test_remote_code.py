@@ -74,10 +74,10 @@ def test_code_that_needs_weights_is_not_estimated(tmp_path):
     for made in (with_rollouts(path), dpo.recipe(tmp_path)):
         plan = check(made, str(tmp_path / "out"), True)
         assert not plan.memory
-        assert plan.memory_notes[0].startswith("not estimated: the model cannot be made without weights")
+        assert plan.memory_notes[0].startswith("not estimated: the model cannot be built without weights")
 
 
 def test_a_run_allows_it_to_its_plan(tmp_path):
     own(tmp_path / "model")
-    summary = train(dpo.recipe(tmp_path, *STEPS), str(tmp_path / "out"), trust_remote_code=True)
+    summary = train(dpo.recipe(tmp_path, *STEPS), str(tmp_path / "out"), trust_remote_code=True, forecast=True)
     assert summary["plan"]["memory"]["update"]["weights"] > 0

@@ -12,7 +12,7 @@ import torch
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Context
-from hf_rlhf.modeling.offload import ToFile, ToMainMemory, tensors_of
+from hf_rlhf.modeling.offload import ToMainMemory, tensors_of
 from tests.helpers import runs
 from tests.helpers.classifiers import (
     CPU,
@@ -64,9 +64,9 @@ def test_device_and_offload_say_where_the_weights_lie(tmp_path):
         source = load_plugin("rewards", "reward_model", model=folder, **settings)
         source.setup(context("meta"))
         assert {p.device.type for p in source._loaded.model.parameters()} == {where}
-    with pytest.raises(ValueError, match=r"reward_model.device: 'gpu0' is no device; write auto, cpu"):
+    with pytest.raises(ValueError, match=r"reward_model.device must be auto, cpu, cuda or cuda:N, got 'gpu0'"):
         loaded(folder, device="gpu0")
-    with pytest.raises(ValueError, match=r"device: 'cuda:77', and this machine has \d+ CUDA devices"):
+    with pytest.raises(ValueError, match=r"device must exist, got 'cuda:77' on a machine with \d+ CUDA devices"):
         loaded(folder, device="cuda:77")
 
 
@@ -83,16 +83,6 @@ def test_offloaded_weights_visit_the_device_and_the_ones_at_home_come_back(tmp_p
     for name, x in held.model.state_dict().items():
         assert x.data_ptr() == before[name][0]
         assert torch.equal(x, before[name][1])
-
-
-def test_on_the_cpu_offloaded_weights_lie_in_a_file_and_the_scores_are_the_same_bits(tmp_path):
-    folder = save_sequence_classifier(tmp_path)
-    source = loaded(folder, offload=True)
-    held = source._loaded
-    assert isinstance(held.weights, ToFile)
-    assert held.weights.offloaded_bytes() == sum(x.nbytes for x in tensors_of(held.model)())
-    expected = loaded(folder)(given(TEXTS))
-    assert [source(given(TEXTS)), source(given(TEXTS))] == [expected, expected]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

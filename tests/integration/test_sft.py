@@ -91,7 +91,7 @@ def test_an_end_behind_a_marked_turn_is_learned():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_marks_settle_it():
     row = {"messages": sft.conversation("a", "b", "c", "d")}
-    with pytest.raises(ValueError, match=r"does not mark the assistant's: set model\.chat_template"):
+    with pytest.raises(ValueError, match=r"does not mark the assistant's\. Set model\.chat_template"):
         encoded(row, FORGETFUL, format="messages")
     marked = FORGETFUL.replace("{{ message['content'] }}{{ eos_token }}", "{% generation %}{{ message['content'] }}"
                                "{{ eos_token }}{% endgeneration %}")  # fmt: skip
@@ -105,10 +105,14 @@ def test_a_text_is_learned_whole():
 @pytest.mark.parametrize(
     ("format", "change", "message"),
     [
-        ("prompt_completion", {"completion": None}, "completion is None; a text is due"),
-        ("text", {"text": None}, "text is None; a text is due"),
-        ("messages", {"messages": None}, "messages is None; a text is due, or a list of messages"),
-        ("messages", {"messages": sft.conversation("a")}, "no turn of the assistant"),
+        ("prompt_completion", {"completion": None}, "completion must be a text, like prompt, got None"),
+        ("text", {"text": None}, "text must be a string, got None"),
+        (
+            "messages",
+            {"messages": None},
+            "messages must be a text or a list of messages with role and content, got None",
+        ),
+        ("messages", {"messages": sft.conversation("a")}, "must have an assistant turn"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_number(format, change, message, tmp_path):

@@ -347,7 +347,7 @@ def test_neither_a_server_that_does_not_answer_nor_the_death_of_its_process_stop
     )
     assert "killed wandb-core" in done.stdout
     assert done.stderr.count("Weights & Biases did not start") == 1
-    assert done.stderr.count("WandbTracker failed; training goes on without it") == 1
+    assert done.stderr.count("WandbTracker failed; training continues without it") == 1
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 8
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, 9), 8]

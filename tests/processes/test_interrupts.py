@@ -59,7 +59,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_equal_bits(number
         pytest.skip("the run ended before the signal came")
     assert process.returncode == 128 + number
     step = checkpoints[-1].name.removeprefix("checkpoint-")
-    assert f"stopped by {signal.Signals(number).name} after step {step}, whose checkpoint is in {folder}" in errors
+    assert f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint in {folder}" in errors
     assert "Traceback" not in errors
     assert not (folder / "summary.json").exists()
     end(begin(str(folder / "recipe.yaml"), "--resume", "--output-dir", str(folder), cwd=tmp_path))

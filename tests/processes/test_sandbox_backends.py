@@ -39,9 +39,9 @@ def test_a_machine_without_bubblewrap_is_told_how_to_install_it(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     bubblewrap_module._problem.cache_clear()
     problem = Bubblewrap().problem()
-    assert "bwrap is not here: install it (Debian, Ubuntu: apt-get install bubblewrap" in problem
+    assert "command bwrap not found: install it (Debian, Ubuntu: apt-get install bubblewrap" in problem
     assert "docker, podman or remote" in problem
-    with pytest.raises(SandboxError, match="bwrap is not here"):
+    with pytest.raises(SandboxError, match="command bwrap not found"):
         ask(Bubblewrap(), SQUARE, "f(2)")
 
 
@@ -72,7 +72,7 @@ def test_another_interpreter_brings_its_packages():
     program = "import annotated_types\ndef f(): return annotated_types.__name__"
     assert refused(Bubblewrap(), program) == "ModuleNotFoundError"
     assert seen(Bubblewrap(sys.executable), "f()", program, seconds=20.0) == "annotated_types"
-    with pytest.raises(SandboxError, match="python: '/nowhere/python' is no Python interpreter"):
+    with pytest.raises(SandboxError, match="python must be a working Python interpreter, got '/nowhere/python'"):
         ask(Bubblewrap("/nowhere/python"), SQUARE, "f(2)")
 
 
@@ -141,7 +141,7 @@ def test_a_container_is_started_without_network_rights_or_a_place_to_write():
 
 def test_an_engine_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "the command podman is not here: install it" in Engine("podman").problem()
+    assert "command podman not found: install it" in Engine("podman").problem()
     with pytest.raises(SandboxError, match="podman does not start"):
         ask(Engine("podman"), SQUARE, "f(2)")
 
@@ -159,7 +159,7 @@ def test_an_engine_that_does_not_answer_and_an_image_that_is_not_there_are_named
     engine_module._problem.cache_clear()
     engine(tmp_path, "[ $1 = info ] && exit 0; echo 'No such image' >&2; exit 1")
     problem = Engine("docker", "mine:1").problem()
-    assert "no image 'mine:1' here (No such image): `docker pull mine:1`" in problem
+    assert "image 'mine:1' not found (No such image): run `docker pull mine:1`" in problem
 
 
 def test_the_harness_that_a_container_is_given_judges_programs(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def test_a_runner_that_is_not_there_is_an_error_that_names_it():
         pass
     problem = Remote(url).problem()
     assert url in problem
-    assert "start a runner there" in problem
+    assert "Start a runner there" in problem
 
 
 PAGE = (ROOT / "docs" / "sandbox.md").read_text()
@@ -185,7 +185,7 @@ def test_the_runner_is_a_command(tmp_path):
     environment = {name: text for name, text in os.environ.items() if name != "UNIT_TESTS_TOKEN"}
     open_to_all = subprocess.run([*command, "--host", "0.0.0.0"], env=environment, capture_output=True, text=True)
     assert open_to_all.returncode == 2
-    assert "UNIT_TESTS_TOKEN is not set" in open_to_all.stderr
+    assert "UNIT_TESTS_TOKEN must be set" in open_to_all.stderr
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = server.stdout.readline().split()[-1]

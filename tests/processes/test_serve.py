@@ -108,24 +108,29 @@ def test_a_call_that_takes_too_long_is_given_up_and_the_server_goes_on(url):
 @pytest.mark.parametrize(
     ("path", "fields", "status", "words"),
     [
-        ("match", {"completions": ["a"]}, 422, "reads the columns kind, truth: send them"),
-        ("tokens", {"completions": ["a"]}, 422, "send prompt_ids, completion_ids and masks"),
-        ("parts", {"completions": ["3"]}, 422, "send prompt_ids, completion_ids and masks"),
-        ("short", {"completions": ["a"]}, 404, "no source short: there are /score/short%20texts, /score/tokens"),
-        ("", {"completions": ["a"]}, 404, "there are"),
-        ("slow", {"completions": "ab"}, 400, "completions: a list is due"),
-        ("slow", {"completions": [1]}, 400, "completions: row 0 is '1'; texts are due"),
-        ("slow", {"completions": ["a"], "prompts": []}, 400, "prompts: 0 values for 1 completions"),
+        ("match", {"completions": ["a"]}, 422, "reads the columns kind, truth. Send them"),
+        ("tokens", {"completions": ["a"]}, 422, "Send prompt_ids, completion_ids and masks"),
+        ("parts", {"completions": ["3"]}, 422, "Send prompt_ids, completion_ids and masks"),
+        ("short", {"completions": ["a"]}, 404, "no source short; use /score/short%20texts, /score/tokens"),
+        ("", {"completions": ["a"]}, 404, "no source (none named); use"),
+        ("slow", {"completions": "ab"}, 400, "completions must be a list"),
+        ("slow", {"completions": [1]}, 400, "completions must be texts, got '1' in row 0"),
+        ("slow", {"completions": ["a"], "prompts": []}, 400, "prompts must have one value per completion (1), got 0"),
         ("slow", {"completions": ["a"], "prompts": [[]]}, 400, "lists of messages"),
-        ("slow", {"completions": ["a"], "version": 2}, 400, "version 1 of the protocol is spoken here, not 2"),
-        ("slow", {"completions": ["a"], "columns": {"x": []}}, 400, "x: 0 values for 1 completions"),
-        ("slow", {"completions": ["a"], "columns": []}, 400, "columns: a mapping"),
-        ("slow", {"completions": ["a"], "finish_reasons": ["end"]}, 400, "'stop' or 'length' are due"),
-        ("slow", {"completions": ["a"], "group_ids": [True]}, 400, "whole numbers are due"),
-        ("slow", {"completions": ["a"], "masks": [[1]]}, 400, "belong together"),
-        ("slow", {"completions": ["a"], "masks": [[1]], "completion_ids": [[1, 2]]}, 400, "belong together"),
-        ("slow", {"completions": ["a" * 20_000]}, 413, "larger than 0.01 MiB: send fewer rows"),
-        ("wrong", {"completions": ["a"]}, 500, "gave a str; a list with one number or None per row is due"),
+        ("slow", {"completions": ["a"], "version": 2}, 400, "this server speaks protocol version 1, got 2"),
+        ("slow", {"completions": ["a"], "columns": {"x": []}}, 400, "x must have one value per completion (1), got 0"),
+        ("slow", {"completions": ["a"], "columns": []}, 400, "columns must be a mapping"),
+        (
+            "slow",
+            {"completions": ["a"], "finish_reasons": ["end"]},
+            400,
+            "finish_reasons must be 'stop' or 'length', got 'end'",
+        ),
+        ("slow", {"completions": ["a"], "group_ids": [True]}, 400, "group_ids must be whole numbers"),
+        ("slow", {"completions": ["a"], "masks": [[1]]}, 400, "must be sent together"),
+        ("slow", {"completions": ["a"], "masks": [[1]], "completion_ids": [[1, 2]]}, 400, "must be sent together"),
+        ("slow", {"completions": ["a" * 20_000]}, 413, "at most 0.01 MiB. Send fewer rows"),
+        ("wrong", {"completions": ["a"]}, 500, "must return a list with one number or None per row, got a str"),
     ],
     ids=lambda x: str(x)[:30],
 )
@@ -139,7 +144,7 @@ def test_a_wrong_request_is_told_what_is_wrong(url, path, fields, status, words)
 def test_what_is_no_json_object_is_refused(url, body):
     answer = httpx.post(f"{url}/score/slow", content=body, trust_env=False)
     assert answer.status_code == 400
-    assert "the request is no" in answer.json()["error"]
+    assert "the request must be" in answer.json()["error"]
 
 
 def test_other_paths_and_methods_are_told_what_there_is(url):

@@ -31,7 +31,7 @@ def test_a_run_that_is_killed_in_every_stage_goes_on_to_the_same_bits(tmp_path):
         given[name]["set"] |= {"training.max_steps": steps, "training.save_steps": every}
         given[name]["set"] |= {"training.save_strategy": "steps", "training.save_total_limit": 1}
     st.write(tmp_path, given)
-    run = ("run", "tiny.yaml", "--output-dir", "killed")
+    run = ("pipeline", "tiny.yaml", "--output-dir", "killed")
     st.killed(tmp_path, 4, "post", *run)
     assert checkpoints(out) == {"sft": [2]}
     st.killed(tmp_path, 3 + 1, "pre", *run)
@@ -62,7 +62,7 @@ def checkpoints(folder: Path) -> dict[str, list[int]]:
 def test_the_command_prints_every_stage_and_its_metrics(tmp_path):
     given = {name: stage for name, stage in st.stages(tmp_path).items() if name != "ppo"}
     st.write(tmp_path, given)
-    process = st.command(tmp_path, "run", "tiny.yaml", "--output-dir", "out", "rm.recipe=rm")
+    process = st.command(tmp_path, "pipeline", "tiny.yaml", "--output-dir", "out", "rm.recipe=rm")
     printed, _ = process.communicate(timeout=scaled(150))
     assert process.returncode == 0, printed
     for line in ("stage 1 of 2: sft, recipe sft\n", "stage 2 of 2: rm, recipe rm\n"):
@@ -81,7 +81,7 @@ def test_runs_of_wandb_share_a_group(tmp_path):
     st.write(tmp_path, given)
     process = st.command(
         tmp_path,
-        *("run", "tiny.yaml", "--output-dir", "one-group"),
+        *("pipeline", "tiny.yaml", "--output-dir", "one-group"),
         WANDB_MODE="offline",
         WANDB_DIR=str(tmp_path),
         WANDB_SILENT="true",
@@ -111,7 +111,7 @@ def test_two_processes_skip_and_train_together(tmp_path):
     st.run(tmp_path, given=given)
     shutil.rmtree(tmp_path / "out" / "rm")
     kept = summaries(tmp_path / "out")
-    ended_well([st.command(tmp_path, "run", "tiny.yaml", "--output-dir", "out", **rank) for rank in ranks()])
+    ended_well([st.command(tmp_path, "pipeline", "tiny.yaml", "--output-dir", "out", **rank) for rank in ranks()])
     assert kept.items() <= summaries(tmp_path / "out").items()
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert [stage["steps"] for stage in stages.values()] == [4, 4]

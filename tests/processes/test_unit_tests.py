@@ -105,7 +105,7 @@ def test_memory_is_that_of_the_setting():
 
 
 def test_a_test_of_another_form_is_refused_by_row_and_form():
-    with pytest.raises(ValueError, match=r"row 1: column 'tests'\[2\]: 'assert f\(2\)': it compares nothing with =="):
+    with pytest.raises(ValueError, match=r"row 1: column 'tests'\[2\]: 'assert f\(2\)': it no comparison with =="):
         scores([SQUARE] * 2, [TESTS, [*TESTS[:2], "assert f(2)"]])
 
 
@@ -118,7 +118,7 @@ def test_the_final_answer_is_the_program():
 
 
 def test_resource_limits_are_chosen_knowingly_and_labelled():
-    with pytest.raises(ValueError, match=r"is no sandbox.*i_understand_this_is_not_a_sandbox: true"):
+    with pytest.raises(ValueError, match=r"is not a sandbox.*i_understand_this_is_not_a_sandbox: true"):
         UnitTests(sandbox="rlimits")
     source = UnitTests(sandbox="rlimits", i_understand_this_is_not_a_sandbox=True)
     assert list(source.check(None)) == []
@@ -146,9 +146,9 @@ def test_a_sandbox_that_is_not_there_is_an_error_and_nothing_takes_its_place(mon
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"image": "mine:1"}, "image is read by sandbox docker and podman, not by bubblewrap"),
-        ({"url": "http://a/"}, "url is read by sandbox remote"),
-        ({"sandbox": "docker", "python": "python3"}, "python is read by sandbox bubblewrap and rlimits"),
+        ({"image": "mine:1"}, "image needs sandbox docker or podman, got bubblewrap"),
+        ({"url": "http://a/"}, "url needs sandbox remote"),
+        ({"sandbox": "docker", "python": "python3"}, "python needs sandbox bubblewrap or rlimits"),
         ({"sandbox": "remote"}, "needs url"),
         ({"sandbox": "remote", "url": "nowhere"}, "nowhere"),
         ({"timeout": 5.0}, "more than a second above time_limit"),
@@ -178,8 +178,8 @@ def test_rows_are_judged_by_workers_of_every_kind(workers):
         asked = scorer.ask(given)["code"]
     assert [None if x != x else x for x in asked.answers] == [0.75, 0.0, None, 1.0]
     assert [(failure.row, failure.kind) for failure in asked.failures] == [(2, "error")]
-    assert "is no Python" not in asked.failures[0].reason
-    assert "no literal" in asked.failures[0].reason or "compares nothing" in asked.failures[0].reason
+    assert "must be Python" not in asked.failures[0].reason
+    assert "not a literal" in asked.failures[0].reason or "no comparison" in asked.failures[0].reason
 
 
 def test_a_run_trains_on_the_scores_of_programs(tmp_path):

@@ -1,4 +1,4 @@
-"""Quantile advantage estimation (arXiv:2509.22611): of a group the rare right rows learn, or the rare wrong ones."""
+"""Quantile advantage estimation (arXiv:2509.22611): only a group's rare correct rows, or its rare wrong ones, are trained on."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class Quantile(AdvantageEstimator):
 
     name = "quantile"
     needs = frozenset({"groups"})
-    metrics = (Metric("zero_frac", "share of rows", "rows at their group's quantile, which do not learn"),)
+    metrics = (Metric("zero_frac", "share of rows", "rows at their group's quantile, with advantage 0"),)
     k: Fraction = 0.4
-    """K. Where a share p <= 1 - K of a group is right, the right rows learn; where more are, the wrong ones."""
+    """K. If a share p <= 1 - K of a group is correct, its correct rows are trained on, otherwise its wrong ones."""
 
     def __call__(self, scored: Scored) -> Credit:
         returns, same = scored.returns(), scored.group_ids == scored.group_ids.unsqueeze(1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,19 +13,8 @@ from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.runtime.errors import UserError
 
-
-class Rewards(StrEnum):
-    """Choices of --rewards."""
-
-    real = "real"
-    binary = "binary"
-
-
-class Critic(StrEnum):
-    """Choices of --values."""
-
-    exact = "exact"
-    arbitrary = "arbitrary"
+if TYPE_CHECKING:
+    from hf_rlhf.lab.world import World
 
 
 @app.command(
@@ -64,25 +52,10 @@ def lab(
         Path | None, typer.Option("--picture", help="Write a picture too: a .svg, .png or .pdf.")
     ] = None,
     group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3.")] = None,
-    prompts: Annotated[int | None, typer.Option("--prompts", help="Prompts per rollout; 1.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Tokens of the vocabulary, the end included; 3.")
-    ] = None,
     length: Annotated[int | None, typer.Option("--length", help="Most tokens of a completion; 3.")] = None,
-    rewards: Annotated[
-        Rewards | None,
-        typer.Option("--rewards", help="real: one real-valued source and one of 0 and 1; binary: 0 and 1."),
-    ] = None,
-    values: Annotated[
-        Critic | None, typer.Option("--values", help="What the critic knows: exact values, or arbitrary numbers.")
-    ] = None,
     off_policy: Annotated[
         bool, typer.Option("--off-policy", help="Rollouts of another policy than the one that is updated.")
     ] = False,
-    beta: Annotated[
-        float | None,
-        typer.Option("--beta", help="Largest beta, the others in proportion; 0.3, or as an override of a beta says."),
-    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the policy, the reference and the rewards.")] = 0,
     plugin: PluginOptions = None,
 ) -> None:
@@ -90,50 +63,43 @@ def lab(
 
     Exact: every completion and every group of a small tabular policy is enumerated. Refused combinations are computed too.
     """
-    _check(picture, beta)
+    if picture is not None:
+        from hf_rlhf.lab.picture import require
+
+        require(picture)
     import torch
 
+    from hf_rlhf.lab.world import World
+
     torch.set_num_threads(1)  # the tensors are small
-    sizes: dict[str, Any] = {"group": group, "prompts": prompts, "tokens": tokens, "length": length}
-    sizes["rewards"] = rewards.value if rewards else None
-    sizes = {name: x for name, x in sizes.items() if x is not None}
+    sizes: dict[str, Any] = {n: x for n, x in {"group": group, "length": length, "seed": seed}.items() if x is not None}
     if everything:
         given = [recipe, *(words or [])] if recipe else []
-        given += [f"--{name}" for name in sizes] + ["--values"] * (values is not None) + ["--off-policy"] * off_policy
+        given += [f"--{name}" for name in sizes if name != "seed"] + ["--off-policy"] * off_policy
         if given:
-            raise UserError(f"--all goes through every combination and takes no {given[0]}; it takes --beta and --seed")
-        _everything(as_json, picture, beta, seed)
+            raise UserError(f"--all computes every combination and takes --seed only, got {given[0]}")
+        _everything(as_json, picture, seed)
         return
     overrides = list(words or [])
     if recipe is not None and "=" in recipe:
         overrides.insert(0, recipe)
         recipe = None
-    _one(recipe, overrides, as_json, picture, beta, {**sizes, "seed": seed}, values, off_policy)
+    _one(recipe, overrides, as_json, picture, World(**sizes), off_policy)
 
 
-def _check(picture: Path | None, beta: float | None) -> None:
-    if picture is not None:
-        from hf_rlhf.lab.picture import require
-
-        require(picture)
-    if beta is not None and not beta > 0:
-        raise UserError(f"--beta {beta:g}: give a number above 0, or leave the KL out with kl=[]")
-
-
-def _everything(as_json: bool, picture: Path | None, beta: float | None, seed: int) -> None:
+def _everything(as_json: bool, picture: Path | None, seed: int) -> None:
     from hf_rlhf.lab.choices import BETA
     from hf_rlhf.lab.matrix import Matrix
     from hf_rlhf.lab.page import page
     from hf_rlhf.lab.picture import of_matrix, save
 
-    chosen = BETA if beta is None else beta
-    sections = Matrix(beta=chosen, seed=seed).sections()
+    sections = Matrix(beta=BETA, seed=seed).sections()
     if picture is not None:
         save(of_matrix(sections["whole"]), picture)
     if as_json:
         print_json([row.as_dict() for rows in sections.values() for row in rows])
     else:
-        print(page(sections, beta=chosen, seed=seed, picture=picture.name if picture else None), end="")
+        print(page(sections, beta=BETA, seed=seed, picture=picture.name if picture else None), end="")
 
 
 def _one(
@@ -141,27 +107,18 @@ def _one(
     overrides: list[str],
     as_json: bool,
     picture: Path | None,
-    beta: float | None,
-    sizes: dict[str, Any],
-    values: Critic | None,
+    world: World,
     off_policy: bool,
 ) -> None:
     from hf_rlhf.lab.choices import BETA, read
     from hf_rlhf.lab.picture import of_one, save
     from hf_rlhf.lab.single import left_out, run
     from hf_rlhf.lab.table import lines
-    from hf_rlhf.lab.world import World
 
-    world, chosen = World(**sizes), read(recipe, overrides)
+    chosen = read(recipe, overrides)
     own = any(word.startswith("kl.") and word.partition("=")[0].endswith(".beta") for word in overrides)
     with output_to_stderr(as_json):
-        rows = run(
-            chosen,
-            world=world,
-            beta=beta if beta is not None or own else BETA,
-            values=values.value if values else "exact",
-            off_policy=off_policy,
-        )
+        rows = run(chosen, world=world, beta=None if own else BETA, off_policy=off_policy)
     if picture is not None:
         title = " ".join([recipe or "", *overrides]).strip() or "reinforce"
         save(of_one(rows, title), picture)

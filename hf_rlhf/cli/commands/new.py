@@ -152,6 +152,7 @@ def module_for(axis: str, name: str) -> str:
     node, old = plugin_class(source)
     wanted = "".join(part.capitalize() for part in name.split("_"))
     others = re.sub(rf"\b{node.name}\b", "", source)
+    others += "".join(file.read_text(encoding="utf-8") for file in TEMPLATES.glob("everything*.py"))
     own = f"{wanted}Plugin" if re.search(rf"\b{wanted}\b", others) else wanted
     source = re.sub(rf"\b{node.name}\b", own, source).replace(f'name = "{old}"', f'name = "{name}"')
     return TRY.sub(lambda found: re.sub(rf"\b{old}\b", name, found[0]), source)

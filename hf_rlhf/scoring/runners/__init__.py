@@ -1,12 +1,12 @@
-"""Where a reward source runs: `workers` of its settings.
+"""Runners of reward sources, selected by their setting `workers`.
 
     inline      in the caller's thread, source after source; the calls of an async source are awaited together
-    threads     in threads: for sources that wait; a row that takes too long is given up, its thread replaced
+    threads     in threads, for sources that wait; a row that exceeds its time limit is abandoned, its thread replaced
     processes   in processes, each with a copy of the source: killed with their children at the time limit, and replaced
     ray         in actors on a Ray cluster, in the same way
 
-A `Job` is cut into units: one per row for a `rowwise` source, else one for all rows. A runner gives one `CallResult` per unit,
-in order, whatever happened.
+Rows are split into units: one per row for a `rowwise` source, otherwise one for all rows. A runner returns one `CallResult`
+per unit, in order, even if the unit failed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ __all__ = ["Outcome", "Runner", "Unit", "runner_for"]
 
 
 class Runner(Protocol):
-    """Runs the units of one source."""
+    """Protocol of runners, which run the units of one source."""
 
     inline: bool
-    """It runs in the caller's thread; the others may run beside each other."""
+    """True if it runs in the caller's thread; other runners may run in parallel."""
     shared: bool
-    """Several calls of one source object may be under way at once, so that what it logs is no single call's."""
+    """True if calls of one source object may overlap, so that its logs cannot be attributed to a single call."""
 
     def run(self, units: list[RewardCall]) -> list[CallResult]:
-        """One outcome per unit. Raises `RewardError` where the source cannot be run at all."""
+        """Return one result per unit. Raises `RewardError` if the source cannot be run at all."""
 
     def close(self) -> None:
-        """Stop what was started."""
+        """Stop all workers."""
 
 
 def runner_for(label: str, source: RewardSource, context: Context | None) -> Runner:
-    """The runner that the source's settings ask for; it is ready, or getting ready. `context`: for the source's `setup`,
-    which then is done; None: it was set up before."""
+    """Create the runner that the source's settings select, ready or starting up.
+
+    With `context` it calls the source's `setup`; None means that the source was set up before.
+    """
     if source.workers == "processes":
         from hf_rlhf.scoring.runners.process_runner import processes
 

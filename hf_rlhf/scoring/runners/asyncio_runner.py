@@ -1,4 +1,4 @@
-"""Async sources: the calls of one are awaited together, on an event loop in a thread of its own."""
+"""Runner of async sources, whose calls are awaited together on an event loop in a separate thread."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hf_rlhf.contract.reward_source import RewardSource
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, answered, call, failed, late
 
 GRACE_S = 0.5
-"""Seconds beyond the time limit after which a loop that is held up by a call is left behind."""
+"""Seconds beyond the time limit before a loop blocked by a call is abandoned."""
 
 
 class Awaited:
-    """Awaits the calls of one source, `num_workers` at a time, all at once when left out."""
+    """Runner that awaits the calls of one source, at most `num_workers` at a time if set."""
 
     inline, shared = False, True
 
@@ -25,8 +25,10 @@ class Awaited:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, units: list[RewardCall]) -> list[CallResult]:
-        """One outcome per unit, in order. A call that blocks the thread instead of awaiting holds up all others: whatever
-        has not ended by then is given up with it."""
+        """Return one result per unit, in order.
+
+        A call that blocks the thread instead of awaiting blocks all others, which are then abandoned with it.
+        """
         if units and units[0].texts is not None:
             return [call(self.label, self.source, unit) for unit in units]
         limit = self.source.num_workers or len(units) or 1
@@ -41,11 +43,11 @@ class Awaited:
             except Late:
                 done.cancel()
                 self.close()
-        held_up = late(seconds or 0.0, ", or one beside it held up the event loop")
+        held_up = late(seconds or 0.0, ", or another call blocked the event loop")
         return [held_up if outcome is None else outcome for outcome in outcomes]
 
     def close(self) -> None:
-        """Ends the loop, after the call that holds it up, if one does."""
+        """Stop the loop, after a call that blocks it."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.call_soon_threadsafe(loop.stop)
@@ -81,7 +83,7 @@ class Awaited:
 
 
 def _is_cancelled() -> bool:
-    """Whether the task is asked to end; a source may raise `CancelledError` on its own account as well."""
+    """Return True if the task was cancelled; a source may also raise `CancelledError` itself."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -1,4 +1,4 @@
-"""In the caller's thread, call after call, each within its time where the thread can be interrupted."""
+"""Runner in the caller's thread, call after call, with time limits if the thread can be interrupted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hf_rlhf.contract.reward_source import RewardSource
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, TimeUp, call, late, logged
 
 REPEAT_S = 1.0
-"""Seconds after which a call that swallowed the interruption is interrupted again."""
+"""Seconds before a call that swallowed the interruption is interrupted again."""
 
 
 class Inline:
-    """Calls a source itself."""
+    """Runner that calls a source directly."""
 
     inline, shared = True, False
 
@@ -24,7 +24,7 @@ class Inline:
         self.label, self.source = label, source
 
     def run(self, units: list[RewardCall]) -> list[CallResult]:
-        """One outcome per unit. Only Python's main thread can interrupt a call, on systems with interval timers."""
+        """Return one result per unit. Only Python's main thread can interrupt a call, on systems with interval timers."""
         seconds = self.source.timeout
         if seconds is None or threading.current_thread() is not threading.main_thread() or not interruptible():
             return [logged(self.label, self.source, call(self.label, self.source, unit)) for unit in units]
@@ -32,7 +32,7 @@ class Inline:
             return [logged(self.label, self.source, self._timed(unit, seconds)) for unit in units]
 
     def _timed(self, unit: RewardCall, seconds: float) -> CallResult:
-        signal.signal(signal.SIGALRM, _raise)  # for each call: one before it may have set its own
+        signal.signal(signal.SIGALRM, _raise)  # for each call: an earlier one may have set its own
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT_S)
             try:
@@ -43,11 +43,11 @@ class Inline:
             return late(seconds)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: there are no workers."""
 
 
 def interruptible() -> bool:
-    """Whether this system has interval timers."""
+    """Return True if this system has interval timers."""
     return hasattr(signal, "setitimer")
 
 
@@ -57,7 +57,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def alarms_put_back() -> Iterator[None]:
-    """A handler of SIGALRM and a timer of others are after this what they were before."""
+    """Restore the SIGALRM handler and timer afterwards."""
     before, left = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         yield

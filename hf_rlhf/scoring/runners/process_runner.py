@@ -1,4 +1,4 @@
-"""In processes of their own, started as plain interpreters: nothing of the caller's main script runs again in them."""
+"""Runner in separate processes, started as plain interpreters, so that the caller's main script does not run again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
 from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerDied, WorkerPool, count_of
 
 CHUNK = 8
-"""Rows that a process gets at a time at most."""
+"""Maximum rows sent to a process at a time."""
 PATIENCE_S = 1.0
-"""Seconds that an idle process has to close its source."""
+"""Seconds for an idle process to close its source."""
 
 
 class Process:
-    """One process; `first` is what it reads first."""
+    """Worker process; `first` are the first frames that it reads."""
 
     def __init__(self, events: Events, label: str, first: list[bytes]) -> None:
         self._events, self._label = events, label
@@ -47,20 +47,20 @@ class Process:
             self._write(frame)
 
     def send(self, state: bytes, units: list[RewardCall]) -> None:
-        """The state only where it changed. Raises `RewardError` where a row cannot be pickled."""
+        """Send units, and the state if it changed. Raises `RewardError` if a row cannot be pickled."""
         changed = state if state != self._sent else None
         self._sent = state
         try:
             frame = pickle.dumps((changed, units))
         except Exception as error:
             raise RewardError(
-                f"reward {self._label!r}: a row cannot be sent to a process: {type(error).__name__}: {error}. Set "
-                "workers=inline, or keep columns of plain data in the dataset"
+                f"reward {self._label!r}: cannot send a row to a process: {type(error).__name__}: {error}. Set "
+                "workers=inline, or keep only plain data in the dataset's columns"
             ) from error
         self._write(frame)
 
     def stop(self, idle: bool = False) -> None:
-        """Kills it and its process group; one that is idle first gets `PATIENCE_S` to close its source."""
+        """Kill the process and its group; an idle one first gets `PATIENCE_S` to close its source."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -75,7 +75,7 @@ class Process:
 
     def _write(self, frame: bytes) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it died; the listener says so
+        with contextlib.suppress(OSError):  # it died; the listener reports it
             self._process.stdin.write(struct.pack("<Q", len(frame)) + frame)
             self._process.stdin.flush()
 
@@ -90,7 +90,7 @@ class Process:
                     self._events.put((self, READY if "ready" in reply else CallResult.from_json(reply)))
 
     def _wait(self) -> None:
-        """Says that it ended, after all that it said: not the end of its output, which a child may hold open, counts."""
+        """Report its exit, after all its output: a child may hold the pipe open, so the end of output does not count."""
         code = self._process.wait()
         self._listener.join(1.0)
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -98,14 +98,14 @@ class Process:
 
 
 def fresh(source: RewardSource) -> RewardSource:
-    """A source with the same settings, as it is before it is set up."""
+    """Return a source with the same settings that is not set up."""
     return type(source)(
         **{field.name: getattr(source, field.name) for field in dataclasses.fields(source) if field.init}
     )
 
 
 def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
-    """What a worker makes its source of. Raises `RewardError` where that cannot be sent."""
+    """Pickle the parts from which a worker builds its source. Raises `RewardError` if they cannot be pickled."""
     needs_setup = any(type(each).setup is not Plugin.setup for each in (source, *nested_of(source)))
     own = fresh(source)
     own.label = label
@@ -118,14 +118,14 @@ def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
         body = cloudpickle.dumps(given)
     except Exception as error:
         raise RewardError(
-            f"reward {label!r}: cannot be sent to workers={source.workers}: {type(error).__name__}: {error}. Give its function "
+            f"reward {label!r}: cannot send it to workers={source.workers}: {type(error).__name__}: {error}. Name its function "
             "as file.py:name, or set workers=inline"
         ) from error
     return pickle.dumps({"path": sys.path, "module": (type(source).__module__, file), "body": body})
 
 
 def processes(label: str, source: RewardSource, context: Context | None) -> WorkerPool:
-    """A pool of processes."""
+    """Create a pool of processes."""
     header = json.dumps({"path": sys.path, "memory_mib": source.memory_mib, "timeout": source.timeout}).encode()
     first = [header, packed(label, source, context)]
     return WorkerPool(label, source, lambda events: Process(events, label, first), count=count_of(source), chunk=CHUNK)

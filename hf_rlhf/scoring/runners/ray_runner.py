@@ -1,4 +1,4 @@
-"""In actors on a Ray cluster: the one that RAY_ADDRESS names, or one of this machine."""
+"""Runner in actors on a Ray cluster: the one at RAY_ADDRESS, or a local one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerDied, Worke
 
 
 class _Scorer:
-    """What runs in an actor."""
+    """Code that runs in an actor."""
 
     def __init__(self, body: bytes) -> None:
         from hf_rlhf.scoring.runners.worker_source import Served
@@ -29,7 +29,7 @@ class _Scorer:
 
 
 class Actor:
-    """One actor of the cluster."""
+    """Worker: an actor of the cluster."""
 
     def __init__(self, events: Events, body: bytes) -> None:
         import ray
@@ -40,12 +40,12 @@ class Actor:
         self._when(self._actor.ready.remote(), lambda _: READY)
 
     def send(self, state: bytes, units: list[RewardCall]) -> None:
-        """Unit by unit."""
+        """Send the units one by one."""
         for unit in units:
             self._when(self._actor.run.remote(state, unit), CallResult.from_json)
 
     def stop(self, idle: bool = False) -> None:
-        """Kills it."""
+        """Kill the actor."""
         with contextlib.suppress(Exception):
             self._ray.kill(self._actor)
 
@@ -59,12 +59,12 @@ class Actor:
 
 
 def actors(label: str, source: RewardSource, context: Context | None) -> WorkerPool:
-    """A pool of actors. Raises `RewardError` where Ray is not installed."""
+    """Create a pool of actors. Raises `RewardError` if Ray is not installed."""
     try:
         import ray
     except ImportError as error:
         raise RewardError(
-            f"reward {label!r}: workers=ray needs Ray: pip install 'hf_rlhf[ray]', or set workers=processes"
+            f"reward {label!r}: workers=ray needs Ray. Run pip install 'hf_rlhf[ray]', or set workers=processes"
         ) from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)

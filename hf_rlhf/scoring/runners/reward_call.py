@@ -1,4 +1,4 @@
-"""One call of a reward source, in whatever thread, process or actor it happens. Needs no torch."""
+"""A call of a reward source, in any thread, process or actor. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,51 +24,54 @@ Kind = Literal["", "error", "timeout", "wrong"]
 
 @dataclass(kw_only=True)
 class RewardCall:
-    """What one call gets."""
+    """Input of a call."""
 
     rows: list[int]
-    """The places of its rows."""
+    """Indices of its rows."""
     rollouts: Rollouts | None = None
-    """These rows, to be scored; a copy that the source may change."""
+    """Rows to score; a copy that the source may change."""
     texts: list[str] | None = None
-    """Completions whose final answers are asked for, instead."""
+    """Completions from which to extract final answers, instead of `rollouts`."""
     seed: int | None = None
-    """Of the global random generators during the call; they stay as they are when left out."""
+    """Seed of the global random generators during the call; None leaves them unchanged."""
 
 
 @dataclass(kw_only=True)
 class CallResult:
-    """What came of a unit: its answers, or why there are none."""
+    """Result of a unit: its answers, or the reason for failure."""
 
     answers: list[Any] = field(default_factory=list)
-    """One per row: numbers, Spans or TokenScores, or the final answers as text or None."""
+    """One answer per row: numbers, Spans or TokenScores, or the final answers as text or None."""
     kind: Kind = ""
-    """error: it raised, or its process died; timeout; wrong: what it gave is not what is due; empty: all is well."""
+    """Empty for success; error: it raised, or its process died; timeout; wrong: it returned an invalid answer."""
     reason: str = ""
     trace: str = ""
     error: BaseException | None = None
-    """What was raised, where it was raised in this process."""
+    """Exception, if it was raised in this process."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, without anything that runs when it is read."""
+        """Convert to plain data, which is safe to deserialize."""
         plain = {name: value for name, value in vars(self).items() if name != "error"}
         return {**plain, "answers": [x if isinstance(x, str) else as_json(x) for x in self.answers]}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> CallResult:
-        """What `as_json` gave."""
+        """Convert the output of `as_json` back."""
         return cls(**{**plain, "answers": [from_json(x) for x in plain["answers"]]})
 
 
 class TimeUp(BaseException):
-    """Ends a call; no `Exception`, which the call might catch."""
+    """Interruption of a call; not an `Exception`, which the call might catch."""
 
 
 def call(label: str, source: RewardSource, unit: RewardCall) -> CallResult:
-    """Calls the source and checks what it gives. Every error becomes an outcome, an exit too: a reward that exits must not
-    end the run as if it had succeeded. Only an interrupt and the end of its time pass."""
+    """Call the source and validate its answers.
+
+    Every error becomes a result, including `SystemExit`: a reward that exits must not end the run as if it had succeeded.
+    Only `KeyboardInterrupt` and `TimeUp` propagate.
+    """
     try:
         if unit.seed is not None:
             reseed(unit.seed)
@@ -86,7 +89,7 @@ def call(label: str, source: RewardSource, unit: RewardCall) -> CallResult:
 
 
 def answered(label: str, given: Any, unit: RewardCall) -> CallResult:
-    """The outcome of a call that gave `given`."""
+    """Return the result of a call that returned `given`."""
     assert unit.rollouts is not None
     try:
         answers: list[Answer] = checked(label, given, unit.rollouts, unit.rows)
@@ -96,12 +99,12 @@ def answered(label: str, given: Any, unit: RewardCall) -> CallResult:
 
 
 def _own(frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
-    """The frames without wandb's, which stands in for `sys.exit` while a run is logged to it."""
+    """Remove wandb's frames: it replaces `sys.exit` while it logs a run."""
     return [frame for frame in frames if f"{os.sep}wandb{os.sep}" not in frame.filename]
 
 
 def failed(error: BaseException) -> CallResult:
-    """The outcome of a call that raised."""
+    """Return the result of a call that raised."""
     places = [_own(traceback.extract_tb(one.__traceback__)) for one in (error.__cause__, error) if one is not None]
     place = next((f" (at {found[-1].filename}:{found[-1].lineno})" for found in places if found), "")
     return CallResult(
@@ -113,12 +116,12 @@ def failed(error: BaseException) -> CallResult:
 
 
 def late(seconds: float, why: str = "") -> CallResult:
-    """The outcome of a call that was given up."""
+    """Return the result of a call that exceeded its time limit."""
     return CallResult(kind="timeout", reason=f"took over {seconds:g} s{why}")
 
 
 def logs_of(label: str, source: RewardSource) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
-    """Columns and metrics that the source logged since it was asked last; what cannot be read is dropped with a warning."""
+    """Return columns and metrics that the source logged since the last call; invalid ones are dropped with a warning."""
     if type(source).take_logs is RewardSource.take_logs:
         return {}, {}
     try:
@@ -126,28 +129,28 @@ def logs_of(label: str, source: RewardSource) -> tuple[dict[str, list[Any]], dic
         numbers = {str(name): [float(x) for x in values] for name, values in metrics.items()}
         return {str(name): list(column) for name, column in columns.items()}, numbers
     except Exception:
-        logger.warning("reward %r: what it logged cannot be read and is dropped", label, exc_info=True)
+        logger.warning("reward %r: its logs cannot be read and are dropped", label, exc_info=True)
         return {}, {}
 
 
 def logged(label: str, source: RewardSource, outcome: CallResult) -> CallResult:
-    """The outcome with what the source logged during its call."""
+    """Add the logs of the call to its result."""
     outcome.columns, outcome.metrics = logs_of(label, source)
     return outcome
 
 
 def reseed(seed: int) -> None:
-    """Seeds Python's generator, and NumPy's and torch's where they are loaded."""
+    """Seed Python's generator, and NumPy's and torch's if they are imported."""
     random.seed(seed)
     numbers, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
     if numbers is not None:
         numbers.seed(seed)
-    if torch is not None:  # its `manual_seed` looks for every kind of device, which takes long
+    if torch is not None:  # `torch.manual_seed` probes every kind of device, which is slow
         (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)
 
 
 def finish(awaitable: Any) -> Any:
-    """What it gives, awaited in a thread, since the caller's may already run an event loop."""
+    """Await in a separate thread, because the caller's may already run an event loop, and return the result."""
 
     async def wait() -> Any:
         return await awaitable

@@ -1,4 +1,4 @@
-"""In threads. One that takes too long cannot be stopped: it is left behind and replaced."""
+"""Runner in threads. A thread that exceeds its time limit cannot be stopped: it is abandoned and replaced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerPool, count
 
 
 class Thread:
-    """A thread that calls the source on what it is sent."""
+    """Worker thread that calls the source on the units it is sent."""
 
     def __init__(self, events: Events, label: str, source: RewardSource) -> None:
         self._events, self._label, self._source = events, label, source
@@ -20,13 +20,13 @@ class Thread:
         events.put((self, READY))
 
     def send(self, state: bytes, units: list[RewardCall]) -> None:
-        """The source is shared: its state is where it is."""
+        """Send units. The source is shared, so its state need not be sent."""
         for unit in units:
-            unit.seed = None  # the global generators are not a thread's own
+            unit.seed = None  # the global generators are shared by all threads
             self._inbox.put(unit)
 
     def stop(self, idle: bool = False) -> None:
-        """It ends after what it does now, whose outcome nobody reads."""
+        """Stop after the current call, whose result is ignored."""
         self._inbox.put(None)
 
     def _work(self) -> None:
@@ -39,5 +39,5 @@ class Thread:
 
 
 def threads(label: str, source: RewardSource) -> WorkerPool:
-    """A pool of threads."""
+    """Create a pool of threads."""
     return WorkerPool(label, source, lambda events: Thread(events, label, source), count=count_of(source), shared=True)

@@ -1,7 +1,7 @@
-"""The process that scores rows for `processes`: frames of bytes in, lines of JSON out.
+"""Worker process of `workers: processes`: frames of bytes in, lines of JSON out.
 
-First comes a frame of JSON with the paths to import from and the limits, then one with the source, then one for each chunk
-of units: (state of the source or None, units). Out goes {"ready": true} or {"broken": text}, then one outcome per unit.
+The first frame is JSON with import paths and limits, the second the source, then one per chunk of units: (state of the
+source or None, units). The output is {"ready": true} or {"broken": text}, then one result per unit.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import time
 from typing import Any, BinaryIO
 
 GRACE_S = 2
-"""Seconds after which a process that nobody kills ends itself: after a time limit, or when the one that started it is
-gone."""
+"""Seconds before a process exits by itself, after a time limit or when its parent is gone."""
 
 
 def frame(stream: BinaryIO) -> bytes | None:
-    """The next frame, None at the end."""
+    """Read the next frame; returns None at the end."""
     head = stream.read(8)
     if len(head) < 8:
         return None
@@ -31,7 +30,7 @@ def frame(stream: BinaryIO) -> bytes | None:
 
 
 def private_pipes() -> tuple[BinaryIO, Any]:
-    """Where frames come from and lines go to, out of reach of what a source prints and reads."""
+    """Return the pipes for frames and lines, separate from the source's standard streams."""
     frames = os.fdopen(os.dup(0), "rb")
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -41,7 +40,7 @@ def private_pipes() -> tuple[BinaryIO, Any]:
 
 
 def limit_memory(mib: int | None) -> None:
-    """Bounds the address space, where the system can."""
+    """Limit the address space, if the system supports it."""
     if mib is None:
         return
     try:
@@ -54,7 +53,7 @@ def limit_memory(mib: int | None) -> None:
 
 
 def main() -> None:
-    """Serves until the input ends."""
+    """Serve until the input ends."""
     frames, lines = private_pipes()
 
     def say(value: dict[str, Any]) -> None:
@@ -91,8 +90,7 @@ def main() -> None:
 
 
 def receive(frames: BinaryIO, chunks: queue.SimpleQueue[bytes | None]) -> None:
-    """Passes frames on. When their sender is gone, a call that goes on for longer than `GRACE_S` is ended, and the whole
-    process group with it."""
+    """Forward frames. Once the sender is gone, kill the process group if a call takes longer than `GRACE_S`."""
     while True:
         chunk = frame(frames)
         chunks.put(chunk)
@@ -104,7 +102,7 @@ def receive(frames: BinaryIO, chunks: queue.SimpleQueue[bytes | None]) -> None:
 
 
 def arm(seconds: float | None) -> None:
-    """Lets the system end this process some seconds after a time limit, should the one that watches it be gone."""
+    """Let the system kill this process some seconds after a time limit, in case its parent is gone."""
     if hasattr(signal, "alarm"):
         signal.alarm(0 if seconds is None else int(seconds) + GRACE_S)
 

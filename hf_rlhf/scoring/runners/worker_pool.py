@@ -1,4 +1,14 @@
-"""Units to workers and outcomes back: whoever takes too long or dies is replaced, and its other units go to the next."""
+"""A pool of workers that loses one row to a call that hangs or dies, and replaces the worker.
+
+pebble and loky do not survive these faults (`tests/processes/test_worker_pool_alternatives.py` shows each):
+
+- pebble kills a worker at its time limit and leaves the processes that the call has started;
+- a call in pebble goes on, past its own time limit, when the run itself is killed;
+- pebble's spawned workers import the caller's main script again, which fails unless the script is guarded;
+- loky fails every row in flight, and all later ones, when one process dies, and has no time limit for a call.
+
+Neither has threads that can be left behind, or actors of Ray, behind the same interface.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A copy of a source in a process or an actor of its own."""
+"""Copy of a source in a worker process or actor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, call, lo
 
 
 class Served:
-    """The source that `processes.packed` sent, set up."""
+    """Source sent by `process_runner.packed`, set up."""
 
     def __init__(self, packed: bytes) -> None:
         sent = pickle.loads(packed)
@@ -34,19 +34,19 @@ class Served:
                 plugin.setup(context)
 
     def run(self, state: bytes | None, unit: RewardCall) -> CallResult:
-        """The outcome of a unit; before it the source takes the pickled `state`, where there is one."""
+        """Run a unit, after loading the pickled `state` into the source, if there is one."""
         if state and (loaded := pickle.loads(state)):
             self.source.load_state_dict(loaded)
         return logged(self.label, self.source, call(self.label, self.source, unit))
 
     def close(self) -> None:
-        """Closes the source and what is nested in it."""
+        """Close the source and its nested plugins."""
         for plugin in self._plugins:
             plugin.close()
 
 
 def _import(name: str, file: str | None) -> None:
-    """Makes the source's module known under its name, from its file where no import finds it."""
+    """Import the source's module under its name, from its file if no import finds it."""
     if name == "__main__":
         return
     try:

@@ -1,249 +1,309 @@
-"""How much memory each phase of a run holds at most on one process, told before any model is loaded.
+"""Forecast the peak memory of each phase on one process from shapes, before a model is loaded.
 
-Weights, optimizer state and the rollout's cache are arithmetic; a micro-batch is counted (`fake_tensor_trace`) on the model
-that the configuration describes, with every completion as long as it may become. The allocator's own overhead and what
-kernels need inside are not in it; on CPU what the process holds before the model loads is.
+Rows are as long as they may become. Tensors are counted: not the process and its libraries, nor what kernels and the
+allocator need besides. Activations are within about a third of what a forward really keeps.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
-import torch
+from transformers import TrainingArguments
 
-from hf_rlhf.axes import TrainedCritic
+from hf_rlhf.axes import TrainedCritic, UpdateRule
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.model_settings import Model
-from hf_rlhf.data.model_loading import disable_dropout, lora_config
 from hf_rlhf.data.quantization import bytes_of, lighten
 from hf_rlhf.modeling.attention import attention_refusal
-from hf_rlhf.runtime.peak_memory import MIB, resident
-from hf_rlhf.training.memory.fake_tensor_trace import (
-    MicroBatch,
-    count_cache,
-    count_forward,
-    count_heads,
-    count_update,
-    hollow,
-    tensor_bytes,
-    trunk_of,
-    without_storage,
-)
-from hf_rlhf.training.memory.resident import (
-    ResidentMemory,
-    UnmadeError,
+from hf_rlhf.modeling.ema import average_bytes
+from hf_rlhf.runtime.peak_memory import MIB
+from hf_rlhf.training.memory.blueprint import (
+    BlueprintError,
     first_line,
+    local_config,
     named_config,
-    resident_memory,
+    with_adapter,
     without_weights,
 )
-from hf_rlhf.training.memory.workload import LIBRARIES, PREFILL, SCORES, TRAINER, Workload, room
+from hf_rlhf.training.memory.shapes import (
+    cache_per_token,
+    cast_bytes,
+    kept_per_token,
+    layer_input_bytes,
+    logits_tile,
+    optimizer_bytes,
+    tensor_bytes,
+    trunk_of,
+)
+from hf_rlhf.training.offload_checks import optimizer_name
 
-if TYPE_CHECKING:
-    pass
+PROMPT_TOKENS = 256
+"""Longest prompt if nothing bounds prompts."""
+GROWTH = 32
+"""Completion tokens that a rollout's cache holds at first; it doubles from there."""
+PREFILL = 16384
+"""Prompt tokens that enter the model at a time in a rollout."""
+
+Sizes = dict[str, float]
+"""Part -> bytes, later MiB."""
 
 
 @dataclass
 class Estimate:
-    """MiB by phase and part; the sum over its parts is a phase's peak. `notes` say what was assumed and what is missing."""
+    """Phase -> part -> MiB; the sum over the parts is the phase's peak. `notes` name assumptions and what is missing."""
 
-    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    phases: dict[str, Sizes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def peak(self, phase: str) -> float:
-        """MiB."""
+        """Return a phase's peak in MiB."""
         return sum(self.phases[phase].values())
+
+    def add(self, phase: str, sizes: Sizes, spared: tuple[float, float] = (0.0, 0.0)) -> None:
+        """Add a phase in bytes. `spared`: what `bytes_of` found for a quantised base."""
+        lighten(sizes, *spared)
+        self.phases[phase] = {part: size / MIB for part, size in sizes.items() if size > 0}
+
+
+@dataclass(kw_only=True)
+class Workload:
+    """What memory depends on besides the model."""
+
+    algorithm: Algorithm
+    args: TrainingArguments
+    prompt_tokens: int | None = None
+    """Of the longest prompt; None if unknown."""
+
+    @cached_property
+    def processes(self) -> int:
+        return int(self.args.world_size)
+
+    @cached_property
+    def device(self) -> str:
+        return self.args.device.type
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """Of the longest completion, if the rollout engine bounds it."""
+        return getattr(self.algorithm.rollout, "max_new_tokens", None)
+
+    def rows(self, prompts: int) -> int:
+        """Return this process's rows of `prompts` prompts."""
+        return -(-prompts // self.processes) * int(self.algorithm.rollout.num_generations)
+
+    def micro_batch(self, prompts: int, prompt: int, padded: bool) -> tuple[int, int, bool]:
+        """Return (tokens, sampled tokens) of the largest micro-batch of `prompts` prompts, and whether there are several."""
+        group, length, rows = self.algorithm.rollout.num_generations, self.completion_tokens or 0, self.rows(prompts)
+
+        def tokens(n: int) -> int:
+            return (n if padded else -(-n // group)) * prompt + n * length
+
+        most = self.algorithm.update.max_tokens_per_micro_batch
+        bound = min(rows, self.args.per_device_train_batch_size)
+        sizes = [n for n in range(1, bound + 1) if padded or n < group or n % group == 0]  # a group is split alone
+        largest = max((n for n in sizes if most is None or tokens(n) <= most), default=1)
+        return tokens(largest), largest * length, largest < rows
 
 
 def from_settings(
-    settings: Model, setting: Workload, peft_config: Any = None, trust_remote_code: bool = False
+    settings: Model, work: Workload, peft_config: Any = None, trust_remote_code: bool = False
 ) -> Estimate:
-    """The estimate for a model that is only named. Without its configuration on this machine it says why there is none."""
+    """Return the forecast for a model that is only named, or a note if its configuration is not on this machine."""
+    from transformers import AutoModelForCausalLM
+
     try:
         config = named_config(settings, trust_remote_code)
-    except UnmadeError as error:
+        model = without_weights(AutoModelForCausalLM, config, settings, trust_remote_code)
+    except BlueprintError as error:
         return Estimate(notes=[f"not estimated: {error}"])
-
-    spared = [0.0, 0.0]
-
-    def make() -> Any:
-        from transformers import AutoModelForCausalLM
-
-        own = getattr(config, "dtype", None) or torch.float32
-        dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        eager = "double_backward" in setting.algorithm.needs or settings.attn_implementation == "eager"
-        attention = {"attn_implementation": "eager"} if eager else {}
-        model = without_weights(
-            AutoModelForCausalLM, config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
-        )
-        spared[:] = bytes_of(model, settings)
-        return with_adapter(model if settings.dropout else disable_dropout(model), settings, peft_config)
-
-    try:
-        found = estimate(make, setting, -LIBRARIES)
-    except UnmadeError as error:
-        return Estimate(notes=[f"not estimated: {error}"])
-    for parts in found.phases.values():
-        lighten(parts, *(x / MIB for x in spared))
-    return found
+    return _estimate(with_adapter(model, settings, peft_config), work, bytes_of(model, settings))
 
 
-def from_model(model: Any, settings: Model, setting: Workload, peft_config: Any = None) -> Estimate:
-    """The estimate for a model that is there: of its structure, none of its weights is copied."""
-    loaded = (tensor_bytes(model) if model.device.type == "cpu" else 0) - TRAINER
-    return estimate(lambda: with_adapter(hollow(model, "meta"), settings, peft_config), setting, loaded)
+def from_model(model: Any, settings: Model, work: Workload, peft_config: Any = None) -> Estimate:
+    """Return the forecast for a loaded model; none of its weights is copied."""
+    return _estimate(with_adapter(model, settings, peft_config), work, (0.0, 0.0))
 
 
-def with_adapter(model: Any, settings: Model, peft_config: Any) -> Any:
-    """The model with the adapter that would be trained, if there is one; one that comes with an adapter keeps it."""
-    if hasattr(model, "peft_config") or (peft_config is None and settings.lora is None):
-        return model
-    from peft import get_peft_model
-
-    chosen: Any = peft_config if peft_config is not None else lora_config(settings.lora)  # type: ignore[arg-type]
-    return get_peft_model(model, chosen, low_cpu_mem_usage=True)
-
-
-def estimate(make: Callable[[], Any], setting: Workload, loaded: int = 0) -> Estimate:
-    """The phases of a run. `make` gives the policy as it will be trained, on `meta`; `loaded` bytes of it are in this
-    process already; where they are negative, as many are still to come."""
-    a, found = setting.algorithm, Estimate()
-    if setting.completion_tokens is None:
-        found.notes.append(f"rollout={a.rollout.name} does not say how long its completions are: not estimated")
+def _estimate(model: Any, work: Workload, spared: tuple[float, float]) -> Estimate:
+    found = Estimate()
+    if work.completion_tokens is None:
+        found.notes.append(f"not estimated: rollout={work.algorithm.rollout.name} does not bound its completions")
         return found
-    process = 0.0
-    if setting.device == "cpu":
-        process = setting.process if setting.process is not None else float(max(0, resident() - loaded))
-    blueprint = make()
-    setting.context = getattr(blueprint.config.get_text_config(), "max_position_embeddings", None)
-    if setting.prompt_tokens is None:
-        found.notes.append(
-            f"prompts of {setting.longest_prompt} tokens are assumed: dataset.max_prompt_tokens sets a bound"
-        )
-    critic_blueprint = _critic(a, blueprint)
-    with without_storage():
-        model = hollow(blueprint).train()
-        critic = None if critic_blueprint is None else hollow(critic_blueprint)
-        parts = resident_memory(setting, model, critic, found.notes)
-        parts.here = {"process": process, **parts.here}
-        scored = any("reward_model" in source.provides for source in a.rewards)
+    phases = _Phases(model, work, found.notes)
+    held, asked = phases.held(), phases.asked
+    found.add("rollout", asked(held) | phases.rollout(), spared)
+    forwards = [asked(held, *parts) | {"forward": size} for parts, size in phases.forwards()]
+    if forwards:
+        found.add("forward", max(forwards, key=lambda sizes: sum(sizes.values())), spared)
+    if any("reward_model" in source.provides for source in work.algorithm.rewards):
+        found.add("reward", asked(held, "reward models"), spared)
+    found.add("update", phases.update(held), spared)
+    return found
+
+
+class _Phases:
+    """The phases of a run in bytes."""
+
+    def __init__(self, model: Any, work: Workload, notes: list[str]) -> None:
+        self.model, self.work, self.notes = model, work, notes
+        self.a = work.algorithm
+        self.on_cpu, self.half = work.device == "cpu", bool(work.args.bf16)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        self.prompt = work.prompt_tokens or min(PROMPT_TOKENS, max(1, context - (work.completion_tokens or 0)))
+        if work.prompt_tokens is None:
+            notes.append(f"prompts of {self.prompt} tokens are assumed: dataset.max_prompt_tokens sets a bound")
+        second, wanted = "double_backward" in self.a.needs, self.a.update.attention
+        padded = wanted == "padded" or (wanted == "auto" and second)
+        self.shared = attention_refusal(model) is None  # rows can share their prompt
+        self.padded = padded or not self.shared
+        keys = self.prompt + (work.completion_tokens or 0) if second else 0
+        self.kept = kept_per_token(model, self.half, keys)
+        self.layers = model.config.get_text_config().num_hidden_layers
+        self.away: Sizes = {}
+
+    @cached_property
+    def critic(self) -> tuple[int, int]:
+        """Bytes of a separate critic's trunk, as large as the policy's, and of what of it is trained."""
+        if not isinstance(self.a.critic, TrainedCritic) or self.a.critic.shares_forward:
+            return 0, 0
+        trunk = trunk_of(self.model)
+        if "adapter" in self.a.critic.needs:  # on the policy's own frozen weights
+            return (trained := tensor_bytes(trunk, trainable=True)), trained
+        whole = sum(p.nbytes for name, p in trunk.named_parameters() if "lora_" not in name)
+        return whole, whole
+
+    def held(self) -> Sizes:
+        """Return what is on the device all the time; what `offload` brings only on request goes to `away`."""
+        a, args, model, held = self.a, self.work.args, self.model, {"weights": float(tensor_bytes(self.model))}
+        trained, (critic, of_critic) = tensor_bytes(model, trainable=True), self.critic
+
+        def put(part: str, size: float, *choices: Any) -> None:
+            offloaded = not self.on_cpu and any(getattr(choice, "offload", False) for choice in choices)
+            kept = self.away if offloaded else held
+            kept[part] = kept.get(part, 0.0) + size
+
+        for size, offloaded in self._reward_models():
+            if offloaded and not self.on_cpu:
+                self.away["reward models"] = max(size, self.away.get("reward models", 0.0))  # one at a time
+            else:
+                put("reward models", size)
+        if "ref_logps" in a.provides and "adapter" not in a.reference.needs:
+            frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+            put("reference", tensor_bytes(model) - frozen, a.reference)
+        put("critic", critic, a.critic)
+        if a.update.ema is not None:
+            put("average", average_bytes(model), a.update)
+        if type(a.optimizer).hold is not UpdateRule.hold:
+            self.notes.append(f"without the vectors of optimizer={a.optimizer.name}")
+        else:
+            factor = optimizer_bytes(optimizer_name(args), 1, self.notes)
+            put("optimizer", factor * trained, a.update)
+            put("optimizer", factor * of_critic, a.update, a.critic)
+        if self.work.processes > 1:
+            put("gradient buckets", trained + of_critic)
+        return held
+
+    def asked(self, held: Sizes, *parts: str) -> Sizes:
+        """Return what is on the device if the offloaded `parts` are too."""
+        return held | {part: held.get(part, 0.0) + self.away[part] for part in parts if part in self.away}
+
+    def rollout(self) -> Sizes:
+        """Return the cache, the logits of one step and one layer's activations, at the prefill or the last step."""
+        engine, tokens = self.a.rollout, self.work.completion_tokens or 0
+        own = self.work.rows(engine.prompts)
+        rows = min(own, getattr(engine, "max_rows", None) or own)
+        prompts, cached = -(-rows // engine.num_generations), cache_per_token(self.model, self.half)
+        of_prompts = (prompts if self.shared else rows) * self.prompt * cached
+        of_rows = rows * (room(tokens - 1) if self.shared else tokens) * cached
+        head = self.model.get_output_embeddings().weight
+        copies = 1 + (engine.temperature != 1) + (head.element_size() < 4) / 2
+        layer = self.kept / self.layers
+        prefill = {"cache": 2.0 * of_prompts, "layers": layer * min(prompts * self.prompt, PREFILL)}
+        decode = {"cache": of_prompts + of_rows, "logits": 4 * copies * rows * len(head), "layers": layer * rows}
+        found = max((prefill, decode), key=lambda parts: sum(parts.values()))
+        if getattr(engine, "decode_dtype", "same") == "bfloat16":
+            found["copy in bfloat16"] = 2.0 * sum(p.numel() for p in self.model.parameters())
+        return found
+
+    def forwards(self) -> list[tuple[list[str], float]]:
+        """Return for each forward without gradient the parts it needs, and its bytes."""
+        a, needs = self.a, self.a.needs
+        rounds = self.half or next(self.model.parameters()).element_size() < 4
+        old = bool(a.readers_of_old_logps) and (rounds or not a.samples_old_logps)
+        compared = bool(a.kl_over_distributions("rollout"))
+        reads, refers = old or compared or "sum_sq_probs" in needs, "ref_logps" in needs
+        tokens, sampled, _ = self.work.micro_batch(a.rollout.prompts, self.prompt, self.padded)
+        layer, logits = tokens * self.kept / self.layers, logits_tile(self.model, sampled)
+        found = [(["reference"], layer + logits)] if refers else []
+        if reads or self.critic[0]:
+            found.append((["critic", *(["reference"] if compared else [])], layer + (logits if reads else 0)))
+        return found
+
+    def update(self, held: Sizes) -> Sizes:
+        """Return the largest micro-batch of an optimizer step, or the optimizer's own step if that is larger."""
+        a, args = self.a, self.work.args
+        prompts = -(-a.rollout.prompts // a.update.mini_batches)
+        tokens, sampled, several = self.work.micro_batch(prompts, self.prompt, self.padded)
+        kept = layer_input_bytes(self.model) if checkpoints(args) else self.kept
+        trunks = 1 + bool(self.critic[0])
+        trained = tensor_bytes(self.model, trainable=True) + self.critic[1]
+        parts = {
+            **micro_batch_bytes(trained, trunks * tokens * kept, several),
+            "weights in 16 bits": cast_bytes(self.model, self.half),
+            "backward": tokens * self.kept / self.layers + 2 * logits_tile(self.model, sampled),
+        }
+        asked = ["critic", *(["reference"] if a.kl_over_distributions("update") else [])]
+        step = self.asked(held, *asked, "optimizer", "average")
+        before = step if a.steps_per_rollout > 1 else self.asked(held, *asked)
+        return max(before | parts, step | {"gradients": trained}, key=lambda sizes: sum(sizes.values()))
+
+    def _reward_models(self) -> list[tuple[float, bool]]:
+        """Return the bytes of each reward model and whether it is offloaded; models loaded alike count once."""
+        found: dict[tuple[Any, ...], tuple[float, bool]] = {}
+        for label, source in zip(self.a.labels(), self.a.rewards, strict=True):
+            if "reward_model" not in source.provides:
+                continue
+            device, dtype = getattr(source, "device", "auto"), getattr(source, "dtype", "float32")
+            offload, revision = bool(getattr(source, "offload", False)), getattr(source, "revision", None)
+            key = (getattr(source, "model", label), revision, dtype, offload)
+            if device not in ("auto", self.work.device):
+                self.notes.append(f"without the reward model {label}: it is on another device ({device})")
+            elif key not in found:
+                found[key] = self._reward_model(label, key[0], revision, dtype), offload
+        if found:
+            self.notes.append("the phase reward is without what the forwards of reward models take")
+        return list(found.values())
+
+    def _reward_model(self, label: str, path: object, revision: str | None, dtype: str) -> float:
+        from transformers import AutoModel
+
         try:
-            found.phases["rollout"] = parts.on_device() | _rollout(setting, model)
-            if forwards := [parts.on_device(*asked) | {"forward": x} for asked, x in _forwards(setting, model, critic)]:
-                found.phases["forward"] = max(forwards, key=lambda of: sum(of.values()))
-            if scored:
-                found.phases["reward"] = parts.on_device("reward models")
-            found.phases["update"] = _update(setting, parts, model, critic)
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            found.notes.append(
-                f"forwards cannot be counted for this model ({type(error).__name__}: {first_line(error)})"
-            )
-            found.phases = {"weights": parts.here}
-    found.phases = {
-        phase: {part: size / MIB for part, size in sizes.items() if size > 0} for phase, sizes in found.phases.items()
-    }
-    return found
+            config = local_config(str(path), revision)
+            settings = Model(dtype=dtype)  # type: ignore[arg-type]
+            return tensor_bytes(without_weights(AutoModel, config, settings, False))
+        except (OSError, ValueError) as error:
+            self.notes.append(f"without the reward model {label}: {first_line(error)}")
+            return 0.0
 
 
-def _critic(a: Algorithm, model: Any) -> Any:
-    """A separate critic's trunk, as large as the policy's, or None. Its head is left out."""
-    if not isinstance(a.critic, TrainedCritic) or a.critic.shares_forward:
-        return None
-    base = copy.deepcopy(model)
-    if "adapter" in a.critic.needs:
-        return trunk_of(base)  # on the policy's own frozen weights
-    return trunk_of(base.merge_and_unload() if hasattr(base, "merge_and_unload") else base).requires_grad_(True)
+def micro_batch_bytes(trained: float, activations: float, later: bool) -> Sizes:
+    """Return gradients and activations of a micro-batch.
 
-
-def _rollout(setting: Workload, model: Any) -> dict[str, float]:
-    """Bytes of a rollout: what its cache holds, the logits of one step and what is made of them, and the layers' own.
-
-    A prompt's keys and values are held once for its rows. An architecture whose attention takes no layout of ours decodes
-    with transformers' cache, every row with its prompt.
+    The gradients of a first micro-batch come as the activations go; a `later` one finds them there.
     """
-    a, trunk, config = setting.algorithm, trunk_of(model), model.config.get_text_config()
-    prompt, tokens = setting.longest_prompt, setting.completion_tokens or 0
-    own, _ = setting.rows(a.rollout.prompts)
-    rows = min(len(own), getattr(a.rollout, "max_rows", None) or len(own))
-    prompts = -(-rows // a.rollout.num_generations)
-    attention = 0
-    if attention_refusal(trunk) is None:
-        of_token = count_heads(trunk, setting.autocast)
-        of_prompts, of_rows = prompts * prompt * of_token, rows * room(tokens - 1) * of_token
-        attention = SCORES * rows * config.num_attention_heads * (prompt + tokens) * 4
-    else:
-        of_prompts, of_rows = 0, rows * count_cache(trunk, prompt + tokens, setting.autocast)
-    head = model.get_output_embeddings().weight
-    logits = rows * len(head) * (max(4, head.element_size()) + (head.element_size() if head.element_size() < 4 else 0))
-    copies = 1 + (a.rollout.temperature != 1)
-
-    def through(count: int, length: int) -> int:
-        batch = MicroBatch(
-            prompts=[[0] * length] * count, completions=[[]] * count, attention="flex", autocast=setting.autocast
-        )
-        return count_forward(trunk, batch, head=False)
-
-    prefill: dict[str, float] = {"cache": 2 * of_prompts, "layers": through(1, min(prompts * prompt, PREFILL))}
-    decode: dict[str, float] = {
-        "cache": of_prompts + of_rows,
-        "logits": logits + copies * rows * len(head) * 4,
-        "layers": through(1, rows) + attention,
-    }
-    found = max((prefill, decode), key=lambda parts: sum(parts.values()))
-    if getattr(a.rollout, "decode_dtype", "same") == "bfloat16":
-        found["copy in bfloat16"] = 2 * sum(p.numel() for p in model.parameters())
-    return found
+    return {"gradients": trained if later else max(0.0, trained - activations), "activations": activations}
 
 
-def _forwards(setting: Workload, model: Any, critic: Any) -> list[tuple[list[str], float]]:
-    """For each forward without gradient what is brought for it, and its bytes."""
-    a = setting.algorithm
-    rounds = setting.args.bf16 or next(model.parameters()).dtype not in (torch.float32, torch.float64)
-    old = bool(a.readers_of_old_logps) and (rounds or not a.samples_old_logps)
-    compared = bool(a.kl_over_distributions("rollout"))
-    reads, refers = old or compared or "sum_sq_probs" in a.needs, "ref_logps" in a.needs
-    if not (reads or refers or critic is not None):
-        return []
-    batch, _ = setting.largest(a.rollout.prompts, _attention(setting, model))
-    own = count_forward(model, batch, head=True) if reads or refers else 0
-    found: list[tuple[list[str], float]] = [(["reference"], own)] if refers else []
-    if reads or critic is not None:
-        of_critic = 0 if critic is None else count_forward(critic, batch, head=False)
-        found.append((["critic", *(["reference"] if compared else [])], max(own if reads else 0, of_critic)))
-    return found
+def checkpoints(args: TrainingArguments) -> bool:
+    """Return whether layers run again in the backward."""
+    return bool(getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing)
 
 
-def _update(setting: Workload, parts: ResidentMemory, model: Any, critic: Any) -> dict[str, float]:
-    """Bytes of the largest micro-batch of an optimizer step, or of the optimizer's own step where what is brought for it
-    makes that the larger one."""
-    a = setting.algorithm
-    batch, micros = setting.largest(-(-a.rollout.prompts // a.update.mini_batches), _attention(setting, model))
-    if setting.checkpointed:
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-    counted = count_update(
-        model, critic, batch, entropy="entropy" in a.needs, by_derivative=a.loss_is_fused, later=micros > 1
-    )
-    trained = sum(tensor_bytes(m, trainable=True) for m in (model, critic) if m is not None)
-    gradients = min(trained, counted.peak - counted.saved)
-    rest = counted.peak - counted.saved - gradients
-    asked = ["critic", *(["reference"] if a.kl_over_distributions("update") else [])]
-    step = parts.on_device(*asked, "optimizer", "average")
-    before = step if a.steps_per_rollout > 1 else parts.on_device(*asked)
-    backward = before | {"gradients": gradients, "activations": counted.saved, "backward": rest}
-    return max(backward, step | {"gradients": trained}, key=lambda sizes: sum(sizes.values()))
-
-
-def _attention(setting: Workload, model: Any) -> str:
-    """How rows enter the model, as far as its configuration says."""
-    a = setting.algorithm
-    wanted = a.update.attention
-    if (
-        wanted == "padded"
-        or (wanted == "auto" and "double_backward" in a.needs)
-        or attention_refusal(model) is not None
-    ):
-        return "padded"
-    return ("flex" if setting.device == "cuda" else "packed") if wanted == "auto" else wanted
+def room(tokens: int) -> int:
+    """Return the tokens for which a completion's cache has room in the end."""
+    size = GROWTH
+    while size < tokens:
+        size *= 2
+    return size

@@ -1,4 +1,4 @@
-"""Replies of a judge on disk, found again by what was asked, and equal requests one after the other."""
+"""On-disk cache of a judge's replies, keyed by request, and locks that serialize equal requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLE = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT 
 
 
 class Replies:
-    """A file of SQLite with a row per request. Several processes may share it. It can be copied and pickled."""
+    """SQLite file with a row per request. Several processes may share it; it can be copied and pickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -29,28 +29,28 @@ class Replies:
         return Replies, (self.path,)
 
     def key(self, url: str, request: dict[str, Any]) -> str:
-        """SHA-256 of where a request goes and all that it says."""
+        """Return the SHA-256 of a request's URL and content."""
         return hashlib.sha256(json.dumps([url, request], sort_keys=True).encode()).hexdigest()
 
     def find(self, key: str) -> str | None:
-        """The reply to a request, None where it is not known. Raises `ValueError` where the file is no such cache."""
+        """Return the cached reply to a request, or None. Raises `ValueError` if the file is not such a cache."""
         with self._lock:
             try:
                 row = self._open().execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
             except sqlite3.Error as error:
-                raise ValueError(f"cache {self.path}: {error}; name another file, or none") from error
+                raise ValueError(f"cache {self.path}: {error}. Use another file, or no cache") from error
         return None if row is None else str(row[0])
 
     def keep(self, key: str, request: dict[str, Any], reply: str) -> None:
-        """Write a reply down. One that cannot be written costs another request one day, and no score now."""
-        # surrogates: half of a pair, which SQLite's UTF-8 cannot hold
+        """Store a reply. A failed write logs a warning and leaves the score valid."""
+        # lone surrogates cannot be stored as SQLite's UTF-8
         values = (key, json.dumps(request), reply.encode("utf-8", "replace").decode())
         with self._lock:
             try:
                 with self._open() as database:
                     database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", values)
             except sqlite3.Error as error:
-                logger.warning("rewards.judge: the reply is not kept in %s: %s", self.path, error)
+                logger.warning("rewards.judge: cannot store the reply in %s: %s", self.path, error)
 
     def close(self) -> None:
         """Close the file; a later call opens it again."""
@@ -79,7 +79,7 @@ class Replies:
 
 
 class Turns:
-    """A lock for each request that is under way, in each event loop: who asks the same waits for the first one's reply."""
+    """Lock per pending request and event loop, so that equal requests wait for the first one's reply."""
 
     def __init__(self) -> None:
         self._locks: WeakValueDictionary[Any, asyncio.Lock] = WeakValueDictionary()
@@ -88,5 +88,5 @@ class Turns:
         return Turns, ()
 
     def of(self, key: str) -> asyncio.Lock:
-        """The lock of a request."""
+        """Return the lock of a request."""
         return self._locks.setdefault((asyncio.get_running_loop(), key), asyncio.Lock())

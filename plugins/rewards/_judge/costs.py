@@ -1,4 +1,4 @@
-"""What a judge costs: tokens and money of each row, and totals."""
+"""Costs of a judge: tokens and money per row, and totals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Costs:
-    """Counts tokens; `prompt_price` and `completion_price` are per million of them, `kept`: replies are kept in a cache."""
+    """Counter of tokens and costs; prices are per million tokens, and `kept` says that replies are cached."""
 
     def __init__(self, prompt_price: float | None, completion_price: float | None, kept: bool) -> None:
         self._prices = (prompt_price, completion_price)
@@ -15,16 +15,16 @@ class Costs:
         self.totals = {"tokens_total": 0.0, "cost_total": 0.0}
 
     def paid(self, usage: Any) -> None:
-        """A row that was asked for, with the server's count of its tokens; servers that do not count them count 0."""
+        """Count a requested row with the server's `usage`; 0 tokens if the server reports none."""
         usage = usage if isinstance(usage, dict) else {}
         self._count(0.0, float(usage.get("prompt_tokens") or 0), float(usage.get("completion_tokens") or 0))
 
     def found(self) -> None:
-        """A row whose reply was kept."""
+        """Count a row whose reply was cached."""
         self._count(1.0, 0.0, 0.0)
 
     def take(self) -> dict[str, list[float]]:
-        """Metrics of the rows since the last call, and the totals; nothing where there were none."""
+        """Return metrics of the rows since the last call, and totals; empty if there were no rows."""
         rows, self._rows = self._rows, {}
         if not rows:
             return {}

@@ -1,1 +1,1 @@
-"""Load reward models and read their scores."""
+"""Loading of reward models and reading of their scores."""

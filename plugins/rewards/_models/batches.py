@@ -1,4 +1,4 @@
-"""Rows of tokens to scores: batches of neighbours in length, padding, the forward pass, and one label's score."""
+"""Scores of token rows: batches by similar length, padding, the forward pass, and one label's score."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Value = Literal["logit", "log_odds", "probability"]
 
 
 class Row(NamedTuple):
-    """What a model reads of one row."""
+    """Input of a model for one row."""
 
     ids: list[int]
     types: list[int] | None
-    """Token types, where its tokenizer gives them."""
+    """Token types, if its tokenizer provides them."""
     cut: bool
-    """Whether the text was longer."""
+    """True if the text was truncated."""
 
 
 def scores_of(
     model: Any, rows: Sequence[Row], batch_size: int, max_tokens: int | None, index: int, value: Value
 ) -> list[Any]:
-    """Per row a float, or a list of one float per token where the model scores tokens; None for a row without a token.
+    """Return a float per row, or a list of one float per token if the model scores tokens; None for a row without tokens.
 
-    Decoders that classify sequences score the last token that is not padding. Where such a model names no padding token,
-    one that occurs in none of the batch's rows is used, so that a batch scores the token that a single row would.
+    Decoders that classify sequences score the last non-padding token. If such a model defines no padding token, one that
+    occurs in no row of the batch is used, so that batches and single rows score the same token.
     """
     scores: list[Any] = [None] * len(rows)
     config = model.config.get_text_config()
@@ -50,9 +50,9 @@ def scores_of(
 
 
 def score(logits: Tensor, index: int, value: Value, multiple: bool = False) -> Tensor:
-    """(..., labels) -> (...) of label `index`: its logit, its log-odds, or its probability.
+    """Return the logit, log-odds or probability of label `index`: (..., labels) -> (...).
 
-    Labels exclude each other (softmax) unless there is one, or `multiple` says that several may hold (sigmoid).
+    Labels are exclusive (softmax) unless there is only one, or `multiple` allows several at once (sigmoid).
     """
     import torch
 
@@ -67,7 +67,7 @@ def score(logits: Tensor, index: int, value: Value, multiple: bool = False) -> T
 
 
 def batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
-    """The places of the rows that hold a token, the shortest first, neighbours in length together."""
+    """Yield batches of indices of nonempty rows, sorted by length, shortest first."""
     batch: list[int] = []
     for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: lengths[row]):
         full = len(batch) == batch_size or (max_tokens is not None and (len(batch) + 1) * lengths[row] > max_tokens)
@@ -80,7 +80,7 @@ def batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> 
 
 
 def _padded(rows: Sequence[Row], pad: int, device: Any) -> dict[str, Tensor]:
-    """What the model reads: rows of one length, padded on the right, and their mask."""
+    """Return the model's inputs: rows padded on the right to the same length, and their mask."""
     import torch
 
     longest = max(len(row.ids) for row in rows)
@@ -94,6 +94,6 @@ def _padded(rows: Sequence[Row], pad: int, device: Any) -> dict[str, Tensor]:
 
 
 def _unused(rows: Sequence[Row]) -> int:
-    """The lowest token id in none of the rows."""
+    """Return the lowest token id that occurs in none of the rows."""
     used = set().union(*[row.ids for row in rows])
     return next(token for token in range(len(used) + 1) if token not in used)

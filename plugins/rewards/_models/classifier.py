@@ -1,4 +1,4 @@
-"""What all reward models share: the settings of one model with a tokenizer of its own, its loading and its sessions."""
+"""Base of all reward models: settings of a model with its own tokenizer, loading and sessions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ModelReward(RewardSource):
-    """A model that reads prompt and completion as text, through its own tokenizer and chat template.
+    """Base class: a model that reads prompt and completion as text, through its own tokenizer and chat template.
 
-    Sources whose model is loaded alike (same files, format, device) hold one copy of it together.
+    Sources that load the same model (same files, dtype, device) share one copy of it.
     """
 
     provides = frozenset({"reward_model"})
@@ -33,7 +33,7 @@ class ModelReward(RewardSource):
         Metric(
             "truncated",
             "share of rows",
-            "of which the model saw only the end",
+            "truncated to their end for the model",
             (None, 0.05),
             "Texts are longer than the model's context: raise `max_length`, or use a model with a longer one.",
             optional=True,
@@ -41,60 +41,60 @@ class ModelReward(RewardSource):
     )
     kind: ClassVar[Kind] = "sequence"
     default_outputs: ClassVar[dict[int, int]] = {1: 0}
-    """Number of labels -> the one that scores where `output` is left out."""
+    """Label that scores if `output` is None, by number of labels."""
 
     model: str
-    """A folder or a name on the Hub."""
+    """Folder or name on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     tokenizer: str | None = None
-    """Folder or Hub name of its tokenizer; the model's own when left out."""
+    """Folder or Hub name of its tokenizer; None: the model's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
-    """Number format of its weights; autocast does not change it."""
+    """Dtype of its weights; not affected by autocast."""
     device: str = "auto"
-    """Where it runs: `auto` (the run's own device), `cpu`, `cuda:1`, ..."""
+    """Device on which it runs: `auto` (the run's device), `cpu`, `cuda:1`, ..."""
     offload: bool = False
-    """Keep its weights away from the device but for its calls: in main memory, or on the CPU in a file. The scores are the same
+    """Keep its weights away from the device but for its calls: in main memory. The scores are the same
     bits."""
     model_kwargs: dict[str, Any] | None = None
     """Further arguments of transformers' `from_pretrained`: attn_implementation, quantization_config, device_map, ..."""
     output: int | str | None = None
-    """Which of several labels scores: its number, or its name in the model's configuration."""
+    """Label that scores, if there are several: its index, or its name in the model's configuration."""
     batch_size: Count = 16
-    """Rows per forward pass, at most."""
+    """Maximum rows per forward pass."""
     max_tokens_per_batch: Count | None = None
-    """Tokens per forward pass, padding included; a longer row runs alone. No bound when left out."""
+    """Maximum tokens per forward pass, padding included; a longer row runs alone. None: no limit."""
     max_length: Count | None = None
-    """Of longer texts the model sees this many tokens: a BOS or [CLS] in front, and the end. At most, and when left out,
-    the model's context (max_position_embeddings, the tokenizer's model_max_length). The share of rows so cut is logged."""
+    """Longer texts are truncated to this many tokens: a leading BOS or [CLS], and the end. At most, and by default, the
+    model's context (max_position_embeddings, the tokenizer's model_max_length). The share of truncated rows is logged."""
     chat: bool = False
-    """Put a text prompt into the model's chat template, as one user message."""
+    """Apply the model's chat template to text prompts, as one user message."""
 
     def __post_init__(self) -> None:
         self._loaded: Loaded | None = None
         self._cut: list[float] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """A pickled copy has no model: `setup` loads it."""
+        """Exclude the model from pickled copies: `setup` loads it."""
         return {**self.__dict__, "_loaded": None}
 
     @property
     def asker(self) -> str:
-        """Who loads a model, for messages."""
+        """Name of this source in messages."""
         return f"rewards.{self.name}"
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         return self.refusals()
 
     def refusals(self) -> Iterator[str]:
-        """What is wrong with the settings, before any model is loaded."""
+        """Yield errors in the settings, before any model is loaded."""
         yield from refusals(self.asker, self.device, self.offload, self.model_kwargs or {})
 
     def setup(self, context: Context) -> None:
         self.load_model(context.device)
 
     def load_model(self, device: torch.device) -> None:
-        """Load the model and its tokenizer for a run on `device`. Raises `ValueError` where it is no such reward model."""
+        """Load the model and its tokenizer for a run on `device`. Raises `ValueError` if it is not such a reward model."""
         for refusal in self.refusals():
             raise ValueError(refusal)
         found = loaded(self._wanted(device), self.asker)
@@ -102,8 +102,7 @@ class ModelReward(RewardSource):
         self._loaded = found
 
     def fresh_model(self, device: torch.device) -> nn.Module:
-        """The model once more, on `device`, for a critic that starts from it and then learns; where it has several labels
-        and a linear head, with the one that scores alone."""
+        """Load a separate copy on `device` to initialize a critic; a linear head keeps only the label that scores."""
         from .heads import narrow
 
         wanted = self._wanted(device)._replace(device=str(device), offload=False)
@@ -132,25 +131,25 @@ class ModelReward(RewardSource):
 
     @contextmanager
     def _session(self) -> Iterator[Loaded]:
-        """The model on its device, for this caller alone."""
+        """Yield the model on its device, for exclusive use."""
         if self._loaded is None:
-            raise RuntimeError(f"{self.asker} is not loaded: call setup(context) or load_model(device) first")
+            raise RuntimeError(f"{self.asker} is not loaded. Call setup(context) or load_model(device) first")
         with self._loaded.session():
             yield self._loaded
 
     def _prompt(self, held: Loaded, prompt: Any) -> list[Any] | str:
-        """The prompt as the model reads it: a conversation for its chat template, or text."""
+        """Return the prompt as the model reads it: a conversation for its chat template, or text."""
         if isinstance(prompt, str) and not self.chat:
             return prompt
         if not held.tokenizer.chat_template:
             raise ValueError(
-                f"{self.asker}: the prompts are conversations and the tokenizer of {self.model!r} has no chat template; save "
+                f"{self.asker}: the prompts are conversations but the tokenizer of {self.model!r} has no chat template. Save "
                 "one with it, or use text prompts"
             )
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
     def _scores(self, held: Loaded, rows: Sequence[Row], value: Value) -> list[Any]:
-        """Per row a float, or per row a list of floats (one for each token); None for a row without a token."""
+        """Return a float per row, or a list of floats (one per token); None for a row without tokens."""
         self._cut += [float(row.cut) for row in rows]
         index = output_of(held, self.output, self.default_outputs, self.asker)
         return scores_of(held.model, rows, self.batch_size, self.max_tokens_per_batch, index, value)

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint by name, without loading it: safetensors or torch files, in a folder or from the Hub."""
+"""Access to a checkpoint's weights by name, without loading it: safetensors or torch files, in a folder or on the Hub."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 BESIDE = ("value_head.safetensors", "value_head.bin")
-"""A value head in a file of its own, as LLaMA-Factory saves it."""
+"""Separate files of a value head, as LLaMA-Factory saves it."""
 
 
 Kind = Literal["sequence", "token", "causal"]
 
 
 class ModelFiles(NamedTuple):
-    """Which model, and how it is to lie in memory."""
+    """Model to load, and its representation in memory."""
 
     path: str
     revision: str | None
@@ -30,17 +30,17 @@ class ModelFiles(NamedTuple):
     kwargs: dict[str, Any]
     kind: Kind
     words: tuple[str | int, ...] = ()
-    """Of a causal model: the vocabulary tokens whose logits are its labels."""
+    """Vocabulary tokens whose logits are the labels of a causal model."""
 
     def key(self) -> tuple[str, ...]:
-        """Equal for models that are one; files that were written again since make another."""
+        """Return a key that is equal for the same model; rewritten files give another key."""
         files = sorted(Path(self.path).glob("*")) if Path(self.path).is_dir() else []
         stamps = [(file.name, file.stat().st_mtime_ns) for file in files]
         return (json.dumps(self, sort_keys=True, default=str), str(stamps))
 
 
 class Stored:
-    """`names`: every weight; `plain`: those of the model's own files."""
+    """Stored weights: `names` has all of them, `plain` those in the model's own files."""
 
     def __init__(self, path: str, revision: str | None):
         self._path, self._revision = path, revision
@@ -57,7 +57,7 @@ class Stored:
         self.names = set(self._files)
 
     def tensor(self, name: str) -> Tensor:
-        """One weight, in main memory."""
+        """Load one weight into main memory."""
         file = self._files[name]
         if file.suffix == ".safetensors":
             from safetensors import safe_open

@@ -1,10 +1,10 @@
-"""Models with the heads that score: transformers' own classifiers, a value head on a causal model's trunk, and two tokens of
-a causal model's vocabulary.
+"""Models with scoring heads: transformers' classifiers, a value head on a causal model's trunk, and tokens of a causal
+model's vocabulary.
 
-Value heads are read as they are saved by TRL's `AutoModelForCausalLMWithValueHead` and LLaMA-Factory (`v_head.summary`, in the
-checkpoint or in a file of its own), by OpenRLHF (`score`, `value_head`), UltraRM and Eurus-RM (`regression_head`), and by the
-two-layer `score` of Qwen2.5-Math's reward models. They read the trunk's last hidden state at each token; a sequence's score is
-the one at its last token. Their head is computed in float32 at least.
+Supported value heads are those saved by TRL's `AutoModelForCausalLMWithValueHead` and LLaMA-Factory (`v_head.summary`, in
+the checkpoint or in a separate file), OpenRLHF (`score`, `value_head`), UltraRM and Eurus-RM (`regression_head`), and the
+two-layer `score` of Qwen2.5-Math's reward models. They take the trunk's last hidden state at each token; a sequence's score
+is the one at its last token. Heads are computed in at least float32.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 LINEAR = ("v_head.summary", "v_head", "score", "value_head.summary", "value_head", "regression_head", "reward_head")
 """Names of linear heads."""
 TWO_LAYERS = {"Qwen2ForRewardModel": "score", "Qwen2ForProcessRewardModel": "score"}
-"""Architectures with a head of two layers, a ReLU between them."""
+"""Architectures with a two-layer ReLU head."""
 WRAPPER = "pretrained_model."
-"""Before each name where a wrapper's whole state was saved."""
+"""Prefix of each name in checkpoints of a wrapper's whole state."""
 
 
 class Headed(nn.Module):
-    """A trunk of transformers with a head on its last hidden state; `pooled`: at each row's last token only."""
+    """Transformers trunk with a head on its last hidden state; `pooled`: at each row's last token only."""
 
     def __init__(self, trunk: Any, head: nn.Module, pooled: bool):
         super().__init__()
@@ -55,7 +55,7 @@ class Headed(nn.Module):
         return self.base_model.get_input_embeddings()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> SimpleNamespace:
-        """`logits`: (rows, labels) where pooled, else (rows, tokens, labels)."""
+        """Return `logits`: (rows, labels) if pooled, else (rows, tokens, labels)."""
         states = self.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.pooled:
             states = states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
@@ -66,7 +66,7 @@ class Headed(nn.Module):
 def classifier(
     wanted: ModelFiles, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], asker: str
 ) -> tuple[Any, list[str]]:
-    """A classifier of sequences or tokens and its labels: transformers' own, or a trunk with a value head."""
+    """Load a sequence or token classifier and its labels: transformers' own, or a trunk with a value head."""
     declared = " ".join(config.architectures or [])
     if "ForSequenceClassification" in declared or "ForTokenClassification" in declared:
         return _own(wanted, config, kwargs, asker)
@@ -88,7 +88,7 @@ def classifier(
 def causal(
     wanted: ModelFiles, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], asker: str
 ) -> tuple[Any, list[str]]:
-    """A causal language model whose labels are the logits of some tokens of its vocabulary; the others are not computed."""
+    """Load a causal language model whose labels are the logits of a few tokens; the others are not computed."""
     import transformers
 
     ids = [_token(tokenizer, word, asker) for word in wanted.words]
@@ -96,13 +96,13 @@ def causal(
     head = model.get_output_embeddings()
     if loading["missing_keys"] or type(head) is not nn.Linear:
         missing = ", ".join(sorted(loading["missing_keys"])) or "a linear layer to its vocabulary"
-        raise ValueError(f"{asker}: {wanted.path!r} has no {missing}; good_token is for causal language models")
+        raise ValueError(f"{asker}: {wanted.path!r} has no {missing}, but good_token needs a causal language model")
     model.set_output_embeddings(_rows(head, ids))
     return model, [str(word) for word in wanted.words]
 
 
 def narrow(model: Any, index: int) -> Any:
-    """The model with the row `index` of the last layer of its head alone, where that is linear with several rows."""
+    """Keep only row `index` of the last layer of the model's head, if that is linear with several rows."""
     name = "score" if hasattr(model, "score") else "classifier"
     head = getattr(model, name, None)
     layers: list[Any] = list(head) if isinstance(head, nn.Sequential) else [head]
@@ -119,21 +119,21 @@ def _own(wanted: ModelFiles, config: PretrainedConfig, kwargs: dict[str, Any], a
     auto = transformers.AutoModelForSequenceClassification if sequence else transformers.AutoModelForTokenClassification
     model, loading = _load(auto, wanted, kwargs, asker)
     heads = {shape[0] for _, shape, _ in loading["mismatched_keys"]}
-    if len(heads) == 1 and "num_labels" not in kwargs:  # OpenRLHF leaves the base model's count in the configuration
+    if len(heads) == 1 and "num_labels" not in kwargs:  # OpenRLHF keeps the base model's count in the configuration
         return _own(wanted, config, {**kwargs, "num_labels": heads.pop()}, asker)
     wrong = sorted({*loading["missing_keys"], *(names[0] for names in loading["mismatched_keys"])})
     if wrong:
         others = sorted(loading["unexpected_keys"])
         held = f", but holds {', '.join(others[:6])}" if others else ""
         raise ValueError(
-            f"{asker}: {wanted.path!r} has no trained weights for {', '.join(wrong)}; it was not saved as a {wanted.kind} "
-            f"classifier{held}. Heads that can be read: {', '.join(LINEAR)}"
+            f"{asker}: {wanted.path!r} has no trained weights for {', '.join(wrong)}: it was not saved as a {wanted.kind} "
+            f"classifier{held}. Supported heads: {', '.join(LINEAR)}"
         )
     return model, _names(model.config.num_labels, model.config)
 
 
 def _trunk(wanted: ModelFiles, stored: Stored, prefix: str, kwargs: dict[str, Any], asker: str) -> Any:
-    """The trunk alone. Raises `ValueError` where the checkpoint holds less than it, or more than it and known heads."""
+    """Load the trunk. Raises `ValueError` if the checkpoint lacks parts of it, or has weights besides it and known heads."""
     import transformers
 
     if any(name.startswith(WRAPPER) for name in stored.plain):
@@ -141,15 +141,15 @@ def _trunk(wanted: ModelFiles, stored: Stored, prefix: str, kwargs: dict[str, An
     trunk, loading = _load(transformers.AutoModel, wanted, kwargs, asker)
     if loading["missing_keys"]:
         raise ValueError(
-            f"{asker}: {wanted.path!r} has a head {prefix!r} and not all of the trunk: no "
-            f"{', '.join(sorted(loading['missing_keys'])[:6])}; save the whole model"
+            f"{asker}: {wanted.path!r} has a head {prefix!r} but lacks parts of the trunk: "
+            f"{', '.join(sorted(loading['missing_keys'])[:6])}. Save the whole model"
         )
     known = (f"{prefix}.", "lm_head.", "embed_out.")
     strange = sorted(name for name in loading["unexpected_keys"] if not name.startswith(known))
     if strange:
         raise ValueError(
-            f"{asker}: {wanted.path!r} has besides its head {prefix!r} weights that nothing here reads: "
-            f"{', '.join(strange[:6])}; convert it to a classifier of transformers"
+            f"{asker}: {wanted.path!r} has unsupported weights besides its head {prefix!r}: "
+            f"{', '.join(strange[:6])}. Convert it to a transformers classifier"
         )
     return trunk
 
@@ -166,19 +166,19 @@ def _load(auto: Any, wanted: ModelFiles, kwargs: dict[str, Any], asker: str) -> 
             **kwargs,
         )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"{asker}: {wanted.path!r} cannot be loaded by {auto.__name__}: {error}") from error
+        raise ValueError(f"{asker}: {auto.__name__} cannot load {wanted.path!r}: {error}") from error
     return model, loading
 
 
 def _linear(stored: Stored, name: str) -> nn.Linear:
-    """A linear layer of the checkpoint."""
+    """Load a linear layer of the checkpoint."""
     weight = stored.tensor(f"{name}.weight")
     bias = stored.tensor(f"{name}.bias") if f"{name}.bias" in stored.names else None
     return _filled(weight, bias)
 
 
 def _rows(layer: nn.Linear, rows: Iterable[int]) -> nn.Linear:
-    """Some rows of a linear layer."""
+    """Select rows of a linear layer."""
     chosen = list(rows)
     return _filled(layer.weight[chosen], None if layer.bias is None else layer.bias[chosen])
 
@@ -197,13 +197,13 @@ def _token(tokenizer: PreTrainedTokenizerBase, word: str | int, asker: str) -> i
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(
-            f"{asker}: {word!r} is {len(ids)} tokens of its tokenizer ({ids}); name one token, or give its id"
+            f"{asker}: {word!r} must be one token of its tokenizer, got {len(ids)} ({ids}). Name one token, or its id"
         )
     return int(ids[0])
 
 
 def _names(count: int, config: PretrainedConfig) -> list[str]:
-    """The labels' names, where the configuration names as many as there are."""
+    """Return the labels' names if the configuration has as many, else LABEL_0, LABEL_1, ..."""
     named = {int(i): str(label) for i, label in (config.id2label or {}).items()}
     return (
         [named[i] for i in range(count)]

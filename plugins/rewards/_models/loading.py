@@ -1,4 +1,4 @@
-"""Loading reward models: what may be loaded, from which checkpoints, to which device; one copy for all who want the same."""
+"""Loading of reward models: validation of settings and checkpoints, placement, and one shared copy per model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ RESERVED = {
     "output_loading_info": None,
     "config": None,
 }
-"""Arguments of `from_pretrained` that are not `model_kwargs`', and the setting that is meant."""
+"""Arguments of `from_pretrained` not allowed in `model_kwargs`, with the setting to use instead."""
 
 
 @dataclass(eq=False)
 class Loaded:
-    """A frozen model in eval mode with its tokenizer, run by one caller at a time."""
+    """Frozen model in eval mode with its tokenizer, run by one caller at a time."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class Loaded:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """On its device, without gradients or autocast."""
+        """Hold the model on its device, without gradients or autocast."""
         import torch
 
         device = torch.device(self.wanted.device)
@@ -52,19 +52,19 @@ class Loaded:
             yield
 
     def limit(self, max_length: int | None) -> int | None:
-        """The tokens of a row that the model sees at most; None without bound."""
+        """Return the maximum number of tokens per row; None if unlimited."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         bounds = [max_length, context, self.tokenizer.model_max_length]
         return min((x for x in bounds if isinstance(x, int) and 0 < x < 10**9), default=None)
 
 
 _HELD: WeakValueDictionary[tuple[str, ...], Loaded] = WeakValueDictionary()
-"""The models that some source holds."""
+"""Models in use by some source."""
 _LOADING = threading.Lock()
 
 
 def loaded(wanted: ModelFiles, asker: str) -> Loaded:
-    """The model on its device, shared with the sources that hold the same one. It is freed when the last one closes."""
+    """Load a model, or share it with the sources that use the same one. It is freed when the last one closes."""
     with _LOADING:
         key = wanted.key()
         held = _HELD.get(key)
@@ -76,28 +76,28 @@ def loaded(wanted: ModelFiles, asker: str) -> Loaded:
 
 
 def refusals(asker: str, device: str, offload: bool, kwargs: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with settings of a model, before it is loaded."""
+    """Yield errors in a model's settings, before it is loaded."""
     if device != "auto":
         import torch
 
         try:
             torch.device(device)
         except RuntimeError:
-            yield f"{asker}.device: {device!r} is no device; write auto, cpu, cuda or cuda:1"
+            yield f"{asker}.device must be auto, cpu, cuda or cuda:N, got {device!r}"
     if "trust_remote_code" in kwargs:
         yield (
-            f"{asker}.model_kwargs: trust_remote_code would run code that a model brings along, which a recipe cannot "
-            "allow; leave it out and convert the model to a class of transformers"
+            f"{asker}.model_kwargs: trust_remote_code would run code from the model's repository, which recipes do not "
+            "allow. Remove it and convert the model to a transformers class"
         )
     for name in sorted(set(kwargs) & set(RESERVED)):
-        instead = f"set {asker}.{RESERVED[name]}" if RESERVED[name] else "leave it out"
-        yield f"{asker}.model_kwargs: {name} is not for it: {instead}"
+        instead = f"Set {asker}.{RESERVED[name]}" if RESERVED[name] else "Remove it"
+        yield f"{asker}.model_kwargs must not contain {name}. {instead}"
     if offload and {"quantization_config", "device_map"} & set(kwargs):
-        yield f"{asker}.offload moves whole plain weights: leave quantization_config and device_map out, or set offload: false"
+        yield f"{asker}.offload does not support quantization_config or device_map. Remove them, or set offload: false"
 
 
 def model_of(wanted: ModelFiles, asker: str) -> tuple[Any, PreTrainedTokenizerBase, list[str]]:
-    """The model as `wanted` says, its tokenizer and the names of its labels. Raises `ValueError` where it is no such model."""
+    """Load the model `wanted`, its tokenizer and its label names. Raises `ValueError` if it is not such a model."""
     import torch
 
     from .heads import causal, classifier
@@ -105,7 +105,7 @@ def model_of(wanted: ModelFiles, asker: str) -> tuple[Any, PreTrainedTokenizerBa
     device = torch.device(wanted.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"{asker}.device: {wanted.device!r}, and this machine has {torch.cuda.device_count()} CUDA devices"
+            f"{asker}.device must exist, got {wanted.device!r} on a machine with {torch.cuda.device_count()} CUDA devices"
         )
     config = _config(wanted, asker)
     tokenizer = _tokenizer(wanted, asker)
@@ -114,7 +114,7 @@ def model_of(wanted: ModelFiles, asker: str) -> tuple[Any, PreTrainedTokenizerBa
     quantized = "quantization_config" in kwargs or getattr(config, "quantization_config", None) is not None
     if quantized and wanted.offload:
         raise ValueError(
-            f"{asker}: {wanted.path!r} is quantised, and offload moves whole plain weights: set offload: false"
+            f"{asker}: offload does not support quantized models such as {wanted.path!r}. Set offload: false"
         )
     if quantized:
         kwargs.setdefault("device_map", {"": str(home)})
@@ -126,7 +126,7 @@ def model_of(wanted: ModelFiles, asker: str) -> tuple[Any, PreTrainedTokenizerBa
 
 
 def kept(model: Any, wanted: ModelFiles) -> Keeper:
-    """What has the weights on their device when they are asked for."""
+    """Return the keeper that brings the weights to their device on request."""
     import torch
 
     found = keeper(tensors_of(model), torch.device(wanted.device), wanted.offload, at_home=True)
@@ -135,7 +135,7 @@ def kept(model: Any, wanted: ModelFiles) -> Keeper:
 
 
 def output_of(held: Loaded, output: int | str | None, defaults: Mapping[int, int], asker: str) -> int:
-    """The number of the label that scores. Raises `ValueError` naming the choices."""
+    """Return the index of the label that scores. Raises `ValueError` naming the choices."""
     labels = held.labels
     if output is None and len(labels) in defaults:
         return defaults[len(labels)]
@@ -144,9 +144,9 @@ def output_of(held: Loaded, output: int | str | None, defaults: Mapping[int, int
     if output in labels:
         return labels.index(str(output))
     choices = ", ".join(f"{i} ({label!r})" for i, label in enumerate(labels))
-    wrong = "" if output is None else f" and none is {output!r}"
+    wrong = "" if output is None else f", none of them {output!r}"
     raise ValueError(
-        f"{asker}: {held.wanted.path!r} has {len(labels)} labels{wrong}; choose the one that scores: output: {choices}"
+        f"{asker}: {held.wanted.path!r} has {len(labels)} labels{wrong}. Choose the one that scores: output: {choices}"
     )
 
 
@@ -156,14 +156,14 @@ def _config(wanted: ModelFiles, asker: str) -> PretrainedConfig:
     path = Path(wanted.path)
     if (path / "adapter_config.json").is_file():
         raise ValueError(
-            f"{asker}: {wanted.path!r} is an adapter without its base: merge them (merge_and_unload) and save the whole model"
+            f"{asker}: {wanted.path!r} is an adapter without its base. Merge them (merge_and_unload) and save the whole model"
         )
     try:
         return transformers.AutoConfig.from_pretrained(wanted.path, revision=wanted.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{asker}: {wanted.path!r} cannot be loaded: it needs a config.json of an architecture that transformers has; "
-            f"code that a model brings along is not run ({error})"
+            f"{asker}: cannot load {wanted.path!r}: it needs a config.json with an architecture of transformers; code in the "
+            f"model's repository is not run ({error})"
         ) from error
 
 
@@ -176,10 +176,8 @@ def _tokenizer(wanted: ModelFiles, asker: str) -> PreTrainedTokenizerBase:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{asker}: {path!r} has no tokenizer: save it beside the model or name one with tokenizer ({error})"
+            f"{asker}: {path!r} has no tokenizer. Save it with the model, or set tokenizer ({error})"
         ) from error
     if wanted.kind != "sequence" and not tokenizer.is_fast:
-        raise ValueError(
-            f"{asker}: the tokenizer of {path!r} does not say which characters a token stands for: save a fast one"
-        )
+        raise ValueError(f"{asker}: the tokenizer of {path!r} does not report character offsets. Save a fast tokenizer")
     return tokenizer

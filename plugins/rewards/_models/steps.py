@@ -1,4 +1,4 @@
-"""Steps of a completion: where they end, the text in which a model reads them, and one number for all."""
+"""Steps of a completion: their boundaries, the text in which a model reads them, and their reduction to one number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REDUCE: Mapping[str, Callable[[Sequence[float]], float]] = {
 
 
 class Step(NamedTuple):
-    """A step of a completion in characters: its text is [start, stop), what ends it [stop, end)."""
+    """Step of a completion in characters: its text is [start, stop), its delimiter [stop, end)."""
 
     start: int
     stop: int
@@ -25,14 +25,14 @@ class Step(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The completion as a model reads it, and for each step the characters [first, last) at whose end it is read."""
+    """Completion as a model reads it, and for each step the characters [first, last) at whose end it is scored."""
 
     text: str
     places: list[tuple[int, int]]
 
 
 def by_delimiter(text: str, delimiter: str) -> list[Step]:
-    """What lies between delimiters, where it is not white space; nothing need end the last step."""
+    """Split a text into the nonblank steps between delimiters; the last one needs no delimiter."""
     return list(_split(text, delimiter))
 
 
@@ -47,12 +47,12 @@ def _split(text: str, delimiter: str) -> Iterator[Step]:
 
 
 def by_column(text: str, given: Any) -> list[Step]:
-    """Steps as a dataset gives them: the places in characters after each, or their texts, in order.
+    """Read steps from a dataset column: their end positions in characters, or their texts, in order.
 
-    Raises `ValueError` where they are neither, or not in the text.
+    Raises `ValueError` if they are neither, or not in the text.
     """
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f"{given!r} is no list; give the place after each step in characters, or the steps' texts")
+        raise ValueError(f"steps must be a list of end positions in characters, or of texts, got {given!r}")
     steps: list[Step] = []
     for item in given:
         start = steps[-1].end if steps else 0
@@ -60,23 +60,23 @@ def by_column(text: str, given: Any) -> list[Step]:
             found = text.find(item, start) if item.strip() else -1
             if found < 0:
                 raise ValueError(
-                    f"the completion has no step {item!r} after character {start}; steps are parts of it, in order"
+                    f"step {item!r} is not in the completion after character {start}: steps must be parts of it, in order"
                 )
             steps.append(Step(found, found + len(item), found + len(item)))
         elif isinstance(item, int) and not isinstance(item, bool) and start < item <= len(text):
             steps.append(Step(start, item, item))
         else:
             raise ValueError(
-                f"{item!r} ends no step: whole numbers, rising from 1 to the completion's {len(text)} characters"
+                f"invalid step end {item!r}: expected increasing integers from 1 to the completion's {len(text)} characters"
             )
     return steps
 
 
 def prepared(text: str, steps: Sequence[Step], closing: str, token: str | None, keep: bool) -> Prepared:
-    """The completion for the model.
+    """Return the completion as the model reads it.
 
-    Without `token` each step is read where its delimiter ends; a last step that none ends is `closing`'s. With it the token
-    is put after each step, before its delimiter or, unless `keep`, instead of it, and read there.
+    Without `token` each step is scored at the end of its delimiter; a last step without one gets `closing`. With it, the
+    token is inserted after each step, before its delimiter or, unless `keep`, instead of it, and the step is scored there.
     """
     if token is None:
         if steps and steps[-1].stop == steps[-1].end == len(text):
@@ -93,16 +93,16 @@ def prepared(text: str, steps: Sequence[Step], closing: str, token: str | None, 
 
 
 def reduced(how: str, values: Sequence[float]) -> float | None:
-    """One number for a row's steps; without any the sum is 0 and the others have none."""
+    """Reduce the values of a row's steps to one number; without steps the sum is 0 and other reductions give None."""
     return REDUCE[how](values) if values or how == "sum" else None
 
 
 def check_token(tokenizer: Any, token: str, asker: str, model: str) -> None:
-    """Raises `ValueError` where a tokenizer has no token for it: no model was trained to be read there."""
+    """Check that `token` is a single token of the tokenizer. Raises `ValueError`."""
     places = tokenizer("a" + token, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     blank = len(token) - len(token.lstrip())
     if not places or places[-1][0] > 1 + blank or places[-1][1] != 1 + len(token):
         raise ValueError(
-            f"{asker}: {token!r} is no token of the tokenizer of {model!r}, which cuts it up; write the one that the model was "
-            "trained to be read at, or leave it out to read steps at the delimiter"
+            f"{asker}: {token!r} must be a single token of the tokenizer of {model!r}. Use the one that the model was trained "
+            "with, or remove it to score steps at the delimiter"
         )

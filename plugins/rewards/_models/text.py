@@ -1,4 +1,4 @@
-"""A row as text for a reward model, and its tokens with their places in the completion."""
+"""Rows as text for a reward model, and their tokens with positions in the completion."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARK = "\ue000"
-"""A character of the private use area that stands for the completion in a chat template."""
+"""Private-use character that marks the completion in a chat template."""
 
 Span = tuple[int, int]
 
 
 class Text(NamedTuple):
-    """What the model reads of a row, and where the completion lies in it."""
+    """Text of a row as the model reads it, with the position of the completion."""
 
     text: str
     start: int
     stop: int
     stripped: int
-    """Characters that the chat template took from the front of the completion."""
+    """Number of characters that the chat template stripped from the start of the completion."""
     chat: bool
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Any], completion: str) -> str:
-    """The conversation with its answer, by the tokenizer's chat template."""
+    """Render the conversation and the completion with the tokenizer's chat template."""
     answer = {"role": "assistant", "content": completion}
     return str(tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
 
 
 def text_in(tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | str, completion: str) -> Text | None:
-    """Prompt and completion as one text; None where a chat template does not give the completion back whole.
+    """Join prompt and completion to one text; returns None if a chat template changes the completion.
 
-    A template may strip white space around the completion.
+    A template may strip whitespace around the completion.
     """
     if isinstance(prompt, str):
         return Text(prompt + completion, len(prompt), len(prompt + completion), 0, False)
@@ -52,13 +52,12 @@ def text_in(tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | str, complet
 
 
 def row_of(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], chat: bool, limit: int | None) -> Row:
-    """The tokens of one text, or of two that the tokenizer puts a separator between. A chat template's text brings its own
-    special tokens."""
+    """Tokenize one text, or two joined by the tokenizer's separator; text from a chat template has its special tokens."""
     return _row(tokenizer, tokenizer(*texts, add_special_tokens=not chat), limit)[0]
 
 
 def row_in(tokenizer: PreTrainedTokenizerBase, text: Text, limit: int | None) -> tuple[Row, list[Span | None]]:
-    """The tokens of a text, and for each its characters in the completion, None outside of it."""
+    """Tokenize a text and return for each token its characters in the completion, None outside of it."""
     encoded = tokenizer(text.text, add_special_tokens=not text.chat, return_offsets_mapping=True)
     row, kept = _row(tokenizer, encoded, limit)
     offsets = encoded["offset_mapping"]
@@ -73,7 +72,7 @@ def _within(text: Text, start: int, end: int) -> Span | None:
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, encoded: Any, limit: int | None) -> tuple[Row, list[int]]:
-    """The row that the model sees, and the places of its tokens in the whole text: the end, behind a BOS or [CLS]."""
+    """Truncate a row to a BOS or [CLS] and its end, and return it with the indices of the kept tokens."""
     ids = encoded["input_ids"]
     kept = list(range(len(ids)))
     if limit is not None and len(ids) > limit:

@@ -1,4 +1,4 @@
-"""What reward models over tokens share: each of their tokens' place in the completion, with the score there."""
+"""Base of reward models over tokens: the position of each token in the completion, with its score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Read(NamedTuple):
-    """A token of the reward model within a completion: its characters there, and the score at it."""
+    """Token of the reward model within a completion: its characters there, and its score."""
 
     start: int
     end: int
@@ -27,13 +27,15 @@ class Read(NamedTuple):
 
 @dataclass(kw_only=True)
 class TokenModelReward(ModelReward):
-    """A model with a score at each token, which reads prompt and completion as text; its tokenizer is a fast one."""
+    """Base class: a model that scores each token of prompt and completion as text, with a fast tokenizer."""
 
     kind: ClassVar[Kind] = "token"
 
     def read(self, prompts: Sequence[Any], completions: Sequence[str], value: Value) -> list[list[Read] | None]:
-        """The model's tokens within each completion, in order; None where a chat template does not give it back whole, and
-        where a score is not finite."""
+        """Score the model's tokens within each completion, in order.
+
+        None for a completion that a chat template changes, or with a score that is not finite.
+        """
         with self._session() as held:
             texts = [self._text(held, *row) for row in zip(prompts, completions, strict=True)]
             limit = held.limit(self.max_length)
@@ -43,7 +45,7 @@ class TokenModelReward(ModelReward):
         for (i, (_, spans)), given in zip(rows.items(), scores, strict=True):
             found[i] = [Read(*span, x) for span, x in zip(spans, given or [], strict=True) if span is not None]
             if not all(isfinite(token.score) for token in found[i] or []):
-                logger.warning("%s: %r gives a number that is not finite; its row has no score", self.asker, self.model)
+                logger.warning("%s: %r returns a non-finite number; the row has no score", self.asker, self.model)
                 found[i] = None
         return found
 
@@ -51,13 +53,13 @@ class TokenModelReward(ModelReward):
         found = text_in(held.tokenizer, self._prompt(held, prompt), completion)
         if found is None:
             logger.warning(
-                "%s: the chat template of %r rewrites a completion, which therefore has no score: %.80r",
+                "%s: the chat template of %r changes a completion, which therefore has no score: %.80r",
                 *(self.asker, self.model, completion),
             )
         return found
 
 
 def at_end(tokens: Sequence[Read], end: int) -> Read | None:
-    """The token that holds the character before `end`, else the last one before it; None where the model saw none."""
+    """Return the token with the character before `end`, else the last one before it; None if all were truncated."""
     holding = next((token for token in tokens if token.start < end <= token.end), None)
     return holding or next((token for token in reversed(tokens) if token.end <= end), None)

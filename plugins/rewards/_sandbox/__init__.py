@@ -1,1 +1,1 @@
-"""Run programs of completions in a sandbox."""
+"""Sandboxes for programs in completions."""

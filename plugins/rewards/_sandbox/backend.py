@@ -1,8 +1,8 @@
-"""Running a program that nobody trusts: what is sent into a sandbox, what comes back, and how the exchange is bounded.
+"""Execution of untrusted programs: the input and output of a sandbox, and the limits of the exchange.
 
-A backend starts `sandbox_child` somewhere (`bubblewrap`, `engine`, `rlimits`) or asks another
-machine to (`remote`). Expected values stay here: a sandbox gets a program with expressions and inputs, and what it
-answers is data from a stranger. docs/sandbox.md says what is and what is not promised.
+A backend starts `sandbox_child` locally (`bubblewrap`, `engine`, `rlimits`) or asks another machine to (`remote`).
+Expected values stay in this process: a sandbox gets a program with expressions and inputs, and its answers are untrusted
+data. docs/sandbox.md lists what is guaranteed and what is not.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from typing import Literal
 from .sandbox_child import LIMITS, fields_of, joined
 
 INSIDE = ("sandbox_confine", "sandbox_encode", "sandbox_child")
-"""The modules that run inside, in the order in which they import each other."""
+"""Modules that run inside the sandbox, in the order of their imports."""
 GRACE = 0.7
-"""Seconds beyond the time limit after which the sandbox is killed if the harness has not answered."""
+"""Seconds beyond the time limit before a sandbox without an answer is killed."""
 ERRORS = 16 << 10
-"""Bytes of standard error that are kept."""
+"""Maximum bytes of standard error kept."""
 MIB = 1 << 20
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed: the program was not judged. The message says how to mend it."""
+    """Failure of the sandbox itself, so that the program was not scored. The message says how to fix it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use."""
+    """Resource limits of a program."""
 
     seconds: float = 10.0
-    """Wall clock for all tests of a program, and processor time of each process."""
+    """Wall-clock time for all tests of a program, and CPU time of each process."""
     test_seconds: float = 5.0
-    """Wall clock for one test."""
+    """Wall-clock time for one test."""
     memory: int = 512 * MIB
     """Bytes of address space of each process."""
     processes: int = 8
-    """Processes and threads at a time."""
+    """Concurrent processes and threads."""
     disk: int = 32 * MIB
     """Bytes of the temporary folder."""
     files: int = 4096
     """Files and folders in it."""
     output: int = MIB
-    """Bytes that all tests of a program may give back."""
+    """Bytes that all tests of a program may return."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a program: the value of an expression, or what it prints for a standard input."""
+    """Query to a program: the value of an expression, or its output for a standard input."""
 
     kind: Literal["call", "stdin"]
     text: str
@@ -64,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program gave: JSON of a value, what it printed, or a reason why there is neither."""
+    """Answer of a program: JSON of a value, its output, or a reason for failure."""
 
     kind: Literal["value", "stdout", "failed"]
     text: str
@@ -74,19 +74,19 @@ KINDS: dict[bytes, Literal["value", "stdout", "failed"]] = {b"v": "value", b"o":
 
 
 class Backend(ABC):
-    """A way to run a program apart."""
+    """Base class of ways to run a program in isolation."""
 
     @abstractmethod
     def problem(self) -> str | None:
-        """Why it cannot run here and how to mend that; None where it can. Tried once per process."""
+        """Return why it cannot run here and how to fix that, or None if it can. Tried once per process."""
 
     @abstractmethod
     def run(self, code: str, questions: Sequence[Question], limits: Limits) -> list[Answer]:
-        """One answer per question, from one start of the sandbox. Raises `SandboxError` where the program was not run."""
+        """Answer each question in one start of the sandbox. Raises `SandboxError` if the program was not run."""
 
 
 def packed(code: str, questions: Sequence[Question], limits: Limits, *, nonce: str, **more: float) -> bytes:
-    """What the harness reads (see `sandbox_child`). `more`: deadline, user, and limits that differ."""
+    """Encode a job for the harness (see `sandbox_child`). `more`: deadline, user, and overridden limits."""
     numbers = {"deadline": 0.0, "user": -1, **vars(limits), **more}
     marks = {"call": b"c", "stdin": b"s"}
     tests = [marks[question.kind] + question.text.encode("utf-8", "surrogatepass") for question in questions]
@@ -96,7 +96,7 @@ def packed(code: str, questions: Sequence[Question], limits: Limits, *, nonce: s
 
 
 def unpacked(text: bytes, questions: Sequence[Question], nonce: str) -> list[Answer]:
-    """The answers in what the harness wrote. Raises `ValueError` for anything else than one per question."""
+    """Decode the harness's output. Raises `ValueError` unless it has exactly one answer per question."""
     given, *fields = fields_of(text)
     if not secrets.compare_digest(given, nonce.encode()):
         raise ValueError("another run's nonce")
@@ -106,7 +106,7 @@ def unpacked(text: bytes, questions: Sequence[Question], nonce: str) -> list[Ans
 
 
 def failed(questions: Sequence[Question], reason: str) -> list[Answer]:
-    """The same failure of every test."""
+    """Return the same failure for every test."""
     return [Answer("failed", reason)] * len(questions)
 
 
@@ -115,13 +115,13 @@ def new_nonce() -> str:
 
 
 def bootstrap(folder: str) -> str:
-    """Python that runs the harness from a folder that holds the modules of `INSIDE`; the program does not import from it."""
+    """Return Python code that runs the harness from a folder with the modules of `INSIDE`, hidden from the program."""
     before = f"import sys; sys.path[:] = filter(None, sys.path); sys.path.append({folder!r}); "
     return before + f"import sandbox_child; sys.path.remove({folder!r}); sandbox_child.main()"
 
 
 def carried() -> str:
-    """Python that runs the harness and needs no file of ours."""
+    """Return Python code that contains the harness and needs no file."""
     here = Path(__file__).parent
     sources = {name: (here / f"{name}.py").read_text(encoding="utf-8") for name in INSIDE}
     return (
@@ -141,10 +141,10 @@ def exchange(
     output: int,
     kill: Callable[[], None],
 ) -> list[Answer]:
-    """Hand a started harness its job and take its answers within `seconds`; it and its children are gone then.
+    """Send a started harness its job and read its answers within `seconds`; then kill it and its children.
 
-    A harness that starts and gives no answer was ended by its program, whose tests have failed. Raises `SandboxError` where
-    it did not start.
+    If the harness starts but gives no answer, its program killed it and all tests fail. Raises `SandboxError` if it did
+    not start.
     """
     try:
         out, errors, in_time = _talk(process, job, time.monotonic() + seconds, output + 512 * len(questions) + 4096)
@@ -167,7 +167,7 @@ def exchange(
 
 
 def _talk(process: subprocess.Popen[bytes], job: bytes, deadline: float, most: int) -> tuple[bytes, bytes, bool]:
-    """Standard output, up to `most` bytes, standard error, and whether the output ended before the deadline."""
+    """Return standard output up to `most` bytes, standard error, and True if the output ended before the deadline."""
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -205,7 +205,7 @@ def _talk(process: subprocess.Popen[bytes], job: bytes, deadline: float, most: i
 
 
 def _rest(fd: int) -> bytes:
-    """What is left in a pipe, without waiting."""
+    """Read what is left in a pipe, without blocking."""
     os.set_blocking(fd, False)
     try:
         return os.read(fd, ERRORS)
@@ -214,7 +214,7 @@ def _rest(fd: int) -> bytes:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads its own group, with the group."""
+    """Kill a process that leads its own group, with the group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):

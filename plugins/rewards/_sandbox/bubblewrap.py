@@ -1,9 +1,9 @@
-"""Bubblewrap: namespaces of the Linux kernel, without a daemon and without images.
+"""Bubblewrap: Linux namespaces, without a daemon or images.
 
 The program sees /usr, /lib*, Python, five harmless devices and an empty /tmp: no /proc, no home, no repository, no
-network but a loopback of its own. Run by root, the sandbox has a user namespace with two users: root, who is the harness and
-may do nothing outside of it, and the program's, who owns nothing anywhere and whose number no other sandbox has, so that
-its processes can be counted. Run by another user, both are that user, who is then known as 65534.
+network except its own loopback. Run by root, the sandbox has a user namespace with two users: root, which runs the harness
+and has no rights outside of it, and the program's user, which owns no files and whose id is unique to the sandbox, so that
+its processes can be counted. Run by another user, both are that user, mapped to 65534.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from .backend import (
 )
 
 INSTALL = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
-OTHERS = "or choose another `sandbox`: docker, podman or remote"
+OTHERS = "or set `sandbox` to docker, podman or remote"
 NOBODY = 65534
 FIRST_USER, USERS = 1 << 30, 1 << 29
-"""Numbers of the users that programs run as, far from those that systems give."""
+"""User ids that programs run as, far from those that systems assign."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_SYS_ADMIN")
-"""Of the harness, over the sandbox' own namespaces alone: to become another user, to end the program, and to bound the
-number of files. The program has none."""
+"""Capabilities of the harness within the sandbox's namespaces: to change user, kill the program and limit the number of
+files. The program has none."""
 FOLDER = "/harness"
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """A Python, the folders that it needs, and whether it looks for installed packages."""
+    """Python executable with the folders that it needs; `packages` says if it sees installed packages."""
 
     executable: str
     folders: tuple[str, ...]
@@ -61,7 +61,7 @@ class Interpreter:
 
 
 def interpreter(python: str | None) -> Interpreter:
-    """The Python at a path with its packages; this process' own without any when left out. Raises `SandboxError`."""
+    """Return the Python at a path with its packages, by default this process's without any. Raises `SandboxError`."""
     if python is None:
         executable = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
         return Interpreter(
@@ -79,12 +79,12 @@ def _other(python: str) -> Interpreter:
         ).stdout
         executable, *folders = json.loads(told)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise SandboxError(f"python: {python!r} is no Python interpreter that runs: {error}") from error
+        raise SandboxError(f"python must be a working Python interpreter, got {python!r}: {error}") from error
     return Interpreter(executable, (*folders, *map(os.path.realpath, folders)), True)
 
 
 class Bubblewrap(Backend):
-    """`bwrap`, started once per program."""
+    """Backend that starts `bwrap` once per program."""
 
     def __init__(self, python: str | None = None) -> None:
         self.python = python
@@ -96,7 +96,7 @@ class Bubblewrap(Backend):
         begin, nonce = time.monotonic(), new_nonce()
         mapped = _maps_users()
         user = NOBODY if mapped else -1
-        processes = limits.processes + (1 if mapped else 5)  # the one that starts tests; without users, its parents too
+        processes = limits.processes + (1 if mapped else 5)  # the test launcher; without users, its parents too
         job = packed(
             code, questions, limits, nonce=nonce, deadline=begin + limits.seconds, user=user, processes=processes
         )
@@ -113,12 +113,12 @@ class Bubblewrap(Backend):
         )
 
     def _start(self, limits: Limits, mapped: bool, deadline: float) -> tuple[subprocess.Popen[bytes], int]:
-        """The process, and a handle of the first one in its namespace (-1: not known)."""
+        """Start a sandbox; returns the process and a handle of the first one in its namespace (-1: unknown)."""
         command, python = self._command(limits), self._python()
         told, tell = os.pipe()
         wait, release = os.pipe()
         rules, written = os.pipe()
-        os.write(written, seccomp.program())  # less than a pipe holds
+        os.write(written, seccomp.program())  # fits into a pipe
         os.close(written)
         more = ["--seccomp", str(rules), "--info-fd", str(tell)]
         more += ["--userns-block-fd", str(wait)] if mapped else ["--uid", str(NOBODY), "--gid", str(NOBODY)]
@@ -150,7 +150,7 @@ class Bubblewrap(Backend):
     def _command(self, limits: Limits) -> list[str]:
         capabilities = [word for name in CAPABILITIES for word in ("--cap-add", name)]
         room = ["--perms", "1777", "--size", str(limits.disk), "--tmpfs", "/tmp"]
-        before, after = self._view  # an interpreter may lie below /tmp: it is shown on top of the empty one
+        before, after = self._view  # an interpreter below /tmp is mounted over the empty one
         return [*before, *room, *after, "--remount-ro", "/", "--chdir", "/tmp", "--cap-drop", "ALL", *capabilities]
 
     def _python(self) -> list[str]:
@@ -160,7 +160,7 @@ class Bubblewrap(Backend):
 
     @cached_property
     def _view(self) -> tuple[list[str], list[str]]:
-        """The parts of the command that no program changes: namespaces and environment, and what of the machine is seen."""
+        """Fixed parts of the command: namespaces and environment, and the visible parts of the machine."""
         command = [_bwrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--clearenv"]
         command += ["--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "PYTHONHASHSEED", "0"]
         command += ["--setenv", "OMP_NUM_THREADS", "1", "--hostname", "sandbox"]
@@ -186,13 +186,13 @@ class Bubblewrap(Backend):
 
 
 def _parents(*places: str) -> list[str]:
-    """Folders above these, which else only root could pass."""
+    """Return arguments for the parent folders of `places`, which only root could traverse otherwise."""
     found = {str(parent) for place in places for parent in Path(place).parents if parent != Path("/")}
     return [word for parent in sorted(found | {FOLDER, f"{FOLDER}/__pycache__", "/etc"}) for word in ("--dir", parent)]
 
 
 def _private(seen: list[str]) -> list[str]:
-    """The home and working folders and the repository where they lie in what is seen: something empty is put over them."""
+    """Return the folders to hide: home, working folder and repository, if they are within visible folders."""
     root = Path(__file__).resolve().parents[3]
     places = {os.path.realpath(os.path.expanduser("~")), os.path.realpath(os.getcwd())}
     places |= set() if root.name in ("site-packages", "dist-packages") else {str(root)}
@@ -203,13 +203,13 @@ def _private(seen: list[str]) -> list[str]:
 def _bwrap() -> str:
     found = shutil.which("bwrap")
     if found is None:
-        raise SandboxError(f"sandbox `bubblewrap`: the command bwrap is not here: {INSTALL}, {OTHERS}")
+        raise SandboxError(f"sandbox `bubblewrap`: command bwrap not found: {INSTALL}, {OTHERS}")
     return found
 
 
 @cache
 def _maps_users() -> bool:
-    """Whether this process may give a user namespace a second user: root, but for one in a container without users."""
+    """Return True if this process may map a second user: it is root, and not in a container without users."""
     if os.geteuid() != 0:
         return False
     try:
@@ -220,9 +220,9 @@ def _maps_users() -> bool:
 
 
 def _release(told: int, release: int, mapped: bool, deadline: float) -> int:
-    """Give a sandbox that waits for them its two users; a handle of its first process, -1 where it ended before."""
+    """Map the two users of a waiting sandbox; returns a handle of its first process, -1 if it ended before."""
     try:
-        waiting, text = select.poll(), b""  # which, unlike `select`, knows high numbers
+        waiting, text = select.poll(), b""  # unlike `select` it supports high descriptors
         waiting.register(told, select.POLLIN)
         while not text.rstrip().endswith(b"}"):
             ready = waiting.poll(1000 * max(0.0, deadline - time.monotonic()))
@@ -239,14 +239,14 @@ def _release(told: int, release: int, mapped: bool, deadline: float) -> int:
             os.write(release, b"1")
         return child
     except OSError as error:
-        raise SandboxError(f"the sandbox cannot be given its users: {error}") from error
+        raise SandboxError(f"cannot map the sandbox's users: {error}") from error
     finally:
         os.close(told)
         os.close(release)
 
 
 def _kill(process: subprocess.Popen[bytes], child: int) -> None:
-    """End the sandbox: with the first process of a namespace all others end."""
+    """Kill the sandbox through the first process of its namespace."""
     if child >= 0:
         try:
             signal.pidfd_send_signal(child, signal.SIGKILL)
@@ -259,9 +259,9 @@ def _kill(process: subprocess.Popen[bytes], child: int) -> None:
 
 @cache
 def _problem(python: str | None) -> str | None:
-    """What a try finds: a program that forks, in a sandbox."""
+    """Run a trial program that forks; returns the problem found, or None."""
     if sys.platform != "linux" or not seccomp.known_machine():
-        return f"sandbox `bubblewrap` needs Linux on {' or '.join(seccomp.ARCHITECTURES)}: choose docker or remote"
+        return f"sandbox `bubblewrap` needs Linux on {' or '.join(seccomp.ARCHITECTURES)}. Set `sandbox` to docker or remote"
     probe = (
         "import os\npid = os.fork()\nif not pid: os._exit(7)\nchild = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])"
     )
@@ -277,5 +277,5 @@ def _problem(python: str | None) -> str | None:
             f"{OTHERS}"
         )
     if answers != [Answer("value", "42")]:
-        return f"sandbox `bubblewrap`: a trial program gave {answers[0].text!r} in place of 42; {OTHERS}"
+        return f"sandbox `bubblewrap`: a trial program returned {answers[0].text!r} instead of 42; fix it, {OTHERS}"
     return None

@@ -1,4 +1,4 @@
-"""From a completion to its program, and from a dataset's `tests` to what is asked of it and what is expected."""
+"""Programs in completions, and tests in a dataset's column as questions and expected answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PYTHON = ("", "python", "py", "python3")
 
 @dataclass(frozen=True)
 class Case:
-    """One test."""
+    """A test: a question and its expected answer."""
 
     question: Question
     expected: Any
@@ -31,9 +31,9 @@ class Case:
 
 
 def program_of(completion: str, without_fence: str = "whole") -> str | None:
-    """The last fenced block that is Python or does not say what it is, else the last one of any language.
+    """Return the last code block in Python or without a language, else the last one of any language.
 
-    A block that is not closed ends with the completion. Without a block the whole text, or None (`without_fence`).
+    An unclosed block ends with the completion. Without a block returns the whole text, or None (`without_fence`).
     """
     blocks = _blocks(completion)
     chosen = [body for language, body in blocks if language.lower() in PYTHON] or [body for _, body in blocks]
@@ -42,7 +42,7 @@ def program_of(completion: str, without_fence: str = "whole") -> str | None:
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    """(language, body) of each fenced block."""
+    """Return (language, body) of each code block."""
     found: list[tuple[str, str]] = []
     fence, language, body = "", "", [""]
     for line in text.split("\n"):
@@ -60,16 +60,16 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 
 def cases_of(value: Any, place: str) -> list[Case]:
-    """The tests of a row: a list of them, or its JSON. `place` names the row. Raises `ValueError` saying what is wrong."""
+    """Parse the tests of a row, a list or its JSON. `place` names the row. Raises `ValueError`."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: a text that is no JSON ({error}); a list of {FORMS} is due") from None
+            raise ValueError(f"{place} must be a list of {FORMS}, got text that is not JSON ({error})") from None
     if value is None:
         return []
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{place}: {type(value).__name__} {value!r:.80}; a list of {FORMS} is due")
+        raise ValueError(f"{place} must be a list of {FORMS}, got {type(value).__name__} {value!r:.80}")
     return [_case(test, f"{place}[{index}]") for index, test in enumerate(value)]
 
 
@@ -84,31 +84,31 @@ def _case(test: Any, place: str) -> Case:
             return Case(Question("call", call), test["expected"], json_types=True)
         if given == {"stdin", "stdout"} and all(isinstance(test[name], str) for name in given):
             return Case(Question("stdin", test["stdin"]), test["stdout"], json_types=False)
-    raise ValueError(f"{place}: {test!r:.200} is no test; the forms are {FORMS}")
+    raise ValueError(f"{place}: each test must be {FORMS}, got {test!r:.200}")
 
 
 def _from_assert(text: str, place: str) -> Case:
-    """The expression of an assert, which is all that is run of it, and its literal."""
+    """Split an assert into its expression, the only part that is run, and its literal."""
     match _parsed(text, "exec", place):
         case ast.Module(body=[ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]))]):
             try:
                 return Case(Question("call", ast.unparse(left)), ast.literal_eval(right), json_types=False)
             except (ValueError, TypeError, RecursionError):
-                why = f"{ast.unparse(right)!r:.80} is no literal"
+                why = f"{ast.unparse(right)!r:.80} is not a literal"
         case ast.Module(body=[ast.Assert()]):
-            why = "it compares nothing with =="
+            why = "it has no comparison with =="
         case _:
-            why = "it is not one assert"
+            why = "it is not a single assert"
     raise ValueError(
-        f"{place}: {text!r:.200}: {why}; only `assert EXPRESSION == LITERAL` can be judged outside of the sandbox: bring the "
-        "test into this form (True, sorted(...) == [...], round(...) == 0.5 and so on)"
+        f"{place}: tests must be `assert EXPRESSION == LITERAL`, to be compared outside of the sandbox, got {text!r:.200}: "
+        f"{why}. Rewrite it (... == True, sorted(...) == [...], round(...) == 0.5 and so on)"
     )
 
 
 def _parsed(text: Any, mode: str, place: str) -> ast.AST:
     try:
         if not isinstance(text, str):
-            raise TypeError("a text is due")
+            raise TypeError("expected a string")
         return ast.parse(text, mode=mode)
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{place}: {text!r:.200} is no Python: {error}") from None
+        raise ValueError(f"{place} must be Python, got {text!r:.200}: {error}") from None

@@ -1,4 +1,4 @@
-"""Docker or Podman: a container per program, without network, without capabilities, with a read-only root."""
+"""Docker or Podman: a container per program, without network or capabilities, with a read-only root."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .backend import (
 
 IMAGE = "python:3.12-slim"
 STARTING = 30.0
-"""Seconds that an engine may take to start a container, beyond the program's own."""
+"""Seconds that an engine may take to start a container, beyond the program's time."""
 MIB = 1 << 20
 
 
 class Engine(Backend):
-    """`docker run` or `podman run`, once per program. The image needs `python3`, 3.11 or newer, and nothing else."""
+    """Backend that starts `docker run` or `podman run` once per program. The image needs only `python3`, 3.11 or newer."""
 
     def __init__(self, engine: Literal["docker", "podman"], image: str | None = None) -> None:
         self.engine = engine
@@ -39,10 +39,10 @@ class Engine(Backend):
         return _problem(self.engine, self.image)
 
     def command(self, limits: Limits, name: str) -> list[str]:
-        """What is run. Memory and processes are bounded of the whole container."""
+        """Return the command. Limits on memory and processes apply to the whole container."""
         total = f"{(limits.memory * limits.processes + limits.disk) // MIB + 64}m"
         room = f"/tmp:rw,nosuid,nodev,mode=1777,size={limits.disk}"
-        if self.engine == "docker":  # podman refuses it; there, files count as memory
+        if self.engine == "docker":  # podman rejects it; there, files count as memory
             room += f",nr_inodes={limits.files}"
         return [
             *[self.engine, "run", "--rm", "--interactive", "--pull", "never", "--name", name],
@@ -81,7 +81,7 @@ class Engine(Backend):
         )
 
     def _kill(self, process: subprocess.Popen[bytes], name: str) -> None:
-        """End the container too: it is the engine's child, not the command's."""
+        """Kill the container too, which is a child of the engine, not of the command."""
         try:
             process.wait(0.5)
         except subprocess.TimeoutExpired:
@@ -91,26 +91,26 @@ class Engine(Backend):
 
 @cache
 def _problem(engine: str, image: str) -> str | None:
-    remedy = "or choose another `sandbox`: bubblewrap or remote"
+    remedy = "or set `sandbox` to bubblewrap or remote"
     if shutil.which(engine) is None:
-        return f"sandbox `{engine}`: the command {engine} is not here: install it, {remedy}"
+        return f"sandbox `{engine}`: command {engine} not found: install it, {remedy}"
     said = _ask([engine, "info"])
     if said is not None:
         return f"sandbox `{engine}`: the engine does not answer ({said}): start it, {remedy}"
     said = _ask([engine, "image", "inspect", image])
     if said is not None:
-        return f"sandbox `{engine}`: no image {image!r} here ({said}): `{engine} pull {image}`, or name another `image`"
+        return f"sandbox `{engine}`: image {image!r} not found ({said}): run `{engine} pull {image}`, or set another `image`"
     try:
         answers = Engine(engine, image).run("x = 6", [Question("call", "x * 7")], Limits())  # type: ignore[arg-type]
     except SandboxError as error:
         return f"sandbox `{engine}`: {error}; {remedy}"
     if answers != [Answer("value", "42")]:
-        return f"sandbox `{engine}`: a trial program gave {answers[0].text!r} in place of 42; {remedy}"
+        return f"sandbox `{engine}`: a trial program returned {answers[0].text!r} instead of 42; fix it, {remedy}"
     return None
 
 
 def _ask(command: list[str]) -> str | None:
-    """What a command says where it fails within 20 s; None where it succeeds."""
+    """Run a command for up to 20 s; returns its output if it fails, else None."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, text=True, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,6 +1,6 @@
-"""A runner on another machine, over HTTP: code, expressions and inputs as JSON out, what they gave as JSON back.
+"""Runner on another machine, over HTTP: sends code, expressions and inputs as JSON and receives results as JSON.
 
-docs/sandbox.md holds the protocol; `server` is a runner. What a test should give is never sent.
+docs/sandbox.md documents the protocol; `server` is a runner. Expected results are never sent.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .backend import MIB, Answer, Backend, Limits, Question, SandboxError, new_n
 
 VERSION = 1
 WAITING = 30.0
-"""Seconds that a request may take beyond the program's own, for the network and for a runner that is busy."""
+"""Seconds that a request may take beyond the program's time, for the network and a busy runner."""
 BOUNDS = ("seconds", "test_seconds", "memory", "processes", "disk", "files", "output")
 
 
 class Remote(Backend):
-    """Posts each program to a URL."""
+    """Backend that posts each program to a URL."""
 
     def __init__(self, url: str, token_env: str | None = None) -> None:
         self.url = url
@@ -30,7 +30,7 @@ class Remote(Backend):
 
     def problem(self) -> str | None:
         if self.token_env is not None and not os.environ.get(self.token_env):
-            return f"token_env: the environment variable {self.token_env} is not set"
+            return f"token_env: environment variable {self.token_env} is not set"
         return _problem(self.url, self.token_env)
 
     def run(self, code: str, questions: Sequence[Question], limits: Limits) -> list[Answer]:
@@ -44,10 +44,10 @@ class Remote(Backend):
         }
         told = self._post(asked, limits.seconds + WAITING, 4 * limits.output + MIB)
         if not isinstance(told, dict) or not secrets.compare_digest(str(told.get("nonce")), nonce):
-            raise SandboxError(f"{self.url}: the answer does not carry the nonce of its request")
+            raise SandboxError(f"{self.url}: the answer must repeat the nonce of its request")
         results = told.get("results")
         if not isinstance(results, list) or len(results) != len(questions):
-            raise SandboxError(f"{self.url}: one result per test is due, {len(questions)} of them")
+            raise SandboxError(f"{self.url}: results must be a list of one per test, {len(questions)} in all")
         return [self._answer(result) for result in results]
 
     def _answer(self, result: Any) -> Answer:
@@ -58,7 +58,7 @@ class Remote(Backend):
                 return Answer("stdout", text)
             case {"failed": str(text)}:
                 return Answer("failed", text)
-        raise SandboxError(f"{self.url}: {result!r:.200} is no result: value, stdout or failed with a text is due")
+        raise SandboxError(f"{self.url}: a result must be value, stdout or failed with a text, got {result!r:.200}")
 
     def _post(self, asked: Mapping[str, Any], seconds: float, most: int) -> Any:
         import httpx
@@ -74,9 +74,9 @@ class Remote(Backend):
                     for chunk in reply.iter_bytes():
                         text += chunk
                         if time.monotonic() > end:
-                            raise SandboxError(f"{self.url}: no whole answer within {seconds:g} s")
+                            raise SandboxError(f"{self.url}: no complete answer within {seconds:g} s")
                         if len(text) > most:
-                            raise SandboxError(f"{self.url}: an answer of more than {most} bytes")
+                            raise SandboxError(f"{self.url}: the answer exceeds {most} bytes")
             if reply.status_code != 200:
                 raise SandboxError(f"{self.url}: status {reply.status_code}: {bytes(text[:300])!r}")
             return json.loads(text)
@@ -89,7 +89,7 @@ def _problem(url: str, token_env: str | None) -> str | None:
     try:
         answers = Remote(url, token_env).run("x = 6", [Question("call", "x * 7")], Limits())
     except SandboxError as error:
-        return f"sandbox `remote`: {error}: start a runner there (docs/sandbox.md), or mend `url`"
+        return f"sandbox `remote`: {error}. Start a runner there (docs/sandbox.md), or fix `url`"
     if answers != [Answer("value", "42")]:
-        return f"sandbox `remote`: {url} gave {answers[0].text!r} in place of 42 to a trial program"
+        return f"sandbox `remote`: {url} returned {answers[0].text!r} instead of 42 for a trial program"
     return None

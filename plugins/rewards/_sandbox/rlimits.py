@@ -1,7 +1,7 @@
-"""Limits on processor time, memory, files and processes, and nothing else: hygiene for code that is trusted, no sandbox.
+"""Limits on CPU time, memory, files and processes only: hygiene for trusted code, not a sandbox.
 
-The program can read and write all that this process can, and reach the network. Run by root, its processes are not counted,
-and it can end this process.
+The program can read and write whatever this process can, and reach the network. Run by root, its processes are not
+counted, and it can kill this process.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .bubblewrap import interpreter
 
 
 class Rlimits(Backend):
-    """A process with resource limits, in an empty folder that is removed after it."""
+    """Backend that runs a process with resource limits in a temporary folder."""
 
     def __init__(self, python: str | None = None) -> None:
         self.python = python
 
     def problem(self) -> str | None:
         if os.name != "posix":
-            return "sandbox `rlimits`: this system has no resource limits: choose docker or remote"
+            return "sandbox `rlimits`: this system has no resource limits. Set `sandbox` to docker or remote"
         return None
 
     def run(self, code: str, questions: Sequence[Question], limits: Limits) -> list[Answer]:

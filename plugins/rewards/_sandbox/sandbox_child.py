@@ -1,14 +1,14 @@
-"""Runs a program against its tests: the script that runs inside a sandbox. It imports nothing of the package.
+"""Script that runs a program against its tests inside a sandbox. It imports nothing from the package.
 
-Two kinds of processes. The harness (this script's first process) reads the job, starts the program and gives back what
-it answered; it runs nothing of the program. Programs run in processes forked from it, below limits that they cannot
-lift, without the harness' pipes and, where the sandbox lets it, as another user. The expected values are in neither.
+There are two kinds of processes. The harness (this script's first process) reads the job, starts the program and returns
+its answers; it executes no code of the program. Programs run in processes forked from it, under limits that they cannot
+lift, without the harness's pipes and, if the sandbox supports it, as another user. Neither has the expected values.
 
-On standard input: 12 digits, the length of the job; the job, fields as `LENGTH:BYTES`; 64 characters, the nonce, which the
-harness reads when no program runs any more. The job's fields: `LIMITS` by name as numbers, the program, then per test
+Standard input: 12 digits, the length of the job; the job, fields as `LENGTH:BYTES`; 64 characters, the nonce, which the
+harness reads once no program runs any more. The job's fields: `LIMITS` in order as numbers, the program, then per test
 "c" and an expression, or "s" and a text for standard input.
-On standard output: "ready\\n"; then fields as above: the nonce, and per test "v" and its value as JSON (see `encode`), "o"
-and what it printed, or "f" and why there is neither.
+Standard output: "ready\\n"; then fields as above: the nonce, and per test "v" and its value as JSON (see `encode`), "o"
+and its output, or "f" and the reason for failure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-try:  # `signal` around these takes a quarter of the time in which Python starts
+try:  # importing `signal`, which wraps these, would take a quarter of Python's start-up time
     from _signal import ITIMER_REAL, setitimer
 except ImportError:
     from signal import ITIMER_REAL, setitimer
@@ -36,17 +36,17 @@ else:
     from sandbox_encode import NotPlain, encode  # type: ignore[no-redef]
 
 LIMITS = ("deadline", "seconds", "test_seconds", "memory", "processes", "disk", "files", "output", "user")
-"""Seconds of the monotonic clock at the end, 0 where the parent has another clock; seconds in all and per test; bytes of
-address space of each process; processes; bytes and files of the temporary folder; bytes that come back in all; user and
-group of the program, -1 for the harness' own."""
+"""Deadline in seconds of the monotonic clock, 0 if the parent has another clock; seconds in total and per test; bytes of
+address space of each process; processes; bytes and files of the temporary folder; total bytes returned; user and group
+of the program, -1 for the harness's own."""
 LAST = b"\nend\n"
-"""After a program's last answer."""
+"""Marker after a program's last answer."""
 
 _now, _fork, _write, _read = time.monotonic, os.fork, os.write, os.read
 
 
 def _start(job: Job, standard_input: int, standard_output: int, kept: int) -> int:
-    """Fork; 0 in the child, which is confined and has of this process' files these three and nothing else."""
+    """Fork; returns 0 in the child, which is confined and keeps only these three of this process's files."""
     pid = _fork()
     if pid:
         return pid
@@ -63,11 +63,11 @@ def _start(job: Job, standard_input: int, standard_output: int, kept: int) -> in
     return 0
 
 
-# Tests that are expressions: one process runs the program, a copy of it each test
+# Tests that are expressions: one process runs the program, a forked copy each test
 
 
 def run_calls(job: Job, calls: list[tuple[int, str]], left: int) -> dict[int, bytes]:
-    """Index -> "v" and JSON or "f" and a reason, for each expression that was answered; at most `left` bytes."""
+    """Return "v" and JSON or "f" and a reason by index, for each expression that was answered; at most `left` bytes."""
     reader, writer = os.pipe()
     pid = _start(job, -1, -1, writer)
     if not pid:
@@ -112,7 +112,7 @@ def _answer_calls(job: Job, calls: list[tuple[int, str]], writer: int) -> None:
 
 def _answer_call(job: Job, index: int, call: str, scope: dict[str, Any], writer: int) -> None:
     die_with_parent()
-    setitimer(ITIMER_REAL, job.test_seconds)  # its signal ends the process
+    setitimer(ITIMER_REAL, job.test_seconds)  # its signal kills the process
     try:
         value = eval(compile(call, "test.py", "eval", dont_inherit=True), scope)
         kind, text = b"v", encode(value, job.output).encode("ascii")
@@ -134,7 +134,7 @@ def _send(fd: int, index: int, kind: bytes, text: bytes) -> None:
 
 
 def _frames(text: bytes, expected: set[int]) -> dict[int, bytes]:
-    """What a program sent, up to the first thing that is not what is due. The first answer to a test counts."""
+    """Parse a program's answers up to the first malformed one. The first answer to a test counts."""
     found: dict[int, bytes] = {}
     place = 0
     while (end := text.find(b"\n", place, place + 32)) >= 0:
@@ -152,7 +152,7 @@ def _frames(text: bytes, expected: set[int]) -> dict[int, bytes]:
 
 
 def run_whole(job: Job, given: bytes, left: int) -> bytes:
-    """ "o" and what the program printed, or "f" and a reason."""
+    """Return "o" and the program's output, or "f" and a reason."""
     in_reader, in_writer = os.pipe()
     reader, writer = os.pipe()
     pid = _start(job, in_reader, writer, -1)
@@ -179,7 +179,7 @@ def run_whole(job: Job, given: bytes, left: int) -> bytes:
 
 
 def _run_as_main(code: str) -> None:
-    """Run a program and end as it would, but faster where it has neither threads nor handlers to wait for."""
+    """Run a program as `__main__` and exit as it would, but faster if it has no threads or exit handlers to wait for."""
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
     try:
@@ -195,7 +195,7 @@ def _run_as_main(code: str) -> None:
 
 
 def _wait(pid: int, deadline: float) -> int | None:
-    """The status with which a child ended, below 0 by a signal; None at the deadline."""
+    """Wait for a child; returns its exit status, negative for a signal, or None at the deadline."""
     while not (found := os.waitpid(pid, os.WNOHANG))[0]:
         if _now() > deadline:
             return None
@@ -204,7 +204,7 @@ def _wait(pid: int, deadline: float) -> int | None:
 
 
 def _chunks(reader: int, deadline: float, pid: int, writer: int = -1, given: bytes = b"") -> Iterator[bytes]:
-    """What comes, until the deadline; b"" last where the other end is closed or its process gone. Writes `given` meanwhile."""
+    """Read until the deadline while writing `given`; yields b"" last if the other end is closed or its process gone."""
     ended = False
     if writer >= 0:
         os.set_blocking(writer, False)
@@ -225,7 +225,7 @@ def _chunks(reader: int, deadline: float, pid: int, writer: int = -1, given: byt
                 if not chunk:
                     break
             elif ended:
-                yield b""  # a process that it left behind holds the pipe open
+                yield b""  # a leftover process holds the pipe open
                 break
             elif not free:
                 ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -238,7 +238,7 @@ def _chunks(reader: int, deadline: float, pid: int, writer: int = -1, given: byt
 
 
 class Job(Bounds):
-    """What is to be run."""
+    """Program, tests and limits of a run."""
 
     deadline: float
     test_seconds: float
@@ -254,7 +254,7 @@ class Job(Bounds):
 
 
 def run(job: Job) -> list[bytes]:
-    """Per test a field, as the module says."""
+    """Return one field per test, as described in the module docstring."""
     answers: dict[int, bytes] = {}
     left = job.output
     calls = [
@@ -271,7 +271,7 @@ def run(job: Job) -> list[bytes]:
 
 
 def take(count: int) -> bytes:
-    """So many bytes of standard input and no more."""
+    """Read exactly `count` bytes of standard input."""
     parts = bytearray()
     while len(parts) < count:
         chunk = _read(0, count - len(parts))
@@ -282,13 +282,13 @@ def take(count: int) -> bytes:
 
 
 def fields_of(text: bytes) -> list[bytes]:
-    """`LENGTH:BYTES` one after the other. Raises `ValueError`."""
+    """Parse consecutive fields `LENGTH:BYTES`. Raises `ValueError`."""
     found, place = [], 0
     while place < len(text):
         colon = text.index(b":", place, place + 12)
         end = colon + 1 + int(text[place:colon])
         if end > len(text) or end <= colon:
-            raise ValueError("a field ends too early")
+            raise ValueError("truncated field")
         found.append(text[colon + 1 : end])
         place = end
     return found
@@ -299,7 +299,7 @@ def joined(fields: list[bytes]) -> bytes:
 
 
 def main() -> None:
-    """One job."""
+    """Run one job."""
     job = Job(fields_of(take(int(take(12)))))
     out = os.dup(1)
     harden(job)

@@ -1,4 +1,4 @@
-"""What a process inside the sandbox gives up, and how it ends others. Runs there beside `sandbox_child`; imports nothing of
+"""Confinement of processes inside the sandbox, and their killing. Runs there with `sandbox_child`; imports nothing from
 the package."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OPEN_FILES = 128
 
 
 class Bounds:
-    """What a program may use; `sandbox_child.LIMITS` says in what units."""
+    """Resource limits of a program, in the units of `sandbox_child.LIMITS`."""
 
     seconds: float
     memory: int
@@ -28,7 +28,7 @@ class Bounds:
 
 
 def confine(bounds: Bounds) -> None:
-    """Give up what this process may do, for good: limits first, then groups, user and capabilities."""
+    """Drop this process's rights irrevocably: limits first, then groups, user and capabilities."""
     seconds = int(bounds.seconds) + 1
     for name, most in (
         ("CPU", seconds),
@@ -36,7 +36,7 @@ def confine(bounds: Bounds) -> None:
         ("NPROC", bounds.processes),
         ("FSIZE", bounds.disk),
         ("NOFILE", OPEN_FILES),
-        ("CORE", 1),  # 0 still starts the program of the machine that collects crashes
+        ("CORE", 1),  # 0 would still start the machine's crash handler
         ("MEMLOCK", 0),
         ("MSGQUEUE", 0),
     ):
@@ -47,7 +47,7 @@ def confine(bounds: Bounds) -> None:
         bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
         try:
             resource.setrlimit(kind, (bound, bound))
-        except (ValueError, OSError):  # macOS refuses some of them
+        except (ValueError, OSError):  # macOS rejects some of them
             continue
     if bounds.user >= 0:
         os.setgroups([])
@@ -57,7 +57,7 @@ def confine(bounds: Bounds) -> None:
 
 
 def libc() -> Any:
-    """The C library, or None where this Python has no ctypes."""
+    """Load the C library; returns None if this Python has no ctypes."""
     try:
         import ctypes
 
@@ -71,7 +71,7 @@ LINUX = LIBC is not None and sys.platform == "linux"
 
 
 def drop_capabilities() -> None:
-    """No capability is left, and none can come back through an exec."""
+    """Drop all capabilities, so that no exec can regain them."""
     if not LINUX:
         return
     import ctypes
@@ -84,14 +84,16 @@ def drop_capabilities() -> None:
 
 
 def die_with_parent() -> None:
-    """The end of the parent is the end of this process."""
-    if LINUX and os.getpid() != 1:  # the first process of a container has no parent in sight
+    """Kill this process when its parent ends."""
+    if LINUX and os.getpid() != 1:  # the first process of a container sees no parent
         LIBC.prctl(1, SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def harden(bounds: Bounds) -> None:
-    """Shut the harness itself: nobody reads its memory, orphans become its children, it dies with its parent; and bound the
-    number of files where the sandbox gave it a temporary folder of its own."""
+    """Harden the harness: make its memory unreadable, adopt orphans, die with the parent.
+
+    Also limits the number of files if the sandbox has its own temporary folder.
+    """
     if not LINUX:
         return
     LIBC.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
@@ -101,15 +103,15 @@ def harden(bounds: Bounds) -> None:
         options = b"size=%d,nr_inodes=%d" % (bounds.disk, bounds.files)
         remount, no_suid, no_dev = 32, 2, 4
         if LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", remount | no_suid | no_dev, options) != 0:
-            raise OSError("the temporary folder cannot be bounded")
+            raise OSError("cannot limit the temporary folder")
     if bounds.user < 0:
         drop_capabilities()
 
 
 def sweep(pid: int) -> None:
-    """End the process group `pid` and, as far as they can be found, the processes that it left behind."""
+    """Kill the process group `pid` and, if they can be found, the processes that it left behind."""
     _kill(os.killpg, pid)
-    if os.getpid() in (1, 2):  # a process namespace of our own: all that is in it, but its reaper
+    if os.getpid() in (1, 2):  # in a separate process namespace: all processes but its reaper
         _kill(os.kill, -1)
     else:
         for _ in range(1000):
@@ -134,7 +136,7 @@ def _kill(call: Callable[[int, int], None], place: int) -> None:
 
 
 def _children() -> list[int]:
-    """Processes whose parent is this one: programs, and, since orphans come to it, what they left behind."""
+    """Return the children of this process: programs and adopted orphans."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as listed:
             return [int(pid) for pid in listed.read().split()]

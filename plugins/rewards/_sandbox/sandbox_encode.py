@@ -1,4 +1,4 @@
-"""A value as JSON, made inside the sandbox. Runs there beside `sandbox_child`; imports nothing of the package."""
+"""JSON encoding of values inside the sandbox. Runs there with `sandbox_child`; imports nothing from the package."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-try:  # `json` itself takes as long to import as Python to start
+try:  # importing `json` takes as long as starting Python
     from _json import encode_basestring_ascii as quoted
 except ImportError:
     from json.encoder import py_encode_basestring_ascii as quoted
 
 DEPTH = 100
-"""Deepest nesting of a value."""
+"""Maximum nesting of a value."""
 
 
 class NotPlain(Exception):
-    """A value that cannot leave the sandbox."""
+    """Error for a value that cannot leave the sandbox."""
 
 
 def encode(value: Any, largest: int) -> str:
-    """JSON of a plain value. Raises `NotPlain`: for other types, cycles, and more than `largest` characters.
+    """Encode a plain value as JSON. Raises `NotPlain` for other types, cycles, and more than `largest` characters.
 
-    None, bool, str, list, float and int up to 63 bits as they are; else an object with one key: "i" an int in hexadecimal,
-    "f" inf, -inf or nan, "c" [real, imaginary], "b" bytes in hexadecimal, "t" the items of a tuple, "s" those of a set, "d" the
-    [key, value] pairs of a dict. Of an instance of a subclass the plain value that it holds.
+    None, bool, str, list, float and int up to 63 bits are encoded directly, others as an object with one key: "i" an int in
+    hexadecimal, "f" inf, -inf or nan, "c" [real, imaginary], "b" bytes in hexadecimal, "t" the items of a tuple, "s" those
+    of a set, "d" the [key, value] pairs of a dict. Instances of subclasses are encoded as their plain value.
     """
     parts: list[str] = []
     left = largest
@@ -33,7 +33,7 @@ def encode(value: Any, largest: int) -> str:
         nonlocal left
         left -= len(text)
         if left < 0:
-            raise NotPlain("too large a value")
+            raise NotPlain("value too large")
         parts.append(text)
 
     def items(values: Any, depth: int) -> None:
@@ -51,7 +51,7 @@ def encode(value: Any, largest: int) -> str:
 
     def walk(x: Any, depth: int) -> None:
         if depth > DEPTH:
-            raise NotPlain("too deep a value")
+            raise NotPlain("value nested too deeply")
         if x is None:
             put("null")
         elif x is True or x is False:

@@ -1,8 +1,8 @@
-"""A seccomp filter for programs that nobody trusts: system calls that hold no place in a test and much of a kernel's risk.
+"""Seccomp filter for untrusted programs: denies system calls that tests do not need and that expose the kernel.
 
-It adds to namespaces and limits what these leave open: memory that no limit of a process counts (System V and POSIX
-shared memory and queues, memory files), new user namespaces, reading another process, the kernel's keys, modules, tracing
-and asynchronous I/O, and sockets of families that a network namespace does not hold (VSOCK reaches the host of a machine).
+It closes what namespaces and limits leave open: memory outside of a process's limits (System V and POSIX shared memory and
+queues, memory files), new user namespaces, access to other processes, the kernel's keys, modules, tracing and asynchronous
+I/O, and socket families that a network namespace does not isolate (VSOCK reaches a virtual machine's host).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import struct
 
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""Machine -> its AUDIT_ARCH, and its place in `DENIED`."""
+"""AUDIT_ARCH of each machine, and its index in `DENIED`."""
 DENIED: dict[str, tuple[int, int]] = {
     "acct": (163, 89),
     "add_key": (248, 217),
@@ -61,19 +61,19 @@ DENIED: dict[str, tuple[int, int]] = {
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
 }
-"""System call -> its number on x86_64 and on aarch64 (-1: not there)."""
+"""Numbers of denied system calls on x86_64 and on aarch64 (-1: absent)."""
 CLONE, CLONE3, SOCKET = (56, 220), 435, (41, 198)
 NAMESPACES = 0x7E020000
-"""CLONE_NEW*: all flags of `clone` that make a namespace."""
+"""CLONE_NEW*: all flags of `clone` that create a namespace."""
 FAMILIES = (1, 2, 10)
 """AF_UNIX, AF_INET, AF_INET6."""
 X32 = 0x40000000
-"""Bit of the calls of a second set on x86_64, which no filter by number would know."""
+"""Bit of the x32 system calls on x86_64, which a filter by number would miss."""
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
-"""Places in the data that a filter sees."""
+"""Offsets in the data that a filter sees."""
 
 
 def known_machine() -> bool:
@@ -81,11 +81,11 @@ def known_machine() -> bool:
 
 
 def program() -> bytes:
-    """The filter in the kernel's form, for this machine. Raises `KeyError` where `known_machine` is False."""
+    """Return the filter for this machine as BPF. Raises `KeyError` if `known_machine` is False."""
     architecture, place = ARCHITECTURES[platform.machine()]
     code = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
     code += [(AT_LEAST, 0, 1, X32), _error(errno.ENOSYS)]
-    code += [(EQUAL, 0, 1, CLONE3), _error(errno.ENOSYS)]  # the C library then uses clone, whose flags can be seen
+    code += [(EQUAL, 0, 1, CLONE3), _error(errno.ENOSYS)]  # the C library then uses clone, whose flags are visible
     for numbers in DENIED.values():
         if numbers[place] >= 0:
             code += [(EQUAL, 0, 1, numbers[place]), _error(errno.EPERM)]

@@ -1,8 +1,8 @@
-"""A runner for `sandbox: remote`: runs what it is sent under Bubblewrap.
+"""Runner for `sandbox: remote`, which runs the programs it receives under Bubblewrap.
 
     UNIT_TESTS_TOKEN=... python -m hf_rlhf_plugins.rewards._sandbox.server --host 0.0.0.0 --port 8900
 
-It holds no data, no model and no expected value: a machine of its own, that can be thrown away, is the place for it.
+It has no data, model or expected values: run it on a separate, disposable machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .bubblewrap import Bubblewrap
 from .remote import BOUNDS, VERSION
 
 LARGEST = 16 << 20
-"""Bytes of a request."""
+"""Maximum bytes of a request."""
 HIGHEST = Limits(
     seconds=120.0,
     test_seconds=120.0,
@@ -31,20 +31,21 @@ HIGHEST = Limits(
     files=1 << 16,
     output=16 << 20,
 )
-"""The most that a request gets, whatever it asks for."""
+"""Upper bounds of a request's limits."""
 
 
 class Refused(Exception):
-    """A request that is not answered; the message says why."""
+    """Error for a rejected request; the message says why."""
 
 
 def answer(asked: Any, backend: Backend) -> dict[str, Any]:
-    """The reply to a request. Raises `Refused`, and `SandboxError` where the sandbox does not start."""
+    """Answer a request. Raises `Refused`, and `SandboxError` if the sandbox does not start."""
     if not isinstance(asked, dict) or asked.get("version") != VERSION:
-        raise Refused(f"version {VERSION} of the protocol is due")
+        got = asked.get("version") if isinstance(asked, dict) else asked
+        raise Refused(f"this server speaks protocol version {VERSION}, got {got!r:.80}")
     code, tests, bounds = asked.get("code"), asked.get("tests"), asked.get("limits", {})
     if not isinstance(code, str) or not isinstance(tests, list) or not isinstance(bounds, dict):
-        raise Refused("code: a text, tests: a list, limits: an object are due")
+        raise Refused("code must be a text, tests a list and limits an object")
     results = backend.run(code, [_question(test) for test in tests], _limits(bounds))
     return {"version": VERSION, "nonce": asked.get("nonce"), "results": [{each.kind: each.text} for each in results]}
 
@@ -55,38 +56,38 @@ def _question(test: Any) -> Question:
             return Question("call", text)
         case {"stdin": str(text)}:
             return Question("stdin", text)
-    raise Refused('each test is {"call": EXPRESSION} or {"stdin": TEXT}')
+    raise Refused('each test must be {"call": EXPRESSION} or {"stdin": TEXT}')
 
 
 def _limits(bounds: dict[str, Any]) -> Limits:
     unknown = set(bounds) - set(BOUNDS)
     if unknown:
-        raise Refused(f"no limits {', '.join(sorted(unknown))}; there are {', '.join(BOUNDS)}")
+        raise Refused(f"unknown limits {', '.join(sorted(unknown))}; use {', '.join(BOUNDS)}")
     found: dict[str, Any] = {}
     for name, value in bounds.items():
         highest = getattr(HIGHEST, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise Refused(f"limits: {name} is a number above 0")
+            raise Refused(f"limits: {name} must be a positive number")
         found[name] = type(highest)(min(value, highest))
     return replace(Limits(), **found)
 
 
 def serve(host: str, port: int, token: str | None, at_a_time: int, backend: Backend) -> ThreadingHTTPServer:
-    """A server that listens; `serve_forever` starts it. At most so many programs at a time, the others wait."""
+    """Return a listening server, started by `serve_forever`; programs beyond `at_a_time` wait."""
     turns = threading.BoundedSemaphore(at_a_time)
 
     class Handler(BaseHTTPRequestHandler):
-        """Takes a program with its questions, and replies with the answers once it is its turn."""
+        """Handler that answers a program's questions, once it is its turn."""
 
         timeout = 60.0
 
         def do_POST(self) -> None:
             given = self.headers.get("Authorization") or ""
             if token is not None and not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                return self._reply(401, {"error": "no such token"})
+                return self._reply(401, {"error": "invalid token"})
             length = self.headers.get("Content-Length") or ""
             if not length.isdigit() or int(length) > LARGEST:
-                return self._reply(413, {"error": f"a Content-Length of at most {LARGEST} is due"})
+                return self._reply(413, {"error": f"Content-Length must be at most {LARGEST}"})
             try:
                 asked = json.loads(self.rfile.read(int(length)))
                 with turns:
@@ -105,17 +106,17 @@ def serve(host: str, port: int, token: str | None, at_a_time: int, backend: Back
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing is written of a request."""
+            """Log nothing about requests."""
 
     return ThreadingHTTPServer((host, port), Handler)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Runs programs under Bubblewrap for `sandbox: remote`.")
+    parser = argparse.ArgumentParser(description="Run programs under Bubblewrap for `sandbox: remote`.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8900)
-    parser.add_argument("--at-a-time", type=int, default=os.cpu_count() or 1, help="programs at a time")
-    parser.add_argument("--python", help="interpreter of the programs, with its packages")
+    parser.add_argument("--at-a-time", type=int, default=os.cpu_count() or 1, help="concurrent programs")
+    parser.add_argument("--python", help="interpreter for the programs, with its packages")
     given = parser.parse_args()
     backend = Bubblewrap(given.python)
     problem = backend.problem()
@@ -123,7 +124,7 @@ def main() -> None:
         parser.error(problem)
     token = os.environ.pop("UNIT_TESTS_TOKEN", None)
     if token is None and given.host not in ("127.0.0.1", "localhost", "::1"):
-        parser.error("UNIT_TESTS_TOKEN is not set: without a token only 127.0.0.1 is served")
+        parser.error("UNIT_TESTS_TOKEN must be set to serve other hosts than 127.0.0.1")
     with serve(given.host, given.port, token, given.at_a_time, backend) as server:
         print(f"listening on {given.host}:{server.server_address[1]}", flush=True)
         server.serve_forever()

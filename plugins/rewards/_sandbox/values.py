@@ -1,8 +1,7 @@
-"""Comparing what a sandbox gave with what was expected, in the parent.
+"""Comparison of a sandbox's answers with the expected values, in the parent process.
 
-What came is JSON from a stranger: it is read within bounds, no object is made of it but numbers, texts and lists, and it is
-compared piece by piece with the expected value, whose size bounds the work. Neither an `==` of the program nor a pickle is
-ever run.
+Answers are untrusted JSON: they are parsed within limits into numbers, texts and lists only, and compared piece by piece
+with the expected value, whose size bounds the work. Neither the program's `==` nor a pickle is ever run.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 KEY_PARTS = 1000
-"""Numbers and texts in a key of a dict or an item of a set, at most."""
+"""Maximum numbers and texts in a key of a dict or an item of a set."""
 
 
 class _Different(Exception):
-    """What came is not what is due."""
+    """Signal that an answer differs from the expected value."""
 
 
 def equal_value(text: str, expected: Any, tolerance: float, *, json_types: bool) -> bool:
-    """Whether JSON of `sandbox_encode.encode` is the expected plain value.
+    """Return True if JSON of `sandbox_encode.encode` is the expected plain value.
 
-    As Python's ==, but for floats: these are equal within `tolerance`, relative and absolute, and nan is nan. `json_types`:
-    the expected value was JSON, which has no tuples, so that a list stands for them too.
+    Like Python's ==, except that floats are equal within `tolerance`, relative and absolute, and nan equals nan. With
+    `json_types` the expected value was JSON, which has no tuples, so that a list matches a tuple too.
     """
     try:
         given = json.loads(text, parse_constant=_refuse)
@@ -35,7 +34,7 @@ def equal_value(text: str, expected: Any, tolerance: float, *, json_types: bool)
 
 
 def equal_text(given: str, expected: str) -> bool:
-    """Whether two texts are equal but for white space at the ends of lines and empty lines at the end."""
+    """Return True if two texts are equal except for trailing whitespace on lines and empty lines at the end."""
     return _lines(given) == _lines(expected)
 
 
@@ -51,7 +50,7 @@ def _refuse(text: str) -> Any:
 
 
 def _compare(given: Any, expected: Any, tolerance: float, json_types: bool) -> None:
-    """Raises where they differ."""
+    """Raise `_Different` if the values differ."""
     if isinstance(expected, list | tuple):
         tag, items = _opened(given)
         due = ("list", "t") if json_types else ("list",) if isinstance(expected, list) else ("t",)
@@ -79,7 +78,7 @@ def _same(holds: bool) -> None:
 
 
 def _opened(given: Any) -> tuple[str, Sequence[Any]]:
-    """The tag and the items of what came: "list" of a list."""
+    """Return the tag and the items of an answer; "list" for a list."""
     if isinstance(given, list):
         return "list", given
     if isinstance(given, dict) and len(given) == 1:
@@ -90,7 +89,7 @@ def _opened(given: Any) -> tuple[str, Sequence[Any]]:
 
 
 def _known(items: Iterable[Any], expected: set[Any] | frozenset[Any]) -> Iterable[Any]:
-    """The items, the first that is not expected apart: no set grows from keys that a stranger chose."""
+    """Yield the items and raise at the first unexpected one, so that no set grows from untrusted keys."""
     for item in items:
         _same(_key(item) in expected)
         yield item
@@ -103,7 +102,7 @@ def _known_pairs(pairs: Iterable[Any], expected: dict[Any, Any]) -> Iterable[tup
 
 
 def _key(given: Any) -> Any:
-    """A value that can be a key: a scalar, or a tuple or frozenset of such."""
+    """Decode a hashable value: a scalar, or a tuple or frozenset of such."""
     left = KEY_PARTS
 
     def made(part: Any) -> Any:
@@ -119,7 +118,7 @@ def _key(given: Any) -> Any:
 
 
 def _scalar(given: Any) -> Any:
-    """None, a bool, a number, a text or bytes. Raises for anything else."""
+    """Decode None, a bool, a number, a text or bytes. Raises `_Different` for anything else."""
     if given is None or isinstance(given, bool | int | float | str):
         return given
     match given:

@@ -103,27 +103,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "beta 0 in the loss": (
         {"kl": [{"use": "in_loss", "beta": 0}], "reference": "frozen"},
-        "kl.0: beta is 0",
-        "set use=monitor",
+        "kl.0: beta must be positive, got 0",
+        "Set use=monitor",
     ),
     "beta 0 in the reward": (
         {"kl": [{"use": "in_reward", "beta": 0}], "reference": "frozen"},
-        "kl.0: beta is 0",
-        "leave it out with kl=[]",
+        "kl.0: beta must be positive, got 0",
+        "or kl=[] for none",
     ),
     "k1 in the loss": (
         {"kl": [{"use": "monitor"}, {"use": "in_loss", "estimator": "k1"}], "reference": "frozen"},
-        "kl.1: k1 in the loss has the expected gradient 0",
-        "set estimator.use=k2, k3 or k1_is, or move k1 to use=in_reward",
+        "kl.1: k1 in the loss has expected gradient 0",
+        "Set estimator.use=k2, k3 or k1_is, or move k1 to use=in_reward",
     ),
     "an entropy of weight 0": (
         {"loss_terms": [{"use": "entropy", "coef": 0}]},
-        "loss_terms.0: coef is 0",
-        "leave it out with loss_terms=[]",
+        "loss_terms.0: coef must not be 0",
+        "Remove the term with loss_terms=[]",
     ),
     "a critic from a reward model that is not there": (
         {"advantages": "gae", "critic": {"use": "separate", "init": "reward"}},
-        "critic: critic.init is 'reward' and no reward source is a model",
+        "critic: critic.init is 'reward' but no reward source is a model",
         "set critic.init=policy",
     ),
 }

@@ -85,8 +85,8 @@ def test_rows_without_one_of_the_columns_have_none_there(tmp_path, tokenizer, st
     ("text", "message"),
     [
         ('{"prompt": "a"}\n\n{"prompt": \n', r"rows\.json, line 3: not JSON"),
-        ('{"prompt": "a"}\n3\n', "line 2: a int, not an object with named columns"),
-        ('[{"prompt": "a"}, "b"]', "row 2: a str, not an object with named columns"),
+        ('{"prompt": "a"}\n3\n', "line 2: must be an object with named columns, got a int"),
+        ('[{"prompt": "a"}, "b"]', "row 2: must be an object with named columns, got a str"),
         ('[{"prompt": "a"}', "not JSON"),
     ],
 )
@@ -133,7 +133,7 @@ def test_the_builtin_task_comes_with_its_held_out_problems(tokenizer):
     train, evaluation = load_prompts(Dataset(path="builtin:addition"), tokenizer)
     assert (len(train), len(evaluation)) == (7588, 512)
     assert read_columns(Dataset(path="builtin:addition")) == ({"answer"}, 7588)
-    with pytest.raises(ValueError, match=r"dataset\.split has no meaning for builtin:addition"):
+    with pytest.raises(ValueError, match=r"dataset\.split does not apply to builtin:addition"):
         read_columns(Dataset(path="builtin:addition", split="test"))
 
 
@@ -234,11 +234,11 @@ def test_the_problems_of_gsm8k_load_with_a_template(gsm8k, tokenizer):
         ([*ROWS, {"prompt": None, "answer": "x"}], {}, "the prompt of row 31 is empty"),
         ([{"prompt": []}], {}, "the prompt of row 1 is empty"),
         ([{"prompt": "a", "b": None}], {"prompt_template": "{b}"}, "row 1 is empty .column 'b'"),
-        ([{"prompt": 3}], {}, "row 1 is a int, neither text nor a list of messages"),
-        ([{"prompt": ["a"]}], {}, "row 1 is a list, neither text nor a list of messages"),
-        ([{"prompt": TALK}, {"prompt": "a"}], {}, "some prompts are text and some are chat messages"),
+        ([{"prompt": 3}], {}, "row 1 must be text or a list of messages with role and content, got a int"),
+        ([{"prompt": ["a"]}], {}, "row 1 must be text or a list of messages with role and content, got a list"),
+        ([{"prompt": TALK}, {"prompt": "a"}], {}, "prompts must be all text or all chat messages, got both"),
         ([{"prompt": TALK}], {"chat": True}, r"dataset\.chat wraps text prompts"),
-        ([{"prompt": "a"}], {"system": "b"}, r"dataset\.system needs a chat prompt"),
+        ([{"prompt": "a"}], {"system": "b"}, r"dataset\.system requires chat prompts"),
         ([{"prompt": [{"role": "system", "content": "a"}]}], {"system": "b"}, "row 1 has a system message of its own"),
         ([{"prompt": "123456"}], {"max_prompt_tokens": 5}, "row 1 has 6 tokens and 5 are allowed"),
         ([{"prompt": "123456"}], {"max_prompt_tokens": 5, "overlong_prompts": "drop"}, "all 1 prompts of the dataset"),
@@ -256,7 +256,9 @@ def test_row_numbers_are_the_files_also_when_rows_are_held_out(tokenizer):
 
 
 def test_messages_without_a_chat_template_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"no chat template: set model\.chat_template"):
+    with pytest.raises(
+        ValueError, match=r"require a chat template, and the tokenizer has none: set model\.chat_template"
+    ):
         prompts_of(tokenizer, [{"prompt": TALK}])
 
 
@@ -274,10 +276,10 @@ def test_places_without_a_dataset_are_named(tmp_path, tokenizer):
         (Dataset(), r"no dataset: set dataset\.path"),
         (Dataset(path="missing.jsonl"), r"no dataset file or folder missing\.jsonl"),
         (Dataset(path=str(tmp_path / "missing")), "no dataset file or folder"),
-        (Dataset(path=str(tmp_path / "rows.txt")), r"files end in \.json, \.jsonl, \.csv, \.parquet, not '\.txt'"),
-        (Dataset(path=write(tmp_path / "a.jsonl"), split="test"), "a file is one split, 'train', and has no 'test'"),
+        (Dataset(path=str(tmp_path / "rows.txt")), r"must end in \.json, \.jsonl, \.csv, \.parquet, got '\.txt'"),
+        (Dataset(path=write(tmp_path / "a.jsonl"), split="test"), "a file has one split, 'train', got 'test'"),
         (Dataset(path=write(tmp_path / "bad.jsonl", [])), "the dataset has no rows"),
-        (Dataset(path=write(tmp_path / "a.jsonl"), name="main"), r"dataset\.name has no meaning"),
+        (Dataset(path=write(tmp_path / "a.jsonl"), name="main"), r"dataset\.name does not apply"),
     ):
         with pytest.raises(ValueError, match=message):
             read_columns(settings)

@@ -87,9 +87,9 @@ def test_places_without_a_model_are_named(tmp_path, tiny_model_path):
             load(Model())
         with pytest.raises(ValueError, match="no model folder /missing/model"):
             load(Model(path="/missing/model"))
-    with pytest.raises(ValueError, match="no tokenizer there"):
+    with pytest.raises(ValueError, match="has no tokenizer"):
         load_tokenizer(Model(path=str(tmp_path)))
-    with pytest.raises(ValueError, match="neither a Jinja template nor a file"):
+    with pytest.raises(ValueError, match="must be a Jinja template or a file"):
         load_tokenizer(Model(path=str(tiny_model_path), chat_template="missing.jinja"))
 
 

@@ -254,7 +254,7 @@ def test_k1_in_the_loss_has_no_gradient_and_is_refused(level: str):
     assert of_the_kl(lab(), kl("in_loss", "k1", level)).abs().max() < 1e-12
     row = study(lab(), "reinforce", kl("in_loss", "k1", level))
     assert row.objective == "E[r]"
-    assert "k1 in the loss has the expected gradient 0" in " ".join(row.refused)
+    assert "k1 in the loss has expected gradient 0" in " ".join(row.refused)
 
 
 def test_k1_in_the_loss_rewards_short_completions_under_the_token_mean_of_each_row():
@@ -267,7 +267,7 @@ def test_exact_in_the_advantage_has_no_gradient_and_is_refused():
     assert of_the_kl(lab(), kl("in_advantage", "exact")).abs().max() < 1e-12
     row = study(lab(), "reinforce", kl("in_advantage", "exact"))
     assert row.objective == "E[r]"
-    assert "exact in the advantage has the expected gradient 0" in " ".join(row.refused)
+    assert "exact in the advantage has expected gradient 0" in " ".join(row.refused)
 
 
 # Off-policy

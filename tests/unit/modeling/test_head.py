@@ -19,8 +19,8 @@ from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.losses import derivative, policy_terms
-from hf_rlhf.training.memory.fake_tensor_trace import LiveTensors
 from tests.helpers import stepping
+from tests.helpers.live_tensors import LiveTensors
 from tests.unit.plugins.test_losses import VARIANTS
 
 N, H, V = 50, 6, 40

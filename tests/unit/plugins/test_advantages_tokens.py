@@ -168,7 +168,7 @@ def test_the_plan_says_which_settings_of_gae_cannot_bind():
     assert remarks() == ""
     assert "whiten=true" in remarks(ddof=0)
     assert remarks(ddof=0, whiten=True) == ""
-    assert "lam=0.95 is not used" in remarks(length_adaptive=0.05, lam_critic=1.0)
+    assert "lam=0.95 is unused" in remarks(length_adaptive=0.05, lam_critic=1.0)
 
 
 def test_the_plan_says_when_every_completion_is_too_short_for_an_adaptive_lambda():
@@ -347,8 +347,8 @@ def test_a_mix_passes_on_the_targets_of_the_first_part_that_has_some():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": [], "weights": []}, "parts is empty"),
-        ({"parts": ["gae", "group_mean"], "weights": [1.0]}, r"1 numbers for 2 parts \(gae, group_mean\)"),
+        ({"parts": [], "weights": []}, "parts must name at least one estimator"),
+        ({"parts": ["gae", "group_mean"], "weights": [1.0]}, r"got 1 for 2 parts \(gae, group_mean\)"),
         ({"parts": ["gae"]}, "weights"),
     ],
 )
@@ -363,7 +363,7 @@ def test_the_needs_and_checks_of_nested_estimators_count():
     assert {"values", "groups"} <= made.needs
     text = " ".join(made.problems())
     assert "=gae needs values" in text
-    assert "maxrl takes rewards of 0 and 1" in text
+    assert "maxrl needs rewards of 0 and 1" in text
     single = runs.recipe(advantages="baseline", rollout={**runs.SCRIPTED, "num_generations": 1}).algorithm()
     assert any("others_mean" in problem and "num_generations" in problem for problem in single.problems())
 

@@ -108,7 +108,7 @@ def unlike(kind: str) -> Any:
         ("recurrent", "linear_attention are neither full nor sliding-window attention"),
         ("own attention", "does not go through transformers' attention registry"),
         ("positions", "its logits differ from those of a plain forward"),
-        ("rope", "beyond 15 tokens its rotary embedding depends on the longest row of a batch"),
+        ("rope", "its rotary embedding depends on the longest row of a batch beyond 15 tokens"),
     ],
 )
 def test_a_model_that_the_loop_does_not_serve_is_decoded_by_generate(kind, reason, caplog):
@@ -168,11 +168,11 @@ def test_a_logits_processor_changes_what_is_drawn():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no_colon", "write package.module:Class"),
+        ("no_colon", "must have the form package.module:Class"),
         ("nowhere.at_all:Class", "cannot be imported: No module named 'nowhere'"),
         (f"{__name__}:Missing", "cannot be imported: module .* has no attribute 'Missing'"),
-        (f"{__name__}:Policy", "no subclass of transformers.LogitsProcessor"),
-        (f"{__name__}:Wants", "cannot be made without arguments"),
+        (f"{__name__}:Policy", "must be a subclass of transformers.LogitsProcessor"),
+        (f"{__name__}:Wants", "must be callable without arguments"),
     ],
 )
 def test_a_wrong_path_of_a_processor_is_an_error(path, message):
@@ -186,11 +186,11 @@ def test_a_wrong_path_of_a_processor_is_an_error(path, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"temperature": 2.0}, "which is rollout.temperature: say it there"),
-        ({"num_return_sequences": 2}, "which is rollout.num_generations"),
-        ({"stop_strings": ["x"]}, "which is rollout.stop_strings"),
-        ({"num_beams": 4}, "have to be drawn token by token from the policy"),
-        ({"min_new_token": 4}, "does not know. Did you mean 'min_new_tokens'"),
+        ({"temperature": 2.0}, "Set rollout.temperature"),
+        ({"num_return_sequences": 2}, "Set rollout.num_generations"),
+        ({"stop_strings": ["x"]}, "Set rollout.stop_strings"),
+        ({"num_beams": 4}, "must be sampled token by token from the policy"),
+        ({"min_new_token": 4}, "has no 'min_new_token'. Did you mean 'min_new_tokens'"),
         ({"cache_implementation": "mine"}, "rollout.generation_kwargs: .*cache_implementation"),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_keyword_that_is_wrong_is_an_error_before_a_model_is_loaded(kwargs, me
 
 def test_keywords_of_generate_and_an_empty_stop_string():
     assert list(_checks.generation_problems({"min_new_tokens": 2, "typical_p": 0.9})) == []
-    assert "holds an empty text" in next(iter(engine(stop_strings=[""]).check(None)))
+    assert "must not contain an empty text" in next(iter(engine(stop_strings=[""]).check(None)))
     found, _ = generates(policy_of(tiny("qwen2")), engine(generation_kwargs={"suppress_tokens": list(range(2, 99))}))
     assert {token for ids in found.ids for token in ids} <= {0, 1}
 
@@ -226,7 +226,7 @@ def test_logits_that_are_no_numbers_are_an_error():
     assert _checks.unserved(policy.model, CPU, 9) is None
     with torch.no_grad():
         policy.model.model.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="logits of the policy hold NaN"):
+    with pytest.raises(ValueError, match="logits are NaN"):
         generates(policy, engine())
 
 

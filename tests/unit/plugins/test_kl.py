@@ -311,7 +311,7 @@ REVERSE, FORWARD, L1 = (
     "KL(reference || policy)",
     "the L1 distance (twice the total variation)",
 )
-STATES = " state by state, the visits held fixed"
+STATES = " state by state, with the visited states held fixed"
 EXPECTED = [
     # placement, estimator, level, the gradient that is expected; None where it is the KL's
     ("in_reward", "k1", "token", None),
@@ -326,19 +326,19 @@ EXPECTED = [
     ("in_advantage", "k1", "token", f"that of {REVERSE}{STATES}"),
     ("in_advantage", "k1", "sequence", None),
     ("in_advantage", "k3", "token", f"the KL minus that of {FORWARD}{STATES}"),
-    ("in_loss", "k2", "token", f"that of {REVERSE}{STATES}, and not that of the KL (level=sequence gives it)"),
+    ("in_loss", "k2", "token", f"that of {REVERSE}{STATES}, not that of the KL (level=sequence gives it)"),
     ("in_loss", "k3_plus", "token", f"that of {REVERSE}{STATES}"),
     ("in_loss", "k1_is", "token", f"that of {REVERSE}{STATES}"),
     ("in_loss", "k3_is", "token", f"that of {REVERSE}{STATES}"),
-    ("in_loss", "exact", "token", f"that of {REVERSE}{STATES}, and not that of the KL"),
+    ("in_loss", "exact", "token", f"that of {REVERSE}{STATES}, not that of the KL"),
     ("in_loss", "k3", "token", f"that of {FORWARD}{STATES}"),
     ("in_loss", "abs", "token", f"that of {L1}{STATES}"),
     ("in_loss", "k2", "sequence", None),
     ("in_loss", "k3_plus", "sequence", None),
     ("in_loss", "k1_is", "sequence", None),
     ("in_loss", "k3_is", "sequence", None),
-    ("in_loss", "k3", "sequence", f"that of {FORWARD}, and not that of {REVERSE}"),
-    ("in_loss", "abs", "sequence", f"that of {L1}, and not that of {REVERSE}"),
+    ("in_loss", "k3", "sequence", f"that of {FORWARD}, not that of {REVERSE}"),
+    ("in_loss", "abs", "sequence", f"that of {L1}, not that of {REVERSE}"),
 ]
 
 
@@ -352,8 +352,8 @@ def test_the_plan_names_the_gradient_that_is_expected(name: str, estimator: str,
 
 
 def test_what_a_stranger_brings_is_tried_and_not_looked_up():
-    assert "that of no divergence that is tried here" in remarks("in_loss", estimator=Renyi())
-    assert "needs entropy, so its expected gradient was not tried" in remarks("in_loss", estimator=Guarded())
+    assert "that of none of the known divergences" in remarks("in_loss", estimator=Renyi())
+    assert "needs entropy, so its expected gradient is unknown" in remarks("in_loss", estimator=Guarded())
     assert "that of its mean minus that of doubled in the loss" in remarks("in_reward", estimator=Doubled())
 
 
@@ -389,5 +389,5 @@ def test_exact_needs_no_ratio_as_no_token_is_sampled_in_it():
 
 @pytest.mark.parametrize("name", ["in_reward", "in_advantage"])
 def test_a_ratio_that_is_always_1_is_remarked_on(name: str):
-    assert "its ratio is 1 there" in remarks(name, estimator="k1_is")
+    assert "its ratio is always 1 there" in remarks(name, estimator="k1_is")
     assert "its ratio" not in remarks(name, estimator="k3")

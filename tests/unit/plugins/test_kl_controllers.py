@@ -71,7 +71,7 @@ def test_a_horizon_that_could_take_beta_below_0_is_refused():
 
     assert not problems(20.1)
     (problem,) = problems(20)
-    assert "Set horizon to more than 20" in problem
+    assert "horizon must be above 20" in problem
 
 
 @pytest.mark.parametrize("name", ["in_advantage", "in_loss", "in_reward"])

@@ -112,7 +112,7 @@ def test_rows_of_jsonl_and_of_datasets_give_their_column(tmp_path: Path):
 def test_a_missing_column_is_an_error_that_names_those_there_are(tmp_path: Path):
     file = tmp_path / "texts.jsonl"
     file.write_text('{"body": "a", "title": "b"}\n')
-    with pytest.raises(ValueError, match=r"no text in column 'text'; it has: body, title"):
+    with pytest.raises(ValueError, match=r"no text in column 'text'; its columns: body, title"):
         ptx(file)
     file.write_text('{"text": null}\n')
     with pytest.raises(ValueError, match="no text in column 'text'"):
@@ -122,13 +122,13 @@ def test_a_missing_column_is_an_error_that_names_those_there_are(tmp_path: Path)
 def test_a_missing_file_is_refused_before_the_run(tmp_path: Path):
     algorithm: Any = None
     term = load_plugin("loss_terms", "ptx", path=str(tmp_path / "none.txt"))
-    assert "there is no file" in next(iter(term.check(algorithm)))
+    assert "no such file" in next(iter(term.check(algorithm)))
     assert not list(load_plugin("loss_terms", "ptx", path="someone/texts").check(algorithm))
 
 
 def test_nothing_to_read_and_too_long_texts_are_errors(tmp_path: Path, lines: Path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="no text of two tokens"):
+    with pytest.raises(ValueError, match="no text of two or more tokens"):
         ptx(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match="context of 256"):
         ptx(lines, max_tokens=257)

@@ -136,11 +136,11 @@ def test_of_several_labels_a_number_or_a_name_chooses_and_without_one_the_choice
     for output, index in ((0, 0), (2, 2), ("honest", 1)):
         assert loaded(folder, output=output)(given(TEXTS)) == pytest.approx([row[index] for row in rows], abs=1e-6)
     choices = r"output: 0 \('helpful'\), 1 \('honest'\), 2 \('harmless'\)"
-    with pytest.raises(ValueError, match=rf"{tmp_path}' has 3 labels; choose the one that scores: {choices}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}' has 3 labels\. Choose the one that scores: {choices}"):
         loaded(folder)
-    with pytest.raises(ValueError, match=rf"3 labels and none is 'helpfull'; .*{choices}"):
+    with pytest.raises(ValueError, match=rf"3 labels, none of them 'helpfull'\. .*{choices}"):
         loaded(folder, output="helpfull")
-    with pytest.raises(ValueError, match="none is 3"):
+    with pytest.raises(ValueError, match="none of them 3"):
         loaded(folder, output=3)
 
 
@@ -166,18 +166,16 @@ def test_log_odds_and_probabilities_of_labels_that_exclude_each_other_and_of_tho
 def test_what_is_no_reward_model_is_named(tmp_path):
     language = save_model(tmp_path / "language", "AutoModelForCausalLM")
     with pytest.raises(
-        ValueError, match=r"language' has no trained weights for score\.weight; .* saved as a sequence class"
+        ValueError, match=r"language' has no trained weights for score\.weight: .* saved as a sequence class"
     ):
         loaded(language)
     bare = save_sequence_classifier(tmp_path / "bare")
     for file in Path(bare).glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(
-        ValueError, match=r"bare' has no tokenizer: save it beside the model or name one with tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"bare' has no tokenizer\. Save it with the model, or set tokenizer"):
         loaded(bare)
     assert loaded(bare, tokenizer=language)(given(TEXTS))
-    with pytest.raises(ValueError, match=r"nowhere' cannot be loaded: it needs a config\.json"):
+    with pytest.raises(ValueError, match=r"cannot load '.*nowhere': it needs a config\.json"):
         loaded(tmp_path / "nowhere")
     plain = loaded(save_sequence_classifier(tmp_path / "plain"))
     with pytest.raises(ValueError, match="plain' has no chat template"):
@@ -185,7 +183,7 @@ def test_what_is_no_reward_model_is_named(tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="adapter' is an adapter without its base: merge them"):
+    with pytest.raises(ValueError, match=r"adapter' is an adapter without its base\. Merge them"):
         loaded(adapter)
 
 
@@ -196,10 +194,10 @@ def test_code_that_a_model_brings_along_is_not_run(tmp_path):
     (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
     text = config.read_text().replace('"llama"', '"strange"')
     config.write_text(text.replace("{", '{"auto_map": {"AutoConfig": "own.Own"},', 1))
-    with pytest.raises(ValueError, match="code that a model brings along is not run"):
+    with pytest.raises(ValueError, match="repository is not run"):
         loaded(folder)
     assert not ran.exists()
-    with pytest.raises(ValueError, match=r"trust_remote_code would run code .* leave it out and convert the model"):
+    with pytest.raises(ValueError, match=r"trust_remote_code would run code .* Remove it and convert the model"):
         loaded(folder, model_kwargs={"trust_remote_code": True})
 
 
@@ -209,27 +207,27 @@ def test_further_arguments_reach_transformers_and_those_with_a_setting_do_not(tm
     assert source._loaded.model.config._attn_implementation == "eager"
     expected = firsts(one_by_one(folder, [PROMPT + text for text in TEXTS]))
     assert source(given(TEXTS)) == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(ValueError, match=r"model_kwargs: dtype is not for it: set rewards\.reward_model\.dtype"):
+    with pytest.raises(ValueError, match=r"model_kwargs must not contain dtype\. Set rewards\.reward_model\.dtype"):
         loaded(folder, model_kwargs={"dtype": "float16"})
-    with pytest.raises(ValueError, match=r"model' cannot be loaded by AutoModelForSequenceClassification: .*quant"):
+    with pytest.raises(ValueError, match=r"AutoModelForSequenceClassification cannot load '.*model': .*quant"):
         loaded(
             save_sequence_classifier(tmp_path / "model"),
             model_kwargs={"quantization_config": {"quant_method": "nonsense"}},
         )
-    with pytest.raises(ValueError, match="offload moves whole plain weights"):
+    with pytest.raises(ValueError, match="offload does not support"):
         loaded(folder, offload=True, model_kwargs={"device_map": "auto"})
 
 
 def test_settings_that_cannot_go_together_are_refused_before_a_model_is_loaded():
     source = {"use": "reward_model", "model": "nowhere", "pair": True, "chat": True, "device": "gpu"}
     first, second = runs.recipe(rewards=[source]).algorithm().problems()
-    assert "'gpu' is no device" in first
-    assert "pair reads two texts and chat makes one of them: set one of the two to false" in second
+    assert "device must be auto, cpu, cuda or cuda:N, got 'gpu'" in first
+    assert "only one of pair (two texts) and chat (one text) may be true. Set one of them to false" in second
 
 
 def test_a_pair_of_a_conversation_is_refused(tmp_path):
     source = loaded(save_sequence_classifier(tmp_path, tokenizer=merging_tokenizer(TEMPLATE)), pair=True)
-    with pytest.raises(ValueError, match="pair is for text prompts"):
+    with pytest.raises(ValueError, match="pair needs text prompts"):
         source(given(["a"], prompts=[[{"role": "user", "content": "b"}]]))
 
 

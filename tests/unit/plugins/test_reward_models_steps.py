@@ -81,13 +81,13 @@ def test_steps_may_be_texts_in_a_column(folder):
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ([3, 2], "2 ends no step: whole numbers, rising from 1 to the completion's 4 characters"),
-        ([5], "5 ends no step"),
-        ([0], "0 ends no step"),
-        ([True], "True ends no step"),
-        (["ab", "12"], "the completion has no step '12' after character 4"),
-        ([""], "the completion has no step ''"),
-        ("12", "'12' is no list; give the place after each step in characters, or the steps' texts"),
+        ([3, 2], "invalid step end 2: expected increasing integers from 1 to the completion's 4 characters"),
+        ([5], "invalid step end 5"),
+        ([0], "invalid step end 0"),
+        ([True], "invalid step end True"),
+        (["ab", "12"], "step '12' is not in the completion after character 4"),
+        ([""], "step '' is not in the completion"),
+        ("12", "steps must be a list of end positions in characters, or of texts, got '12'"),
     ],
 )
 def test_steps_that_are_none_are_named_with_their_row_and_column(folder, steps, reason):
@@ -179,13 +179,13 @@ def test_a_step_token_that_the_completion_writes_earns_nothing(folder):
 
 def test_a_step_token_that_the_tokenizer_does_not_have_is_named(tmp_path, folder):
     with pytest.raises(
-        ValueError, match=rf"step_token: '<extra_0>' is no token of the tokenizer of '{folder}', which cuts"
+        ValueError, match=rf"step_token: '<extra_0>' must be a single token of the tokenizer of '{folder}'"
     ):
         loaded(folder, step_token="<extra_0>")
     refused = (
-        ({"keep_delimiter": False}, "keep_delimiter is read with step_token and delimiter only"),
-        ({"bad_token": "-"}, "bad_token is read with good_token only; set good_token"),
-        ({"reduce": "product", "value": "logit"}, "reduce=product multiplies probabilities; set value: probability"),
+        ({"keep_delimiter": False}, "keep_delimiter needs step_token and delimiter"),
+        ({"bad_token": "-"}, "bad_token needs good_token. Set good_token"),
+        ({"reduce": "product", "value": "logit"}, "reduce=product needs probabilities. Set value: probability"),
     )
     for settings, reason in refused:
         source = {"use": "process_reward_model", "model": "nowhere", **settings}
@@ -203,7 +203,7 @@ def test_a_step_token_that_merges_with_the_text_gives_no_score(tmp_path, caplog)
     assert [end for end, _ in merged.values] == [2, 3], "`12` ends where the step token ends"
     source = loaded(folder, step_token="1", delimiter="2")
     assert source(given("x2y")) == [None]
-    assert "merges step_token into a completion, which has no score" in caplog.text
+    assert "merges step_token with a completion's text; it has no score" in caplog.text
 
 
 def test_the_text_for_the_model_is_the_completion_with_what_is_put_in():

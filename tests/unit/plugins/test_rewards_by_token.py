@@ -93,7 +93,7 @@ def test_a_template_may_strip_white_space_and_a_row_that_it_rewrites_has_no_scor
     (spaced,) = loaded("token_reward_model", tmp_path / "stripping")(given(["  12 "], prompts))
     assert_close(spaced, [(2 + end, value) for end, value in plain.values])
     assert loaded("token_reward_model", tmp_path / "rewriting")(given(["1x2"], prompts)) == [None]
-    assert "rewrites a completion, which therefore has no score: '1x2'" in caplog.text
+    assert "changes a completion, which therefore has no score: '1x2'" in caplog.text
 
 
 def test_of_long_texts_only_the_seen_tokens_have_scores(tmp_path):
@@ -152,23 +152,23 @@ def test_a_row_with_a_number_that_is_not_finite_has_no_score_and_changes_no_othe
     first, second = loaded("token_reward_model", folder)(given(["12", "ab"]))
     assert first == before[0]
     assert second is None
-    assert "a number that is not finite; its row has no score" in caplog.text
+    assert "a non-finite number; the row has no score" in caplog.text
 
 
 def test_what_is_no_token_reward_model_is_named(tmp_path):
     two = save_token_classifier(tmp_path / "two", num_labels=2)
     with pytest.raises(
-        ValueError, match=r"token_reward_model: .*two' has 2 labels; choose the one that scores: output: 0 "
+        ValueError, match=r"token_reward_model: .*two' has 2 labels\. Choose the one that scores: output: 0 "
     ):
         loaded("token_reward_model", two)
     three = save_token_classifier(tmp_path / "three", num_labels=3)
-    with pytest.raises(ValueError, match=r"process_reward_model: .*three' has 3 labels; choose the one that scores"):
+    with pytest.raises(ValueError, match=r"process_reward_model: .*three' has 3 labels\. Choose the one that scores"):
         loaded("process_reward_model", three)
     slow = save_token_classifier(tmp_path / "slow", tokenizer=ByT5Tokenizer())
-    with pytest.raises(ValueError, match="save a fast one"):
+    with pytest.raises(ValueError, match="Save a fast tokenizer"):
         loaded("token_reward_model", slow)
     sequence = runs.save_classifier(tmp_path / "sequence")
-    with pytest.raises(ValueError, match=r"no trained weights for score\.bias; it was not saved as a token classifier"):
+    with pytest.raises(ValueError, match=r"no trained weights for score\.bias: it was not saved as a token classifier"):
         loaded("token_reward_model", sequence)
     one = save_token_classifier(tmp_path / "one")
     closed = loaded("token_reward_model", one)

@@ -98,5 +98,5 @@ def test_scripted_gives_each_prompt_the_completions_of_its_row():
     assert found.masks == [[1, 1], [1, 0, 0, 1, 1], [1, 0], [1, 1]]
     assert found.logps == [[-0.5, -0.25]] * 2 + [[-1.0, -2.0]] * 2
     assert found.finish_reasons == ["stop", "stop", "length", "stop"]
-    with pytest.raises(ValueError, match="3 completions and 4 are asked for"):
+    with pytest.raises(ValueError, match="at least 4 completions per row, got 3"):
         load_plugin("rollout", "scripted")(policy, given, 4)

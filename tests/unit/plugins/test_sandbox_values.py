@@ -322,24 +322,24 @@ def test_tests_come_as_a_list_or_as_its_json():
 
 WRONG = [
     ("5", "a list of"),
-    ("{", "no JSON"),
-    ([5], "is no test"),
-    ([{"call": "f()"}], "is no test"),
-    ([{"call": "f(", "expected": 1}], "is no Python"),
-    ([{"call": "x = 1", "expected": 1}], "is no Python"),
-    ([{"call": 5, "expected": 1}], "is no Python"),
-    ([{"stdin": "1"}], "is no test"),
-    ([{"stdin": "1", "stdout": 1}], "is no test"),
-    (["f() == 5"], "it is not one assert"),
-    (["assert f()"], "compares nothing with =="),
-    (["assert f() != 5"], "compares nothing with =="),
-    (["assert f() is True"], "compares nothing with =="),
-    (["assert 1 < f() == 5"], "compares nothing with =="),
-    (["assert not f() == 5"], "compares nothing with =="),
-    (["assert f() == g()"], "'g\\(\\)' is no literal"),
-    (["assert f() == 2**3"], "is no literal"),
-    (["assert f() == 1; assert f() == 2"], "it is not one assert"),
-    (["assert f( == 1"], "is no Python"),
+    ("{", "not JSON"),
+    ([5], "each test must be"),
+    ([{"call": "f()"}], "each test must be"),
+    ([{"call": "f(", "expected": 1}], "must be Python"),
+    ([{"call": "x = 1", "expected": 1}], "must be Python"),
+    ([{"call": 5, "expected": 1}], "must be Python"),
+    ([{"stdin": "1"}], "each test must be"),
+    ([{"stdin": "1", "stdout": 1}], "each test must be"),
+    (["f() == 5"], "it is not a single assert"),
+    (["assert f()"], "no comparison with =="),
+    (["assert f() != 5"], "no comparison with =="),
+    (["assert f() is True"], "no comparison with =="),
+    (["assert 1 < f() == 5"], "no comparison with =="),
+    (["assert not f() == 5"], "no comparison with =="),
+    (["assert f() == g()"], "'g\\(\\)' is not a literal"),
+    (["assert f() == 2**3"], "is not a literal"),
+    (["assert f() == 1; assert f() == 2"], "it is not a single assert"),
+    (["assert f( == 1"], "must be Python"),
 ]
 
 
@@ -347,4 +347,4 @@ WRONG = [
 def test_other_forms_are_refused_with_row_and_form(tests, reason):
     with pytest.raises(ValueError, match=f"^row 7.*{reason}") as caught:
         cases_of(tests, "row 7")
-    assert "assert EXPRESSION == LITERAL" in str(caught.value) or reason in ("is no Python",)
+    assert "assert EXPRESSION == LITERAL" in str(caught.value) or reason in ("must be Python",)

@@ -106,7 +106,7 @@ def test_references_are_numbers_or_texts_and_may_be_missing(caplog):
     references = [18, 18.0, "18 eggs", "9 * 2 = 18\n#### 18", None, float("nan"), "many"]
     batch = rows(["18"] * 7, answer=references)
     assert Numeric(answer_after="####")(batch) == [1.0, 1.0, 1.0, 1.0, None, None, None]
-    assert "column answer is 'many': it holds no number" in caplog.text
+    assert "column answer is 'many': it must contain a number" in caplog.text
 
 
 def test_a_reference_that_cannot_be_used_is_warned_of_once(caplog):
@@ -185,7 +185,7 @@ def test_the_right_choice_is_named_by_label_place_or_text(caplog):
     choices = [["Rome", "Paris"]] * 6
     batch = rows(["B"] * 6, answer=["B", "(b)", 1, "1", "paris", "London"], choices=choices)
     assert Choice(choices="choices")(batch) == [1.0, 1.0, 1.0, 1.0, 1.0, None]
-    assert "names none of A, B" in caplog.text
+    assert "must name one of A, B" in caplog.text
     assert Choice()(rows(["B"], answer=[None])) == [None]
 
 
@@ -199,9 +199,9 @@ def test_choices_give_labels_and_count_as_picks_by_their_text():
 def test_choice_settings():
     assert Choice(labels="XY").answer("the answer is Y") == "Y"
     assert Choice(answer_after="=>").answer("(A) => B") == "B"
-    with pytest.raises(ValueError, match="must be different characters"):
+    with pytest.raises(ValueError, match="must be distinct characters"):
         Choice(labels="AaB")
-    with pytest.raises(ValueError, match="3 choices and 2 labels"):
+    with pytest.raises(ValueError, match="must cover the 3 choices, got 2"):
         Choice(labels="AB", choices="choices")(rows(["A"], answer=["A"], choices=[["x", "y", "z"]]))
 
 

@@ -355,6 +355,6 @@ def test_a_table_that_cannot_be_written_is_one_warning_at_the_next_event_and_cos
         log.on_train_end(None, STATE, None)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
-    assert messages[0].startswith("RunLog failed; training goes on without it. FileExistsError")
+    assert messages[0].startswith("RunLog failed; training continues without it. FileExistsError")
     assert [path.stem for path in tmp_path.glob("completions/*")] == ["step_000002"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

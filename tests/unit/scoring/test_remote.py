@@ -8,9 +8,11 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tenacity
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
@@ -187,11 +189,11 @@ def test_what_is_no_url_is_refused(url):
         (Raw(b""), ["not JSON"]),
         (Raw(b"\xff\xfe"), ["not JSON"]),
         (Raw(b"[" * 100_000), ["not JSON"]),
-        ([1, 2, 3, 4], ['{"version": 1, "scores": [...]} is due', "[1, 2, 3, 4]"]),
-        ({"version": 1, "scores": {"a": 1}}, ["is due"]),
-        ({"version": 2, "scores": [1, 2, 3, 4]}, ["version 1", "not 2"]),
-        ({"scores": [1, 2, 3, 4]}, ["version 1", "not None"]),
-        ({"version": 1, "scores": [1, 2, 3]}, ["4 scores are due", "not 3"]),
+        ([1, 2, 3, 4], ['must be {"version": 1, "scores": [...]}', "[1, 2, 3, 4]"]),
+        ({"version": 1, "scores": {"a": 1}}, ["must be"]),
+        ({"version": 2, "scores": [1, 2, 3, 4]}, ["version must be 1", "not 2"]),
+        ({"scores": [1, 2, 3, 4]}, ["version must be 1", "not None"]),
+        ({"version": 1, "scores": [1, 2, 3]}, ["one per completion (4)", "not 3"]),
         ({"version": 1, "scores": [1, 2, 3, 4, 5]}, ["not 5"]),
         ({"version": 1, "scores": [1, "NaN", 3, 4]}, ["row 1", "NaN"]),
         ({"version": 1, "scores": [1, 2, True, 4]}, ["row 2", "True"]),
@@ -200,7 +202,7 @@ def test_what_is_no_url_is_refused(url):
         ({"version": 1, "scores": [{"spans": [[1.5, 2]]}, 2, 3, 4]}, ["row 0"]),
         ({"version": 1, "scores": [{"spans": [[1, 2, 3]]}, 2, 3, 4]}, ["row 0"]),
         ({"version": 1, "scores": [{"tokens": ["a"]}, 2, 3, 4]}, ["row 0"]),
-        ({"version": 1, "scores": [1, 2, 3, 4], "failed": "x"}, ["failed is a number"]),
+        ({"version": 1, "scores": [1, 2, 3, 4], "failed": "x"}, ["failed must be a number"]),
         (Raw(b'{"error": "no column answer"}', 422), ["HTTP 422", "no column answer"]),
         (Raw(b"", 302, {"Location": "http://127.0.0.1:1/"}), ["HTTP 302"]),
     ],
@@ -257,8 +259,13 @@ def test_retry_after_may_be_a_date():
 
 def test_waits_grow_to_max_wait_and_are_jittered():
     endpoint = _http.Endpoint("http://127.0.0.1/", 1.0, 9, 0.3, None)
+
+    def wait(tries: int) -> float:
+        failed = tenacity.Future.construct(tries, _http._TryAgain("full"), True)
+        return endpoint._wait(SimpleNamespace(attempt_number=tries, outcome=failed))  # type: ignore[arg-type]
+
     for tries, longest in ((1, 0.02), (2, 0.04), (4, 0.16), (5, 0.3), (5000, 0.3)):
-        waits = {endpoint._backoff(tries) for _ in range(20)}
+        waits = {wait(tries) for _ in range(20)}
         assert len(waits) > 1
         assert all(longest / 2 <= wait <= longest for wait in waits)
 
