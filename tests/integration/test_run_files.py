@@ -187,4 +187,4 @@ def test_training_forecasts_memory_only_when_asked(kind, model, tmp_path, no_for
 def test_the_plan_of_a_run_has_the_forecast_where_it_was_asked_for(model, tmp_path, capsys):
     summary = train(recipe(model), str(tmp_path / "asked"), forecast=True)
     assert summary["plan"]["memory"]["update"]["weights"] > 0
-    assert re.search(r"update: [\d,]+ = \w+", capsys.readouterr().out)
+    assert re.search(r"update: [\d,]+ =", capsys.readouterr().out)
