@@ -36,7 +36,7 @@ TRAINING = {
     "logging_steps": 1,
     "save_strategy": "no",
 }
-"""Of both systems; what is left out has the same default in both: AdamW, gradients clipped at norm 1."""
+"""TrainingArguments of both systems, whose other defaults are the same: AdamW, gradients clipped at norm 1."""
 
 OURS = {
     "grpo": ["kl=[]", "advantages=group_norm", "policy_loss=ppo_clip", "aggregation=seq_mean_token_mean"],
@@ -47,9 +47,9 @@ OURS = {
         "aggregation=seq_mean_token_sum",
     ],
 }
-"""What is changed of the recipe quickstart."""
+"""Overrides of the recipe quickstart."""
 THEIRS: dict[str, dict[str, Any]] = {"grpo": {"loss_type": "grpo"}, "rloo": {"beta": 0.05}}
-"""What TRL's GRPOConfig and RLOOConfig are told."""
+"""Arguments of TRL's GRPOConfig and RLOOConfig."""
 Curve = list[float]
 
 

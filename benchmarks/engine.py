@@ -24,7 +24,7 @@ class Forced(Generate):
     def __post_init__(self) -> None:
         self.line: Line | None = None
         self.lengths: list[list[int]] = []
-        """Of each rollout so far, each completion's tokens."""
+        """Completion lengths of each rollout so far, in tokens."""
 
     @classmethod
     def of(cls, line: Line) -> Forced:

@@ -23,7 +23,7 @@ LONGEST = 4
 TWO_LINES = 8
 """Longest completion in tokens where answers have two lines."""
 MARGIN = 0.2
-"""What every recipe gains at least: right answers in the last tenth of the rollouts, less those in the first tenth."""
+"""Minimum gain of every recipe: correct answers in the last tenth of the rollouts minus those in the first tenth."""
 RIGHT = "right"
 """Label of a reward of weight 0 that is 1 where the answer is right, whatever the recipe is rewarded for."""
 
@@ -48,7 +48,7 @@ RECIPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What changes for one recipe."""
+    """Changes for one recipe."""
 
     learning_rate: float = 4e-4
     rollouts: int = 40
@@ -75,7 +75,7 @@ FITS: dict[str, Fit] = {
 
 
 def fit_of(name: str) -> Fit:
-    """What changes for a recipe; nothing of its own where it is not in the table."""
+    """Return the changes for a recipe; the common ones if it is not in the table."""
     return FITS.get(name, Fit())
 
 

@@ -1,4 +1,4 @@
-"""What a cycle costs at least: counted operations and bytes, at the rates that this machine reaches for such shapes.
+"""Minimum cost of a cycle: counted operations and bytes, at the rates that this machine reaches for such shapes.
 
 Counted is what every exact implementation does: each prompt once per group, no padding, the head only where a completion
 token is predicted, no second forward for log-probs that sampling knew, nothing for rows without signal. Attention counts
@@ -69,7 +69,7 @@ def triangle(n: int) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one rollout asks for, in positions, pairs and rows."""
+    """Work of one rollout, in positions, pairs and rows."""
 
     prompts: int
     """Tokens of all prompts, each once."""
@@ -109,7 +109,7 @@ def count(prompts: Sequence[int], lengths: Sequence[Sequence[int]]) -> Counts:
 
 
 def live(line: Line, prompts: Sequence[int], lengths: Sequence[Sequence[int]]) -> Counts:
-    """What the update asks for: groups without signal are left out, unless a KL acts on them."""
+    """Count the work of the update, without groups that have no signal, unless a KL acts on them."""
     dead = 0 if line.beta else round(line.dead * line.prompts)
     return count(prompts[dead:], lengths[dead:])
 
@@ -169,7 +169,7 @@ def measure(line: Line, positions: int = POSITIONS) -> Rates:
 
 
 def _product_seconds(shape: tuple[int, int], rows: int) -> tuple[float, float]:
-    """Of the forward product, and of both backward ones."""
+    """Return the seconds of the forward product, and of both backward ones."""
     x, w, g = torch.randn(rows, shape[0]), torch.randn(shape[1], shape[0]), torch.randn(rows, shape[1])
     y, by_x, by_w = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
     forward = least(lambda: torch.mm(x, w.t(), out=y))

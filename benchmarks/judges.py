@@ -38,13 +38,13 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """How a model is made. Another setting is another checkpoint."""
+    """Settings for making a model. Different settings give different checkpoints."""
 
     kind: str
     start: str | None = None
     """The kind whose trunk it starts from; None: the quickstart's model."""
     target: float
-    """Where it stops: share of held-out pairs or lines judged rightly; for a policy the probability of a right answer."""
+    """Stopping criterion: accuracy on held-out pairs or lines; for a policy the probability of a correct answer."""
     batch_size: int = 128
     learning_rate: float = 1e-3
     """It rises over `ramp` steps and falls in a line to 0 at `max_steps`."""

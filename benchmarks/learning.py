@@ -6,7 +6,7 @@ other in this process (see benchmarks.fits for what changes on the task).
 `python -m benchmarks.learning --page`: the documentation from the results, without a run.
 
 Results go to benchmarks/results/learning.json after every recipe; a recipe that is there with all its seeds is not run again.
-docs/learning.md and docs/learning.png are then made anew.
+docs/learning.md and docs/learning.png are then regenerated.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def penalised(penalty: str, beta: float) -> tuple[str, ...]:
 
 
 def results(path: Path = RESULTS) -> dict[str, Any]:
-    """What was measured so far."""
+    """Return the results so far."""
     return json.loads(path.read_text()) if path.is_file() else {"runs": [], "curves": {}, "beta": []}
 
 

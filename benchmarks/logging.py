@@ -1,4 +1,4 @@
-"""What logging and the plugin layer cost in the quickstart, as shares of an optimizer step.
+"""Cost of logging and the plugin layer in the quickstart, as shares of an optimizer step.
 
 `python -m benchmarks.logging [--steps 80] [--json PATH] [KEY=VALUE ...]`
 

@@ -26,7 +26,7 @@ from hf_rlhf.axes import Filter, LossTerm, PolicyLoss
 RESULTS = Path(__file__).parent / "results"
 VOCABULARIES = (4096, 151936)
 WIDTH = 256
-"""Of hidden states."""
+"""Width of hidden states."""
 
 
 # The head
@@ -250,7 +250,7 @@ class All(Filter):
 
 
 def dispatch(calls: int, times: int) -> Part:
-    """What a call costs by going through the recipe's choice: plugins that give back their argument, against functions."""
+    """Measure the overhead of calls through the recipe's plugins: plugins that return their argument, against functions."""
     from hf_rlhf.config.recipe import resolve
     from hf_rlhf.training.losses import POLICY_GETS
 

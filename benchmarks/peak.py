@@ -25,5 +25,5 @@ def peak() -> Iterator[Phase]:
 
 
 def mib(phase: Phase) -> float:
-    """Of a phase that has ended: its peak above its start."""
+    """Return the peak of a finished phase above its start."""
     return phase.above / MIB

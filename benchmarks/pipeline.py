@@ -103,7 +103,7 @@ def some(count: int, parts: int) -> list[int]:
 
 
 def stage(summary: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a summary: the figures of `SHOWN_METRICS` and what they took."""
+    """Return the figures of `SHOWN_METRICS` in a summary, with their costs."""
     kept = {key: summary[key] for key in ("recipe", "steps", "seconds") if key in summary}
     return {**kept, **{when: shown(summary[when]) for when in ("before", "after")}}
 
@@ -171,7 +171,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _truth(variants: dict[str, Any]) -> list[str]:
-    """How score, truth and KL go on together, for the variants of one seed of which they were kept."""
+    """Return tables of score, correctness and KL over the rollouts, for variants of one seed that recorded them."""
     tables = []
     for name, rows in variants.items():
         if len(rows) == 1 and "truth" in rows[0]:

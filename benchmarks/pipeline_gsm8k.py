@@ -43,7 +43,7 @@ def run(source: Path, folder: Path) -> float:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What a run of the script left behind."""
+    """Return the figures of a run of the script."""
     from hf_rlhf_plugins.trainer._measures import wilson
 
     summary = json.loads((folder / "run" / "summary.json").read_text())

@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, default=RESULTS / "quickstart.json")
-    parser.add_argument("--cold", action="store_true", help="make the warm-up anew and time it")
+    parser.add_argument("--cold", action="store_true", help="redo the warm-up and time it")
     parser.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/quickstart.svg from this run's folder")
     parser.add_argument("overrides", nargs="*", help="recipe overrides, for instance advantages.use=leave_one_out")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How seconds and memory of a cycle grow: with completions, their length, the vocabulary, the model and the plugins.
+"""Growth of a cycle's time and memory with completions, their length, the vocabulary, the model and the plugins.
 
 `python -m benchmarks.scaling [--quick] [--rounds 2] [--only AXIS ...] [--json PATH]`: each point is a line as in
 benchmarks.trl, run by us and, where TRL has what is swept, by TRL, in processes of their own. KLs beyond the first and

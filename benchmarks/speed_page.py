@@ -37,7 +37,7 @@ def seconds(row: Found, system: str) -> str:
 
 
 def ratio(row: Found) -> str:
-    """Of the seconds, with the range over pairs of cycles."""
+    """Format the ratio of seconds, with the range over pairs of cycles."""
     if row["ratio"] is None:
         return "**not the same work**"
     low, high = row["ratio_range"]
@@ -303,7 +303,7 @@ The floor is what every exact implementation has to compute, at the rates that t
 
 
 def results(folder: Path = RESULTS) -> dict[str, Found]:
-    """What was measured so far, by name."""
+    """Return the results so far, by name."""
     paths = {name: folder / f"{name}.json" for name in MEASURED}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 

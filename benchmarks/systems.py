@@ -54,7 +54,7 @@ TRAINING = {
 }
 """TrainingArguments of both; what is left out has one default: AdamW, gradients clipped at norm 1."""
 CHECKED = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.02}
-"""Of the steps whose gradients are compared."""
+"""TrainingArguments of the steps whose gradients are compared."""
 
 
 @dataclass(kw_only=True)
@@ -62,7 +62,7 @@ class Cycle:
     """One rollout with its updates."""
 
     seconds: float
-    """Of processor time."""
+    """Processor time in seconds."""
     wall: float
     phases: dict[str, float]
     """name -> seconds of processor time."""
@@ -149,12 +149,12 @@ def with_entropy(loss: PolicyLoss) -> PolicyLoss:
 
 @dataclass(kw_only=True)
 class Run:
-    """What was measured."""
+    """Measurements of a run."""
 
     cycles: list[Cycle] = field(default_factory=list)
     peak_mib: float = 0.0
     lengths: list[list[int]] = field(default_factory=list)
-    """Of each rollout, each completion's tokens."""
+    """Completion lengths of each rollout, in tokens."""
 
 
 # Ours
@@ -233,7 +233,7 @@ def run_ours(line: Line, cycles: int, folder: str) -> Run:
 
 
 def our_gradients(line: Line, folder: str) -> list[Tensor]:
-    """Of every optimizer step on one scripted rollout."""
+    """Return the gradient of every optimizer step on one scripted rollout."""
     found = Gradients()
     engine = {"use": "scripted", "prompts": line.prompts, "num_generations": line.group}
     rows = dataset(line, 1)
@@ -353,7 +353,7 @@ def _watch(trainer: Any, watch: Stopwatch, lengths: list[list[int]]) -> None:
 
 
 def their_gradients(line: Line, folder: str) -> list[Tensor]:
-    """Of every optimizer step on one scripted rollout."""
+    """Return the gradient of every optimizer step on one scripted rollout."""
     found = Gradients()
     trainer = their_trainer(line, folder, dataset(line, 1), found, max_steps=line.epochs, **CHECKED)
     completions = script(line, 0)

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.trl [--quick] [--rounds 3] [--cycles 2] [--only NAME ...] [--json PATH]`: every run is a process of
 its own on one thread in float32, ours and TRL's in turn; the first cycle of each is dropped. Weights, prompts and lengths
-of completions are the same (benchmarks/work.py); what counts as a cycle, a phase and a peak stands in
+of completions are the same (benchmarks/work.py); cycles, phases and peaks are defined in
 benchmarks/systems.py, what a floor is in benchmarks/floor.py.
 `python -m benchmarks.trl --one ours|trl --line NAME`: one run in this process, printed as JSON.
 `python -m benchmarks.trl --page`: docs/benchmarks.md from the results, without a run.
@@ -34,7 +34,7 @@ from benchmarks.work import Line, forced_lengths
 RESULTS = Path(__file__).parent / "results"
 SYSTEMS = ("trl", "ours")
 TOLERANCE = 1e-4
-"""Of the gradients, relative to TRL's."""
+"""Maximum difference of the gradients, relative to TRL's."""
 WIDE: dict[str, Any] = {"hidden": 512, "layers": 8, "intermediate": 2048}
 LINES = [
     Line(name="grpo", title="GRPO, vocabulary 4k, completions up to 128"),
@@ -116,7 +116,7 @@ def compare(line: Line, rounds: int, cycles: int) -> dict[str, Any]:
 
 
 def lengths_met(line: Line, runs: Sides) -> bool:
-    """Whether every completion had the length that it was given."""
+    """Return True if every completion had its prescribed length."""
     found = [lengths for system in runs for run in runs[system] for lengths in enumerate(run["lengths"])]
     return bool(found) and all(lengths == forced_lengths(line, cycle).tolist() for cycle, lengths in found)
 
@@ -133,7 +133,7 @@ def floors(line: Line, cycles: int, rates: floor.Rates) -> dict[str, float]:
 
 
 def seconds_of(line: Line, cycle: dict[str, Any]) -> float:
-    """What of a cycle is compared."""
+    """Return the compared seconds of a cycle."""
     found: float = cycle["phases"]["update"] if line.compared == "update" else cycle["seconds"]
     return found
 
@@ -212,7 +212,7 @@ def geometric_mean(numbers: list[float]) -> float | None:
 
 
 def result(rows: list[dict[str, Any]], command: str, rounds: int, cycles: int) -> dict[str, Any]:
-    """What is written; the means are over the lines that compare whole cycles."""
+    """Build the result to write; means are over the lines that compare whole cycles."""
     whole = [row for row in rows if row["exact"] and row["compared"] == "cycle"]
     return {
         **record.head(command),
@@ -256,7 +256,7 @@ def read_line(text: str) -> Line:
 
 
 def read_options() -> argparse.Namespace:
-    """Of the command line, with what depends on others filled in."""
+    """Parse the command line and fill in dependent options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK)}, one round of one cycle")
     parser.add_argument("--rounds", type=int, help="processes of each system per line, 3 when left out")

@@ -59,7 +59,7 @@ class Watch(TrainerCallback):
         self._measure(state.global_step, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures where a point is due."""
+        """Measure if a point is scheduled."""
         if state.global_step % (self.every * self.steps_per_rollout) == 0 or state.global_step == state.max_steps:
             self._measure(state.global_step, **kwargs)
 

@@ -1,6 +1,6 @@
 """The same work for two systems: a small Qwen2 model, its tokenizer, prompts of given lengths and lengths of completions.
 
-Everything is a function of a `Line` and a seed, so that each system makes it anew in a process of its own.
+Everything is a function of a `Line` and a seed, so that each system can recreate it in a separate process.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Line:
 
     @property
     def compared(self) -> str:
-        """What of a cycle is compared: all of it, or its update where rows without signal are the point."""
+        """Compared part of a cycle: all of it, or its update for lines about rows without signal."""
         return "update" if self.dead else "cycle"
 
     @property

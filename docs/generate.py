@@ -1,6 +1,6 @@
 """Writes the parts of pages that are made from the code; with `--check` writes nothing and exits 1 where one is stale.
 
-A part stands in a page between two comments:
+A part is placed between two comments of a page:
 
     <!-- made: plugins.index -->    kept in the page, so that it reads without the site, and checked
     <!-- site: plugins.reference -->    made for the site alone; the page holds a sentence in its place
@@ -30,7 +30,7 @@ def part(module: str, function: str, arguments: str) -> str:
 
 
 def filled(text: str, site: bool = False) -> str:
-    """A page with its parts made anew: those that it keeps, or for the site all of them, without the comments."""
+    """Regenerate the parts that a page keeps, or for the site all of them, without the comments."""
 
     def fill(match: re.Match[str]) -> str:
         start, kind, module, function, arguments, kept, end = match.groups()

@@ -69,7 +69,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def _joined(parts: list[str]) -> list[str]:
-    """Text, fence, text, ...: inline code goes back into its text, where it may stand inside a link."""
+    """Yield text, fence, text, ...; inline code is part of the text, because it may be inside a link."""
     joined = [""]
     for i, part in enumerate(parts):
         if i % 2 and part.lstrip().startswith("```"):
@@ -86,7 +86,7 @@ def _targets(file: File) -> set[Path]:
 
 
 def _origin(file: File) -> Path:
-    """Where a page of the site lies in the repository."""
+    """Return the file in the repository of a page of the site."""
     back = {page: source for source, page in PAGES.items()}
     return ROOT / back[file.src_uri] if file.src_uri in back else ROOT / "docs" / file.src_uri
 

@@ -32,7 +32,7 @@ AXES_OF = {
     CRITIC: ("critic",),
     ROLLOUTS: ("rollout", "rollout_correction", "filters"),
 }
-"""Axes whose plugins' own metrics stand in a section of the core's."""
+"""Axes whose plugins' metrics are listed in a section of the core's."""
 
 
 def logged(section: str) -> Iterator[str]:
@@ -47,7 +47,7 @@ def evaluation() -> Iterator[str]:
 
 
 def offline() -> Iterator[str]:
-    """What recipes without rollouts log."""
+    """Return the metrics of recipes without rollouts."""
     rows = [_row(code(m.name), m, "") for m in OFFLINE]
     rows += [_row(code(EVAL + m.name), m, "") for m in OFFLINE_EVALUATION]
     yield table(HEADER, rows + _plugin_rows(own_host(), "trainer"))

@@ -43,7 +43,7 @@ def _table(offers: Iterable[RecipeEntry]) -> str:
 
 
 def choices(recipe: Recipe) -> list[str]:
-    """What a recipe with rollouts chooses on the axes that tell recipes apart."""
+    """Return the choices of a recipe with rollouts on the axes that distinguish recipes."""
     algorithm = recipe.algorithm()
     one = {axis: getattr(algorithm, axis) for axis in ("advantages", "critic", "policy_loss", "aggregation")}
     inner = getattr(one["advantages"], "baseline", None)

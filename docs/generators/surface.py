@@ -99,7 +99,7 @@ def signature(function: Any) -> str:
 
 
 def is_member(cls: type, name: str) -> bool:
-    """Whether it is a method or a property, not the default of a field."""
+    """Return True for a method or a property, not the default of a field."""
     kinds = (property, cached_property, classmethod, staticmethod)
     return inspect.isfunction(cls.__dict__[name]) or isinstance(cls.__dict__[name], kinds)
 
