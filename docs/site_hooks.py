@@ -30,7 +30,7 @@ FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTA
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Fills in what pages leave to the site; adds the pages from outside of docs/, and every source that a page links to."""
+    """Fill in generated parts; add the pages from outside of docs/, and every source that a page links to."""
     for file in list(files):
         if file.src_uri.endswith(".md") and PART.search(file.content_string):
             files.remove(file)
@@ -92,7 +92,7 @@ def _origin(file: File) -> Path:
 
 
 def _page(file: Path) -> str | None:
-    """The page or file of the site that a file of the repository is, None where there is none."""
+    """Return the page or file of the site for a file of the repository, or None."""
     name = file.relative_to(ROOT).as_posix()
     if name in PAGES:
         return PAGES[name]

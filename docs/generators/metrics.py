@@ -36,7 +36,7 @@ AXES_OF = {
 
 
 def logged(section: str) -> Iterator[str]:
-    """The metrics of a section: the core's, then the plugins'."""
+    """List the metrics of a section: the core's, then the plugins'."""
     (title,) = (name for name in SECTIONS if name.startswith(section))
     rows = [_row(code(m.name), m, GIVEN[m.given].words) for m in CORE if m.section == title]
     yield table(HEADER, rows + [row for axis in AXES_OF.get(title, ()) for row in _plugin_rows(own_host(), axis)])

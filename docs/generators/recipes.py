@@ -23,12 +23,12 @@ HEADER = ("recipe", "advantages", "KL", "critic", "policy loss", "aggregation", 
 
 
 def index() -> Iterator[str]:
-    """A line for each recipe with rollouts."""
+    """Return a line for each recipe with rollouts."""
     yield _table(offer for offer in own_recipes() if "@" not in offer.name)
 
 
 def dialects() -> Iterator[str]:
-    """A line for each dialect of one."""
+    """Return a line for each dialect of a recipe."""
     yield _table(offer for offer in own_recipes() if "@" in offer.name)
 
 
@@ -73,7 +73,7 @@ def reference() -> Iterator[str]:
 
 
 def _explained(name: str) -> Iterator[str]:
-    """The stages of a recipe, its trainer, or its plugins and its plan for one process."""
+    """Describe the stages of a recipe, its trainer, or its plugins and its plan for one process."""
     if is_pipeline(name):
         stages = (f"`{stage.name}` ([{stage.source}](#{stage.source}))" for stage in load_pipeline(name).stages)
         yield f"**Stages.** {', '.join(stages)}: [pipelines.md](pipelines.md)."

@@ -146,7 +146,7 @@ def setup_run(
     peft_config: Any,
     trust_remote_code: bool = False,
 ) -> RunComponents:
-    """Checks algorithm, arguments and dataset, in that order, then loads tokenizer, prompts and model."""
+    """Check algorithm, arguments and dataset, in that order, then load tokenizer, prompts and model."""
     recipe = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
     chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
     sections = (
@@ -236,8 +236,7 @@ def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
 
 
 def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool) -> list[str]:
-    """Why the sections of a recipe do not fit its algorithm, each reason with what to write instead. `lora`: whether an adapter
-    is trained."""
+    """Return reasons why the sections of a recipe do not fit its algorithm, with the fix. `lora`: an adapter is trained."""
     found = model_problems(sections["model"], lora, algorithm.plugins())
     if sections["evaluation"].ema and algorithm.update.ema is None:
         found.append(
@@ -296,7 +295,7 @@ def estimate_memory(
 
 
 def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_config: Any) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resumption, besides the algorithm."""
+    """Return the settings besides the algorithm that must not change between a checkpoint and its resumption."""
     chosen = {name: getattr(args, name) for name in DECISIVE}
     chosen["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     model = {name: x for name, x in asdict(sections["model"]).items() if name != "save_merged"}
