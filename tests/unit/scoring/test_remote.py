@@ -291,7 +291,7 @@ def test_a_server_that_is_down_is_named():
 
 def test_an_endless_answer_is_cut_off(monkeypatch):
     monkeypatch.setattr(_http, "LARGEST", 1 << 20)
-    assert "larger than 1 MiB" in refusal(Raw(b" " * (2 << 20)))
+    assert "exceeds 1 MiB" in refusal(Raw(b" " * (2 << 20)))
 
 
 def test_at_most_num_workers_requests_are_under_way():
