@@ -32,7 +32,7 @@ PHASES = ("rollout", "forward", "update", "optimizer")
 
 
 def layer_shapes(line: Line) -> list[tuple[int, int]]:
-    """(inputs, outputs) of the matrices of one layer: query, key, value, output, gate, up, down."""
+    """Return (inputs, outputs) of the matrices of one layer: query, key, value, output, gate, up, down."""
     h, kv, wide = line.hidden, line.kv_width, line.intermediate
     return [(h, h), (h, kv), (h, kv), (h, h), (h, wide), (h, wide), (wide, h)]
 
@@ -133,13 +133,13 @@ class Rates:
     """Bytes per second over as much memory as the model's weights hold: the best of a sum, a copy and an addition."""
 
     def better(self, other: Rates) -> Rates:
-        """The higher of each: the machine can do it."""
+        """Return the higher of each rate."""
         both = zip(asdict(self).items(), asdict(other).values(), strict=True)
         return Rates(**{name: max(a, b) for (name, a), b in both})
 
 
 def least(run: Callable[[], object], times: int = 5) -> float:
-    """The least seconds of processor time of a few runs, after one to warm up."""
+    """Return the minimum processor time of a few runs in seconds, after a warm-up."""
     run()
     seconds = []
     for _ in range(times):
@@ -150,7 +150,7 @@ def least(run: Callable[[], object], times: int = 5) -> float:
 
 
 def measure(line: Line, positions: int = POSITIONS) -> Rates:
-    """The rates for the shapes of a line's model."""
+    """Measure the rates for the shapes of a line's model."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         shapes = layer_shapes(line)
         each = [_product_seconds(shape, positions) for shape in sorted(set(shapes))]

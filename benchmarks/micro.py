@@ -119,7 +119,7 @@ def heads(linear: Any, states: Tensor, targets: Tensor, by_token: Tensor) -> Var
 
 
 def sampling(vocabulary: int, rows: int, times: int) -> Part:
-    """A token for each row from its logits, and the token's log-prob."""
+    """Measure sampling of a token for each row from its logits, with the token's log-prob."""
     from hf_rlhf_plugins.rollout.generate import Generate
 
     logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))

@@ -48,7 +48,7 @@ def shown(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def run(folder: Path, words: list[str]) -> tuple[dict[str, Any], float]:
-    """The summary of a run, and its seconds from start to end."""
+    """Run the pipeline; returns its summary and its seconds from start to end."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     command = [sys.executable, "-m", "hf_rlhf", "run", "instructgpt", "--output-dir", str(folder), *words]
@@ -192,7 +192,7 @@ def _policy_line(name: str, stage: dict[str, Any], metric: str, what: str) -> st
 
 
 def main() -> None:
-    """Runs and writes the figures."""
+    """Run and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each PPO")
     parser.add_argument("--json", type=Path, default=RESULTS / "pipeline.json")

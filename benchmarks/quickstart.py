@@ -43,7 +43,7 @@ def run(seed: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Format the rows in Markdown."""
     lines = ["| seed | accuracy before | accuracy after | seconds | of these training |", "|---|---|---|---|---|"]
     for row in rows:
         numbers = f"{row['before']:.3f} | {row['after']:.3f} | {row['seconds']:.0f} | {row['train_seconds']:.0f}"
@@ -75,7 +75,7 @@ def picture(run: Path, file: Path) -> None:
 
 
 def main() -> None:
-    """Runs the seeds and writes the figures."""
+    """Run the seeds and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, default=RESULTS / "quickstart.json")

@@ -77,7 +77,7 @@ def one(system: str, line: Line, cycles: int, gradients: Path | None) -> dict[st
 
 
 def spawn(system: str, line: Line, cycles: int, gradients: Path | None = None) -> dict[str, Any]:
-    """The same in a process of its own."""
+    """Run one system in a separate process."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.trl", "--one", system, "--cycles", str(cycles)]
     command += ["--line", json.dumps(asdict(line))]
     if gradients is not None:
@@ -91,7 +91,7 @@ def spawn(system: str, line: Line, cycles: int, gradients: Path | None = None) -
 
 
 def apart(folder: Path) -> float:
-    """The largest relative difference of the systems' gradients, as the runs wrote them."""
+    """Return the largest relative difference of the systems' saved gradients."""
     import torch
 
     from benchmarks.systems import difference
@@ -100,7 +100,7 @@ def apart(folder: Path) -> float:
 
 
 def compare(line: Line, rounds: int, cycles: int) -> dict[str, Any]:
-    """The row of a line: systems in turn, and the machine's rates before and after."""
+    """Measure the row of a line: systems in turn, and the machine's rates before and after."""
     rates = floor.measure(line)
     runs: Sides = {system: [] for system in SYSTEMS}
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def lengths_met(line: Line, runs: Sides) -> bool:
 
 
 def floors(line: Line, cycles: int, rates: floor.Rates) -> dict[str, float]:
-    """The least seconds of each phase, mean over the cycles that count."""
+    """Return the minimum seconds of each phase, averaged over the measured cycles."""
     from benchmarks.systems import prompts_and_lengths
 
     each = []
@@ -162,7 +162,7 @@ def side(line: Line, runs: list[dict[str, Any]], least: dict[str, float]) -> dic
 
 
 def row_of(line: Line, runs: Sides, difference: float, rates: floor.Rates) -> dict[str, Any]:
-    """A row of the result. Its ratios are None where the systems did not do the same."""
+    """Build a row of the result. Its ratios are None if the systems did not do the same work."""
     count = len(runs["ours"][0]["cycles"])
     least = floors(line, count, rates)
     sides = {system: side(line, runs[system], least) for system in SYSTEMS}
@@ -228,14 +228,14 @@ def result(rows: list[dict[str, Any]], command: str, rounds: int, cycles: int) -
 
 
 def write(found: dict[str, Any], path: Path) -> None:
-    """The result and its tables."""
+    """Write the result and its tables."""
     from benchmarks.speed_page import publish, trl_section
 
     publish(found, path, "Next to TRL", trl_section(found))
 
 
 def say(row: dict[str, Any]) -> str:
-    """A row in one line of text."""
+    """Format a row as one line of text."""
     if not row["exact"]:
         return f"{row['name']}: gradients differ by {row['gradient_difference']}, lengths met: {row['lengths_met']}: no ratio"
     seconds = " / ".join(f"{row[system]['seconds']:.2f}" for system in SYSTEMS)
@@ -246,7 +246,7 @@ def say(row: dict[str, Any]) -> str:
 
 
 def read_line(text: str) -> Line:
-    """A line by its name, or from JSON."""
+    """Parse a line from its name or from JSON."""
     if text.startswith("{"):
         return Line(**json.loads(text))
     names = [line.name for line in LINES]
@@ -277,7 +277,7 @@ def read_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compares the lines; exits with 1 where the systems did not do the same."""
+    """Compare the lines; exits with 1 if the systems did not do the same work."""
     options = read_options()
     if options.one:
         print(json.dumps(one(options.one, options.line, options.cycles, options.gradients)))

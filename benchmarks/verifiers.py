@@ -164,7 +164,7 @@ def throughput(batch: Rollouts) -> list[dict[str, Any]]:
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 

@@ -19,7 +19,7 @@ def measured(
     rows: list[dict[str, str]],
     longest: int,
 ) -> tuple[float, float]:
-    """The share of right answers in one sample of each problem, and KL(policy || start) in nats per completion.
+    """Return the share of correct answers in one sample of each problem, and KL(policy || start) in nats per completion.
 
     The KL is exact in each state and averaged over the states that the samples visit. All prompts have one length.
     """
@@ -52,7 +52,7 @@ class Watch(TrainerCallback):
         self._start: PreTrainedModel | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps a copy of the policy as it is, and measures it."""
+        """Keep a copy of the policy, and measure it."""
         import copy
 
         self._start = copy.deepcopy(kwargs["model"]).eval()
