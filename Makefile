@@ -11,12 +11,13 @@ DEFAULT := not learning and not slow
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
 
-# Linter, formatter and type checker: half a minute.
+# Linter, formatter, type checker and the list of banned turns: half a minute.
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python -m tests.helpers.english
 
 # What starts no process and trains for a second at most.
 test-unit: .venv/.installed-dev

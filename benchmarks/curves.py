@@ -36,7 +36,7 @@ TRAINING = {
     "logging_steps": 1,
     "save_strategy": "no",
 }
-"""Of both systems; what is left out has the same default in both: AdamW, gradients clipped at norm 1."""
+"""TrainingArguments of both systems, whose other defaults are the same: AdamW, gradients clipped at norm 1."""
 
 OURS = {
     "grpo": ["kl=[]", "advantages=group_norm", "policy_loss=ppo_clip", "aggregation=seq_mean_token_mean"],
@@ -47,9 +47,9 @@ OURS = {
         "aggregation=seq_mean_token_sum",
     ],
 }
-"""What is changed of the recipe quickstart."""
+"""Overrides of the recipe quickstart."""
 THEIRS: dict[str, dict[str, Any]] = {"grpo": {"loss_type": "grpo"}, "rloo": {"beta": 0.05}}
-"""What TRL's GRPOConfig and RLOOConfig are told."""
+"""Arguments of TRL's GRPOConfig and RLOOConfig."""
 Curve = list[float]
 
 
@@ -133,13 +133,13 @@ def run(system: str, algorithm: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def parts(curve: Curve) -> Curve:
-    """The mean of each tenth of a run."""
+    """Return the mean of each tenth of a run."""
     edges = [round(i * len(curve) / PARTS) for i in range(PARTS + 1)]
     return [fmean(curve[a:b]) for a, b in pairwise(edges)]
 
 
 def student(level: float, freedom: int) -> float:
-    """The t that a Student variable exceeds with probability 1 - level: bisection on the integral of its density."""
+    """Return the t that a Student variable exceeds with probability 1 - level, by bisection on the integral of its density."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
 
     def below(t: float, pieces: int = 2000) -> float:
@@ -191,7 +191,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def save(rows: list[dict[str, Any]], steps: int, path: Path) -> None:
-    """Writes rows and, once every system has a run of every algorithm, the table."""
+    """Write rows and, once every system has a run of every algorithm, the table."""
     rows = sorted(rows, key=lambda row: (row["algorithm"], row["system"], row["seed"]))
     found = {**head("python -m benchmarks.curves"), "steps": steps, "rows": rows}
     write(path, found)
@@ -206,7 +206,7 @@ def save(rows: list[dict[str, Any]], steps: int, path: Path) -> None:
 
 
 def main() -> None:
-    """Runs what is missing."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ...")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each run, one rollout each")

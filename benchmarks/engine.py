@@ -24,7 +24,7 @@ class Forced(Generate):
     def __post_init__(self) -> None:
         self.line: Line | None = None
         self.lengths: list[list[int]] = []
-        """Of each rollout so far, each completion's tokens."""
+        """Completion lengths of each rollout so far, in tokens."""
 
     @classmethod
     def of(cls, line: Line) -> Forced:
@@ -43,7 +43,7 @@ class Forced(Generate):
     def sampler(
         self, prompts: Sequence[Prompt], num_generations: int, temperature: float, device: torch.device, logps: bool
     ) -> Any:
-        """`Generate`'s own, its tokens replaced where the lengths want it."""
+        """Return `Generate`'s sampler, with tokens replaced to give the prescribed lengths."""
         assert self.line is not None, "made by Forced.of"
         own = super().sampler(prompts, num_generations, temperature, device, logps)
         return Ending(own, forced_lengths(self.line, len(self.lengths)).to(device), temperature)

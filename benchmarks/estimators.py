@@ -93,7 +93,7 @@ def gae_of_columns(batch: Scored, values: Tensor, gamma: float, lam: float) -> T
 
 
 def best_of(run: Callable[[], Any], times: int = 5) -> tuple[float, Any]:
-    """The least seconds of processor time of a few runs, and the last result."""
+    """Return the minimum processor time of a few runs in seconds, and the last result."""
     seconds, result = [], None
     for _ in range(times):
         started = time.process_time()
@@ -147,7 +147,7 @@ def measure(rows: int, tokens: int, loop_rows: int) -> list[dict[str, Any]]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """The entries in Markdown, in milliseconds."""
+    """Format the entries in Markdown, in milliseconds."""
     lines = [
         "| plugin | ms | plain loop, ms | times faster | loop over columns, ms | apart by |",
         "|---|---|---|---|---|---|",

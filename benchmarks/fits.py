@@ -23,7 +23,7 @@ LONGEST = 4
 TWO_LINES = 8
 """Longest completion in tokens where answers have two lines."""
 MARGIN = 0.2
-"""What every recipe gains at least: right answers in the last tenth of the rollouts, less those in the first tenth."""
+"""Minimum gain of every recipe: correct answers in the last tenth of the rollouts minus those in the first tenth."""
 RIGHT = "right"
 """Label of a reward of weight 0 that is 1 where the answer is right, whatever the recipe is rewarded for."""
 
@@ -48,7 +48,7 @@ RECIPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What changes for one recipe."""
+    """Changes for one recipe."""
 
     learning_rate: float = 4e-4
     rollouts: int = 40
@@ -75,12 +75,12 @@ FITS: dict[str, Fit] = {
 
 
 def fit_of(name: str) -> Fit:
-    """What changes for a recipe; nothing of its own where it is not in the table."""
+    """Return the changes for a recipe; the common ones if it is not in the table."""
     return FITS.get(name, Fit())
 
 
 def fitted(name: str, seed: int, rollouts: int | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The recipe on the task, as YAML would have it. `judge:KIND` stands for the folder of a model of `benchmarks.judges`."""
+    """Return the recipe on the task as plain data; `judge:KIND` denotes the folder of a model of `benchmarks.judges`."""
     fit, raw = fit_of(name), read_recipe(name)
     raw["model"] = {"path": "judge:steps" if fit.two_lines else BUILTIN}
     raw["dataset"] = {} if fit.two_lines else {"path": BUILTIN}
@@ -111,7 +111,7 @@ def fitted(name: str, seed: int, rollouts: int | None = None, overrides: tuple[s
 
 
 def _reward(reward: dict[str, Any]) -> dict[str, Any]:
-    """The same source on the task."""
+    """Adapt a reward source to the task."""
     models = {"reward_model": "outcome", "token_reward_model": "token", "process_reward_model": "process"}
     if reward["use"] == "math_answer":
         return {"use": "exact_match", "column": "answer"}
@@ -133,7 +133,7 @@ def mark(raw: dict[str, Any]) -> str:
 
 
 def located(raw: Any) -> Any:
-    """The recipe with the folders of the models that it names."""
+    """Replace model names in the recipe by their folders."""
     if isinstance(raw, dict):
         return {key: located(value) for key, value in raw.items()}
     if isinstance(raw, list):

@@ -1,4 +1,4 @@
-"""What a cycle costs at least: counted operations and bytes, at the rates that this machine reaches for such shapes.
+"""Minimum cost of a cycle: counted operations and bytes, at the rates that this machine reaches for such shapes.
 
 Counted is what every exact implementation does: each prompt once per group, no padding, the head only where a completion
 token is predicted, no second forward for log-probs that sampling knew, nothing for rows without signal. Attention counts
@@ -32,7 +32,7 @@ PHASES = ("rollout", "forward", "update", "optimizer")
 
 
 def layer_shapes(line: Line) -> list[tuple[int, int]]:
-    """(inputs, outputs) of the matrices of one layer: query, key, value, output, gate, up, down."""
+    """Return (inputs, outputs) of the matrices of one layer: query, key, value, output, gate, up, down."""
     h, kv, wide = line.hidden, line.kv_width, line.intermediate
     return [(h, h), (h, kv), (h, kv), (h, h), (h, wide), (h, wide), (wide, h)]
 
@@ -69,7 +69,7 @@ def triangle(n: int) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one rollout asks for, in positions, pairs and rows."""
+    """Work of one rollout, in positions, pairs and rows."""
 
     prompts: int
     """Tokens of all prompts, each once."""
@@ -109,7 +109,7 @@ def count(prompts: Sequence[int], lengths: Sequence[Sequence[int]]) -> Counts:
 
 
 def live(line: Line, prompts: Sequence[int], lengths: Sequence[Sequence[int]]) -> Counts:
-    """What the update asks for: groups without signal are left out, unless a KL acts on them."""
+    """Count the work of the update, without groups that have no signal, unless a KL acts on them."""
     dead = 0 if line.beta else round(line.dead * line.prompts)
     return count(prompts[dead:], lengths[dead:])
 
@@ -133,13 +133,13 @@ class Rates:
     """Bytes per second over as much memory as the model's weights hold: the best of a sum, a copy and an addition."""
 
     def better(self, other: Rates) -> Rates:
-        """The higher of each: the machine can do it."""
+        """Return the higher of each rate."""
         both = zip(asdict(self).items(), asdict(other).values(), strict=True)
         return Rates(**{name: max(a, b) for (name, a), b in both})
 
 
 def least(run: Callable[[], object], times: int = 5) -> float:
-    """The least seconds of processor time of a few runs, after one to warm up."""
+    """Return the minimum processor time of a few runs in seconds, after a warm-up."""
     run()
     seconds = []
     for _ in range(times):
@@ -150,7 +150,7 @@ def least(run: Callable[[], object], times: int = 5) -> float:
 
 
 def measure(line: Line, positions: int = POSITIONS) -> Rates:
-    """The rates for the shapes of a line's model."""
+    """Measure the rates for the shapes of a line's model."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         shapes = layer_shapes(line)
         each = [_product_seconds(shape, positions) for shape in sorted(set(shapes))]
@@ -169,7 +169,7 @@ def measure(line: Line, positions: int = POSITIONS) -> Rates:
 
 
 def _product_seconds(shape: tuple[int, int], rows: int) -> tuple[float, float]:
-    """Of the forward product, and of both backward ones."""
+    """Return the seconds of the forward product, and of both backward ones."""
     x, w, g = torch.randn(rows, shape[0]), torch.randn(shape[1], shape[0]), torch.randn(rows, shape[1])
     y, by_x, by_w = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
     forward = least(lambda: torch.mm(x, w.t(), out=y))

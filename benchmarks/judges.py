@@ -38,13 +38,13 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """How a model is made. Another setting is another checkpoint."""
+    """Settings for making a model. Different settings give different checkpoints."""
 
     kind: str
     start: str | None = None
     """The kind whose trunk it starts from; None: the quickstart's model."""
     target: float
-    """Where it stops: share of held-out pairs or lines judged rightly; for a policy the probability of a right answer."""
+    """Stopping criterion: accuracy on held-out pairs or lines; for a policy the probability of a correct answer."""
     batch_size: int = 128
     learning_rate: float = 1e-3
     """It rises over `ramp` steps and falls in a line to 0 at `max_steps`."""
@@ -68,7 +68,7 @@ MAKINGS = {
 
 
 def judge(kind: str) -> Path:
-    """The folder of the model of a kind, made now if the cache does not hold it."""
+    """Return the folder of the model of a kind, which is made if it is not cached."""
     making = MAKINGS[kind]
     start = addition_model() if making.start is None else judge(making.start)
     mark = hashlib.sha256(json.dumps([asdict(making), start.name]).encode()).hexdigest()[:12]
@@ -86,13 +86,13 @@ def judge(kind: str) -> Path:
 
 
 def lines(row: dict[str, str]) -> list[str]:
-    """The two lines of the right answer to a problem."""
+    """Return the two lines of the correct answer to a problem."""
     a, b = row["prompt"].removesuffix("=").split("+")
     return [str(int(a) % 10 + int(b) % 10), str(int(a) + int(b))]
 
 
 def spoiled(answer: str, draw: random.Random) -> str:
-    """A wrong answer: any number that a sum can be, or the right one with a digit one off, replaced, dropped or added."""
+    """Return a wrong answer: any possible sum, or the correct one with a digit off by one, replaced, dropped or added."""
     while True:
         place, digit = draw.randrange(len(answer)), draw.choice("0123456789")
         near = str((int(answer[place]) + draw.choice((1, 9))) % 10)
@@ -142,7 +142,7 @@ def _make(making: Making, start: Path, folder: Path) -> None:
 
 
 def _model(kind: str, start: Path) -> Any:
-    """The warmed-up trunk under the head of a kind."""
+    """Create a model with the warmed-up trunk and the head of a kind."""
     if kind == "steps":
         return LlamaForCausalLM.from_pretrained(start)
     config = LlamaConfig.from_pretrained(start, num_labels=2 if kind == "process" else 1)

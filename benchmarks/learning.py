@@ -6,7 +6,7 @@ other in this process (see benchmarks.fits for what changes on the task).
 `python -m benchmarks.learning --page`: the documentation from the results, without a run.
 
 Results go to benchmarks/results/learning.json after every recipe; a recipe that is there with all its seeds is not run again.
-docs/learning.md and docs/learning.png are then made anew.
+docs/learning.md and docs/learning.png are then regenerated.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def problems(name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def tenths(numbers: list[float]) -> list[float]:
-    """The mean of the first and of the last tenth."""
+    """Return the means of the first and of the last tenth."""
     tenth = max(1, len(numbers) // 10)
     return [sum(part) / tenth for part in (numbers[:tenth], numbers[-tenth:])]
 
@@ -113,18 +113,18 @@ def run_beta(penalty: str, beta: float) -> dict[str, Any]:
 
 
 def penalised(penalty: str, beta: float) -> tuple[str, ...]:
-    """The override that puts a penalty in the place of a recipe's own."""
+    """Return the override that replaces a recipe's KL penalty."""
     return (PENALTIES[penalty].replace("BETA", str(beta)),)
 
 
 def results(path: Path = RESULTS) -> dict[str, Any]:
-    """What was measured so far."""
+    """Return the results so far."""
     return json.loads(path.read_text()) if path.is_file() else {"runs": [], "curves": {}, "beta": []}
 
 
 @contextmanager
 def changed(path: Path) -> Iterator[dict[str, Any]]:
-    """The results, to be changed and then written, whatever else was saved meanwhile."""
+    """Load the results under a lock, to be changed and written back."""
     with FileLock(Path(tempfile.gettempdir()) / f"{path.name}.lock"):
         found = {key: results(path)[key] for key in ("runs", "curves", "beta")}
         yield found
@@ -132,7 +132,7 @@ def changed(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_recipe(name: str, rows: list[dict[str, Any]], path: Path) -> None:
-    """Puts a recipe's runs in the place of its older ones, and the mean of their curves."""
+    """Replace a recipe's runs by newer ones, with the mean of their curves."""
     points = zip(*(row.pop("curve") for row in rows), strict=True)
     curve = [[round(fmean(point[key] for point in each), 4) for key in ("kl", "right")] for each in points]
     with changed(path) as found:
@@ -141,14 +141,14 @@ def keep_recipe(name: str, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def keep_beta(row: dict[str, Any], path: Path) -> None:
-    """Puts a run over beta in the place of the one that has the same penalty and beta."""
+    """Replace the run with the same penalty and beta."""
     same = (row["penalty"], row["beta"])
     with changed(path) as found:
         found["beta"] = [other for other in found["beta"] if (other["penalty"], other["beta"]) != same] + [row]
 
 
 def due(found: dict[str, Any], names: list[str], seeds: int, rollouts: int | None) -> list[str]:
-    """The recipes of which a run with the settings of today is not among the results."""
+    """Return the recipes without results for the current settings."""
     there = {(row["recipe"], row["seed"], row["mark"]) for row in found["runs"]}
     return [
         name
@@ -158,14 +158,14 @@ def due(found: dict[str, Any], names: list[str], seeds: int, rollouts: int | Non
 
 
 def due_betas(found: dict[str, Any]) -> list[tuple[str, float]]:
-    """The same of the runs over beta."""
+    """Return the runs over beta without results for the current settings."""
     there = {(row["penalty"], row["beta"], row["mark"]) for row in found["beta"]}
     wanted = [(penalty, beta) for penalty in PENALTIES for beta in BETAS]
     return [w for w in wanted if (*w, mark(fitted("rloo", 0, BETA_ROLLOUTS, penalised(*w)))) not in there]
 
 
 def main() -> None:
-    """Runs what is missing, and makes the documentation of what is there."""
+    """Run what is missing, and write the documentation of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help="all when left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")

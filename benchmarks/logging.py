@@ -1,4 +1,4 @@
-"""What logging and the plugin layer cost in the quickstart, as shares of an optimizer step.
+"""Cost of logging and the plugin layer in the quickstart, as shares of an optimizer step.
 
 `python -m benchmarks.logging [--steps 80] [--json PATH] [KEY=VALUE ...]`
 
@@ -45,12 +45,12 @@ class Stopwatch:
     _local: threading.local = field(default_factory=threading.local)
 
     def step(self) -> None:
-        """A step begins."""
+        """Start a step."""
         self.began.append((time.perf_counter(), time.process_time()))
         self.steps.append(defaultdict(lambda: (0.0, 0.0)))
 
     def timed(self, kind: str, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose cost is noted."""
+        """Wrap a function to record its cost."""
         self.kinds[part] = kind
 
         @functools.wraps(function)
@@ -74,7 +74,7 @@ class Stopwatch:
 
 
 def install(watch: Stopwatch) -> None:
-    """Times the parts in this process."""
+    """Instrument the parts in this process."""
     from hf_rlhf.config.algorithm import Algorithm
     from hf_rlhf.metrics import trackers
     from hf_rlhf.metrics.aggregator import MetricAggregator
@@ -153,7 +153,7 @@ def measure(steps: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Format the result as a page."""
     lines = [
         "# Logging and the plugin layer",
         "",

@@ -26,7 +26,7 @@ from benchmarks.record import keep
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 24
 LIMIT = 1.15
-"""What `adapter_off` may take, as a share of `none`."""
+"""Maximum memory of `adapter_off`, relative to `none`."""
 KL = [{"use": "in_loss", "beta": 0.04, "estimator": {"use": "k3"}}]
 KINDS: dict[str, dict[str, Any]] = {
     "none": {"reference": "none"},
@@ -129,7 +129,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Runs the kinds in turn and writes the figures."""
+    """Run the kinds in turn and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS / "lora_memory.json")

@@ -97,7 +97,7 @@ def _train(case: dict[str, Any], folder: str, **sizes: int) -> None:
 
 
 def make_run(case: dict[str, Any], folder: str, *, hidden: int, layers: int) -> tuple[Any, Any, Any, Any, Any]:
-    """A model, arguments, adapter and recipe, and what makes a trainer of them."""
+    """Return a model, arguments, adapter and recipe, and a function that creates their trainer."""
     from transformers import PrinterCallback, TrainingArguments
 
     from benchmarks.work import Line, make_model, make_tokenizer
@@ -160,7 +160,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Runs the cases and writes the figures."""
+    """Run the cases and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))

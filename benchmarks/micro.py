@@ -26,7 +26,7 @@ from hf_rlhf.axes import Filter, LossTerm, PolicyLoss
 RESULTS = Path(__file__).parent / "results"
 VOCABULARIES = (4096, 151936)
 WIDTH = 256
-"""Of hidden states."""
+"""Width of hidden states."""
 
 
 # The head
@@ -119,7 +119,7 @@ def heads(linear: Any, states: Tensor, targets: Tensor, by_token: Tensor) -> Var
 
 
 def sampling(vocabulary: int, rows: int, times: int) -> Part:
-    """A token for each row from its logits, and the token's log-prob."""
+    """Measure sampling of a token for each row from its logits, with the token's log-prob."""
     from hf_rlhf_plugins.rollout.generate import Generate
 
     logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
@@ -250,7 +250,7 @@ class All(Filter):
 
 
 def dispatch(calls: int, times: int) -> Part:
-    """What a call costs by going through the recipe's choice: plugins that give back their argument, against functions."""
+    """Measure the overhead of calls through the recipe's plugins: plugins that return their argument, against functions."""
     from hf_rlhf.config.recipe import resolve
     from hf_rlhf.training.losses import POLICY_GETS
 

@@ -13,7 +13,7 @@ Part = dict[str, Any]
 
 
 def in_turn(variants: Variants, times: int) -> dict[str, float]:
-    """The least seconds of each variant, which run one after the other in each of several rounds."""
+    """Return the minimum seconds of each variant; each of several rounds runs all of them."""
     seconds = dict.fromkeys(variants, float("inf"))
     for _ in range(times):
         for name, run in variants.items():
@@ -24,11 +24,11 @@ def in_turn(variants: Variants, times: int) -> dict[str, float]:
 
 
 def apart(found: list[Tensor], due: list[Tensor]) -> float:
-    """The largest distance of a tensor from its due value, relative to that."""
+    """Return the largest distance of a tensor from its expected value, relative to that."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, due, strict=True))
 
 
 def part(title: str, text: str, extra: tuple[str, ...], entries: list[Part], compared: bool = True) -> Part:
-    """A table; ratios are to its first variant, where the variants do the same."""
+    """Build a table; ratios are to its first variant, if the variants do the same."""
     base = entries[0]["variant"] if compared else None
     return {"title": title, "text": text, "base": base, "extra": list(extra), "entries": entries}

@@ -1,4 +1,4 @@
-"""What a row of a reward source costs by its contract: the part `rewards` of `benchmarks.micro`."""
+"""Overhead per row of the contract of reward sources: the part `rewards` of `benchmarks.micro`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OnesApart(Ones):
 
 
 def rewards(rows: int, times: int) -> Part:
-    """What a row costs by going through the contract, wherever its source runs: seconds on the wall, workers at rest before."""
+    """Measure the overhead of the contract per row, for each runner, in wall-clock seconds with idle workers."""
     text = " ".join(["word"] * 60)
     ids = list(range(200))
     given = Rollouts(

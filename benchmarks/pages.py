@@ -34,7 +34,7 @@ def interval(numbers: list[float]) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """Format a table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
@@ -148,13 +148,13 @@ def picture(curves: dict[str, list[list[float]]]) -> Figure:
 
 
 def write_page(found: dict[str, Any], folder: Path) -> None:
-    """The page and its picture."""
+    """Write the page and its picture."""
     (folder / "learning.md").write_text(page(found), encoding="utf-8")
     save(picture(found["curves"]), folder / "learning.png")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A picture of few colours, small enough to be kept beside its page."""
+    """Save a picture with few colors, small enough to be committed."""
     from io import BytesIO
 
     from PIL import Image

@@ -14,8 +14,10 @@ from hf_rlhf.runtime.peak_memory import MIB, Phase, recorder
 
 @contextmanager
 def peak() -> Iterator[Phase]:
-    """A phase of `hf_rlhf.runtime.peak_memory` on the CPU. Freed memory is handed back first, so that what was there
-    before does not make room for what comes."""
+    """Measure a phase of `hf_rlhf.runtime.peak_memory` on the CPU.
+
+    Freed memory is returned to the system first, so that the phase cannot reuse it.
+    """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -25,5 +27,5 @@ def peak() -> Iterator[Phase]:
 
 
 def mib(phase: Phase) -> float:
-    """Of a phase that has ended: its peak above its start."""
+    """Return the peak of a finished phase above its start."""
     return phase.above / MIB

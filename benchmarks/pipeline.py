@@ -48,7 +48,7 @@ def shown(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def run(folder: Path, words: list[str]) -> tuple[dict[str, Any], float]:
-    """The summary of a run, and its seconds from start to end."""
+    """Run the pipeline; returns its summary and its seconds from start to end."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     command = [sys.executable, "-m", "hf_rlhf", "pipeline", "instructgpt", "--output-dir", str(folder), *words]
@@ -103,7 +103,7 @@ def some(count: int, parts: int) -> list[int]:
 
 
 def stage(summary: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a summary: the figures of `SHOWN_METRICS` and what they took."""
+    """Return the figures of `SHOWN_METRICS` in a summary, with their costs."""
     kept = {key: summary[key] for key in ("recipe", "steps", "seconds") if key in summary}
     return {**kept, **{when: shown(summary[when]) for when in ("before", "after")}}
 
@@ -171,7 +171,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _truth(variants: dict[str, Any]) -> list[str]:
-    """How score, truth and KL go on together, for the variants of one seed of which they were kept."""
+    """Return tables of score, correctness and KL over the rollouts, for variants of one seed that recorded them."""
     tables = []
     for name, rows in variants.items():
         if len(rows) == 1 and "truth" in rows[0]:
@@ -192,7 +192,7 @@ def _policy_line(name: str, stage: dict[str, Any], metric: str, what: str) -> st
 
 
 def main() -> None:
-    """Runs and writes the figures."""
+    """Run and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each PPO")
     parser.add_argument("--json", type=Path, default=RESULTS / "pipeline.json")

@@ -33,7 +33,7 @@ SHOWN = (
 
 
 def run(source: Path, folder: Path) -> float:
-    """Runs the script; its seconds of processor time."""
+    """Run the script; returns its processor time in seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "examples" / "gsm8k_pipeline.py"), str(source), str(folder)]
@@ -43,7 +43,7 @@ def run(source: Path, folder: Path) -> float:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What a run of the script left behind."""
+    """Return the figures of a run of the script."""
     from hf_rlhf_plugins.trainer._measures import wilson
 
     summary = json.loads((folder / "run" / "summary.json").read_text())
@@ -111,7 +111,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs and writes the figures."""
+    """Run and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--source", type=Path, default=SOURCE, help="folder of GSM8K's files")
     parser.add_argument("--run", type=Path, help="folder of a run that is there")

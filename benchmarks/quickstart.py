@@ -43,7 +43,7 @@ def run(seed: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Format the rows in Markdown."""
     lines = ["| seed | accuracy before | accuracy after | seconds | of these training |", "|---|---|---|---|---|"]
     for row in rows:
         numbers = f"{row['before']:.3f} | {row['after']:.3f} | {row['seconds']:.0f} | {row['train_seconds']:.0f}"
@@ -75,11 +75,11 @@ def picture(run: Path, file: Path) -> None:
 
 
 def main() -> None:
-    """Runs the seeds and writes the figures."""
+    """Run the seeds and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, default=RESULTS / "quickstart.json")
-    parser.add_argument("--cold", action="store_true", help="make the warm-up anew and time it")
+    parser.add_argument("--cold", action="store_true", help="redo the warm-up and time it")
     parser.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/quickstart.svg from this run's folder")
     parser.add_argument("overrides", nargs="*", help="recipe overrides, for instance advantages.use=leave_one_out")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How a benchmark's results are kept: compact JSON with what they depend on, and a table beside it in Markdown."""
+"""Storage of a benchmark's results: compact JSON with their provenance, and a Markdown table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIGITS = 6
 
 
 def head(command: str) -> dict[str, Any]:
-    """What results depend on: command, machine and versions."""
+    """Return the provenance of results: command, machine and versions."""
     from hf_rlhf.training.setup import versions
 
     machine = {"processor": platform.machine(), "system": platform.system()}

@@ -79,7 +79,7 @@ def run(name: str, solutions: Path) -> dict[str, Any]:
 
 
 def save_model(texts: Path, folder: Path) -> None:
-    """A Llama with new weights and a tokenizer trained on the texts of a file of rows."""
+    """Save a Llama with new weights and a tokenizer trained on the texts of a file of rows."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -113,7 +113,7 @@ def save_model(texts: Path, folder: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Format the rows in Markdown."""
     header = [
         "run",
         "recipe",
@@ -170,7 +170,7 @@ quality of a solution; pairs with the reference can be won by telling people's s
 
 
 def main() -> None:
-    """Runs and writes the figures."""
+    """Run and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--solutions", type=Path, default=SOLUTIONS, help="example_model_solutions.jsonl of GSM8K")
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))

@@ -1,4 +1,4 @@
-"""How seconds and memory of a cycle grow: with completions, their length, the vocabulary, the model and the plugins.
+"""Growth of a cycle's time and memory with completions, their length, the vocabulary, the model and the plugins.
 
 `python -m benchmarks.scaling [--quick] [--rounds 2] [--only AXIS ...] [--json PATH]`: each point is a line as in
 benchmarks.trl, run by us and, where TRL has what is swept, by TRL, in processes of their own. KLs beyond the first and
@@ -48,7 +48,7 @@ class Sweep:
 
 
 def model_of(hidden: int, layers: int) -> dict[str, Any]:
-    """Settings of a line: 4 times as wide inside, heads of 32."""
+    """Return settings of a line with an inner width of 4 times the hidden size and heads of 32."""
     heads = hidden // 32
     return {"hidden": hidden, "layers": layers, "intermediate": 4 * hidden, "heads": heads, "kv_heads": heads // 2}
 
@@ -182,7 +182,7 @@ def point_of(at: int, line: Line, runs: dict[str, list[dict[str, Any]]]) -> dict
 
 
 def swept(sweep: Sweep, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """A sweep with its fits; where it is linear and TRL's too, how many of our further ones one of TRL's costs."""
+    """Add the fits to a sweep, for completions also the ratio of TRL's slope to ours."""
     ats = [float(point["at"]) for point in points]
     fits = {system: fit(ats, [point["seconds"][system] for point in points], sweep.scale) for system in sweep.systems}
     found: dict[str, Any] = {"name": sweep.name, "title": sweep.title, "axis": sweep.axis, "scale": sweep.scale}
@@ -194,21 +194,21 @@ def swept(sweep: Sweep, points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def said(point: dict[str, Any]) -> str:
-    """A point in words."""
+    """Describe a point in words."""
     return ", ".join(
         f"{system} {point['seconds'][system]:.2f} s {point['peak_mib'][system]:.0f} MiB" for system in point["seconds"]
     )
 
 
 def write(found: dict[str, Any], path: Path) -> None:
-    """The result and its tables."""
+    """Write the result and its tables."""
     from benchmarks.speed_page import publish, scaling_section
 
     publish(found, path, "Growth", scaling_section(found))
 
 
 def main() -> None:
-    """Runs the sweeps."""
+    """Run the sweeps."""
     names = [sweep.name for sweep in sweeps()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two points of each axis, one round of one cycle")

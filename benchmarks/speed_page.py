@@ -30,14 +30,14 @@ def number(x: float | None, digits: int = 2) -> str:
 
 
 def seconds(row: Found, system: str) -> str:
-    """The median and, where there are several, the least and most."""
+    """Format the median and, of several, the minimum and maximum."""
     low, high = row[system]["range"]
     middle = f"{row[system]['seconds']:.2f}"
     return middle if low == high else f"{middle} ({low:.2f}-{high:.2f})"
 
 
 def ratio(row: Found) -> str:
-    """Of the seconds, with the range over pairs of cycles."""
+    """Format the ratio of seconds, with the range over pairs of cycles."""
     if row["ratio"] is None:
         return "**not the same work**"
     low, high = row["ratio_range"]
@@ -86,7 +86,7 @@ def phases_table(rows: list[Found]) -> str:
 
 
 def floors_table(rows: list[Found]) -> str:
-    """The least seconds of a cycle, and which share of the measured ones they are."""
+    """Format the minimum seconds of a cycle, and their share of the measured ones."""
     names = ("rollout", "forward", "update", "optimizer", "total")
 
     def share(row: Found, system: str, name: str) -> str:
@@ -105,7 +105,7 @@ def floors_table(rows: list[Found]) -> str:
 
 
 def means(found: Found) -> str:
-    """The geometric means in a sentence."""
+    """Describe the geometric means in a sentence."""
     if found["geometric_mean"] is None:
         return "No line compares whole cycles."
     count = len([row for row in found["rows"] if row["exact"] and row["compared"] == "cycle"])
@@ -116,7 +116,7 @@ def means(found: Found) -> str:
 
 
 def trl_section(found: Found) -> str:
-    """The tables of `benchmarks.trl`."""
+    """Return the tables of `benchmarks.trl`."""
     rows = found["rows"]
     worst = max((row["gradient_difference"] or 0.0 for row in rows), default=0.0)
     rates = rows[0]["rates"] if rows else {}
@@ -145,7 +145,7 @@ backward, {rates["decode"] / 1e9:.0f} in products of a decoding step; {rates["re
 
 
 def scaling_section(found: Found) -> str:
-    """The tables of `benchmarks.scaling`."""
+    """Return the tables of `benchmarks.scaling`."""
     parts = []
     for sweep in found["sweeps"]:
         header = [sweep["axis"], "TRL, s", "ours, s", "TRL / ours", "peak, MiB: TRL", "ours"]
@@ -165,7 +165,7 @@ def scaling_section(found: Found) -> str:
 
 
 def growth(sweep: Found) -> str:
-    """The fits in words."""
+    """Describe the fits in words."""
     words = []
     for system, fit in sweep["fits"].items():
         if "exponent" in fit:
@@ -226,14 +226,14 @@ def duration(seconds: float) -> str:
 
 
 def figure(name: str, x: float | None) -> str:
-    """A cell of a column of `benchmarks.micro`."""
+    """Format a cell of a column of `benchmarks.micro`."""
     if x is None:
         return ""
     return f"{x:.1e}" if name == "apart by" else f"{x:,.0f}"
 
 
 def micro_section(found: Found) -> str:
-    """The tables of `benchmarks.micro`."""
+    """Return the tables of `benchmarks.micro`."""
     parts = []
     for part in found["parts"]:
         base = next((entry["seconds"] for entry in part["entries"] if entry["variant"] == part["base"]), None)
@@ -303,7 +303,7 @@ The floor is what every exact implementation has to compute, at the rates that t
 
 
 def results(folder: Path = RESULTS) -> dict[str, Found]:
-    """What was measured so far, by name."""
+    """Return the results so far, by name."""
     paths = {name: folder / f"{name}.json" for name in MEASURED}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
@@ -318,7 +318,7 @@ def publish(found: Found, path: Path, title: str, section: str) -> None:
 
 
 def write_page(folder: Path = DOCS) -> None:
-    """The page and, where growth was measured, its picture."""
+    """Write the page and, if growth was measured, its picture."""
     found = results()
     (folder / "benchmarks.md").write_text(page(found), encoding="utf-8")
     if "scaling" in found:

@@ -54,7 +54,7 @@ TRAINING = {
 }
 """TrainingArguments of both; what is left out has one default: AdamW, gradients clipped at norm 1."""
 CHECKED = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.02}
-"""Of the steps whose gradients are compared."""
+"""TrainingArguments of the steps whose gradients are compared."""
 
 
 @dataclass(kw_only=True)
@@ -62,7 +62,7 @@ class Cycle:
     """One rollout with its updates."""
 
     seconds: float
-    """Of processor time."""
+    """Processor time in seconds."""
     wall: float
     phases: dict[str, float]
     """name -> seconds of processor time."""
@@ -79,13 +79,13 @@ class Stopwatch(TrainerCallback):
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Adds what happens inside to a phase."""
+        """Add the time inside the block to a phase."""
         began = time.process_time()
         yield
         self._add(name, time.process_time() - began)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, each call of which is added to a phase."""
+        """Wrap a function to add its calls to a phase."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self.time(name):
@@ -135,7 +135,7 @@ def _gradient(parameter: Any) -> Tensor:
 
 
 def with_entropy(loss: PolicyLoss) -> PolicyLoss:
-    """The same loss, which also returns the exact entropy of each token's distribution as a metric, as TRL logs it."""
+    """Return the same loss with the exact entropy of each token's distribution as a metric, as TRL logs it."""
     own = type(loss)
 
     def call(self: Any, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, **extras: Tensor) -> Any:
@@ -149,12 +149,12 @@ def with_entropy(loss: PolicyLoss) -> PolicyLoss:
 
 @dataclass(kw_only=True)
 class Run:
-    """What was measured."""
+    """Measurements of a run."""
 
     cycles: list[Cycle] = field(default_factory=list)
     peak_mib: float = 0.0
     lengths: list[list[int]] = field(default_factory=list)
-    """Of each rollout, each completion's tokens."""
+    """Completion lengths of each rollout, in tokens."""
 
 
 # Ours
@@ -233,7 +233,7 @@ def run_ours(line: Line, cycles: int, folder: str) -> Run:
 
 
 def our_gradients(line: Line, folder: str) -> list[Tensor]:
-    """Of every optimizer step on one scripted rollout."""
+    """Return the gradient of every optimizer step on one scripted rollout."""
     found = Gradients()
     engine = {"use": "scripted", "prompts": line.prompts, "num_generations": line.group}
     rows = dataset(line, 1)
@@ -305,7 +305,7 @@ def run_trl(line: Line, cycles: int, folder: str) -> Run:
 
 
 def _force(model: Any, line: Line) -> None:
-    """Makes `generate` give completions of the forced lengths: the end of sequence is certain there, impossible before."""
+    """Force the lengths of `generate`: the end of sequence is certain there, impossible before."""
     from transformers import LogitsProcessor
 
     generate, calls = model.generate, iter(range(10**9))
@@ -329,7 +329,7 @@ def _force(model: Any, line: Line) -> None:
 
 
 def _watch(trainer: Any, watch: Stopwatch, lengths: list[list[int]]) -> None:
-    """Times the phases of TRL's trainer and notes the lengths of its completions."""
+    """Time the phases of TRL's trainer and record the lengths of its completions."""
     generate, logps = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies
 
     def generated(*args: Any, **kwargs: Any) -> Any:
@@ -353,7 +353,7 @@ def _watch(trainer: Any, watch: Stopwatch, lengths: list[list[int]]) -> None:
 
 
 def their_gradients(line: Line, folder: str) -> list[Tensor]:
-    """Of every optimizer step on one scripted rollout."""
+    """Return the gradient of every optimizer step on one scripted rollout."""
     found = Gradients()
     trainer = their_trainer(line, folder, dataset(line, 1), found, max_steps=line.epochs, **CHECKED)
     completions = script(line, 0)
@@ -365,7 +365,7 @@ def their_gradients(line: Line, folder: str) -> list[Tensor]:
 
 
 def _set_reference(line: Line, model: Any) -> None:
-    """Gives the reference other weights than the policy has, so that the KL to it is there from the first step on."""
+    """Give the reference other weights than the policy's, so that the KL is nonzero from the first step on."""
     if model is not None:
         other, own = make_model(line, seed=1), make_model(line)
         with torch.no_grad():
@@ -392,7 +392,7 @@ def run(system: str, line: Line, cycles: int, gradients: Path | None = None) -> 
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest distance of a step's gradients, relative to theirs; infinite where the steps are not as many."""
+    """Return the largest distance of a step's gradients, relative to theirs; infinite if the numbers of steps differ."""
     if len(ours) != len(theirs) or not ours:
         return float("inf")
     apart = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, theirs, strict=True)]

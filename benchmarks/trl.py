@@ -2,7 +2,7 @@
 
 `python -m benchmarks.trl [--quick] [--rounds 3] [--cycles 2] [--only NAME ...] [--json PATH]`: every run is a process of
 its own on one thread in float32, ours and TRL's in turn; the first cycle of each is dropped. Weights, prompts and lengths
-of completions are the same (benchmarks/work.py); what counts as a cycle, a phase and a peak stands in
+of completions are the same (benchmarks/work.py); cycles, phases and peaks are defined in
 benchmarks/systems.py, what a floor is in benchmarks/floor.py.
 `python -m benchmarks.trl --one ours|trl --line NAME`: one run in this process, printed as JSON.
 `python -m benchmarks.trl --page`: docs/benchmarks.md from the results, without a run.
@@ -34,7 +34,7 @@ from benchmarks.work import Line, forced_lengths
 RESULTS = Path(__file__).parent / "results"
 SYSTEMS = ("trl", "ours")
 TOLERANCE = 1e-4
-"""Of the gradients, relative to TRL's."""
+"""Maximum difference of the gradients, relative to TRL's."""
 WIDE: dict[str, Any] = {"hidden": 512, "layers": 8, "intermediate": 2048}
 LINES = [
     Line(name="grpo", title="GRPO, vocabulary 4k, completions up to 128"),
@@ -77,7 +77,7 @@ def one(system: str, line: Line, cycles: int, gradients: Path | None) -> dict[st
 
 
 def spawn(system: str, line: Line, cycles: int, gradients: Path | None = None) -> dict[str, Any]:
-    """The same in a process of its own."""
+    """Run one system in a separate process."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.trl", "--one", system, "--cycles", str(cycles)]
     command += ["--line", json.dumps(asdict(line))]
     if gradients is not None:
@@ -91,7 +91,7 @@ def spawn(system: str, line: Line, cycles: int, gradients: Path | None = None) -
 
 
 def apart(folder: Path) -> float:
-    """The largest relative difference of the systems' gradients, as the runs wrote them."""
+    """Return the largest relative difference of the systems' saved gradients."""
     import torch
 
     from benchmarks.systems import difference
@@ -100,7 +100,7 @@ def apart(folder: Path) -> float:
 
 
 def compare(line: Line, rounds: int, cycles: int) -> dict[str, Any]:
-    """The row of a line: systems in turn, and the machine's rates before and after."""
+    """Measure the row of a line: systems in turn, and the machine's rates before and after."""
     rates = floor.measure(line)
     runs: Sides = {system: [] for system in SYSTEMS}
     with tempfile.TemporaryDirectory() as folder:
@@ -116,13 +116,13 @@ def compare(line: Line, rounds: int, cycles: int) -> dict[str, Any]:
 
 
 def lengths_met(line: Line, runs: Sides) -> bool:
-    """Whether every completion had the length that it was given."""
+    """Return True if every completion had its prescribed length."""
     found = [lengths for system in runs for run in runs[system] for lengths in enumerate(run["lengths"])]
     return bool(found) and all(lengths == forced_lengths(line, cycle).tolist() for cycle, lengths in found)
 
 
 def floors(line: Line, cycles: int, rates: floor.Rates) -> dict[str, float]:
-    """The least seconds of each phase, mean over the cycles that count."""
+    """Return the minimum seconds of each phase, averaged over the measured cycles."""
     from benchmarks.systems import prompts_and_lengths
 
     each = []
@@ -133,7 +133,7 @@ def floors(line: Line, cycles: int, rates: floor.Rates) -> dict[str, float]:
 
 
 def seconds_of(line: Line, cycle: dict[str, Any]) -> float:
-    """What of a cycle is compared."""
+    """Return the compared seconds of a cycle."""
     found: float = cycle["phases"]["update"] if line.compared == "update" else cycle["seconds"]
     return found
 
@@ -162,7 +162,7 @@ def side(line: Line, runs: list[dict[str, Any]], least: dict[str, float]) -> dic
 
 
 def row_of(line: Line, runs: Sides, difference: float, rates: floor.Rates) -> dict[str, Any]:
-    """A row of the result. Its ratios are None where the systems did not do the same."""
+    """Build a row of the result. Its ratios are None if the systems did not do the same work."""
     count = len(runs["ours"][0]["cycles"])
     least = floors(line, count, rates)
     sides = {system: side(line, runs[system], least) for system in SYSTEMS}
@@ -212,7 +212,7 @@ def geometric_mean(numbers: list[float]) -> float | None:
 
 
 def result(rows: list[dict[str, Any]], command: str, rounds: int, cycles: int) -> dict[str, Any]:
-    """What is written; the means are over the lines that compare whole cycles."""
+    """Build the result to write; means are over the lines that compare whole cycles."""
     whole = [row for row in rows if row["exact"] and row["compared"] == "cycle"]
     return {
         **record.head(command),
@@ -228,14 +228,14 @@ def result(rows: list[dict[str, Any]], command: str, rounds: int, cycles: int) -
 
 
 def write(found: dict[str, Any], path: Path) -> None:
-    """The result and its tables."""
+    """Write the result and its tables."""
     from benchmarks.speed_page import publish, trl_section
 
     publish(found, path, "Next to TRL", trl_section(found))
 
 
 def say(row: dict[str, Any]) -> str:
-    """A row in one line of text."""
+    """Format a row as one line of text."""
     if not row["exact"]:
         return f"{row['name']}: gradients differ by {row['gradient_difference']}, lengths met: {row['lengths_met']}: no ratio"
     seconds = " / ".join(f"{row[system]['seconds']:.2f}" for system in SYSTEMS)
@@ -246,7 +246,7 @@ def say(row: dict[str, Any]) -> str:
 
 
 def read_line(text: str) -> Line:
-    """A line by its name, or from JSON."""
+    """Parse a line from its name or from JSON."""
     if text.startswith("{"):
         return Line(**json.loads(text))
     names = [line.name for line in LINES]
@@ -256,7 +256,7 @@ def read_line(text: str) -> Line:
 
 
 def read_options() -> argparse.Namespace:
-    """Of the command line, with what depends on others filled in."""
+    """Parse the command line and fill in dependent options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK)}, one round of one cycle")
     parser.add_argument("--rounds", type=int, help="processes of each system per line, 3 when left out")
@@ -277,7 +277,7 @@ def read_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compares the lines; exits with 1 where the systems did not do the same."""
+    """Compare the lines; exits with 1 if the systems did not do the same work."""
     options = read_options()
     if options.one:
         print(json.dumps(one(options.one, options.line, options.cycles, options.gradients)))

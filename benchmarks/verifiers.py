@@ -1,4 +1,4 @@
-"""What rule-based verifiers cost, how they scale with processes, and whether they agree with graded solutions.
+"""Cost of rule-based verifiers, their scaling with processes, and their agreement with graded solutions.
 
 `python -m benchmarks.verifiers [--data ../shared/data/gsm8k] [--page]`
 
@@ -32,7 +32,7 @@ DATA = ROOT.parent / "shared" / "data" / "gsm8k"
 COMMAND = "python -m benchmarks.verifiers"
 MARKER = "A:"
 ROUNDS = 7
-"""How often throughput is measured, all numbers of processes in turn; the best counts."""
+"""Number of throughput measurements, which cycle through the numbers of processes; the best counts."""
 AGREEMENT: list[tuple[str, dict[str, Any]]] = [
     ("numeric", {"answer_after": MARKER}),
     ("numeric", {}),
@@ -164,7 +164,7 @@ def throughput(batch: Rollouts) -> list[dict[str, Any]]:
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 

@@ -19,7 +19,7 @@ def measured(
     rows: list[dict[str, str]],
     longest: int,
 ) -> tuple[float, float]:
-    """The share of right answers in one sample of each problem, and KL(policy || start) in nats per completion.
+    """Return the share of correct answers in one sample of each problem, and KL(policy || start) in nats per completion.
 
     The KL is exact in each state and averaged over the states that the samples visit. All prompts have one length.
     """
@@ -52,14 +52,14 @@ class Watch(TrainerCallback):
         self._start: PreTrainedModel | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps a copy of the policy as it is, and measures it."""
+        """Keep a copy of the policy, and measure it."""
         import copy
 
         self._start = copy.deepcopy(kwargs["model"]).eval()
         self._measure(state.global_step, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures where a point is due."""
+        """Measure if a point is scheduled."""
         if state.global_step % (self.every * self.steps_per_rollout) == 0 or state.global_step == state.max_steps:
             self._measure(state.global_step, **kwargs)
 

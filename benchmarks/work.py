@@ -1,6 +1,6 @@
 """The same work for two systems: a small Qwen2 model, its tokenizer, prompts of given lengths and lengths of completions.
 
-Everything is a function of a `Line` and a seed, so that each system makes it anew in a process of its own.
+Everything is a function of a `Line` and a seed, so that each system can recreate it in a separate process.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Line:
 
     @property
     def compared(self) -> str:
-        """What of a cycle is compared: all of it, or its update where rows without signal are the point."""
+        """Compared part of a cycle: all of it, or its update for lines about rows without signal."""
         return "update" if self.dead else "cycle"
 
     @property
@@ -80,7 +80,7 @@ class Line:
 
 
 def make_model(line: Line, seed: int = 0) -> Any:
-    """A Qwen2 with tied embeddings in float32, its matrices 1.5 times the usual size: distributions far from uniform."""
+    """Create a Qwen2 with tied embeddings in float32 and matrices scaled by 1.5, so that distributions are far from uniform."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -123,7 +123,7 @@ def make_tokenizer(vocabulary: int) -> Any:
 
 
 def prompt_ids(line: Line, cycle: int, seed: int = 0) -> list[list[int]]:
-    """The prompts of rollout number `cycle`."""
+    """Return the prompts of rollout number `cycle`."""
     draw = random.Random(f"prompts {seed} {cycle}")
     sizes = [draw.randint(line.shortest_prompt, line.longest_prompt) for _ in range(line.prompts)]
     return [[draw.randrange(FIRST_WORD, line.vocabulary) for _ in range(size)] for size in sizes]
@@ -162,7 +162,7 @@ def script(line: Line, cycle: int, seed: int = 0) -> list[list[int]]:
 
 
 def score(completion_ids: Sequence[Sequence[int]], live: Sequence[int]) -> list[float]:
-    """A number between 0 and 1 that depends on every token; 0 for all of a group without signal."""
+    """Return a number between 0 and 1 that depends on every token; 0 for all of a group without signal."""
     return [on * (sum(ids) % 997) / 997 for ids, on in zip(completion_ids, live, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """Writes the parts of pages that are made from the code; with `--check` writes nothing and exits 1 where one is stale.
 
-A part stands in a page between two comments:
+A part is placed between two comments of a page:
 
     <!-- made: plugins.index -->    kept in the page, so that it reads without the site, and checked
     <!-- site: plugins.reference -->    made for the site alone; the page holds a sentence in its place
@@ -24,13 +24,13 @@ PART = re.compile(r"(<!-- (made|site): (\w+)\.(\w+)([ \w]*) -->\n)(.*?)(<!-- end
 
 @cache
 def part(module: str, function: str, arguments: str) -> str:
-    """The text of a part, as the code has it now."""
+    """Generate the text of a part."""
     blocks = getattr(importlib.import_module(f"generators.{module}"), function)
     return "\n\n".join(blocks(*arguments.split())).strip("\n")
 
 
 def filled(text: str, site: bool = False) -> str:
-    """A page with its parts made anew: those that it keeps, or for the site all of them, without the comments."""
+    """Regenerate the parts that a page keeps, or for the site all of them, without the comments."""
 
     def fill(match: re.Match[str]) -> str:
         start, kind, module, function, arguments, kept, end = match.groups()
@@ -42,13 +42,13 @@ def filled(text: str, site: bool = False) -> str:
 
 
 def stale(folder: Path = DOCS) -> dict[Path, str]:
-    """The pages that are not as the code has them now, with what they should be."""
+    """Return the stale pages with their new texts."""
     pages = {page: page.read_text(encoding="utf-8") for page in sorted(folder.rglob("*.md"))}
     return {page: filled(text) for page, text in pages.items() if filled(text) != text}
 
 
 def main(folder: Path = DOCS) -> int:
-    """Writes the pages, or names the stale ones."""
+    """Write the pages, or name the stale ones."""
     for page, text in (found := stale(folder)).items():
         if "--check" in sys.argv[1:]:
             print(f"docs/{page.relative_to(folder)} is stale: run `python docs/generate.py`", file=sys.stderr)

@@ -30,7 +30,7 @@ FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTA
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Fills in what pages leave to the site; adds the pages from outside of docs/, and every source that a page links to."""
+    """Fill in generated parts; add the pages from outside of docs/, and every source that a page links to."""
     for file in list(files):
         if file.src_uri.endswith(".md") and PART.search(file.content_string):
             files.remove(file)
@@ -69,7 +69,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def _joined(parts: list[str]) -> list[str]:
-    """Text, fence, text, ...: inline code goes back into its text, where it may stand inside a link."""
+    """Yield text, fence, text, ...; inline code is part of the text, because it may be inside a link."""
     joined = [""]
     for i, part in enumerate(parts):
         if i % 2 and part.lstrip().startswith("```"):
@@ -86,13 +86,13 @@ def _targets(file: File) -> set[Path]:
 
 
 def _origin(file: File) -> Path:
-    """Where a page of the site lies in the repository."""
+    """Return the file in the repository of a page of the site."""
     back = {page: source for source, page in PAGES.items()}
     return ROOT / back[file.src_uri] if file.src_uri in back else ROOT / "docs" / file.src_uri
 
 
 def _page(file: Path) -> str | None:
-    """The page or file of the site that a file of the repository is, None where there is none."""
+    """Return the page or file of the site for a file of the repository, or None."""
     name = file.relative_to(ROOT).as_posix()
     if name in PAGES:
         return PAGES[name]

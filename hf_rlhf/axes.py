@@ -79,16 +79,16 @@ class RolloutEngine(Plugin, ABC):
         """Return `num_generations` completions of each prompt, rows of a prompt adjacent.
 
         `temperature` replaces the setting for this call (evaluation, greedy baselines); 0 is greedy. Random numbers come
-        from the global generators, which the core seeds for the call and puts back after it. `policy.version` names the
-        weights: an engine with a copy of its own reads them anew when it differs from the one that it holds.
+        from the global generators, which the core seeds for the call and restores afterwards. `policy.version` names the
+        weights: an engine with its own copy must reload them when it differs from the version that it holds.
         """
 
     def wake(self, part: Literal["weights", "cache"]) -> None:
-        """Called before the calls of one rollout (resampling rounds and greedy baselines included), or of one evaluation: first
+        """Prepare for the calls of one rollout (resampling rounds and greedy baselines included), or of one evaluation: first
         with "weights", then with "cache". `policy.version` stays the same until `sleep`."""
 
     def sleep(self) -> None:
-        """Called after those calls, also where one of them raised: what the engine holds on the device may go."""
+        """Release what the engine holds on the device; called after those calls, even if one of them raised."""
 
 
 @dataclass(kw_only=True)

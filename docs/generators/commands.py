@@ -24,7 +24,7 @@ def names() -> Iterator[str]:
 
 
 def flags() -> Iterator[str]:
-    """The short forms of recipe keys."""
+    """List the short forms of recipe keys."""
     yield table(["flag", "recipe key"], [[code(f"--{name}"), code(key)] for name, key in FLAGS.items()])
 
 
@@ -53,7 +53,7 @@ def walk(title: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 
 def entry(title: str, command: Any) -> Iterator[str]:
-    """A command: how it is written, what it does, its options, its examples."""
+    """Describe a command: usage, purpose, options and examples."""
     arguments = " ".join(p.metavar or str(p.name).upper() for p in command.params if p.param_type_name == "argument")
     text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     yield f"## {title}\n\n{text}"
@@ -73,7 +73,7 @@ def spelling(parameter: Any) -> str:
 
 
 def meaning(parameter: Any) -> str:
-    """The help of a parameter and its default, where it has one to name."""
+    """Return the help of a parameter and its default, if it has one."""
     text = " ".join((getattr(parameter, "help", None) or "").split())
     default = parameter.default
     return (

@@ -20,7 +20,7 @@ SEEN = ("Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "Scored", "
 
 
 def methods() -> Iterator[str]:
-    """The methods that any plugin may override."""
+    """List the methods that any plugin may override."""
     yield table(["method", "what it does"], _methods(Plugin))
 
 
@@ -52,7 +52,7 @@ def seen() -> Iterator[str]:
 
 
 def _methods(cls: type) -> list[list[str]]:
-    """The public methods and properties that a class defines itself."""
+    """Return the public methods and properties that a class defines itself."""
     rows = []
     for name, value in vars(cls).items():
         function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)

@@ -10,7 +10,7 @@ PICTURE = FOLDER / "lab.svg"
 
 
 def page() -> Iterator[str]:
-    """What was computed, without its title; nothing where it was not."""
+    """Return the computed page without its title; empty if it was not computed."""
     computed = FOLDER / "lab.md"
     if computed.is_file() and PICTURE.is_file():
         yield computed.read_text(encoding="utf-8").partition("\n\n")[2]

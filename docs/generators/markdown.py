@@ -10,7 +10,7 @@ from hf_rlhf.registry.settings_schema import describe
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; `|` in a cell is escaped."""
+    """Format a Markdown table; `|` in a cell is escaped."""
     lines = [list(header), ["---" for _ in header], *map(list, rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -20,21 +20,21 @@ def code(text: str) -> str:
 
 
 def sentence(text: str | None) -> str:
-    """The first paragraph on one line."""
+    """Return the first paragraph on one line."""
     return " ".join((text or "").strip().partition("\n\n")[0].split())
 
 
 def settings_table(cls: type) -> str:
-    """Setting, type, default and meaning of a plugin or a section."""
+    """List setting, type, default and meaning of a plugin or a section."""
     rows = [[code(s.name), s.type, code(s.default), s.doc] for s in describe(cls)]
     return table(["setting", "type", "default", "meaning"], rows) if rows else "No settings."
 
 
 def own_host() -> Host:
-    """A host on which nothing is turned off."""
+    """Create a host with every plugin enabled."""
     return Host(disable="")
 
 
 def own_plugins(host: Host, axis: str | None = None) -> list[PluginEntry]:
-    """The plugins of this package, of one axis or of all."""
+    """Return the plugins of this package, of one axis or of all."""
     return [offer for offer in host.offers(axis) if offer.package == OWN_PACKAGE and not offer.problem]

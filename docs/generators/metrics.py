@@ -32,11 +32,11 @@ AXES_OF = {
     CRITIC: ("critic",),
     ROLLOUTS: ("rollout", "rollout_correction", "filters"),
 }
-"""Axes whose plugins' own metrics stand in a section of the core's."""
+"""Axes whose plugins' metrics are listed in a section of the core's."""
 
 
 def logged(section: str) -> Iterator[str]:
-    """The metrics of a section: the core's, then the plugins'."""
+    """List the metrics of a section: the core's, then the plugins'."""
     (title,) = (name for name in SECTIONS if name.startswith(section))
     rows = [_row(code(m.name), m, GIVEN[m.given].words) for m in CORE if m.section == title]
     yield table(HEADER, rows + [row for axis in AXES_OF.get(title, ()) for row in _plugin_rows(own_host(), axis)])
@@ -47,7 +47,7 @@ def evaluation() -> Iterator[str]:
 
 
 def offline() -> Iterator[str]:
-    """What recipes without rollouts log."""
+    """Return the metrics of recipes without rollouts."""
     rows = [_row(code(m.name), m, "") for m in OFFLINE]
     rows += [_row(code(EVAL + m.name), m, "") for m in OFFLINE_EVALUATION]
     yield table(HEADER, rows + _plugin_rows(own_host(), "trainer"))

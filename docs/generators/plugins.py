@@ -40,7 +40,7 @@ def index() -> Iterator[str]:
 
 
 def reference() -> Iterator[str]:
-    """What every plugin computes, its paper, what it needs, its settings, its metrics and its file."""
+    """Return the section of every plugin: computation, paper, needs, settings, metrics and file."""
     host = own_host()
     for offer in own_plugins(host):
         cls = host.get(offer.axis, f"{OWN_PACKAGE}/{offer.name}")
@@ -64,7 +64,7 @@ def _file(module: str) -> str:
 
 
 def _names(cls: type, attribute: str) -> str:
-    """What a plugin needs or provides; where that depends on its settings, in the words of the property."""
+    """Return what a plugin needs or provides; if that depends on its settings, the property's docstring."""
     names: Any = getattr(cls, attribute)
     if isinstance(names, property):
         return " ".join((names.__doc__ or "").split())
@@ -72,7 +72,7 @@ def _names(cls: type, attribute: str) -> str:
 
 
 def _place(host: Host, axis: str) -> str:
-    """How many of an axis a recipe has, where they stand, and what leaving them out means."""
+    """Describe the number of an axis's plugins in a recipe, their place, and the default."""
     if axis in NESTED:
         return _inside(host, axis)
     if axis == OFFLINE:
@@ -84,7 +84,7 @@ def _place(host: Host, axis: str) -> str:
 
 
 def _inside(host: Host, axis: str) -> str:
-    """The same of an axis whose plugins stand inside others."""
+    """Describe the same for an axis whose plugins are nested in others."""
     named: dict[str, list[str]] = {}
     for offer in own_plugins(host):
         cls = host.get(offer.axis, f"{OWN_PACKAGE}/{offer.name}")
@@ -92,7 +92,7 @@ def _inside(host: Host, axis: str) -> str:
             held = nested(setting_types(cls)[setting.name])
             if held and held.axis == axis and not held.many:
                 named.setdefault(setting.metadata.get("use", ""), []).append(code(f"{offer.axis}.{offer.name}"))
-    place = f"One stands inside {', '.join(name for names in named.values() for name in names)}."
+    place = f"A setting of {', '.join(name for names in named.values() for name in names)}."
     if list(named) == [""]:
         return f"{place} It cannot be left out."
     if len(named) == 1:

@@ -23,7 +23,7 @@ HOW = {
     "parity": "against the numbers of another implementation",
     "end to end": "in runs of the trainer",
 }
-"""How a plugin can be proven -> what that means."""
+"""Kinds of proof, with their meaning."""
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -43,7 +43,7 @@ TESTS = Path(__file__).parents[2] / "tests"
 
 
 def kinds() -> Iterator[str]:
-    """How a plugin can be proven."""
+    """Return a table of the kinds of proof."""
     yield table(["how", "means"], [[how, f"{means[0].upper()}{means[1:]}."] for how, means in HOW.items()])
 
 

@@ -23,12 +23,12 @@ HEADER = ("recipe", "advantages", "KL", "critic", "policy loss", "aggregation", 
 
 
 def index() -> Iterator[str]:
-    """A line for each recipe with rollouts."""
+    """Return a line for each recipe with rollouts."""
     yield _table(offer for offer in own_recipes() if "@" not in offer.name)
 
 
 def dialects() -> Iterator[str]:
-    """A line for each dialect of one."""
+    """Return a line for each dialect of a recipe."""
     yield _table(offer for offer in own_recipes() if "@" in offer.name)
 
 
@@ -43,7 +43,7 @@ def _table(offers: Iterable[RecipeEntry]) -> str:
 
 
 def choices(recipe: Recipe) -> list[str]:
-    """What a recipe with rollouts chooses on the axes that tell recipes apart."""
+    """Return the choices of a recipe with rollouts on the axes that distinguish recipes."""
     algorithm = recipe.algorithm()
     one = {axis: getattr(algorithm, axis) for axis in ("advantages", "critic", "policy_loss", "aggregation")}
     inner = getattr(one["advantages"], "baseline", None)
@@ -73,7 +73,7 @@ def reference() -> Iterator[str]:
 
 
 def _explained(name: str) -> Iterator[str]:
-    """The stages of a recipe, its trainer, or its plugins and its plan for one process."""
+    """Describe the stages of a recipe, its trainer, or its plugins and its plan for one process."""
     if is_pipeline(name):
         stages = (f"`{stage.name}` ([{stage.source}](#{stage.source}))" for stage in load_pipeline(name).stages)
         yield f"**Stages.** {', '.join(stages)}: [pipelines.md](pipelines.md)."

@@ -15,7 +15,7 @@ from hf_rlhf.config.algorithm import CORE_PROVIDES, FIXES
 
 
 def block() -> Iterator[str]:
-    """The surface as a page shows it."""
+    """Format the surface for the page."""
     yield f"```text\n{surface()}```"
 
 
@@ -59,7 +59,7 @@ def public(module: Any) -> set[str]:
 
 
 def described(name: str, value: Any) -> Iterator[str]:
-    """A class with its members, a function with its signature, a constant with its type."""
+    """Format a class with its members, a function with its signature, a constant with its type."""
     if (
         inspect.isclass(value) and value.__module__ == "hf_rlhf.training.trainer"
     ):  # for users of the trainer, not for plugins
@@ -88,7 +88,7 @@ class Text:
 
 
 def signature(function: Any) -> str:
-    """The parameters and what comes back, as they are written."""
+    """Return the parameters and the return type, as written."""
     own = inspect.signature(function)
     parameters = [
         each if each.annotation is each.empty else each.replace(annotation=Text(each.annotation))
@@ -99,13 +99,13 @@ def signature(function: Any) -> str:
 
 
 def is_member(cls: type, name: str) -> bool:
-    """Whether it is a method or a property, not the default of a field."""
+    """Return True for a method or a property, not the default of a field."""
     kinds = (property, cached_property, classmethod, staticmethod)
     return inspect.isfunction(cls.__dict__[name]) or isinstance(cls.__dict__[name], kinds)
 
 
 def fields_of(cls: type) -> Iterator[str]:
-    """The fields and class attributes that a class itself declares."""
+    """Return the fields and class attributes that a class itself declares."""
     known = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     for name, kind in inspect.get_annotations(cls).items():
         if not name.startswith("_"):
@@ -120,7 +120,7 @@ def fields_of(cls: type) -> Iterator[str]:
 
 
 def member(cls: type, name: str) -> str:
-    """A property with its type, or a method with its signature."""
+    """Format a property with its type, or a method with its signature."""
     value = inspect.getattr_static(cls, name)
     if isinstance(value, property | cached_property):
         function = value.fget if isinstance(value, property) else value.func
@@ -131,7 +131,7 @@ def member(cls: type, name: str) -> str:
 
 
 def plain(value: Any) -> str:
-    """A constant as a line: text as it is, others by type."""
+    """Format a constant as a line: text as it is, others by type."""
     if isinstance(value, str):
         return repr(value)
     if isinstance(value, frozenset):

@@ -1,6 +1,6 @@
 """Random inputs with every tensor that a plugin may get, and one call per axis.
 
-The facts about them stand in `hf_rlhf.conformance.invariances` and `hf_rlhf.conformance.gradients`.
+`hf_rlhf.conformance.invariances` and `hf_rlhf.conformance.gradients` check facts about them.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Plugin:
     needs: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     metrics: ClassVar[tuple[Metric, ...]] = ()
-    """Its own metrics, by names below the prefix of its axis (`Axis.metric_prefix`)."""
+    """Metrics of the plugin, by names below the prefix of its axis (`Axis.metric_prefix`)."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield reasons why this plugin cannot run or learn in `algorithm`, each with what to write instead."""

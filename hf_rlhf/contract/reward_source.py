@@ -49,8 +49,8 @@ class RewardSource(Plugin, ABC):
     """After `clip`, divide scores by the running standard deviation of all rows so far; mean_std first subtracts their running
     mean."""
     workers: Literal["inline", "threads", "processes", "ray"] = "inline"
-    """Where it runs: in the main thread, in threads (for network requests), in processes (which can be killed), or in actors
-    on a Ray cluster."""
+    """Runner: the main thread, threads (for network requests), processes (which can be killed), or actors on a Ray
+    cluster."""
     num_workers: Count | None = None
     """Threads, processes or actors per process of the run; by default its cores, plus 4 for threads. For an async source:
     rows awaited at a time, by default all."""

@@ -124,7 +124,7 @@ class WandbTracker(WandbCallback):
                 self._wandb.init(mode="offline", **options)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        """Log the numbers, and the waiting completions as the next part of the table when it is due."""
+        """Log the numbers, and the waiting completions as the next part of the table at its time."""
         super().on_log(args, state, control, model=model, logs=logs, **kwargs)
         if state.is_world_process_zero:
             self._waiting += self._run_log.completions

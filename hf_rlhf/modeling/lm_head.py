@@ -58,7 +58,7 @@ class Head:
 
     @property
     def plain(self) -> bool:
-        """Whether the head is a plain matrix product: no adapter, no hook, no cap."""
+        """True if the head is a plain matrix product: no adapter, no hook, no cap."""
         module = self.module
         hooked = (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -37,7 +37,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     wants_logps: bool = False
-    """Whether anything reads the sampler's log-probs; `Completions.logps` is then required."""
+    """True if anything reads the sampler's log-probs; `Completions.logps` is then required."""
     version: str = ""
     """`RUN_ID:step`, followed by `:ema` while `model` holds the moving average; empty outside a run. It changes whenever what
     `model` computes may have changed: an optimizer step, a loaded checkpoint, an evaluation of the average."""

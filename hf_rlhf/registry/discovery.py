@@ -44,7 +44,7 @@ class PluginEntry:
     file: Path | None = None
     """The one-off file."""
     problem: str | None = None
-    """Why it cannot be used: it is disabled, or its entry point is invalid."""
+    """Reason why it cannot be used: it is disabled, or its entry point is invalid."""
 
     @property
     def source(self) -> str:

@@ -53,7 +53,7 @@ class Host:
     """
 
     only_names = False
-    """Whether its classes are stand-ins, whose settings take any value (`hf_rlhf.config.outline`)."""
+    """True if its classes are stand-ins, whose settings take any value (`hf_rlhf.config.outline`)."""
 
     def __init__(self, *, disable: str | None = None) -> None:
         self._manager = pluggy.PluginManager("hf_rlhf")

@@ -38,10 +38,10 @@ class Phases:
     update: Keeper
     """Optimizer state and the policy's average."""
     compares_in_update: bool
-    """Whether the update reads the reference."""
+    """True if the update reads the reference."""
     blends_away: bool
-    """Whether `reference.offload` changes how the reference's moves are rounded: an average computed in main memory or on a
-    device."""
+    """True if `reference.offload` changes the rounding of the reference's updates: an average computed in main memory
+    instead of on a device."""
     meters: MetricAggregator
 
     @classmethod

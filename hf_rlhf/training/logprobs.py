@@ -37,7 +37,7 @@ class Forwards:
 
     @property
     def takes_old_logps(self) -> bool:
-        """Whether the sampler's log-probs serve as the old ones: not where autocast or half precision rounds them."""
+        """True if the sampler's log-probs serve as the old ones: not if autocast or half precision rounds them."""
         whole = next(self.actor_critic.parameters()).dtype in (torch.float32, torch.float64)
         return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
 

@@ -1,7 +1,7 @@
-"""How policy and critic are spread over processes: whole on each, gradients averaged (DistributedDataParallel).
+"""Parallelism of policy and critic: replicated on each process, gradients averaged (DistributedDataParallel).
 
-No other module knows: whoever wraps a module, cuts a step into micro-batches, reads a norm, or reads whole weights to save,
-merge or send them, calls this one.
+No other module depends on it: code that wraps a module, splits a step into micro-batches, reads a norm, or reads whole
+weights to save, merge or send them, calls this module.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class RunTrainer(Trainer):
     """
 
     record: dict[str, Any]
-    """What checkpoints and `summary.json` hold about the run."""
+    """Facts about the run that checkpoints and `summary.json` keep."""
     run_log: RunLog
     meters: MetricAggregator
     plan: Plan

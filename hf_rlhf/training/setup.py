@@ -284,8 +284,7 @@ def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
 
 
 def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool) -> list[str]:
-    """Why the sections of a recipe do not fit its algorithm, each reason with what to write instead. `lora`: whether an adapter
-    is trained."""
+    """Return reasons why the sections of a recipe do not fit its algorithm, with the fix. `lora`: an adapter is trained."""
     found = model_problems(sections["model"], lora, algorithm.plugins())
     if sections["evaluation"].ema and algorithm.update.ema is None:
         found.append(
@@ -368,7 +367,7 @@ def estimate_memory(
 
 
 def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_config: Any) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resumption, besides the algorithm."""
+    """Return the settings besides the algorithm that must not change between a checkpoint and its resumption."""
     chosen = {name: getattr(args, name) for name in DECISIVE}
     chosen["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     model = {name: x for name, x in asdict(sections["model"]).items() if name != "save_merged"}

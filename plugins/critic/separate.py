@@ -30,8 +30,8 @@ class Separate(TrainedCritic):
     """Train a copy of the policy's adapter (model.lora) on the policy's frozen weights, which are then in memory once,
     instead of a whole second model."""
     offload: bool = False
-    """Keep its own weights and their optimizer state away from the device while completions are sampled and scored: in main
-    memory. The trained parameters are the same bits."""
+    """Keep its own weights and their optimizer state in main memory while completions are sampled and scored. The trained
+    parameters are bit-identical."""
 
     def __post_init__(self) -> None:
         if self.adapter:

@@ -28,8 +28,7 @@ class EMA(Reference):
     decay: Fraction = 0.99
     """Share of the reference kept in each step; 0 copies the policy, 1 is rejected because nothing would change."""
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory. It moves where it
-    lies."""
+    """Keep it in main memory except for the forwards that read it; it is updated in main memory."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.decay == 1:

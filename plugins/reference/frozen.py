@@ -22,8 +22,7 @@ class Frozen(Reference):
     name = "frozen"
 
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory. The
-    trained parameters are the same bits."""
+    """Keep it in main memory except for the forwards that read it. The trained parameters are bit-identical."""
 
     def build(self, policy: PreTrainedModel) -> Module:
         return frozen_copy(policy)

@@ -35,8 +35,7 @@ class Sync(Reference):
     mixing: Fraction = 1.0
     """The policy's share; 1 copies it, 0 is rejected because nothing would change."""
     offload: bool = False
-    """Keep it away from the device but for the forwards that read it: in main memory. It moves where it
-    lies."""
+    """Keep it in main memory except for the forwards that read it; it is updated in main memory."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.mixing == 0:

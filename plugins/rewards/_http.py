@@ -1,5 +1,5 @@
-"""Posting JSON to a server that may be slow, full, down or wrong: each request is bounded in time, each answer in size, and
-what a second try can mend is tried again after a growing, jittered wait."""
+"""Client that posts JSON to a server: requests have time limits, answers size limits, and transient failures are retried
+with exponential backoff and jitter."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FIRST_WAIT = 0.5
-"""Seconds before the second try, at most; then twice as long each time."""
+"""Maximum seconds before the second try; doubles with each further one."""
 LARGEST = 64 << 20
-"""Bytes of an answer that are read at most."""
+"""Maximum bytes of an answer."""
 SECRET = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
-"""Headers that hold a secret: their values must name environment variables."""
+"""Headers with secrets, whose values must name environment variables."""
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class HttpError(RuntimeError):
-    """A server did not answer as it should; the message names its URL and what came."""
+    """Error for an invalid answer of a server; the message contains its URL and the answer."""
 
 
 class _TryAgain(Exception):
-    """Why a try failed that another one may mend, and how many seconds the server asks to wait."""
+    """Transient failure that may be retried, with the seconds that the server asks to wait."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)
@@ -55,30 +55,30 @@ class _TryAgain(Exception):
 
 @dataclass(kw_only=True)
 class HttpReward(RewardSource):
-    """Asks a server."""
+    """Base class of reward sources that query a server."""
 
     token_env: str | None = None
-    """Environment variable with the server's API key or token, sent as `Authorization: Bearer ...`; none when left out."""
+    """Environment variable with the server's API key or token, sent as `Authorization: Bearer ...`; None: no token."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Further headers; `${NAME}` in a value is the environment variable NAME. Secrets stand in the environment alone."""
+    """Additional headers; `${NAME}` in a value is the environment variable NAME. Secrets must come from the environment."""
     request_timeout: Positive = 60.0
-    """Seconds for one request, from its connection to the end of its answer."""
+    """Seconds for one request, from connecting to the end of the answer."""
     request_retries: Annotated[int, Ge(0)] = 6
-    """How often a request is sent again where the connection fails, the time runs out, or the status is 408, 429 or
-    5xx. The waits grow from half a second by factors of two, jittered, and are as long as `Retry-After` says at least."""
+    """Maximum retries of a request after connection errors, timeouts, and status 408, 429 or 5xx. Waits double from half a
+    second, with jitter, and are at least as long as `Retry-After`."""
     max_wait: Positive = 30.0
-    """Longest wait before a request is sent again, in seconds. A server that asks for a longer one is not asked again."""
+    """Maximum wait before a retry, in seconds. There is no retry if the server asks for a longer one."""
     num_workers: Count | None = 16
-    """Requests at a time, of each process of the run; no bound when left out."""
+    """Concurrent requests of each process of the run; None: no limit."""
 
     def __post_init__(self) -> None:
         known = {name.lower() for name in self.headers}
         if self.token_env is not None and "authorization" in known:
-            raise ValueError("token_env and a header Authorization say the same thing twice: leave one out")
+            raise ValueError("only one of token_env and a header Authorization may be set, got both. Remove one")
         for name, value in self.headers.items():
             if name.lower() in SECRET and not VARIABLE.search(value):
                 raise ValueError(
-                    f"headers: {name} holds a secret, and a recipe is written into the record of a run: put the secret "
+                    f"headers: {name} must not contain a secret, because recipes are saved with a run. Put the secret "
                     f"into an environment variable and write {name}: ${{NAME}}"
                 )
 
@@ -92,14 +92,14 @@ class HttpReward(RewardSource):
         self._sent_headers()
 
     def _sent_headers(self) -> dict[str, str]:
-        """The headers with the secrets. Raises `ValueError` naming a variable that is not set."""
+        """Return the headers with their secrets. Raises `ValueError` naming a variable that is not set."""
         given = {"Authorization": f"Bearer ${{{self.token_env}}}"} if self.token_env is not None else {}
         return {name: VARIABLE.sub(self._variable, value) for name, value in {**given, **self.headers}.items()}
 
     def _variable(self, found: re.Match[str]) -> str:
         value = os.environ.get(found[1], "").strip()
         if not value:
-            raise ValueError(f"rewards.{self.name}: the environment variable {found[1]} is not set")
+            raise ValueError(f"rewards.{self.name}: environment variable {found[1]} is not set")
         return value
 
     def _endpoint(self, url: str, per_minute: float | None = None) -> Endpoint:
@@ -107,7 +107,7 @@ class HttpReward(RewardSource):
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What the calls give, awaited together; the first error ends them all."""
+    """Await the calls together and return their results; the first error cancels the others."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))
@@ -118,21 +118,21 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def check_url(setting: str, url: str) -> None:
-    """Raises `ValueError` where a setting is no URL of a server, or holds a password."""
+    """Check that a setting is a server's URL without a password. Raises `ValueError`."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         good = False
     if not good:
-        raise ValueError(f"{setting} {url!r} is no URL such as http://127.0.0.1:8765/score")
+        raise ValueError(f"{setting} must be a URL such as http://127.0.0.1:8765/score, got {url!r}")
     if parts.username is not None or parts.password is not None:
-        raise ValueError(f"{setting}: a recipe holds no passwords; use token_env or headers")
+        raise ValueError(f"{setting} must not contain a password. Use token_env or headers")
 
 
 @dataclass
 class _Session:
-    """What the requests of one event loop share while there are any."""
+    """Client shared by the pending requests of an event loop."""
 
     client: httpx.AsyncClient
     slots: asyncio.Semaphore
@@ -140,7 +140,7 @@ class _Session:
 
 
 class Endpoint:
-    """One URL to which JSON is posted. It can be used from several event loops, copied and pickled."""
+    """URL to which JSON is posted. It can be used from several event loops, copied and pickled."""
 
     def __init__(
         self,
@@ -162,8 +162,8 @@ class Endpoint:
         return Endpoint, self._settings
 
     async def post(self, body: Any, headers: Mapping[str, str]) -> Any:
-        """The JSON with which the server answers to `body`. Raises `HttpError` where it does not in the end."""
-        # Escaped, because a completion may hold half of a surrogate pair, which UTF-8 cannot.
+        """Post `body` and return the JSON of the answer. Raises `HttpError` if all tries fail."""
+        # escaped, because a completion may contain lone surrogates, which UTF-8 cannot encode
         content = json.dumps(plain(body), allow_nan=False).encode("ascii")
         async with self._session() as session:
             retrying = AsyncRetrying(
@@ -179,7 +179,7 @@ class Endpoint:
         return state.attempt_number > self.retries or _failure(state).wait > self.max_wait
 
     def _wait(self, state: RetryCallState) -> float:
-        """Seconds before the next try: `Retry-After`, or half to all of FIRST_WAIT * 2^(tries - 1), whichever is longer."""
+        """Return the seconds to wait: the longer of `Retry-After` and a jittered FIRST_WAIT * 2^(tries - 1)."""
         backoff = wait_exponential(multiplier=FIRST_WAIT, max=self.max_wait)(state) * self._jitter.uniform(0.5, 1.0)
         return max(_failure(state).wait, backoff)
 
@@ -215,7 +215,7 @@ class Endpoint:
         async for chunk in response.aiter_bytes():
             received += chunk
             if len(received) > LARGEST:
-                raise HttpError(f"{self.url}: the answer is larger than {LARGEST >> 20} MiB")
+                raise HttpError(f"{self.url}: the answer exceeds {LARGEST >> 20} MiB")
         return bytes(received)
 
     def _read(self, response: httpx.Response, received: bytes) -> Any:
@@ -230,7 +230,7 @@ class Endpoint:
             raise HttpError(f"{self.url}: the answer is not JSON ({error}): {head}") from error
 
     def _until_turn(self) -> float:
-        """Seconds until this request may be sent; the turns lie evenly in each minute, whatever thread asks."""
+        """Return the seconds until this request may be sent; requests of all threads are spaced evenly."""
         if self.per_minute is None:
             return 0.0
         with self._lock:
@@ -241,7 +241,7 @@ class Endpoint:
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[_Session]:
-        """The client of the running loop, made by the first of its users and closed by the last one."""
+        """Yield the running loop's client, created by its first user and closed by the last one."""
         import httpx
 
         loop = asyncio.get_running_loop()
@@ -262,7 +262,7 @@ class Endpoint:
 
 @cache
 def _certificates() -> Any:
-    """Read once: it takes longer than a request."""
+    """Load the certificates once: it takes longer than a request."""
     import httpx
 
     return httpx.create_ssl_context()
@@ -275,7 +275,7 @@ def _failure(state: RetryCallState) -> _TryAgain:
 
 
 def _asked_wait(value: str | None) -> float:
-    """Seconds in a header `Retry-After`, which holds seconds or a date; 0 where it holds neither."""
+    """Return the seconds in a header `Retry-After`, given as seconds or a date; 0 for anything else."""
     try:
         return max(0.0, float(value)) if value else 0.0
     except ValueError:
@@ -288,16 +288,16 @@ def _asked_wait(value: str | None) -> float:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def shown(text: str, length: int = 200) -> str:
-    """The head of a text for a message."""
+    """Truncate a text for a message."""
     return repr(text[:length]) + (f" ... ({len(text)} characters)" if len(text) > length else "")
 
 
 def plain(value: Any) -> Any:
-    """A value of a dataset as JSON has it: NaN and infinite numbers are null, dates and the like are text."""
+    """Convert a dataset's value to JSON types: NaN and infinite numbers to null, dates and similar to text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -72,7 +72,7 @@ def test_a_runner_does_not_answer_strangers(runner, monkeypatch):
             ask(remote, SQUARE, "f(3)")
         assert "status 401" in remote.problem()
     monkeypatch.delenv("RUNNER_TOKEN")
-    assert "the environment variable RUNNER_TOKEN is not set" in Remote(runner, "RUNNER_TOKEN").problem()
+    assert "environment variable RUNNER_TOKEN is not set" in Remote(runner, "RUNNER_TOKEN").problem()
 
 
 def test_a_runner_refuses_what_is_no_request(runner):

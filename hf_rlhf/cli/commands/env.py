@@ -74,7 +74,7 @@ def env(
 
 
 def environment(host: Host, import_plugins: bool = False) -> dict[str, Any]:
-    """What `hf-rlhf env` prints, as plain data."""
+    """Return the output of `hf-rlhf env` as plain data."""
     variables = _variables()  # before libraries set theirs
     return {
         "hf_rlhf": __version__,
@@ -205,7 +205,7 @@ def _variables() -> dict[str, str]:
 
 
 def _without_login(text: str) -> str:
-    """The text without users and passwords of the URLs in it."""
+    """Remove users and passwords from the URLs in a text."""
     return LOGIN.sub("...@", text)
 
 

@@ -21,7 +21,7 @@ class ByLength(Aggregation):
     name = "by_length"
 
     power: Fraction = 0.5
-    """How much of a row's length is divided out."""
+    """Exponent of the row's length in the divisor."""
 
     def __call__(self, mask: Tensor) -> Tensor:
         return mask / (len(mask) * mask.sum(1, keepdim=True).clamp(min=1) ** self.power)

@@ -33,7 +33,7 @@ class Quadratic(PolicyLoss):
     )
 
     epsilon: Positive = 0.2
-    """How far the ratio should move."""
+    """Target deviation of the ratio from 1."""
 
     def __call__(
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor

@@ -3,11 +3,11 @@
 pebble and loky do not survive these faults (`tests/processes/test_worker_pool_alternatives.py` shows each):
 
 - pebble kills a worker at its time limit and leaves the processes that the call has started;
-- a call in pebble goes on, past its own time limit, when the run itself is killed;
+- a call in pebble continues past its time limit when the run itself is killed;
 - pebble's spawned workers import the caller's main script again, which fails unless the script is guarded;
 - loky fails every row in flight, and all later ones, when one process dies, and has no time limit for a call.
 
-Neither has threads that can be left behind, or actors of Ray, behind the same interface.
+Neither has threads that can be abandoned, or Ray actors, behind the same interface.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hf_rlhf.scoring.answers import RewardError
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, late
 
 START_S = 120.0
-"""Seconds that a worker has to get ready."""
+"""Seconds for a worker to start."""
 STARTS = 3
-"""How many in a row may fail to."""
+"""Number of consecutive failed starts after which the pool gives up."""
 
 
 @dataclass(frozen=True)
 class WorkerReady:
-    """A worker waits for units."""
+    """Event: a worker is ready for units."""
 
 
 READY = WorkerReady()
@@ -42,34 +42,34 @@ READY = WorkerReady()
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """A worker is gone."""
+    """Event: a worker has died."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class PoolClosed:
-    """The pool is closed."""
+    """Event: the pool is closed."""
 
 
 CLOSED = PoolClosed()
 Said = WorkerReady | WorkerDied | PoolClosed | CallResult
 Events = queue.SimpleQueue[tuple[Any, Said]]
-"""(worker, what it says): READY once, then an outcome per unit, in the order in which it got them."""
+"""Queue of (worker, event): READY once, then a result per unit, in the order in which the worker got them."""
 
 
 class Worker(Protocol):
-    """Something that calls a copy of the source. Made with the pool's `Events`."""
+    """Protocol of workers, which call a copy of the source and report to the pool's `Events`."""
 
     def send(self, state: bytes, units: list[RewardCall]) -> None:
-        """Takes units, and the pickled state of the source before them. Called only when it has none left."""
+        """Send units, preceded by the pickled state of the source. Called only when the worker has none left."""
 
     def stop(self, idle: bool = False) -> None:
-        """Ends it at once, if that can be, with all that it started; one that is idle may close its source first."""
+        """Kill the worker with its children, if possible; an idle one may close its source first."""
 
 
 def count_of(source: RewardSource) -> int:
-    """How many workers a source has: one where a call gets all rows."""
+    """Return the number of workers of a source: one if a call gets all rows."""
     if not source.rowwise:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -78,16 +78,16 @@ def count_of(source: RewardSource) -> int:
 
 @dataclass
 class WorkerState:
-    """What the pool knows of a worker."""
+    """State of a worker in the pool."""
 
     ready: bool = False
     since: float = field(default_factory=time.monotonic)
-    """When it was started, or when its first unit's turn came."""
+    """Time of its start, or of the start of its first unit."""
     units: deque[int] = field(default_factory=deque)
 
 
 class WorkerPool:
-    """Workers of one source. `start(events)` makes one; `chunk`: most units that one gets at a time."""
+    """Workers of one source, created by `start(events)`, each with at most `chunk` units at a time."""
 
     inline = False
 
@@ -114,12 +114,12 @@ class WorkerPool:
             raise
 
     def run(self, units: list[RewardCall]) -> list[CallResult]:
-        """One outcome per unit. Raises `RewardError` where workers do not start, or the pool is closed meanwhile."""
+        """Return one result per unit. Raises `RewardError` if workers do not start, or the pool is closed meanwhile."""
         found: dict[int, CallResult] = {}
         todo = deque(range(len(units)))
         state = pickle.dumps(self.source.state_dict())
         try:
-            while not self._events.empty():  # workers that died, or got ready, since the last run
+            while not self._events.empty():  # workers that died, or became ready, since the last run
                 self._hear(*self._events.get(), found, todo)
             while len(found) < len(units):
                 self._feed(units, todo, state)
@@ -130,7 +130,7 @@ class WorkerPool:
         return [found[i] for i in range(len(units))]
 
     def close(self) -> None:
-        """Stops every worker, and whoever runs units in another thread."""
+        """Stop all workers, and runs in other threads."""
         with self._lock:
             self._closed = True
             workers, self._workers = self._workers, {}
@@ -168,7 +168,7 @@ class WorkerPool:
                 worker.send(state, [units[i] for i in held.units])
 
     def _take(self, found: dict[int, CallResult], todo: deque[int]) -> None:
-        """Waits for the next event, or for the next one whose time is up."""
+        """Wait for the next event or timeout."""
         limits = {worker: self._until(held) for worker, held in self._known()}
         nearest = min(limits.values(), default=0.0)
         try:
@@ -183,7 +183,7 @@ class WorkerPool:
 
     def _hear(self, worker: Any, said: Said, found: dict[int, CallResult], todo: deque[int]) -> None:
         held = self._workers.get(worker)
-        if held is None:  # what a worker that was given up says after all
+        if held is None:  # a late event of an abandoned worker
             return
         if isinstance(said, WorkerReady):
             held.ready, self._failed_starts = True, 0
@@ -199,7 +199,7 @@ class WorkerPool:
         return held.since + self.source.timeout if held.units and self.source.timeout else float("inf")
 
     def _lose(self, worker: Any, outcome: CallResult, found: dict[int, CallResult], todo: deque[int]) -> None:
-        """Ends a worker: its first unit has this outcome, the others are for another one."""
+        """Stop a worker: its first unit gets this result, the others go to another worker."""
         held = self._remove(worker)
         worker.stop()
         if held is None:
@@ -210,7 +210,7 @@ class WorkerPool:
         if not held.ready:
             self._failed_starts += 1
             if self._failed_starts >= STARTS:
-                reason = outcome.reason if outcome.kind == "error" else f"no sign of life after {START_S:g} s"
+                reason = outcome.reason if outcome.kind == "error" else f"no response after {START_S:g} s"
                 raise RewardError(f"reward {self.label!r}: its workers ({self.source.workers}) do not start: {reason}")
         self._add()
 

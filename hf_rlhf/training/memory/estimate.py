@@ -69,12 +69,12 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Workload:
-    """What memory depends on besides the model."""
+    """Inputs of the memory estimate besides the model."""
 
     algorithm: Algorithm
     args: TrainingArguments
     prompt_tokens: int | None = None
-    """Of the longest prompt; None if unknown."""
+    """Tokens of the longest prompt; None if unknown."""
 
     @cached_property
     def processes(self) -> int:
@@ -86,7 +86,7 @@ class Workload:
 
     @property
     def completion_tokens(self) -> int | None:
-        """Of the longest completion, if the rollout engine bounds it."""
+        """Tokens of the longest completion, if the rollout engine bounds it."""
         return getattr(self.algorithm.rollout, "max_new_tokens", None)
 
     def rows(self, prompts: int) -> int:

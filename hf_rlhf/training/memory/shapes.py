@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 STATES = {"adamw": 2, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
-"""How the optimizers of TrainingArguments begin -> bytes of their state per byte of float32 weights, unless in 8 or 4 bits."""
+"""Bytes of state per byte of float32 weights, by the start of the name in `optim`, for optimizers not in 8 or 4 bits."""
 
 
 def tensor_bytes(module: nn.Module, *, trainable: bool = False) -> int:

@@ -54,8 +54,7 @@ class ModelReward(RewardSource):
     device: str = "auto"
     """Device on which it runs: `auto` (the run's device), `cpu`, `cuda:1`, ..."""
     offload: bool = False
-    """Keep its weights away from the device but for its calls: in main memory. The scores are the same
-    bits."""
+    """Keep its weights in main memory except during calls. The scores are bit-identical."""
     model_kwargs: dict[str, Any] | None = None
     """Further arguments of transformers' `from_pretrained`: attn_implementation, quantization_config, device_map, ..."""
     output: int | str | None = None

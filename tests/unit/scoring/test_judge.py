@@ -129,7 +129,7 @@ def test_the_key_comes_from_the_environment(monkeypatch):
     assert "authorization" not in second.headers
     monkeypatch.delenv("JUDGE_KEY")
     assert list(judge(server, token_env="JUDGE_KEY").check(None)) == [
-        "rewards.judge: the environment variable JUDGE_KEY is not set"
+        "rewards.judge: environment variable JUDGE_KEY is not set"
     ]
 
 

@@ -145,7 +145,7 @@ def test_secrets_come_from_the_environment_and_stand_in_no_recipe(monkeypatch):
     assert (sent["authorization"], sent["x-team"], sent["x-api-key"]) == ("Bearer s3cret", "red", "k-s3cret")
     for settings, words in (
         ({"headers": {"authorization": "Bearer abc"}}, "write authorization: ${NAME}"),
-        ({"headers": {"Authorization": "${X}"}, "token_env": "X"}, "say the same thing twice"),
+        ({"headers": {"Authorization": "${X}"}, "token_env": "X"}, "only one of token_env"),
     ):
         with pytest.raises(Exception, match="remote") as refused:
             remote("http://127.0.0.1/x", **settings)
@@ -155,7 +155,7 @@ def test_secrets_come_from_the_environment_and_stand_in_no_recipe(monkeypatch):
 def test_a_variable_that_is_not_set_is_named_before_the_run(monkeypatch):
     monkeypatch.delenv("REWARD_TOKEN", raising=False)
     source = remote("http://127.0.0.1:1/x", token_env="REWARD_TOKEN")
-    assert list(source.check(None)) == ["rewards.remote: the environment variable REWARD_TOKEN is not set"]
+    assert list(source.check(None)) == ["rewards.remote: environment variable REWARD_TOKEN is not set"]
     with pytest.raises(ValueError, match="REWARD_TOKEN is not set"):
         source.setup(None)
     assert list(remote("http://127.0.0.1:1/x").check(None)) == []
@@ -291,7 +291,7 @@ def test_a_server_that_is_down_is_named():
 
 def test_an_endless_answer_is_cut_off(monkeypatch):
     monkeypatch.setattr(_http, "LARGEST", 1 << 20)
-    assert "larger than 1 MiB" in refusal(Raw(b" " * (2 << 20)))
+    assert "exceeds 1 MiB" in refusal(Raw(b" " * (2 << 20)))
 
 
 def test_at_most_num_workers_requests_are_under_way():
