@@ -85,40 +85,40 @@ def page(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "hf_rlhf"))
     unseen = [f"`{name}`" for name in RECIPES if name not in {row["recipe"] for row in found["runs"]}]
     all_of_them = f"Every recipe but {', '.join(unseen)}, which have not been measured," if unseen else "Every recipe"
-    return f"""# What learns
+    return f"""# Learning curves
 
 <!-- Made by `{found["command"]}` from benchmarks/results/learning.json. -->
 
 {all_of_them} learns two-digit addition from the [quickstart](../README.md)'s warmed-up model, in short runs on one core
-({versions}). `make test-learning` runs them again: the share of right
-answers over the last tenth of the rollouts exceeds that over the first tenth by {MARGIN:g} or more, for each recipe and each
-of three seeds.
+({versions}). `make test-learning` repeats them and requires that the
+fraction of correct answers over the last tenth of the rollouts exceeds that over the first tenth by at least {MARGIN:g}, for
+each recipe and each of three seeds.
 
-Choices of plugins are the recipe's. Changed on the task: {COMPLETIONS} completions of at most {LONGEST} tokens per rollout in
+The plugins are those of the recipe. Adapted to the task: {COMPLETIONS} completions of at most {LONGEST} tokens per rollout in
 groups of at most {GROUP}, at most 4 mini-batches, a linear schedule without warm-up from the learning rate in the table, and
-settings in units of long runs or long completions ([benchmarks/fits.py](../benchmarks/fits.py)). Rules for mathematics become
-a rule for the sum. Recipes with a reward model get one that was fitted to the task beforehand
-([benchmarks/judges.py](../benchmarks/judges.py)): they never see whether an answer is right, the table says whether it is.
-`prm` learns a variant with two lines per answer, the units' sum and the sum.
+settings that are meant for long runs or long completions ([benchmarks/fits.py](../benchmarks/fits.py)). Rules for mathematics
+are replaced by a rule for the sum. Recipes with a reward model get one that was trained on the task beforehand
+([benchmarks/judges.py](../benchmarks/judges.py)): they never see whether an answer is correct; the table shows whether it is.
+`prm` learns a variant with two lines per answer, the sum of the units and the sum.
 
 {table(found["runs"])}
 
-*right*: share of right answers in the rollouts. *gain*: last tenth less first tenth. *own reward*: what the recipe is
-rewarded for, first → last tenth, where that is not the share of right answers. *KL*: of the trained policy to the start, on
-held-out problems, exact in each visited state, per completion. *seconds*: of one core, models and measurements not counted.
-±: half of the 95% interval of the mean over seeds (Student's t).
+*right*: fraction of correct answers in the rollouts. *gain*: last tenth minus first tenth. *own reward*: the recipe's reward,
+first → last tenth, if it is not the fraction of correct answers. *KL*: from the trained policy to the initial one on held-out
+problems, exact in each visited state, per completion. *seconds*: on one core, without models and measurements.
+±: half of the 95% confidence interval of the mean over seeds (Student's t).
 
 ## Reward against KL
 
-One panel per recipe: the share of right answers on held-out problems against the KL to the start, measured during the run
-and averaged over seeds; all other recipes in grey.
+One panel per recipe: the fraction of correct answers on held-out problems against the KL to the initial policy, measured
+during the run and averaged over seeds; all other recipes in gray.
 
 ![right answers against KL, one panel per recipe](learning.png)
 
 ## beta controls the KL
 
-`rloo` with another penalty, {lengths} rollouts from one seed: final KL to the start in nats per completion, and in
-parentheses the share of right answers over the last tenth of the rollouts.
+`rloo` with different penalties, {lengths} rollouts from one seed: final KL to the initial policy in nats per completion, and
+in parentheses the fraction of correct answers over the last tenth of the rollouts.
 
 {beta_table(found["beta"])}
 """

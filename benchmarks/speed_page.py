@@ -264,39 +264,39 @@ def page(found: dict[str, Found]) -> str:
 
 <!-- Made by `python -m benchmarks.trl --page` from benchmarks/results/. -->
 
-Seconds are processor time, which other work on a machine changes little. Ratios carry over between machines, seconds do
+Seconds are CPU time, which depends little on other work on the machine. Ratios carry over to other machines, seconds do
 not: run the commands on yours.
 
 | command | what it measures |
 | --- | --- |
 | `python -m benchmarks.trl` | cycles of `grpo` and `rloo` next to TRL's trainers; `--quick`: two lines, `--only NAME ...`: some |
-| `python -m benchmarks.scaling` | growth with completions per prompt, length, vocabulary, model and number of plugins |
-| `python -m benchmarks.micro` | parts alone: head, sampling, packing, dispatch of plugins, rows of reward sources |
+| `python -m benchmarks.scaling` | scaling with completions per prompt, length, vocabulary, model and number of plugins |
+| `python -m benchmarks.micro` | single parts: head, sampling, packing, dispatch of plugins, rows of reward sources |
 | `python -m benchmarks.estimators` | advantage estimators: [estimators.md](../benchmarks/results/estimators.md) |
 | `python -m benchmarks.logging` | share of the quickstart in logging, plugins: [logging.md](../benchmarks/results/logging.md) |
 
-## Next to TRL
+## Compared with TRL
 
-A cycle goes from the end of one optimizer step to the end of the next, the rollout in between; the first of a process is
+A cycle lasts from the end of one optimizer step to the end of the next, including the rollout; the first of a process is
 dropped. Both systems get the same weights, prompts and settings, and completions of the same lengths: lognormal with a mean
-of 0.4 times the longest, unless every one has full length. The model is a Qwen2 with tied embeddings, hidden size 256, 6
-layers of 8 heads, 4 of them for keys and values, and 1024 inside; the wide one has 512, 8 and 2048. A rollout has 4 prompts
-of 16-64 tokens with 8 completions each, unless said otherwise. Ours are the recipes `grpo@trl` and `rloo`, with micro-batches
-of at most 1024 tokens; TRL has micro-batches of 8 rows, its default. Both compute the exact entropy of every distribution
-for their metrics. A line has a ratio only if the lengths were met and the gradients of one scripted rollout agree to 1e-4,
-in each optimizer step. Peak memory is what the process held at most during training, above what it held before, when the
-weights were there.
+of 0.4 times the maximum, unless all have full length. The model is a Qwen2 with tied embeddings, hidden size 256, 6 layers
+with 8 attention heads and 4 key-value heads, and intermediate size 1024; the wide one has 512, 8 layers and 2048. A rollout
+has 4 prompts of 16-64 tokens with 8 completions each, unless stated otherwise. We run the recipes `grpo@trl` and `rloo`, with
+micro-batches of at most 1024 tokens; TRL runs micro-batches of 8 rows, its default. Both compute the exact entropy of every
+distribution for their metrics. A line has a ratio only if the lengths were as intended and the gradients of one scripted
+rollout agree within 1e-4 in each optimizer step. Peak memory is the maximum during training minus what the process held
+before, with the weights loaded.
 
-The floor is what every exact implementation has to compute, at the rates that this machine reaches for such shapes
+The floor is the work of any exact implementation, at the rates that this machine reaches for such shapes
 ([benchmarks/floor.py](../benchmarks/floor.py)).
 
 {trl}
 
-## Growth
+## Scaling
 
 {scaling}
 
-## Parts alone
+## Single parts
 
 {micro}
 """

@@ -30,7 +30,7 @@ PAGES = [
     *sorted((ROOT / "examples").glob("*/README.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md", "SECURITY.md")),
 ]
-BY_HAND = ("command_line.md", "data.md", "reward_models.md", "writing_plugins.md")
+BY_HAND = ("commands.md", "data.md", "reward_models.md", "writing_plugins.md")
 WRITTEN_BY_HAND = [ROOT / "README.md", *(ROOT / "docs" / name for name in BY_HAND)]
 TITLES = [page.name for page in WRITTEN_BY_HAND]
 
