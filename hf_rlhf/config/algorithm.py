@@ -87,12 +87,12 @@ class Algorithm:
 
     @cached_property
     def samples_old_logps(self) -> bool:
-        """Whether log-probs reported by the rollout engine, in float32 or better, serve as the old ones."""
+        """True if log-probs reported by the rollout engine, in float32 or better, serve as the old ones."""
         return bool(self.readers_of_old_logps) and self.rollout.exact_logps and "sampler_logps" not in self.needs
 
     @cached_property
     def skips_rows_without_advantage(self) -> bool:
-        """Whether a row whose advantages are all 0 contributes nothing to the gradient and to per-row metrics."""
+        """True if a row whose advantages are all 0 contributes nothing to the gradient and to per-row metrics."""
         others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
         return (
             self.policy_loss.zero_without_advantage
@@ -104,7 +104,7 @@ class Algorithm:
 
     @cached_property
     def loss_is_token_level(self) -> bool:
-        """Whether the loss of a token depends only on that token's numbers."""
+        """True if the loss of a token depends only on that token's numbers."""
         others = [term for term in self.loss_terms if not isinstance(term, TextTerm)]
         whole = [
             kl
@@ -116,7 +116,7 @@ class Algorithm:
 
     @property
     def loss_is_fused(self) -> bool:
-        """Whether the update differentiates the loss on the tiles of the language-model head."""
+        """True if the update differentiates the loss on the tiles of the language-model head."""
         return self.update.fused_loss == "auto" and self.loss_is_token_level
 
     @property

@@ -55,7 +55,7 @@ class RecipeReader:
         return made, text
 
     def plugins(self, axis: str, given: Any, path: str) -> tuple[Any, Any]:
-        """A list of plugins."""
+        """Read a list of plugins."""
         if not isinstance(given, list):
             return self.refuse(
                 path, f"takes a list, `[]` for none and `[{{use: NAME}}]` for one; got {plain_text(given)}"

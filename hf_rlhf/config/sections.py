@@ -64,17 +64,17 @@ class Update:
     saved as a model of its own, in the folder `ema` of the output folder and of checkpoints; nothing is trained with it. None:
     no average."""
     attention: Literal["auto", "packed", "flex", "padded"] = "auto"
-    """How rows enter the model. `packed`: without padding, the completions of a prompt behind one copy of it; `flex`: the
-    same through FlexAttention; `padded`: one prompt and completion a row. `auto`: `flex` on CUDA, `packed` elsewhere,
-    `padded` where the architecture cannot or an update rule takes second derivatives."""
+    """Layout of rows in the model. `packed`: without padding, a prompt's completions after one copy of it; `flex`: the same
+    through FlexAttention; `padded`: one prompt and completion per row. `auto`: `flex` on CUDA, `packed` elsewhere,
+    `padded` if the architecture does not support it or an update rule takes second derivatives."""
     fused_loss: Literal["auto", "off"] = "auto"
     """`auto`: where policy loss and KL are `token_level`, differentiate them on the tiles of the language-model head, whose
     logits are then made once. `off`: call them on (B, T) tensors, and `backward()` differentiates what they return. Both
     give the same numbers up to rounding."""
     offload: bool = False
-    """Keep what only the update reads away from the device while completions are sampled and scored: the optimizer's state
-    and the average of `update.ema`, the critic's included. Gradients are freed before each rollout in any case. The trained
-    parameters are the same bits. docs/memory.md says where it lies."""
+    """Keep the state of the update in main memory while completions are sampled and scored: the optimizer's state and the
+    average of `update.ema`, including the critic's. Gradients are freed before each rollout in any case. The trained
+    parameters are bit-identical. See docs/memory.md."""
 
 
 @dataclass(kw_only=True)

@@ -93,7 +93,7 @@ def test_check_show_and_trls_flags_work_as_for_other_recipes(tmp_path):
     assert " 7 " in shown["optimizer steps"]
     listed = CliRunner().invoke(app, ["show", "trainer", "reward_model"], catch_exceptions=False)
     assert "center_rewards_coefficient" in listed.stdout
-    assert "class Rating(OfflineTrainer)" in CliRunner().invoke(app, ["show", "trainer"]).stdout
+    assert "class CompletionTrainer(OfflineTrainer)" in CliRunner().invoke(app, ["show", "trainer"]).stdout
 
 
 def test_arguments_that_would_not_be_honoured_are_refused(tmp_path):
@@ -144,13 +144,17 @@ def test_columns_are_renamed_and_what_is_missing_is_named_before_a_model_is_look
         ("reward_model", {"chosen": 5}, "chosen must be a text"),
         ("reward_model", {"margin": "x"}, "margin must be a number, got 'x'"),
         ("process_reward_model", {"completions": "ab"}, "a list of texts, one per step"),
-        ("process_reward_model", {"labels": [True] * 9}, "have 9 labels"),
-        ("process_reward_model", {"completions": ["a", " "], "labels": [True, False]}, "step 2 is ' '"),
-        ("process_reward_model", {"completions": ["a\nb"], "labels": [True]}, r"step 1 is 'a\\nb'"),
+        ("process_reward_model", {"labels": [True] * 9}, "one value per step .3., got 9"),
+        (
+            "process_reward_model",
+            {"completions": ["a", " "], "labels": [True, False]},
+            "step 2 must be a text .* got ' '",
+        ),
+        ("process_reward_model", {"completions": ["a\nb"], "labels": [True]}, r"step 1 must be a text .* got 'a\\nb'"),
         ("token_reward_model", {"spans": [{"start": 0, "end": 99, "label": 1}]}, "must be within"),
-        ("token_reward_model", {"spans": [{"start": 0, "end": 1}]}, "end, label. is due"),
+        ("token_reward_model", {"spans": [{"start": 0, "end": 1}]}, "a span must be .start, end, label."),
         ("token_reward_model", {"spans": [{"start": 0, "end": 1, "label": 2}]}, "between 0 and 1"),
-        ("token_reward_model", {"spans": None, "labels": [1.0]}, "tokens and 1 labels"),
+        ("token_reward_model", {"spans": None, "labels": [1.0]}, "per token .* got 1 labels"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_number(trainer, change, message, tmp_path):

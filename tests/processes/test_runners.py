@@ -324,7 +324,7 @@ def test_a_plugin_of_a_file_runs_in_processes(tmp_path):
 
 def test_a_function_that_is_not_there_says_so_from_its_process():
     source = load_plugin("rewards", "function", function="nowhere.py:nothing", workers="processes", num_workers=1)
-    assert "no file" in asked(source, ["a"]).failures[0].reason
+    assert "no such file" in asked(source, ["a"]).failures[0].reason
 
 
 def test_a_source_that_cannot_be_made_in_a_process_says_why():

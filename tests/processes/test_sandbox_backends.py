@@ -178,7 +178,7 @@ def test_the_harness_that_a_container_is_given_judges_programs(tmp_path, monkeyp
 
 def test_a_container_that_goes_on_is_removed_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(engine, "STARTING", 0.5)
+    monkeypatch.setattr(engine_module, "STARTING", 0.5)
     engine(tmp_path, f'echo "$@" >> {tmp_path}/asked; [ $1 = run ] && {{ echo ready; exec sleep 99; }}; exit 0')
     before = descendants()
     begin = time.monotonic()

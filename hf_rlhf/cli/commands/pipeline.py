@@ -48,7 +48,7 @@ def pipeline(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="training.seed of every stage.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Continue what is in the output folder, or start anew.")
+        bool, typer.Option("--resume/--no-resume", help="Resume the run in the output folder, or start over.")
     ] = True,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the models.")

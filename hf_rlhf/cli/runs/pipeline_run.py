@@ -148,7 +148,7 @@ class _Record:
             raise UserError(f"{self.file} cannot be read ({error}). Choose another --output-dir") from error
 
     def state(self, name: str) -> State:
-        """Return the state of a stage. Its folder decides: removing it trains the stage anew."""
+        """Return the state of a stage. Its folder decides: removing it makes the stage train again."""
         folder = self.root / name
         if name not in self.stages or not folder.is_dir():
             return "new"
@@ -172,7 +172,7 @@ class _Record:
             raise UserError(
                 f"{self.root} contains stages of another run:\n  "
                 + "\n  ".join(changed)
-                + "\nContinue with the same recipes, remove the folders of the stages to train anew, or choose another "
+                + "\nContinue with the same recipes, remove the folders of the stages to train again, or choose another "
                 "--output-dir"
             )
 
