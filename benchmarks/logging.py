@@ -94,7 +94,7 @@ def install(watch: Stopwatch) -> None:
         (MetricAggregator, "read"): (LOGGING, "averages since the last entry"),
         **{(collector, name): (LOGGING, "numbers of the rollout") for name in ("report_rewards", "report_credit")},
         (collector, "report_drift"): (LOGGING, "numbers of the rollout"),
-        (Collector, "_tell_plugins"): (PLUGINS, "observe and report"),
+        (Collector, "_observe"): (PLUGINS, "observe and report"),
         (Scorer, "ask"): (SCORING, "copies, time limits and checks around each call of a reward"),
         **{(Algorithm, name): (PLUGINS, "dispatch") for name in ("extras", "titled", "kl_in", "labels")},
         (ExactMatch, "__call__"): (SCORING, "the reward itself"),

@@ -130,7 +130,7 @@ class Expectation:
         def first(x: Tensor) -> float:
             return float(self.sampler.mean(x)[0])
 
-        told = {
+        known = {
             "rollout/rows": float(len(self.world.group_ids)),
             "reward/total/mean": first(self.world.reward),
             "reward/after_kl/mean": first(self.world.reward - penalties.sum(2)),
@@ -138,7 +138,7 @@ class Expectation:
             "kl/rollout/token": first(log_ratio.sum(2)) / first(self.world.lengths),
         }
         for plugin in with_inner(estimator):
-            plugin.observe(told)
+            plugin.observe(known)
         return estimator
 
     def _of_each_rollout(self, function: Callable[[Scored], Tensor], whole: Scored) -> Tensor:

@@ -88,7 +88,7 @@ class SavingTrainer(RunTrainer):
             "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
             "plugins": {path: state for path, plugin in self.algorithm.plugins() if (state := plugin.state_dict())},
             "meters": self.meters.state_dict(),
-            "rewards": self.collector.shaper.state_dict(),
+            "rewards": self.collector.normalizer.state_dict(),
             "tokens": self.collector.tokens,
             "bad_steps": self._bad_steps,
         }
@@ -110,7 +110,7 @@ class SavingTrainer(RunTrainer):
             if path in state["plugins"]:
                 plugin.load_state_dict(state["plugins"][path])
         self.meters.load_state_dict(state["meters"])
-        self.collector.shaper.load_state_dict(state["rewards"])
+        self.collector.normalizer.load_state_dict(state["rewards"])
         self.collector.tokens = self._tokens_logged = state["tokens"]
 
     def _beside(self) -> dict[str, nn.Module]:

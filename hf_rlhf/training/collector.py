@@ -44,7 +44,7 @@ class Collector:
     actor_critic: ActorCritic
     forwards: Forwards
     scorer: Scorer
-    shaper: RewardNormalizer
+    normalizer: RewardNormalizer
     accelerator: Accelerator
     stream: PromptStream
     meters: MetricAggregator
@@ -80,7 +80,7 @@ class Collector:
         self.meters.put("rollout/prompts_drawn", drawn)
         report_drift(self.meters.put, collected.table)
         buffer = self._credit(index, collected)
-        self._tell_plugins(self.meters.since(mark))
+        self._observe(self.meters.since(mark))
         return buffer
 
     @contextmanager
@@ -94,13 +94,13 @@ class Collector:
         finally:
             engine.sleep()
 
-    def _tell_plugins(self, statistics: dict[str, float]) -> None:
+    def _observe(self, statistics: dict[str, float]) -> None:
         """Let every plugin observe the statistics of this rollout and of the updates before it. They are equal on every process,
         so times are left out."""
-        told = {name: x for name, x in statistics.items() if not name.startswith("time/")}
-        told |= self.meters.since_last_rollout(self.accelerator)
+        observed = {name: x for name, x in statistics.items() if not name.startswith("time/")}
+        observed |= self.meters.since_last_rollout(self.accelerator)
         for _, plugin in self.algorithm.plugins():
-            plugin.observe(told)
+            plugin.observe(observed)
         for title, kl in self.algorithm.titled("kl"):
             if isinstance(controller := getattr(kl, "controller", None), KLController):
                 self.meters.put(f"kl/{title}/beta", controller(kl.beta))
@@ -162,7 +162,7 @@ class Collector:
             _, rollouts = self.roll_out(prompts, group_ids, 1, temperature=0.0)
         with self.meters.time("reward"):
             asked = self.scorer.ask(rollouts, *seed, counts=False)
-            answers = self.shaper({label: found.answers for label, found in asked.items()}, None)
+            answers = self.normalizer({label: found.answers for label, found in asked.items()}, None)
             sums, _ = total(totals(answers, rollouts), self.weights())
         return sums.repeat_interleave(self.algorithm.rollout.num_generations)
 
@@ -233,7 +233,7 @@ class Collector:
     ) -> Collected:
         device, mask, weights = self.accelerator.device, rows["mask"], self.weights()
         given = totals(answers, rollouts)
-        answers = self.shaper(answers, self.accelerator)
+        answers = self.normalizer(answers, self.accelerator)
         scores = totals(answers, rollouts)
         sums, valid = total(scores, weights)
         valid &= torch.tensor([any(row) for row in rollouts.masks])
@@ -250,7 +250,7 @@ class Collector:
             "valid": valid.to(device),
         }
         narrow |= {f"score:{label}": x.to(device, self.dtype) for label, x in scores.items()}
-        narrow |= {f"given:{x}": given[x].to(device, self.dtype) for x in scores if self.shaper.changes(x)}
+        narrow |= {f"given:{x}": given[x].to(device, self.dtype) for x in scores if self.normalizer.changes(x)}
         if greedy is not None:
             narrow["greedy"] = greedy.to(device, self.dtype)
         wide = {**rows, "token_rewards": token_rewards}

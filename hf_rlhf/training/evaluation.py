@@ -79,7 +79,7 @@ def _add(
     asked = collector.scorer.ask(rollouts, *seed, counts=False)
     answers = {label: found.answers for label, found in asked.items()}
     scores = totals(answers, rollouts)
-    rewards, valid = total(totals(collector.shaper(answers, None), rollouts), collector.weights())
+    rewards, valid = total(totals(collector.normalizer(answers, None), rollouts), collector.weights())
 
     def add(name: str, value: float, count: float) -> None:
         sums[name][0] += value

@@ -141,7 +141,7 @@ class RLHFTrainer(SavingTrainer):
             actor_critic=self.actor_critic,
             forwards=forwards,
             scorer=scorer,
-            shaper=RewardNormalizer(list(scorer.sources.items())),
+            normalizer=RewardNormalizer(list(scorer.sources.items())),
             accelerator=self.accelerator,
             stream=self.stream,
             meters=self.meters,

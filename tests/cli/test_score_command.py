@@ -1,4 +1,4 @@
-"""`hf-rlhf score`: completions that are there already, scored without a policy and compared with labels."""
+"""`hf-rlhf score`: existing completions, scored without a policy and compared with labels."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_what_cannot_be_scored_is_one_error(run, words, says):
 
 
 def test_a_dataset_is_asked_for_and_must_hold_rows(run):
-    assert "which completions? --dataset FILE" in run("exact_match", code=2)
+    assert "score needs a dataset. Pass --dataset FILE" in run("exact_match", code=2)
     assert "no dataset file or folder none.jsonl" in run("exact_match", "--dataset", "none.jsonl", code=2)
     assert "empty.jsonl has no rows" in run("exact_match", "--dataset", write("empty.jsonl", []), code=2)
     empty = [{**ROWS[0], "prompt": ""}]

@@ -14,7 +14,6 @@ from tests.helpers.wheels import Environment
 GUIDES = ROOT / "docs" / "guides"
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"(?:#|//) ([\w./-]+\.\w+)\n")
-RUN = {"bash", "python", "yaml", "toml"}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from hf_rlhf.testing import tiny_policy
 
 KINDS = {"reward_model": "rm", "process_reward_model": "rm_process", "token_reward_model": "rm_token"}
 """Trainer -> its recipe."""
-HEADS = {"reward_model": "AutoModelForSequenceClassification"}
 
 
 def rows(trainer: str, count: int = 40, seed: int = 0) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`hf-rlhf env`: where this runs, to paste into a bug report. Of keys and tokens it says only whether they are set."""
+"""`hf-rlhf env`: the environment, to paste into a bug report. Keys and tokens are only reported as set or not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECRET = re.compile(
 )
 """Words of names whose values are not printed."""
 LOGIN = re.compile(r"((?<=://)|(?<!\S))((?!://)\S)*@")
-"""User and password: what stands before the last @ of a URL, with a scheme or without."""
+"""User and password: the part before the last @ of a URL, with a scheme or without."""
 SANDBOXES: dict[str, dict[str, Any]] = {
     "bubblewrap": {},
     "docker": {},
@@ -101,7 +101,7 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> dict[str, Any]:
-    """Processor, memory, accelerators and the processes of the run."""
+    """Return processor, memory, accelerators and processes of the run."""
     machine: dict[str, Any] = {"cores": _cores()}
     try:
         machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
@@ -125,12 +125,12 @@ def _devices() -> dict[str, Any]:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _accelerators(torch: Any) -> list[str]:
-    """Name and memory of each."""
+    """Return name and memory of each accelerator."""
     if torch.cuda.is_available():
         found = []
         for number in range(torch.cuda.device_count()):
@@ -142,7 +142,7 @@ def _accelerators(torch: Any) -> list[str]:
 
 
 def _wandb() -> dict[str, Any]:
-    """Installed, with an account or not, its mode and its server. The key itself is read by nobody here."""
+    """Return whether W&B is installed and has an account, its mode and its server. The key itself is not read."""
     try:
         import wandb
 
@@ -159,7 +159,7 @@ def _wandb() -> dict[str, Any]:
 
 
 def _sandboxes(host: Host) -> dict[str, str]:
-    """Sandbox -> `works`, or why it does not; asked by trial programs, as a run asks them."""
+    """Return sandbox -> `works`, or why it does not. Runs the trial programs that a run uses."""
     from hf_rlhf.config.recipe import load_plugin
 
     found = {}
@@ -174,7 +174,7 @@ def _sandboxes(host: Host) -> dict[str, str]:
 
 
 def _plugins(host: Host) -> dict[str, dict[str, Any]]:
-    """Package -> its version, and how many plugins and recipes it offers."""
+    """Return package -> its version and its number of plugins and recipes."""
     plugins = Counter((offer.package, offer.version) for offer in host.offers() if offer.name)
     recipes = Counter((recipe.package, recipe.version) for recipe in host.recipes())
     return {
@@ -184,7 +184,7 @@ def _plugins(host: Host) -> dict[str, dict[str, Any]]:
 
 
 def _faults(host: Host, import_plugins: bool) -> list[str]:
-    """Plugins and recipes that cannot be used, and why; imports plugins only where that is asked for."""
+    """Return the plugins and recipes that cannot be used, and why. Imports plugins only on request."""
     said = []
     for offer, problem in offered(host):
         label = f"{offer.axis}.{offer.name} of {offer.source}" if offer.name else offer.source
@@ -199,7 +199,7 @@ def _faults(host: Host, import_plugins: bool) -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """Variables that change behaviour; of secrets only that they are set."""
+    """Return the variables that change behavior; of secrets only that they are set."""
     chosen = sorted(name for name in {*os.environ} - quieted if name in NAMES or name.startswith(PREFIXES))
     return {name: "(set)" if SECRET.search(name) else _without_login(os.environ[name]) for name in chosen}
 
@@ -210,7 +210,7 @@ def _without_login(text: str) -> str:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    """Plain text: a line for each value, groups below their names."""
+    """Return plain text: a line for each value, groups below their names."""
     lines = []
     for name, value in found.items():
         if isinstance(value, dict):

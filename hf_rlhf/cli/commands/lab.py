@@ -1,4 +1,4 @@
-"""`hf-rlhf lab`: what a combination climbs, as a table, a picture, or the page of the whole matrix."""
+"""`hf-rlhf lab`: the objective of a combination, as a table, a picture, or the page of the whole matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    short_help="What the expected gradient of a recipe climbs.",
+    short_help="Show which objective the expected gradient of a recipe ascends.",
     epilog=examples(
         "hf-rlhf lab rloo",
         "hf-rlhf lab advantages.use=leave_one_out kl.0.use=in_reward",
@@ -45,18 +45,20 @@ def lab(
         ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="The whole matrix, as Markdown: the page that the docs show.")
+        bool, typer.Option("--all", help="Print the whole matrix as Markdown, as in the docs.")
     ] = False,
     as_json: Json = False,
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="Write a picture too: a .svg, .png or .pdf.")
+        Path | None, typer.Option("--picture", help="Also write a picture: a .svg, .png or .pdf.")
     ] = None,
-    group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3.")] = None,
-    length: Annotated[int | None, typer.Option("--length", help="Most tokens of a completion; 3.")] = None,
+    group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3 by default.")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Maximum tokens of a completion; 3 by default.")
+    ] = None,
     off_policy: Annotated[
-        bool, typer.Option("--off-policy", help="Rollouts of another policy than the one that is updated.")
+        bool, typer.Option("--off-policy", help="Sample rollouts from a different policy than the updated one.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the policy, the reference and the rewards.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the policy, the reference and the rewards.")] = 0,
     plugin: PluginOptions = None,
 ) -> None:
     """Print what the expected gradient of a recipe, or of axis choices, is the gradient of, for each aggregation.

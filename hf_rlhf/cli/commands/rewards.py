@@ -39,7 +39,7 @@ Tokenizer = Annotated[
 
 
 @app.command(
-    short_help="Score completions that are there already.",
+    short_help="Score existing completions.",
     epilog=examples(
         "hf-rlhf score exact_match column=answer --dataset solutions.jsonl",
         "hf-rlhf score grpo --dataset solutions.jsonl 'rewards.0.answer_after=####' --against is_correct",
@@ -60,23 +60,23 @@ def score(
         str, typer.Option("--completion-column", help="Column of the completions: text or chat messages.")
     ] = "completion",
     finish_reason_column: Annotated[
-        str, typer.Option("--finish-reason-column", help="Column that says stop or length, where there is one.")
+        str, typer.Option("--finish-reason-column", help="Optional column of finish reasons: stop or length.")
     ] = "finish_reason",
     against: Annotated[
         str | None, typer.Option("--against", help="Column of labels: numbers, true or false. Prints the agreement.")
     ] = None,
     tokenizer: Tokenizer = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Disagreements and failures that are listed.")] = 10,
+    show: Annotated[int, typer.Option("--show", min=0, help="Number of disagreements and failures to list.")] = 10,
     as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """Score completions that are there already, without a policy; with --against, compare the scores with labels.
+    """Score existing completions without a policy; with --against, compare the scores with labels.
 
-    Exit code 0 where every row was scored or has no score, 1 where the scoring of any row failed, 2 for errors.
+    Exits with 0 if no row failed, 1 if the scoring of any row failed, 2 for errors.
     """
     if not dataset:
         raise UserError(
-            "which completions? --dataset FILE, whose rows hold prompt, completion and what the rewards read"
+            "score needs a dataset. Pass --dataset FILE, with prompt, completion and the columns that the rewards read"
         )
     from hf_rlhf.scoring.lookup import named_rewards
     from hf_rlhf.scoring.score_dataset import HEADER, Columns, remarks, table
@@ -109,14 +109,14 @@ def score(
 def serve_reward(
     name: Name,
     words: Words = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; others than 127.0.0.1 reach further.")] = (
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 127.0.0.1 accepts only this machine.")] = (
         "127.0.0.1"
     ),
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free one.")
     ] = 8765,
     token_env: Annotated[
-        str | None, typer.Option("--token-env", help="Environment variable with the token that requests must bring.")
+        str | None, typer.Option("--token-env", help="Environment variable with the token that requests must send.")
     ] = None,
     max_request_mib: Annotated[
         float, typer.Option("--max-request-mib", min=0.001, help="Largest request in MiB.")

@@ -53,8 +53,8 @@ class PoolClosed:
 
 
 CLOSED = PoolClosed()
-Said = WorkerReady | WorkerDied | PoolClosed | CallResult
-Events = queue.SimpleQueue[tuple[Any, Said]]
+Event = WorkerReady | WorkerDied | PoolClosed | CallResult
+Events = queue.SimpleQueue[tuple[Any, Event]]
 """Queue of (worker, event): READY once, then a result per unit, in the order in which the worker got them."""
 
 
@@ -120,7 +120,7 @@ class WorkerPool:
         state = pickle.dumps(self.source.state_dict())
         try:
             while not self._events.empty():  # workers that died, or became ready, since the last run
-                self._hear(*self._events.get(), found, todo)
+                self._handle(*self._events.get(), found, todo)
             while len(found) < len(units):
                 self._feed(units, todo, state)
                 self._take(found, todo)
@@ -173,24 +173,24 @@ class WorkerPool:
         nearest = min(limits.values(), default=0.0)
         try:
             wait = None if nearest == float("inf") else max(0.0, nearest - time.monotonic())
-            worker, said = self._events.get(timeout=wait)
+            worker, event = self._events.get(timeout=wait)
         except queue.Empty:
             now = time.monotonic()
             for worker in [worker for worker, limit in limits.items() if limit <= now]:
                 self._lose(worker, late(self.source.timeout or START_S), found, todo)
             return
-        self._hear(worker, said, found, todo)
+        self._handle(worker, event, found, todo)
 
-    def _hear(self, worker: Any, said: Said, found: dict[int, CallResult], todo: deque[int]) -> None:
+    def _handle(self, worker: Any, event: Event, found: dict[int, CallResult], todo: deque[int]) -> None:
         held = self._workers.get(worker)
         if held is None:  # a late event of an abandoned worker
             return
-        if isinstance(said, WorkerReady):
+        if isinstance(event, WorkerReady):
             held.ready, self._failed_starts = True, 0
-        elif isinstance(said, WorkerDied):
-            self._lose(worker, CallResult(kind="error", reason=said.reason), found, todo)
-        elif held.units and isinstance(said, CallResult):
-            found[held.units.popleft()] = said
+        elif isinstance(event, WorkerDied):
+            self._lose(worker, CallResult(kind="error", reason=event.reason), found, todo)
+        elif held.units and isinstance(event, CallResult):
+            found[held.units.popleft()] = event
             held.since = time.monotonic()
 
     def _until(self, held: WorkerState) -> float:

@@ -21,7 +21,7 @@ from tests.helpers import runs
 from tests.helpers.flaky_rewards import ByWord
 
 
-def shaper(**settings: Any) -> RewardNormalizer:
+def normalizer(**settings: Any) -> RewardNormalizer:
     return RewardNormalizer([("mine", load_plugin("rewards", "length", **settings))])
 
 
@@ -42,13 +42,13 @@ def test_running_statistics_are_those_of_all_numbers_at_once():
 
 
 def test_one_number_or_equal_ones_are_divided_by_one():
-    assert shaped(shaper(normalize="std"), [3.0]) == [3.0]
-    assert shaped(shaper(normalize="mean_std"), [3.0, 3.0]) == [0.0, 0.0]
-    assert shaped(shaper(normalize="std"), [0.1, 0.1, 0.1]) == [0.1, 0.1, 0.1]  # whose mean is not 0.1 in binary
+    assert shaped(normalizer(normalize="std"), [3.0]) == [3.0]
+    assert shaped(normalizer(normalize="mean_std"), [3.0, 3.0]) == [0.0, 0.0]
+    assert shaped(normalizer(normalize="std"), [0.1, 0.1, 0.1]) == [0.1, 0.1, 0.1]  # whose mean is not 0.1 in binary
 
 
 def test_numbers_steps_and_tokens_are_bounded_and_missing_ones_stay_missing():
-    made = shaper(clip=(-1.0, 2.0))
+    made = normalizer(clip=(-1.0, 2.0))
     steps, tokens = Spans([(1, 5.0), (2, -3.0)]), TokenScores([0.5, 9.0])
     found = shaped(made, [7.0, -7.0, math.nan, steps, tokens])
     assert found[:2] == [2.0, -1.0]
@@ -57,14 +57,14 @@ def test_numbers_steps_and_tokens_are_bounded_and_missing_ones_stay_missing():
 
 
 def test_numbers_are_normalised_by_all_that_came_so_far():
-    made = shaper(normalize="mean_std", clip=(0.0, 10.0))
+    made = normalizer(normalize="mean_std", clip=(0.0, 10.0))
     first = shaped(made, [0.0, 2.0, math.nan])
     assert first[:2] == [-1.0, 1.0]
     assert math.isnan(first[2])
     second = shaped(made, [4.0, 99.0])  # 0, 2, 4 and 10 so far
     assert second == pytest.approx([0.0, 6 / math.sqrt(14)])
     assert shaped(made, [4.0], learn=False) == [0.0]
-    again = shaper(normalize="mean_std")
+    again = normalizer(normalize="mean_std")
     again.load_state_dict(made.state_dict())
     assert shaped(again, [10.0], learn=False) == pytest.approx([6 / math.sqrt(14)])
 
