@@ -295,14 +295,14 @@ def test_metrics_of_a_source_are_printed(run):
     [
         (("exact_mach",), "no recipe and no reward plugin named 'exact_mach'. Did you mean 'exact_match'?"),
         (("exact_match", "colum=x"), "no such setting. Did you mean 'column'?"),
-        (("exact_match", "x"), "'x': write KEY=VALUE"),
+        (("exact_match", "x"), "settings must be KEY=VALUE, such as column=answer, got 'x'"),
         (
             ("exact_match", "column=truth"),
-            "no column 'truth' (what reward 'exact_match' reads). The dataset has: answer",
+            "no column 'truth' (needed by reward 'exact_match'). The dataset has: answer",
         ),
         (("functions.py",), "Name a function in it as functions.py:FUNCTION"),
         (("functions.py:lenghts",), "has no function 'lenghts'; it has: lengths, own"),
-        (("nowhere.py:f",), "no file"),
+        (("nowhere.py:f",), "no such file"),
         (("nowhere.yaml",), "there is no recipe file nowhere.yaml"),
         (("grpo", "rewards=[]"), "no reward source"),
         (("exact_match", "--against", "label"), "no column 'label' (the labels of --against)"),
