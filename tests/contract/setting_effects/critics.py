@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Scored
+from hf_rlhf.modeling.offload import Keeper, ToMainMemory
+from hf_rlhf.training import device_phases
 from tests.contract.setting_effects.base import EFFECTS, SettingEffect, after, with_critic
 from tests.helpers import runs
 
@@ -75,10 +78,16 @@ def offloaded(make: Callable[[bool], dict[str, Any]]) -> Callable[[Path, bool], 
 
     def show(folder: Path, value: bool) -> list[float]:
         training = {"optim": "adamw_torch", "max_steps": 4}
-        made = runs.trained(folder, training=training, **make(value))
+        with mock.patch.object(device_phases, "keeper", as_from_a_gpu):
+            made = runs.trained(folder, training=training, **make(value))
         return [entry.get("memory/offloaded", 0.0) for entry in runs.entries(made)]
 
     return show
+
+
+def as_from_a_gpu(tensors: Any, device: torch.device, offload: bool, **options: bool) -> Keeper:
+    """Offload to main memory though the run is on a CPU, where `offload` changes nothing."""
+    return ToMainMemory(tensors, device, **options) if offload else Keeper(tensors)
 
 
 def kept_reference(name: str) -> Callable[[bool], dict[str, Any]]:
