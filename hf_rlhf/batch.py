@@ -48,7 +48,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +122,28 @@ class Rollouts:
         )
 
     def column(self, name: str) -> list[Any]:
-        """Return the values of a dataset column, one per row. Raises `KeyError` naming the columns that exist."""
+        """Return the values of a dataset column, one per row. Raises `KeyError` naming the columns that exist.
+
+        A dotted name such as `reward_model.ground_truth` or `answers.0` reads inside mappings and lists: None where a row
+        lacks the value.
+        """
+        column, *keys = name.split(".")
+        if name not in self.columns and keys and column in self.columns:
+            return [_nested(value, keys) for value in self.columns[column]]
         if name not in self.columns:
             raise KeyError(f"the dataset has no column {name!r}; it has: {', '.join(sorted(self.columns)) or 'none'}")
         return self.columns[name]
+
+
+def _nested(value: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hf_rlhf.batch import Prompt
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
-from hf_rlhf.data.sources import DatasetError, Row, Rows, load_rows
+from hf_rlhf.data.sources import DatasetError, Row, Rows, lacking, load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:
     for reward in rewards:
         reads = getattr(reward, "columns", None)
         read = (reads() if reads is not None else set()) | set(getattr(reward, "when", None) or ())
-        missing = sorted(read - columns)
+        missing = lacking(read, columns)
         if missing:
             problems.append(f"rewards.{reward.name} reads {', '.join(missing)}")
     if problems:

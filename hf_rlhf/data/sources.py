@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +126,8 @@ def _complete(rows: list[Row]) -> list[Row]:
     """Return the rows with None for columns that only other rows have."""
     names = {name: None for row in rows for name in row}
     return [{**names, **row} for row in rows]
+
+
+def lacking(reads: Iterable[str], columns: Collection[str]) -> list[str]:
+    """Return the sorted names that are neither columns nor, if dotted, inside one."""
+    return sorted(name for name in reads if name not in columns and name.split(".")[0] not in columns)

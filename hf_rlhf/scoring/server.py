@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.batch import Rollouts
+from hf_rlhf.data.sources import lacking
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.scoring.lookup import NO_TOKENS, NoTokens, columns_of
 
@@ -171,7 +172,7 @@ def read_request(body: bytes, reads: set[str]) -> Rollouts:
     columns = data.get("columns", {})
     if not isinstance(columns, dict):
         raise RequestError(400, "columns must be a mapping of names to lists")
-    missing = sorted(reads - columns.keys())
+    missing = lacking(reads, columns)
     if missing:
         raise RequestError(
             422, f"this source reads the columns {', '.join(missing)}. Send them (`send` of rewards.remote)"

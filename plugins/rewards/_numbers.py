@@ -28,7 +28,7 @@ class Reader:
         self.percent_is_hundredth = percent_is_hundredth
         other = "," if decimal_mark == "." else r"\."
         self._mark = re.compile(r"\{?" + re.escape(decimal_mark) + r"\}?")
-        self._separator = re.compile(rf"\{{{other}\}}|{other}|\\,|[\u00a0\u2009\u202f']")
+        self._separator = re.compile(rf"(?:\{{{other}\}}|{other})(?:\\!|~)?|\\[!,;: ]|~|[\u00a0\u2009\u202f']")
         self._pattern = re.compile(_pattern(self._mark.pattern, self._separator.pattern), re.VERBOSE)
 
     def first(self, text: str) -> Fraction | None:

@@ -1,8 +1,9 @@
 """1 if the completion picks the correct one of several choices, else 0.
 
-The pick is searched in this order: after the marker or in the last \\boxed{}; after words such as "answer is", "Option:",
+The pick is searched in this order: in `<answer>`, after the marker or in the last \\boxed{}; after words such as "answer is", "Option:",
 at their last occurrence before a label; a label at the start or alone (`B`, `(b)`, `B. Paris`); the text of exactly one
-choice, if the dataset has those; the last label in parentheses.
+choice, if the dataset has those; the last label in parentheses. Several labels joined by "or", "and" or a comma are no
+pick, and thoughts (`<think>`) are not read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._answers import warn_of_reference
+from ._answers import references, warn_of_reference
 from ._picks import meant, pick
 
 
@@ -36,6 +37,9 @@ class Choice(RewardSource):
     """Labels, one character each, if `choices` has none; only as many as there are choices are used."""
     answer_after: str | None = None
     """Marker before the pick, e.g. "Answer:"; ignored for completions without it."""
+    answer_tag: str | None = None
+    """Tag around the pick, e.g. "answer" for <answer>: only the last one's content is graded, and a completion without it
+    scores 0."""
 
     def __post_init__(self) -> None:
         if not self.labels or len(set(self.labels.casefold())) < len(self.labels):
@@ -43,11 +47,11 @@ class Choice(RewardSource):
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         given = rollouts.column(self.choices) if self.choices else [None] * len(rollouts)
-        rows = zip(rollouts.completions, rollouts.column(self.column), given, strict=True)
+        rows = zip(rollouts.completions, references(rollouts, self.column, self.name), given, strict=True)
         return [self._score(*row) for row in rows]
 
     def answer(self, completion: str) -> str | None:
-        return pick(completion, tuple(self.labels), (), self.answer_after)
+        return pick(completion, tuple(self.labels), (), self.answer_after, self.answer_tag)
 
     def columns(self) -> set[str]:
         return {self.column, self.choices} if self.choices else {self.column}
@@ -60,7 +64,7 @@ class Choice(RewardSource):
         if right is None:
             warn_of_reference(self.name, self.column, str(reference), f"it must name one of {', '.join(labels)}")
             return None
-        return float(pick(completion, labels, texts, self.answer_after) == right)
+        return float(pick(completion, labels, texts, self.answer_after, self.answer_tag) == right)
 
     def _choices(self, choices: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return labels and texts of a row's choices."""

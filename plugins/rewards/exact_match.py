@@ -9,6 +9,8 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
+from ._answers import references
+
 
 @dataclass(kw_only=True)
 class ExactMatch(RewardSource):
@@ -26,7 +28,7 @@ class ExactMatch(RewardSource):
     """Ignore whitespace around either text."""
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
-        rows = zip(rollouts.completions, rollouts.column(self.column), strict=True)
+        rows = zip(rollouts.completions, references(rollouts, self.column, self.name, lists=True), strict=True)
         return [self._score(*row) for row in rows]
 
     def answer(self, completion: str) -> str | None:

@@ -1,6 +1,7 @@
 """1 if the completion's number equals the reference within a tolerance, else 0.
 
-As in evaluations of GSM8K (arXiv:2110.14168) it is the number after a marker, else the one in a box, else the last one.
+As in evaluations of GSM8K (arXiv:2110.14168) it is the number in `<answer>`, after a marker or `####` at the end, else the
+one in the last box, else the last one; thoughts (`<think>`) are not read.
 Expressions are not evaluated; `math_answer` does that, at some hundred times the cost.
 """
 
@@ -14,7 +15,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import NonNegative, RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._answers import after, boxed, warn_of_reference
+from ._answers import locate, references, warn_of_reference
 from ._numbers import DecimalMark, Reader, reader
 
 
@@ -32,10 +33,13 @@ class Numeric(RewardSource):
     column: str = "answer"
     """Dataset column of the reference, a number or a text that is parsed like completions."""
     answer_after: str | None = None
-    """Marker before the answer, e.g. "####" (GSM8K): the first number after its last occurrence counts. Ignored for texts
-    without it."""
+    """Marker before the answer, e.g. "A:": the first number after its last occurrence counts. Ignored for texts without
+    it. `#### 18` at the end of a text (GSM8K) needs no setting."""
+    answer_tag: str | None = None
+    """Tag around the answer, e.g. "answer" for <answer>: only the last one's content is graded, and a completion without
+    it scores 0."""
     strict: bool = False
-    r"""Score 0 for a completion with neither the marker nor a \\boxed{}, instead of using its last number."""
+    r"""Score 0 for a completion that marks no answer (marker, tag, #### or \\boxed{}), instead of using its last number."""
     abs_tol: NonNegative = 0.0
     """Largest absolute difference. Without tolerances numbers are compared exactly: 0.1 and 1/10 are equal."""
     rel_tol: NonNegative = 0.0
@@ -49,11 +53,15 @@ class Numeric(RewardSource):
         numbers = reader(self.decimal_mark, self.percent == "fraction")
         return [
             self._score(numbers, completion, reference)
-            for completion, reference in zip(rollouts.completions, rollouts.column(self.column), strict=True)
+            for completion, reference in zip(
+                rollouts.completions, references(rollouts, self.column, self.name), strict=True
+            )
         ]
 
     def answer(self, completion: str) -> str | None:
-        found = self._read(reader(self.decimal_mark, self.percent == "fraction"), completion, self.strict)
+        found = self._read(
+            reader(self.decimal_mark, self.percent == "fraction"), completion, self.strict, self.answer_tag
+        )
         return None if found is None else str(found)
 
     def columns(self) -> set[str]:
@@ -70,7 +78,7 @@ class Numeric(RewardSource):
                 warn_of_reference(self.name, self.column, str(reference), "it must contain a number")
                 return None
             truth = read
-        found = self._read(numbers, completion, self.strict)
+        found = self._read(numbers, completion, self.strict, self.answer_tag)
         if found is None:
             return 0.0
         if found == truth:
@@ -79,14 +87,13 @@ class Numeric(RewardSource):
             return 0.0
         return float(abs(found - truth) <= max(Fraction(str(self.abs_tol)), Fraction(str(self.rel_tol)) * abs(truth)))
 
-    def _read(self, numbers: Reader, text: str, strict: bool) -> Fraction | None:
-        marked = after(text, self.answer_after)
-        if marked is not None:
-            return numbers.first(marked)
-        box = boxed(text)
-        if box is not None:
-            return numbers.only(box)
-        return None if strict else numbers.last(text)
+    def _read(self, numbers: Reader, text: str, strict: bool, tag: str | None = None) -> Fraction | None:
+        place = locate(text, self.answer_after, tag)
+        if not place.stated:
+            return None if strict else numbers.last(place.text)
+        if place.boxed:
+            return numbers.only(place.text.rpartition("=")[2])
+        return numbers.first(place.text.rpartition("=")[2])
 
 
 @hookimpl
