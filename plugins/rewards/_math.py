@@ -20,8 +20,10 @@ from ._answers import locate
 LONGEST = 2000
 """Maximum characters of an answer that is read as one expression."""
 
-_GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,?\\[!,;: ]|~|,~|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|mbox|hbox)\s*\{([^{}]*)\}")
+_GROUPED = re.compile(
+    r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,?(?:\\[!,;: ]|\\thinspace|~)\s?|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])"
+)
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mbox|hbox)\s*\{([^{}]*)\}")
 _DELIMITED = re.compile(r"\$\$(.+)\$\$|\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _DELIMITER = re.compile(r"(?<!\\)(?:\$|\\\(|\\\[)")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -30,6 +32,7 @@ _UNIT = re.compile(r"(?<=[\d}%)])\s*+[A-Za-z]{3,}+(?:[ -](?!(?:or|and)\b)[A-Za-z
 _MIXED = re.compile(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])")
 _BASED = re.compile(r"-?[0-9][0-9A-Za-z]*_(?:[0-9]+|[a-z]{3,})")
 _SEGMENT = re.compile(r"(?<!\\)\$([^$\n]+)\$")
+_QUOTED = re.compile(r"(?<!\S)[(\"'“]([-−]?[0-9][0-9.,]*)[)\"'”]")
 _ANNOUNCED = re.compile(r"\banswer\s*+(?:is|was|:|=)\s*+:?|^[ \t]*+A:", re.IGNORECASE | re.MULTILINE)
 
 
@@ -125,10 +128,10 @@ def _words(content: str) -> Answer | None:
     plain = " ".join(_TEXT.sub(r"\1", content).split()).strip("*. ")
     if re.fullmatch(r"\([A-Za-z]\)", plain):
         return Answer(plain[1], is_text=True)
-    if not re.fullmatch(r"[^\W\d_]+(?:[ '’,-]+[^\W\d_]+)*", plain):
+    if not re.fullmatch(r"[^\W\d_]+(?:(?:[, ]+|['’-])[^\W\d_]+)*", plain):
         return None
     wrapped = plain != content.strip("*. \n\t")
-    return Answer(plain, is_text=True) if wrapped or len(plain) > 3 or " " in plain else None
+    return Answer(plain, is_text=True) if wrapped or max(map(len, re.split("[, '’-]+", plain))) > 3 else None
 
 
 def _based(content: str) -> Answer | None:
@@ -139,7 +142,10 @@ def _based(content: str) -> Answer | None:
 
 def _expression(content: str) -> Answer | None:
     """Return the answer in a content that is one expression; None if it cannot be parsed."""
-    content = content.strip().strip("*").rstrip(".").strip()
+    content = content.strip("*. \n\t") if not content.lstrip(" *").startswith(".") else content.strip("* \n\t")
+    whole = _TEXT.fullmatch(content)
+    if whole is not None and any(map(str.isdigit, whole[1])):
+        content = whole[1].strip()
     if not content or len(content) > LONGEST or content.endswith("?"):
         return None
     as_text = _words(content) or _based(content)
@@ -153,16 +159,16 @@ def _expression(content: str) -> Answer | None:
 
 def _prose(text: str) -> Answer | None:
     """Return the last expression or number in a text, or the one after its last "answer is"."""
-    announced = None
-    for announced in _ANNOUNCED.finditer(text):
-        pass
-    if announced is not None:
-        said = text[announced.end() :].strip().partition("\n")[0]
-        if said and not _DELIMITER.search(said) and len(_WORD.findall(said)) <= 2:
+    ends = [match.end() for match in _ANNOUNCED.finditer(text)]
+    if ends:
+        said = text[ends[-1] :].strip().partition("\n")[0]
+        counts = re.match(r"[A-Za-z]{2,}\s.*\d", said)  # as in "therefore 6"
+        if said and not counts and not _DELIMITER.search(said) and len(_WORD.findall(said)) <= 2:
             return _expression(re.split(r"[.,;](?=\s)", said)[0])
         text = f"answer: {said}" if said else text
     else:
         text = re.sub("answer", "result", text, flags=re.IGNORECASE)
+    text = _QUOTED.sub(r" \1 ", text)
     delimited = _SEGMENT.findall(text)
     if delimited and (words := _words(delimited[-1]) or _based(delimited[-1])):
         return words

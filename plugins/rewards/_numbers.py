@@ -1,9 +1,9 @@
 r"""Exact parsing of numbers in prose.
 
-Supported: signs, also U+2212; thousands separators; scientific notation (`3e5`, `3.2 × 10^5`, `3\times 10^{5}`); integer
-powers; fractions (`3/4`, `\frac{3}{4}`) and mixed numbers (`1 1/2`). A currency sign may precede and any unit may follow.
-Digits inside a word (`H2O`) or an exponent (`m^2`) do not count as numbers, nor does anything above 400 characters or
-digits.
+Supported: signs, also U+2212; thousands separators, LaTeX's included (`{,}`, `\!`, `\,`, `~`); scientific notation (`3e5`,
+`3.2 × 10^5`, `3\times 10^{5}`); integer powers; fractions (`3/4`, `\frac{3}{4}`) and mixed numbers (`1 1/2`). A currency
+sign may precede and any unit may follow. Digits inside a word (`H2O`) or an exponent (`m^2`) do not count as numbers, nor
+does anything above 400 characters or digits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Reader:
         self.percent_is_hundredth = percent_is_hundredth
         other = "," if decimal_mark == "." else r"\."
         self._mark = re.compile(r"\{?" + re.escape(decimal_mark) + r"\}?")
-        self._separator = re.compile(rf"(?:\{{{other}\}}|{other})(?:\\!|~)?|\\[!,;: ]|~|[\u00a0\u2009\u202f']")
+        spaces = r"\\[!,;: ]|\\thinspace[ ]|~|[\u00a0\u2009\u202f']"
+        self._separator = re.compile(rf"(?:\{{{other}\}}|{other})(?:(?:\\[!,;:]|~)[ ]?)?|{spaces}")
         self._pattern = re.compile(_pattern(self._mark.pattern, self._separator.pattern), re.VERBOSE)
 
     def first(self, text: str) -> Fraction | None:

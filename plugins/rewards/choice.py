@@ -1,9 +1,9 @@
 """1 if the completion picks the correct one of several choices, else 0.
 
-The pick is searched in this order: in `<answer>`, after the marker or in the last \\boxed{}; after words such as "answer is", "Option:",
-at their last occurrence before a label; a label at the start or alone (`B`, `(b)`, `B. Paris`); the text of exactly one
-choice, if the dataset has those; the last label in parentheses. Several labels joined by "or", "and" or a comma are no
-pick, and thoughts (`<think>`) are not read.
+The pick is searched in this order: in `<answer>`, after the marker or in the last \\boxed{}; after words such as "answer
+is", "Option:", at their last occurrence before a label; a label at the start or alone (`B`, `(b)`, `B. Paris`); the text
+of exactly one choice, if the dataset has those; the last label in parentheses. Several labels joined by "or", "and" or a
+comma are no pick, and thoughts (`<think>`) are not read.
 """
 
 from __future__ import annotations
