@@ -51,7 +51,7 @@ def test_a_reference_that_is_missing_or_no_mathematics_gives_no_score(caplog):
 
 def test_completion_and_reference_are_read_after_the_marker():
     marked = MathAnswer(answer_after="####")
-    completions = [r"\boxed{17} #### 18 eggs\nThen", "18", "#### 18\n", "#### 17"]
+    completions = ["\\boxed{17} #### 18 eggs\nThen", "18", "#### 18\n", "#### 17"]
     references = ["9*2=<<9*2=18>>18\n#### 18", "#### 1,018", "18", "#### 18"]
     assert marked(rows(completions, answer=references)) == [1.0, 0.0, 1.0, 0.0]
     assert MathAnswer()(rows(completions[:1], answer=["18"])) == [0.0]

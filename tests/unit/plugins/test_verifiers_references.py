@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -28,6 +29,9 @@ def score(source, completion, reference):
     return source(rows([completion], answer=[reference]))[0]
 
 
+PARTS = r"\\\w*(?:frac|sqrt)(?:\{\d+\})+|\\pi"
+WHOLE = {"65", r"\frac{68}{3}"}
+"""Parts that are the whole answer, without its unit."""
 MATH = [json.loads(line)["answer"] for line in (DATA / "math" / "answers.jsonl").read_text().splitlines()]
 
 
@@ -44,16 +48,11 @@ def test_a_bare_reference_of_math_is_one_expression_and_no_fragment_of_it_counts
     assert MathAnswer()(rows(right, answer=[reference] * len(right))) == [1.0] * len(right)
     wrapped = [f"${reference}$", rf"\boxed{{{reference}}}", rf"\({reference}\)"]
     assert MathAnswer()(rows([box(reference)] * 3, answer=wrapped)) == [1.0] * 3
-    ends = {reference[:k] for k in range(1, len(reference))} | {reference[k:] for k in range(1, len(reference))}
-    same = {"15,\\!000", "76.80", "\\$76.8", "pi-2", ".8", "-\\$0.5", "\\frac{1}{20}", "\\frac{7}{15}"}
-    whole = {"65", "\\frac{68}{3}", "$15,\\!000", "$76.80"}
-    cut = sorted(
-        part
-        for part in ends
-        if part.strip() not in same | whole and part.count("{") == part.count("}") and "\\text" not in part + reference
-    )
-    wrong = [part for part in cut if score(MathAnswer(), rf"\boxed{{{part}}}", reference) != 0.0]
-    assert not wrong
+    parts = {*re.findall(r"-?\d+", reference), *re.findall(PARTS, reference), *re.split(r"[-+,]", reference)} - {""}
+    wrong = {part.strip() for part in parts} - WHOLE - {reference.strip()}
+    wrong = {part for part in wrong if part.count("{") == part.count("}") and "\\text" not in part}
+    scores = MathAnswer()(rows([rf"\boxed{{{part}}}" for part in wrong], answer=[reference] * len(wrong)))
+    assert scores == [0.0] * len(wrong)
 
 
 @pytest.mark.parametrize(
