@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -69,8 +70,13 @@ def graded(folder: Path) -> tuple[Rollouts, list[float], list[str]]:
         if isinstance(solution, dict)
     ]
     texts, references, correct, names = (list(part) for part in zip(*found, strict=True))
+    return rows_of(texts, references), correct, names
+
+
+def rows_of(texts: list[str], references: list[str]) -> Rollouts:
+    """Completions with their references."""
     count = len(texts)
-    batch = Rollouts(
+    return Rollouts(
         prompts=[""] * count,
         completions=texts,
         prompt_ids=[[0]] * count,
@@ -80,7 +86,6 @@ def graded(folder: Path) -> tuple[Rollouts, list[float], list[str]]:
         columns={"answer": references, "label": ["A"] * count},
         group_ids=list(range(count)),
     )
-    return batch, correct, names
 
 
 def agreement(batch: Rollouts, correct: list[float], names: list[str]) -> list[dict[str, Any]]:
@@ -110,6 +115,43 @@ def agreement(batch: Rollouts, correct: list[float], names: list[str]) -> list[d
             {"verifier": name, "settings": settings, "rows": len(correct), "disagreements": disagreements},
         )
     return entries
+
+
+def counted(cases: list[tuple[str, str, float]], name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """How many of (completion, reference, due score) a verifier gets right, of right and of wrong completions."""
+    source = load_plugin("rewards", name, **settings)
+    entry: dict[str, Any] = {"verifier": name, "settings": settings}
+    for kind, due in (("right", 1.0), ("wrong", 0.0)):
+        chosen = [case for case in cases if case[2] == due]
+        with Scorer([(name, source)]) as scorer:
+            answers = scorer.ask(rows_of([case[0] for case in chosen], [case[1] for case in chosen]))[name].answers
+        entry[kind] = [sum(answer == due for answer in answers), len(chosen)]
+    return entry
+
+
+def math_answers(folder: Path) -> dict[str, Any]:
+    """Answers of MATH as bare references: the answer in a box, and each number or square root that is only a part of it."""
+    with open(folder / "answers.jsonl", encoding="utf-8") as file:
+        answers = [json.loads(line)["answer"] for line in file]
+    cases = [(rf"So it is $\boxed{{{answer}}}$.", answer, 1.0) for answer in answers]
+    for answer in answers:
+        bare = re.sub(r"\\text\{[^}]*\}", "", answer).replace(r"\!", "").replace(r"\$", "").strip()
+        for part in sorted({*re.findall(r"\d+", answer), *re.findall(r"\\sqrt\{\d+\}", answer)}):
+            if bare not in (part, rf"\frac{{{part}}}"):
+                cases.append((rf"So it is $\boxed{{{part}}}$.", answer, 0.0))
+    return counted(cases, "math_answer", {})
+
+
+def r1_shaped(folder: Path) -> list[dict[str, Any]]:
+    """GSM8K's first 600 test solutions as thoughts, before the right answer in <answer> and before a wrong one."""
+    with open(folder / "test.jsonl", encoding="utf-8") as file:
+        solutions = [json.loads(line)["answer"].rpartition("####") for line in file][:600]
+    cases = []
+    for thoughts, _, answer in solutions:
+        number = answer.strip().replace(",", "")
+        for said, due in ((number, 1.0), (str(int(number) + 2), 0.0)):
+            cases.append((f"<think>{thoughts}</think> <answer>{said}</answer>", number, due))
+    return [counted(cases, name, {"answer_tag": "answer"}) for name in ("math_answer", "numeric")]
 
 
 def least(run: Callable[[], Any], repeats: int) -> float:
@@ -169,7 +211,7 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def titled(entry: dict[str, Any]) -> str:
-    shown = {key: value for key, value in entry["settings"].items() if key in ("answer_after", "unit")}
+    shown = {key: value for key, value in entry["settings"].items() if key in ("answer_after", "answer_tag", "unit")}
     return " ".join([f"`{entry['verifier']}`", *(f'{key}="{value}"' for key, value in shown.items())])
 
 
@@ -198,6 +240,14 @@ def disagreement_table(found: dict[str, Any]) -> str:
     ]
     header = ["verifier", "problem, model", "reference", "solution", "published", "verdict", "who is right"]
     return table(header, lines) if lines else "There are none."
+
+
+def shapes_table(found: dict[str, Any]) -> str:
+    lines = [
+        [what, titled(entry), *(f"{entry[kind][0]} of {entry[kind][1]}" for kind in ("right", "wrong"))]
+        for what, entry in [("MATH", found["math"]), *(("R1-shaped", entry) for entry in found["r1"])]
+    ]
+    return table(["texts", "verifier", "right ones scored 1", "wrong ones scored 0"], lines)
 
 
 def cost_table(found: dict[str, Any]) -> str:
@@ -245,6 +295,17 @@ Reward sources that need no model. A row without a reference gets no score rathe
 
 `length` and `repetition` return penalties, 0 or less.
 
+`math_answer`, `numeric` and `choice` search the answer in the last `<answer>...</answer>`, then after the marker
+`answer_after`, or `####` at the end of the text (GSM8K), then in the last `\\boxed{{}}`; only a text without any of these is
+read as prose. Thoughts (`<think>`, `<thinking>`, `<thought>`, `<reasoning>`, `[THINK]`) are never read, also if the template
+has opened the tag or the completion ends in one. With `answer_tag: answer`, as in `r1_zero` and `gdpo`, `<answer>` alone
+counts, and a completion without it scores 0.
+
+A reference of `math_answer` without delimiters is one LaTeX expression: `3\\sqrt{{13}}` is not 3. Units are not compared,
+words (`\\text{{Monday}}`) are compared as text, `25_6` needs its base, and `$` before an amount is no delimiter. Several
+labels ("C or D") are no `choice`. A reference inside a mapping is read by a dotted name,
+`column=reward_model.ground_truth`; a mapping as a reference is an error.
+
 Use `numeric` for numbers and `math_answer` for anything else. SymPy evaluates whatever the model writes, including
 `\\boxed{{9^{{9^{{9^9}}}}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s), with at most `memory_mib`;
 such a row has no score. Other verifiers take time linear in the length of the text and run in the caller's thread.
@@ -260,6 +321,14 @@ worked solution; the marker is the `A:` in front of the answers ({versions}).
 All disagreements. Comparing the texts after the marker shows who is right.
 
 {disagreement_table(found)}
+
+## References in LaTeX, answers in tags
+
+Answers of MATH (arXiv:2103.03874) as they stand in its data, without delimiters: right is the answer in a box, wrong each
+number or square root that is a part of it. R1-shaped texts are worked solutions of GSM8K as `<think>...</think>` before an
+`<answer>` that is right or wrong.
+
+{shapes_table(found)}
 
 ## Cost
 
@@ -288,6 +357,8 @@ def measure(folder: Path) -> dict[str, Any]:
         "machine": {"processor": platform.machine(), "system": platform.system(), "cores": cores},
         "versions": {name: version(name) for name in ("math-verify", "sympy", "py3langid", "jsonschema")},
         "agreement": agreement(batch, correct, names),
+        "math": math_answers(folder.parent / "math"),
+        "r1": r1_shaped(folder),
         "costs": costs(batch),
         "throughput": throughput(batch),
     }
@@ -296,7 +367,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measures and writes the figures, or makes the page of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with example_model_solutions.jsonl")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of GSM8K; ../math has answers.jsonl")
     parser.add_argument("--page", action="store_true", help="make docs/verifiers.md of the figures that are there")
     options = parser.parse_args()
     results = RESULTS / "verifiers.json"
@@ -305,7 +376,13 @@ def main() -> None:
         return
     found = measure(options.data)
     write(results, found)
-    tables = [agreement_table(found), disagreement_table(found), cost_table(found), throughput_table(found)]
+    tables = [
+        agreement_table(found),
+        disagreement_table(found),
+        shapes_table(found),
+        cost_table(found),
+        throughput_table(found),
+    ]
     PAGE.write_text(page(found), encoding="utf-8")
     print("\n\n".join(tables))
 
