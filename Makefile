@@ -11,7 +11,7 @@ DEFAULT := not learning and not slow
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
 
-# Linter, formatter, type checker and the list of banned turns: half a minute.
+# Linter, formatter, type checker, the layers of imports and the list of banned turns: half a minute.
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
