@@ -6,12 +6,12 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEFAULT := not learning and not slow
 
-.PHONY: quickstart check test-unit test test-all test-learning bubblewrap lab-page docs clean
+.PHONY: quickstart check test-unit test test-slow test-all test-learning bubblewrap lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
 
-# Linter, formatter, type checker and the list of banned turns: half a minute.
+# Linter, formatter, type checker, the layers of imports and the list of banned turns: half a minute.
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -19,16 +19,20 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m tests.helpers.english
 
-# What starts no process and trains for a second at most.
+# What starts no program and trains for a second or two at most.
 test-unit: .venv/.installed-dev
 	$(PYTEST) -m "$(DEFAULT)" tests/unit
 
+# Fast tests, and a fixed share of what is slow.
 test: check
 	$(PYTEST) -m "$(DEFAULT)"
 
-# What repeats an earlier member of a family, too; then, as importing bitsandbytes takes every process 2 s, its own tests.
-test-all: check
-	$(PYTEST) -m "not learning"
+# The members of families that `make test` leaves out, as they repeat what another one shows.
+test-slow: .venv/.installed-dev
+	$(PYTEST) -m slow
+
+# As importing bitsandbytes takes every process 2 s, it is installed for its own tests alone, at the end.
+test-all: test test-slow
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,quant]"
 	$(BIN)/pytest tests/integration/test_lora_quantised.py tests/integration/test_reward_models_memory.py
 

@@ -8,6 +8,7 @@ import sys
 
 from hf_rlhf import __version__
 from hf_rlhf.cli.app import app
+from hf_rlhf.cli.main import add_commands
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import warm
 from tests.unit.config.test_recipe import NESTING
@@ -52,6 +53,7 @@ def test_a_plugin_file_is_taken_before_and_after_the_command(tmp_path):
 
 
 def test_every_command_has_help():
+    add_commands()
     assert app.registered_commands
     for command in app.registered_commands:
         assert command.callback is not None

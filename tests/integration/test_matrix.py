@@ -259,4 +259,4 @@ def test_a_pair_that_cannot_run_is_refused_with_a_fix(pair: Pair):
         problems = refusals(chosen)
         assert problems
         for problem in problems:
-            assert any(word in problem for word in FIX), problem
+            assert any(word in problem.lower() for word in FIX), problem

@@ -111,7 +111,7 @@ def test_conversations_without_a_chat_template_are_refused_before_the_model_load
     tokenizer.save_pretrained(tmp_path / "bare")
     (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
     row = {"prompt": [{"role": "user", "content": "7?"}], "chosen": "a", "rejected": "z"}
-    with pytest.raises(ValueError, match=r"row 1 .*set model\.chat_template"):
+    with pytest.raises(ValueError, match=r"row 1 .*Set model\.chat_template"):
         made(tmp_path, "reward_model", f"model.tokenizer={tmp_path / 'bare'}", given=[row] * 3)
 
 

@@ -13,7 +13,8 @@ from hf_rlhf.axes import Context
 from hf_rlhf.batch import Scored
 from hf_rlhf.conformance.tensor_inputs import draw_tensors
 from hf_rlhf.testing import tiny_policy
-from tests.contract.setting_effects.base import EFFECTS, Parts, SettingEffect, collected, dataset_folder, of_tensors
+from tests.contract.setting_effects.base import EFFECTS, Parts, SettingEffect, collected, of_tensors
+from tests.contract.setting_effects.sections import dataset_folder
 from tests.helpers import runs
 
 Show = Callable[[Path, Any], Any]

@@ -11,7 +11,8 @@ from hf_rlhf import load_plugin
 from hf_rlhf.config.offline_sections import OfflineDataset
 from hf_rlhf.data.offline_rows import read_rows
 from hf_rlhf.training.offline.setup import make_trainer
-from tests.contract.setting_effects.base import EFFECTS, FOLDER, SettingEffect, dataset_folder
+from tests.contract.setting_effects.base import EFFECTS, SettingEffect
+from tests.contract.setting_effects.sections import FOLDER, dataset_folder
 from tests.helpers import offline_runs as off
 
 
