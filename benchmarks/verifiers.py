@@ -118,7 +118,7 @@ def agreement(batch: Rollouts, correct: list[float], names: list[str]) -> list[d
 
 
 def counted(cases: list[tuple[str, str, float]], name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """How many of (completion, reference, due score) a verifier gets right, of right and of wrong completions."""
+    """Count the (completion, reference, due score) that a verifier gets right, of right and of wrong completions."""
     source = load_plugin("rewards", name, **settings)
     entry: dict[str, Any] = {"verifier": name, "settings": settings}
     for kind, due in (("right", 1.0), ("wrong", 0.0)):
@@ -324,7 +324,7 @@ All disagreements. Comparing the texts after the marker shows who is right.
 
 ## References in LaTeX, answers in tags
 
-Answers of MATH (arXiv:2103.03874) as they stand in its data, without delimiters: right is the answer in a box, wrong each
+Answers of MATH (arXiv:2103.03874) as its data has them, without delimiters: right is the answer in a box, wrong each
 number or square root that is a part of it. R1-shaped texts are worked solutions of GSM8K as `<think>...</think>` before an
 `<answer>` that is right or wrong.
 

@@ -142,7 +142,7 @@ def _based(content: str) -> Answer | None:
 
 def _expression(content: str) -> Answer | None:
     """Return the answer in a content that is one expression; None if it cannot be parsed."""
-    content = content.strip("*. \n\t") if not content.lstrip(" *").startswith(".") else content.strip("* \n\t")
+    content = content.strip("*` \n\t").rstrip(".*` \n\t")
     whole = _TEXT.fullmatch(content)
     if whole is not None and any(map(str.isdigit, whole[1])):
         content = whole[1].strip()
@@ -152,7 +152,7 @@ def _expression(content: str) -> Answer | None:
     if as_text is not None:
         return as_text
     content = _MIXED.sub(r"\1\\frac{\2}{\3}", _UNIT.sub("", content))
-    content = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", content)
+    content = re.sub(r"(?<![\\A-Za-z])(pi|ln|log|sin|cos|tan)(?![A-Za-z])", r"\\\1 ", content)
     values = load().parse(rf"\boxed{{{content}}}", parsing_timeout=None)
     return Answer("".join(content.split()), values) if values else None
 

@@ -7,6 +7,7 @@ Expressions are not evaluated; `math_answer` does that, at some hundred times th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -17,6 +18,25 @@ from hf_rlhf.batch import Rollouts
 
 from ._answers import locate, references, warn_of_reference
 from ._numbers import DecimalMark, Reader, reader
+
+NO_NUMBERS = {
+    "sqrt",
+    "pi",
+    "infty",
+    "binom",
+    "cup",
+    "cap",
+    "pm",
+    "log",
+    "ln",
+    "sin",
+    "cos",
+    "tan",
+    "theta",
+    "overline",
+    "in",
+}
+"""LaTeX commands of references that are expressions: `math_answer` reads those."""
 
 
 @dataclass(kw_only=True)
@@ -73,7 +93,7 @@ class Numeric(RewardSource):
         if isinstance(reference, int | float):
             truth = Fraction(str(reference))
         else:
-            read = self._read(numbers, str(reference), False)
+            read = self._read(numbers, str(reference), False) if _is_number(str(reference)) else None
             if read is None:
                 warn_of_reference(self.name, self.column, str(reference), "it must contain a number")
                 return None
@@ -94,6 +114,12 @@ class Numeric(RewardSource):
         if place.boxed:
             return numbers.only(place.text.rpartition("=")[2])
         return numbers.first(place.text.rpartition("=")[2])
+
+
+def _is_number(reference: str) -> bool:
+    r"""Return False for an expression with other LaTeX than that of numbers: `3\sqrt{13}` is neither 3 nor 13."""
+    commands = re.findall(r"\\([A-Za-z]+)", locate(reference).text)
+    return "\n" in reference.strip() or not set(commands) & NO_NUMBERS
 
 
 @hookimpl

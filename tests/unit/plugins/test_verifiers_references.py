@@ -94,6 +94,9 @@ def test_a_bare_reference_of_math_is_one_expression_and_no_fragment_of_it_counts
         ("2,3", box("3"), 0),
         ("2,3", box("3, 2"), 1),
         ("pi/2", box(r"\frac{\pi}{2}"), 1),
+        ("ln(2)", box(r"\ln 2"), 1),
+        (".5", box(r"\frac{1}{2}"), 1),
+        ("6", "<answer>`6`</answer>", 1),
         # Thousands
         ("10000", r"\boxed{10{,}000}", 1),
         ("10000", r"\boxed{10\,000}", 1),
@@ -132,6 +135,8 @@ def test_math_answer_reads_what_datasets_and_models_write(reference, completion,
         ("4", r"\boxed{35 cm} in all, so \boxed{4}", 1),
         ("18", r"\boxed{17 or 18}", 0),
         ("18", "<answer>2 * 9 = 18</answer> 3", 1),
+        (r"3\sqrt{13}", r"\boxed{13}", None),
+        (r"\frac{\pi}{2}", "2", None),
     ],
 )
 def test_numeric_reads_what_datasets_and_models_write(reference, completion, due):
