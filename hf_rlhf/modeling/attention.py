@@ -140,7 +140,7 @@ class RecordingLayout:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See `Layout`."""
+        """Record the window, then attend as the layout does."""
         self.windows.add(window)
         return self.layout.attend(module, query, key, value, scaling=scaling, window=window, softcap=softcap)
 

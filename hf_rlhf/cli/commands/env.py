@@ -83,7 +83,7 @@ def environment(host: Host, import_plugins: bool = False) -> dict[str, Any]:
         "packages": _versions(),
         **_devices(),
         "wandb": _wandb(),
-        "sandboxes of unit_tests": _sandboxes(host),
+        "sandboxes of unit_tests": _sandboxes(),
         "plugins": _plugins(host),
         "plugin faults": _faults(host, import_plugins),
         "environment variables": variables,
@@ -158,7 +158,7 @@ def _wandb() -> dict[str, Any]:
         return {"problem": _without_login(f"{type(error).__name__}: {error}")}
 
 
-def _sandboxes(host: Host) -> dict[str, str]:
+def _sandboxes() -> dict[str, str]:
     """Return sandbox -> `works`, or why it does not. Runs the trial programs that a run uses."""
     from hf_rlhf.config.recipe import load_plugin
 

@@ -21,14 +21,6 @@ class Everything(Plugin):
     def __post_init__(self) -> None:
         self._rollouts = 0
 
-    def check(self, algorithm: Algorithm) -> Iterable[str]:
-        """Yield reasons why this plugin cannot run or learn in `algorithm`, each with what to write instead."""
-        return ()
-
-    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
-        """Yield notes for the plan, such as settings that have no effect in `algorithm`."""
-        return ()
-
     def setup(self, context: Context) -> None:
         """Start what is costly: models, workers, connections."""
 
@@ -50,3 +42,11 @@ class Everything(Plugin):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._rollouts = state["rollouts"]
+
+    def check(self, algorithm: Algorithm) -> Iterable[str]:
+        """Yield reasons why this plugin cannot run or learn in `algorithm`, each with what to write instead."""
+        return ()
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        """Yield notes for the plan, such as settings that have no effect in `algorithm`."""
+        return ()
