@@ -90,6 +90,15 @@ def test_plugins_templates_and_examples_import_only_the_public_modules(file):
     assert {name for name in imports(file) if re.match(r"hf_rlhf(\.|$)", name)} <= ALLOWED_TO_PLUGINS
 
 
+def test_the_contract_of_plugins_forbids_every_module_that_is_not_public():
+    (contract,) = [c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "forbidden"]
+    modules = {
+        path.stem for path in (ROOT / "hf_rlhf").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    public = {"__init__", "__main__", *(name.partition(".")[2] for name in ALLOWED_TO_PLUGINS)}
+    assert set(contract["forbidden_modules"]) == {f"hf_rlhf.{name}" for name in modules - public}
+
+
 def test_only_one_module_imports_what_trl_does_not_document():
     """What `from trl import ...` gives is documented; what lies in its modules need not be."""
     users = {
