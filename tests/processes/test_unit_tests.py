@@ -105,7 +105,9 @@ def test_memory_is_that_of_the_setting():
 
 
 def test_a_test_of_another_form_is_refused_by_row_and_form():
-    with pytest.raises(ValueError, match=r"row 1: column 'tests'\[2\]: .*'assert f\(2\)': it has no comparison with =="):
+    with pytest.raises(
+        ValueError, match=r"row 1: column 'tests'\[2\]: .*'assert f\(2\)': it has no comparison with =="
+    ):
         scores([SQUARE] * 2, [TESTS, [*TESTS[:2], "assert f(2)"]])
 
 
