@@ -66,14 +66,14 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     """
     from hf_rlhf.contract.model_settings import Model
     from hf_rlhf.runtime.peak_memory import MIB, resident
-    from hf_rlhf.training.memory.estimate import Workload, from_model
+    from hf_rlhf.training.memory.estimate import estimate
     from hf_rlhf.training.memory.shapes import tensor_bytes
 
     _train(case, f"{folder}/first", hidden=16, layers=1)
     model, args, peft_config, recipe, made = make_run(case, f"{folder}/second", hidden=256, layers=6)
-    setting = Workload(algorithm=recipe.algorithm(), args=args, prompt_tokens=PROMPT_TOKENS)
     trim()
-    forecast = from_model(model, Model(), setting, peft_config)
+    own = {"model": model, "peft_config": peft_config, "prompt_tokens": PROMPT_TOKENS}
+    phases = estimate(Model(), recipe.algorithm(), args, **own).phases
     process = (resident() - tensor_bytes(model)) / MIB
     trainer = made()
     del model
@@ -86,7 +86,7 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
             if name.startswith("memory/") and name.endswith("/peak"):
                 phase = name.split("/")[1]
                 measured[phase] = max(x - process, measured.get(phase, 0.0))
-    return {"forecast": {phase: forecast.peak(phase) for phase in forecast.phases}, "measured": measured}
+    return {"forecast": {phase: sum(parts.values()) for phase, parts in phases.items()}, "measured": measured}
 
 
 def _train(case: dict[str, Any], folder: str, **sizes: int) -> None:

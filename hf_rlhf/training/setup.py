@@ -353,16 +353,13 @@ def estimate_memory(
     trust_remote_code: bool = False,
 ) -> None:
     """Fill the plan's memory forecast: of `model` if it is loaded, else of the one that the settings name."""
-    from hf_rlhf.training.memory.estimate import Workload, from_model, from_settings
+    from hf_rlhf.training.memory.estimate import estimate
 
-    settings: Model = sections["model"]
     known = prompt_tokens or sections["dataset"].max_prompt_tokens
-    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=known)
     base = getattr(model, "get_base_model", lambda: model)()
-    if model is None or isinstance(model, str) or getattr(base, "is_quantized", False):
-        found = from_settings(settings, setting, peft_config, trust_remote_code)
-    else:
-        found = from_model(model, settings, setting, peft_config)
+    whole = None if isinstance(model, str) or getattr(base, "is_quantized", False) else model
+    own = {"model": whole, "peft_config": peft_config, "prompt_tokens": known, "trust_remote_code": trust_remote_code}
+    found = estimate(sections["model"], algorithm, args, **own)
     plan.memory, plan.memory_notes = found.phases, found.notes
 
 

@@ -15,7 +15,6 @@ from hf_rlhf import load_plugin
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.testing import conformance, tiny_policy
-from hf_rlhf.training.memory.estimate import Workload
 from hf_rlhf.training.setup import AlgorithmError
 from hf_rlhf_plugins.critic._modules import SeparateCritic
 from tests.helpers import runs, stepping
@@ -175,13 +174,12 @@ def test_the_plan_counts_its_own_weights_alone():
 
     from hf_rlhf.contract.model_settings import Model
     from hf_rlhf.runtime.peak_memory import MIB
-    from hf_rlhf.training.memory import estimate
+    from hf_rlhf.training.memory.estimate import estimate
 
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
     algorithm = runs.recipe(rollout=runs.SAMPLED, advantages="gae", critic=ADAPTER).algorithm()
-    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20)
     policy = adapted()
-    found = estimate.from_model(policy, Model(), setting).phases["update"]
+    found = estimate(Model(), algorithm, args, model=policy, prompt_tokens=20).phases["update"]
     trunk = policy.get_base_model().model
     assert found["critic"] * MIB == sum(p.nbytes for p in trunk.parameters() if p.requires_grad)
     assert found["critic"] < found["weights"] / 4

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_rlhf.config.recipe import RecipeError
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.training.memory.estimate import Workload
 from tests.helpers import runs, stepping
 
 DECAY = 0.8
@@ -158,22 +157,19 @@ def test_evaluating_an_average_that_is_not_kept_is_refused(tmp_path: Path):
 
 
 def test_the_plan_refuses_it_too_and_counts_the_memory_of_an_average():
-    from dataclasses import replace
-
     from transformers import TrainingArguments
 
     from hf_rlhf.cli.runs.run import check
     from hf_rlhf.contract.model_settings import Model
     from hf_rlhf.runtime.errors import UserError
-    from hf_rlhf.training.memory import estimate
+    from hf_rlhf.training.memory.estimate import estimate
 
     with pytest.raises(UserError, match=r"evaluation\.ema rolls out"):
         check(runs.recipe(evaluation={"ema": True}, rollout=runs.SAMPLED))
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
-    algorithm = runs.recipe(rollout=runs.SAMPLED).algorithm()
-    setting = Workload(algorithm=algorithm, args=args, prompt_tokens=20)
-    averaged = replace(setting, algorithm=runs.recipe(rollout=runs.SAMPLED, update={"ema": 0.9}).algorithm())
-    plain, more = (estimate.from_model(tiny_policy()[0], Model(), one).phases["update"] for one in (setting, averaged))
+    both = [runs.recipe(rollout=runs.SAMPLED, update=update).algorithm() for update in ({}, {"ema": 0.9})]
+    model, _ = tiny_policy()
+    plain, more = (estimate(Model(), a, args, model=model, prompt_tokens=20).phases["update"] for a in both)
     assert more.pop("average") == pytest.approx(plain["weights"], rel=1e-3)
     assert more["weights"] == plain["weights"]
 

@@ -34,7 +34,7 @@ def expected(config: Path, **parts: Any) -> float:
     """MiB that the largest phase of a run is forecast to hold."""
     from transformers import TrainingArguments
 
-    from hf_rlhf.training.memory.estimate import Workload, from_settings
+    from hf_rlhf.training.memory.estimate import estimate
 
     raw = {
         "rollout": {"use": "generate", "prompts": 2, "num_generations": 4, "max_new_tokens": 16},
@@ -44,8 +44,7 @@ def expected(config: Path, **parts: Any) -> float:
         **parts,
     }
     args = TrainingArguments("nowhere", use_cpu=True, report_to="none")
-    setting = Workload(algorithm=resolve(raw).algorithm(), args=args, prompt_tokens=24)
-    found = from_settings(Model(path=str(config), lora=Lora()), setting)
+    found = estimate(Model(path=str(config), lora=Lora()), resolve(raw).algorithm(), args, prompt_tokens=24)
     assert {"rollout", "update"} <= found.phases.keys()
     return max(sum(phase.values()) for phase in found.phases.values())
 

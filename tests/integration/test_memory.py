@@ -7,7 +7,6 @@ import re
 import sys
 import threading
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.runtime import peak_memory
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.memory import estimate, shapes
-from hf_rlhf.training.memory.estimate import Workload
+from hf_rlhf.training.memory.estimate import Estimate
 from tests.helpers import runs
 from tests.helpers.waits import until
 
@@ -217,7 +216,8 @@ def test_activations_are_near_what_a_real_forward_keeps(make, half):
         torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
     ):
         shapes.trunk_of(model)(input_ids=ids, use_cache=False)
-    forecast = ids.numel() * shapes.kept_per_token(model, half) + shapes.cast_bytes(model, half)
+    forecast = ids.numel() * shapes.kept_per_token(model, half)
+    forecast += half * sum(2 * p.numel() for p in shapes.trunk_of(model).parameters() if p.dim() > 1)
     assert forecast == pytest.approx(sum(x.untyped_storage().nbytes() for x in kept.values()), rel=0.35)
 
 
@@ -241,31 +241,27 @@ def test_logits_are_held_a_chunk_at_a_time(tokens, monkeypatch):
     assert shapes.logits_tile(llama(), 64) == 4 * 96 * min(tokens, 64)
 
 
-def test_attention_that_keeps_its_scores_takes_more():
-    model = llama()
-    more = shapes.kept_per_token(model, False, keys=100) - shapes.kept_per_token(model, False)
-    assert more == 2 * 4 * 100 * 4 * 2  # scores and softmax, bytes, keys, heads, layers
-
-
-def setting(processes: int = 1, **parts: Any) -> Workload:
+def setting(processes: int = 1, device: str = "cpu", **parts: Any) -> dict[str, Any]:
+    """Arguments of the estimate, as of one of several processes and on another device."""
     from transformers import TrainingArguments
 
-    training = parts.pop("training", {})
-    args = TrainingArguments("nowhere", use_cpu=True, report_to="none", **training)
+    args = TrainingArguments("nowhere", use_cpu=True, report_to="none", **parts.pop("training", {}))
+    placed = {"device": torch.device(device), "world_size": processes}
+    args.__class__ = type("Placed", (TrainingArguments,), placed)
     algorithm = runs.recipe(**{"rollout": runs.SAMPLED, "update": {}, **parts}).algorithm()
-    made = Workload(algorithm=algorithm, args=args, prompt_tokens=20)
-    made.__dict__["processes"] = processes
-    return made
+    return {"a": algorithm, "args": args, "prompt_tokens": 20}
 
 
-def on_gpu(**parts: Any) -> Workload:
-    made = setting(**parts)
-    made.__dict__["device"] = "cuda"
-    return made
+def on_gpu(**parts: Any) -> dict[str, Any]:
+    return setting(device="cuda", **parts)
 
 
-def of_llama(made: Workload, peft_config: Any = None, **sizes: Any) -> estimate.Estimate:
-    return estimate.from_model(llama(**sizes), Model(), made, peft_config)
+def of_model(model: Any, made: dict[str, Any], peft_config: Any = None) -> Estimate:
+    return estimate.estimate(Model(), **made, model=model, peft_config=peft_config)
+
+
+def of_llama(made: dict[str, Any], peft_config: Any = None, **sizes: Any) -> Estimate:
+    return of_model(llama(**sizes), made, peft_config)
 
 
 def test_weights_optimizer_reference_and_critic_by_hand():
@@ -274,7 +270,8 @@ def test_weights_optimizer_reference_and_critic_by_hand():
     plain = of_llama(setting()).phases["update"]
     full = of_llama(setting(kl=["in_reward"], reference="frozen", critic="separate", advantages="gae")).phases["update"]
     parameters = 4 * sum(p.numel() for p in llama().parameters()) / peak_memory.MIB
-    assert plain["weights"] == full["weights"] == full["reference"] == weights
+    assert plain["weights"] == full["weights"] == weights
+    assert full["reference"] == pytest.approx(weights, rel=1e-3)
     assert plain["optimizer"] == pytest.approx(2 * parameters)
     assert plain["gradients"] <= parameters
     assert full["critic"] == pytest.approx(trunk)
@@ -288,20 +285,18 @@ def test_tied_weights_count_once():
 
 
 def test_the_parts_of_an_update_by_hand():
-    """24 completion tokens of each of 4 rows of each of 4 prompts in one micro-batch, a prompt once; gradients come as the
-    activations go."""
+    """24 completion tokens of each of 4 rows of each of 4 prompts in one micro-batch, a prompt once."""
     found = {part: size * peak_memory.MIB for part, size in of_llama(setting()).phases["update"].items()}
-    rollout = setting().algorithm.rollout
+    rollout = setting()["a"].rollout
     per_row = rollout.max_new_tokens
     tokens = rollout.prompts * (20 + rollout.num_generations * per_row)
     sampled = rollout.prompts * rollout.num_generations * per_row
-    rows = setting().args.per_device_train_batch_size
+    rows = setting()["args"].per_device_train_batch_size
     batch = min(rows, rollout.prompts * rollout.num_generations) / (rollout.prompts * rollout.num_generations)
     kept = shapes.kept_per_token(llama(), False)
     assert found["activations"] == pytest.approx(batch * tokens * kept)
     assert found["backward"] == pytest.approx(batch * tokens * kept / 2 + 2 * 4 * 96 * batch * sampled)
-    several = of_llama(setting(update={"max_tokens_per_micro_batch": 60})).phases["update"]
-    assert several["gradients"] * peak_memory.MIB == sum(p.nbytes for p in llama().parameters())
+    assert found["gradients"] == sum(p.nbytes for p in llama().parameters())
 
 
 @pytest.mark.parametrize(
@@ -346,17 +341,21 @@ def test_several_processes_share_the_prompts_and_hold_buckets():
     assert two["update"]["gradient buckets"] == pytest.approx(one["update"]["optimizer"] / 2)
 
 
-def test_room_and_prefill_are_those_of_the_rollout_engine():
-    from hf_rlhf_plugins.rollout import _decoding, _layouts
+def test_the_cache_has_room_for_completions_as_the_rollout_engine_gives_it():
+    from hf_rlhf_plugins.rollout import _layouts
 
-    assert (estimate.GROWTH, estimate.PREFILL) == (_layouts.GROWTH, _decoding.PREFILL)
-    assert [estimate.room(n) for n in (1, 32, 33, 64, 65, 500)] == [32, 32, 64, 64, 128, 512]
+    assert estimate.GROWTH == _layouts.GROWTH
+    for length, room in ((2, 32), (33, 32), (34, 64), (65, 64), (66, 128), (501, 512)):  # the last token is not cached
+        made = setting(rollout={**runs.SAMPLED, "max_new_tokens": length})
+        engine, cached = made["a"].rollout, shapes.cache_per_token(llama(), False)
+        tokens = engine.prompts * (20 + engine.num_generations * room)
+        assert of_llama(made).phases["rollout"]["cache"] * peak_memory.MIB == tokens * cached
 
 
 def test_the_model_that_is_given_stays_as_it_is():
     model = llama().eval()
     before = runs.parameters(model)
-    estimate.from_model(model, Model(), setting(training={"gradient_checkpointing": True}))
+    of_model(model, setting(training={"gradient_checkpointing": True}))
     assert torch.equal(runs.parameters(model), before)
     assert not model.training
     assert not model.is_gradient_checkpointing
@@ -367,23 +366,22 @@ def test_a_name_a_folder_and_a_model_give_the_same(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)
     made = setting()
-    named = estimate.from_settings(Model(path=str(tmp_path)), made)
-    given = estimate.from_model(model, Model(), made)
+    named = estimate.estimate(Model(path=str(tmp_path)), **made)
+    given = of_model(model, made)
     assert named.phases == given.phases
     assert list(named.phases) == ["rollout", "update"]
 
 
 def test_without_a_configuration_the_plan_says_why():
-    found = estimate.from_settings(Model(path="nobody/nothing-of-the-kind"), setting())
+    found = estimate.estimate(Model(path="nobody/nothing-of-the-kind"), **setting())
     assert not found.phases
     assert re.match("not estimated: .*(nobody/nothing-of-the-kind|cache)", found.notes[0])
-    scripted = replace(setting(rollout=runs.SCRIPTED), prompt_tokens=None)
-    (note,) = estimate.from_model(llama(), Model(), scripted).notes
+    (note,) = of_llama(setting(rollout=runs.SCRIPTED)).notes
     assert note == "not estimated: rollout=scripted does not bound its completions"
 
 
 def test_what_is_assumed_of_prompts_is_said_and_fits_the_context():
-    made = replace(setting(), prompt_tokens=None)
+    made = setting() | {"prompt_tokens": None}
     found = of_llama(made, max_position_embeddings=64)
     assert found.notes == ["prompts of 59 tokens are assumed: dataset.max_prompt_tokens sets a bound"]
 
@@ -397,14 +395,18 @@ def test_the_plan_prints_sums_of_parts():
 
 def test_tiny_policies_can_be_estimated(tmp_path):
     model, _ = tiny_policy()
-    found = estimate.from_model(model, Model(), setting())
-    assert found.peak("update") > found.peak("rollout") - found.phases["rollout"]["layers"] > 0
+    found = of_model(model, setting())
+    assert peak(found, "update") > peak(found, "rollout") > 0
 
 
 # Offloaded
 
 
-def of_phases(found: estimate.Estimate, part: str) -> set[str]:
+def peak(found: Estimate, phase: str) -> float:
+    return sum(found.phases[phase].values())
+
+
+def of_phases(found: Estimate, part: str) -> set[str]:
     """The phases in which a part is there."""
     return {phase for phase, sizes in found.phases.items() if part in sizes}
 
@@ -429,7 +431,7 @@ def test_what_is_offloaded_counts_in_the_phases_that_read_it():
     assert "reference" not in away.phases["update"]
     assert of_phases(away, "optimizer") <= {"update"}
     less = sum(here.phases["rollout"][part] for part in ("reference", "critic", "optimizer"))
-    assert away.peak("rollout") == pytest.approx(here.peak("rollout") - less)
+    assert peak(away, "rollout") == pytest.approx(peak(here, "rollout") - less)
     assert len({"critic", "reference"} & away.phases["forward"].keys()) == 1, "one after the other"
 
 
@@ -478,7 +480,7 @@ def test_the_reference_of_an_adapter_shares_the_base():
 def test_offloaded_reward_models_are_there_to_score(tmp_path):
     path = runs.save_classifier(tmp_path)
 
-    def found(**settings: Any) -> estimate.Estimate:
+    def found(**settings: Any) -> Estimate:
         return of_llama(on_gpu(rewards=[{"use": "reward_model", "model": path, **settings}]))
 
     assert of_phases(found(), "reward models") == {"rollout", "reward", "update"}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import transformers
 
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.data.quantization import bytes_of
-from hf_rlhf.training.memory.blueprint import BlueprintError, named_config, with_adapter, without_weights
-from hf_rlhf.training.memory.estimate import Estimate, checkpoints, micro_batch_bytes
-from hf_rlhf.training.memory.shapes import cast_bytes, kept_per_token, layer_input_bytes, optimizer_bytes, tensor_bytes
+from hf_rlhf.training.memory import shapes
+from hf_rlhf.training.memory.estimate import Estimate
+from hf_rlhf.training.memory.shapes import BlueprintError, load_config, with_adapter, without_weights
+from hf_rlhf.training.offline.model import AUTO, lora_for
 from hf_rlhf.training.offload_checks import optimizer_name
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 TILE = (4096, 32768)
 """Tokens and width of the logits that the head of TRL's trainers has at a time, whatever the vocabulary."""
@@ -22,73 +20,45 @@ TILE = (4096, 32768)
 def estimate_offline(
     settings: Model,
     trainer: OfflineTrainer,
-    args: TrainingArguments,
+    args: transformers.TrainingArguments,
     *,
     tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Estimate:
-    """Return the phases `evaluation` and `update`, or a note that says why there are none.
-
-    `tokens`: of the longest row; as many as are allowed if left out.
-    """
-    found = Estimate()
+    """Return the phases `evaluation` and `update`, for rows of up to `tokens`; or a note that says why there are none."""
+    found, causal = Estimate(), trainer.head == "causal"
     try:
-        config = named_config(settings, trust_remote_code)
+        config = load_config(settings.path, settings.revision, trust_remote_code)
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        bound = min((x for x in (trainer.max_length, context) if x is not None), default=None)
-        if tokens is None:
-            if bound is None:
-                raise BlueprintError("nothing bounds a row's tokens; set trainer.max_length")
-            tokens = bound
-            found.notes.append(
-                f"rows of {tokens:,} tokens are assumed, the most that trainer.max_length and the model allow"
-            )
-        plain = _blueprint(settings, trainer, config, trust_remote_code)
+        bound = min((x for x in (trainer.max_length, context) if x is not None), default=tokens)
+        if bound is None:
+            raise BlueprintError("nothing bounds a row's tokens; set trainer.max_length")
+        if not causal:
+            config.num_labels, config.get_text_config().pad_token_id = trainer.outputs, 0
+        auto = getattr(transformers, AUTO[trainer.head])
+        plain = without_weights(auto, config, settings.dtype, trust_remote_code)
     except BlueprintError as error:
         return Estimate(notes=[f"not estimated: {error}"])
-    footprint, spared = trainer.footprint(settings.lora is not None), bytes_of(plain, settings)
-    model = with_adapter(plain, settings, _peft(settings, trainer))
-    trained, causal = tensor_bytes(model, trainable=True), trainer.head == "causal"
-    held: dict[str, float] = {"weights": tensor_bytes(model)}
-    if footprint.reference:
-        held["reference"] = tensor_bytes(model) - spared[0]
-    held["optimizer"] = optimizer_bytes(optimizer_name(args), trained, found.notes)
-    if args.world_size > 1:
-        held["gradient buckets"] = trained
-    kept, layers = kept_per_token(model, bool(args.bf16)), config.get_text_config().num_hidden_layers
-
-    def forward(count: int) -> float:
-        return count * kept / layers + (4 * min(count, TILE[0]) * TILE[1] if causal else 0)
-
+    if tokens is None:
+        limit = "the most that trainer.max_length and the model allow"
+        found.notes.append(f"rows of {bound:,} tokens are assumed, {limit}")
+    tokens, footprint, half = tokens or bound, trainer.footprint(settings.lora is not None), bool(args.bf16)
+    model = with_adapter(plain, settings, settings.lora and lora_for(settings.lora, trainer.head))
+    trained, spared = shapes.tensor_bytes(model, trainable=True), bytes_of(plain, settings)
+    held: shapes.Sizes = {
+        "weights": shapes.tensor_bytes(model),
+        "reference": footprint.reference * (shapes.tensor_bytes(model) - spared[0]),
+        "optimizer": shapes.optimizer_bytes(optimizer_name(args), trained, found.notes),
+        "gradient buckets": trained * (args.world_size > 1),
+    }
+    tile = causal * 4 * TILE[0] * TILE[1]
     texts = args.per_device_eval_batch_size * footprint.texts
-    evaluation = held | {"forward": forward(texts * tokens)}
+    evaluation = {"forward": shapes.layer_bytes(model, half, texts * tokens) + tile}
     if footprint.logits:
         head = model.get_output_embeddings().weight
         evaluation["logits"] = (texts * head.element_size() + 3 * 4) * tokens * len(head)  # a row's more than once
-    found.add("evaluation", evaluation, spared)
-    length = bound if footprint.packed and bound is not None else tokens
-    count = args.per_device_train_batch_size * footprint.texts * length
-    activations = count * (layer_input_bytes(model) if checkpoints(args) else kept)
-    update = micro_batch_bytes(trained, activations, args.gradient_accumulation_steps > 1)
-    update |= {"weights in 16 bits": cast_bytes(model, bool(args.bf16)), "backward": forward(count)}
-    found.add("update", held | update, spared)
+    found.add("evaluation", held | evaluation, spared)
+    count = args.per_device_train_batch_size * footprint.texts * (bound if footprint.packed else tokens)
+    batch = shapes.micro_batch_bytes(model, args, count, tile)
+    found.add("update", held | {"gradients": trained} | batch, spared)
     return found
-
-
-def _blueprint(settings: Model, trainer: OfflineTrainer, config: Any, trust_remote_code: bool) -> Any:
-    """Return the model with its head, on `meta`."""
-    import transformers
-
-    from hf_rlhf.training.offline.model import AUTO
-
-    if trainer.head != "causal":
-        config.num_labels = trainer.outputs
-        config.get_text_config().pad_token_id = 0
-    return without_weights(getattr(transformers, AUTO[trainer.head]), config, settings, trust_remote_code)
-
-
-def _peft(settings: Model, trainer: OfflineTrainer) -> Any:
-    """Return the adapter's configuration for the trainer's head, if there is an adapter."""
-    from hf_rlhf.training.offline.model import lora_for
-
-    return None if settings.lora is None else lora_for(settings.lora, trainer.head)
