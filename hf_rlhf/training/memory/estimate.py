@@ -66,9 +66,8 @@ def estimate(
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         prompt_tokens = min(PROMPT_TOKENS, max(1, context - length))
         found.notes.append(f"prompts of {prompt_tokens} tokens are assumed: dataset.max_prompt_tokens sets a bound")
-    for phase, sizes in _phases(
-        with_adapter(model, settings, peft_config), a, args, prompt_tokens, length, found.notes
-    ):
+    model = with_adapter(model, settings, peft_config)
+    for phase, sizes in _phases(model, a, args, prompt_tokens, length, found.notes):
         found.add(phase, sizes, spared)
     return found
 
@@ -76,6 +75,7 @@ def estimate(
 def _phases(
     model: Any, a: Algorithm, args: TrainingArguments, prompt: int, length: int, notes: list[str]
 ) -> Iterator[tuple[str, Sizes]]:
+    """Yield each phase with what it holds and computes, in bytes."""
     separate = isinstance(a.critic, TrainedCritic) and not a.critic.shares_forward
     trunk = shapes.trunk_of(model).named_parameters() if separate else ()
     whole = "adapter" not in a.critic.needs  # else an adapter on the policy's frozen weights
@@ -90,20 +90,15 @@ def _phases(
     rows = min(own, getattr(a.rollout, "max_rows", None) or own)
     prompts = -(-rows // a.rollout.num_generations) if shared else rows
     room = GROWTH << max(0, (length - 2).bit_length() - 5)  # the last token is not cached
-    copies = 1 + (a.rollout.temperature != 1)
-    yield (
-        "rollout",
-        held
-        | {
-            "cache": (prompts * prompt + rows * room) * shapes.cache_per_token(model, half),
-            "logits": 4 * copies * rows * len(model.get_output_embeddings().weight),
-            "copy in bfloat16": 2 * model.num_parameters() * (getattr(a.rollout, "decode_dtype", "") == "bfloat16"),
-        },
-    )
-    padded = not shared or a.update.attention == "padded"
-    group = 1 if padded or "double_backward" in a.needs else a.rollout.num_generations
-    batch = range(1, min(own, args.per_device_train_batch_size) + 1)
-    sizes = [(-(-n // group) * prompt + n * length, n * length) for n in batch]
+    rollout = {"cache": (prompts * prompt + rows * room) * shapes.cache_per_token(model, half)}
+    rollout["logits"] = 4 * (1 + (a.rollout.temperature != 1)) * rows * len(model.get_output_embeddings().weight)
+    if getattr(a.rollout, "decode_dtype", "same") == "bfloat16":
+        rollout["copy in bfloat16"] = 2 * sum(p.numel() for p in model.parameters())
+    yield "rollout", held | rollout
+    padded = not shared or a.update.attention == "padded" or "double_backward" in a.needs
+    group = 1 if padded else a.rollout.num_generations
+    batch = range(1, min(own, args.per_device_train_batch_size) + 1)  # whole groups, or a part of one
+    sizes = [(-(-n // group) * prompt + n * length, n * length) for n in batch if n < group or n % group == 0]
     most = a.update.max_tokens_per_micro_batch
     tokens, sampled = max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
     logits = shapes.logits_tile(model, sampled)

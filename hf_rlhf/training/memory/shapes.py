@@ -60,10 +60,8 @@ def with_adapter(model: Any, settings: Model, peft_config: Any) -> Any:
         return model
     from peft import get_peft_model
 
-    hollow: dict[int, Any] = {
-        id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
-    }
-    return get_peft_model(copy.deepcopy(model, hollow), chosen, low_cpu_mem_usage=True)
+    memo = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return get_peft_model(copy.deepcopy(model, memo), chosen, low_cpu_mem_usage=True)
 
 
 def tensor_bytes(module: Any, *, trainable: bool = False) -> int:
@@ -87,10 +85,7 @@ def trunk_of(model: Any) -> Any:
 
 
 def kept_per_token(model: Any, half: bool) -> float:
-    """Return the bytes per token that a forward keeps: rows and columns of each weight, of an adapter its rank.
-
-    These are the inputs and outputs of products and norms. `half`: products are in 16 bits.
-    """
+    """Return the bytes per token of the inputs and outputs of each product and norm; `half`: products are in 16 bits."""
     trunk, found = trunk_of(model), 0.0
     experts = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     for name, p in trunk.named_parameters():

@@ -26,22 +26,22 @@ def estimate_offline(
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Return the phases `evaluation` and `update`, for rows of up to `tokens`; or a note that says why there are none."""
-    found, causal = Estimate(), trainer.head == "causal"
+    found = Estimate()
     try:
         config = load_config(settings.path, settings.revision, trust_remote_code)
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         bound = min((x for x in (trainer.max_length, context) if x is not None), default=tokens)
         if bound is None:
             raise BlueprintError("nothing bounds a row's tokens; set trainer.max_length")
-        if not causal:
+        if trainer.head != "causal":
             config.num_labels, config.get_text_config().pad_token_id = trainer.outputs, 0
-        auto = getattr(transformers, AUTO[trainer.head])
-        plain = without_weights(auto, config, settings.dtype, trust_remote_code)
+        plain = without_weights(getattr(transformers, AUTO[trainer.head]), config, settings.dtype, trust_remote_code)
     except BlueprintError as error:
         return Estimate(notes=[f"not estimated: {error}"])
     if tokens is None:
-        limit = "the most that trainer.max_length and the model allow"
-        found.notes.append(f"rows of {bound:,} tokens are assumed, {limit}")
+        found.notes.append(
+            f"rows of {bound:,} tokens are assumed, the most that trainer.max_length and the model allow"
+        )
     tokens, footprint, half = tokens or bound, trainer.footprint(settings.lora is not None), bool(args.bf16)
     model = with_adapter(plain, settings, settings.lora and lora_for(settings.lora, trainer.head))
     trained, spared = shapes.tensor_bytes(model, trainable=True), bytes_of(plain, settings)
@@ -51,14 +51,13 @@ def estimate_offline(
         "optimizer": shapes.optimizer_bytes(optimizer_name(args), trained, found.notes),
         "gradient buckets": trained * (args.world_size > 1),
     }
-    tile = causal * 4 * TILE[0] * TILE[1]
-    texts = args.per_device_eval_batch_size * footprint.texts
-    evaluation = {"forward": shapes.layer_bytes(model, half, texts * tokens) + tile}
+    texts, row = args.per_device_eval_batch_size * footprint.texts, 4 * TILE[1] * (trainer.head == "causal")
+    evaluation = {"forward": shapes.layer_bytes(model, half, texts * tokens) + row * min(texts * tokens, TILE[0])}
     if footprint.logits:
         head = model.get_output_embeddings().weight
         evaluation["logits"] = (texts * head.element_size() + 3 * 4) * tokens * len(head)  # a row's more than once
     found.add("evaluation", held | evaluation, spared)
     count = args.per_device_train_batch_size * footprint.texts * (bound if footprint.packed else tokens)
-    batch = shapes.micro_batch_bytes(model, args, count, tile)
+    batch = shapes.micro_batch_bytes(model, args, count, row * min(count, TILE[0]))
     found.add("update", held | {"gradients": trained} | batch, spared)
     return found
