@@ -119,7 +119,7 @@ def _phases(
 
 def _held(model: Any, a: Algorithm, args: TrainingArguments, critic: int, notes: list[str]) -> tuple[Sizes, Sizes]:
     """Return what is on the device in every phase, and what `offload` brings to it only for some."""
-    held, away, trained = {"weights": float(shapes.tensor_bytes(model))}, {}, shapes.tensor_bytes(model, trainable=True)
+    held, away, trained = Sizes(weights=shapes.tensor_bytes(model)), Sizes(), shapes.tensor_bytes(model, trainable=True)
 
     def put(part: str, size: float, *choices: Any) -> None:
         offloads = args.device.type != "cpu" and any(getattr(choice, "offload", False) for choice in choices)

@@ -55,7 +55,7 @@ def without_weights(auto: Any, config: Any, dtype: str, trust_remote_code: bool 
 
 def with_adapter(model: Any, settings: Model, peft_config: Any) -> Any:
     """Return a copy on `meta` with the adapter that would be trained, or the model itself if none is to be added."""
-    chosen = peft_config or (settings.lora and lora_config(settings.lora))
+    chosen: Any = peft_config or (settings.lora and lora_config(settings.lora))
     if chosen is None or hasattr(model, "peft_config"):
         return model
     from peft import get_peft_model
