@@ -335,6 +335,17 @@ def test_checkpointing_and_smaller_micro_batches_hold_less():
     assert bounded < plain
 
 
+def test_a_micro_batch_holds_whole_groups_or_a_part_of_one():
+    rollout = setting()["a"].rollout
+    group, length = rollout.num_generations, rollout.max_new_tokens
+    made = setting(
+        update={"max_tokens_per_micro_batch": 2 * 20 + (group + 1) * length},  # of one row of the next group, too
+        training={"per_device_train_batch_size": 2 * group},
+    )
+    found = of_llama(made).phases["update"]["activations"] * peak_memory.MIB
+    assert found == pytest.approx((20 + group * length) * shapes.kept_per_token(llama(), False))
+
+
 def test_several_processes_share_the_prompts_and_hold_buckets():
     one, two = of_llama(setting()).phases, of_llama(setting(processes=2)).phases
     assert two["rollout"]["cache"] == one["rollout"]["cache"] / 2

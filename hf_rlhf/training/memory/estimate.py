@@ -103,7 +103,9 @@ def _phases(
     tokens, sampled = max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
     logits = shapes.logits_tile(model, sampled)
     readers = ["reference"] * ("ref_logps" in a.needs) + ["critic"] * bool(critic)
-    if readers or (a.readers_of_old_logps and not a.samples_old_logps):
+    rounds = half or next(model.parameters()).element_size() < 4
+    old = a.readers_of_old_logps and (rounds or not a.samples_old_logps)
+    if readers or old or "sum_sq_probs" in a.needs:
         read = sorted(readers, key=lambda part: away.get(part, 0.0))[-1:]  # one after the other
         yield "forward", present(*read) | {"forward": shapes.layer_bytes(model, half, tokens) + logits}
     if any("reward_model" in source.provides for source in a.rewards):
