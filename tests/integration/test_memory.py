@@ -353,14 +353,22 @@ def test_several_processes_share_the_prompts_and_hold_buckets():
 
 
 def test_the_cache_has_room_for_completions_as_the_rollout_engine_gives_it():
-    from hf_rlhf_plugins.rollout import _layouts
+    from hf_rlhf_plugins.rollout import _decoding, _layouts
 
-    assert estimate.GROWTH == _layouts.GROWTH
-    for length, room in ((2, 32), (33, 32), (34, 64), (65, 64), (66, 128), (501, 512)):  # the last token is not cached
+    assert (estimate.GROWTH, estimate.PREFILL) == (_layouts.GROWTH, _decoding.PREFILL)
+    for length, room in ((65, 64), (66, 128), (129, 128), (501, 512)):  # the last token is not cached
         made = setting(rollout={**runs.SAMPLED, "max_new_tokens": length})
         engine, cached = made["a"].rollout, shapes.cache_per_token(llama(), False)
         tokens = engine.prompts * (20 + engine.num_generations * room)
         assert of_llama(made).phases["rollout"]["cache"] * peak_memory.MIB == tokens * cached
+
+
+def test_short_completions_leave_the_prefill_as_the_peak_of_a_rollout():
+    made = setting(rollout={**runs.SAMPLED, "max_new_tokens": 2})
+    found, tokens = of_llama(made).phases["rollout"], 20 * made["a"].rollout.prompts
+    assert found["cache"] * peak_memory.MIB == 2 * tokens * shapes.cache_per_token(llama(), False)
+    assert found["layers"] * peak_memory.MIB == pytest.approx(shapes.layer_bytes(llama(), False, tokens))
+    assert "logits" not in found
 
 
 def test_the_model_that_is_given_stays_as_it_is():

@@ -26,6 +26,8 @@ PROMPT_TOKENS = 256
 """Longest prompt if nothing bounds prompts."""
 GROWTH = 32
 """Completion tokens that a rollout's cache holds at first; it doubles from there."""
+PREFILL = 16384
+"""Prompt tokens that enter the model at a time in a rollout."""
 
 
 @dataclass
@@ -90,8 +92,12 @@ def _phases(
     rows = min(own, getattr(a.rollout, "max_rows", None) or own)
     prompts = -(-rows // a.rollout.num_generations) if shared else rows
     room = GROWTH << max(0, (length - 2).bit_length() - 5)  # the last token is not cached
-    rollout = {"cache": (prompts * prompt + rows * room) * shapes.cache_per_token(model, half)}
-    rollout["logits"] = 4 * (1 + (a.rollout.temperature != 1)) * rows * len(model.get_output_embeddings().weight)
+    cache, head = shapes.cache_per_token(model, half), model.get_output_embeddings().weight
+    prefill = {"cache": 2.0 * prompts * prompt * cache}
+    prefill["layers"] = shapes.layer_bytes(model, half, min(prompts * prompt, PREFILL))
+    decode = {"cache": (prompts * prompt + rows * room) * cache}
+    decode["logits"] = 4 * (1 + (a.rollout.temperature != 1)) * rows * len(head)
+    rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values()))
     if getattr(a.rollout, "decode_dtype", "same") == "bfloat16":
         rollout["copy in bfloat16"] = 2 * sum(p.numel() for p in model.parameters())
     yield "rollout", held | rollout
