@@ -175,4 +175,7 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    from hf_rlhf.cli.main import _end as end  # threads of a process group may abort an ordinary end
+
     main(Path(sys.argv[1]))
+    end(0)

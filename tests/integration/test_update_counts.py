@@ -409,4 +409,7 @@ def test_a_rollout_takes_few_collectives(tmp_path):
 
 
 if __name__ == "__main__":
+    from hf_rlhf.cli.main import _end as end  # threads of a process group may abort an ordinary end
+
     main(Path(sys.argv[1]))
+    end(0)

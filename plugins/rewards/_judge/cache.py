@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
+
 logger = logging.getLogger(__name__)
 
 TABLE = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL)"
@@ -68,7 +70,10 @@ class Replies:
                 raise sqlite3.OperationalError(str(error)) from error
             database = sqlite3.connect(place, timeout=30.0, check_same_thread=False)
             try:
-                database.execute("PRAGMA journal_mode=WAL")
+                locked = retry_if_exception_message("database is locked")
+                for attempt in Retrying(retry=locked, wait=wait_fixed(0.05), stop=stop_after_delay(30), reraise=True):
+                    with attempt:  # another process that changes the mode is not waited for by SQLite
+                        database.execute("PRAGMA journal_mode=WAL")
                 database.execute("PRAGMA synchronous=NORMAL")
                 database.execute(TABLE)
             except sqlite3.Error:
