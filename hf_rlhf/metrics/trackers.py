@@ -1,4 +1,8 @@
-"""Trackers of Trainer's `report_to`: what Weights & Biases gets besides metrics, and guards so that none stops a run."""
+"""Trackers of Trainer's `report_to`: one run each, in the output folder; what Weights & Biases gets besides metrics.
+
+Trainer ends a tracker's run with training; here it lasts until `close`, so that the closing evaluation belongs to it. An error
+of a tracker never stops training.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,23 @@ import itertools
 import logging
 import math
 import os
+import shlex
+import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
+from transformers.integrations import (
+    MLflowCallback,
+    TensorBoardCallback,
+    WandbCallback,
+    get_reporting_integration_callbacks,
+)
+from transformers.integrations.integration_utils import default_logdir
 
 from hf_rlhf.metrics.names import ONCE, STEP, TABLE, Named, globbed, tracked
 from hf_rlhf.runtime.wandb_account import has_account
@@ -31,21 +46,59 @@ INIT_TIMEOUT_S = 8.0
 """Seconds that W&B's server may take to answer at the start; WANDB_INIT_TIMEOUT overrides it."""
 
 
-def install(
-    handler: Any, report_to: list[str], run_log: Any, record: dict[str, Any], declared: Sequence[Named] = ()
-) -> None:
-    """Replace Trainer's W&B callback and guard every reporting callback. `declared`: metrics that the run may log.
+def prepare(args: Any) -> None:
+    """Place trackio's files in the output folder unless TRACKIO_DIR is set. It reads the variable once, when it is imported."""
+    if "trackio" in (args.report_to or ()) and "trackio" not in sys.modules:
+        os.environ.setdefault("TRACKIO_DIR", str(_folder(args) / "trackio"))
 
-    Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it.
+
+def install(
+    handler: Any, args: Any, run_log: Any, record: dict[str, Any], declared: Sequence[Named] = ()
+) -> Callable[[], None]:
+    """Replace Trainer's W&B and MLflow callbacks, guard every reporting callback, and return what ends their runs.
+
+    Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it. `declared`: metrics
+    that the run may log.
     """
-    classes = tuple(get_reporting_integration_callbacks(report_to))
+    classes = tuple(get_reporting_integration_callbacks(args.report_to or []))
+    ends = ExitStack()
     for i, callback in enumerate(handler.callbacks):
         if callback is run_log:
             guard(callback, patience=None)
         elif classes and isinstance(callback, classes):
-            handler.callbacks[i] = guard(
-                WandbTracker(record, run_log, declared) if type(callback) is WandbCallback else callback
-            )
+            if type(callback) is WandbCallback:
+                callback = WandbTracker(record, run_log, declared)
+            elif type(callback) is MLflowCallback:
+                callback = MlflowTracker()
+            elif isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(_folder(args) / default_logdir())
+            handler.callbacks[i] = guard(callback)
+            ends.callback(callback.finish if isinstance(callback, WandbTracker) else _postponed_end(callback))
+    end = weakref.finalize(handler, ends.close)
+    end.atexit = False  # trackers have hooks of their own
+    return end
+
+
+def _folder(args: Any) -> Path:
+    return Path(args.output_dir or "outputs").absolute()
+
+
+def _postponed_end(tracker: TrainerCallback) -> Callable[[], None]:
+    """Return what `on_train_end` would do: most trackers end their run there, and an evaluation after it would begin another."""
+    end = tracker.on_train_end
+    calls: list[Callable[[], None]] = []
+
+    def later(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = {name: kwargs[name] for name in ("model", "processing_class") if name in kwargs}
+        calls[:] = [functools.partial(end, args, state, control, **kept)]
+
+    tracker.on_train_end = later  # type: ignore[method-assign]
+
+    def end_now() -> None:
+        for call in calls:
+            call()
+
+    return end_now
 
 
 def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallback:
@@ -76,28 +129,51 @@ def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallbac
 
         return call
 
-    for event in EVENTS:
-        setattr(callback, event, guarded(getattr(callback, event)))
+    for event in (*EVENTS, "finish"):
+        if hasattr(callback, event):
+            setattr(callback, event, guarded(getattr(callback, event)))
     return callback
+
+
+class MlflowTracker(MLflowCallback):
+    """Trainer's callback, with a database in the output folder unless the environment or the program sets a tracking URI."""
+
+    _own = False
+
+    def setup(self, args: Any, state: Any, model: Any) -> None:
+        """Start the run."""
+        if state.is_world_process_zero and not self._ml_flow.is_tracking_uri_set() and not self._ml_flow.active_run():
+            _folder(args).mkdir(parents=True, exist_ok=True)
+            self._ml_flow.set_tracking_uri(f"sqlite:///{_folder(args) / 'mlflow.db'}")
+            self._own = True
+        super().setup(args, state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run."""
+        super().on_train_end(args, state, control, **kwargs)
+        if self._own:
+            self._ml_flow.set_tracking_uri("")  # that of the next run
 
 
 class WandbTracker(WandbCallback):
     """Trainer's callback, with labels and a config to compare runs by, and completions as a growing table.
 
-    Without an account, or if the server does not answer, the run is logged offline: `wandb sync` uploads it later.
+    Without an account, or if the server does not answer, the run is logged offline. Its files are in the output folder unless
+    WANDB_DIR is set.
     """
 
     def __init__(self, record: dict[str, Any], run_log: Any, declared: Sequence[Named] = ()):
         super().__init__()
         self._record, self._run_log, self._declared = record, run_log, declared
         self._table: Any = None
+        self._started: Any = None
         self._waiting: list[dict[str, Any]] = []
         self._began, self._due = time.monotonic(), -math.inf
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         """Start the run, fill its config, and define what its summary keeps of each metric."""
         if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
-            self._start(args.run_name)
+            self._start(args.run_name, _folder(args))
         super().setup(args, state, model, **kwargs)
         if state.is_world_process_zero:
             run = self._wandb.run
@@ -105,23 +181,34 @@ class WandbTracker(WandbCallback):
             for name, summary in summaries(self._declared).items():
                 run.define_metric(name, step_metric=STEP, summary=summary)
 
-    def _start(self, name: str | None) -> None:
+    def _start(self, name: str | None, folder: Path) -> None:
         options = {"project": os.environ.get("WANDB_PROJECT", "hf_rlhf"), "name": name, **labels(self._record)}
+        if "WANDB_DIR" not in os.environ:
+            folder.mkdir(parents=True, exist_ok=True)
+            options["dir"] = str(folder)
         settings = self._wandb.setup().settings
         if settings.mode in ("offline", "disabled", "dryrun"):
             self._wandb.init(**options)
         elif not has_account(settings):
-            logger.warning("no Weights & Biases account found: logging offline (`wandb sync` uploads it later)")
-            self._wandb.init(mode="offline", **options)
+            self._offline("no Weights & Biases account found", options)
         else:
             patience = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": INIT_TIMEOUT_S}
             try:
                 self._wandb.init(settings=self._wandb.Settings(**patience), **options)
             except Exception as error:
-                logger.warning(
-                    "Weights & Biases did not start (%s): logging offline", str(error).strip().split("\n")[0]
-                )
-                self._wandb.init(mode="offline", **options)
+                reason = str(error).strip().split("\n")[0]
+                self._offline(f"Weights & Biases did not start ({reason})", options)
+        self._started = self._wandb.run
+
+    def _offline(self, why: str, options: dict[str, Any]) -> None:
+        self._wandb.init(mode="offline", **options)
+        written = shlex.quote(str(Path(self._wandb.run.dir).parent))
+        logger.warning("%s: logging offline. `wandb sync %s` uploads the run later", why, written)
+
+    def finish(self) -> None:
+        """End the run if it was started here; failed if an exception is being handled."""
+        if self._started is not None and self._wandb.run is self._started:
+            self._wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         """Log the numbers, and the waiting completions as the next part of the table at its time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class RunTrainer(Trainer):
     record: dict[str, Any]
     """Facts about the run that checkpoints and `summary.json` keep."""
     run_log: RunLog
+    end_tracking: Callable[[], Any]
+    """End the runs of the trackers in `report_to`."""
     meters: MetricAggregator
     plan: Plan
     started: float
@@ -153,5 +155,8 @@ class RunTrainer(Trainer):
         """Write what a trainer keeps beside Trainer's own checkpoint."""
 
     def close(self) -> None:
-        """Finish writing, and release what the plugins hold."""
-        self.run_log.flush()
+        """Finish writing, end the runs of trackers, and release what the plugins hold."""
+        try:
+            self.run_log.flush()
+        finally:
+            self.end_tracking()

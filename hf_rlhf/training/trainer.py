@@ -26,7 +26,7 @@ from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
 from hf_rlhf.metrics.aggregator import HEALTH, MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
-from hf_rlhf.metrics.trackers import install
+from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
 from hf_rlhf.modeling.policy import distributions
 from hf_rlhf.modeling.reference import ReferencePolicy
@@ -92,6 +92,7 @@ class RLHFTrainer(SavingTrainer):
         self.run_log = RunLog(args.output_dir or "outputs", parts.record)
         trainer = weakref.proxy(self)
         around_step = StepCallback(lambda: trainer.phases.stepping(), lambda step: trainer._after_step(step))
+        prepare(args)
         super().__init__(
             parts.model,
             args,
@@ -105,7 +106,7 @@ class RLHFTrainer(SavingTrainer):
         check_accelerator(self.accelerator, self.args)
         self.parallel = Parallel(self.accelerator)
         declared = metrics_of(self.algorithm, parts.logging_settings)
-        install(self.callback_handler, list(self.args.report_to or ()), self.run_log, parts.record, declared)
+        self.end_tracking = install(self.callback_handler, self.args, self.run_log, parts.record, declared)
         self.actor_critic, reference = parts.build(self.model, self.args)
         decay = self.algorithm.update.ema
         self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)

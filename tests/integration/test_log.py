@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,27 +282,37 @@ def tracked(folder: Path, tracker: str) -> RLHFTrainer:
 
 def test_tensorboard_gets_every_number_under_train_and_eval(tmp_path, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     made = tracked(tmp_path, "tensorboard")
     made.evaluate()
     made.train()
+    made.evaluate()
     made.close()
-    read = events.EventAccumulator(str(tmp_path / "events"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    read = events.EventAccumulator(str(folder))
     read.Reload()
     tags = set(read.Tags()["scalars"])
     assert {"train/reward/early/mean", "train/policy/loss", "eval/reward/total/mean", "train/time/rollout_s"} <= tags
+    assert [event.step for event in read.Scalars("eval/reward/total/mean")] == [0, 2]
     logged = {entry["step"]: entry for entry in made.state.log_history if "policy/loss" in entry}
     for event in read.Scalars("train/policy/loss"):
         assert event.value == pytest.approx(logged[event.step]["policy/loss"])
 
 
-def test_trackio_runs_beside_training(tmp_path, monkeypatch):
-    pytest.importorskip("trackio", reason="trackio is not installed: pip install 'hf_rlhf[trackio]'")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    made = tracked(tmp_path, "trackio")
+def test_a_tracker_is_ended_by_close_and_lets_the_trainer_be_collected(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    ended = []
+    monkeypatch.setattr(TensorBoardCallback, "on_train_end", lambda *_, **__: ended.append("end"))
+    made = tracked(tmp_path, "tensorboard")
     made.train()
+    assert ended == []
     made.close()
-    assert list((tmp_path / "trackio").rglob("*.db"))
+    made.close()
+    assert ended == ["end"]
+    gone = weakref.ref(made)
+    del made
+    gc.collect()
+    assert gone() is None
 
 
 class Broken(TrainerCallback):
@@ -333,12 +345,12 @@ def test_a_tracker_that_fails_is_warned_about_once_and_stops_nothing(caplog, fai
 
 def test_a_tracker_can_still_be_removed_by_its_class(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     made = tracked(tmp_path, "tensorboard")
     made.remove_callback(TensorBoardCallback)
     made.train()
     made.close()
-    assert not (tmp_path / "events").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_control_that_a_callback_returns_reaches_the_trainer():

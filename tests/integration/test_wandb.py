@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from hf_rlhf.testing import tiny_policy
 from tests.helpers import runs
 from tests.helpers.processes import warm
 from tests.helpers.waits import scaled
+from tests.helpers.wandb_runs import inspect
 
 pytest.importorskip("wandb")
 
@@ -127,16 +127,6 @@ def use(what: Any, recipe: dict[str, Any]) -> Any:
 
 def load(recipe: dict[str, Any]) -> Recipe:
     return resolve(recipe, name="tiny")
-
-
-def inspect(run: Path, *options: str) -> list[dict[str, Any]]:
-    """The records of a run, or with --summary one object, by W&B's own reader."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(60))
-    if done.returncode and "No such command" in done.stderr:
-        pytest.skip("this wandb has no `leet inspect` to read a run back with")
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()] if not options else [json.loads(done.stdout)]
 
 
 @pytest.fixture(scope="module")

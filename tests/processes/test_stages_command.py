@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from tests.helpers import offline_runs as off
 from tests.helpers import stage_runs as st
 from tests.helpers.processes import ended_well, ranks
 from tests.helpers.waits import scaled
+from tests.helpers.wandb_runs import inspect
 
 NAMES = ("sft", "rm", "ppo")
 
@@ -94,12 +93,7 @@ def test_runs_of_wandb_share_a_group(tmp_path):
 
 def group_and_name(run: Path) -> tuple[str, str]:
     """What W&B wrote down of a run, by its own reader."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(60))
-    if done.returncode and "No such command" in done.stderr:
-        pytest.skip("this wandb has no `leet inspect` to read a run back with")
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in done.stdout.splitlines()]
+    records = inspect(run)
     found = next(record["run"] for record in records if record["type"] == "run")
     return found["run_group"], found["display_name"]
 

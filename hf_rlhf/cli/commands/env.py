@@ -21,13 +21,26 @@ from hf_rlhf.registry.host import Host, get_host
 
 PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "trl", "peft", "tokenizers", "safetensors", "huggingface_hub"),
-    *("pluggy", "pydantic", "typer", "rich", "numpy", "pyarrow", "wandb", "trackio", "tensorboard", "ray", "uvicorn"),
+    *(
+        "pluggy",
+        "pydantic",
+        "typer",
+        "rich",
+        "numpy",
+        "pyarrow",
+        "wandb",
+        "trackio",
+        "tensorboard",
+        "mlflow-skinny",
+        "ray",
+        "uvicorn",
+    ),
     *("starlette", "deepspeed", "flash-attn", "bitsandbytes", "liger-kernel", "vllm"),
 )
 """Distributions whose version matters; those that are not installed are left out."""
 PREFIXES = (
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "WANDB_", "ACCELERATE_", "FSDP_", "TORCH", "PYTORCH_", "CUDA_", "NCCL_"),
-    *("OMP_", "MKL_", "TOKENIZERS_", "TQDM_"),
+    *("OMP_", "MKL_", "TOKENIZERS_", "TQDM_", "MLFLOW_", "TRACKIO_", "TENSORBOARD_"),
 )
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
 """Environment variables that change behaviour, besides those that begin with one of `PREFIXES`."""

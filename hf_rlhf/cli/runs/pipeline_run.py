@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +108,7 @@ def _run_stages(staged: Pipeline, root: Path, trust_remote_code: bool) -> dict[s
     _meet()  # every process has read the files that the first one is about to write
     if _first():
         _write(root / "recipe.yaml", staged.dump())
-    with _wandb_group(root.name):
+    with _tracked_together(root):
         return _run_each(staged, root, record, states, trust_remote_code)
 
 
@@ -203,7 +202,6 @@ def _run(stage: PipelineStage, record: _Record, state: State, trust_remote_code:
         _meet()
     train(stage.placed(record.root), str(folder), whole, trust_remote_code)
     _meet()
-    _finish_tracking()
     gc.collect()
 
 
@@ -268,20 +266,13 @@ def _say(title: str, state: State) -> None:
 
 
 @contextmanager
-def _wandb_group(name: str) -> Iterator[None]:
-    """Inside, W&B runs belong to this group, or to the one that the environment names."""
-    own = "WANDB_RUN_GROUP" not in os.environ
-    if own:
-        os.environ["WANDB_RUN_GROUP"] = name
+def _tracked_together(root: Path) -> Iterator[None]:
+    """Inside, stages are a group in W&B, and trackio has one folder, unless the environment says otherwise."""
+    own = {"WANDB_RUN_GROUP": root.name, "TRACKIO_DIR": str(root.absolute() / "trackio")}
+    own = {name: value for name, value in own.items() if name not in os.environ}
+    os.environ |= own
     try:
         yield
     finally:
-        if own:
-            del os.environ["WANDB_RUN_GROUP"]
-
-
-def _finish_tracking() -> None:
-    """End the W&B run, so that the next stage has one of its own."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()
+        for name in own:
+            del os.environ[name]

@@ -16,7 +16,7 @@ from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.metrics import metrics_of_trainer
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog
-from hf_rlhf.metrics.trackers import install
+from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.training.offline.trl_compat import Quiet, unrounded
@@ -161,6 +161,7 @@ def factory(
     def trainer(cls: type[Trainer], args: Any, **options: Any) -> Trainer:
         kind: Any = type(cls.__name__, (OfflineRun, cls), {"plugin": plugin, "record": record})
         run_log, finite = RunLog(args.output_dir, record), FiniteSteps()
+        prepare(args)
         with unrounded(model):
             made = kind(
                 model=model,
@@ -175,7 +176,7 @@ def factory(
         if plugin.head != "causal":  # a classifier's own loss is a mean over its micro-batch, whatever it is told
             made.model_accepts_loss_kwargs = False
         made.remove_callback(PrinterCallback)
-        install(made.callback_handler, list(args.report_to or ()), run_log, record, metrics_of_trainer(plugin))
+        made.end_tracking = install(made.callback_handler, args, run_log, record, metrics_of_trainer(plugin))
         return made
 
     return trainer
