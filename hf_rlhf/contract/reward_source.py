@@ -76,6 +76,9 @@ class RewardSource(Plugin, ABC):
         """Return whether calling it returns an awaitable."""
         return inspect.iscoroutinefunction(type(self).__call__)
 
+    def prepare(self) -> None:
+        """Import and load what calls need, outside their time limit. Called in each process that scores, before `setup`."""
+
     @abstractmethod
     def __call__(self, rollouts: Rollouts) -> Answers | Awaitable[Answers]:
         """Return per row a number, `Spans` (by step), `TokenScores` (by token), or None (NaN) if it does not apply.
@@ -107,3 +110,10 @@ def nested_of(plugin: Plugin) -> Iterator[Plugin]:
             if isinstance(child, Plugin):
                 yield child
                 yield from nested_of(child)
+
+
+def prepare_all(source: RewardSource) -> None:
+    """Prepare a source and the sources nested in it."""
+    for each in (source, *nested_of(source)):
+        if isinstance(each, RewardSource):
+            each.prepare()

@@ -115,9 +115,9 @@ def tokenizer_of(path: str | None) -> PreTrainedTokenizerBase | None:
 
 
 def scorer_of(sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
-    """Set up the sources without a policy. Failures of rows are reported and never raised, even with `on_error: raise`.
+    """Set up the sources without a policy, ready to score.
 
-    Raises `UserError` if a source cannot be set up.
+    Failures of rows are reported and never raised, even with `on_error: raise`. Raises `UserError` if a source cannot be set up.
     """
     import torch
 
@@ -128,7 +128,9 @@ def scorer_of(sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedToke
         source.on_error = "none" if source.on_error == "raise" else source.on_error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        return Scorer(sources, Context(device=device or torch.device("cpu"), tokenizer=tokenizer, policy=None))
+        scorer = Scorer(sources, Context(device=device or torch.device("cpu"), tokenizer=tokenizer, policy=None))
+        scorer.wait()
+        return scorer
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
 

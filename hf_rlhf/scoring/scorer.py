@@ -96,6 +96,15 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def wait(self) -> None:
+        """Wait until every source can score. Closes all and raises `RewardError` if one cannot."""
+        try:
+            for runner in self._runners.values():
+                runner.wait()
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Stop all workers and close all sources that were set up here, even if one of them raises."""
         self._ends.close()

@@ -94,10 +94,38 @@ def parameters(function: Callable[..., Any], title: str) -> Parameters:
     )
 
 
-def trl_arguments(rollouts: Rollouts, logs: Logs, step: int) -> dict[str, Any]:
-    """Return copies of all keyword arguments that TRL would pass."""
+def reads_state(function: Callable[..., Any], wanted: Parameters) -> bool:
+    """Return whether a function reads `trainer_state`: by a parameter, or through `**kwargs` if its file has the name."""
+    if not wanted.open:
+        return "trainer_state" in wanted.names
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(function)) or ""
+        return "trainer_state" in Path(source).read_text(encoding="utf-8", errors="replace")
+    except (OSError, TypeError, ValueError):
+        return True
+
+
+class LazyState:
+    """TrainerState whose class, which takes seconds to import, is imported when more than `global_step` is read."""
+
+    def __init__(self, step: int) -> None:
+        self.global_step = step
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(trainer_state(self.global_step), name)
+
+
+def trainer_state(step: int) -> Any:
+    """Return Trainer's state, of which only `global_step` is set."""
     from transformers import TrainerState
 
+    return TrainerState(global_step=step)
+
+
+def trl_arguments(rollouts: Rollouts, logs: Logs, state: Any) -> dict[str, Any]:
+    """Return copies of all keyword arguments that TRL would pass."""
     conversations = bool(rollouts.prompts) and not isinstance(rollouts.prompts[0], str)
     texts = rollouts.completions
     return {
@@ -105,7 +133,7 @@ def trl_arguments(rollouts: Rollouts, logs: Logs, step: int) -> dict[str, Any]:
         "prompts": list(rollouts.prompts),
         "completions": [[{"role": "assistant", "content": text}] for text in texts] if conversations else list(texts),
         "completion_ids": [copy(ids) for ids in rollouts.completion_ids],
-        "trainer_state": TrainerState(global_step=step),
+        "trainer_state": state,
         "log_extra": lambda column, values: logs.column(column, values, len(rollouts)),
         "log_metric": logs.metric,
     }

@@ -88,6 +88,9 @@ class HttpReward(RewardSource):
         except ValueError as error:
             yield str(error)
 
+    def prepare(self) -> None:
+        _certificates()
+
     def setup(self, context: Context) -> None:
         self._sent_headers()
 

@@ -15,6 +15,7 @@ from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
 from ._instructions import Check, follows, instruction
+from ._languages import known
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,9 @@ class Constraints(RewardSource):
                 )
             arguments = [{key: x for key, x in given.items() if key != "id"} for given in self.instructions]
             self._checks = _checks([given["id"] for given in self.instructions], arguments)
+
+    def prepare(self) -> None:
+        known()
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         if self._checks is not None:

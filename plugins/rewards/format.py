@@ -42,6 +42,10 @@ class Format(RewardSource):
         if self._whole is not None:
             compiled("pattern", self._whole, dotall=True)
 
+    def prepare(self) -> None:
+        if self._whole is not None:
+            compiled("pattern", self._whole, dotall=True)
+
     def __call__(self, rollouts: Rollouts) -> list[float]:
         return [float(self._meets(completion)) for completion in rollouts.completions]
 

@@ -19,7 +19,7 @@ from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._call import Logs, load_function, parameters, trl_arguments
+from ._call import LazyState, Logs, Parameters, load_function, parameters, reads_state, trainer_state, trl_arguments
 
 
 @dataclass(kw_only=True)
@@ -50,14 +50,19 @@ class Function(RewardSource):
 
     def columns(self) -> set[str]:
         """Return the parameters without a default that only a dataset column can fill."""
-        return parameters(self._loaded, self._title).columns
+        return self._wanted.columns
+
+    def prepare(self) -> None:
+        """Load the function, and `TrainerState` if it reads it."""
+        if self._reads_state:
+            trainer_state(0)
 
     def __call__(self, rollouts: Rollouts) -> Any:
-        wanted = parameters(self._loaded, self._title)
-        if wanted.own_style:
+        if self._wanted.own_style:
             arguments: dict[str, Any] = {"rollouts": rollouts}
         else:
-            arguments = wanted.choose(trl_arguments(rollouts, self._logs, self._rollouts))
+            state = (trainer_state if self._reads_state else LazyState)(self._rollouts)
+            arguments = self._wanted.choose(trl_arguments(rollouts, self._logs, state))
         try:
             given = self._loaded(**arguments)
         except Exception as error:
@@ -89,6 +94,14 @@ class Function(RewardSource):
     @cached_property
     def _loaded(self) -> Callable[..., Any]:
         return load_function(self.function) if isinstance(self.function, str) else self.function
+
+    @cached_property
+    def _wanted(self) -> Parameters:
+        return parameters(self._loaded, self._title)
+
+    @cached_property
+    def _reads_state(self) -> bool:
+        return reads_state(self._loaded, self._wanted)
 
     @property
     def _title(self) -> str:

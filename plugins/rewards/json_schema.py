@@ -39,6 +39,9 @@ class JsonSchema(RewardSource):
         if self.schema is not None:
             validator(json.dumps(self.schema))
 
+    def prepare(self) -> None:
+        validator(json.dumps({} if self.schema is None else self.schema))
+
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         schemas = rollouts.column(self.column) if self.column else [self.schema] * len(rollouts)
         return [self._score(*row) for row in zip(rollouts.completions, schemas, strict=True)]

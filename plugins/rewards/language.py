@@ -45,6 +45,9 @@ class Language(RewardSource):
         if unknown:
             raise ValueError(f"unknown languages: {', '.join(unknown)}; known: {', '.join(sorted(_languages.known()))}")
 
+    def prepare(self) -> None:
+        _languages.known()
+
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         wanted = rollouts.column(self.column) if self.column else [self.language] * len(rollouts)
         return [self._score(*row) for row in zip(rollouts.completions, wanted, strict=True)]

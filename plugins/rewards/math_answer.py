@@ -45,10 +45,9 @@ class MathAnswer(RewardSource):
     memory_mib: Count | None = 4096
     """Address space of a process in MiB."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load Math-Verify when a worker process unpickles this, before the time limit of its first row starts."""
-        self.__dict__.update(state)
-        load()
+    def prepare(self) -> None:
+        """Load Math-Verify and the tables of its parser."""
+        load().parse("$1$", parsing_timeout=None)
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         rows = zip(rollouts.completions, references(rollouts, self.column, self.name), strict=True)

@@ -37,6 +37,9 @@ class Regex(RewardSource):
                 f"count must be 1 with method={self.method}, which matches at most once, got {self.count}. Use method=search"
             )
 
+    def prepare(self) -> None:
+        compiled("pattern", self.pattern)
+
     def __call__(self, rollouts: Rollouts) -> list[float]:
         return [min(self._matches(completion), self.count) / self.count for completion in rollouts.completions]
 

@@ -299,6 +299,67 @@ def test_a_function_of_a_file_runs_anywhere(workers, tmp_path):
     assert "an x" in found.failures[0].reason
 
 
+SLOW_TO_LOAD = """
+import sys
+import time
+
+time.sleep(1.5)
+
+def open(completions, **kwargs):
+    return [float("transformers" in sys.modules)] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("workers", ["inline", *HERE])
+def test_what_a_function_imports_is_outside_its_time_limit_also_after_a_respawn(workers, tmp_path):
+    file = tmp_path / "slow_to_load.py"
+    file.write_text(SLOW_TO_LOAD)
+    source = load_plugin(
+        "rewards", "function", function=f"{file}:open", workers=workers, num_workers=1, rowwise=True, timeout=1.0
+    )
+    with Scorer([("mine", source)], CONTEXT) as scorer:
+        scorer.wait()
+        found = scorer.ask(rollouts(texts_of(3)))["mine"]
+        assert not found.failures
+        if workers == "processes":  # where nothing else has imported it
+            assert found.answers == [0.0, 0.0, 0.0], "it does not read trainer_state"
+            pool = scorer._runners["mine"]
+            (worker,) = pool._workers
+            worker._process.kill()
+            until(lambda: not pool._events.empty())
+            assert not scorer.ask(rollouts(texts_of(3)))["mine"].failures
+
+
+STATES = """
+import sys
+
+def named(completions, trainer_state):
+    return [float("transformers.trainer_callback" in sys.modules) + trainer_state.global_step] * len(completions)
+
+def through_kwargs(completions, **kwargs):
+    return [float("transformers.trainer_callback" in sys.modules) + kwargs["trainer_state"].max_steps] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("name", ["named", "through_kwargs"])
+def test_the_state_that_a_function_reads_is_imported_before_its_first_call(name, tmp_path):
+    file = tmp_path / "states.py"
+    file.write_text(STATES)
+    source = load_plugin("rewards", "function", function=f"{file}:{name}", workers="processes", num_workers=1)
+    assert asked(source, ["a"]).answers == [1.0]
+
+
+def test_a_state_that_only_a_helper_reads_is_made_when_it_is_read(tmp_path):
+    file = tmp_path / "rewards_of_step.py"
+    file.write_text(
+        "def late(completions, **kwargs):\n    state = kwargs['trainer' + '_state']\n"
+        "    return [state.global_step + state.max_steps + float(state.best_metric is None) for _ in completions]\n"
+    )
+    source = load_plugin("rewards", "function", function=f"{file}:late")
+    source.load_state_dict({"rollouts": 7})
+    assert asked(source, ["a"]).answers == [8.0]
+
+
 def test_a_function_that_is_given_itself_runs_in_processes():
     bonus = 5.0
     source = load_plugin("rewards", "function", function=lambda completions: [bonus] * len(completions))

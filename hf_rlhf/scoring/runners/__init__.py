@@ -15,6 +15,7 @@ from typing import Protocol
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Context
+from hf_rlhf.contract.reward_source import prepare_all
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
 
 __all__ = ["Outcome", "Runner", "Unit", "runner_for"]
@@ -30,6 +31,9 @@ class Runner(Protocol):
 
     def run(self, units: list[RewardCall]) -> list[CallResult]:
         """Return one result per unit. Raises `RewardError` if the source cannot be run at all."""
+
+    def wait(self) -> None:
+        """Wait until it can score. Raises `RewardError` if its workers do not start."""
 
     def close(self) -> None:
         """Stop all workers."""
@@ -48,6 +52,7 @@ def runner_for(label: str, source: RewardSource, context: Context | None) -> Run
         from hf_rlhf.scoring.runners.ray_runner import actors
 
         return actors(label, source, context)
+    prepare_all(source)
     if context is not None:
         source.setup(context)
     if source.workers == "threads":

@@ -46,6 +46,9 @@ class Awaited:
         held_up = late(seconds or 0.0, ", or another call blocked the event loop")
         return [held_up if outcome is None else outcome for outcome in outcomes]
 
+    def wait(self) -> None:
+        """Do nothing: the loop starts with the first call."""
+
     def close(self) -> None:
         """Stop the loop, after a call that blocks it."""
         loop, self._loop = self._loop, None

@@ -42,6 +42,9 @@ class Inline:
         except TimeUp:
             return late(seconds)
 
+    def wait(self) -> None:
+        """Do nothing: there are no workers."""
+
     def close(self) -> None:
         """Do nothing: there are no workers."""
 

@@ -1,7 +1,8 @@
 """Worker process of `workers: processes`: frames of bytes in, lines of JSON out.
 
 The first frame is JSON with import paths and limits, the second the source, then one per chunk of units: (state of the
-source or None, units). The output is {"ready": true} or {"broken": text}, then one result per unit.
+source or None, units). The output is {"ready": true} or {"broken": text}, then for each chunk {"ready": true} once it is
+read, and one result per unit.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def main() -> None:
 
     while (chunk := chunks.get()) is not None:
         state, units = pickle.loads(chunk)
+        say({"ready": True})
         for unit in units:
             arm(header["timeout"])
             outcome = served.run(state, unit)

@@ -38,6 +38,7 @@ class WorkerReady:
 
 
 READY = WorkerReady()
+"""Reported when a worker has started, and by a process also when it has read its units: their time starts then."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class PoolClosed:
 CLOSED = PoolClosed()
 Event = WorkerReady | WorkerDied | PoolClosed | CallResult
 Events = queue.SimpleQueue[tuple[Any, Event]]
-"""Queue of (worker, event): READY once, then a result per unit, in the order in which the worker got them."""
+"""Queue of (worker, event): READY, then a result per unit, in the order in which the worker got them."""
 
 
 class Worker(Protocol):
@@ -129,6 +130,11 @@ class WorkerPool:
             raise
         return [found[i] for i in range(len(units))]
 
+    def wait(self) -> None:
+        """Wait until a worker is ready. Raises `RewardError` if none starts, or the pool is closed meanwhile."""
+        while not any(held.ready for _, held in self._known()):
+            self._take({}, deque())
+
     def close(self) -> None:
         """Stop all workers, and runs in other threads."""
         with self._lock:
@@ -164,8 +170,8 @@ class WorkerPool:
         for worker, held in workers:
             if todo and held.ready and not held.units:
                 held.units.extend(todo.popleft() for _ in range(min(chunk, len(todo))))
-                held.since = time.monotonic()
                 worker.send(state, [units[i] for i in held.units])
+                held.since = time.monotonic()
 
     def _take(self, found: dict[int, CallResult], todo: deque[int]) -> None:
         """Wait for the next event or timeout."""
@@ -186,7 +192,7 @@ class WorkerPool:
         if held is None:  # a late event of an abandoned worker
             return
         if isinstance(event, WorkerReady):
-            held.ready, self._failed_starts = True, 0
+            held.ready, self._failed_starts, held.since = True, 0, time.monotonic()
         elif isinstance(event, WorkerDied):
             self._lose(worker, CallResult(kind="error", reason=event.reason), found, todo)
         elif held.units and isinstance(event, CallResult):

@@ -8,7 +8,7 @@ import pickle
 import sys
 from typing import Any
 
-from hf_rlhf.contract.reward_source import RewardSource, nested_of
+from hf_rlhf.contract.reward_source import RewardSource, nested_of, prepare_all
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, call, logged
 
 
@@ -23,6 +23,7 @@ class Served:
         self.label: str = given["label"]
         self.source: RewardSource = given["source"]
         self._plugins = [self.source, *nested_of(self.source)]
+        prepare_all(self.source)
         if given["setup"]:
             import torch
 
