@@ -45,13 +45,6 @@ def make_plan(
     _models(plan, algorithm, lora, policy_state)
     _forwards(plan, algorithm)
     plan.remarks += _second_model(algorithm) if lora else []
-    if not algorithm.rewards:
-        learned = ", ".join(f"kl.{title}" for title, kl in algorithm.titled("kl") if kl.places)
-        plan.skipped.append("rewards: the recipe has none; their metrics and columns are left out")
-        plan.remarks.append(
-            f"without rewards the policy moves by {learned} towards the reference alone: one that is the policy itself at the "
-            "start gives a gradient of 0 there"
-        )
     for path, plugin in algorithm.plugins():
         plan.remarks += [f"{path}={plugin.name}: {remark}" for remark in plugin.remarks(algorithm)]
     plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)

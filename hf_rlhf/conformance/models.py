@@ -57,7 +57,7 @@ def rollout_engine_checks(plugin: RolloutEngine, policy: Make, tokenizer: Any, p
 
 
 def _are_completions(run: Any, model: Any, prompts: Sequence[Prompt], wants_logps: bool) -> None:
-    words = model.get_input_embeddings().num_embeddings
+    words = len(model.get_input_embeddings().weight)
     for generations in (2, 1):
         out = run(model, prompts, generations)
         assert isinstance(out, Completions), f"it must return Completions, got {type(out).__name__}"

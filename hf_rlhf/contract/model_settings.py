@@ -15,11 +15,22 @@ class Lora:
     r: Count = 16
     """Rank."""
     alpha: Count = 32
-    """Scale; the adapter's output is multiplied by alpha / r."""
+    """Scale; the adapter's output is multiplied by alpha / r (see `use_rslora`)."""
     dropout: NonNegative = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Linear layers with an adapter."""
+    """Layers with an adapter: linear ones, the head and embeddings, by the ends of their names; `all-linear` leaves the head
+    out."""
+    target_parameters: list[str] | None = None
+    """Parameters with an adapter that are in no linear layer, such as the experts of a mixture: `mlp.experts.gate_up_proj`."""
+    modules_to_save: list[str] | None = None
+    """Layers of which a copy is trained whole, beside the adapter."""
+    trainable_token_indices: list[int] | None = None
+    """Tokens of which the embedding is trained, in a tied head as well, for instance new special tokens."""
+    use_dora: bool = False
+    """Train the norm of each row of the weights as well (DoRA, arXiv:2402.09353)."""
+    use_rslora: bool = False
+    """Multiply the adapter's output by alpha / sqrt(r), so that a high rank learns as fast (arXiv:2312.03732)."""
 
 
 @dataclass(kw_only=True)

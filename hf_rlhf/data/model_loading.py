@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.contract.model_settings import Lora, Model
+from hf_rlhf.data.adapters import config_problems, keep_zero_rows
 from hf_rlhf.data.addition_task import BUILTIN, addition_model
 from hf_rlhf.data.quantization import quantisation, ready
+from hf_rlhf.modeling.lora_merge import merge
 from hf_rlhf.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,31 +56,71 @@ def load_model(settings: Model, trust_remote_code: bool = False, lora: bool | No
 
     `lora`: whether an adapter will be trained on it; by default as the settings say.
     """
-    from transformers import AutoModelForCausalLM
-
     path = model_path(settings.path)
-    loader: Any = AutoModelForCausalLM
-    adapter = (Path(path) / "adapter_config.json").is_file()
-    if adapter:  # what a LoRA run saved: its adapter becomes part of its base
-        from peft import AutoPeftModelForCausalLM
-
-        loader = AutoPeftModelForCausalLM
-    model = loader.from_pretrained(
-        path,
-        revision=settings.revision,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=trust_remote_code,
-        **quantisation(settings, path, trust_remote_code),
-    )
-    if adapter:
-        model = model.merge_and_unload().requires_grad_(True)
+    options: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    options |= {"trust_remote_code": trust_remote_code, **quantisation(settings, path, trust_remote_code)}
+    model = _whole(path, settings.revision, options)
     try:
         adapted = settings.lora is not None if lora is None else lora
         model = ready(model, settings, adapted, merges=settings.save_merged is True)
     except ValueError as error:
         raise ModelError(str(error)) from error
     return model if settings.dropout else disable_dropout(model)
+
+
+def _whole(path: str, revision: str | None, options: dict[str, Any]) -> Any:
+    """Load a causal model; an adapter, as a LoRA run saves it, is merged into its base, which may be an adapter in turn."""
+    from transformers import AutoModelForCausalLM
+
+    if not (Path(path) / "adapter_config.json").is_file():
+        model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
+        if hasattr(model, "peft_config"):
+            raise ModelError(f"{path} is an adapter on the Hub. Download it, and set model.path to its folder")
+        return model
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(path)
+    if problems := list(config_problems(config)):
+        raise ModelError(f"{path}: {'; '.join(problems)}")
+    if config.base_model_name_or_path is None:
+        raise ModelError(
+            f"{path} is an adapter without its base: set base_model_name_or_path in its adapter_config.json"
+        )
+    below = model_path(config.base_model_name_or_path)
+    if Path(below).resolve() == Path(path).resolve():
+        raise ModelError(f"{path} contains both an adapter and its base. Move the adapter to a folder of its own")
+    base = _resized(_whole(below, config.revision, options), Path(path))
+    keep_zero_rows()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(base, path)
+        except (RuntimeError, ValueError, TypeError, UserWarning) as error:
+            raise ModelError(f"the adapter in {path} does not fit its base {below}: {error}") from error
+    model = merge(adapted).requires_grad_(True)
+    model.name_or_path = model.config.name_or_path = path  # the base of an adapter that is trained on it
+    return model
+
+
+def _resized(base: Any, folder: Path) -> Any:
+    """Resize the base's vocabulary to that of the model that was trained, whose embeddings are saved with the adapter then."""
+    from safetensors import safe_open
+
+    if not (file := folder / "adapter_model.safetensors").is_file():
+        return base
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    named = [name for name, module in base.named_modules() if module in ends]
+    keys = {f"base_model.model.{name}{part}.weight" for name in named for part in ("", ".base_layer")}
+    with safe_open(file, "pt") as saved:
+        rows = {key: saved.get_slice(key).get_shape()[0] for key in keys.intersection(saved.keys())}
+    if rows and (count := max(rows.values())) != len(ends[0].weight):
+        if len(rows) < 2 and not base.config.get_text_config().tie_word_embeddings:
+            raise ModelError(
+                f"{folder} was trained with a vocabulary of {count} tokens, and contains the new rows of {next(iter(rows))} "
+                "alone. Train it again with model.save_merged=true"
+            )
+        base.resize_token_embeddings(count)
+    return base
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,10 +150,7 @@ def lora_config(settings: Lora) -> LoraConfig:
         raise ModelError("model.lora requires peft: pip install 'hf_rlhf[peft]'") from error
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
+        **{{"alpha": "lora_alpha", "dropout": "lora_dropout"}.get(name, name): x for name, x in vars(settings).items()},
     )
 
 

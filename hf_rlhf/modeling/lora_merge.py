@@ -1,13 +1,17 @@
-"""Saving a model that trained an adapter as plain weights, with the adapter merged in."""
+"""Merge an adapter into the weights under it, to save a plain model or to load one."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,15 +67,42 @@ def merged(model: Any, weights: Mapping[str, Tensor]) -> Any:
             "learned prompts are not a change of weights and cannot be merged. Set model.save_merged=false"
         )
     quantized = getattr(model.get_base_model(), "is_quantized", False)
-    copied = _dequantized(model, weights) if quantized else _copied(model, weights)
-    _untie(copied)
-    return copied.merge_and_unload()
+    return merge(_dequantized(model, weights) if quantized else _copied(model, weights))
+
+
+def merge(model: Any) -> Any:
+    """Merge the adapter into the model under it, in place, and return that plain model.
+
+    Where the adapter changes one of an input and an output embedding that share a weight, or both differently, each gets its
+    own, and the configuration says so.
+    """
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), getattr(base, "get_output_embeddings", lambda: None)()]
+    layers: list[Any] = [_under(end) for end in ends]
+    tied = layers[1] is not None and layers[0].weight is layers[1].weight
+    if tied and any(layer is not end for layer, end in zip(layers, ends, strict=True)):
+        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights, which are cared for here
+        plain = model.merge_and_unload()
+    if tied:
+        first, last = plain.get_input_embeddings(), plain.get_output_embeddings()
+        if same := torch.equal(first.weight, last.weight):
+            last.weight = first.weight
+        for config in {id(part): part for part in (plain.config, plain.config.get_text_config())}.values():
+            config.tie_word_embeddings = same
+    return plain
+
+
+def _under(module: Any) -> Any:
+    """Return the module under peft's wrappers."""
+    while (inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None)) is not None:
+        module = inner
+    return module
 
 
 def _copied(model: Any, weights: Mapping[str, Tensor]) -> Any:
     """Copy a model to main memory; shared tensors stay shared."""
-    from torch import nn
-
     here: dict[int, Any] = {id(m): _moved(m) for m in model.modules() if _holds_codes(m)}
     coded = {id(p) for m in model.modules() if id(m) in here for p in (*m.parameters(), *m.buffers())}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -92,8 +123,6 @@ def _moved(module: Any) -> Any:
 
 def _holds_codes(module: Any) -> bool:
     """Return whether the module's own parameters are a library's codes of numbers, not numbers."""
-    from torch import nn
-
     own = [p for p in module._parameters.values() if p is not None]
     return any(type(p) is not nn.Parameter or not p.is_floating_point() for p in own)
 
@@ -111,19 +140,3 @@ def _dequantized(model: Any, weights: Mapping[str, Tensor]) -> Any:
     adapter = get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=name)
     set_peft_model_state_dict(whole, adapter, adapter_name=name)
     return whole
-
-
-def _untie(model: Any) -> None:
-    """Untie the head from the embedding where they share weights and one of them has an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from torch import nn
-
-    base: Any = model.get_base_model()
-    ends: list[Any] = [base.get_input_embeddings(), getattr(base, "get_output_embeddings", lambda: None)()]
-    layers: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
-    if layers[1] is None or layers[0].weight is not layers[1].weight:
-        return
-    if any(isinstance(end, BaseTunerLayer) for end in ends):
-        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
-        for config in {id(part): part for part in (base.config, base.config.get_text_config())}.values():
-            config.tie_word_embeddings = False

@@ -126,7 +126,7 @@ def _parts(model: Any) -> tuple[nn.Module, Head] | None:
     causal = _inner(model)
     known = _PARTS.get(model)
     if model not in _PARTS or (known is not None and known[1].module is not causal.get_output_embeddings()):
-        head = None if _learns_prompts(model) else head_of(causal)
+        head = head_of(causal)
         trunk = getattr(causal, "base_model", causal)
         fits = head is not None and trunk is not causal and _fit(causal, trunk, head)
         _PARTS[model] = (trunk, head) if head is not None and fits else None
@@ -141,16 +141,11 @@ def _parts(model: Any) -> tuple[nn.Module, Head] | None:
 def _fit(causal: Any, trunk: Any, head: Head) -> bool:
     """Return whether the model's logits are those of the head on the trunk's states."""
     with _probing(causal):
-        vocabulary = trunk.get_input_embeddings().num_embeddings  # not one token alone: padding may be embedded as 0
+        vocabulary = len(trunk.get_input_embeddings().weight)  # not one token alone: padding may be embedded as 0
         probe = torch.arange(min(8, vocabulary), device=causal.device).unsqueeze(0)
         states = trunk(input_ids=probe, use_cache=False).last_hidden_state
         logits = causal(input_ids=probe, use_cache=False).logits
         return torch.allclose(head(states).to(logits.dtype), logits, rtol=1e-4, atol=1e-5)
-
-
-def _learns_prompts(model: Any) -> bool:
-    """Return whether peft prepends learned tokens, so that its own forward has to run."""
-    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def why_not_packed(model: Any, attention: Attention = "packed") -> str | None:

@@ -162,7 +162,7 @@ def _why_not_packed(trunk: Any, attention: Attention) -> str | None:
         return reason
     if drops_attention(trunk):
         return "its attention has dropout (model.dropout)"
-    vocabulary = trunk.get_input_embeddings().num_embeddings
+    vocabulary = len(trunk.get_input_embeddings().weight)
     draw = [[(7 * i + 3 * j + 1) % vocabulary for j in range(n)] for i, n in enumerate((5, 3, 6, 1, 9))]
     mask = _ones([6, 1, 9]).to(trunk.device)
     rows = TokenBatch([draw[0], draw[0], draw[1]], [draw[2], draw[3], draw[4]], mask, 0, attention)

@@ -23,7 +23,10 @@ FREE = re.compile(r"(update|critic|reference|rewards\.\d+)\.offload")
 """Dotted paths of settings that do not affect results, so that a resumed run may change them."""
 
 
-ADDED = {"update.fused_loss": "auto"}
+ADDED = {
+    "update.fused_loss": "auto",
+    **{f"{section}.use_{kind}": False for section in ("model.lora", "peft") for kind in ("dora", "rslora")},
+}
 """Dotted paths of settings that older checkpoints do not have, with what those were trained with."""
 
 

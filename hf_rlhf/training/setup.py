@@ -27,6 +27,7 @@ from hf_rlhf.config.training_arguments import (
 )
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.reward_source import nested_of
+from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
 from hf_rlhf.data.model_loading import (
     disable_dropout,
     load_model,
@@ -247,18 +248,18 @@ def _misfits(model: Any, settings: Model, peft_config: Any) -> Iterator[str]:
     """Yield why the `model` section does not fit what was passed in Python."""
     if model is not None and not isinstance(model, str) and is_quantised(settings):
         yield "model.load_in_4bit and load_in_8bit are for a model that is named: load it so yourself, or drop them"
-    if settings.save_merged and getattr(peft_config, "is_prompt_learning", False):
-        yield "model.save_merged: learned prompts are no change of weights: drop it"
+    if peft_config is not None:
+        yield from (f"peft_config: {problem}" for problem in config_problems(peft_config))
+    if hasattr(model, "peft_config"):
+        yield from (f"model: {problem}" for problem in adapted_model_problems(model))
 
 
 def _adapted(model: Any, peft_config: Any, settings: Model, seed: int) -> Any:
     """Return the model with a new adapter; a model that has one keeps it."""
     if hasattr(model, "peft_config"):
         return model
-    from peft import get_peft_model
-
     with seeded(seed, "adapter"):
-        return get_peft_model(model, lora_config(settings.lora) if peft_config is None else peft_config)  # type: ignore[arg-type]
+        return add_adapter(model, lora_config(settings.lora) if peft_config is None else peft_config)  # type: ignore[arg-type]
 
 
 def _model(model: Any, settings: Model, algorithm: Algorithm, seed: int, trust_remote_code: bool, lora: bool) -> Any:
@@ -371,7 +372,9 @@ def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_c
     kept = {"training": chosen, "model": model, "dataset": asdict(sections["dataset"])}
     if peft_config is not None:
         kept["peft"] = {
-            name: x for name, x in peft_config.to_dict().items() if name in ("peft_type", "r", "lora_alpha")
+            name: x
+            for name, x in peft_config.to_dict().items()
+            if name in ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora")
         }
     return json.loads(json.dumps(kept, default=str))
 

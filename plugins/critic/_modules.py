@@ -86,6 +86,9 @@ class SeparateCritic(nn.Module):
         """Copy the policy's trunk and add a head that outputs 0 at the start."""
         base = copy.deepcopy(policy)
         if hasattr(base, "merge_and_unload"):
+            base.get_base_model().set_output_embeddings(
+                None
+            )  # may share the embedding's weight, and is not the critic's
             base = base.merge_and_unload()
         return cls.of(base.base_model, None, policy)
 

@@ -116,7 +116,7 @@ def _what(model: Any) -> str:
 
 def check_vocabulary(policy: Any, model: Any, origin: str) -> None:
     """Check that the critic, which reads the policy's token ids, has an embedding for each. Raises `ValueError`."""
-    ours, theirs = policy.get_input_embeddings().num_embeddings, model.get_input_embeddings().num_embeddings
+    ours, theirs = (len(x.get_input_embeddings().weight) for x in (policy, model))
     if theirs < ours:
         raise ValueError(
             f"critic.init={origin!r}: its vocabulary must cover the policy's {ours} tokens, got {theirs}. Start the critic "

@@ -130,7 +130,7 @@ def _stretches_beyond(config: Any) -> int | None:
 
 def _mismatch(model: Any, device: torch.device) -> str | None:
     """Describe a mismatch of the decode loop's logits, or return None."""
-    words = model.get_input_embeddings().num_embeddings
+    words = len(model.get_input_embeddings().weight)
     prompts, steps = [[(5 + 3 * i) % words for i in range(7)], [(8 + 5 * i) % words for i in range(4)]], CHECK + 2
     told = torch.tensor([[(11 + 7 * i + 5 * row) % words for i in range(steps)] for row in range(4)], device=device)
     end = int(told[1, CHECK - 1])

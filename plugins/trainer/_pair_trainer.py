@@ -7,7 +7,6 @@ and the location of a forward's log-probs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOTrainer
 
+from ._whole_head import UNSCORED, AdaptedHead, Whole
+
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of precomputed reference log-probs, which are also TRL's names for them in a batch."""
-
-UNSCORED = -100
-"""Label of tokens that are not scored."""
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 """Loss (B,) of log pi / pi_ref of the chosen and the rejected completions, (B,) each."""
@@ -37,28 +35,7 @@ class Seen:
         return self.outputs
 
 
-class Whole:
-    """Wrapper of a float64 model with the call that TRL makes to fuse the head, which would compute in float32."""
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> Any:
-        """Return what TRL reads from a forward, from all logits at once."""
-        outputs = self.model(**inputs)
-        logits, given = outputs.logits[:, :-1], labels[:, 1:]
-        off = given == UNSCORED
-        each = logits.log_softmax(-1)
-        return SimpleNamespace(
-            log_probs=each.gather(-1, given.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(off, 0.0),
-            entropy=-(each.exp() * each).sum(-1).detach().masked_fill(off, 0.0),
-            mean_logits=logits.detach().mean(-1),
-            is_top1=logits.argmax(-1) == given,
-            aux_loss=getattr(outputs, "aux_loss", None),
-        )
-
-
-class PairTrainer(DPOTrainer):
+class PairTrainer(AdaptedHead, DPOTrainer):
     """TRL's DPOTrainer on tokenized rows, with additional losses, and the initial model as its reference.
 
     `pair_loss` replaces TRL's losses (`loss_type` is then an empty list); TRL's metrics stay. The reference is `ref_model`, or,
@@ -119,7 +96,7 @@ class PairTrainer(DPOTrainer):
         return chosen, rejected
 
     def _called(self, model: Any) -> Any:
-        return Whole(model) if self.model.dtype == torch.float64 else model
+        return Whole(model) if self.model.dtype == torch.float64 else self.called(model)
 
     def of_rows(
         self, rows: Dataset, batch_size: int, ask: Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]

@@ -58,7 +58,9 @@ class SFT(OfflineTrainer):
         return Footprint(packed=self.packing, logits=True)
 
     def build(self, materials: Materials) -> Trainer:
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTConfig
+
+        from ._sft_trainer import HeadTrainer
 
         args = SFTConfig(
             **materials.arguments,
@@ -68,7 +70,7 @@ class SFT(OfflineTrainer):
             completion_only_loss=False,  # encoded in the labels
             chat_template_path=None,
         )
-        made = materials.trainer(SFTTrainer, args)
+        made = materials.trainer(HeadTrainer, args)
         if self.packing:
             check_packing(made, [row[:32] for row in materials.train[:3]["input_ids"]])
         return made

@@ -145,7 +145,7 @@ def test_learned_prompts_are_refused_before_the_model_loads(tmp_path):
 
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     recipe = runs.recipe(model={"path": "no/such/model", "save_merged": True})
-    with pytest.raises(AlgorithmError, match=r"save_merged: learned prompts"):
+    with pytest.raises(AlgorithmError, match=r"got PromptTuningConfig"):
         RLHFTrainer(None, recipe, args, train_dataset=runs.problems(), peft_config=learned)
     adapted = peft.get_peft_model(tiny_policy()[0], learned)
     with pytest.raises(ValueError, match="cannot be merged"):

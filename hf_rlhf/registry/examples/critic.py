@@ -38,7 +38,7 @@ class TokenTable(TrainedCritic):
     """Initial value of every token."""
 
     def build(self, policy: Any, algorithm: Algorithm) -> torch.nn.Module:
-        return ValueTable(policy.get_input_embeddings().num_embeddings, self.start)
+        return ValueTable(len(policy.get_input_embeddings().weight), self.start)
 
 
 @hookimpl

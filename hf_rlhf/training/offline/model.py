@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.contract.model_settings import Lora, Model
 from hf_rlhf.contract.offline_trainer import Head, OfflineTrainer
+from hf_rlhf.data.adapters import add_adapter
 from hf_rlhf.data.model_loading import ModelError, disable_dropout, lora_config, model_path
 from hf_rlhf.data.quantization import quantisation, ready
 from hf_rlhf.runtime.seeding import seeded
@@ -95,9 +96,7 @@ def _load(path: str, settings: Model, trainer: OfflineTrainer, trust_remote_code
 def _adapted(model: Any, settings: Model, head: Head) -> Any:
     assert settings.lora is not None
     config = lora_for(settings.lora, head)
-    from peft import get_peft_model
-
-    return get_peft_model(model, config)
+    return add_adapter(model, config)
 
 
 def lora_for(settings: Lora, head: Head) -> LoraConfig:

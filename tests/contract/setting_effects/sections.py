@@ -10,6 +10,7 @@ from typing import Any, Literal
 from hf_rlhf import load_plugin
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.contract.model_settings import Lora, Model
+from hf_rlhf.data.adapters import add_adapter
 from hf_rlhf.data.model_loading import load_model, load_tokenizer, lora_config
 from hf_rlhf.data.prompts import load_prompts
 from hf_rlhf.testing import tiny_policy
@@ -160,9 +161,24 @@ def adapted(setting: str) -> Callable[[Path, Any], Any]:
     return show
 
 
+def learned(setting: str) -> Any:
+    """The names of the trained parameters of an adapter on one kind of layer."""
+
+    def show(folder: Path, value: Any) -> Any:
+        config = lora_config(Lora(**{"target_modules": ["q_proj"], setting: value}))
+        return [name for name, p in add_adapter(tiny_policy()[0], config).named_parameters() if p.requires_grad]
+
+    return show
+
+
 EFFECTS["model.lora.r"] = SettingEffect(16, 4, adapted("r"))
 EFFECTS["model.lora.alpha"] = SettingEffect(32, 8, adapted("alpha"))
 EFFECTS["model.lora.dropout"] = SettingEffect(0.0, 0.5, adapted("dropout"))
+EFFECTS["model.lora.use_rslora"] = SettingEffect(False, True, adapted("use_rslora"))
+EFFECTS["model.lora.use_dora"] = SettingEffect(False, True, learned("use_dora"))
+EFFECTS["model.lora.target_parameters"] = SettingEffect(None, ["mlp.gate_proj.weight"], learned("target_parameters"))
+EFFECTS["model.lora.modules_to_save"] = SettingEffect(None, ["lm_head"], learned("modules_to_save"))
+EFFECTS["model.lora.trainable_token_indices"] = SettingEffect(None, [5], learned("trainable_token_indices"))
 EFFECTS["model.lora.target_modules"] = SettingEffect("all-linear", ["q_proj"], adapted("target_modules"))
 
 

@@ -220,10 +220,10 @@ def test_the_reference_left_out_is_what_the_kl_needs(more, reference):
     assert resolve(small(more)).raw["reference"]["use"] == reference
 
 
-def test_rollout_and_advantages_must_be_chosen():
+def test_rollout_rewards_and_advantages_must_be_chosen():
     found = problems({})
-    assert set(found) == {"rollout", "advantages"}
-    assert "write `advantages: {use: NAME}`. There are: baseline, gae, gdpo" in found["advantages"]
+    assert set(found) == {"rollout", "rewards", "advantages"}
+    assert "write `rewards: [{use: NAME}]`. There are: choice, constraints, exact_match" in found["rewards"]
 
 
 def test_all_problems_are_told_at_once_with_path_choices_and_fix():
@@ -257,7 +257,8 @@ def test_all_problems_are_told_at_once_with_path_choices_and_fix():
         "update.epochs": "got 0; takes whole number >= 1 (default 1)",
         "update.mini_batches": "got true; takes whole number >= 1 (default 1)",
         "model.path": "got {'a': 1}; takes text or null (default null). Text with ': ', '[' or '{' needs quotes",
-        "model.lora.rank": "model.lora has no such setting. It has: r, alpha, dropout, target_modules",
+        "model.lora.rank": "model.lora has no such setting. It has: r, alpha, dropout, target_modules, target_parameters, "
+        "modules_to_save, trainable_token_indices, use_dora, use_rslora",
         "filters": "takes a list, `[]` for none and `[{use: NAME}]` for one; got {'use': 'zero_variance'}",
         "critic": "takes `{use: NAME, ...}` or just a name; got null. There are: none, separate, value_head",
         "training.learnin_rate": "transformers.TrainingArguments has no such setting. Did you mean 'learning_rate'?",
