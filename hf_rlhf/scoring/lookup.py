@@ -114,8 +114,10 @@ def tokenizer_of(path: str | None) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(Model(tokenizer=path))
 
 
-def scorer_of(sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
-    """Set up the sources without a policy, ready to score.
+def scorer_of(
+    sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedTokenizerBase | None, requests: int = 1
+) -> Scorer:
+    """Set up the sources without a policy, ready to score so many requests at a time.
 
     Failures of rows are reported and never raised, even with `on_error: raise`. Raises `UserError` if a source cannot be set up.
     """
@@ -128,7 +130,8 @@ def scorer_of(sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedToke
         source.on_error = "none" if source.on_error == "raise" else source.on_error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        scorer = Scorer(sources, Context(device=device or torch.device("cpu"), tokenizer=tokenizer, policy=None))
+        context = Context(device=device or torch.device("cpu"), tokenizer=tokenizer, policy=None)
+        scorer = Scorer(sources, context, requests=requests)
         scorer.wait()
         return scorer
     except (ValueError, OSError, ImportError) as error:

@@ -25,7 +25,7 @@ from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Context, Rollouts, Spans, TokenScores
 from hf_rlhf.runtime.seeding import seed_of
 from hf_rlhf.scoring.answers import Answer, RewardError
-from hf_rlhf.scoring.runners import CallResult, RewardCall, Runner, runner_for
+from hf_rlhf.scoring.runners import CallResult, RewardCall, Runner, never, runner_for
 from hf_rlhf.scoring.runners.reward_call import logs_of
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,14 @@ class Scorer:
     """Reward sources with their runners.
 
     `context` is passed to the sources' `setup`; without it they must be set up already, or need no setup. Sources that do
-    not run in the caller's thread run in parallel. `close` stops workers and sources.
+    not run in the caller's thread run in parallel, with workers for `requests` calls of `ask` at a time. `close` stops
+    workers and sources.
     """
 
-    def __init__(self, sources: Sequence[tuple[str, RewardSource]], context: Context | None = None) -> None:
-        self.sources = dict(sources)
+    def __init__(
+        self, sources: Sequence[tuple[str, RewardSource]], context: Context | None = None, *, requests: int = 1
+    ) -> None:
+        self.sources, self._requests = dict(sources), requests
         if len(self.sources) < len(sources):
             raise ValueError("reward sources must have distinct labels. Set a `label` for each")
         self._runners: dict[str, Runner] = {}
@@ -84,7 +87,7 @@ class Scorer:
             for label, source in sources:
                 if source.workers not in ("processes", "ray"):
                     self._ends.callback(source.close)
-                self._runners[label] = runner = runner_for(label, source, context)
+                self._runners[label] = runner = runner_for(label, source, context, requests)
                 self._ends.callback(runner.close)
         except BaseException:
             self.close()
@@ -109,17 +112,29 @@ class Scorer:
         """Stop all workers and close all sources that were set up here, even if one of them raises."""
         self._ends.close()
 
-    def ask(self, rollouts: Rollouts, *seed: int | str, counts: bool = True) -> dict[str, SourceResult]:
+    @property
+    def inline(self) -> bool:
+        """Return True if a source runs in the caller's thread, so that `ask` serves one request at a time."""
+        return any(runner.inline for runner in self._runners.values())
+
+    def ask(
+        self, rollouts: Rollouts, *seed: int | str, counts: bool = True, is_cancelled: Callable[[], bool] = never
+    ) -> dict[str, SourceResult]:
         """Score the rows with all sources and return their results by label.
 
         `seed` is combined with the label and the row to seed the global generators during calls, which the caller must
-        save. With `counts`, failures count towards the budget. Each source gets its own copy of the rows. Raises
+        save. With `counts`, failures count towards the budget. Rows that are not scored before `is_cancelled` turns true
+        have no answer. Each source gets its own copy of the rows. Raises
         `RewardError` if a source returns an invalid answer, fails with `on_error: raise`, or exceeds its budget.
         """
         inline = [label for label, runner in self._runners.items() if runner.inline]
-        apart = {label: _in_thread(self._ask, label, rollouts, seed) for label in self._runners if label not in inline}
+        apart = {
+            label: _in_thread(self._ask, label, rollouts, seed, is_cancelled)
+            for label in self._runners
+            if label not in inline
+        }
         try:
-            asked = {label: self._ask(label, rollouts, seed) for label in inline}
+            asked = {label: self._ask(label, rollouts, seed, is_cancelled) for label in inline}
         except Exception:
             for future in apart.values():
                 future.exception()  # wait for the others
@@ -135,7 +150,9 @@ class Scorer:
         outcomes = self._runners[label].run(units)
         return [outcome.answers[0] if outcome.answers else None for outcome in outcomes]
 
-    def _ask(self, label: str, rollouts: Rollouts, seed: tuple[int | str, ...]) -> SourceResult:
+    def _ask(
+        self, label: str, rollouts: Rollouts, seed: tuple[int | str, ...], is_cancelled: Callable[[], bool]
+    ) -> SourceResult:
         source, runner, started = self.sources[label], self._runners[label], time.perf_counter()
         rows = [i for i in range(len(rollouts)) if _applies(label, source.when, rollouts, i)]
         parts = [[row] for row in rows] if source.rowwise else [rows] if rows else []
@@ -143,7 +160,7 @@ class Scorer:
         for tries_left in range(source.retries, -1, -1):
             if not todo:
                 break
-            outcomes = runner.run([_unit(source, rollouts, part, (*seed, label)) for part in todo])
+            outcomes = runner.run([_unit(source, rollouts, part, (*seed, label)) for part in todo], is_cancelled)
             failed = [
                 part for part, outcome in zip(todo, outcomes, strict=True) if outcome.kind in ("error", "timeout")
             ]
@@ -151,8 +168,10 @@ class Scorer:
             for part, outcome in zip(todo, outcomes, strict=True):
                 _take(asked, label, source, part, outcome, final=part not in again)
             todo = again
-        if runner.shared:
+        if runner.shared and self._requests == 1:
             _take_shared_logs(asked, label, source, parts)
+        elif runner.shared:
+            logs_of(label, source)  # of several requests, so they belong to none
         asked.seconds = time.perf_counter() - started
         return asked
 
@@ -204,6 +223,8 @@ def _take(
     """Store the result of a call; a failure only if it is not retried."""
     if outcome.kind == "wrong":
         raise RewardError(outcome.reason)
+    if outcome.kind == "cancelled":
+        return
     for name, values in outcome.metrics.items():
         asked.metrics.setdefault(name, []).extend(values)
     if not outcome.kind:

@@ -1,7 +1,7 @@
 """HTTP server of reward sources (`hf-rlhf serve-reward`), for `rewards.remote` and other clients of its protocol.
 
-Requests are handled by an event loop in a separate thread; the sources run in the main thread, one request at a time,
-because only there can a call be interrupted at its time limit.
+An event loop in a separate thread handles requests. Sources with `workers: inline` run in the main thread, one request at a
+time, because only there can a call be interrupted at its time limit; the others score several requests at a time.
 """
 
 from __future__ import annotations
@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
+import ipaddress
+import itertools
 import logging
 import queue
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.batch import Rollouts
-from hf_rlhf.data.sources import lacking
 from hf_rlhf.runtime.errors import UserError
-from hf_rlhf.scoring.lookup import NO_TOKENS, NoTokens, columns_of
+from hf_rlhf.scoring.answers import RewardError
+from hf_rlhf.scoring.lookup import columns_of
+from hf_rlhf.scoring.protocol import VERSION, RequestError, answer, read_request
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -33,83 +38,131 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Protocol version in every request and response."""
-SHOWN_ERRORS = 100
-"""Maximum failed rows named in a response."""
+MAX_CONNECTIONS = 500
+"""Connections at a time; further ones are closed at once."""
+
+STOPPING = RequestError(503, "the server is stopping. Try again later")
 
 
-class RequestError(Exception):
-    """Error for an invalid request: HTTP `status`, and a message that says what to send instead."""
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What clients may ask of the server."""
 
-    def __init__(self, status: int, text: str):
-        super().__init__(text)
-        self.status = status
+    request_bytes: int = 64 << 20
+    """Largest body of a request."""
+    total_bytes: int = 256 << 20
+    """Largest sum of the bodies that are read, wait or are scored."""
+    seconds: float = 30.0
+    """Time for a client to send a request's head, then its body, and to read some of an answer."""
 
 
 class ScoringQueue:
-    """Queue of requests for the scoring thread; `scorers` has one per source, by label."""
+    """Requests that wait for their scores; `scorers` has one per source, by label.
 
-    def __init__(self, scorers: Mapping[str, Scorer]) -> None:
-        self.scorers = scorers
+    Inline sources score in the thread of `work`, the others in `concurrency` threads.
+    """
+
+    def __init__(self, scorers: Mapping[str, Scorer], concurrency: int = 1) -> None:
+        self.scorers, self.concurrency = scorers, concurrency
         self.sources = {label: scorer.sources[label] for label, scorer in scorers.items()}
-        self._waiting: queue.SimpleQueue[tuple[str, Rollouts, Future[SourceResult]] | None] = queue.SimpleQueue()
-        self._answered = 0
+        self._inline: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._others: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._jobs: weakref.WeakSet[_Job] = weakref.WeakSet()
+        self._stopping = False
+        for i in range(concurrency if any(not scorer.inline for scorer in scorers.values()) else 0):
+            threading.Thread(target=_work, args=(self._others,), name=f"hf_rlhf-serve-{i}", daemon=True).start()
 
-    def hand_in(self, label: str, rollouts: Rollouts) -> Future[SourceResult]:
-        """Enqueue rows for the source `label` and return the future result."""
-        future: Future[SourceResult] = Future()
-        self._waiting.put((label, rollouts, future))
-        return future
+    def hand_in(self, label: str, rollouts: Rollouts) -> _Job:
+        """Enqueue rows for the source `label` and return the job, whose `result` is in the future."""
+        scorer = self.scorers[label]
+        job = _Job(scorer, label, rollouts, next(self._numbers))
+        self._jobs.add(job)
+        if self._stopping:
+            job.end(STOPPING)
+        (self._inline if scorer.inline else self._others).put(job)
+        return job
 
     def work(self) -> None:
-        """Score enqueued requests in the calling thread until `stop`."""
-        while (job := self._waiting.get()) is not None:
-            label, rollouts, future = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(self.scorers[label].ask(rollouts, self._answered, counts=False)[label])
-            except Exception as error:
-                future.set_exception(error)
-            self._answered += 1
+        """Score for inline sources in the calling thread until `stop`."""
+        _work(self._inline)
 
     def stop(self) -> None:
-        """Stop `work` after the current request."""
-        self._waiting.put(None)
+        """Refuse all requests, and stop `work` after the current one."""
+        self._stopping = True
+        for job in list(self._jobs):
+            job.end(STOPPING)
+        self._inline.put(None)
 
 
-def app_of(desk: ScoringQueue, *, token: str | None = None, max_bytes: int = 64 << 20) -> Starlette:
+class _Job:
+    """A request's rows, and the result when they have been scored."""
+
+    def __init__(self, scorer: Scorer, label: str, rollouts: Rollouts, number: int) -> None:
+        self.result: Future[SourceResult] = Future()
+        self._ended = threading.Event()
+        self._ask = partial(scorer.ask, rollouts, number, counts=False, is_cancelled=self._ended.is_set)
+        self._label = label
+
+    def end(self, result: SourceResult | Exception) -> None:
+        """Set the result, and score no further row."""
+        self._ended.set()
+        with contextlib.suppress(InvalidStateError):  # it has one
+            self.result.set_exception(result) if isinstance(result, Exception) else self.result.set_result(result)
+
+    def run(self) -> None:
+        """Score the rows, unless nobody waits for them any more."""
+        if self.result.done():
+            return
+        try:
+            self.end(self._ask()[self._label])
+        except Exception as error:
+            self.end(error)
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
+
+
+def app_of(desk: ScoringQueue, *, token: str | None = None, limits: Limits | None = None) -> Starlette:
     """Create the app: POST /score/LABEL, /score if there is one source, GET /health."""
     from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
     sources = desk.sources
+    bodies = _Bodies(limits or Limits())
 
     def checked(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        if token is not None and not _carries(request, token):
             raise RequestError(401, "this server needs a token. Send Authorization: Bearer ...")
 
     async def health(request: Request) -> Response:
         checked(request)
         listed = {label: {"use": s.name, "columns": sorted(columns_of(s))} for label, s in sources.items()}
+        for label, scorer in desk.scorers.items():
+            listed[label]["concurrency"] = 1 if scorer.inline else desk.concurrency
         return JSONResponse({"version": VERSION, "sources": listed})
 
     async def score(request: Request) -> Response:
         checked(request)
         label = _label(request.path_params.get("label"), list(sources))
-        rollouts = read_request(await _body(request, max_bytes), columns_of(sources[label]))
-        asked = await asyncio.wrap_future(desk.hand_in(label, rollouts))
-        return JSONResponse(answer(asked))
+        async with bodies.read(request) as body:
+            job = desk.hand_in(label, read_request(body, columns_of(sources[label])))
+            return JSONResponse(answer(await _scored(job, request)))
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        return JSONResponse({"error": str(error)}, error.status)
+        return JSONResponse({"error": str(error)}, error.status, {"Retry-After": "1"} if error.status == 503 else None)
+
+    async def gone(request: Request, error: Exception) -> Response:
+        logger.warning("%s left before the answer to %s", _client(request), _path(request))
+        return JSONResponse(None)  # which nobody gets
 
     async def fail(request: Request, error: Exception) -> Response:
-        logger.warning("%s %s: %s", request.method, request.url.path, error)
+        logger.warning("%s %s: %s", request.method, _path(request), error)
         return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
 
     async def no_route(request: Request, error: Exception) -> Response:
@@ -122,7 +175,8 @@ def app_of(desk: ScoringQueue, *, token: str | None = None, max_bytes: int = 64 
         Route("/score", score, methods=["POST"]),
         Route("/score/{label:path}", score, methods=["POST"]),
     ]
-    handlers: dict[Any, Any] = {RequestError: refuse, UserError: fail, 404: no_route, 405: no_route, Exception: fail}
+    handlers: dict[Any, Any] = {RequestError: refuse, ClientDisconnect: gone, 404: no_route, 405: no_route}
+    handlers |= dict.fromkeys((UserError, RewardError, Exception), fail)
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -141,127 +195,97 @@ def _label(asked: str | None, labels: Sequence[str]) -> str:
     return asked
 
 
-async def _body(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise RequestError(
-                413, f"the request must be at most {max_bytes / 2**20:.3g} MiB. Send fewer rows at a time"
-            )
-    return bytes(body)
+def _carries(request: Request, token: str) -> bool:
+    """Return True if a request carries the token, compared as bytes: clients send it as UTF-8, or as Latin-1."""
+    scheme, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+    forms = [token.encode("utf-8", "surrogateescape")]
+    with contextlib.suppress(UnicodeEncodeError):
+        forms.append(token.encode("latin-1"))
+    return scheme.lower() == b"bearer" and any(hmac.compare_digest(given.strip(), form) for form in forms)
 
 
-def read_request(body: bytes, reads: set[str]) -> Rollouts:
-    """Parse the rows of a request; `reads` are the columns that the source needs. Raises `RequestError`."""
+def _path(request: Request) -> str:
+    """Return the path as it was sent, without line breaks or escape codes."""
+    return bytes(request.scope.get("raw_path", b"")).decode("ascii", "backslashreplace")
+
+
+def _client(request: Request) -> str:
+    return f"{request.client.host}:{request.client.port}" if request.client else "the client"
+
+
+async def _scored(job: _Job, request: Request) -> SourceResult:
+    """Return the scores. Raises `ClientDisconnect` if the client leaves first."""
+    from starlette.requests import ClientDisconnect
+
+    scored = asyncio.wrap_future(job.result)
+    left = asyncio.ensure_future(request.receive())  # after the body, there is nothing else to receive
     try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the request must be JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise RequestError(400, 'the request must be {"version": 1, "prompts": [...], "completions": [...]}')
-    if data.get("version") != VERSION:
-        raise RequestError(400, f"this server speaks protocol version {VERSION}, got {data.get('version')!r}")
-    completions = _list(data, "completions", None, _is_text, "texts")
-    rows = len(completions)
-    prompts = _list(data, "prompts", rows, _is_prompt, "texts or lists of messages with role and content")
-    reasons = _list(
-        data, "finish_reasons", rows, lambda x: x in ("stop", "length"), "'stop' or 'length'", ["stop"] * rows
-    )
-    groups = _list(data, "group_ids", rows, _is_whole, "whole numbers", list(range(rows)))
-    columns = data.get("columns", {})
-    if not isinstance(columns, dict):
-        raise RequestError(400, "columns must be a mapping of names to lists")
-    missing = lacking(reads, columns)
-    if missing:
-        raise RequestError(
-            422, f"this source reads the columns {', '.join(missing)}. Send them (`send` of rewards.remote)"
-        )
-    return Rollouts(
-        prompts=prompts,
-        completions=completions,
-        finish_reasons=reasons,
-        group_ids=groups,
-        columns={name: _list(columns, name, rows, lambda x: True, "values") for name in columns},
-        **_tokens(data, rows),
-    )
+        await asyncio.wait({scored, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not scored.done():
+            raise ClientDisconnect
+        return scored.result()
+    finally:
+        scored.cancel()
+        job.end(RequestError(499, "the client has left"))
+        left.cancel()
 
 
-def _tokens(data: dict[str, Any], rows: int) -> dict[str, list[Any]]:
-    """Return prompt_ids, completion_ids and masks; those not sent are placeholders that raise an error when read."""
-    unknown: list[Any] = [NoTokens()] * rows
-    found = {
-        name: _list(data, name, rows, _are_whole, "lists of whole numbers", unknown)
-        for name in ("prompt_ids", "completion_ids", "masks")
-    }
-    if ("masks" in data) != ("completion_ids" in data) or (
-        "masks" in data and list(map(len, found["masks"])) != list(map(len, found["completion_ids"]))
-    ):
-        raise RequestError(400, "completion_ids and masks must be sent together, with 0 or 1 for each token")
-    return found
+class _Bodies:
+    """Bodies of requests, each and in sum within the limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._bytes = limits, 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> Any:
+        """Yield a body, which counts towards the sum until the end of the block. Raises `RequestError`."""
+        body, limits = bytearray(), self._limits
+        try:
+            async with asyncio.timeout(limits.seconds):
+                async for chunk in request.stream():
+                    self._bytes += len(chunk)
+                    body += chunk
+                    if len(body) > limits.request_bytes:
+                        most = f"{limits.request_bytes / 2**20:.3g} MiB"
+                        raise RequestError(413, f"the request must be at most {most}. Send fewer rows at a time")
+                    if self._bytes > limits.total_bytes:
+                        raise RequestError(503, "the requests of all clients are too large in sum. Try again later")
+            yield bytes(body)
+        except TimeoutError:
+            raise RequestError(408, f"the request must arrive within {limits.seconds:g} s") from None
+        finally:
+            self._bytes -= len(body)
 
 
-def _list(data: dict[str, Any], name: str, rows: int | None, good: Any, what: str, default: Any = None) -> list[Any]:
-    if name not in data and default is not None:
-        return list(default)
-    values = data.get(name)
-    if not isinstance(values, list):
-        raise RequestError(400, f"{name} must be a list of one value per completion")
-    if rows is not None and len(values) != rows:
-        raise RequestError(400, f"{name} must have one value per completion ({rows}), got {len(values)}")
-    wrong = next((i for i, value in enumerate(values) if not good(value)), None)
-    if wrong is not None:
-        raise RequestError(400, f"{name} must be {what}, got {str(values[wrong])[:60]!r} in row {wrong}")
-    return values
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_whole(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_whole, value))
-
-
-def _is_prompt(value: Any) -> bool:
-    messages = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-    return isinstance(value, str) or messages
-
-
-def answer(asked: SourceResult) -> dict[str, Any]:
-    """Build the response to a request. Raises `RequestError` if the source needs token ids that were not sent."""
-    import math
-
-    from hf_rlhf.scoring.answers import as_json
-
-    if any(NO_TOKENS in failure.reason for failure in asked.failures):
-        raise RequestError(
-            422,
-            "this source reads token ids or masks. Send prompt_ids, completion_ids and masks (`send_ids: true` of "
-            "rewards.remote)",
-        )
-    scores = [None if isinstance(x, float) and math.isnan(x) else as_json(x) for x in asked.answers]
-    errors = [{"row": f.row, "kind": f.kind, "reason": f.reason} for f in asked.failures[:SHOWN_ERRORS]]
-    return {"version": VERSION, "scores": scores, "errors": errors, "failed": len(asked.failures)}
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises `UserError` if the address is unavailable."""
+def listening(host: str, port: int, token: str | None = None) -> socket.socket:
+    """Return a listening socket. Raises `UserError` if the address is unavailable, or open to others without a token."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
+        where = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(f"cannot listen on {host}:{port}: {error}. Choose another --port or --host") from error
+    address = ipaddress.ip_address(where.getsockname()[0].partition("%")[0])
+    if token is None and not address.is_loopback:
+        where.close()
+        raise UserError(
+            f"--host {host or '(all)'} can be reached from other machines, so requests must carry a token. Pass "
+            "--token-env NAME, the environment variable with the token, or leave out --host"
+        )
+    where.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections inherit it
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):  # notice within a minute that a waiting client's machine is gone
+            where.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return where
 
 
-def serve(desk: ScoringQueue, app: Starlette, where: socket.socket) -> None:
+def serve(desk: ScoringQueue, app: Starlette, where: socket.socket, limits: Limits | None = None) -> None:
     """Serve until SIGINT or SIGTERM. Call it in the main thread."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    from hf_rlhf.scoring.connection import connection_type
+
+    connection = connection_type((limits or Limits()).seconds, MAX_CONNECTIONS)
+    config = uvicorn.Config(app, http=connection, ws="none", log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
 
     def listen() -> None:
         try:
@@ -277,6 +301,7 @@ def serve(desk: ScoringQueue, app: Starlette, where: socket.socket) -> None:
         except KeyboardInterrupt:
             logger.info("stopped")
         finally:
+            desk.stop()
             server.should_exit = True
             thread.join()
 

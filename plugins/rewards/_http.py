@@ -197,7 +197,8 @@ class Endpoint:
         import httpx
 
         await asyncio.sleep(self._until_turn())
-        sent = {"Content-Type": "application/json", "Accept": "application/json", **headers}
+        given = {"Content-Type": "application/json", "Accept": "application/json", **headers}
+        sent = {name: value.encode("utf-8", "surrogateescape") for name, value in given.items()}
         async with session.slots:
             try:
                 async with (
@@ -228,7 +229,7 @@ class Endpoint:
         if not response.is_success:
             raise HttpError(f"{self.url}: HTTP {response.status_code}: {head}")
         try:
-            return json.loads(received, parse_constant=_no_constant)
+            return json.loads(received, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise HttpError(f"{self.url}: the answer is not JSON ({error}): {head}") from error
 
@@ -292,6 +293,13 @@ def _asked_wait(value: str | None) -> float:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large for a number")
+    return number
 
 
 def shown(text: str, length: int = 200) -> str:

@@ -215,3 +215,14 @@ def score(sources: Any, rollouts: Rollouts) -> dict[str, Any]:
     for _, source in sources:
         source.on_error = "raise"
     return totals({label: found.answers for label, found in Scorer(sources).ask(rollouts).items()}, rollouts)
+
+
+@dataclass(kw_only=True)
+class Waits(RewardSource):
+    """Waits as long as each text says, and answers with its length."""
+
+    name: ClassVar[str] = "waits"
+
+    def __call__(self, rollouts: Rollouts) -> list[float]:
+        time.sleep(max(float(text.split()[0]) for text in rollouts.completions))
+        return [float(len(text)) for text in rollouts.completions]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ import torch
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Context, Rollouts, Spans, TokenScores
 from hf_rlhf.scoring.scorer import RewardError, Scorer
-from tests.helpers.flaky_rewards import Asynchronous, ByWord, Counting, Logging, Outer, Stateful, Unmakeable, Whole
+from tests.helpers.flaky_rewards import (
+    Asynchronous,
+    ByWord,
+    Counting,
+    Logging,
+    Outer,
+    Stateful,
+    Unmakeable,
+    Waits,
+    Whole,
+)
 from tests.helpers.paths import environment
 from tests.helpers.waits import scaled, until
 
@@ -618,3 +629,45 @@ def test_a_row_costs_no_more_where_there_are_many():
         return pstats.Stats(profile).total_calls / rows  # type: ignore[attr-defined]
 
     assert calls(1000) < 1.1 * calls(100)
+
+
+# Several requests at a time
+
+
+def test_threads_that_ask_a_pool_at_the_same_time_get_their_own_answers():
+    source = ByWord(workers="threads", num_workers=3)
+    with Scorer([("mine", source)], CONTEXT, requests=6) as scorer, ThreadPoolExecutor(6) as clients:
+        batches = [[f"{'x' * (i + j)} row" for j in range(1 + i % 5)] for i in range(60)]
+        found = list(clients.map(lambda texts: scorer.ask(rollouts(texts), counts=False)["mine"].answers, batches))
+    assert found == [lengths(texts) for texts in batches]
+
+
+@pytest.mark.parametrize("workers", ["threads", "processes"])
+def test_calls_of_whole_rollouts_run_beside_each_other_for_several_requests(workers):
+    source = Waits(workers=workers, num_workers=3)
+    with Scorer([("mine", source)], CONTEXT, requests=3) as scorer, ThreadPoolExecutor(3) as clients:
+
+        def ask(text: str) -> Any:
+            return scorer.ask(rollouts([text]), counts=False)["mine"].answers
+
+        pool: Any = scorer._runners["mine"]
+        until(lambda: ask("0") and all(held.ready for held in pool._workers.values()), 60, what="no workers")
+        started = time.perf_counter()
+        assert list(clients.map(ask, ["1", "1 a", "1 ab"])) == [[1.0], [3.0], [4.0]]
+        assert time.perf_counter() - started < scaled(1.9)
+
+
+@pytest.mark.parametrize("workers", ["inline", "threads", "processes"])
+def test_rows_are_not_scored_once_nobody_waits(workers):
+    calls: list[int] = []
+
+    def is_cancelled() -> bool:
+        calls.append(1)
+        return len(calls) > 2
+
+    with Scorer([("mine", ByWord(workers=workers, num_workers=1))], CONTEXT) as scorer:
+        found = scorer.ask(rollouts(["row"] * 20), counts=False, is_cancelled=is_cancelled)["mine"]
+        missing = sum(map(math.isnan, found.answers))
+        assert 0 < missing < 20
+        assert found.failures == []
+        assert scorer.ask(rollouts(["row"]))["mine"].answers == [3.0]

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Spans, TokenScores
 from hf_rlhf.cli import main
+from hf_rlhf.scoring.server import listening
 from hf_rlhf.testing import rollouts
 from tests.helpers import runs
 from tests.helpers.processes import free_port
@@ -73,7 +74,7 @@ def test_health_lists_the_sources_and_the_columns_that_they_read(url):
     found = httpx.get(f"{url}/health", trust_env=False).json()
     assert found["version"] == 1
     assert list(found["sources"]) == ["short texts", "tokens", "match", "slow", "parts", "wrong"]
-    assert found["sources"]["match"] == {"use": "exact_match", "columns": ["kind", "truth"]}
+    assert found["sources"]["match"] == {"use": "exact_match", "columns": ["kind", "truth"], "concurrency": 1}
 
 
 def test_each_source_answers_under_its_label(url):
@@ -266,11 +267,22 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert "serve-reward needs uvicorn: pip install 'hf_rlhf[serve]'" in refused(monkeypatch, capsys, "length")
 
 
-def test_an_address_that_reaches_further_is_warned_of():
-    process = start_serving("length", "--host", "0.0.0.0", "--port", "0")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "0"])
+def test_an_address_that_others_reach_needs_a_token(host, monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, "length", "--host", host, "--port", "0")
+    assert "requests must carry a token. Pass --token-env" in said
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
+def test_addresses_of_this_machine_need_none(host):
+    listening(host, 0).close()
+
+
+def test_an_address_that_others_reach_serves_with_a_token():
+    words = ("length", "--host", "0.0.0.0", "--port", "0", "--token-env", "REWARD_TOKEN")
+    process = start_serving(*words, environment={"REWARD_TOKEN": "s3cret"})
     try:
         assert "0.0.0.0" in process.stdout.readline()
-        assert "whoever can reach this address" in process.stderr.readline()
     finally:
         process.terminate()
         process.communicate(timeout=scaled(30))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from typing import Annotated
 
 import typer
@@ -121,6 +120,16 @@ def serve_reward(
     max_request_mib: Annotated[
         float, typer.Option("--max-request-mib", min=0.001, help="Largest request in MiB.")
     ] = 64.0,
+    max_total_mib: Annotated[
+        float, typer.Option("--max-total-mib", min=0.001, help="Largest sum of the requests of all clients in MiB.")
+    ] = 256.0,
+    concurrency: Annotated[
+        int,
+        typer.Option("--concurrency", min=1, help="Requests scored at a time; one for sources with workers=inline."),
+    ] = 8,
+    client_timeout: Annotated[
+        float, typer.Option("--client-timeout", min=0.1, help="Seconds for a client to send a request, or to read.")
+    ] = 30.0,
     tokenizer: Tokenizer = None,
     plugin: PluginOptions = None,
 ) -> None:
@@ -131,21 +140,28 @@ def serve_reward(
     except ModuleNotFoundError as error:
         raise UserError(f"serve-reward needs {error.name}: pip install 'hf_rlhf[serve]'") from error
     from hf_rlhf.scoring.lookup import named_rewards, scorer_of, tokenizer_of
-    from hf_rlhf.scoring.server import ScoringQueue, app_of, listening, paths, serve
+    from hf_rlhf.scoring.server import Limits, ScoringQueue, app_of, listening, paths, serve
 
+    if max_total_mib < max_request_mib:
+        raise UserError(
+            f"--max-total-mib must be at least --max-request-mib ({max_request_mib:g}), got {max_total_mib:g}"
+        )
+    limits = Limits(
+        request_bytes=int(max_request_mib * 2**20), total_bytes=int(max_total_mib * 2**20), seconds=client_timeout
+    )
     token = _token(token_env)
     rewards = named_rewards(name, words or ())
     chosen = tokenizer_of(tokenizer)
     with contextlib.ExitStack() as stack:
-        where = stack.enter_context(listening(host, port))
-        scorers = {source[0]: stack.enter_context(scorer_of([source], chosen)) for source in rewards.sources}
-        desk = ScoringQueue(scorers)
-        served = app_of(desk, token=token, max_bytes=int(max_request_mib * 2**20))
+        where = stack.enter_context(listening(host, port, token))
+        scorers = {
+            source[0]: stack.enter_context(scorer_of([source], chosen, concurrency)) for source in rewards.sources
+        }
+        desk = ScoringQueue(scorers, concurrency)
+        served = app_of(desk, token=token, limits=limits)
         url = f"http://{f'[{host}]' if ':' in host else host}:{where.getsockname()[1]}"
         print(f"serving {', '.join(f'{url}{path}' for path in paths(list(scorers)))}", flush=True)
-        if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-            print("warning: whoever can reach this address can use it; --token-env asks for a token", file=sys.stderr)
-        serve(desk, served, where)
+        serve(desk, served, where, limits)
 
 
 def _token(variable: str | None) -> str | None:

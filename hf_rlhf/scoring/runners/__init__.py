@@ -11,14 +11,15 @@ per unit, in order, even if the unit failed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Context
 from hf_rlhf.contract.reward_source import prepare_all
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, never
 
-__all__ = ["Outcome", "Runner", "Unit", "runner_for"]
+__all__ = ["CallResult", "RewardCall", "Runner", "never", "runner_for"]
 
 
 class Runner(Protocol):
@@ -29,8 +30,11 @@ class Runner(Protocol):
     shared: bool
     """True if calls of one source object may overlap, so that its logs cannot be attributed to a single call."""
 
-    def run(self, units: list[RewardCall]) -> list[CallResult]:
-        """Return one result per unit. Raises `RewardError` if the source cannot be run at all."""
+    def run(self, units: list[RewardCall], is_cancelled: Callable[[], bool] = never) -> list[CallResult]:
+        """Return one result per unit; those that are not called before it is cancelled have no answers.
+
+        Raises `RewardError` if the source cannot be run at all. Unless `inline`, several threads may call it at a time.
+        """
 
     def wait(self) -> None:
         """Wait until it can score. Raises `RewardError` if its workers do not start."""
@@ -39,26 +43,26 @@ class Runner(Protocol):
         """Stop all workers."""
 
 
-def runner_for(label: str, source: RewardSource, context: Context | None) -> Runner:
-    """Create the runner that the source's settings select, ready or starting up.
+def runner_for(label: str, source: RewardSource, context: Context | None, requests: int = 1) -> Runner:
+    """Create the runner that the source's settings select for so many requests at a time, ready or starting up.
 
     With `context` it calls the source's `setup`; None means that the source was set up before.
     """
     if source.workers == "processes":
         from hf_rlhf.scoring.runners.process_runner import processes
 
-        return processes(label, source, context)
+        return processes(label, source, context, requests)
     if source.workers == "ray":
         from hf_rlhf.scoring.runners.ray_runner import actors
 
-        return actors(label, source, context)
+        return actors(label, source, context, requests)
     prepare_all(source)
     if context is not None:
         source.setup(context)
     if source.workers == "threads":
         from hf_rlhf.scoring.runners.thread_runner import threads
 
-        return threads(label, source)
+        return threads(label, source, requests)
     if source.asynchronous:
         from hf_rlhf.scoring.runners.asyncio_runner import Awaited
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as Late
 from typing import Any
 
 from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, answered, call, failed, late
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, answered, call, cancelled, failed, late, never
 
 GRACE_S = 0.5
 """Seconds beyond the time limit before a loop blocked by a call is abandoned."""
@@ -23,8 +25,9 @@ class Awaited:
     def __init__(self, label: str, source: RewardSource) -> None:
         self.label, self.source = label, source
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
 
-    def run(self, units: list[RewardCall]) -> list[CallResult]:
+    def run(self, units: list[RewardCall], is_cancelled: Callable[[], bool] = never) -> list[CallResult]:
         """Return one result per unit, in order.
 
         A call that blocks the thread instead of awaiting blocks all others, which are then abandoned with it.
@@ -33,16 +36,15 @@ class Awaited:
             return [call(self.label, self.source, unit) for unit in units]
         limit = self.source.num_workers or len(units) or 1
         outcomes: list[CallResult | None] = [None] * len(units)
-        done = asyncio.run_coroutine_threadsafe(self._all(units, outcomes, limit), self._running_loop())
+        done = asyncio.run_coroutine_threadsafe(self._all(units, outcomes, limit, is_cancelled), self._running_loop())
         seconds = self.source.timeout
-        if seconds is None:
-            done.result()
-        else:
-            try:
-                done.result(seconds * math.ceil(len(units) / limit) + GRACE_S)
-            except Late:
-                done.cancel()
-                self.close()
+        try:
+            done.result(None if seconds is None else seconds * math.ceil(len(units) / limit) + GRACE_S)
+        except CancelledError:  # another run has abandoned the loop
+            pass
+        except Late:
+            done.cancel()
+            self.close()
         held_up = late(seconds or 0.0, ", or another call blocked the event loop")
         return [held_up if outcome is None else outcome for outcome in outcomes]
 
@@ -51,24 +53,32 @@ class Awaited:
 
     def close(self) -> None:
         """Stop the loop, after a call that blocks it."""
-        loop, self._loop = self._loop, None
+        with self._lock:
+            loop, self._loop = self._loop, None
         if loop is not None:
             loop.call_soon_threadsafe(loop.stop)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(
-                target=_serve, args=(self._loop,), name=f"hf_rlhf-reward-{self.label}", daemon=True
-            ).start()
-        return self._loop
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(
+                    target=_serve, args=(self._loop,), name=f"hf_rlhf-reward-{self.label}", daemon=True
+                ).start()
+            return self._loop
 
-    async def _all(self, units: list[RewardCall], outcomes: list[CallResult | None], limit: int) -> None:
+    async def _all(
+        self,
+        units: list[RewardCall],
+        outcomes: list[CallResult | None],
+        limit: int,
+        is_cancelled: Callable[[], bool],
+    ) -> None:
         places = asyncio.Semaphore(limit)
 
         async def one(i: int, unit: RewardCall) -> None:
             async with places:
-                outcomes[i] = await self._one(unit)
+                outcomes[i] = cancelled() if is_cancelled() else await self._one(unit)
 
         await asyncio.gather(*(one(i, unit) for i, unit in enumerate(units)))
 

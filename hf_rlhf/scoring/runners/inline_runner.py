@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, TimeUp, call, late, logged
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, TimeUp, call, cancelled, late, logged, never
 
 REPEAT_S = 1.0
 """Seconds before a call that swallowed the interruption is interrupted again."""
@@ -23,13 +23,19 @@ class Inline:
     def __init__(self, label: str, source: RewardSource) -> None:
         self.label, self.source = label, source
 
-    def run(self, units: list[RewardCall]) -> list[CallResult]:
+    def run(self, units: list[RewardCall], is_cancelled: Callable[[], bool] = never) -> list[CallResult]:
         """Return one result per unit. Only Python's main thread can interrupt a call, on systems with interval timers."""
         seconds = self.source.timeout
         if seconds is None or threading.current_thread() is not threading.main_thread() or not interruptible():
-            return [logged(self.label, self.source, call(self.label, self.source, unit)) for unit in units]
+            return [self._logged(unit, is_cancelled, None) for unit in units]
         with alarms_put_back():
-            return [logged(self.label, self.source, self._timed(unit, seconds)) for unit in units]
+            return [self._logged(unit, is_cancelled, seconds) for unit in units]
+
+    def _logged(self, unit: RewardCall, is_cancelled: Callable[[], bool], seconds: float | None) -> CallResult:
+        if is_cancelled():
+            return cancelled()
+        outcome = call(self.label, self.source, unit) if seconds is None else self._timed(unit, seconds)
+        return logged(self.label, self.source, outcome)
 
     def _timed(self, unit: RewardCall, seconds: float) -> CallResult:
         signal.signal(signal.SIGALRM, _raise)  # for each call: an earlier one may have set its own

@@ -124,8 +124,10 @@ def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
     return pickle.dumps({"path": sys.path, "module": (type(source).__module__, file), "body": body})
 
 
-def processes(label: str, source: RewardSource, context: Context | None) -> WorkerPool:
+def processes(label: str, source: RewardSource, context: Context | None, requests: int = 1) -> WorkerPool:
     """Create a pool of processes."""
     header = json.dumps({"path": sys.path, "memory_mib": source.memory_mib, "timeout": source.timeout}).encode()
     first = [header, packed(label, source, context)]
-    return WorkerPool(label, source, lambda events: Process(events, label, first), count=count_of(source), chunk=CHUNK)
+    return WorkerPool(
+        label, source, lambda events: Process(events, label, first), count=count_of(source, requests), chunk=CHUNK
+    )

@@ -58,7 +58,7 @@ class Actor:
         reference.future().add_done_callback(done)
 
 
-def actors(label: str, source: RewardSource, context: Context | None) -> WorkerPool:
+def actors(label: str, source: RewardSource, context: Context | None, requests: int = 1) -> WorkerPool:
     """Create a pool of actors. Raises `RewardError` if Ray is not installed."""
     try:
         import ray
@@ -69,4 +69,4 @@ def actors(label: str, source: RewardSource, context: Context | None) -> WorkerP
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
     body = packed(label, source, context)
-    return WorkerPool(label, source, lambda events: Actor(events, body), count=count_of(source))
+    return WorkerPool(label, source, lambda events: Actor(events, body), count=count_of(source, requests))

@@ -19,7 +19,7 @@ from hf_rlhf.scoring.answers import Answer, RewardError, as_json, checked, from_
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["", "error", "timeout", "wrong"]
+Kind = Literal["", "error", "timeout", "wrong", "cancelled"]
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,8 @@ class CallResult:
     answers: list[Any] = field(default_factory=list)
     """One answer per row: numbers, Spans or TokenScores, or the final answers as text or None."""
     kind: Kind = ""
-    """Empty for success; error: it raised, or its process died; timeout; wrong: it returned an invalid answer."""
+    """Empty for success; error: it raised, or its process died; timeout; wrong: it returned an invalid
+    answer; cancelled: it was not called."""
     reason: str = ""
     trace: str = ""
     error: BaseException | None = None
@@ -118,6 +119,16 @@ def failed(error: BaseException) -> CallResult:
 def late(seconds: float, why: str = "") -> CallResult:
     """Return the result of a call that exceeded its time limit."""
     return CallResult(kind="timeout", reason=f"took over {seconds:g} s{why}")
+
+
+def never() -> bool:
+    """Return False: nobody cancels."""
+    return False
+
+
+def cancelled() -> CallResult:
+    """Return the result of a call for which nobody waits any more."""
+    return CallResult(kind="cancelled")
 
 
 def logs_of(label: str, source: RewardSource) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:

@@ -38,6 +38,7 @@ class Thread:
             self._events.put((self, outcome))
 
 
-def threads(label: str, source: RewardSource) -> WorkerPool:
+def threads(label: str, source: RewardSource, requests: int = 1) -> WorkerPool:
     """Create a pool of threads."""
-    return WorkerPool(label, source, lambda events: Thread(events, label, source), count=count_of(source), shared=True)
+    count = count_of(source, requests)
+    return WorkerPool(label, source, lambda events: Thread(events, label, source), count=count, shared=True)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from hf_rlhf.contract.reward_source import RewardSource
 from hf_rlhf.scoring.answers import RewardError
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, late
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, cancelled, late, never
 
 START_S = 120.0
 """Seconds for a worker to start."""
@@ -69,12 +69,33 @@ class Worker(Protocol):
         """Kill the worker with its children, if possible; an idle one may close its source first."""
 
 
-def count_of(source: RewardSource) -> int:
-    """Return the number of workers of a source: one if a call gets all rows."""
-    if not source.rowwise:
-        return 1
+def count_of(source: RewardSource, requests: int = 1) -> int:
+    """Return the number of workers of a source: if a call gets all rows, one for each of the requests at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return source.num_workers or (min(32, cores + 4) if source.workers == "threads" else cores)
+    count = source.num_workers or (min(32, cores + 4) if source.workers == "threads" else cores)
+    return count if source.rowwise else min(count, requests)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Units of one `run`, and their results so far."""
+
+    units: list[RewardCall]
+    state: bytes
+    """Pickled state of the source."""
+    is_cancelled: Callable[[], bool]
+    todo: deque[int] = field(init=False)
+    """Units that no worker has."""
+    found: dict[int, CallResult] = field(default_factory=dict)
+    error: RewardError | None = None
+
+    def __post_init__(self) -> None:
+        self.todo = deque(range(len(self.units)))
+
+    @property
+    def is_done(self) -> bool:
+        """Return True if every unit has a result, or the run has failed."""
+        return self.error is not None or len(self.found) == len(self.units)
 
 
 @dataclass
@@ -85,10 +106,15 @@ class WorkerState:
     since: float = field(default_factory=time.monotonic)
     """Time of its start, or of the start of its first unit."""
     units: deque[int] = field(default_factory=deque)
+    batch: Batch | None = None
+    """Batch of its units."""
 
 
 class WorkerPool:
-    """Workers of one source, created by `start(events)`, each with at most `chunk` units at a time."""
+    """Workers of one source, created by `start(events)`, each with at most `chunk` units at a time.
+
+    Threads may call `run` at the same time: one of them handles the events of all until its own units are done.
+    """
 
     inline = False
 
@@ -107,6 +133,8 @@ class WorkerPool:
         self._events: Events = queue.SimpleQueue()
         self._lock, self._failed_starts, self._closed = threading.Lock(), 0, False
         self._workers: dict[Any, WorkerState] = {}
+        self._batches: deque[Batch] = deque()
+        self._turn, self._led = threading.Condition(), False
         try:
             for _ in range(count):
                 self._add()
@@ -114,26 +142,43 @@ class WorkerPool:
             self.close()
             raise
 
-    def run(self, units: list[RewardCall]) -> list[CallResult]:
+    def run(self, units: list[RewardCall], is_cancelled: Callable[[], bool] = never) -> list[CallResult]:
         """Return one result per unit. Raises `RewardError` if workers do not start, or the pool is closed meanwhile."""
-        found: dict[int, CallResult] = {}
-        todo = deque(range(len(units)))
-        state = pickle.dumps(self.source.state_dict())
+        batch = Batch(units, pickle.dumps(self.source.state_dict()), is_cancelled)
+        with self._lock:
+            self._batches.append(batch)
+        self._wake()
         try:
-            while not self._events.empty():  # workers that died, or became ready, since the last run
-                self._handle(*self._events.get(), found, todo)
-            while len(found) < len(units):
-                self._feed(units, todo, state)
-                self._take(found, todo)
+            while self._has_turn(batch):
+                try:
+                    if self._events.empty():
+                        self._feed()
+                    self._take()
+                finally:
+                    with self._turn:
+                        self._led = False
+                        self._turn.notify_all()
         except BaseException:
-            self._replace_busy()
+            self._replace_busy(batch)
             raise
-        return [found[i] for i in range(len(units))]
+        finally:
+            with self._lock:
+                self._batches.remove(batch)
+        if batch.error is not None:
+            raise batch.error
+        return [batch.found[i] for i in range(len(units))]
+
+    def _has_turn(self, batch: Batch) -> bool:
+        """Wait until this thread may handle events, and return True, or until the batch is done."""
+        with self._turn:
+            self._turn.wait_for(lambda: batch.is_done or not self._led)
+            self._led = self._led or not batch.is_done
+            return not batch.is_done
 
     def wait(self) -> None:
         """Wait until a worker is ready. Raises `RewardError` if none starts, or the pool is closed meanwhile."""
         while not any(held.ready for _, held in self._known()):
-            self._take({}, deque())
+            self._take()
 
     def close(self) -> None:
         """Stop all workers, and runs in other threads."""
@@ -164,16 +209,43 @@ class WorkerPool:
                 raise RewardError(f"reward {self.label!r} was closed")
             return list(self._workers.items())
 
-    def _feed(self, units: list[RewardCall], todo: deque[int], state: bytes) -> None:
+    def _feed(self) -> None:
+        """Send units to idle workers, from each batch in turn."""
         workers = self._known()
-        chunk = max(1, min(self._chunk, len(units) // (4 * max(1, len(workers)))))
         for worker, held in workers:
-            if todo and held.ready and not held.units:
-                held.units.extend(todo.popleft() for _ in range(min(chunk, len(todo))))
-                worker.send(state, [units[i] for i in held.units])
+            batch = self._next() if held.ready and not held.units else None
+            if batch is None:
+                continue
+            chunk = max(1, min(self._chunk, len(batch.units) // (4 * len(workers)), len(batch.todo)))
+            held.units.extend(batch.todo.popleft() for _ in range(chunk))
+            held.batch = batch
+            try:
+                worker.send(batch.state, [batch.units[i] for i in held.units])
                 held.since = time.monotonic()
+            except RewardError as error:
+                batch.error = error
+                held.units.clear()
+                self._wake()
 
-    def _take(self, found: dict[int, CallResult], todo: deque[int]) -> None:
+    def _wake(self) -> None:
+        """Let the thread that waits for events look again at what there is to do."""
+        self._events.put((None, READY))
+
+    def _next(self) -> Batch | None:
+        """Return the next batch with units that no worker has."""
+        with self._lock:
+            for _ in range(len(self._batches)):
+                self._batches.rotate(-1)
+                batch = self._batches[-1]
+                if batch.todo and batch.is_cancelled():
+                    batch.found |= dict.fromkeys(batch.todo, cancelled())
+                    batch.todo.clear()
+                    self._wake()
+                if batch.todo and batch.error is None:
+                    return batch
+        return None
+
+    def _take(self) -> None:
         """Wait for the next event or timeout."""
         limits = {worker: self._until(held) for worker, held in self._known()}
         nearest = min(limits.values(), default=0.0)
@@ -183,20 +255,20 @@ class WorkerPool:
         except queue.Empty:
             now = time.monotonic()
             for worker in [worker for worker, limit in limits.items() if limit <= now]:
-                self._lose(worker, late(self.source.timeout or START_S), found, todo)
+                self._lose(worker, late(self.source.timeout or START_S))
             return
-        self._handle(worker, event, found, todo)
+        self._handle(worker, event)
 
-    def _handle(self, worker: Any, event: Event, found: dict[int, CallResult], todo: deque[int]) -> None:
+    def _handle(self, worker: Any, event: Event) -> None:
         held = self._workers.get(worker)
         if held is None:  # a late event of an abandoned worker
             return
         if isinstance(event, WorkerReady):
             held.ready, self._failed_starts, held.since = True, 0, time.monotonic()
         elif isinstance(event, WorkerDied):
-            self._lose(worker, CallResult(kind="error", reason=event.reason), found, todo)
-        elif held.units and isinstance(event, CallResult):
-            found[held.units.popleft()] = event
+            self._lose(worker, CallResult(kind="error", reason=event.reason))
+        elif held.units and held.batch is not None and isinstance(event, CallResult):
+            held.batch.found[held.units.popleft()] = event
             held.since = time.monotonic()
 
     def _until(self, held: WorkerState) -> float:
@@ -204,25 +276,25 @@ class WorkerPool:
             return held.since + START_S
         return held.since + self.source.timeout if held.units and self.source.timeout else float("inf")
 
-    def _lose(self, worker: Any, outcome: CallResult, found: dict[int, CallResult], todo: deque[int]) -> None:
+    def _lose(self, worker: Any, outcome: CallResult) -> None:
         """Stop a worker: its first unit gets this result, the others go to another worker."""
         held = self._remove(worker)
         worker.stop()
         if held is None:
             return
-        if held.units:
-            found[held.units.popleft()] = outcome
-            todo.extendleft(reversed(held.units))
+        if held.units and held.batch is not None:
+            held.batch.found[held.units.popleft()] = outcome
+            held.batch.todo.extendleft(reversed(held.units))
+        self._add()
         if not held.ready:
             self._failed_starts += 1
             if self._failed_starts >= STARTS:
                 reason = outcome.reason if outcome.kind == "error" else f"no response after {START_S:g} s"
                 raise RewardError(f"reward {self.label!r}: its workers ({self.source.workers}) do not start: {reason}")
-        self._add()
 
-    def _replace_busy(self) -> None:
+    def _replace_busy(self, batch: Batch) -> None:
         with self._lock:
-            busy = [worker for worker, held in self._workers.items() if held.units]
+            busy = [worker for worker, held in self._workers.items() if held.units and held.batch is batch]
         for worker in busy:
             self._remove(worker)
             worker.stop()
