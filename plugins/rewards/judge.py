@@ -6,7 +6,8 @@ a score of 0.
 
 from __future__ import annotations
 
-import re
+import asyncio
+import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,18 @@ from hf_rlhf.batch import Rollouts
 from ._http import HttpError, HttpReward, check_url, shown, together
 from ._judge.cache import Replies, Turns
 from ._judge.costs import Costs
-from ._judge.reply import SCORE, UnreadableError, content_of, default_template, filled, finite_range, number_in, places
+from ._judge.reply import (
+    SCORE,
+    UnreadableError,
+    content_of,
+    default_template,
+    filled,
+    finite_range,
+    marked,
+    number_in,
+    places,
+)
+from ._patterns import compiled
 
 OWN = frozenset({"model", "messages", "temperature", "max_tokens", "seed", "stream", "n"})
 """Request fields that settings fill, or that would change the kind of reply."""
@@ -44,11 +56,14 @@ class Judge(HttpReward):
     """Name of the judge model on that server."""
     template: str | None = None
     """The judge's prompt, with placeholders {prompt}, {completion}, {minimum}, {maximum} and {any dataset column}; None: a
-    rubric of correctness, instruction following and clarity. Chat prompts are written as `role: content`."""
+    rubric of correctness, instruction following and clarity. Chat prompts are written as `role: content`. {completion}
+    is put between marks with a random number of each request, which no completion can forge; a template with {boundary},
+    that number, writes its own marks."""
     system: str | None = None
     """System message before the prompt."""
     pattern: str | None = None
-    """Regular expression whose first group is the grade; its last match counts. None: `Score: 7` and similar."""
+    """Regular expression whose first group is the grade; its last match counts. None: `Score: 7` and similar. A reply in
+    which matching takes over a second is an error of its row."""
     json_field: str | None = None
     """Instead of `pattern`: the field of the reply's JSON object with the grade; `grades.overall` for a nested one."""
     minimum: float = 0.0
@@ -83,8 +98,8 @@ class Judge(HttpReward):
             raise ValueError(
                 f"extra must not contain {', '.join(mine)}. Use the settings of these names, if there are any"
             )
-        self._template = default_template(self.json_field) if self.template is None else self.template
-        self._pattern = SCORE if self.pattern is None else re.compile(self.pattern)
+        self._template = marked(default_template(self.json_field) if self.template is None else self.template)
+        self._pattern = SCORE if self.pattern is None else self.pattern
         self._server = self._endpoint(f"{self.base_url.rstrip('/')}/chat/completions", self.requests_per_minute)
         self._replies = None if self.cache is None else Replies(self.cache)
         self._turns = Turns()
@@ -93,11 +108,7 @@ class Judge(HttpReward):
     def _check_reading(self) -> None:
         if self.pattern is not None and self.json_field is not None:
             raise ValueError("only one of pattern and json_field may be set, got both. Remove one")
-        try:
-            groups = re.compile(self.pattern or "()").groups
-        except re.error as error:
-            raise ValueError(f"pattern must be a regular expression, got {self.pattern!r}: {error}") from error
-        if not groups:
+        if not compiled("pattern", self.pattern or "()").groups:
             raise ValueError(f"pattern must have a group, got {self.pattern!r}. Put the grade in parentheses")
         if not finite_range(self.minimum, self.maximum):
             raise ValueError(f"maximum must be above minimum={self.minimum:g}, got {self.maximum:g}")
@@ -105,7 +116,7 @@ class Judge(HttpReward):
             raise ValueError("template must contain {completion}, the text to grade")
 
     def columns(self) -> set[str]:
-        return places(self._template) - {"prompt", "completion", "minimum", "maximum"}
+        return places(self._template) - {"prompt", "completion", "minimum", "maximum", "boundary"}
 
     def close(self) -> None:
         if self._replies is not None:
@@ -130,13 +141,15 @@ class Judge(HttpReward):
         if any(value is None for value in values.values()):
             return None
         values |= {"prompt": rollouts.prompts[row], "completion": rollouts.completions[row]}
-        request = self._request(filled(self._template, {**values, "minimum": self.minimum, "maximum": self.maximum}))
+        values |= {"minimum": self.minimum, "maximum": self.maximum}
+        request = self._request(filled(self._template, {**values, "boundary": secrets.token_hex(16)}))
         if self._replies is None:
             return (await self._ask(request, headers))[0]
-        key = self._replies.key(self.base_url, request)
+        # equal but for the boundary
+        key = self._replies.key(self.base_url, self._request(filled(self._template, {**values, "boundary": ""})))
         async with self._turns.of(key):  # equal rows of a batch wait for the first one's reply
             known = self._replies.find(key)
-            score = None if known is None else self._known(known)
+            score = None if known is None else await self._known(known)
             if score is None:
                 score, reply = await self._ask(request, headers)
                 self._replies.keep(key, request, reply)
@@ -148,10 +161,10 @@ class Judge(HttpReward):
         given = {name: value for name, value in sampling.items() if value is not None}
         return {"model": self.model, "messages": [*messages, {"role": "user", "content": text}], **given, **self.extra}
 
-    def _known(self, reply: str) -> float | None:
+    async def _known(self, reply: str) -> float | None:
         """Return the score in a cached reply; None if these settings cannot read it, so that it is requested again."""
         try:
-            score = self._score(reply)
+            score = await self._score(reply)
         except UnreadableError:
             return None
         self._costs.found()
@@ -166,15 +179,16 @@ class Judge(HttpReward):
             raise HttpError(f"{self._server.url}: {error}: {shown(str(data))}") from error
         self._costs.paid(data.get("usage"))
         try:
-            return self._score(reply), reply
+            return await self._score(reply), reply
         except UnreadableError as error:
             why = ", truncated at max_tokens," if cut else ""
             raise UnreadableError(
                 f"{self.model} at {self._server.url} gave no score: {error}; its reply{why} ends {reply[-200:]!r}"
             ) from None
 
-    def _score(self, reply: str) -> float:
-        return number_in(reply, self._pattern, self.json_field, self.minimum, self.maximum)
+    async def _score(self, reply: str) -> float:
+        # in a thread, as a pattern may take its time and other rows wait for their replies
+        return await asyncio.to_thread(number_in, reply, self._pattern, self.json_field, self.minimum, self.maximum)
 
 
 @hookimpl

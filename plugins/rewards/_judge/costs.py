@@ -17,7 +17,7 @@ class Costs:
     def paid(self, usage: Any) -> None:
         """Count a requested row with the server's `usage`; 0 tokens if the server reports none."""
         usage = usage if isinstance(usage, dict) else {}
-        self._count(0.0, float(usage.get("prompt_tokens") or 0), float(usage.get("completion_tokens") or 0))
+        self._count(0.0, *(_tokens(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")))
 
     def found(self) -> None:
         """Count a row whose reply was cached."""
@@ -43,3 +43,8 @@ class Costs:
             self._rows.setdefault(name, []).append(number)
         self.totals["tokens_total"] += sum(tokens)
         self.totals["cost_total"] += cost
+
+
+def _tokens(reported: Any) -> float:
+    """Return a number of tokens; 0 for what is none."""
+    return float(reported) if isinstance(reported, int | float) and 0 <= reported < 1e12 else 0.0
