@@ -46,7 +46,7 @@ STOPPING = RequestError(503, "the server is stopping. Try again later")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What clients may ask of the server."""
+    """Limits of what clients send, and of the time they take."""
 
     request_bytes: int = 64 << 20
     """Largest body of a request."""
@@ -72,6 +72,10 @@ class ScoringQueue:
         self._stopping = False
         for i in range(concurrency if any(not scorer.inline for scorer in scorers.values()) else 0):
             threading.Thread(target=_work, args=(self._others,), name=f"hf_rlhf-serve-{i}", daemon=True).start()
+
+    def concurrency_of(self, label: str) -> int:
+        """Return the number of requests that a source scores at a time."""
+        return 1 if self.scorers[label].inline else self.concurrency
 
     def hand_in(self, label: str, rollouts: Rollouts) -> _Job:
         """Enqueue rows for the source `label` and return the job, whose `result` is in the future."""
@@ -141,9 +145,10 @@ def app_of(desk: ScoringQueue, *, token: str | None = None, limits: Limits | Non
 
     async def health(request: Request) -> Response:
         checked(request)
-        listed = {label: {"use": s.name, "columns": sorted(columns_of(s))} for label, s in sources.items()}
-        for label, scorer in desk.scorers.items():
-            listed[label]["concurrency"] = 1 if scorer.inline else desk.concurrency
+        listed = {
+            label: {"use": s.name, "columns": sorted(columns_of(s)), "concurrency": desk.concurrency_of(label)}
+            for label, s in sources.items()
+        }
         return JSONResponse({"version": VERSION, "sources": listed})
 
     async def score(request: Request) -> Response:
@@ -218,9 +223,11 @@ async def _scored(job: _Job, request: Request) -> SourceResult:
     from starlette.requests import ClientDisconnect
 
     scored = asyncio.wrap_future(job.result)
-    left = asyncio.ensure_future(request.receive())  # after the body, there is nothing else to receive
+    left: asyncio.Future[Any] = asyncio.ensure_future(
+        request.receive()
+    )  # after the body, there is nothing else to receive
     try:
-        await asyncio.wait({scored, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([scored, left], return_when=asyncio.FIRST_COMPLETED)
         if not scored.done():
             raise ClientDisconnect
         return scored.result()

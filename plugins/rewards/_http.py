@@ -198,7 +198,7 @@ class Endpoint:
 
         await asyncio.sleep(self._until_turn())
         given = {"Content-Type": "application/json", "Accept": "application/json", **headers}
-        sent = {name: value.encode("utf-8", "surrogateescape") for name, value in given.items()}
+        sent = {name.encode(): value.encode("utf-8", "surrogateescape") for name, value in given.items()}
         async with session.slots:
             try:
                 async with (

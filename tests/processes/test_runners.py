@@ -337,7 +337,7 @@ def test_what_a_function_imports_is_outside_its_time_limit_also_after_a_respawn(
             pool = scorer._runners["mine"]
             (worker,) = pool._workers
             worker._process.kill()
-            until(lambda: not pool._events.empty())
+            until(lambda: not pool._events.empty(), 10)
             assert not scorer.ask(rollouts(texts_of(3)))["mine"].failures
 
 
@@ -396,7 +396,8 @@ def test_a_plugin_of_a_file_runs_in_processes(tmp_path):
 
 def test_a_function_that_is_not_there_says_so_from_its_process():
     source = load_plugin("rewards", "function", function="nowhere.py:nothing", workers="processes", num_workers=1)
-    assert "no such file" in asked(source, ["a"]).failures[0].reason
+    with pytest.raises(RewardError, match=r"its workers \(processes\) do not start: .*no such file"):
+        asked(source, ["a"])
 
 
 def test_a_source_that_cannot_be_made_in_a_process_says_why():
