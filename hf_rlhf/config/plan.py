@@ -36,19 +36,33 @@ def make_plan(
     rows_per_micro_batch: int | None = None,
     lora: bool = False,
     policy_state: bool = True,
+    config: Any = None,
 ) -> Plan:
     """Return the plan of `algorithm` on `processes` processes.
 
-    `manifest` lists each plugin with its package; `policy_state`: the optimizer keeps state of the policy's parameters.
+    `manifest` lists each plugin with its package; `policy_state`: the optimizer keeps state of the policy's parameters;
+    `config`: the policy's configuration, if it is known.
     """
     plan = Plan(plugins=manifest)
     _models(plan, algorithm, lora, policy_state)
     _forwards(plan, algorithm)
     plan.remarks += _second_model(algorithm) if lora else []
-    for path, plugin in algorithm.plugins():
-        plan.remarks += [f"{path}={plugin.name}: {remark}" for remark in plugin.remarks(algorithm)]
+    plan.remarks += plugin_remarks(algorithm)
+    if config is not None:
+        plan.remarks += [
+            f"{path}={plugin.name}: {remark}"
+            for path, plugin in algorithm.plugins()
+            for remark in plugin.model_remarks(config)
+        ]
     plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)
     return plan
+
+
+def plugin_remarks(algorithm: Algorithm) -> list[str]:
+    """Return the remarks of all plugins, each after its path and name."""
+    return [
+        f"{path}={plugin.name}: {remark}" for path, plugin in algorithm.plugins() for remark in plugin.remarks(algorithm)
+    ]
 
 
 def memory_rows(plan: Plan) -> list[str]:

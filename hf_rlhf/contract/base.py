@@ -13,6 +13,8 @@ from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.metric import Metric
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from hf_rlhf.contract.algorithm_view import Algorithm
 
 Positive = Annotated[float, Gt(0)]
@@ -44,6 +46,10 @@ class Plugin:
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield notes for the plan, such as settings that have no effect in `algorithm`."""
+        return ()
+
+    def model_remarks(self, config: PreTrainedConfig) -> Iterable[str]:
+        """Yield notes for the plan on a policy with this configuration, which is read without loading the model."""
         return ()
 
     def setup(self, context: Context) -> None:

@@ -42,6 +42,11 @@ class Policy:
     """`RUN_ID:step`, followed by `:ema` while `model` holds the moving average; empty outside a run. It changes whenever what
     `model` computes may have changed: an optimizer step, a loaded checkpoint, an evaluation of the average."""
 
+    @property
+    def pad_token_id(self) -> int:
+        """The id with which rows are padded; padding is masked, so that the padding token needs no embedding."""
+        return pad_token_id(self.tokenizer, self.model)
+
     @contextmanager
     def averaged(self, average: PolicyEMA) -> Iterator[None]:
         """Hold the moving average in place of the weights of `model`, under a version of its own."""
@@ -51,6 +56,13 @@ class Policy:
                 yield
         finally:
             self.version = version
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
+    """Return the id of the padding token, or of the end-of-sequence token if the model has no embedding for the former."""
+    pad: Any = tokenizer.pad_token_id
+    end: Any = tokenizer.eos_token_id
+    return pad if pad < len(model.get_input_embeddings().weight) else end
 
 
 class ActorCritic(nn.Module):

@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 
 from hf_rlhf.axes import Context, Plugin
 from hf_rlhf.config.algorithm import Algorithm
-from hf_rlhf.config.plan import Plan, make_plan
+from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
 from hf_rlhf.config.training_arguments import (
@@ -43,6 +44,14 @@ from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.scorer import Scorer
+from hf_rlhf.training.model_checks import (
+    check_causal,
+    check_trained,
+    check_vocabulary,
+    dtype_problems,
+    dtype_remarks,
+    known_model,
+)
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
 
 if TYPE_CHECKING:
@@ -104,6 +113,8 @@ class RunComponents:
         if critic is not None and not self.sections["model"].dropout:
             zero_dropout(critic)
         actor_critic = ActorCritic(model, critic, a.rollout.temperature).to(args.device)
+        check_trained(actor_critic, "policy and critic" if critic is not None else "the policy")
+        check_causal(model)
         if "ref_logps" not in a.needs:
             return actor_critic, None
         own = a.reference.build(model)
@@ -116,8 +127,11 @@ class RunComponents:
         wants = "sampler_logps" in self.algorithm.needs or self.algorithm.samples_old_logps
         return Policy(model=model, tokenizer=self.tokenizer, device=args.device, wants_logps=wants)
 
-    def set_up(self, model: Any, args: TrainingArguments) -> Scorer:
-        """Call `setup` of every plugin, and start reward sources in their workers."""
+    def set_up(self, model: Any, args: TrainingArguments, autocast: AbstractContextManager[None]) -> Scorer:
+        """Call `setup` of every plugin, that of the rollout engine in `autocast`, and start reward sources in their workers.
+
+        Remarks that a plugin adds after its setup go into the plan.
+        """
         context = Context(
             device=args.device,
             tokenizer=self.tokenizer,
@@ -127,7 +141,11 @@ class RunComponents:
             num_processes=args.world_size,
         )
         for plugin in _others(self.algorithm):
-            plugin.setup(context)
+            with autocast if plugin is self.algorithm.rollout else nullcontext():
+                plugin.setup(context)
+        known = self.plan.remarks
+        known += [remark for remark in plugin_remarks(self.algorithm) if remark not in known]
+        self.record["plan"]["remarks"] = list(known)
         return Scorer(list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)), context)
 
 
@@ -179,7 +197,8 @@ def setup_run(
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
     named = None if isinstance(recipe, Algorithm) else recipe
-    plan, record = describe(chosen, sections, args, lora, _misfits(model, model_settings, peft_config), named)
+    known = known_model(model_settings, model, trust_remote_code)
+    plan, record = describe(chosen, sections, args, lora, _misfits(model, model_settings, peft_config), named, known)
     record["run"] = resumable_settings(args, sections, peft_config)
     record["name"], record["recipe"] = (None, None) if named is None else (named.name, _as_run(named, model, args))
     several = evaluation if isinstance(evaluation, dict) else None
@@ -192,6 +211,7 @@ def setup_run(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer
     )
     model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
+    check_vocabulary(tokenizer, model)
     room = _room(model, chosen)
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
@@ -216,7 +236,8 @@ def setup_run(
 def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:
     """Return the plan of a recipe without loading a model. Raises `ValueError` with every reason for refusal."""
     algorithm = recipe.algorithm()
-    plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, (), recipe)
+    known = known_model(recipe.model)
+    plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, (), recipe, known)
     if recipe.dataset.path is not None:
         _check_dataset(algorithm, recipe.dataset)
     return plan
@@ -314,14 +335,16 @@ def describe(
     lora: bool,
     refused: Iterable[str] = (),
     recipe: Recipe | None = None,
+    known: tuple[Any, str | None] = (None, None),
 ) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan and the record of a run. `lora`: an adapter is trained.
+    """Return the plan and the record of a run. `lora`: an adapter is trained. `known`: what `known_model` returned.
 
     Raises `ArgumentError` for refused arguments, and `AlgorithmError` with every other reason for refusal at once, those in
     `refused` included.
     """
     check_arguments(args)
-    problems = [*algorithm.problems(), *section_problems(algorithm, sections, lora), *refused]
+    config, dtype = known
+    problems = [*algorithm.problems(), *section_problems(algorithm, sections, lora), *dtype_problems(dtype, lora), *refused]
     problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
     problems += offload_problems(algorithm, args)
     if not lora:
@@ -334,9 +357,10 @@ def describe(
     if problems:
         raise AlgorithmError("this combination is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
     manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])
-    known = {"lora": lora, "policy_state": policy_state(algorithm, args)}
+    of_run = {"lora": lora, "policy_state": policy_state(algorithm, args), "config": config}
     rows = args.per_device_train_batch_size
-    plan = make_plan(algorithm, manifest, processes=args.world_size, rows_per_micro_batch=rows, **known)
+    plan = make_plan(algorithm, manifest, processes=args.world_size, rows_per_micro_batch=rows, **of_run)
+    plan.remarks += dtype_remarks(dtype, lora, args, config)
     plan.remarks += [*offload_remarks(algorithm, args), *([] if recipe is None else recipe_remarks(recipe, args))]
     record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
     return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back

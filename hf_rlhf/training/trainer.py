@@ -125,7 +125,7 @@ class RLHFTrainer(SavingTrainer):
     def _collector(self, reference: ReferencePolicy | None) -> Collector:
         """Build the collector of rollouts, and set up every plugin."""
         policy = self.parts.policy(self.model, self.args)
-        pad, rows = policy.tokenizer.pad_token_id, self.args.per_device_train_batch_size
+        pad, rows = policy.pad_token_id, self.args.per_device_train_batch_size
         forwards = Forwards(
             algorithm=self.algorithm,
             actor_critic=self.actor_critic,
@@ -134,7 +134,7 @@ class RLHFTrainer(SavingTrainer):
             batching=Batching.of(self.algorithm, self.model, pad, rows),
             phases=self.phases,
         )
-        scorer = self.parts.set_up(self.model, self.args)
+        scorer = self.parts.set_up(self.model, self.args, self.accelerator.autocast())
         self._scorer_finalizer = weakref.finalize(self, scorer.close)
         return Collector(
             algorithm=self.algorithm,

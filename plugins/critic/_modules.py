@@ -157,4 +157,4 @@ def _width(trunk: Any) -> int:
 
 
 def _trainable(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_floating_point else torch.float32
+    return dtype if dtype.is_floating_point and dtype != torch.float16 else torch.float32

@@ -1,4 +1,4 @@
-"""Validation of rollout settings, and the settings and models that the decode loop supports."""
+"""Validation of rollout settings, and why `model.generate` decodes in place of the decode loop."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
-from hf_rlhf.axes import at_least_float32, attention_refusal
+from hf_rlhf.axes import attention_refusal
 
-from ._decoding import CHECK, Decoder
+from ._trials import try_loop
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +105,13 @@ _FOUND: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 def unserved(model: Any, device: torch.device, longest: int) -> str | None:
     """Return why the decode loop does not support this model with rows of up to `longest` tokens, or None if it does.
 
-    Each model is tested once: the logits of four rows of six fixed tokens are compared with a plain forward.
+    Each model is tested once (see `try_loop`).
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (limit := _stretches_beyond(inner.config)) is not None and longest > limit:
         return f"its rotary embedding depends on the longest row of a batch beyond {limit} tokens"
     if inner not in _FOUND:
-        _FOUND[inner] = attention_refusal(model) or _mismatch(model, device)
+        _FOUND[inner] = attention_refusal(model) or try_loop(model, device)
     return _FOUND[inner]
 
 
@@ -126,45 +125,3 @@ def _stretches_beyond(config: Any) -> int | None:
         if x.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(limits, default=None)
-
-
-def _mismatch(model: Any, device: torch.device) -> str | None:
-    """Describe a mismatch of the decode loop's logits, or return None."""
-    words = len(model.get_input_embeddings().weight)
-    prompts, steps = [[(5 + 3 * i) % words for i in range(7)], [(8 + 5 * i) % words for i in range(4)]], CHECK + 2
-    told = torch.tensor([[(11 + 7 * i + 5 * row) % words for i in range(steps)] for row in range(4)], device=device)
-    end = int(told[1, CHECK - 1])
-    found: dict[tuple[int, int], Tensor] = {}
-
-    def sampler(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, None]:
-        for i, row in enumerate(rows.tolist()):
-            found[row, step] = logits[i].clone()
-        return told[rows, step], None
-
-    try:
-        Decoder(model=model, eos=[end], steps=steps, device=device)(prompts, 2, sampler)
-        errors = [_error(model, prompts[row // 2], told[row], row, found) for row in range(4)]
-    except Exception as error:
-        return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
-    bound, half = _bound(model, device)
-    off = float(torch.cat(errors).median() if half else torch.cat(errors).max())
-    return None if off <= bound else f"its logits differ from those of a plain forward by {off:.2g} of their spread"
-
-
-def _bound(model: Any, device: torch.device) -> tuple[float, bool]:
-    """Return the tolerance for rounding errors in logits, and True for half precision, where outliers may exceed it."""
-    narrow = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-    if narrow or torch.is_autocast_enabled(device.type):
-        return 0.1, True
-    return 1e-3 if torch.get_float32_matmul_precision() == "highest" else 1e-2, False
-
-
-@torch.no_grad()
-def _error(model: Any, prompt: list[int], told: Tensor, row: int, found: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Return the difference (steps,) of the loop's logits from the plain forward's, relative to the latter's spread."""
-    ids = torch.cat((torch.tensor(prompt, device=told.device), told)).unsqueeze(0)
-    plain = at_least_float32(model(input_ids=ids, use_cache=False).logits[0])
-    steps = sorted(step for at, step in found if at == row)
-    due = plain[[len(prompt) - 1 + step for step in steps]]
-    off = torch.stack([found[row, step] for step in steps]) - due
-    return off.norm(dim=1) / (due - due.mean(1, keepdim=True)).norm(dim=1).clamp(min=1e-30)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,43 @@ class Generated:
     """False for truncated rows."""
     logps: list[list[float]] | None
 
+    @classmethod
+    def join(cls, parts: Sequence[Generated]) -> Generated:
+        """Return the rows of all parts."""
+        known = [part.logps for part in parts if part.logps is not None]
+        return cls(
+            ids=[row for part in parts for row in part.ids],
+            stopped=[end for part in parts for end in part.stopped],
+            logps=[row for logps in known for row in logps] if known else None,
+        )
+
+    def select(self, rows: Sequence[int]) -> Generated:
+        """Return some rows, in this order."""
+        return Generated(
+            ids=[self.ids[i] for i in rows],
+            stopped=[self.stopped[i] for i in rows],
+            logps=None if self.logps is None else [self.logps[i] for i in rows],
+        )
+
+
+def by_length(
+    sample: Callable[[Sequence[Sequence[int]]], Generated], prompts: Sequence[Sequence[int]], group: int
+) -> Generated:
+    """Sample prompts of equal length together, shortest first, and return `group` rows per prompt in the order of the prompts.
+
+    Each length has a seed of its own, so that its rows do not depend on which other lengths there are.
+    """
+    lengths = [len(ids) for ids in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])  # stable
+    seed = int(torch.randint(2**62, ()))
+    parts = []
+    for length in sorted(set(lengths)):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed + length)
+            parts.append(sample([prompts[i] for i in order if lengths[i] == length]))
+    places = {i: place for place, i in enumerate(order)}
+    return Generated.join(parts).select([places[i] * group + k for i in range(len(prompts)) for k in range(group)])
+
 
 @dataclass(kw_only=True)
 class Generator:
@@ -39,7 +76,7 @@ class Generator:
 
         Log-probs are of the full distribution at the temperature, before any truncation or penalty; greedy rows have none.
         """
-        model, device, pad = self.policy.model, self.policy.device, self.policy.tokenizer.pad_token_id
+        model, device, pad = self.policy.model, self.policy.device, self.policy.pad_token_id
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
         attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -57,7 +94,7 @@ class Generator:
         ends = _Ends(self.stop_strings, self.policy.tokenizer) if self.stop_strings else None
         with ExitStack() as stack:
             wanted = sampled and self.policy.wants_logps
-            recorder = stack.enter_context(_recording(model, temperature)) if wanted else None
+            recorder = _Recorder(temperature, stack.enter_context(last_logits(model))) if wanted else None
             stack.enter_context(_alone(model))
             rows = model.generate(
                 input_ids=ids,
@@ -110,18 +147,17 @@ class _Ends(StoppingCriteria):
 class _Recorder(LogitsProcessor):
     """Logits processor that changes nothing and records the log-prob of each sampled token.
 
-    `raw` are the model's logits (rows, V) of the next token, which is the last of `input_ids` in the following call.
+    `raw` holds the model's logits (rows, V) of the next token, which is the last of `input_ids` in the following call.
     """
 
-    def __init__(self, temperature: float):
-        self._temperature = temperature
+    def __init__(self, temperature: float, raw: list[Tensor]):
+        self._temperature, self._raw = temperature, raw
         self._drawn: list[Tensor] = []
         self._last: Tensor | None = None
-        self.raw: Tensor
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._note(input_ids)
-        self._last = at_least_float32(self.raw) / self._temperature
+        self._last = at_least_float32(self._raw[-1]) / self._temperature
         return scores
 
     def finish(self, rows: Tensor) -> Tensor:
@@ -135,15 +171,16 @@ class _Recorder(LogitsProcessor):
 
 
 @contextmanager
-def _recording(model: Any, temperature: float) -> Iterator[_Recorder]:
-    recorder = _Recorder(temperature)
+def last_logits(model: Any) -> Iterator[list[Tensor]]:
+    """Yield a list that holds the logits (rows, V) at the last position of the model's latest forward."""
+    latest: list[Tensor] = []
 
     def note(module: Any, args: Any, out: Any) -> None:
-        recorder.raw = out.logits[:, -1]
+        latest[:] = [out.logits[:, -1]]
 
     handle = _inner(model).register_forward_hook(note)
     try:
-        yield recorder
+        yield latest
     finally:
         handle.remove()
 

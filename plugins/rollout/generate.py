@@ -3,7 +3,8 @@
 Each distinct prompt is prefilled once and its completions share its keys and values; finished rows leave the batch; each
 token is sampled by a uniform number that depends on its row and step alone. If a setting or the architecture requires it
 (stop strings, logits processors, arguments of `generate`, recurrent layers), transformers' `model.generate` samples
-instead, which is logged once.
+instead, which is logged once. Both are tried against a plain forward. A model on which padding leaves traces (a recurrent
+state, positions that are counted from the first column) gets prompts of one length at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Interval
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from hf_rlhf.batch import Prompt
 
     from ._sampling import Sampler
+
+Row = TypeVar("Row")
 
 
 @dataclass(kw_only=True)
@@ -55,6 +58,9 @@ class Generate(RolloutEngine):
     """Logits processors of transformers, as `package.module:Class`, created without arguments. A recipe's code is run."""
     decode_dtype: Literal["same", "bfloat16"] = "same"
     """Dtype of the weights for decoding. "bfloat16" copies them once per rollout and frees the copy after it."""
+
+    def __post_init__(self) -> None:
+        self._found = ""
 
     @property
     def exact_logps(self) -> bool:
@@ -90,16 +96,36 @@ class Generate(RolloutEngine):
                 )
         if self.stop_strings:
             yield "stop_strings needs model.generate for decoding, which is slower"
+        if self._found:
+            yield self._found
         if not self.exact_logps:
             yield (
                 f"decode_dtype={self.decode_dtype} samples from a rounded policy; rollout_correction weights the rows by the "
                 "ratio of the policies"
             )
 
+    def model_remarks(self, config: Any) -> Iterable[str]:
+        """Yield how `model.generate` is known to sample from this architecture, which the decode loop does not support."""
+        from ._architectures import EQUAL_LENGTHS, REFUSED, WITHOUT_CACHE
+
+        kind, cache = config.model_type, self.generation_kwargs.get("use_cache", True)
+        if kind in REFUSED or (kind in WITHOUT_CACHE and cache):
+            fix = "set rollout.generation_kwargs={use_cache: false}, or " if kind in WITHOUT_CACHE else ""
+            yield f"model.generate does not sample from models of type {kind}, so they are refused: {fix}choose another model"
+        elif kind in EQUAL_LENGTHS or kind in WITHOUT_CACHE:
+            yield self._one_length_at_a_time()
+
     def setup(self, context: Context) -> None:
+        """Try the model, so that one that cannot be sampled from is refused before the first rollout."""
         from ._checks import load_processors
 
         load_processors(self.logits_processors)
+        if context.policy is not None and context.tokenizer is not None:
+            from hf_rlhf.axes import Policy
+
+            policy = Policy(model=context.policy, tokenizer=context.tokenizer, device=context.device)
+            if self._needs_generate(policy, self.max_new_tokens) and self._equal_lengths(policy):
+                self._found = self._one_length_at_a_time()
 
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
@@ -112,13 +138,15 @@ class Generate(RolloutEngine):
         import torch
 
         temperature = self.temperature if temperature is None else temperature
-        slow = self._needs_generate(policy, prompts)
+        slow = self._needs_generate(policy, max(len(prompt.ids) for prompt in prompts) + self.max_new_tokens)
+        equal_lengths = slow and self._equal_lengths(policy)
         if self.decode_dtype != "same":
             from ._decoding import copy_of
 
             policy = replace(policy, model=copy_of(policy.model, getattr(torch, self.decode_dtype)))
-        run = self._generate if slow else self._decode
-        return run(policy, prompts, num_generations, temperature)
+        if not slow:
+            return self._decode(policy, prompts, num_generations, temperature)
+        return self._generate(policy, prompts, num_generations, temperature, equal_lengths)
 
     def sampler(
         self,
@@ -183,11 +211,16 @@ class Generate(RolloutEngine):
         )
 
     def _generate(
-        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        temperature: float,
+        equal_lengths: bool = False,
     ) -> Completions:
         """Sample with `model.generate`."""
         from ._checks import load_processors
-        from ._generating import Generator
+        from ._generating import Generated, Generator, by_length
 
         cuts = {"temperature": temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         generate = Generator(
@@ -199,37 +232,55 @@ class Generate(RolloutEngine):
             stop_strings=self.stop_strings,
             processors=load_processors(self.logits_processors),
         )
-        ids: list[list[int]] = []
-        stopped: list[bool] = []
-        logps: list[list[float]] = []
-        for _, part in self._parts(prompts, num_generations):
-            found = generate([prompt.ids for prompt in part], num_generations, temperature)
-            ids += found.ids
-            stopped += found.stopped
-            logps += found.logps or []
+
+        def sample(rows: Sequence[Sequence[int]]) -> Generated:
+            parts = self._parts(rows, num_generations)
+            return Generated.join([generate(part, num_generations, temperature) for _, part in parts])
+
+        ids = [prompt.ids for prompt in prompts]
+        found = by_length(sample, ids, num_generations) if equal_lengths else sample(ids)
         return Completions(
-            ids=ids, finish_reasons=["stop" if end else "length" for end in stopped], logps=logps or None
+            ids=found.ids,
+            finish_reasons=["stop" if end else "length" for end in found.stopped],
+            logps=found.logps,
         )
 
-    def _parts(self, prompts: Sequence[Prompt], group: int) -> Iterable[tuple[int, Sequence[Prompt]]]:
+    def _parts(self, prompts: Sequence[Row], group: int) -> Iterable[tuple[int, Sequence[Row]]]:
         """Yield prompts whose rows are decoded together, with the number of prompts before them."""
         size = max(1, (self.max_rows or len(prompts) * group) // group)
         for start in range(0, len(prompts), size):
             yield start, prompts[start : start + size]
 
-    def _needs_generate(self, policy: Policy, prompts: Sequence[Prompt]) -> bool:
-        """Return True if `model.generate` is required, and log why."""
+    def _needs_generate(self, policy: Policy, longest: int) -> bool:
+        """Return True if `model.generate` is required for rows of up to `longest` tokens, and log why."""
         from ._checks import say_once, unserved
 
         for setting in ("stop_strings", "logits_processors", "generation_kwargs"):
             if getattr(self, setting):
                 say_once(logging.INFO, f"{setting} is set")
                 return True
-        longest = max(len(prompt.ids) for prompt in prompts) + self.max_new_tokens
         reason = unserved(policy.model, policy.device, longest)
         if reason is not None:
             say_once(logging.WARNING, f"the decode loop does not support {type(policy.model).__name__}: {reason}")
         return reason is not None
+
+    def _equal_lengths(self, policy: Policy) -> bool:
+        """Return True if prompts have to be decoded one length at a time, and log why. Raises `ValueError` for a model from which
+        `model.generate` does not sample."""
+        from ._checks import say_once
+        from ._trials import try_generate
+
+        found = try_generate(policy, self.generation_kwargs)
+        if found.equal_lengths:
+            padding = f"where {type(policy.model).__name__} is padded on the left {found.what}"
+            say_once(logging.WARNING, f"{padding}: {self._one_length_at_a_time()}")
+        return found.equal_lengths
+
+    def _one_length_at_a_time(self) -> str:
+        return (
+            "prompts of equal length are decoded together, one length after the other, since padding would change what the model "
+            f"samples: the {self.prompts} prompts of a rollout take up to {self.prompts} times as long as one batch"
+        )
 
     def _eos(self, policy: Policy) -> set[int]:
         own = policy.model.generation_config.eos_token_id

@@ -17,6 +17,15 @@ from hf_rlhf.data.model_loading import load_tokenizer
 from hf_rlhf.data.offline_rows import encode, longest, read_rows
 from hf_rlhf.data.quantization import model_problems
 from hf_rlhf.registry.host import get_host
+from hf_rlhf.training.model_checks import (
+    check_causal,
+    check_trained,
+    check_vocabulary,
+    dtype_problems,
+    dtype_remarks,
+    embed_padding,
+    known_model,
+)
 from hf_rlhf.training.offline.model import context_of, load_with_head
 from hf_rlhf.training.offline.trainer_mixin import OfflineRun, complete, factory
 from hf_rlhf.training.setup import versions
@@ -46,13 +55,15 @@ NOT_HELD_OUT = "evaluation: no rows are held out (dataset.held_out, dataset.eval
 def _checked(recipe: OfflineRecipe, args: TrainingArguments) -> Plan:
     check_arguments(args, rollouts=False)
     trainer = recipe.trainer()
-    problems = model_problems(recipe.model, recipe.model.lora is not None, [("trainer", trainer)])
+    lora = recipe.model.lora is not None
+    config, dtype = known_model(recipe.model)
+    problems = [*model_problems(recipe.model, lora, [("trainer", trainer)]), *dtype_problems(dtype, lora)]
     problems += trainer.problems(recipe.model)
     if problems:
         raise ValueError("\n".join(problems))
     plan = Plan(plugins=get_host().manifest([type(trainer)]))
     plan.models.append(_model_line(recipe))
-    plan.remarks += recipe.notes
+    plan.remarks += [*dtype_remarks(dtype, lora, args, config), *recipe.notes]
     return plan
 
 
@@ -79,6 +90,9 @@ def make_trainer(
         evaluation = encode(held_out, plugin, tokenizer, context, "evaluation dataset")
     arguments = complete(recipe.training_keywords(output_dir))
     model = load_with_head(recipe.model, plugin, tokenizer, arguments["seed"], trust_remote_code)
+    check_trained(model)
+    check_vocabulary(tokenizer, model)
+    embed_padding(model, tokenizer)
     rows = {"train": len(train), "evaluation": 0 if evaluation is None else len(evaluation)}
     record = _record(recipe, arguments, rows)
     shared: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train": train, "evaluation": evaluation}
@@ -92,6 +106,8 @@ def make_trainer(
             f"trainer={plugin.name}: build must return what materials.trainer(cls, args) makes, got a "
             f"{type(trainer).__name__}: its checkpoints and its evaluation would not be the run's"
         )
+    if plugin.head == "causal":
+        check_causal(trainer.model)
     packed: Any = trainer.train_dataset
     plan.arithmetic = _arithmetic(trainer.args, plugin, len(train), rows["evaluation"], len(packed))
     record["plan"] = json.loads(json.dumps(plan.as_dict()))

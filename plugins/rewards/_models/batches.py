@@ -27,18 +27,18 @@ def scores_of(
 ) -> list[Any]:
     """Return a float per row, or a list of one float per token if the model scores tokens; None for a row without tokens.
 
-    Decoders that classify sequences score the last non-padding token. If such a model defines no padding token, one that
-    occurs in no row of the batch is used, so that batches and single rows score the same token.
+    Decoders that classify sequences score the last non-padding token. If such a model defines no padding token, or has no
+    embedding for it, one that occurs in no row of the batch is used, so that batches and single rows score the same token.
     """
     scores: list[Any] = [None] * len(rows)
     config = model.config.get_text_config()
-    own_pad = config.pad_token_id
+    own_pad, words = config.pad_token_id, len(model.get_input_embeddings().weight)
     read = inspect.signature(model.forward).parameters
     multiple = getattr(model.config, "problem_type", None) == "multi_label_classification"
     try:
         for batch in batches([len(row.ids) for row in rows], batch_size, max_tokens):
             members = [rows[i] for i in batch]
-            pad = own_pad if own_pad is not None and own_pad >= 0 else _unused(members)
+            pad = own_pad if own_pad is not None and 0 <= own_pad < words else _unused(members)
             config.pad_token_id = pad
             given = {name: x for name, x in _padded(members, pad, model.device).items() if name in read}
             found = score(model(**given).logits, index, value, multiple).tolist()
