@@ -61,7 +61,9 @@ def make_plan(
 def plugin_remarks(algorithm: Algorithm) -> list[str]:
     """Return the remarks of all plugins, each after its path and name."""
     return [
-        f"{path}={plugin.name}: {remark}" for path, plugin in algorithm.plugins() for remark in plugin.remarks(algorithm)
+        f"{path}={plugin.name}: {remark}"
+        for path, plugin in algorithm.plugins()
+        for remark in plugin.remarks(algorithm)
     ]
 
 

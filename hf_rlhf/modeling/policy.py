@@ -65,6 +65,25 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
     return pad if pad < len(model.get_input_embeddings().weight) else end
 
 
+@contextmanager
+def embedded_padding(tokenizer: PreTrainedTokenizerBase, model: Any) -> Iterator[None]:
+    """Pad with `pad_token_id` inside the block."""
+    own = tokenizer.pad_token
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id(tokenizer, model))
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = own
+
+
+def configure_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replace a padding token without an embedding in the model's configurations, with which it could not be loaded again."""
+    rows = len(model.get_input_embeddings().weight)
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if (getattr(config, "pad_token_id", None) or 0) >= rows:
+            config.pad_token_id = pad_token_id(tokenizer, model)
+
+
 class ActorCritic(nn.Module):
     """Policy and critic behind one forward, wrapped as one module for training.
 

@@ -15,7 +15,6 @@ import torch
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.model_loading import ModelError
 from hf_rlhf.modeling.causality import future_seen
-from hf_rlhf.modeling.policy import pad_token_id
 from hf_rlhf.training.memory.shapes import BlueprintError, load_config
 
 if TYPE_CHECKING:
@@ -77,8 +76,8 @@ def check_trained(module: nn.Module, name: str = "the model") -> None:
     found = [key for key, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if found:
         raise ModelError(
-            f"{name} must not be trained in float16, as {found[0]} and {len(found) - 1} others would be: {UNDERFLOW}. Set "
-            f"model.dtype={FIX}; in Python, load it in one of these"
+            f"{name} must not be trained in float16, as {_first(found)} would be: {UNDERFLOW}. Set model.dtype={FIX}; in Python, "
+            "load it in one of these"
         )
 
 
@@ -104,23 +103,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     free -= {token for name, token in named.items() if name in ("bos_token", "eos_token")}
     lacking = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows and token not in free)
     if lacking:
-        id, token = lacking[0]
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        tokens = _first([f"{token!r} with id {id}" for id, token in lacking])
         raise ModelError(
-            f"every token must have a row in the model's embedding, which has {rows}, got {token!r} with id {id}{more}. Resize the "
+            f"every token must have a row in the model's embedding, which has {rows}, got {tokens}. Resize the "
             "embedding (model.resize_token_embeddings(len(tokenizer))) and save the model, or set model.tokenizer to the model's "
             "own"
         )
 
 
-def embed_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Embed the padding token as the end-of-sequence token if it has no row in the embedding; it is masked in either case."""
-    pad: Any = tokenizer.pad_token_id
-    if (instead := pad_token_id(tokenizer, model)) == pad:
-        return
-
-    def replace(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids, *others = inputs
-        return ids.masked_fill(ids == pad, instead), *others
-
-    model.get_input_embeddings().register_forward_pre_hook(replace)
+def _first(names: list[str]) -> str:
+    """Name the first, and count the others."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -15,6 +15,7 @@ from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe_yaml import write_yaml
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog
+from hf_rlhf.modeling.policy import configure_padding
 from hf_rlhf.runtime import checkpoint_manifest
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "model_preparation_time")
@@ -72,6 +73,12 @@ class RunTrainer(Trainer):
             self._trained = super().train(None if folder is None else str(folder), *args, **kwargs)
         self._measure_peak()
         return self._trained
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; Trainer has just made the tokenizer's special tokens the model's, whether they have an embedding or not."""
+        model, tokenizer = self.model, self.processing_class
+        configure_padding(model, tokenizer)  # type: ignore[arg-type]
+        return super()._inner_training_loop(*args, **kwargs)
 
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint that this run can resume from; raise `CheckpointError` for any other."""

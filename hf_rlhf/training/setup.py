@@ -344,7 +344,12 @@ def describe(
     """
     check_arguments(args)
     config, dtype = known
-    problems = [*algorithm.problems(), *section_problems(algorithm, sections, lora), *dtype_problems(dtype, lora), *refused]
+    problems = [
+        *algorithm.problems(),
+        *section_problems(algorithm, sections, lora),
+        *dtype_problems(dtype, lora),
+        *refused,
+    ]
     problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
     problems += offload_problems(algorithm, args)
     if not lora:

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 EQUAL_LENGTHS = frozenset(
     {
-        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "marian", "mbart", "minimax", "mvp"),
+        *(
+            "bart",
+            "bigbird_pegasus",
+            "blenderbot",
+            "blenderbot-small",
+            "deepseek_v4",
+            "marian",
+            "mbart",
+            "minimax",
+            "mvp",
+        ),
         *("pegasus", "plbart", "recurrent_gemma", "trocr"),
     }
 )

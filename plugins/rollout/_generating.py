@@ -96,6 +96,7 @@ class Generator:
             wanted = sampled and self.policy.wants_logps
             recorder = _Recorder(temperature, stack.enter_context(last_logits(model))) if wanted else None
             stack.enter_context(_alone(model))
+            _forget(model, ids)
             rows = model.generate(
                 input_ids=ids,
                 attention_mask=attend,
@@ -183,6 +184,14 @@ def last_logits(model: Any) -> Iterator[list[Tensor]]:
         yield latest
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def _forget(model: Any, ids: Tensor) -> None:
+    """Run a forward without a cache if the model keeps its recurrent state in itself, where a prompt of one token would go on
+    from the rows before."""
+    if getattr(_inner(model), "_is_stateful", False):
+        model(input_ids=ids[:, :1], use_cache=False)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from hf_rlhf.contract.offline_trainer import Head, OfflineTrainer
 from hf_rlhf.data.adapters import add_adapter
 from hf_rlhf.data.model_loading import ModelError, disable_dropout, lora_config, model_path
 from hf_rlhf.data.quantization import quantisation, ready
+from hf_rlhf.modeling.policy import pad_token_id
 from hf_rlhf.runtime.seeding import seeded
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def load_with_head(
         raise ModelError(f"{path} contains only an adapter: merge it into its base and name the merged model")
     with seeded(seed, "model"):
         model = _load(path, settings, trainer, trust_remote_code)
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = pad_token_id(tokenizer, model)
         if not settings.dropout:
             disable_dropout(model)
         return model if settings.lora is None else _adapted(model, settings, trainer.head)

@@ -16,6 +16,7 @@ from hf_rlhf.contract.offline_trainer import Materials, OfflineTrainer
 from hf_rlhf.data.model_loading import load_tokenizer
 from hf_rlhf.data.offline_rows import encode, longest, read_rows
 from hf_rlhf.data.quantization import model_problems
+from hf_rlhf.modeling.policy import embedded_padding
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.training.model_checks import (
     check_causal,
@@ -23,7 +24,6 @@ from hf_rlhf.training.model_checks import (
     check_vocabulary,
     dtype_problems,
     dtype_remarks,
-    embed_padding,
     known_model,
 )
 from hf_rlhf.training.offline.model import context_of, load_with_head
@@ -92,13 +92,13 @@ def make_trainer(
     model = load_with_head(recipe.model, plugin, tokenizer, arguments["seed"], trust_remote_code)
     check_trained(model)
     check_vocabulary(tokenizer, model)
-    embed_padding(model, tokenizer)
     rows = {"train": len(train), "evaluation": 0 if evaluation is None else len(evaluation)}
     record = _record(recipe, arguments, rows)
     shared: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train": train, "evaluation": evaluation}
     made = factory(plugin, record, **shared, callbacks=list(callbacks))
     try:
-        trainer = plugin.build(Materials(**shared, arguments=arguments, trainer=made))
+        with embedded_padding(tokenizer, model):
+            trainer = plugin.build(Materials(**shared, arguments=arguments, trainer=made))
     except ValueError as error:
         raise ValueError(f"trainer={plugin.name}: {error}") from error
     if not isinstance(trainer, OfflineRun):

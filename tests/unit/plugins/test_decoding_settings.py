@@ -95,7 +95,12 @@ def unlike(kind: str) -> Any:
         return GPTJForCausalLM(GPTJConfig(vocab_size=99, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)).eval()
     model = tiny("llama")
     if kind == "positions":
-        model.model.rotary_emb.register_forward_hook(lambda m, a, out: tuple(x * (1 + (len(x) > 1)) for x in out))
+
+        def restarts(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
+            packed = len(out[0]) == 1 and bool((kwargs["position_ids"].diff() < 0).any())
+            return tuple(x * (1 + packed) for x in out)
+
+        model.model.rotary_emb.register_forward_hook(restarts, with_kwargs=True)
     if kind == "rope":
         model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         model.config.max_position_embeddings = 15
