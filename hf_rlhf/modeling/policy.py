@@ -79,7 +79,8 @@ def embedded_padding(tokenizer: PreTrainedTokenizerBase, model: Any) -> Iterator
 def configure_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Replace a padding token without an embedding in the model's configurations, with which it could not be loaded again."""
     rows = len(model.get_input_embeddings().weight)
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+    configs: list[Any] = [model.config.get_text_config(), getattr(model, "generation_config", None)]
+    for config in configs:
         if (getattr(config, "pad_token_id", None) or 0) >= rows:
             config.pad_token_id = pad_token_id(tokenizer, model)
 

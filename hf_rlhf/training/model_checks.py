@@ -86,9 +86,9 @@ def check_causal(model: Any) -> None:
     if (seen := future_seen(model)) is not None:
         name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
         raise ModelError(
-            f"{name} attends to later tokens, so that its log-probs would look at the tokens that they predict: changing the last "
-            f"token of a row moved earlier logits by {seen:.1g} of the largest. Set is_decoder to true in its configuration if it "
-            "was trained so, or choose a decoder-only model"
+            f"{name} attends to later tokens, so that its log-probs would look at the tokens that they predict: changing the "
+            f"last token of a row moved earlier logits by {seen:.1g} of the largest. Set is_decoder to true in its "
+            "configuration if it was trained so, or choose a decoder-only model"
         )
 
 

@@ -1,7 +1,7 @@
 """Trials of a model, once each: decoding given tokens must give the logits of a plain forward.
 
-The decode loop is tried on four rows of six tokens. `model.generate` is tried on prompts of different lengths, which are padded on
-the left, and on prompts of equal length if that changes the logits.
+The decode loop is tried on four rows of six tokens. `model.generate` is tried on prompts of different lengths, which are
+padded on the left, and on prompts of equal length if that changes the logits.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Trial(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """How `model.generate` samples from a model."""
+    """Result of the trials of `model.generate`."""
 
     equal_lengths: bool
     """True if prompts must have equal lengths, since it samples from another model where they are padded."""
     what: str
-    """What padding changes."""
+    """Description of the change by padding."""
 
 
 def try_loop(model: Any, device: torch.device) -> str | None:
@@ -105,7 +105,7 @@ def _refusal(policy: Policy, settings: Mapping[str, Any], equal: Trial, bound: f
     fix = f"{'Remove rollout.generation_kwargs, or choose' if settings else 'Choose'} another model"
     if settings.get("use_cache", True) and _trial(policy, EQUAL, {**settings, "use_cache": False}).relative <= bound:
         fix = (
-            "Its cache is at fault: set rollout.generation_kwargs={use_cache: false}, which reads each row anew for each token, "
+            "Its cache is at fault: set rollout.generation_kwargs={use_cache: false}, which reads each whole row for each token, "
             "or choose another model"
         )
     return f"model.generate does not sample from {type(policy.model).__name__}: {equal.what}. {fix}"

@@ -50,3 +50,7 @@ class Everything(Plugin):
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield notes for the plan, such as settings that have no effect in `algorithm`."""
         return ()
+
+    def model_remarks(self, config: Any) -> Iterable[str]:
+        """Yield notes for the plan on a policy with this configuration, which is read without loading the model."""
+        return ()
