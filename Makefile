@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEFAULT := not learning and not slow
 
-.PHONY: quickstart check test-unit test test-slow test-all test-learning bubblewrap lab-page docs clean
+.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning bubblewrap lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -63,6 +63,31 @@ docs: build/lab/lab.md
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# The environment of CI: the packages of requirements-ci.txt and no others, each with its hash. They are PyPI's; other targets
+# install without hashes, because another index may serve its own builds, of torch for instance.
+locked:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --require-hashes --requirement requirements-ci.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch .venv/.installed .venv/.installed-dev
+
+# Writes requirements-ci.txt anew, after a change of pyproject.toml or constraints.txt.
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet uv
+	build/uv/bin/uv pip compile pyproject.toml --extra dev --extra audit --constraint constraints.txt --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet \
+		--output-file requirements-ci.txt
+
+# Known vulnerabilities of the locked packages.
+audit:
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements-ci.txt
+
+# The distributions and the SBOM of the environment that they were tested in, in dist/.
+release:
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/cyclonedx-py environment --output-reproducible --of JSON --output-file dist/sbom.cdx.json $(BIN)/python
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -137,7 +137,7 @@ def _settings_survive(plugin: Plugin) -> None:
 def _can_be_copied(plugin: Plugin) -> None:
     """Check a copy from before `setup`: what `setup` starts need not be copied."""
     made = _made_again(plugin)
-    for way, other in (("copied", copy.deepcopy(made)), ("pickled", pickle.loads(pickle.dumps(made)))):
+    for way, other in (("copied", copy.deepcopy(made)), ("pickled", pickle.loads(pickle.dumps(made)))):  # noqa: S301  (made here)
         assert other == made, f"after being {way} it is {other}, not {made}"
 
 

@@ -185,7 +185,7 @@ class Host:
         sys.modules[module.__name__] = module
         try:
             # Compiled here, not by an import: what runs is what was hashed, never a stale .pyc.
-            exec(compile(source, str(file), "exec"), module.__dict__)
+            exec(compile(source, str(file), "exec"), module.__dict__)  # noqa: S102  (a file that the user passes with -p)
             axes = self._register(module, template)
             if not axes:
                 raise PluginError(f"{template.source} offers nothing: it has no function marked with @hookimpl")

@@ -252,7 +252,7 @@ class Endpoint:
         session = self._sessions.get(loop)
         if session is None:
             limits = httpx.Limits(max_connections=self.at_a_time)
-            client = httpx.AsyncClient(timeout=None, limits=limits, verify=_certificates())
+            client = httpx.AsyncClient(timeout=None, limits=limits, verify=_certificates())  # noqa: S113  (asyncio.timeout bounds each request)
             session = self._sessions[loop] = _Session(client, asyncio.Semaphore(self.at_a_time or 2**31))
         session.users += 1
         try:

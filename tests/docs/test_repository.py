@@ -36,6 +36,24 @@ def test_every_step_of_a_workflow_runs_a_target_or_a_script_that_exists(file):
     assert ran
 
 
+def test_workflows_install_locked_packages_before_anything_else():
+    for file in WORKFLOWS:
+        for name, job in jobs(file).items():
+            made = [step["run"] for step in job["steps"] if step.get("run", "").startswith("make ")]
+            assert made[0] == "make PYTHON=python locked", f"{file.name}: {name}"
+
+
+def test_every_locked_package_has_a_hash_and_the_version_of_constraints():
+    text = (ROOT / "requirements-ci.txt").read_text()
+    locked = re.split(r"\n(?=\S)", text.strip())
+    assert "://" not in text
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", package) for package in locked)
+    versions = {package.split("==")[0]: re.split(r"[ ;\\]", package.split("==")[1])[0] for package in locked}
+    pinned = [line.split("==") for line in (ROOT / "constraints.txt").read_text().split()]
+    named = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned if name != "bitsandbytes"}
+    assert {name: versions.get(name) for name in named} == named
+
+
 def test_unit_tests_run_on_every_python_that_is_supported():
     (file,) = (file for file in WORKFLOWS if file.stem == "checks")
     pythons = jobs(file)["unit"]["strategy"]["matrix"]["python"]
