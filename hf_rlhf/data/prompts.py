@@ -286,6 +286,12 @@ class _Maker:
     def tokenize(self, prompts: list[str | list[dict[str, Any]]], numbers: list[int]) -> list[list[int]]:
         """Return the tokens of each prompt; a conversation ends with the start of the assistant's turn, or inside an open one."""
         texts = [prompt if isinstance(prompt, str) else self._chat(prompt) for prompt in prompts]
+        for number, text in zip(numbers, texts, strict=True):
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise DatasetError(
+                    f"dataset: the prompt of row {number} must be valid Unicode, got a lone surrogate, half of a "
+                    "character (the first row is 1). Repair or remove the row"
+                )
         special = [isinstance(prompt, str) for prompt in prompts]
         if all(special) or not any(special):
             ids = self.tokenizer(texts, add_special_tokens=special[0])["input_ids"]

@@ -232,6 +232,8 @@ def test_the_problems_of_gsm8k_load_with_a_template(gsm8k, tokenizer):
         ([*ROWS, {"prompt": "", "answer": "x"}], {}, "the prompt of row 31 is empty"),
         ([*ROWS, {"prompt": " \n", "answer": "x"}], {}, "the prompt of row 31 is empty"),
         ([*ROWS, {"prompt": None, "answer": "x"}], {}, "the prompt of row 31 is empty"),
+        ([*ROWS, {"prompt": "half \ud83d", "answer": "x"}], {}, "the prompt of row 31 must be valid Unicode"),
+        ([*ROWS, {"prompt": "\udc00", "answer": "x"}], {"chat": True}, "the prompt of row 31 must be valid Unicode"),
         ([{"prompt": []}], {}, "the prompt of row 1 is empty"),
         ([{"prompt": "a", "b": None}], {"prompt_template": "{b}"}, "row 1 is empty .column 'b'"),
         ([{"prompt": 3}], {}, "row 1 must be text or a list of messages with role and content, got a int"),
