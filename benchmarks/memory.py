@@ -66,8 +66,7 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     """
     from hf_rlhf.contract.model_settings import Model
     from hf_rlhf.runtime.peak_memory import MIB, resident
-    from hf_rlhf.training.memory.estimate import estimate
-    from hf_rlhf.training.memory.shapes import tensor_bytes
+    from hf_rlhf.training.memory.estimate import estimate, tensor_bytes
 
     _train(case, f"{folder}/first", hidden=16, layers=1)
     model, args, peft_config, recipe, made = make_run(case, f"{folder}/second", hidden=256, layers=6)

@@ -119,7 +119,8 @@ def add_adapter(model: Any, config: Any, **options: Any) -> Any:
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `merge` cares for it
             adapted = get_peft_model(model, config, **options)
     except (ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
-        raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error
+        fix = " Set use_dora=false, or name linear layers in target_modules" if "use_dora" in str(error) else ""
+        raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}{fix}") from error
     if problems := list(adapted_model_problems(adapted)):
         raise AdapterError("; ".join(problems))
     return adapted

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.contract.model_settings import Lora, Model
 from hf_rlhf.data.adapters import config_problems, keep_zero_rows
-from hf_rlhf.data.addition_task import BUILTIN, addition_model
+from hf_rlhf.data.addition_task import BUILTIN, addition_config, addition_model
 from hf_rlhf.data.quantization import quantisation, ready
 from hf_rlhf.modeling.lora_merge import merge
 from hf_rlhf.runtime.errors import UserError
@@ -21,6 +22,37 @@ if TYPE_CHECKING:
 
 class ModelError(UserError, ValueError):
     """A model or tokenizer that cannot be used; the message says why and how to fix it."""
+
+
+def load_config(path: str | None, revision: str | None = None, **options: Any) -> Any:
+    """Return a model's configuration, for an adapter its base's. Raises `ModelError` if it cannot be had, as by `options`."""
+    from transformers import AutoConfig
+
+    if path == BUILTIN:
+        return addition_config()
+    path = model_path(path)
+    try:
+        if (adapter := Path(path) / "adapter_config.json").is_file():
+            return load_config(json.loads(adapter.read_text())["base_model_name_or_path"], None, **options)
+        return AutoConfig.from_pretrained(path, revision=revision, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"the configuration of {path} cannot be read: {reason}") from error
+
+
+def without_weights(auto: Any, settings: Model, trust_remote_code: bool = False, **config: Any) -> Any:
+    """Build a model on `meta` by a class of transformers, from what is on this machine. Raises `ModelError` if it cannot."""
+    import torch
+
+    if settings.path is None:
+        raise ModelError("no model is named")
+    code = {"trust_remote_code": trust_remote_code}
+    found = load_config(settings.path, settings.revision, local_files_only=True, **code, **config)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(found, dtype=found.dtype if settings.dtype == "auto" else settings.dtype, **code)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, ImportError) as error:
+        raise ModelError(f"the model cannot be built without weights ({error!r:.200})") from error
 
 
 def load_tokenizer(settings: Model, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.runtime import peak_memory
 from hf_rlhf.testing import tiny_policy
-from hf_rlhf.training.memory import estimate, shapes
+from hf_rlhf.training.memory import estimate
 from hf_rlhf.training.memory.estimate import Estimate
 from tests.helpers import runs
 from tests.helpers.waits import until
@@ -215,9 +215,9 @@ def test_activations_are_near_what_a_real_forward_keeps(make, half):
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
     ):
-        shapes.trunk_of(model)(input_ids=ids, use_cache=False)
-    forecast = ids.numel() * shapes.kept_per_token(model, half)
-    forecast += half * sum(2 * p.numel() for p in shapes.trunk_of(model).parameters() if p.dim() > 1)
+        estimate.trunk_of(model)(input_ids=ids, use_cache=False)
+    forecast = ids.numel() * estimate.kept_per_token(model, half)
+    forecast += half * sum(2 * p.numel() for p in estimate.trunk_of(model).parameters() if p.dim() > 1)
     assert forecast == pytest.approx(sum(x.untyped_storage().nbytes() for x in kept.values()), rel=0.35)
 
 
@@ -225,9 +225,9 @@ def test_a_tokens_keys_and_values_by_hand_and_as_transformers_caches_them():
     from transformers import DynamicCache
 
     model = llama()
-    found = shapes.cache_per_token(model, False)
+    found = estimate.cache_per_token(model, False)
     assert (
-        found == 2 * shapes.cache_per_token(model, True) == 2 * 2 * 2 * 16 * 4
+        found == 2 * estimate.cache_per_token(model, True) == 2 * 2 * 2 * 16 * 4
     )  # keys and values, layers, heads, width
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -237,8 +237,8 @@ def test_a_tokens_keys_and_values_by_hand_and_as_transformers_caches_them():
 
 @pytest.mark.parametrize("tokens", [16, 100])
 def test_logits_are_held_a_chunk_at_a_time(tokens, monkeypatch):
-    monkeypatch.setattr(shapes, "tokens_at_a_time", lambda vocabulary: tokens)
-    assert shapes.logits_tile(llama(), 64) == 4 * 96 * min(tokens, 64)
+    monkeypatch.setattr(estimate, "tokens_at_a_time", lambda vocabulary: tokens)
+    assert estimate.logits_tile(llama(), 64) == 4 * 96 * min(tokens, 64)
 
 
 def setting(processes: int = 1, device: str = "cpu", **parts: Any) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def of_llama(made: dict[str, Any], peft_config: Any = None, **sizes: Any) -> Est
 
 
 def test_weights_optimizer_reference_and_critic_by_hand():
-    weights = shapes.tensor_bytes(llama()) / peak_memory.MIB
+    weights = estimate.tensor_bytes(llama()) / peak_memory.MIB
     trunk = sum(p.nbytes for p in llama().base_model.parameters()) / peak_memory.MIB
     plain = of_llama(setting()).phases["update"]
     full = of_llama(setting(kl=["in_reward"], reference="frozen", critic="separate", advantages="gae")).phases["update"]
@@ -280,7 +280,7 @@ def test_weights_optimizer_reference_and_critic_by_hand():
 
 
 def test_tied_weights_count_once():
-    tied, untied = (shapes.tensor_bytes(llama(tie_word_embeddings=tie)) for tie in (True, False))
+    tied, untied = (estimate.tensor_bytes(llama(tie_word_embeddings=tie)) for tie in (True, False))
     assert untied - tied == 4 * 96 * 64
 
 
@@ -293,7 +293,7 @@ def test_the_parts_of_an_update_by_hand():
     sampled = rollout.prompts * rollout.num_generations * per_row
     rows = setting()["args"].per_device_train_batch_size
     batch = min(rows, rollout.prompts * rollout.num_generations) / (rollout.prompts * rollout.num_generations)
-    kept = shapes.kept_per_token(llama(), False)
+    kept = estimate.kept_per_token(llama(), False)
     assert found["activations"] == pytest.approx(batch * tokens * kept)
     assert found["backward"] == pytest.approx(batch * tokens * kept / 2 + 2 * 4 * 96 * batch * sampled)
     assert found["gradients"] == sum(p.nbytes for p in llama().parameters())
@@ -305,13 +305,13 @@ def test_the_parts_of_an_update_by_hand():
 )
 def test_the_state_of_an_optimizer_by_hand(optim, factor):
     notes: list[str] = []
-    assert shapes.optimizer_bytes(optim, 400, notes) == factor * 400
+    assert estimate.optimizer_bytes(optim, 400, notes) == factor * 400
     assert not notes
 
 
 def test_an_optimizer_that_is_not_known_is_named():
     notes: list[str] = []
-    assert shapes.optimizer_bytes("lomo", 400, notes) == 0
+    assert estimate.optimizer_bytes("lomo", 400, notes) == 0
     assert notes == ["without the state of training.optim=lomo"]
 
 
@@ -321,8 +321,8 @@ def test_an_adapter_has_the_only_gradients():
     from peft import get_peft_model
 
     model = get_peft_model(llama(), adapter)
-    trained = shapes.tensor_bytes(model, trainable=True) / peak_memory.MIB
-    assert found["weights"] == shapes.tensor_bytes(model) / peak_memory.MIB
+    trained = estimate.tensor_bytes(model, trainable=True) / peak_memory.MIB
+    assert found["weights"] == estimate.tensor_bytes(model) / peak_memory.MIB
     assert found["optimizer"] == pytest.approx(2 * trained)
     assert found.get("gradients", 0) <= trained
 
@@ -343,7 +343,7 @@ def test_a_micro_batch_holds_whole_groups_or_a_part_of_one():
         training={"per_device_train_batch_size": 2 * group},
     )
     found = of_llama(made).phases["update"]["activations"] * peak_memory.MIB
-    assert found == pytest.approx((20 + group * length) * shapes.kept_per_token(llama(), False))
+    assert found == pytest.approx((20 + group * length) * estimate.kept_per_token(llama(), False))
 
 
 def test_several_processes_share_the_prompts_and_hold_buckets():
@@ -358,7 +358,7 @@ def test_the_cache_has_room_for_completions_as_the_rollout_engine_gives_it():
     assert (estimate.GROWTH, estimate.PREFILL) == (_layouts.GROWTH, _decoding.PREFILL)
     for length, room in ((65, 64), (66, 128), (129, 128), (501, 512)):  # the last token is not cached
         made = setting(rollout={**runs.SAMPLED, "max_new_tokens": length})
-        engine, cached = made["a"].rollout, shapes.cache_per_token(llama(), False)
+        engine, cached = made["a"].rollout, estimate.cache_per_token(llama(), False)
         tokens = engine.prompts * (20 + engine.num_generations * room)
         assert of_llama(made).phases["rollout"]["cache"] * peak_memory.MIB == tokens * cached
 
@@ -366,8 +366,8 @@ def test_the_cache_has_room_for_completions_as_the_rollout_engine_gives_it():
 def test_short_completions_leave_the_prefill_as_the_peak_of_a_rollout():
     made = setting(rollout={**runs.SAMPLED, "max_new_tokens": 2})
     found, tokens = of_llama(made).phases["rollout"], 20 * made["a"].rollout.prompts
-    assert found["cache"] * peak_memory.MIB == 2 * tokens * shapes.cache_per_token(llama(), False)
-    assert found["layers"] * peak_memory.MIB == pytest.approx(shapes.layer_bytes(llama(), False, tokens))
+    assert found["cache"] * peak_memory.MIB == 2 * tokens * estimate.cache_per_token(llama(), False)
+    assert found["layers"] * peak_memory.MIB == pytest.approx(estimate.layer_bytes(llama(), False, tokens))
     assert "logits" not in found
 
 
@@ -492,7 +492,7 @@ def test_the_reference_of_an_adapter_shares_the_base():
     found = of_llama(on_gpu(kl=["in_loss"], reference="frozen"), runs.adapter()).phases["update"]
     from peft import get_peft_model
 
-    trained = shapes.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / peak_memory.MIB
+    trained = estimate.tensor_bytes(get_peft_model(llama(), runs.adapter()), trainable=True) / peak_memory.MIB
     assert found["reference"] == pytest.approx(trained, abs=0.01)
 
 

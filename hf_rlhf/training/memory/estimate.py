@@ -5,21 +5,25 @@ Rows are as long as they may become. Tensors are counted, not libraries or what 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 from hf_rlhf.axes import TrainedCritic, UpdateRule
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.data.adapters import add_adapter
+from hf_rlhf.data.model_loading import ModelError, lora_config, without_weights
 from hf_rlhf.data.quantization import bytes_of, lighten
 from hf_rlhf.modeling.attention import attention_refusal
 from hf_rlhf.modeling.ema import average_bytes
+from hf_rlhf.modeling.lm_head import tokens_at_a_time
+from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.peak_memory import MIB
-from hf_rlhf.training.memory import shapes
-from hf_rlhf.training.memory.shapes import BlueprintError, Sizes, load_config, with_adapter, without_weights
 from hf_rlhf.training.offload_checks import optimizer_name
 
 PROMPT_TOKENS = 256
@@ -28,6 +32,11 @@ GROWTH = 32
 """Completion tokens that a rollout's cache holds at first; it doubles from there."""
 PREFILL = 16384
 """Prompt tokens that enter the model at a time in a rollout."""
+STATES = {"adamw": 2, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
+"""Bytes of state per byte of float32 weights, by the start of the name in `optim`, for optimizers not in 8 or 4 bits."""
+
+Sizes = dict[str, float]
+"""Part -> bytes."""
 
 
 @dataclass
@@ -57,18 +66,17 @@ def estimate(
     found, spared, length = Estimate(), (0.0, 0.0), getattr(a.rollout, "max_new_tokens", None)
     try:
         if length is None:
-            raise BlueprintError(f"rollout={a.rollout.name} does not bound its completions")
+            raise ModelError(f"rollout={a.rollout.name} does not bound its completions")
         if model is None:
-            config = load_config(settings.path, settings.revision, trust_remote_code)
-            model = without_weights(AutoModelForCausalLM, config, settings.dtype, trust_remote_code)
+            model = without_weights(AutoModelForCausalLM, settings, trust_remote_code)
             spared = bytes_of(model, settings)
-    except BlueprintError as error:
+        model = with_adapter(model, peft_config or (settings.lora and lora_config(settings.lora)))
+    except UserError as error:
         return Estimate(notes=[f"not estimated: {error}"])
     if prompt_tokens is None:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         prompt_tokens = min(PROMPT_TOKENS, max(1, context - length))
         found.notes.append(f"prompts of {prompt_tokens} tokens are assumed: dataset.max_prompt_tokens sets a bound")
-    model = with_adapter(model, settings, peft_config)
     for phase, sizes in _phases(model, a, args, prompt_tokens, length, found.notes):
         found.add(phase, sizes, spared)
     return found
@@ -79,78 +87,145 @@ def _phases(
 ) -> Iterator[tuple[str, Sizes]]:
     """Yield each phase with what it holds and computes, in bytes."""
     separate = isinstance(a.critic, TrainedCritic) and not a.critic.shares_forward
-    trunk = shapes.trunk_of(model).named_parameters() if separate else ()
+    trunk = trunk_of(model).named_parameters() if separate else ()
     whole = "adapter" not in a.critic.needs  # else an adapter on the policy's frozen weights
     critic = sum(p.nbytes for name, p in trunk if ("lora_" not in name if whole else p.requires_grad))
-    held, away = _held(model, a, args, critic, notes)
+    half, group = bool(args.bf16), a.rollout.num_generations
+    held, gpu = list(_held(model, a, args, critic, notes)), args.device.type != "cpu"
 
-    def present(*parts: str) -> Sizes:
-        return held | {part: held.get(part, 0.0) + away[part] for part in parts if part in away}
+    def on_device(*read: str) -> Sizes:
+        found: Sizes = dict.fromkeys((part for part, *_ in held), 0.0)
+        for part, size, choices in held:
+            found[part] += size * (part in read or not (gpu and any(getattr(x, "offload", False) for x in choices)))
+        return found
 
-    half, shared = bool(args.bf16), attention_refusal(model) is None
-    own = -(-a.rollout.prompts // args.world_size) * a.rollout.num_generations
+    shared = attention_refusal(model) is None
+    own = -(-a.rollout.prompts // args.world_size) * group
     rows = min(own, getattr(a.rollout, "max_rows", None) or own)
-    prompts = -(-rows // a.rollout.num_generations) if shared else rows
+    prompts = (-(-rows // group) if shared else rows) * prompt
     room = GROWTH << max(0, (length - 2).bit_length() - 5)  # the last token is not cached
-    cache, head = shapes.cache_per_token(model, half), model.get_output_embeddings().weight
-    prefill = {"cache": 2.0 * prompts * prompt * cache}
-    prefill["layers"] = shapes.layer_bytes(model, half, min(prompts * prompt, PREFILL))
-    decode = {"cache": (prompts * prompt + rows * room) * cache}
-    decode["logits"] = 4 * (1 + (a.rollout.temperature != 1)) * rows * len(head)
+    cache = cache_per_token(model, half)
+    prefill = {"cache": 2.0 * prompts * cache, "layers": layer_bytes(model, half, min(prompts, PREFILL))}
+    logits = 4 * rows * len(model.get_output_embeddings().weight) * (1 + (a.rollout.temperature != 1))
+    decode = {"cache": (prompts + rows * room) * cache, "logits": logits}
     rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values()))
-    if getattr(a.rollout, "decode_dtype", "same") == "bfloat16":
-        rollout["copy in bfloat16"] = 2 * sum(p.numel() for p in model.parameters())
-    yield "rollout", held | rollout
-    padded = not shared or a.update.attention == "padded" or "double_backward" in a.needs
-    group = 1 if padded else a.rollout.num_generations
+    yield "rollout", on_device() | rollout
+    group = 1 if not shared or a.update.attention == "padded" or "double_backward" in a.needs else group
     batch = range(1, min(own, args.per_device_train_batch_size) + 1)  # whole groups, or a part of one
     sizes = [(-(-n // group) * prompt + n * length, n * length) for n in batch if n < group or n % group == 0]
     most = a.update.max_tokens_per_micro_batch
     tokens, sampled = max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
-    logits = shapes.logits_tile(model, sampled)
+    logits = logits_tile(model, sampled)
     readers = ["reference"] * ("ref_logps" in a.needs) + ["critic"] * bool(critic)
-    rounds = half or next(model.parameters()).element_size() < 4
-    old = a.readers_of_old_logps and (rounds or not a.samples_old_logps)
+    old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
     if readers or old or "sum_sq_probs" in a.needs:
-        read = sorted(readers, key=lambda part: away.get(part, 0.0))[-1:]  # one after the other
-        yield "forward", present(*read) | {"forward": shapes.layer_bytes(model, half, tokens) + logits}
+        largest = sorted(readers, key=lambda part: sum(on_device(part).values()))[-1:]  # one after the other
+        yield "forward", on_device(*largest) | {"forward": layer_bytes(model, half, tokens) + logits}
     if any("reward_model" in source.provides for source in a.rewards):
         notes.append("the phase reward is without what the forwards of reward models take")
-        yield "reward", present("reward models")
+        yield "reward", on_device("reward models")
     models = ["critic", *["reference"] * bool(a.kl_over_distributions("update"))]
-    gradients = {"gradients": float(shapes.tensor_bytes(model, trainable=True) + critic)}
-    step = present(*models, "optimizer", "average") | gradients
-    backward = (step if a.steps_per_rollout > 1 else present(*models)) | gradients
-    backward |= shapes.micro_batch_bytes(model, args, tokens, 2 * logits, 1 + bool(critic))
+    gradients = {"gradients": float(tensor_bytes(model, trainable=True) + critic)}
+    step = on_device(*models, "optimizer", "average") | gradients
+    backward = (step if a.steps_per_rollout > 1 else on_device(*models)) | gradients
+    backward |= micro_batch_bytes(model, args, tokens, 2 * logits, 1 + bool(critic))
     yield "update", max(backward, step, key=lambda sizes: sum(sizes.values()))
 
 
-def _held(model: Any, a: Algorithm, args: TrainingArguments, critic: int, notes: list[str]) -> tuple[Sizes, Sizes]:
-    """Return what is on the device in every phase, and what `offload` brings to it only for some."""
-    held, away, trained = Sizes(weights=shapes.tensor_bytes(model)), Sizes(), shapes.tensor_bytes(model, trainable=True)
-
-    def put(part: str, size: float, *choices: Any) -> None:
-        offloads = args.device.type != "cpu" and any(getattr(choice, "offload", False) for choice in choices)
-        kept = away if offloads else held
-        kept[part] = kept.get(part, 0.0) + size
-
+def _held(
+    model: Any, a: Algorithm, args: TrainingArguments, critic: int, notes: list[str]
+) -> Iterator[tuple[str, float, list[Any]]]:
+    """Yield parts with their bytes, and the choices of which one may `offload` them in phases that do not read them."""
+    trained = tensor_bytes(model, trainable=True)
+    yield "weights", tensor_bytes(model), []
     for label, source in zip(a.labels(), a.rewards, strict=True):
         if "reward_model" in source.provides and getattr(source, "device", "auto") in ("auto", args.device.type):
             try:
-                config = load_config(getattr(source, "model", label), getattr(source, "revision", None))
-                reward = without_weights(AutoModel, config, getattr(source, "dtype", "float32"))
-                put("reward models", shapes.tensor_bytes(reward), source)
-            except BlueprintError as error:
+                named = {key: getattr(source, key) for key in ("revision", "dtype") if hasattr(source, key)}
+                reward = without_weights(AutoModel, Model(path=getattr(source, "model", label), **named))
+                yield "reward models", tensor_bytes(reward), [source]
+            except UserError as error:
                 notes.append(f"without the reward model {label}: {error}")
     if "ref_logps" in a.provides and "adapter" not in a.reference.needs:
-        put("reference", trained, a.reference)
-    put("critic", critic, a.critic)
+        yield "reference", trained, [a.reference]
+    yield "critic", critic, [a.critic]
     if a.update.ema is not None:
-        put("average", average_bytes(model), a.update)
+        yield "average", average_bytes(model), [a.update]
     if type(a.optimizer).hold is UpdateRule.hold:
-        factor = shapes.optimizer_bytes(optimizer_name(args), 1, notes)
-        put("optimizer", factor * trained, a.update)
-        put("optimizer", factor * critic, a.update, a.critic)
-    if args.world_size > 1:
-        put("gradient buckets", trained + critic)
-    return held, away
+        factor = optimizer_bytes(optimizer_name(args), 1, notes)
+        yield "optimizer", factor * trained, [a.update]
+        yield "optimizer", factor * critic, [a.update, a.critic]
+    yield "gradient buckets", (trained + critic) * (args.world_size > 1), []
+
+
+def with_adapter(model: Any, config: Any) -> Any:
+    """Return a copy on `meta` with the adapter that would be trained; the model itself if it has one, or none is to be added."""
+    if config is None or hasattr(model, "peft_config"):
+        return model
+    memo = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return add_adapter(copy.deepcopy(model, memo), config, low_cpu_mem_usage=True)
+
+
+def tensor_bytes(module: Any, *, trainable: bool = False) -> int:
+    """Return the bytes of parameters and buffers, tied ones once; with `trainable` of the trained parameters."""
+    buffers = () if trainable else module.buffers()
+    return sum(x.nbytes for x in (*module.parameters(), *buffers) if x.requires_grad or not trainable)
+
+
+def optimizer_bytes(optim: str, trained: int, notes: list[str]) -> float:
+    """Return the bytes of an optimizer's state over float32 weights of `trained` bytes; 0 with a note if unknown."""
+    factor = next((STATES[name] for name in STATES if optim.removeprefix("paged_").startswith(name)), None)
+    if factor is None:
+        notes.append(f"without the state of training.optim={optim}")
+    return trained * (factor or 0) / (4 if "8bit" in optim else 8 if "4bit" in optim else 1)
+
+
+def trunk_of(model: Any) -> Any:
+    """Return the model below its head, adapters included."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+
+
+def kept_per_token(model: Any, half: bool) -> float:
+    """Return the bytes per token of the inputs and outputs of each product and norm; `half`: products are in 16 bits."""
+    trunk, found = trunk_of(model), 0.0
+    rows = {id(module.weight) for module in trunk.modules() if isinstance(module, torch.nn.Embedding)}
+    experts = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    for name, p in trunk.named_parameters():
+        width = 2 if half and p.dim() > 1 else p.element_size()
+        if "lora_" in name:
+            found += width * min(p.shape) if "lora_A" in name else 0
+        elif id(p) not in rows:
+            found += width * sum(p.shape[-2:]) * (experts if p.dim() == 3 else 1)
+    return found
+
+
+def cache_per_token(model: Any, half: bool) -> int:
+    """Return the bytes of the keys and values that all layers cache of one token."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * sum("attention" in kind for kind in types) * heads * width * (2 if half else model.dtype.itemsize)
+
+
+def logits_tile(model: Any, tokens: int) -> int:
+    """Return the bytes of the logits that exist at a time."""
+    vocabulary = len(model.get_output_embeddings().weight)
+    return 4 * vocabulary * min(tokens, tokens_at_a_time(vocabulary))
+
+
+def layer_bytes(model: Any, half: bool, tokens: int) -> float:
+    """Return the activations of one layer."""
+    return tokens * kept_per_token(model, half) / model.config.get_text_config().num_hidden_layers
+
+
+def micro_batch_bytes(model: Any, args: TrainingArguments, tokens: int, logits: int, trunks: int = 1) -> Sizes:
+    """Return what forwards of `trunks` models keep, with checkpointing the inputs of layers, and the backward takes."""
+    config, half = model.config.get_text_config(), bool(args.bf16)
+    again = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+    inputs = config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    return {
+        "activations": trunks * tokens * (inputs if again else kept_per_token(model, half)),
+        "weights in 16 bits": 2 * half * sum(p.numel() for p in trunk_of(model).parameters() if p.element_size() == 4),
+        "backward": layer_bytes(model, half, tokens) + logits,
+    }

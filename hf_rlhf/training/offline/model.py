@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_rlhf.contract.model_settings import Lora, Model
 from hf_rlhf.contract.offline_trainer import Head, OfflineTrainer
 from hf_rlhf.data.adapters import add_adapter
-from hf_rlhf.data.model_loading import ModelError, disable_dropout, lora_config, model_path
+from hf_rlhf.data.model_loading import ModelError, disable_dropout, load_config, lora_config, model_path
 from hf_rlhf.data.quantization import quantisation, ready
 from hf_rlhf.modeling.policy import pad_token_id
 from hf_rlhf.runtime.seeding import seeded
@@ -28,14 +28,7 @@ TASKS: dict[Head, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "causal":
 
 def context_of(settings: Model, trust_remote_code: bool) -> int | None:
     """Return the context length of the model, from its configuration alone."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            model_path(settings.path), revision=settings.revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{settings.path} is not a model ({error})") from error
+    config = load_config(settings.path, settings.revision, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
