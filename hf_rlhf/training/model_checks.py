@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_rlhf.contract.model_settings import Model
-from hf_rlhf.data.model_loading import ModelError
+from hf_rlhf.data.model_loading import ModelError, load_config
 from hf_rlhf.modeling.causality import future_seen
-from hf_rlhf.training.memory.shapes import BlueprintError, load_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,8 +34,9 @@ def known_model(settings: Model, model: Any = None, trust_remote_code: bool = Fa
     if model is not None and not isinstance(model, str):
         return model.config, str(model.dtype).removeprefix("torch.")
     try:
-        config = load_config(settings.path, settings.revision, trust_remote_code)
-    except BlueprintError:
+        here = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = load_config(settings.path, settings.revision, **here)
+    except ModelError:
         config = None
     found = getattr(config, "dtype", None) if settings.dtype == "auto" else settings.dtype
     return config, None if found is None else str(found).removeprefix("torch.")
