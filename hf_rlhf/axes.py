@@ -7,20 +7,19 @@ recipe writes after `use:`; `needs` names its requirements, `provides` what it s
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), greedy (a greedy completion of each prompt),
 sampler_logps, old_logps, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a policy loss,
-once per rollout), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one),
-plain_weights (not quantized to 4 or 8 bits), double_backward (attention with second derivatives).
-Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each needed name that is not a positional
-argument as a keyword. Estimators and filters get theirs as fields of `Scored`. A KL estimator that needs
-full_distribution is called with the log-probs of the whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a
-time.
+once per rollout), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one), plain_weights
+(not quantized to 4 or 8 bits), double_backward (attention with second derivatives). Tensor functions (policy losses, KL
+estimators, aggregations, loss terms) get each needed name that is not a positional argument as a keyword. Estimators and
+filters get theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with the log-probs of the
+whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 
 A plugin that stops gradients on purpose, so that its gradient differs from finite differences, sets
 `stops_gradient = True`. A plugin that is costly to start implements `setup(context)` and `close()`; one with state
 implements `observe`, `state_dict` and `load_state_dict`, and is saved in every checkpoint.
 
-A new axis is a base class here with an `Axis` and its entry in `AXES`, a hook with an example (`hf_rlhf.registry`), a
-field of `Algorithm` (`hf_rlhf.config.algorithm` and its view in `hf_rlhf.contract`), and one call in the collector or the
-losses. Recipes, metrics, dashboards, completion, templates and pages follow from `AXES`.
+A new axis is a base class here with an `Axis` and its entry in `AXES`, a hook with an example (`hf_rlhf.registry`), a field of
+`Algorithm` (`hf_rlhf.config.algorithm` and its view in `hf_rlhf.contract`), and one call in the collector or the losses.
+Recipes, metrics, dashboards, completion, templates and pages follow from `AXES`.
 """
 
 from __future__ import annotations
@@ -37,9 +36,11 @@ from hf_rlhf.batch import Completions, Context as Context, Credit, Prompt as Pro
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
 from hf_rlhf.contract.axis import Axis as Axis
 from hf_rlhf.contract.base import Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
+from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel, HubTokenizer as HubTokenizer
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
+from hf_rlhf.runtime.errors import did_you_mean as did_you_mean
 
 if TYPE_CHECKING:
     import torch

@@ -16,6 +16,7 @@ from hf_rlhf.cli import completion
 from hf_rlhf.cli.errors import ASKED
 from hf_rlhf.cli.output import examples, output_to_stderr
 from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 EXIT_CODES = (
     (0, "done"),
@@ -38,6 +39,13 @@ class Ordered(TyperGroup):
         order = {name: place for place, name in enumerate(FIRST)}
         return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a command; raise `UserError` with the nearest names if there is none."""
+        if args[0] in self.commands or args[0].startswith("-"):
+            return super().resolve_command(ctx, args)
+        near, names = did_you_mean(args[0], self.commands), ", ".join(self.list_commands(ctx))
+        raise UserError(f"no command {args[0]!r}.{near} The commands are: {names}")
+
 
 app = typer.Typer(
     cls=Ordered,
@@ -57,6 +65,7 @@ app = typer.Typer(
     + "\n".join(f"{number:>5}  {meaning}" for number, meaning in EXIT_CODES),
 )
 recipes_app = typer.Typer(
+    cls=Ordered,
     help="List the recipes that are installed, or show one.",
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -64,6 +73,7 @@ recipes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 plugins_app = typer.Typer(
+    cls=Ordered,
     help="List the plugins that are installed, without importing them.",
     invoke_without_command=True,
     rich_markup_mode=None,

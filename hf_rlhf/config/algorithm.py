@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import count
@@ -68,12 +68,7 @@ class Algorithm:
 
     def plugins(self) -> Iterator[tuple[str, Plugin]]:
         """Yield every plugin with its dotted path in the recipe, nested ones included."""
-        for axis in AXES:
-            if axis in LISTS:
-                for i, plugin in enumerate(getattr(self, axis)):
-                    yield from _with_nested(f"{axis}.{i}", plugin)
-            elif hasattr(self, axis):
-                yield from _with_nested(axis, getattr(self, axis))
+        return walk(vars(self))
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -281,6 +276,17 @@ def _settings(plugin: Plugin) -> dict[str, Any]:
             value = callable_text(value)
         found[setting.name] = value
     return found
+
+
+def walk(plugins: Mapping[str, Any]) -> Iterator[tuple[str, Plugin]]:
+    """Yield the plugins of a mapping from axes with their dotted paths, nested ones included."""
+    for axis in AXES:
+        held = plugins.get(axis)
+        for path, plugin in (
+            [(f"{axis}.{i}", x) for i, x in enumerate(held)] if isinstance(held, list) else [(axis, held)]
+        ):
+            if plugin is not None:
+                yield from _with_nested(path, plugin)
 
 
 def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:

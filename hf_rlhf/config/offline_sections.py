@@ -8,6 +8,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from hf_rlhf.config.sections import Dataset
+from hf_rlhf.contract.base import HubDataset
 from hf_rlhf.contract.model_settings import Model
 
 
@@ -15,13 +16,13 @@ from hf_rlhf.contract.model_settings import Model
 class OfflineDataset:
     """The rows. A split that is made here never separates rows of one prompt."""
 
-    path: str | None = None
+    path: HubDataset | None = None
     """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, or `builtin:addition`."""
     name: str | None = None
     """Configuration name of a dataset on the Hub."""
     split: str = "train"
     """Split to train on."""
-    eval_path: str | None = None
+    eval_path: HubDataset | None = None
     """Like `path`, for evaluation."""
     eval_split: str | None = None
     """Split to evaluate on, of `eval_path` or `path`."""

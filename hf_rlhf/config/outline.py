@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from types import GenericAlias
-from typing import Any
+from typing import Any, Literal
 
 from hf_rlhf import axes
 from hf_rlhf.axes import AXES, Plugin
+from hf_rlhf.config.algorithm import walk
+from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.registry.discovery import source_of
 from hf_rlhf.registry.host import Host, get_host, use_host
@@ -24,13 +26,19 @@ from hf_rlhf.registry.settings_schema import setting_types, settings_of
 Settings = dict[str, tuple[Any, dict[str, str]]]
 """Setting -> its type, `Any` where the source alone does not tell, and its metadata."""
 BASES = {cls.__name__: cls for cls in AXES.values()}
+NAMES = {name: getattr(axes, name) for name in ("HubModel", "HubTokenizer", "HubDataset")}
 NESTED = re.compile(rf"(list\[)?({'|'.join(BASES)})\]?( \| None)?")
 
 
-def check_names(name_or_path: str, overrides: Iterable[str] = ()) -> None:
-    """Raise what `load_recipe` would raise for misspelt names; values of plugins' settings are not checked."""
+def check_names(name_or_path: str, overrides: Iterable[str] = (), loads: bool = False) -> None:
+    """Raise what `load_recipe` would raise for misspelt names; values of plugins' settings are not checked.
+
+    With `loads`, names of models and datasets must be there too.
+    """
     with use_host(Outline(get_host())):
-        load_recipe(name_or_path, overrides)
+        recipe = load_recipe(name_or_path, overrides)
+    if loads:
+        check_hub_names([*recipe.sections.items(), *walk(recipe.plugins)])
 
 
 class Outline(Host):
@@ -135,10 +143,16 @@ def _own(cls: ast.ClassDef) -> Settings:
 
 
 def _hint(annotation: str) -> Any:
-    """Return the type of a setting that holds plugins; `Any` for every other annotation."""
+    """Return the type of a setting that holds plugins or names files or repositories; `Any` for every other annotation."""
+    hint: Any
+    parts = annotation.split(" | ")
+    if (name := next((part for part in parts if part in NAMES), None)) is not None:
+        words = [ast.literal_eval(f"({part[8:-1]},)") for part in parts if part.startswith("Literal[")]
+        hint = Literal[*words[0]] | NAMES[name] if words else NAMES[name]
+        return hint | None if "None" in parts else hint
     match = NESTED.fullmatch(annotation)
     if match is None:
         return Any
     many, name, optional = match.groups()
-    hint: Any = GenericAlias(list, (BASES[name],)) if many else BASES[name]
+    hint = GenericAlias(list, (BASES[name],)) if many else BASES[name]
     return hint | None if optional else hint

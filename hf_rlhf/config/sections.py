@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Interval
 
 from hf_rlhf.axes import Count, NonNegative
+from hf_rlhf.contract.base import HubDataset
 from hf_rlhf.contract.model_settings import Model
 
 
@@ -18,13 +19,13 @@ from hf_rlhf.contract.model_settings import Model
 class Dataset:
     """The prompts. Every column other than the prompt reaches the rewards."""
 
-    path: str | None = None
+    path: HubDataset | None = None
     """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, or `builtin:addition`."""
     name: str | None = None
     """Configuration name of a dataset on the Hub."""
     split: str = "train"
     """Split to train on."""
-    eval_path: str | None = None
+    eval_path: HubDataset | None = None
     """Like `path`, for evaluation."""
     eval_split: str | None = None
     """Split to evaluate on, of `eval_path` or `path`."""

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Interval
 from hf_rlhf.batch import Context
 from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.metric import Metric
+from hf_rlhf.runtime.hub import OnHub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -21,6 +22,9 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Count = Annotated[int, Ge(1)]
+HubModel = Annotated[str, OnHub("model")]
+HubTokenizer = Annotated[str, OnHub("tokenizer")]
+HubDataset = Annotated[str, OnHub("dataset")]
 
 
 def choice(name: str) -> Any:

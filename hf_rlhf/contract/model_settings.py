@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_rlhf.contract.base import Count, NonNegative
+from hf_rlhf.contract.base import Count, HubModel, HubTokenizer, NonNegative
 
 
 @dataclass(kw_only=True)
@@ -37,11 +37,11 @@ class Lora:
 class Model:
     """Model and tokenizer of the policy."""
 
-    path: str | None = None
+    path: HubModel | None = None
     """A folder, a name on the Hub, or `builtin:addition`, the small model of the quickstart."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    tokenizer: str | None = None
+    tokenizer: HubTokenizer | None = None
     """Folder or Hub name of the tokenizer; the model's own by default."""
     chat_template: str | None = None
     """A Jinja chat template in place of the tokenizer's."""

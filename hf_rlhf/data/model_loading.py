@@ -13,6 +13,7 @@ from hf_rlhf.data.addition_task import BUILTIN, addition_config, addition_model
 from hf_rlhf.data.quantization import quantisation, ready
 from hf_rlhf.modeling.lora_merge import merge
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.hub import Kind, unavailable
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,8 @@ def load_config(path: str | None, revision: str | None = None, **options: Any) -
 
     if path == BUILTIN:
         return addition_config()
-    path = model_path(path)
+    local = path is not None and options.get("local_files_only")  # then the Hub is not asked either
+    path = str(Path(path).expanduser()) if path is not None and local else model_path(path, revision=revision)
     try:
         if (adapter := Path(path) / "adapter_config.json").is_file():
             return load_config(json.loads(adapter.read_text())["base_model_name_or_path"], None, **options)
@@ -59,8 +61,8 @@ def load_tokenizer(settings: Model, trust_remote_code: bool = False) -> PreTrain
     """Return the tokenizer, ready for rollouts (see `prepare_tokenizer`), with `chat_template` if it is set."""
     from transformers import AutoTokenizer
 
-    path = model_path(settings.tokenizer or settings.path)
     revision = settings.revision if settings.tokenizer is None else None
+    path = model_path(settings.tokenizer or settings.path, "tokenizer", revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -88,7 +90,7 @@ def load_model(settings: Model, trust_remote_code: bool = False, lora: bool | No
 
     `lora`: whether an adapter will be trained on it; by default as the settings say.
     """
-    path = model_path(settings.path)
+    path = model_path(settings.path, revision=settings.revision)
     options: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     options |= {"trust_remote_code": trust_remote_code, **quantisation(settings, path, trust_remote_code)}
     model = _whole(path, settings.revision, options)
@@ -193,14 +195,20 @@ def _zero(thing: torch.nn.Module | object) -> None:
             setattr(thing, name, 0.0)
 
 
-def model_path(path: str | None) -> str:
+def model_path(path: str | None, kind: Kind = "model", revision: str | None = None) -> str:
+    """Return what transformers loads by a recipe's name of a model or tokenizer. Raises `ModelError` if nothing is there."""
     if path is None:
         raise ModelError("no model: set model.path (--model) to a folder, a name on the Hub, or builtin:addition")
     if path == BUILTIN:
         return str(addition_model())
-    if not Path(path).expanduser().exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise ModelError(f"no model folder {path}")
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    if problem := unavailable(path, kind, revision):
+        raise ModelError(problem)
+    folder = Path(path).expanduser()
+    if kind == "model" and (adapter := folder / "adapter_config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base and (problem := unavailable(base, "model")):
+            raise ModelError(f"the adapter {path} needs its base model: {problem}")
+    return str(folder) if path.startswith("~") else path
 
 
 def _template(text: str) -> str:

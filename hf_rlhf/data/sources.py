@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.hub import unavailable
 
 FILES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -24,8 +25,8 @@ class DatasetError(UserError, ValueError):
 def load_rows(path: str, *, name: str | None = None, split: str = "train", streaming: bool = False) -> Rows:
     """Return the rows of a split; a file has one, `train`. Raises `DatasetError`."""
     place = Path(path).expanduser()
-    if not place.exists() and (place.suffix in FILES or path.startswith(("/", ".", "~"))):
-        raise DatasetError(f"no dataset file or folder {path}")
+    if problem := unavailable(path, "dataset"):
+        raise DatasetError(problem)
     if place.is_file():
         if place.suffix not in FILES:
             raise DatasetError(f"{path}: a dataset file must end in {', '.join(FILES)}, got {place.suffix!r}")

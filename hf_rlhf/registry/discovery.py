@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec
@@ -180,11 +180,16 @@ def source_of(module: str) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file and file.is_file() else ""
 
 
-def resolve(entries: Sequence[Entry], name: str, kind: str, usable: list[str]) -> Entry:
-    """Return the entry that `name` or `package/name` means. Raise `PluginError` if it is none or more than one."""
+def resolve(
+    entries: Sequence[Entry], name: str, kind: str, usable: list[str], otherwise: Callable[[str], str] = lambda name: ""
+) -> Entry:
+    """Return the entry that `name` or `package/name` means. Raise `PluginError` if it is none or more than one.
+
+    `otherwise` returns what a name without its package means elsewhere, in place of near names.
+    """
     package, _, bare = name.rpartition("/")
     named = sorted((entry for entry in entries if entry.name == bare), key=lambda entry: (entry.package, entry.version))
-    hits = [entry for entry in named if not package or _is_from(entry, package)]
+    hits = [entry for entry in named if not package or is_from(entry, package)]
     open_hits = [entry for entry in hits if not entry.problem]
     if len(open_hits) == 1:
         return open_hits[0]
@@ -196,12 +201,12 @@ def resolve(entries: Sequence[Entry], name: str, kind: str, usable: list[str]) -
         raise PluginError(f"the {kind} {name!r} of {hits[0].source} cannot be used: {hits[0].problem}")
     others = [entry.source for entry in named]
     elsewhere = f" {bare!r} is offered by {' and '.join(others)}." if others else ""
-    raise PluginError(
-        f"no {kind} named {name!r}.{did_you_mean(bare, usable)}{elsewhere} There are: {', '.join(usable) or 'none'}"
-    )
+    elsewhere = elsewhere or otherwise(bare) or did_you_mean(bare, usable)
+    raise PluginError(f"no {kind} named {name!r}.{elsewhere} There are: {', '.join(usable) or 'none'}")
 
 
-def _is_from(entry: PluginEntry | RecipeEntry, package: str) -> bool:
+def is_from(entry: PluginEntry | RecipeEntry, package: str) -> bool:
+    """Return whether a package, or a one-off file of this name, offers an entry."""
     if isinstance(entry, PluginEntry) and entry.file:
         return package in (entry.package, entry.file.name)
     return canonicalize_name(entry.package) == canonicalize_name(package)

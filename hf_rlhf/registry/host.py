@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
+import yaml
 from packaging.utils import canonicalize_name
 
 from hf_rlhf.axes import AXES, Plugin, axis_of
@@ -33,12 +34,13 @@ from hf_rlhf.registry.discovery import (
     RecipeEntry,
     distributions,
     format_error,
+    is_from,
     plugin_entry,
     recipe_entries,
     resolve,
     source_of,
 )
-from hf_rlhf.registry.settings_schema import setting_docs, setting_types, settings_of
+from hf_rlhf.registry.settings_schema import nested, setting_docs, setting_types, settings_of
 from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 OWN_PACKAGE = "hf_rlhf"
@@ -126,12 +128,55 @@ class Host:
     def find(self, axis: str, name: str) -> PluginEntry:
         """Return the entry of `name` (or `package/name`) without importing it. Raise `PluginError` naming the choices."""
         check_axis(axis)
-        return resolve([o for o in self._offers if o.axis == axis], name, f"{axis} plugin", self.names(axis))
+        own = [offer for offer in self._offers if offer.axis == axis]
+        return resolve(own, name, f"{axis} plugin", self.names(axis), lambda bare: self._elsewhere(axis, bare))
 
     def find_recipe(self, name: str) -> RecipeEntry:
         """Return the recipe `name` (or `package/name`). Raise `PluginError` naming the choices."""
         names = sorted({recipe.name for recipe in self._recipes if not recipe.problem})
-        return resolve(self._recipes, name, "recipe", names)
+        return resolve(self._recipes, name, "recipe", names, lambda bare: self._on_axes(bare))
+
+    def axes_of(self, name: str) -> list[str]:
+        """Return the axes with a plugin `name` (or `package/name`)."""
+        package, _, bare = name.rpartition("/")
+        fits = [o for o in self._offers if o.name == bare and not o.problem and (not package or is_from(o, package))]
+        return [axis for axis in AXES if any(offer.axis == axis for offer in fits)]
+
+    def _on_axes(self, name: str) -> str:
+        axes = self.axes_of(name)
+        return f" {name!r} is a plugin: {' or '.join(f'{axis}.use={name}' for axis in axes)}." if axes else ""
+
+    def _elsewhere(self, axis: str, name: str) -> str:
+        """Say which plugin a recipe of this name uses on the axis, or which other axes have a plugin of this name."""
+        recipe = next((recipe for recipe in self._recipes if recipe.name == name and not recipe.problem), None)
+        if recipe is None:
+            return self._on_axes(name)
+        raw = yaml.safe_load(recipe.file.read_text(encoding="utf-8"))
+        base = AXES[axis].axis
+        if not base.nested and axis not in raw and (base.default is None or not raw.keys() & AXES.keys() - {"trainer"}):
+            return f" {name!r} is a recipe, which leaves {axis} out."
+        return f" {name!r} is a recipe, and uses {' and '.join(self._used_by(raw, axis)) or 'nothing'} on this axis."
+
+    def _used_by(self, raw: dict[str, Any], wanted: str) -> Iterator[str]:
+        """Yield the plugins of a recipe on an axis, nested and default ones included."""
+
+        def visit(axis: str, given: Any, default: str | None) -> Iterator[str]:
+            for item in given if isinstance(given, list) else [given]:
+                settings = item if isinstance(item, dict) else {"use": item}
+                use = settings.get("use") or default
+                if axis == wanted and use:
+                    yield use
+                elif use and AXES[wanted].axis.nested:
+                    cls = self.get(axis, use)
+                    for setting in settings_of(cls):
+                        held = nested(setting_types(cls)[setting.name])
+                        if held and held.axis:
+                            yield from visit(held.axis, settings.get(setting.name), setting.metadata.get("use"))
+
+        for axis, base in AXES.items():
+            default = base.axis.default if isinstance(base.axis.default, str) else None
+            if axis == wanted or (AXES[wanted].axis.nested and not base.axis.nested):
+                yield from visit(axis, raw.get(axis, None if default else []), default)
 
     def get(self, axis: str, name: str) -> type[Plugin]:
         """Import and return the plugin class `name` (or `package/name`). Raise `PluginError` if that fails."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -13,7 +13,35 @@ class UserError(Exception):
     """Exit code of the command."""
 
 
-def did_you_mean(word: object, choices: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?`, or nothing if no choice is close."""
-    near = difflib.get_close_matches(str(word), list(choices), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def did_you_mean(word: object, choices: Iterable[str], key: Callable[[str], str] = str) -> str:
+    """Return ` Did you mean 'x', 'y' or 'z'?` with the `near_names`, or nothing if there are none."""
+    near = [repr(name) for name in near_names(word, choices, key)]
+    return f" Did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
+
+
+def near_names(word: object, choices: Iterable[str], key: Callable[[str], str] = str) -> list[str]:
+    """Return up to three choices that `word` may be a misspelling of, the nearest first.
+
+    Near are choices within a Damerau-Levenshtein distance of a third of the shorter name's length, at most 3, and those
+    that begin or end with the word (`epsilon_low` for `epsilon`) or consist of the same words. Case and punctuation do not
+    count. `key` returns the part of a choice to compare.
+    """
+    from rapidfuzz.distance import DamerauLevenshtein  # on the error path only
+
+    written = _plain(word)
+    found = []
+    for choice in dict.fromkeys(choices):
+        plain = _plain(key(choice))
+        distance, shorter = DamerauLevenshtein.distance(written, plain), min(len(written), len(plain))
+        inside = shorter > 3 and (plain.startswith(written) or plain.endswith(f"_{written}"))
+        if inside or sorted(written.split("_")) == sorted(plain.split("_")):
+            distance = min(distance, 3)
+        elif distance > (max(1, min(3, shorter // 3)) if shorter > 1 else 0):
+            continue
+        found.append((distance, len(plain), choice))
+    exact = [entry for entry in found if entry[0] == 0]
+    return [choice for *_, choice in sorted(exact or found)[:3]]
+
+
+def _plain(name: object) -> str:
+    return re.sub(r"\W", "_", str(name).lower().replace("+", "_plus"))

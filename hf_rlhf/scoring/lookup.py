@@ -124,8 +124,11 @@ def scorer_of(
     import torch
 
     from hf_rlhf.batch import Context
+    from hf_rlhf.config.algorithm import walk
+    from hf_rlhf.config.hub_names import check_hub_names
     from hf_rlhf.scoring.scorer import Scorer
 
+    check_hub_names(walk({"rewards": [source for _, source in sources]}))
     for _, source in sources:
         source.on_error = "none" if source.on_error == "raise" else source.on_error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -15,6 +15,7 @@ import torch
 
 from hf_rlhf.axes import Context, Plugin
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
@@ -205,6 +206,7 @@ def setup_run(
     if several is not None:
         evaluation = None
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
+    check_hub_names(chosen.plugins())
     _check_dataset(chosen, sections["dataset"], train, evaluation)
 
     tokenizer = prepare_tokenizer(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Context, Critic, TrainedCritic
+from hf_rlhf.axes import Context, Critic, HubModel, TrainedCritic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ class Separate(TrainedCritic):
 
     name = "separate"
 
-    init: str = "policy"
+    init: Literal["policy", "reward"] | HubModel = "policy"
     """Initial weights: `policy` (copied trunk, zero head), `reward` (the recipe's reward model with its head, so that values
     start as its scores), or a folder or Hub name (its trunk, and its head if that has one output). A model with another
     tokenizer than the policy's is rejected."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Context, Count, LossTerm, Positive, TextTerm
+from hf_rlhf.axes import Context, Count, HubDataset, LossTerm, Positive, TextTerm
 
 from ._texts import is_file, read_texts
 
@@ -32,7 +32,7 @@ class PTX(TextTerm):
 
     name = "ptx"
 
-    path: str
+    path: HubDataset
     """A file of texts (.txt: one per line; .jsonl: one object per line), or the name of a dataset on the Hub."""
     column: str = "text"
     """Column with the text; unused for .txt."""

@@ -7,12 +7,13 @@ expected one. All checks run in time linear in the text.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+
+from hf_rlhf.axes import did_you_mean
 
 from ._json import NoJson, loads
 from ._languages import probabilities
@@ -68,9 +69,7 @@ def instruction(name: str, arguments: Mapping[str, Any]) -> Check:
     Raises `ValueError` for an unknown instruction or wrong arguments.
     """
     if name not in CHECKS:
-        near = difflib.get_close_matches(name, CHECKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no instruction named {name!r}.{hint} Available: {', '.join(CHECKS)}")
+        raise ValueError(f"no instruction named {name!r}.{did_you_mean(name, CHECKS)} Available: {', '.join(CHECKS)}")
     given = {key: value for key, value in arguments.items() if value is not None}
     try:
         inspect.signature(CHECKS[name]).bind("", **given)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hf_rlhf.axes import attention_refusal
+from hf_rlhf.axes import attention_refusal, did_you_mean
 
 from ._trials import try_loop
 
@@ -42,8 +42,6 @@ NOT_SAMPLING = (
 
 def generation_problems(kwargs: Mapping[str, Any]) -> Iterable[str]:
     """Yield errors in `generation_kwargs`."""
-    from difflib import get_close_matches
-
     from transformers import GenerationConfig
 
     known = [key for key in vars(GenerationConfig()) if not key.startswith("_")]
@@ -56,8 +54,7 @@ def generation_problems(kwargs: Mapping[str, Any]) -> Iterable[str]:
                 "policy. Remove it"
             )
         elif key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Use {', '.join(sorted(known))}."
+            hint = did_you_mean(key, known) or f" Use {', '.join(sorted(known))}."
             yield f"rollout.generation_kwargs: transformers.GenerationConfig has no {key!r}.{hint}"
     if not any(key in OWN or key in NOT_SAMPLING or key not in known for key in kwargs):
         try:

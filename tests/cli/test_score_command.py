@@ -314,7 +314,7 @@ def test_metrics_of_a_source_are_printed(run):
             ("exact_match", "--completion-column", "human"),
             "row 0: the completion must be a text or assistant messages, got '1'",
         ),
-        (("exact_match", "--tokenizer", "./none"), "no model folder ./none"),
+        (("exact_match", "--tokenizer", "./none"), "no folder ./none"),
         (("reward_model", "model=./none"), "./none"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",

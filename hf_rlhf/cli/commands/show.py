@@ -15,7 +15,7 @@ from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json, tab
 from hf_rlhf.registry import hookspecs
 from hf_rlhf.registry.host import Host, check_axis, get_host
 from hf_rlhf.registry.settings_schema import Setting, describe
-from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 
 @plugins_app.callback()
@@ -85,7 +85,12 @@ def recipes_show(
 )
 def show(
     axis: Annotated[
-        str, typer.Argument(metavar="AXIS", help="An axis: " + ", ".join(AXES), autocompletion=completion.axes)
+        str,
+        typer.Argument(
+            metavar="AXIS",
+            help="An axis, or a plugin that only one axis has. The axes: " + ", ".join(AXES),
+            autocompletion=completion.axes,
+        ),
     ],
     name: Annotated[
         str | None,
@@ -96,6 +101,8 @@ def show(
 ) -> None:
     """Explain a plugin and its settings; without NAME, an axis, with a complete plugin as an example."""
     host = get_host()
+    if axis not in AXES:
+        axis, name = (name, axis) if name in AXES else (axis, name) if name else _with_axis(host, axis)
     check_axis(axis)
     if name is not None:
         _show_plugin(host, axis, name, as_json)
@@ -149,6 +156,24 @@ def split_names(words: list[str]) -> tuple[list[str], list[str]]:
             f"explain takes one recipe or two; got {len(names)}: for instance `hf-rlhf explain grpo@verl grpo@trl`"
         )
     return names, [word for word in words if "=" in word]
+
+
+def _with_axis(host: Host, name: str) -> tuple[str, str]:
+    """Return axis and name of a plugin named alone, or as axis.name. Raise `UserError` with the choices."""
+    axis, _, bare = name.partition(".")
+    if axis in AXES:
+        return axis, bare
+    axes = host.axes_of(name)
+    if len(axes) == 1:
+        return axes[0], name
+    if axes:
+        raise UserError(f"{name!r} is a plugin of {len(axes)} axes: {' or '.join(f'`show {x} {name}`' for x in axes)}")
+    if any(recipe.name == name for recipe in host.recipes()):
+        raise UserError(
+            f"{name!r} is a recipe: `hf-rlhf recipes show {name}` prints it, `hf-rlhf explain {name}` runs it"
+        )
+    near = did_you_mean(name, [*AXES, *sorted({offer.name for offer in host.offers() if not offer.problem})])
+    raise UserError(f"no axis and no plugin named {name!r}.{near} The axes are: {', '.join(AXES)}")
 
 
 def _show_plugin(host: Host, axis: str, name: str, as_json: bool) -> None:

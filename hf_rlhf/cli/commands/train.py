@@ -99,8 +99,9 @@ def read(
     dataset: str | None,
     seed: int | None,
     max_steps: int | None,
+    loads: bool = False,
 ) -> Any:
-    """Return the recipe with the command line's overrides, flags and options."""
+    """Return the recipe with the command line's overrides, flags and options; with `loads`, what it names must be there."""
     from hf_rlhf.config.outline import check_names
     from hf_rlhf.config.recipe import load_recipe
 
@@ -119,7 +120,7 @@ def read(
         overrides += [f"{key}={json.dumps(value)}"] if value is not None else []
     for key, number in (("training.seed", seed), ("training.max_steps", max_steps)):
         overrides += [f"{key}={number}"] if number is not None else []
-    check_names(name, overrides)
+    check_names(name, overrides, loads)
     return load_recipe(name, overrides)
 
 
@@ -219,7 +220,7 @@ def train(
 
     The last of these wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in order, flags.
     """
-    chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps)
+    chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps, loads=True)
     from hf_rlhf.cli.runs.run import train as run  # after the names are checked: it imports torch
 
     where: str | bool = resume

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_rlhf.cli.runs.run import OWN_FILES, check, train, unused
+from hf_rlhf.config.algorithm import walk
+from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.pipeline import OUTPUT_OF, Pipeline, PipelineStage
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe import Recipe
@@ -52,6 +54,8 @@ def run_stages(staged: Pipeline, root: Path, trust_remote_code: bool = False) ->
     Raises `UserError` before any model is loaded where a stage is refused, or differs from the one that was begun here.
     """
     check_named(staged)
+    for stage in staged.stages:
+        check_hub_names([*stage.recipe.sections.items(), *walk(stage.recipe.plugins)])
     check_stages(staged, root, forecast=False)
     with only_run_in(root):
         return _run_stages(staged, root, trust_remote_code)

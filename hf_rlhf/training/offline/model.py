@@ -40,7 +40,7 @@ def load_with_head(
     A head that the folder does not contain is new and depends only on the seed. Raises `ModelError` where other weights are
     missing, or the head has another number of outputs.
     """
-    path = model_path(settings.path)
+    path = model_path(settings.path, revision=settings.revision)
     if (Path(path) / "adapter_config.json").is_file():
         raise ModelError(f"{path} contains only an adapter: merge it into its base and name the merged model")
     with seeded(seed, "model"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_rlhf import Metric
-from hf_rlhf.axes import Context, Count, RewardSource
+from hf_rlhf.axes import Context, Count, HubModel, HubTokenizer, RewardSource
 
 from .batches import Row, Value, scores_of
 from .files import Kind, ModelFiles
@@ -43,11 +43,11 @@ class ModelReward(RewardSource):
     default_outputs: ClassVar[dict[int, int]] = {1: 0}
     """Label that scores if `output` is None, by number of labels."""
 
-    model: str
+    model: HubModel
     """Folder or name on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    tokenizer: str | None = None
+    tokenizer: HubTokenizer | None = None
     """Folder or Hub name of its tokenizer; None: the model's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
     """Dtype of its weights; not affected by autocast."""

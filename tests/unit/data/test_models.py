@@ -85,7 +85,7 @@ def test_places_without_a_model_are_named(tmp_path, tiny_model_path):
     for load in (load_model, load_tokenizer):
         with pytest.raises(ValueError, match=r"set model\.path"):
             load(Model())
-        with pytest.raises(ValueError, match="no model folder /missing/model"):
+        with pytest.raises(ValueError, match=r"no (model )?folder /missing/model: there is no folder /missing"):
             load(Model(path="/missing/model"))
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_tokenizer(Model(path=str(tmp_path)))
