@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_rlhf.axes import LISTS
-from hf_rlhf.config.recipe_yaml import DEFAULTS, KEYS, TOP_AXES, RecipeError, read_yaml
+from hf_rlhf.config.mappings import mapped
+from hf_rlhf.config.recipe_yaml import DEFAULTS, KEYS, TOP_AXES, RecipeError, read_yaml, unknown_key
+from hf_rlhf.config.sections import SECTIONS
 from hf_rlhf.registry.host import Host, get_host
 from hf_rlhf.registry.settings_schema import nested, plain_text, setting_types, settings_of
-from hf_rlhf.runtime.errors import UserError, did_you_mean
+from hf_rlhf.runtime.errors import UserError
 
 
 def apply_overrides(
@@ -51,7 +53,14 @@ class _Writer:
     def write(self, keys: list[str], value: Any) -> None:
         """Write `value` at the dotted path `keys`, making groups on the way."""
         if keys[0] not in KEYS:
-            raise UserError(f"a recipe has no key {keys[0]!r}.{did_you_mean(keys[0], KEYS)} It has: {', '.join(KEYS)}")
+            raise UserError(f"a recipe has no key {keys[0]!r}.{unknown_key('.'.join(keys))} It has: {', '.join(KEYS)}")
+        if len(keys) > 1 and keys[0] not in LISTS and (theirs := mapped(".".join(keys), whole=True)):
+            axis = keys[0] in TOP_AXES
+            cls = (
+                self._class(keys[0], self.recipe.get(keys[0]), DEFAULTS.get(keys[0])) if axis else SECTIONS.get(keys[0])
+            )
+            if keys[1] != "use" and (cls is None or keys[1] not in setting_types(cls)):
+                raise UserError(f"{keys[0]} has no such setting.{theirs}")
         node: Any = self.recipe
         for depth, key in enumerate(keys[:-1], start=1):
             node = self._enter(node, key, keys[:depth])

@@ -26,6 +26,7 @@ from hf_rlhf.config.recipe_yaml import (
     STAGES,
     RecipeError,
     read_yaml,
+    unknown_key,
     write_yaml,
 )
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging, Update
@@ -33,7 +34,7 @@ from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.registry.host import Host, get_host
 from hf_rlhf.registry.settings_schema import MISSING
-from hf_rlhf.runtime.errors import UserError, did_you_mean
+from hf_rlhf.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -185,7 +186,7 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
         if key in NESTED:
             reader.refuse(key, f"a {key} is a setting of another plugin: `{AXES[key].axis.nested}`")
         elif key not in KEYS:
-            reader.refuse(key, f"a recipe has no such key.{did_you_mean(key, KEYS)} It has: {', '.join(KEYS)}")
+            reader.refuse(key, f"a recipe has no such key.{unknown_key(key)} It has: {', '.join(KEYS)}")
     plugins: dict[str, Any] = {}
     plain_plugins: dict[str, Any] = {}
     for axis in sorted(ALGORITHM_AXES, key="reference".__eq__):  # depends on the others
@@ -231,7 +232,7 @@ def _resolve_offline(raw: Mapping[str, Any], reader: RecipeReader, name: str) ->
         )
     for key in raw.keys() - {*OFFLINE_KEYS, *misplaced}:
         has = f"A recipe with a trainer has: {', '.join(OFFLINE_KEYS)}"
-        reader.refuse(key, f"a recipe has no such key.{did_you_mean(key, OFFLINE_KEYS)} {has}")
+        reader.refuse(key, f"a recipe has no such key.{unknown_key(key, OFFLINE_KEYS)} {has}")
     plugin, plain_plugin = reader.axis(OFFLINE, raw[OFFLINE])
     sections, plain_sections = {}, {}
     for section, cls in OFFLINE_SECTIONS.items():

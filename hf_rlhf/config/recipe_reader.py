@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_rlhf.axes import AXES, LISTS, Plugin
+from hf_rlhf.config.mappings import mapped, meaning
 from hf_rlhf.config.recipe_yaml import DEFAULTS, unnamed
 from hf_rlhf.registry.host import Host
 from hf_rlhf.registry.settings_schema import (
@@ -96,7 +97,8 @@ class RecipeReader:
         for key in given:
             if key not in hints:
                 has = f"It has: {', '.join(hints)}" if hints else "It has none"
-                self.refuse(f"{path}.{key}", f"{owner} has no such setting.{did_you_mean(key, hints)} {has}")
+                hint = did_you_mean(key, hints) or mapped(key)
+                self.refuse(f"{path}.{key}", f"{owner} has no such setting.{hint} {has}")
         values: dict[str, Any] = {}
         texts: dict[str, Any] = {}
         for setting in settings_of(cls):
@@ -151,7 +153,7 @@ class RecipeReader:
         names = argument_names()
         for key in given:
             if key not in names:
-                text = f"transformers.TrainingArguments has no such setting.{did_you_mean(key, names)}"
+                text = f"transformers.TrainingArguments has no such setting.{meaning(key, names)}"
                 self.refuse(f"training.{key}", text)
         if self.host.only_names:
             return dict(given)

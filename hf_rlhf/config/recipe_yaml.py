@@ -7,16 +7,18 @@ text; duplicate keys, tags, anchors and aliases are errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from hf_rlhf.axes import AXES, NESTED
+from hf_rlhf.config.mappings import meaning
 from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS
 from hf_rlhf.config.sections import SECTIONS
+from hf_rlhf.config.training_arguments import argument_names
 from hf_rlhf.registry.settings_schema import plain_text, setting_types
-from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from hf_rlhf.registry.host import Host
@@ -49,6 +51,13 @@ def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:
     whole = ", ".join([f"use: {use}", *(f"{name}: {plain_text(value)}" for name, value in given.items())])
     also = f" ({', '.join(others)} would do as well)" if others else ""
     return f". The recipe names no {axis}, so it is {meant}: write {axis}.use={use} too, or {axis}={{{whole}}}{also}"
+
+
+def unknown_key(name: str, keys: Sequence[str] = KEYS) -> str:
+    """Return what a name that is no key of a recipe may mean: an argument of Trainer, a setting of another library, a typo."""
+    if "." not in name and name in argument_names():
+        return f" Write training.{name}=..., or the flag --{name}."
+    return meaning(name, keys) or did_you_mean(name.partition(".")[0], keys)
 
 
 class RecipeError(UserError):

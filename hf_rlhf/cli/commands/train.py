@@ -12,7 +12,8 @@ from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.flags import FLAGS, TEXT
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
-from hf_rlhf.runtime.errors import UserError, did_you_mean
+from hf_rlhf.config.mappings import meaning
+from hf_rlhf.runtime.errors import UserError
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -84,7 +85,7 @@ def _override(flag: str, value: str) -> str:
         if flag not in fields:
             known = [*FLAGS, "use_peft", "resume", "trust_remote_code", *fields]
             raise UserError(
-                f"no option --{flag}.{did_you_mean(flag, known)} Recipe keys are written key=value without dashes, "
+                f"no option --{flag}.{meaning(flag, known)} Recipe keys are written key=value without dashes, "
                 "for instance kl.0.beta=0.1"
             )
         key = f"training.{flag}"
