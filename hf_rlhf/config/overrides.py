@@ -54,13 +54,7 @@ class _Writer:
         """Write `value` at the dotted path `keys`, making groups on the way."""
         if keys[0] not in KEYS:
             raise UserError(f"a recipe has no key {keys[0]!r}.{unknown_key('.'.join(keys))} It has: {', '.join(KEYS)}")
-        if len(keys) > 1 and keys[0] not in LISTS and (theirs := mapped(".".join(keys), whole=True)):
-            axis = keys[0] in TOP_AXES
-            cls = (
-                self._class(keys[0], self.recipe.get(keys[0]), DEFAULTS.get(keys[0])) if axis else SECTIONS.get(keys[0])
-            )
-            if keys[1] != "use" and (cls is None or keys[1] not in setting_types(cls)):
-                raise UserError(f"{keys[0]} has no such setting.{theirs}")
+        self._refuse_foreign(keys)
         node: Any = self.recipe
         for depth, key in enumerate(keys[:-1], start=1):
             node = self._enter(node, key, keys[:depth])
@@ -75,6 +69,17 @@ class _Writer:
         else:
             node[place] = value
         self.written.add(".".join(keys))
+
+    def _refuse_foreign(self, keys: list[str]) -> None:
+        """Raise `UserError` for a setting of another library whose group has the name of one here: `critic.optim.lr`."""
+        key, name = keys[0], ".".join(keys)
+        theirs = mapped(name, whole=True) if len(keys) > 1 and keys[1] != "use" and key not in LISTS else ""
+        if not theirs or f"{name}=" in theirs:  # the latter: it is a key here as well
+            return
+        axis = key in TOP_AXES
+        cls = self._class(key, self.recipe.get(key), DEFAULTS.get(key)) if axis else SECTIONS.get(key)
+        if cls is None or keys[1] not in setting_types(cls):
+            raise UserError(f"{key} has no such setting.{theirs}")
 
     def _enter(self, node: Any, key: str, path: list[str]) -> Any:
         """Return the group or list at `key`; make a group where there is none, or only a plugin's name."""

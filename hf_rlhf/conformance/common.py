@@ -71,12 +71,29 @@ def _is_documented(plugin: Plugin) -> None:
     settings = [setting.name for setting in fields(plugin)]
     for name in ("name", "needs", "provides", "places", "stops_gradient"):
         assert name not in settings, f"{called}.{name} became a setting. Annotate it as ClassVar, or not at all"
-    positional = [setting.name for setting in fields(plugin) if not setting.kw_only]
-    assert not positional, f"settings must be keyword-only, got {positional}. Write @dataclass(kw_only=True)"
+    positional = [
+        f"{part.__name__}.{x.name}" for part in _groups(cls) for x in fields(part) if x.init and not x.kw_only
+    ]
+    said = ", ".join(positional)
+    assert not positional, f"settings must be keyword-only, got {said}. Write @dataclass(kw_only=True) above the class"
     doc = cls.__dict__.get("__doc__") or f"{called}("  # what dataclass writes where there is none
     assert not doc.startswith(f"{called}("), f"{called} has no docstring. Say in its first line what it computes"
-    missing = [name for name in settings if name not in _documented_fields(cls)]
+    missing = [x.name for part in _groups(cls) for x in fields(part) if x.name not in _documented_fields(part)]
     assert not missing, f"{called} has settings without a docstring below them: {', '.join(missing)}"
+
+
+def _groups(cls: Any) -> Iterator[Any]:
+    """Yield a class of settings, and the dataclasses that hold groups of them."""
+    from hf_rlhf.registry.settings_schema import nested, setting_types
+
+    yield cls
+    try:
+        hints = setting_types(cls)
+    except (NameError, AttributeError):
+        return  # "its settings survive a recipe" says so
+    for hint in hints.values():
+        if (held := nested(hint)) is not None and held.group:
+            yield from _groups(held.group)
 
 
 def _documented_fields(cls: type) -> set[str]:

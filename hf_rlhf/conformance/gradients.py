@@ -33,6 +33,7 @@ def gradient_checks(plugin: Plugin, axis: str, run: Run, finite_differences: boo
             yield "its gradient equals finite differences", _is_its_own_gradient, plugin, run
     if isinstance(plugin, PolicyLoss):
         yield "a positive advantage raises the log-prob", _climbs, run
+        yield "a clip stops both directions, and only away from the old policy", _clips_both_ways, run
         if plugin.zero_without_advantage:
             yield "a row without advantages has no gradient", _silent_without_advantage, run
         if plugin.token_level:
@@ -118,13 +119,42 @@ def _climbs(run: Run) -> None:
     t = ordinary_tensors()
     logps = t["logps"].requires_grad_()
     sign = t["advantages"].sum(1, keepdim=True).sign()
-    on_policy = {**t, "old_logps": logps.detach(), "advantages": sign * t["mask"]}
+    on_policy = {**t, "old_logps": logps.detach(), "advantages": sign * (0.5 + t["advantages"].abs()) * t["mask"]}
     loss = _total(t, run(on_policy)).sum()
     if not loss.requires_grad:
         raise SkipTest("skipped: it has no gradient")
     (gradient,) = torch.autograd.grad(loss, logps)
     climbs = bool(((gradient * sign).sum(1) <= 0).all() and (gradient != 0).any())
     assert climbs, "descending this loss lowers the log-probs of rows with a positive advantage. Check the sign"
+
+
+def _clips_both_ways(run: Run) -> None:
+    """Check where the gradient is 0, in rows of a token whose probability rises from 0.05 to 0.9 or falls from 0.9 to 0.05."""
+
+    def stops(sign: float, old: float, new: float) -> bool:
+        t = ordinary_tensors()
+        t["mask"] = t["mask"] * (t["mask"].cumsum(1) == 1)
+        logps = torch.full_like(t["logps"], new).requires_grad_()
+        moved = {
+            **t,
+            "logps": logps,
+            "old_logps": torch.full_like(logps, old),
+            "advantages": sign * (0.5 + t["advantages"].abs()) * t["mask"],
+        }
+        loss = _total(t, run(moved)).sum()
+        if not loss.requires_grad:
+            raise SkipTest("skipped: it has no gradient")
+        return not bool(torch.autograd.grad(loss, logps)[0].any())
+
+    low, high = -3.0, -0.1
+    risen, fallen = stops(1.0, low, high), stops(-1.0, high, low)
+    said = "a positive advantage whose probability rose", "a negative advantage whose probability fell"
+    stopped, free = said if risen else said[::-1]
+    assert risen == fallen, f"it stops the gradient of tokens with {stopped}, and not of those with {free}. Clip both"
+    assert not stops(1.0, high, low), (
+        "tokens with a positive advantage whose probability fell have no gradient, so nothing brings them back. Take the "
+        "larger of the clipped and the unclipped loss"
+    )
 
 
 def _silent_without_advantage(run: Run) -> None:

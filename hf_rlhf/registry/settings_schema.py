@@ -239,6 +239,7 @@ def _refusal(cls: type, name: str, value: Any, reason: str) -> str:
         parts.append(reason)
     if isinstance(value, str):
         parts.append(did_you_mean(value, choices).strip())
-    if isinstance(value, dict | list) and str in _union(hint):
+    texts = (str, *(part for part in _union(hint) if typing.get_origin(part) is Annotated and part.__origin__ is str))
+    if isinstance(value, dict | list) and any(part in texts for part in _union(hint)):
         parts.append("Text with ': ', '[' or '{' needs quotes")
     return ". ".join(filter(None, parts))

@@ -22,7 +22,7 @@ def did_you_mean(word: object, choices: Iterable[str], key: Callable[[str], str]
 def near_names(word: object, choices: Iterable[str], key: Callable[[str], str] = str) -> list[str]:
     """Return up to three choices that `word` may be a misspelling of, the nearest first.
 
-    Near are choices within a Damerau-Levenshtein distance of a third of the shorter name's length, at most 3, and those
+    Near are choices within a Damerau-Levenshtein distance of a third of the longer name's length, at most 3, and those
     that begin or end with the word (`epsilon_low` for `epsilon`) or consist of the same words. Case and punctuation do not
     count. `key` returns the part of a choice to compare.
     """
@@ -32,11 +32,11 @@ def near_names(word: object, choices: Iterable[str], key: Callable[[str], str] =
     found = []
     for choice in dict.fromkeys(choices):
         plain = _plain(key(choice))
-        distance, shorter = DamerauLevenshtein.distance(written, plain), min(len(written), len(plain))
-        inside = shorter > 3 and (plain.startswith(written) or plain.endswith(f"_{written}"))
+        distance = DamerauLevenshtein.distance(written, plain)
+        inside = len(written) > 3 and (plain.startswith(written) or plain.endswith(f"_{written}"))
         if inside or sorted(written.split("_")) == sorted(plain.split("_")):
             distance = min(distance, 3)
-        elif distance > (max(1, min(3, shorter // 3)) if shorter > 1 else 0):
+        elif distance > min(3, max(len(written), len(plain)) // 3):
             continue
         found.append((distance, len(plain), choice))
     exact = [entry for entry in found if entry[0] == 0]

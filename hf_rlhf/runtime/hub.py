@@ -97,7 +97,7 @@ def _on_hub(name: str, kind: str, revision: str | None) -> str | None:
 
 
 _SILENT: list[str] = []
-"""Why the Hub did not answer in this process, where that happened: it is not asked again."""
+"""Reason why the Hub did not answer in this process, if that happened: it is not asked again."""
 
 
 def _is_cached(name: str, kind: str, revision: str | None) -> bool:

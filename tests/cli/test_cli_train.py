@@ -269,12 +269,16 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     ids=lambda x: " ".join(x[-2:]) if isinstance(x, list) else "",
 )
 def test_what_cannot_run_is_one_error_before_the_model_loads(words, says, monkeypatch, capsys, place, tmp_path):
-    monkeypatch.chdir(tmp_path)
+    here, model = tmp_path / "here", tmp_path / "model"
+    here.mkdir()
+    model.mkdir()
+    (model / "config.json").write_text("{}")  # it looks like a model, and is never loaded
+    monkeypatch.chdir(here)
     data = ["--dataset", str(place / "problems.jsonl"), "dataset.prompt=question", "rollout.prompts=4"]
     if words:
-        words = [words[0], "--model", "no-such-folder-and-never-loaded", *data, *words[1:]]
+        words = [words[0], "--model", str(model), *data, *words[1:]]
     assert says in refused(monkeypatch, capsys, *words)
-    assert not list(tmp_path.iterdir())
+    assert not list(here.iterdir())
 
 
 def test_an_output_folder_in_use_is_refused(trained, place, monkeypatch, capsys):

@@ -25,7 +25,7 @@ class Row(NamedTuple):
     """The library, with the configuration class where it has several."""
     names: list[str]
     text: str
-    """What a message says: names, recipe keys and notes."""
+    """Names, recipe keys and notes as a message says them."""
 
 
 def section(system: str, title: str) -> str:
@@ -42,7 +42,7 @@ def meaning(word: str, choices: Iterable[str]) -> str:
 def mapped(name: str, whole: bool = False) -> str:
     """Return the rows for a setting of another library, empty if there is none.
 
-    It may be given with or without the groups around it; with `whole`, only as it stands in the table.
+    It may be given with or without the groups around it; with `whole`, only under its name in the table.
     """
     plain = name.lstrip("+").replace("-", "_").strip("_")
     matching = [row for row in rows() if plain in row.names] if whole else _matching(plain)

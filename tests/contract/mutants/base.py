@@ -70,6 +70,7 @@ FACTS = {
     "gradient": "its gradient reaches its inputs",
     "differences": "its gradient equals finite differences",
     "climbs": "a positive advantage raises the log-prob",
+    "clips": "a clip stops both directions, and only away from the old policy",
     "zero": "equal log-probs give 0",
     "positive": "its mean under the policy is non-negative",
     "elementwise": "each number depends on its own log-probs alone",
@@ -134,6 +135,30 @@ class Undecorated(Estimator):
 
     strength: float = 1.0
     """How much."""
+
+
+@dataclass
+class Positional(Estimator):
+    """Takes its setting by position."""
+
+    strength: float = 1.0
+    """How much."""
+
+
+@dataclass
+class Bounds:
+    """Settings of a plugin below, by position."""
+
+    low: float = 0.0
+    """Least."""
+
+
+@settings
+class PositionalGroup(Estimator):
+    """Has a group of settings that are taken by position."""
+
+    bounds: Bounds | None = None
+    """Bounds."""
 
 
 @settings
@@ -231,6 +256,8 @@ class Reset(Estimator):
 MUTANTS = [
     Mutant(Undocumented, "documented", "without a docstring below them: strength"),
     Mutant(Undecorated, "documented", "not a dataclass"),
+    Mutant(Positional, "documented", r"must be keyword-only, got Positional\.strength"),
+    Mutant(PositionalGroup, "documented", r"must be keyword-only, got Bounds\.low"),
     Mutant(NameAsSetting, "documented", "name became a setting"),
     Mutant(Nameless, "documented", "'my estimator'"),
     Mutant(Misspelt, "known", "Did you mean 'ref_logps'"),

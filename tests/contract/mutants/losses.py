@@ -39,6 +39,27 @@ class Ascending(Loss):
         return ratio * advantages
 
 
+class ClippedAbove(Loss):
+    """Clips what rises and forgets what falls."""
+
+    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return -torch.minimum(ratio * advantages, ratio.clamp(max=1.2) * advantages)
+
+
+class ClippedBelow(Loss):
+    """Clips what falls and forgets what rises."""
+
+    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return -torch.minimum(ratio * advantages, ratio.clamp(min=0.8) * advantages)
+
+
+class ClippedAlways(Loss):
+    """Clips the ratio whatever the sign of the advantage."""
+
+    def loss(self, ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return -ratio.clamp(0.8, 1.2) * advantages
+
+
 class Detached(Loss):
     """Cuts the gradient off."""
 
@@ -274,6 +295,9 @@ class OneToken(Counting):
 
 MUTANTS = [
     Mutant(Ascending, "climbs", "Check the sign"),
+    Mutant(ClippedAbove, "clips", "and not of those with a negative advantage"),
+    Mutant(ClippedBelow, "clips", "and not of those with a positive advantage"),
+    Mutant(ClippedAlways, "clips", "nothing brings them back"),
     Mutant(Detached, "gradient", "no gradient reaches logps"),
     Mutant(HalfDetached, "differences", "stops_gradient = True"),
     Mutant(MicroBatchMean, "split", "computed alone", ("processes",)),
@@ -282,7 +306,7 @@ MUTANTS = [
     Mutant(Bonus, "silent", "zero_without_advantage"),
     Mutant(RowRatio, "token", "token_level"),
     Mutant(Exponential, "off", "Fill them before an exponential", ("gradient",)),
-    Mutant(PaddedSequence, "off", "values off the mask changed", ("split",)),
+    Mutant(PaddedSequence, "off", "values off the mask changed", ("split", "clips")),
     Mutant(WideMean, "padding", "Count with the mask", ("tools", "split")),
     Mutant(Reduced, "shape", r"got \(\)"),
     Mutant(Bare, "shape", "a pair"),

@@ -257,8 +257,10 @@ def test_all_problems_are_told_at_once_with_path_choices_and_fix():
         "update.epochs": "got 0; takes whole number >= 1 (default 1)",
         "update.mini_batches": "got true; takes whole number >= 1 (default 1)",
         "model.path": "got {'a': 1}; takes text or null (default null). Text with ': ', '[' or '{' needs quotes",
-        "model.lora.rank": "model.lora has no such setting. It has: r, alpha, dropout, target_modules, target_parameters, "
-        "modules_to_save, trainable_token_indices, use_dora, use_rslora",
+        "model.lora.rank": "model.lora has no such setting. It is a setting of another library; the same here:\n"
+        "    OpenRLHF: ds.lora.rank, ds.lora.alpha, ds.lora.dropout, ds.lora.target_modules -> "
+        "model.lora={r: 64, alpha: 64, dropout: 0.0, target_modules: all-linear}\n  It has: r, alpha, dropout, "
+        "target_modules, target_parameters, modules_to_save, trainable_token_indices, use_dora, use_rslora",
         "filters": "takes a list, `[]` for none and `[{use: NAME}]` for one; got {'use': 'zero_variance'}",
         "critic": "takes `{use: NAME, ...}` or just a name; got null. There are: none, separate, value_head",
         "training.learnin_rate": "transformers.TrainingArguments has no such setting. Did you mean 'learning_rate'?",
