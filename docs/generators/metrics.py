@@ -11,7 +11,6 @@ from hf_rlhf.metrics import (
     CORE,
     EVAL,
     EVALUATION,
-    GIVEN,
     OFFLINE,
     OFFLINE_EVALUATION,
     SECTIONS,
@@ -38,12 +37,12 @@ AXES_OF = {
 def logged(section: str) -> Iterator[str]:
     """List the metrics of a section: the core's, then the plugins'."""
     (title,) = (name for name in SECTIONS if name.startswith(section))
-    rows = [_row(code(m.name), m, GIVEN[m.given].words) for m in CORE if m.section == title]
+    rows = [_row(code(m.name), m, m.condition.words) for m in CORE if m.section == title]
     yield table(HEADER, rows + [row for axis in AXES_OF.get(title, ()) for row in _plugin_rows(own_host(), axis)])
 
 
 def evaluation() -> Iterator[str]:
-    yield table(HEADER, [_row(code(EVAL + m.name), m, GIVEN[m.given].words) for m in EVALUATION])
+    yield table(HEADER, [_row(code(EVAL + m.name), m, m.condition.words) for m in EVALUATION])
 
 
 def offline() -> Iterator[str]:

@@ -41,6 +41,9 @@ CORE_PROVIDES = frozenset(
 """Quantities that the core computes on demand; values, ref_logps and sampler_logps come from plugins. Whether the policy has
 an adapter and plain weights is checked with the model's settings (`hf_rlhf.training.setup`)."""
 
+NEEDS_OF_REWARDS = frozenset({"scores", "total_score", "greedy"})
+"""Quantities that no algorithm without rewards has."""
+
 FIXES = {
     "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",
     "ref_logps": "set reference.use=frozen (or adapter_off with a LoRA policy), or leave the KL out with kl=[]",
@@ -53,7 +56,7 @@ class Algorithm:
     """One choice per axis."""
 
     rollout: RolloutEngine
-    rewards: list[RewardSource]
+    rewards: list[RewardSource] = field(default_factory=list)
     kl: list[KLPlacement] = field(default_factory=list)
     advantages: AdvantageEstimator
     critic: Critic
@@ -175,7 +178,14 @@ class Algorithm:
 
     def problems(self) -> list[str]:
         """Return reasons why this combination cannot run or learn, each with its fix; empty when it can."""
-        return [*self._missing(), *self._unused(), *self._counts(), *self._rewards(), *self._own_checks()]
+        return [
+            *self._missing(),
+            *self._unused(),
+            *self._without_rewards(),
+            *self._counts(),
+            *self._rewards(),
+            *self._own_checks(),
+        ]
 
     def _missing(self) -> Iterator[str]:
         known = CORE_PROVIDES | FIXES.keys()
@@ -190,8 +200,6 @@ class Algorithm:
                     )
 
     def _unused(self) -> Iterator[str]:
-        if not self.rewards:
-            yield "rewards is empty: nothing to learn from. Add one, for instance rewards=[{use: exact_match}]"
         readers = [path for path, plugin in self.plugins() if "values" in plugin.needs]
         if readers and not any(path.split(".")[0] == "advantages" for path in readers):
             yield (
@@ -202,6 +210,23 @@ class Algorithm:
             plugin = getattr(self, axis)
             if name in plugin.provides and name not in self.needs:
                 yield f"{axis}={plugin.name} provides {name} and nothing reads them: set {axis}.use=none"
+
+    def _without_rewards(self) -> Iterator[str]:
+        if self.rewards:
+            return
+        if not any(kl.places for kl in self.kl):
+            logged = "".join(f", as kl.{i}={kl.name} is only logged" for i, kl in enumerate(self.kl))
+            reference = "" if "ref_logps" in self.provides else " and reference.use=frozen"
+            yield (
+                f"rewards is empty and no KL enters the gradient{logged}: nothing to learn from. Set "
+                f"rewards=[{{use: exact_match}}], or a KL in the loss, reward or advantage: kl=[{{use: in_loss}}]{reference}"
+            )
+        for path, plugin in self.plugins():
+            if named := plugin.needs & NEEDS_OF_REWARDS:
+                yield (
+                    f"{path}={plugin.name} needs {', '.join(sorted(named))} and rewards is empty: choose another, or set "
+                    "rewards=[{use: exact_match}]"
+                )
 
     def _counts(self) -> Iterator[str]:
         rollout, update = self.rollout, self.update

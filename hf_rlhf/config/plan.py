@@ -47,6 +47,13 @@ def make_plan(
     _models(plan, algorithm, lora, policy_state)
     _forwards(plan, algorithm)
     plan.remarks += _second_model(algorithm) if lora else []
+    if not algorithm.rewards:
+        learned = ", ".join(f"kl.{title}" for title, kl in algorithm.titled("kl") if kl.places)
+        plan.skipped.append("rewards: the recipe has none; their metrics and columns are left out")
+        plan.remarks.append(
+            f"without rewards the policy moves by {learned} towards the reference alone: one that is the policy itself at the "
+            "start gives a gradient of 0 there"
+        )
     plan.remarks += plugin_remarks(algorithm)
     if config is not None:
         plan.remarks += [

@@ -44,8 +44,7 @@ class RecipeReader:
         """Make the plugin or plugins of a top-level axis; `meant` is the one for an axis that is left out."""
         names = ", ".join(self.host.names(axis))
         if given is MISSING:
-            way = f"`{axis}: [{{use: NAME}}]`" if axis in LISTS else f"`{axis}: {{use: NAME}}`"
-            return self.refuse(axis, f"is missing; write {way}. There are: {names}")
+            return self.refuse(axis, f"is missing; write `{axis}: {{use: NAME}}`. There are: {names}")
         if axis in LISTS:
             return self.plugins(axis, given, axis)
         before = len(self.problems)

@@ -26,7 +26,7 @@ Answers = Sequence[float | Spans | TokenScores | None]
 class RewardSource(Plugin, ABC):
     """Score completions. Axis `rewards`, a list."""
 
-    axis = Axis(section="Rewards", metric_prefix="reward/<label>", many=True)
+    axis = Axis(section="Rewards", metric_prefix="reward/<label>", many=True, default=())
 
     verifier: ClassVar[bool] = False
     """True if a score of 1 means correct: evaluation then reports accuracy, pass@k and maj@k."""

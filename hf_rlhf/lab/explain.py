@@ -59,7 +59,8 @@ def as_plain(names: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, A
     for recipe in recipes:
         one = work(_accepted(recipe))
         rows = [
-            {"prompt": i // 4 + 1, "score": one.score[i].item()}
+            {"prompt": i // 4 + 1}
+            | ({} if one.score is None else {"score": one.score[i].item()})
             | {name: getattr(one, name)[i][one.mask[i] > 0].tolist() for name in ("ratio", *NUMBERS)}
             for i in range(len(one.mask))
         ]
@@ -102,8 +103,12 @@ def _one(page: Page, recipe: Recipe, a: Algorithm) -> None:
     page.text(*_introduction([(recipe, a)]))
     show("ratio", "p / p_old of each token")
     choose("kl", "reward")
-    page.title(f"rewards, from scores of {', '.join(a.labels())} at the last token")
-    show("rewards", "reward of each token")
+    if a.rewards:
+        page.title(f"rewards, from scores of {', '.join(a.labels())} at the last token")
+    elif a.kl_in("reward"):
+        page.title("rewards, from the KL alone")
+    if a.rewards or a.kl_in("reward"):
+        show("rewards", "reward of each token")
     choose("filters")
     choose("advantages")
     choose("kl", "advantage")
@@ -225,13 +230,14 @@ def _row(values: Tensor, mask: Tensor) -> str:
 def _table(page: Page, worked: Sequence[WorkedExample], titles: Sequence[str], attribute: str) -> None:
     """Show a table with a line per completion and a column per recipe."""
     mask, rows, marks = worked[0].mask, [], []
+    scored = [one.score for one in worked if one.score is not None]
     for i in range(len(mask)):
         sides = [getattr(one, attribute)[i] for one in worked]
-        scores = sorted({number(one.score[i].item()) for one in worked})
-        facts = [str(i // 4 + 1), " or ".join(scores), str(int(mask[i].sum()))]
+        scores = [" or ".join(sorted({number(score[i].item()) for score in scored}))] if scored else []
+        facts = [str(i // 4 + 1), *scores, str(int(mask[i].sum()))]
         rows.append([*facts, *(_row(side, mask[i]) for side in sides)])
         marks.append(len(sides) > 1 and not _equal(*sides))
-    page.table(["prompt", "score", "tokens", *titles], rows, marks)
+    page.table(["prompt", *(["score"] if scored else []), "tokens", *titles], rows, marks)
 
 
 def _terms(page: Page, worked: Sequence[WorkedExample], names: Sequence[str]) -> None:

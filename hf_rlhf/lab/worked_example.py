@@ -41,7 +41,8 @@ class WorkedExample:
     """Results for each row: (8, T) tensors, NaN on dropped rows, 0 off the mask, and the terms of the loss."""
 
     mask: Tensor
-    score: Tensor
+    score: Tensor | None
+    """Total score of each row (8,); None without rewards."""
     ratio: Tensor
     rewards: Tensor
     """Rewards at their tokens, after the KL in the reward."""
@@ -163,7 +164,7 @@ def _update(
 
     return WorkedExample(
         mask=t["mask"],
-        score=total,
+        score=total if a.rewards else None,
         ratio=(t["logps"] - t["old_logps"]).exp() * t["mask"],
         rewards=scored.token_rewards,
         advantages=back(batch["advantages"]),

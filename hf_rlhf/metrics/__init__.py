@@ -9,7 +9,7 @@ from hf_rlhf.axes import AXES
 from hf_rlhf.config.algorithm import places
 from hf_rlhf.contract.metric import Metric
 from hf_rlhf.metrics.aliases import aliased, entropy_is_exact, named
-from hf_rlhf.metrics.catalog import EVAL, GIVEN, SECTIONS, CoreMetric
+from hf_rlhf.metrics.catalog import EVAL, SECTIONS, CoreMetric
 from hf_rlhf.metrics.catalog_evaluation import EVALUATION
 from hf_rlhf.metrics.catalog_offline import OFFLINE, OFFLINE_EVALUATION, metrics_of_trainer
 from hf_rlhf.metrics.catalog_rollout import RUNNING
@@ -25,7 +25,6 @@ __all__ = [
     "CORE",
     "EVAL",
     "EVALUATION",
-    "GIVEN",
     "OFFLINE",
     "OFFLINE_EVALUATION",
     "SECTIONS",
@@ -50,13 +49,13 @@ def metrics_of(algorithm: Algorithm, logging: Logging | None = None) -> list[Nam
     found = [
         Named(name, metric, metric.section)
         for metric in CORE
-        if GIVEN[metric.given].holds(algorithm)
+        if metric.condition.holds(algorithm)
         for name in _expanded(metric.name, algorithm)
     ]
     found += [
         Named(f"{EVAL}{name}", metric, metric.section)
         for metric in EVALUATION
-        if GIVEN[metric.given].holds(algorithm)
+        if metric.condition.holds(algorithm)
         for name in _expanded(metric.name, algorithm)
     ]
     for area, axis, plugin in places(algorithm):

@@ -47,7 +47,6 @@ def _offloads(a: Algorithm) -> bool:
 
 
 GIVEN: dict[str, Given] = {
-    "": Given("", lambda a: True),
     "reference": Given("with a reference", lambda a: "ref_logps" in a.needs),
     "drift": Given(
         "with old and reference log-probs", lambda a: "ref_logps" in a.needs and bool(a.readers_of_old_logps)
@@ -58,6 +57,7 @@ GIVEN: dict[str, Given] = {
         _compares,
     ),
     "correction": Given("with a rollout correction", _corrects),
+    "rewards": Given("with rewards", lambda a: bool(a.rewards)),
     "groups": Given("with several generations per prompt", lambda a: a.rollout.num_generations > 1),
     "critic": Given("with a critic that learns", _trained_critic),
     "value_clip": Given("with a critic that learns and `value_clip`", _value_clip),
@@ -79,7 +79,13 @@ class CoreMetric(Metric):
 
     section: str = ""
     given: str = ""
-    """Key of GIVEN."""
+    """Keys of GIVEN, separated by spaces: all must hold."""
+
+    @property
+    def condition(self) -> Given:
+        """Condition under which it is logged."""
+        parts = [GIVEN[key] for key in self.given.split()]
+        return Given(", ".join(part.words for part in parts), lambda a: all(part.holds(a) for part in parts))
 
 
 REWARDS, KL, POLICY, CRITIC = "Rewards and advantages", "KL", "Policy", "Critic"
@@ -92,5 +98,5 @@ EVAL = "eval_"
 
 
 def core(section: str, name: str, unit: str, meaning: str, given: str = "", **more: object) -> CoreMetric:
-    """Return a metric of a section, logged if GIVEN[given] holds."""
+    """Return a metric of a section, logged if its `condition` holds."""
     return CoreMetric(name, unit, meaning, section=section, given=given, **more)  # type: ignore[arg-type]

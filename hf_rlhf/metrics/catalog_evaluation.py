@@ -21,7 +21,7 @@ def _evaluation() -> tuple[CoreMetric, ...]:
 
             if prefix:
                 more["optional"] = True
-            return core("", f"{prefix}{name}", unit, meaning, given or needs, when="evaluation", **more)
+            return core("", f"{prefix}{name}", unit, meaning, f"{given} {needs}", when="evaluation", **more)
 
         gamed = "Falls while the training reward rises: over-optimisation; raise `kl.0.beta` or stop earlier."
         found = [
@@ -29,6 +29,7 @@ def _evaluation() -> tuple[CoreMetric, ...]:
                 "reward/total/mean",
                 "reward",
                 "weighted sum of the sources over the rows that any source scored",
+                "rewards",
                 summary="max",
                 unhealthy=gamed,
             ),
@@ -50,8 +51,10 @@ def _evaluation() -> tuple[CoreMetric, ...]:
                         unhealthy=gamed if not label and name == "accuracy" else "",
                     )
                 )
-        found.append(m("health/reward_error", "count", "rows of a source that raised, after the retries"))
-        found.append(m("health/reward_timeout", "count", "rows that took longer than the source's `timeout`"))
+        found.append(m("health/reward_error", "count", "rows of a source that raised, after the retries", "rewards"))
+        found.append(
+            m("health/reward_timeout", "count", "rows that took longer than the source's `timeout`", "rewards")
+        )
         return found
 
     trainers = [

@@ -10,11 +10,12 @@ LEARNING: tuple[CoreMetric, ...] = (
         "reward/total/mean",
         "reward",
         "weighted sum of the sources, mean over the rows that any source scored, before filters",
+        "rewards",
         summary="max",
         unhealthy="Flat from the start: no group has signal (see `reward/zero_std_frac`) or the learning rate is too low. "
         "Rising while the held-out accuracy falls: the reward is being gamed; raise `kl.0.beta` or fix the reward.",
     ),
-    core(REWARDS, "reward/total/std", "reward", "its standard deviation over those rows"),
+    core(REWARDS, "reward/total/std", "reward", "its standard deviation over those rows", "rewards"),
     core(
         REWARDS,
         "reward/<label>/mean",
@@ -29,16 +30,17 @@ LEARNING: tuple[CoreMetric, ...] = (
         "reward/after_kl/mean",
         "reward",
         "return of a row: total reward minus the KL in the reward, over the rows that filters kept",
+        "rewards",
         unhealthy="Falls while `reward/total/mean` rises: the KL costs more than it gains; lower `kl.0.beta` or "
         "the learning rate.",
     ),
-    core(REWARDS, "reward/after_kl/std", "reward", "its standard deviation over those rows"),
+    core(REWARDS, "reward/after_kl/std", "reward", "its standard deviation over those rows", "rewards"),
     core(
         REWARDS,
         "reward/zero_std_frac",
         "share of rows",
         "rows of groups in which all total rewards are equal, before KL and filters: no signal between them",
-        "groups",
+        "rewards groups",
         healthy=(None, 0.8),
         unhealthy="Most prompts are too easy or too hard: choose prompts near the policy's ability, raise "
         "`rollout.num_generations`, or add the filter `zero_variance` with `resample`.",

@@ -165,11 +165,14 @@ def show_result(
     if pairs:
         out.print(Text("\nsome of them", style="bold"))
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("prompt", "before", "reward", "after", "reward"):
+        scored = ["reward"] if "reward" in pairs[0][0] else []
+        for title in ("prompt", "before", *scored, "after", *scored):
             table.add_column(title, overflow="fold", justify="right" if title == "reward" else "left")
-        for old, new in pairs:
-            cells = (_short(old["prompt"], 44), _short(old["completion"]), number(old["reward"]))
-            table.add_row(*map(Text, (*cells, _short(new["completion"]), number(new["reward"]))))
+        for pair in pairs:
+            cells = [_short(pair[0]["prompt"], 44)]
+            for sample in pair:
+                cells += [_short(sample["completion"]), *(number(sample[name]) for name in scored)]
+            table.add_row(*map(Text, cells))
         out.print(_indented(table))
     folder = summary["output_dir"]
     out.print(Text(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:"), soft_wrap=True)

@@ -25,8 +25,9 @@ def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) ->
         x = table.get(f"given:{label}", table[f"score:{label}"])
         found[f"{MISSING}{label}"] = x.isnan().sum()
         found |= _mean_std(f"reward/{label}", x.nan_to_num(), ~x.isnan())
-    found |= _mean_std("reward/total", table["total"], valid)
-    found["reward/zero_std_frac"] = _without_signal(table, valid)
+    if labels:
+        found |= _mean_std("reward/total", table["total"], valid)
+        found["reward/zero_std_frac"] = _without_signal(table, valid)
     found |= {
         "rollout/length/mean": lengths.mean(),
         "rollout/length/min": lengths.min(),
@@ -54,7 +55,7 @@ def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
     """Log advantages, the estimator's own metrics and, with a critic, how well it predicts its targets."""
     advantages, on = credit.advantages, scored.mask > 0
     far = torch.finfo(advantages.dtype).max
-    found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0]))
+    found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0])) if scored.scores else {}
     found |= _mean_std("advantage", advantages, on)
     found["advantage/min"] = advantages.masked_fill(~on, far).min()
     found["advantage/max"] = advantages.masked_fill(~on, -far).max()

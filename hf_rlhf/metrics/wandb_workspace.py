@@ -51,10 +51,15 @@ def workspace_of(dashboard: Dashboard, entity: str = "", project: str = "") -> A
         name=dashboard.name,
         sections=sections,
         settings=ws.WorkspaceSettings(x_axis=STEP),
-        runset_settings=ws.RunsetSettings(pinned_columns=list(COLUMNS)),
+        runset_settings=ws.RunsetSettings(pinned_columns=_columns(dashboard)),
     )
     found._internal_runset_id = _id(dashboard.name)
     return found
+
+
+def _columns(dashboard: Dashboard) -> list[str]:
+    """Return the columns of the table of runs: metrics that no panel shows are left out."""
+    return [x for x in COLUMNS if not x.startswith("summary:") or x.removeprefix("summary:") in dashboard.metrics]
 
 
 def specification(workspace: Any) -> str:

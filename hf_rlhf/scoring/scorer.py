@@ -380,8 +380,13 @@ def _characters(tokenizer: Any, ids: list[int]) -> int:
     return len(tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd"))
 
 
-def total(scores: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum (n,) of the sources that apply to each row, and a bool mask (n,), False where none does."""
+def total(scores: dict[str, Tensor], weights: dict[str, float], rows: int) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum (n,) of the sources that apply to each row, and a bool mask (n,), False where none does.
+
+    Without any source the sum is 0 and every row counts.
+    """
+    if not weights:
+        return torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.bool)
     stacked = torch.stack([scores[label] for label in weights])
     factors = torch.tensor(list(weights.values()), dtype=stacked.dtype).unsqueeze(1).to(stacked.device)
     return (stacked.nan_to_num(0.0) * factors).sum(0), ~stacked.isnan().all(0)

@@ -134,12 +134,15 @@ class Collector:
         with run_in_thread(lambda: self._forward(rollouts, rows["mask"], exact), self.accelerator.device) as forward:
             if any(source.runs_model for source in self.algorithm.rewards):
                 forward.result()  # two models at a time would need the memory of both
-            with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
-                asked = self.scorer.ask(rollouts, self.seed, "reward", index, attempt, rank)
-            scored_at = time.perf_counter()
+            asked, scored_at = {}, None
+            if self.algorithm.rewards:
+                with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
+                    asked = self.scorer.ask(rollouts, self.seed, "reward", index, attempt, rank)
+                scored_at = time.perf_counter()
             known, known_at = forward.result()
         rows |= known
-        self.meters.put("time/reward_wait_s", max(0.0, scored_at - known_at))
+        if scored_at is not None:
+            self.meters.put("time/reward_wait_s", max(0.0, scored_at - known_at))
         logged = self._logged(asked)
         if "greedy" in self.algorithm.needs:
             seed = (self.seed, "greedy", index, attempt, rank)
@@ -163,7 +166,7 @@ class Collector:
         with self.meters.time("reward"):
             asked = self.scorer.ask(rollouts, *seed, counts=False)
             answers = self.normalizer({label: found.answers for label, found in asked.items()}, None)
-            sums, _ = total(totals(answers, rollouts), self.weights())
+            sums, _ = total(totals(answers, rollouts), self.weights(), len(rollouts))
         return sums.repeat_interleave(self.algorithm.rollout.num_generations)
 
     def _logged(self, asked: dict[str, SourceResult]) -> dict[str, list[Any]]:
@@ -235,7 +238,7 @@ class Collector:
         given = totals(answers, rollouts)
         answers = self.normalizer(answers, self.accelerator)
         scores = totals(answers, rollouts)
-        sums, valid = total(scores, weights)
+        sums, valid = total(scores, weights, len(rollouts))
         valid &= torch.tensor([any(row) for row in rollouts.masks])
         tokenizer, width = self.policy.tokenizer, mask.size(1)
         placed = [weights[label] * place(x, rollouts, tokenizer, width) for label, x in answers.items()]
@@ -375,8 +378,9 @@ class Collector:
 
     def _numbers(self, collected: Collected) -> dict[str, Tensor]:
         table, places = collected.table, collected.places
-        numbers = {f"reward/{label}": table[f"score:{label}"][places] for label in self.algorithm.labels()}
-        return {**numbers, "reward/total": table["total"][places]}
+        labels = self.algorithm.labels()
+        numbers = {f"reward/{label}": table[f"score:{label}"][places] for label in labels}
+        return {**numbers, **({"reward/total": table["total"][places]} if labels else {})}
 
 
 def at_last_token(x: Tensor, mask: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def evaluate(
     `reward/<label>/mean` over the rows it applies to, `reward/total/mean`, `rollout/length/mean`, `rollout/truncated_frac`;
     `health/reward_error` and `_timeout` count rows whose scoring failed; for each verifier `accuracy` (and `<label>/accuracy`
     where there are several), `pass@k` and `maj@k`. The random numbers are the same each time, so that two evaluations differ by
-    the policy alone.
+    the policy alone. Without reward sources, lengths alone.
     """
     accelerator, group = collector.accelerator, settings.num_generations
     mine = [prompts[i] for i in range(accelerator.process_index, len(prompts), accelerator.num_processes)]
@@ -55,8 +55,9 @@ def _powers(group: int) -> list[int]:
 
 
 def _names(collector: Collector, group: int) -> list[str]:
-    names = ["health/reward_error", "health/reward_timeout"]
-    names += ["reward/total/mean", "rollout/length/mean", "rollout/truncated_frac"]
+    names = ["rollout/length/mean", "rollout/truncated_frac"]
+    if collector.algorithm.rewards:
+        names = ["health/reward_error", "health/reward_timeout", "reward/total/mean", *names]
     names += [f"reward/{label}/mean" for label in collector.algorithm.labels()]
     for prefix, _ in _verifiers(collector):
         names.append(f"{prefix}accuracy")
@@ -76,22 +77,26 @@ def _verifiers(collector: Collector) -> list[tuple[str, str]]:
 def _add(
     sums: dict[str, list[float]], collector: Collector, rollouts: Rollouts, group: int, seed: tuple[int | str, ...]
 ) -> list[dict[str, Any]]:
-    asked = collector.scorer.ask(rollouts, *seed, counts=False)
-    answers = {label: found.answers for label, found in asked.items()}
-    scores = totals(answers, rollouts)
-    rewards, valid = total(totals(collector.normalizer(answers, None), rollouts), collector.weights())
-
     def add(name: str, value: float, count: float) -> None:
         sums[name][0] += value
         sums[name][1] += count
 
+    add("rollout/length/mean", sum(map(sum, rollouts.masks)), len(rollouts))
+    add("rollout/truncated_frac", rollouts.finish_reasons.count("length"), len(rollouts))
+    samples = [
+        {"prompt": rollouts.prompts[i], "completion": rollouts.completions[i]} for i in range(0, len(rollouts), group)
+    ]
+    if not collector.algorithm.rewards:
+        return samples
+    asked = collector.scorer.ask(rollouts, *seed, counts=False)
+    answers = {label: found.answers for label, found in asked.items()}
+    scores = totals(answers, rollouts)
+    rewards, valid = total(totals(collector.normalizer(answers, None), rollouts), collector.weights(), len(rollouts))
     for kind in ("error", "timeout"):
         add(f"health/reward_{kind}", sum(found.count(kind) for found in asked.values()), 0)
     for label, x in scores.items():
         add(f"reward/{label}/mean", x.nansum().item(), (~x.isnan()).sum().item())
     add("reward/total/mean", rewards[valid].sum().item(), valid.sum().item())
-    add("rollout/length/mean", sum(map(sum, rollouts.masks)), len(rollouts))
-    add("rollout/truncated_frac", rollouts.finish_reasons.count("length"), len(rollouts))
     for prefix, label in _verifiers(collector):
         correct = (scores[label] == 1).double()
         known = ~scores[label].isnan()
@@ -105,10 +110,7 @@ def _add(
             if group > 1:
                 votes = collector.scorer.final_answers(label, rollouts.completions[row : row + group])
                 add(f"{prefix}maj@{group}", majority(votes, correct[row : row + group].tolist()), 1)
-    return [
-        {"prompt": rollouts.prompts[i], "completion": rollouts.completions[i], "reward": rewards[i].item()}
-        for i in range(0, len(rollouts), group)
-    ]
+    return [{**sample, "reward": rewards[i * group].item()} for i, sample in enumerate(samples)]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -119,6 +119,7 @@ class RLHFTrainer(SavingTrainer):
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
         self.collector = self._collector(reference)
         self._begin_run()
+        self._health = HEALTH if self.algorithm.rewards else {x: 0.0 for x in HEALTH if "/reward_" not in x}
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
         self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
 
@@ -367,7 +368,7 @@ class RLHFTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last entry to Trainer's own."""
         if "loss" in logs:
-            logs |= {"policy/grad_norm": logs["grad_norm"], **HEALTH, **self.meters.read(self.accelerator)}
+            logs |= {"policy/grad_norm": logs["grad_norm"], **self._health, **self.meters.read(self.accelerator)}
             now, tokens = time.perf_counter(), self.collector.tokens
             if tokens > self._tokens_logged:
                 logs["perf/tokens_per_s"] = (tokens - self._tokens_logged) / (now - self._logged_at)

@@ -34,7 +34,7 @@ class OnlineDPO(AdvantageEstimator):
     """
 
     name = "online_dpo"
-    needs = frozenset({"groups", "old_logps", "ref_logps"})
+    needs = frozenset({"groups", "old_logps", "ref_logps", "scores"})
 
     beta: Positive = 0.1
     """Strength of the constraint to the reference; larger keeps the policy closer."""

@@ -62,7 +62,7 @@ def section(dashboard: Dashboard, name: str) -> tuple[Panel, ...]:
 @pytest.mark.parametrize("name", ["grpo", "dpo_pipeline"])
 def test_a_specification_equals_its_golden(name, made):
     found = wb.specification(wb.workspace_of(made[name]))
-    assert found == GOLDENS[name].read_text(), f"meant? `hf-rlhf dashboard {name} --output {GOLDENS[name]}`"
+    assert found == GOLDENS[name].read_text(), f"if this is meant, write it to {GOLDENS[name]}"
 
 
 def test_every_recipe_has_panels_and_its_specification_round_trips(made):

@@ -158,4 +158,4 @@ def test_every_axis_declares_its_place(axis: str) -> None:
     assert about.section
     assert about.metric_prefix or axis == "trainer"
     assert (axis in NESTED) == bool(about.nested)
-    assert (about.default == ()) == (axis in LISTS - {"rewards"})
+    assert (about.default == ()) == (axis in LISTS)

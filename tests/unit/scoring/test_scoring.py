@@ -260,7 +260,7 @@ def test_the_label_of_a_failing_source_reaches_the_user(tmp_path):
 def test_the_total_is_the_weighted_sum_of_the_sources_that_apply():
     nan = math.nan
     scores = {"a": torch.tensor([1.0, nan, 2.0, nan]), "b": torch.tensor([10.0, 20.0, nan, nan])}
-    sums, applies = total(scores, {"a": 2.0, "b": -0.5})
+    sums, applies = total(scores, {"a": 2.0, "b": -0.5}, 4)
     assert sums.tolist() == [-3.0, -10.0, 4.0, 0.0]
     assert applies.tolist() == [True, True, True, False]
 
