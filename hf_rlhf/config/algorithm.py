@@ -29,7 +29,7 @@ from hf_rlhf.axes import (
     axis_of,
 )
 from hf_rlhf.config.sections import Update
-from hf_rlhf.registry.settings_schema import callable_text
+from hf_rlhf.registry.settings_schema import at_path, callable_text
 
 CORE_PROVIDES = frozenset(
     {
@@ -46,7 +46,7 @@ NEEDS_OF_REWARDS = frozenset({"scores", "total_score", "greedy"})
 
 FIXES = {
     "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",
-    "ref_logps": "set reference.use=frozen (or adapter_off with a LoRA policy), or leave the KL out with kl=[]",
+    "ref_logps": "set reference.use=frozen (or adapter_off with a LoRA policy)",
     "sampler_logps": "choose a rollout engine that reports log-probs, or set rollout_correction.use=none",
 }
 
@@ -192,7 +192,8 @@ class Algorithm:
         for path, plugin in self.plugins():
             for name in sorted(plugin.needs - self.provides):
                 if name in known:
-                    yield f"{path}={plugin.name} needs {name} and nothing provides them: {FIXES[name]}"
+                    also = ", or leave the KL out with kl=[]" if name == "ref_logps" and path.startswith("kl") else ""
+                    yield f"{path}={plugin.name} needs {name} and nothing provides them: {FIXES[name]}{also}"
                 else:
                     yield (
                         f"{path}={plugin.name} needs {name!r}, which this version does not provide; "
@@ -235,7 +236,7 @@ class Algorithm:
                 if "groups" in plugin.needs:
                     yield (
                         f"{path}={plugin.name} compares the completions of a prompt and rollout.num_generations is 1: "
-                        "set it to 2 or more, or choose an estimator without groups (reinforce, reward_to_go, gae)"
+                        "set rollout.num_generations=2 or more, or choose an estimator without groups (reinforce, reward_to_go, gae)"
                     )
         if "double_backward" in self.needs and update.attention in ("packed", "flex"):
             yield (
@@ -250,7 +251,7 @@ class Algorithm:
         for i, chosen in enumerate(self.filters):
             if chosen.resample and "advantages" in chosen.needs:
                 yield (
-                    f"filters.{i}={chosen.name}: resample={chosen.resample} has no meaning here: this filter runs when the "
+                    f"filters.{i}.resample={chosen.resample} has no meaning here: this filter runs when the "
                     f"advantages of the rollout are there, and no more prompts are drawn. Set filters.{i}.resample=0"
                 )
         for i, kl in enumerate(self.kl):
@@ -270,13 +271,13 @@ class Algorithm:
             title = f"rewards.{i}={source.name}"
             if source.runs_model and source.workers in ("processes", "ray"):
                 yield (
-                    f"{title} runs a model on this process's device, and workers={source.workers} would load it again in every "
-                    "worker: set workers=inline"
+                    f"{title} runs a model on this process's device, and rewards.{i}.workers={source.workers} would load it again in every "
+                    f"worker: set rewards.{i}.workers=inline"
                 )
             if source.clip is not None and not source.clip[0] < source.clip[1]:
                 yield f"{title}: clip={list(source.clip)} is [lowest, highest] with lowest < highest"
             if source.when is not None and not source.when:
-                yield f"{title}: when is empty; write a column and its value, for instance when={{task: math}}, or leave it out"
+                yield f"{title}: when is empty; write a column and its value, for instance rewards.{i}.when={{task: math}}, or leave it out"
         labels = self.labels()
         for label in sorted({"total", "after_kl"} & set(labels)):
             yield f"a reward source is called {label!r}, which is the name of a sum in the logs: give it another label"
@@ -286,7 +287,7 @@ class Algorithm:
     def _own_checks(self) -> Iterator[str]:
         for path, plugin in self.plugins():
             for problem in plugin.check(self):
-                yield f"{path}: {problem}"
+                yield f"{path}: {at_path(path, plugin, problem)}"
 
 
 def _settings(plugin: Plugin) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_rlhf.axes import TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.registry.settings_schema import at_path
 
 
 @dataclass
@@ -68,7 +69,7 @@ def make_plan(
 def plugin_remarks(algorithm: Algorithm) -> list[str]:
     """Return the remarks of all plugins, each after its path and name."""
     return [
-        f"{path}={plugin.name}: {remark}"
+        f"{path}={plugin.name}: {at_path(path, plugin, remark)}"
         for path, plugin in algorithm.plugins()
         for remark in plugin.remarks(algorithm)
     ]

@@ -116,7 +116,7 @@ class OfflineRecipe(Recipe):
         """Raise `UserError`: there is no algorithm."""
         raise UserError(
             f"the recipe {self.name} trains on a dataset (trainer={self.plugins[OFFLINE].name}) and has no algorithm: "
-            "use `hf-rlhf check` and `hf-rlhf train`"
+            "check and train it"
         )
 
 

@@ -13,6 +13,7 @@ from hf_rlhf.registry.host import Host
 from hf_rlhf.registry.settings_schema import (
     MISSING,
     Nested,
+    at_path,
     checked,
     nested,
     plain,
@@ -118,7 +119,7 @@ class RecipeReader:
         try:
             made = cls(**values)
         except (ValueError, TypeError) as error:
-            return self.refuse(path, str(error))
+            return self.refuse(path, at_path(path, cls, str(error)))
         return made, {**settings_as_plain(made), **texts}
 
     def nested(self, held: Nested, setting: dataclasses.Field[Any], value: Any, path: str) -> tuple[Any, Any]:

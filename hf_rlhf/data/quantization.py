@@ -62,7 +62,7 @@ def model_problems(settings: Model, lora: bool, plugins: Iterable[tuple[str, Plu
         if "plain_weights" in plugin.needs:
             found.append(
                 f"{path}={plugin.name} trains a copy of the policy's weights, which {asked} quantises: choose another (of the "
-                f"critics separate with adapter=true, or value_head), or remove {asked}"
+                f"critics separate with critic.adapter=true, or value_head), or remove {asked}"
             )
         if "double_backward" in plugin.needs:
             found.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Any
 
@@ -146,10 +147,11 @@ def show_result(
     samples: dict[str, list[dict[str, Any]]],
     out: Console,
     trained: OfflineTrainer | None = None,
+    next_steps: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Print held-out metrics before and after, some completions, where the files are and what to type next.
 
-    `trained`: the trainer of a recipe without rollouts.
+    `trained`: the trainer of a recipe without rollouts; `next_steps`: (command, its purpose).
     """
     before, after = summary["before"] or {}, summary["after"] or {}
     if after:
@@ -176,8 +178,20 @@ def show_result(
         out.print(_indented(table))
     folder = summary["output_dir"]
     out.print(Text(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:"), soft_wrap=True)
-    for line in _next(folder) if trained is None else _next_offline(folder, trained.reward):
-        out.print(Text(line), soft_wrap=True)
+    model, more = ("policy", ", completions/") if trained is None else ("model", "")
+    out.print(
+        Text(f"  the {model} (weights, tokenizer), recipe.yaml, summary.json, metrics.jsonl{more}"), soft_wrap=True
+    )
+    show_next_steps(next_steps, out)
+
+
+def show_next_steps(steps: Sequence[tuple[str, str]], out: Console) -> None:
+    """Print commands to paste, each with its purpose below."""
+    if steps:
+        out.print(Text("next:"))
+    for command, purpose in steps:
+        out.print(Text(f"  {command}"), soft_wrap=True)
+        out.print(Text(f"      {purpose}"), soft_wrap=True)
 
 
 def _listed(metrics: dict[str, float]) -> list[str]:
@@ -188,29 +202,6 @@ def _listed(metrics: dict[str, float]) -> list[str]:
     if own and "loss" in named:
         return ["loss", *own]
     return sorted(named, key=lambda name: "/" in name)  # accuracy, pass@k and maj@k first
-
-
-def _next(folder: str) -> list[str]:
-    return [
-        "  the policy (weights, tokenizer), recipe.yaml, summary.json,",
-        "  metrics.jsonl, completions/",
-        "next:",
-        "  hf-rlhf recipes                      other algorithms",
-        "  hf-rlhf plugins                      what can be swapped",
-        "  hf-rlhf show advantages group_norm   one plugin and its settings",
-        f"  hf-rlhf check {folder}/recipe.yaml advantages.use=leave_one_out",
-        "                                       what a change would do, or why not",
-        f"  hf-rlhf train RECIPE --model {folder}",
-        "                                       continues from here",
-    ]
-
-
-def _next_offline(folder: str, reward: str) -> list[str]:
-    lines = ["  the model (weights, tokenizer), recipe.yaml, summary.json, metrics.jsonl"]
-    if reward:
-        lines += ["next:", f"  hf-rlhf train RECIPE 'rewards=[{{use: {reward}, model: {folder}}}]'"]
-        lines += ["                                       trains a policy with this reward"]
-    return lines
 
 
 def _with_interval(metrics: dict[str, float], name: str) -> str:

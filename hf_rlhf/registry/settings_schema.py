@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import re
 import sys
 import types
 import typing
@@ -243,3 +244,11 @@ def _refusal(cls: type, name: str, value: Any, reason: str) -> str:
     if isinstance(value, dict | list) and any(part in texts for part in _union(hint)):
         parts.append("Text with ': ', '[' or '{' needs quotes")
     return ". ".join(filter(None, parts))
+
+
+def at_path(path: str, plugin: Any, text: str) -> str:
+    """Return a plugin's message with its settings, as in `Set eps=0.1`, written out as overrides of a recipe: `path.eps=0.1`."""
+    names = "|".join(
+        ("use", *(setting.name for setting in settings_of(plugin if isinstance(plugin, type) else type(plugin))))
+    )
+    return re.sub(rf"(?<![\w.{{`/-])((?:{names})(?:\.\w+)*=)", rf"{path}.\1", text)

@@ -130,7 +130,7 @@ def newest(output_dir: Path) -> Path:
             return folder
     detail = "; ".join(reasons) or "there is no checkpoint-* folder"
     raise CheckpointError(
-        f"nothing to resume in {output_dir}: {detail}. Save with training.save_strategy=steps save_steps=N"
+        f"nothing to resume in {output_dir}: {detail}. Save with training.save_strategy=steps training.save_steps=50"
     )
 
 

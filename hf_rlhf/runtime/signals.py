@@ -25,7 +25,7 @@ class StoppedError(UserError):
         self.code = 128 + number
         super().__init__(
             f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint in {folder}: "
-            "`hf-rlhf train --resume` continues it, as does the same `hf-rlhf pipeline`"
+            "the same command continues it, `hf-rlhf train` with --resume"
         )
 
 

@@ -84,7 +84,7 @@ def _of_recipe(name: str, words: Sequence[str]) -> NamedRewards:
     sources = [(source.label or source.name, source) for source in recipe.plugins["rewards"]]
     labels = [label for label, _ in sources]
     if not sources:
-        raise UserError(f"recipe {name} has no reward source. Set 'rewards=[{{use: NAME}}]'")
+        raise UserError(f"recipe {name} has no reward source. Set 'rewards=[{{use: exact_match}}]'")
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise UserError(f"{name} has several reward sources labelled {twice[0]!r}. Set a distinct `label` for each")

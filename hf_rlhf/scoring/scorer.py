@@ -259,7 +259,7 @@ def _take_shared_logs(asked: SourceResult, label: str, source: RewardSource, par
         else:
             logger.warning(
                 "reward %r logs a column %r from parallel calls, so that values cannot be assigned to rows; dropped. Set "
-                "workers=inline or workers=processes to keep it",
+                "`workers: inline` or `workers: processes` to keep it",
                 *(label, name),
             )
 

@@ -38,10 +38,12 @@ class MaxRL(AdvantageEstimator):
     """Advantage of rows in a group without a correct one: 0 as in the paper, or -1, which adds order G to the series."""
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
-        if algorithm.kl_in("reward"):
+        places = [f"kl.{i}" for i, kl in enumerate(algorithm.kl) if "reward" in kl.places]
+        if places:
+            moved = " ".join(f"{place}.use=in_loss {place}.estimator.use=k3" for place in places)
             yield (
                 "maxrl needs rewards of 0 and 1, but a KL in the reward makes returns negative. Set "
-                "kl.0.use=in_loss or advantages.use=leave_one_out"
+                f"{moved}, or advantages.use=leave_one_out"
             )
 
     def __call__(self, scored: Scored) -> Tensor:

@@ -36,12 +36,11 @@ class InAdvantage(KLPlacement):
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.beta == 0:
-            yield "beta must be positive, got 0. Set use=monitor to only log the KL, or kl=[] for none"
+            yield "beta must be positive, got 0. Set beta=0.05, or choose monitor, which only logs the KL"
         if "full_distribution" in self.estimator.needs:
-            name = self.estimator.name
             yield (
-                f"{name} in the advantage has expected gradient 0 (like a baseline, it depends on the state but not on the "
-                f"sampled token), so it adds noise and no penalty. Set estimator.use=k1, or move {name} to use=in_loss"
+                f"{self.estimator.name} in the advantage has expected gradient 0 (like a baseline, it depends on the state "
+                "but not on the sampled token), so it adds noise and no penalty. Set estimator.use=k1, or use=in_loss"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:

@@ -40,12 +40,11 @@ class InLoss(KLPlacement):
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.beta == 0:
-            yield "beta must be positive, got 0. Set use=monitor to only log the KL, or kl=[] for none"
+            yield "beta must be positive, got 0. Set beta=0.04, or choose monitor, which only logs the KL"
         if is_linear(self.estimator):
-            name = self.estimator.name
             yield (
-                f"{name} in the loss has expected gradient 0 (a multiple of grad log p, whose mean is 0), so it adds noise "
-                f"and no penalty. Set estimator.use=k2, k3 or k1_is, or move {name} to use=in_reward"
+                f"{self.estimator.name} in the loss has expected gradient 0 (a multiple of grad log p, whose mean is 0), so it "
+                "adds noise and no penalty. Set estimator.use=k2, estimator.use=k3 or estimator.use=k1_is, or use=in_reward"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:

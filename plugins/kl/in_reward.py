@@ -35,7 +35,7 @@ class InReward(KLPlacement):
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.beta == 0:
-            yield "beta must be positive, got 0. Set use=monitor to only log the KL, or kl=[] for none"
+            yield "beta must be positive, got 0. Set beta=0.05, or choose monitor, which only logs the KL"
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield from of_the_score(self, algorithm, "reward")

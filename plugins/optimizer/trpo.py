@@ -103,7 +103,7 @@ class TRPO(UpdateRule):
         if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             yield (
                 "training.gradient_checkpointing_kwargs: use_reentrant must be false with optimizer=trpo, which differentiates "
-                "twice. Set use_reentrant=false"
+                "twice. Set training.gradient_checkpointing_kwargs={use_reentrant: false}"
             )
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:

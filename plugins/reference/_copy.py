@@ -25,7 +25,7 @@ def check_mixing(policy: PreTrainedModel, share: float, who: str) -> None:
     if hasattr(policy, "disable_adapter"):
         raise ValueError(
             f"{who} cannot mix adapters: a mixture of LoRA factors is not the mixture of the models. Set "
-            "reference.use=sync with mixing=1, reference.use=frozen or adapter_off, or train without an adapter"
+            "reference.use=sync with reference.mixing=1, reference.use=frozen or adapter_off, or train without an adapter"
         )
     halves = {str(p.dtype).removeprefix("torch.") for p in policy.parameters() if p.dtype.itemsize < 4}
     if share < 0.5 and halves:

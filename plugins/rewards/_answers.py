@@ -109,11 +109,11 @@ def references(rollouts: Rollouts, column: str, name: str, *, lists: bool = Fals
         if isinstance(value, Mapping):
             raise ValueError(
                 f"rewards.{name}: column {column!r} must hold answers, got a mapping with the keys "
-                f"{', '.join(map(str, value))}. Use column={column}.{_answer_key(value)}"
+                f"{', '.join(map(str, value))}. Use `column: {column}.{_answer_key(value)}`"
             )
         if isinstance(value, list | tuple) and not lists:
             raise ValueError(
-                f"rewards.{name}: column {column!r} must hold one answer per row, got a list. Use column={column}.0"
+                f"rewards.{name}: column {column!r} must hold one answer per row, got a list. Use `column: {column}.0`"
             )
     return values
 

@@ -108,7 +108,9 @@ def reasons(loss_type: LossType, label_smoothing: float, divergence: Divergence,
         found.append(f"label_smoothing must be 0 with loss_type={loss_type}, got {label_smoothing:g}. Set it to 0, or "
                      f"loss_type to {', '.join(sorted(SMOOTHED))}")  # fmt: skip
     if loss_type == "exo_pair" and label_smoothing == 0:
-        found.append("label_smoothing must be positive with loss_type=exo_pair. Set 0.001, as in arXiv:2402.00856")
+        found.append(
+            "label_smoothing must be positive with loss_type=exo_pair. Set label_smoothing=0.001, as in arXiv:2402.00856"
+        )
     if divergence != "reverse_kl" and loss_type not in OF_DIFFERENCES:
         found.append(
             f"f_divergence_type={divergence} leaves a constant in each score, which does not cancel in loss_type={loss_type}. "

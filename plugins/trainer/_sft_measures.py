@@ -81,5 +81,5 @@ def check_packing(trainer: Any, rows: Sequence[list[int]]) -> None:
     if not error < (0.25 if half else 1e-2):
         raise ValueError(
             f"trainer.packing: rows in one sequence change each other's logits in this model (by {error:.2g} of their "
-            "spread). Set packing=false, or model.attn_implementation to one that separates them"
+            "spread). Set trainer.packing=false, or model.attn_implementation to one that separates them"
         )

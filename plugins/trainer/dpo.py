@@ -74,7 +74,7 @@ class DPOTrainer(OfflineTrainer):
 
     def problems(self, model: ModelSettings) -> Iterable[str]:
         if self.reference == "adapter_off" and model.lora is None:
-            yield "trainer.reference=adapter_off needs an adapter. Set model.lora, or trainer.reference=frozen"
+            yield "trainer.reference=adapter_off needs an adapter. Set model.lora={r: 16} or trainer.reference=frozen"
 
     def columns(self) -> set[str]:
         return {"chosen", "rejected"}

@@ -409,7 +409,7 @@ def test_what_cannot_be_sent_to_a_process_is_refused_by_name():
     lock = threading.Lock()
     source = load_plugin("rewards", "function", function=lambda completions: [lock.locked()])
     source.workers = "processes"
-    with pytest.raises(RewardError, match="cannot send it to workers=processes"):
+    with pytest.raises(RewardError, match="cannot send it to processes"):
         asked(source, ["a"])
 
 

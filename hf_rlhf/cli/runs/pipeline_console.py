@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_rlhf.metrics.console import _indented, _with_interval, number
+from hf_rlhf.metrics.console import _indented, _with_interval, number, show_next_steps
 
 HELD_OUT = ("accuracy", "pairs/accuracy", "steps/accuracy", "tokens/accuracy", "tokens/perplexity")
 LAST = ("kl/ref", "value/explained_var")
 """Training metrics whose last value is shown."""
 
 
-def show_stages(summary: dict[str, Any], out: Console) -> None:
-    """Print one line per stage and metric, before and after the stage."""
+def show_stages(summary: dict[str, Any], out: Console, next_steps: Sequence[tuple[str, str]] = ()) -> None:
+    """Print one line per stage and metric, before and after the stage, and the commands of `next_steps`."""
     out.print(Text("\nstages", style="bold"))
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("stage", "recipe", "steps", "held out", "before", "after"):
@@ -30,15 +30,13 @@ def show_stages(summary: dict[str, Any], out: Console) -> None:
         if head[0]:
             table.add_row(*(Text(cell) for cell in (*head, "", "", "")))
     out.print(_indented(table))
-    folder, last = summary["output_dir"], list(summary["stages"])[-1]
+    folder = summary["output_dir"]
     for line in (
         f"\n{summary['seconds']:.0f} s. In {folder}:",
         f"  a folder for each stage ({', '.join(summary['stages'])}), recipe.yaml, summary.json",
-        "next:",
-        f"  hf-rlhf train RECIPE --model {folder}/{last}",
-        "                                       continues from here",
     ):
         out.print(Text(line), soft_wrap=True)
+    show_next_steps(next_steps, out)
 
 
 def _lines(stage: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.cli.runs.run import OWN_FILES, check, train, unused
 from hf_rlhf.config.algorithm import walk
 from hf_rlhf.config.hub_names import check_hub_names
@@ -136,7 +137,10 @@ def _run_each(
         from hf_rlhf.cli.runs.pipeline_console import show_stages
         from hf_rlhf.metrics.console import console
 
-        show_stages(summary, console())
+        last = staged.stages[-1]
+        folder = root / last.name
+        plan = json.loads((folder / "summary.json").read_text())["plan"]
+        show_stages(summary, console(), next_steps(last.placed(root), folder, plan, trust_remote_code))
     return summary
 
 

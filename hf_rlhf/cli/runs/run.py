@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.runtime.checkpoint_manifest import CheckpointError, newest
 from hf_rlhf.runtime.errors import UserError
@@ -132,7 +133,9 @@ def _train(
         summary = trainer.summary
         assert summary is not None
         if first:
-            show_result(summary, samples, out, trained=recipe.trainer() if isinstance(recipe, OfflineRecipe) else None)
+            trained = recipe.trainer() if isinstance(recipe, OfflineRecipe) else None
+            steps = next_steps(recipe, summary["output_dir"], summary["plan"], trust_remote_code)
+            show_result(summary, samples, out, trained, steps)
         return summary
     finally:
         progress.stop()

@@ -55,7 +55,7 @@ class Process:
         except Exception as error:
             raise RewardError(
                 f"reward {self._label!r}: cannot send a row to a process: {type(error).__name__}: {error}. Set "
-                "workers=inline, or keep only plain data in the dataset's columns"
+                "`workers: inline`, or keep only plain data in the dataset's columns"
             ) from error
         self._write(frame)
 
@@ -118,8 +118,8 @@ def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
         body = cloudpickle.dumps(given)
     except Exception as error:
         raise RewardError(
-            f"reward {label!r}: cannot send it to workers={source.workers}: {type(error).__name__}: {error}. Name its function "
-            "as file.py:name, or set workers=inline"
+            f"reward {label!r}: cannot send it to {source.workers}: {type(error).__name__}: {error}. Name its function "
+            "as file.py:name, or set `workers: inline`"
         ) from error
     return pickle.dumps({"path": sys.path, "module": (type(source).__module__, file), "body": body})
 

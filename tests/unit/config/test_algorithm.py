@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "groups of one": (
         {"rollout": {**runs.SCRIPTED, "num_generations": 1}},
         "advantages=group_norm compares the completions of a prompt and rollout.num_generations is 1",
-        "set it to 2 or more, or choose an estimator without groups",
+        "set rollout.num_generations=2 or more, or choose an estimator without groups",
     ),
     "a filter over groups of one": (
         {
@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
             "filters": [{"use": "zero_variance"}],
         },
         "filters.0=zero_variance compares the completions of a prompt and rollout.num_generations is 1",
-        "set it to 2 or more",
+        "set rollout.num_generations=2 or more",
     ),
     "mini-batches that do not divide": (
         {"rollout": {**runs.SCRIPTED, "prompts": 6}, "update": {"mini_batches": 4}},
@@ -104,17 +104,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "beta 0 in the loss": (
         {"kl": [{"use": "in_loss", "beta": 0}], "reference": "frozen"},
         "kl.0: beta must be positive, got 0",
-        "Set use=monitor",
+        "Set kl.0.beta=0.05",
     ),
     "beta 0 in the reward": (
         {"kl": [{"use": "in_reward", "beta": 0}], "reference": "frozen"},
         "kl.0: beta must be positive, got 0",
-        "or kl=[] for none",
+        "Set kl.0.beta=0.04",
     ),
     "k1 in the loss": (
         {"kl": [{"use": "monitor"}, {"use": "in_loss", "estimator": "k1"}], "reference": "frozen"},
         "kl.1: k1 in the loss has expected gradient 0",
-        "Set estimator.use=k2, k3 or k1_is, or move k1 to use=in_reward",
+        "Set kl.0.estimator.use=k2, kl.0.estimator.use=k3 or kl.0.estimator.use=k1_is, or kl.0.use=in_reward",
     ),
     "an entropy of weight 0": (
         {"loss_terms": [{"use": "entropy", "coef": 0}]},
