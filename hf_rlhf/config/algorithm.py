@@ -236,7 +236,8 @@ class Algorithm:
                 if "groups" in plugin.needs:
                     yield (
                         f"{path}={plugin.name} compares the completions of a prompt and rollout.num_generations is 1: "
-                        "set rollout.num_generations=2 or more, or choose an estimator without groups (reinforce, reward_to_go, gae)"
+                        "set rollout.num_generations=2 or more, or choose an estimator without groups (reinforce, "
+                        "reward_to_go, gae)"
                     )
         if "double_backward" in self.needs and update.attention in ("packed", "flex"):
             yield (
@@ -251,7 +252,7 @@ class Algorithm:
         for i, chosen in enumerate(self.filters):
             if chosen.resample and "advantages" in chosen.needs:
                 yield (
-                    f"filters.{i}.resample={chosen.resample} has no meaning here: this filter runs when the "
+                    f"filters.{i}={chosen.name}: resample {chosen.resample} has no meaning here: this filter runs when the "
                     f"advantages of the rollout are there, and no more prompts are drawn. Set filters.{i}.resample=0"
                 )
         for i, kl in enumerate(self.kl):
@@ -271,13 +272,16 @@ class Algorithm:
             title = f"rewards.{i}={source.name}"
             if source.runs_model and source.workers in ("processes", "ray"):
                 yield (
-                    f"{title} runs a model on this process's device, and rewards.{i}.workers={source.workers} would load it again in every "
-                    f"worker: set rewards.{i}.workers=inline"
+                    f"{title} runs a model on this process's device, and rewards.{i}.workers={source.workers} would load it "
+                    f"again in every worker: set rewards.{i}.workers=inline"
                 )
             if source.clip is not None and not source.clip[0] < source.clip[1]:
                 yield f"{title}: clip={list(source.clip)} is [lowest, highest] with lowest < highest"
             if source.when is not None and not source.when:
-                yield f"{title}: when is empty; write a column and its value, for instance rewards.{i}.when={{task: math}}, or leave it out"
+                yield (
+                    f"{title}: when is empty; write a column and its value, for instance rewards.{i}.when={{task: math}}, or "
+                    "leave it out"
+                )
         labels = self.labels()
         for label in sorted({"total", "after_kl"} & set(labels)):
             yield f"a reward source is called {label!r}, which is the name of a sum in the logs: give it another label"

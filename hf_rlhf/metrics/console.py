@@ -179,9 +179,8 @@ def show_result(
     folder = summary["output_dir"]
     out.print(Text(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:"), soft_wrap=True)
     model, more = ("policy", ", completions/") if trained is None else ("model", "")
-    out.print(
-        Text(f"  the {model} (weights, tokenizer), recipe.yaml, summary.json, metrics.jsonl{more}"), soft_wrap=True
-    )
+    where = f"  the {model} (weights, tokenizer), recipe.yaml, summary.json,\n  metrics.jsonl{more}"
+    out.print(Text(where), soft_wrap=True)
     show_next_steps(next_steps, out)
 
 

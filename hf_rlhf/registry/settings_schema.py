@@ -247,8 +247,7 @@ def _refusal(cls: type, name: str, value: Any, reason: str) -> str:
 
 
 def at_path(path: str, plugin: Any, text: str) -> str:
-    """Return a plugin's message with its settings, as in `Set eps=0.1`, written out as overrides of a recipe: `path.eps=0.1`."""
-    names = "|".join(
-        ("use", *(setting.name for setting in settings_of(plugin if isinstance(plugin, type) else type(plugin))))
-    )
-    return re.sub(rf"(?<![\w.{{`/-])((?:{names})(?:\.\w+)*=)", rf"{path}.\1", text)
+    """Return a plugin's message with what it tells to set, as in `Set eps=0.1`, as an override of the recipe: `path.eps=0.1`."""
+    names = "|".join(("use", *(x.name for x in settings_of(plugin if isinstance(plugin, type) else type(plugin)))))
+    fact, told, advice = re.match(r"(.*?)(\b[Ss]et |$)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return fact + told + re.sub(rf"(?<![\w.{{`/-])((?:{names})(?:\.\w+)*=)", rf"{path}.\1", advice)

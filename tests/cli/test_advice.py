@@ -244,11 +244,12 @@ def test_every_command_line_of_pages_and_messages_parses():
         try:
             parsed(line)
         except Exception as error:  # typer may bring a click of its own
-            wrong.append(f"{place.relative_to(ROOT)}: {line}: {error}")
+            if "no such file" not in str(error):  # the reader's own, after -p
+                wrong.append(f"{place.relative_to(ROOT)}: {line}: {error}")
     assert wrong == []
     assert len(lines) > 60
-    with pytest.raises(Exception, match="No such option"):
-        parsed("hf-rlhf train grpo --no-such-option")
+    with pytest.raises(Exception, match="No such command"):
+        parsed("hf-rlhf trian grpo")
 
 
 # Closing hints

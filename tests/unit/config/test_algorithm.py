@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a filter that resamples when the advantages are there": (
         {"rollout": {"use": "generate", "prompts": 4}, "filters": [{"use": "opsm", "resample": 2}]},
-        "filters.0=opsm: resample=2 has no meaning here",
+        "filters.0=opsm: resample 2 has no meaning here",
         "Set filters.0.resample=0",
     ),
     "no rewards": ({"rewards": []}, "rewards is empty", "rewards=[{use: exact_match}]"),
@@ -104,17 +104,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "beta 0 in the loss": (
         {"kl": [{"use": "in_loss", "beta": 0}], "reference": "frozen"},
         "kl.0: beta must be positive, got 0",
-        "Set kl.0.beta=0.05",
+        "Set kl.0.beta=0.04",
     ),
     "beta 0 in the reward": (
         {"kl": [{"use": "in_reward", "beta": 0}], "reference": "frozen"},
         "kl.0: beta must be positive, got 0",
-        "Set kl.0.beta=0.04",
+        "Set kl.0.beta=0.05",
     ),
     "k1 in the loss": (
         {"kl": [{"use": "monitor"}, {"use": "in_loss", "estimator": "k1"}], "reference": "frozen"},
         "kl.1: k1 in the loss has expected gradient 0",
-        "Set kl.0.estimator.use=k2, kl.0.estimator.use=k3 or kl.0.estimator.use=k1_is, or kl.0.use=in_reward",
+        "Set kl.1.estimator.use=k2, kl.1.estimator.use=k3 or kl.1.estimator.use=k1_is, or kl.1.use=in_reward",
     ),
     "an entropy of weight 0": (
         {"loss_terms": [{"use": "entropy", "coef": 0}]},

@@ -91,7 +91,7 @@ def sample(prompt: Any, completion: str, reward: float) -> dict[str, Any]:
 def test_the_result_shows_before_beside_after_with_accuracy_first():
     out = plain()
     samples = {"before": [sample("37+58=", "94", 0.0)], "after": [sample("37+58=", "95", 1.0)]}
-    show_result(SUMMARY, samples, out)
+    show_result(SUMMARY, samples, out, next_steps=[("hf-rlhf show kl in_loss", "its settings")])
     lines = [line.split() for line in out.file.getvalue().splitlines()]
     assert [line for line in lines if line][:5] == [
         ["held-out", "prompts"],
@@ -101,7 +101,7 @@ def test_the_result_shows_before_beside_after_with_accuracy_first():
         ["reward/total/mean", "0.3", "0.95"],
     ]
     assert ["37+58=", "94", "0", "95", "1"] in lines
-    assert ["hf-rlhf", "check", "outputs/quickstart/recipe.yaml", "advantages.use=leave_one_out"] in lines
+    assert lines[-3:] == [["next:"], ["hf-rlhf", "show", "kl", "in_loss"], ["its", "settings"]]
 
 
 def test_the_result_is_readable_at_80_columns_whatever_the_texts():

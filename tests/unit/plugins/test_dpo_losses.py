@@ -250,7 +250,7 @@ def test_a_masked_prefix_ends_at_the_first_difference_and_changes_what_is_logged
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing must be 0 with loss_type=hinge, got 0.1"),
-    ({"loss_type": "exo_pair"}, "Set label_smoothing=0.001"),
+    ({"loss_type": "exo_pair"}, "Set trainer.label_smoothing=0.001"),
     ({"f_divergence_type": "forward_kl", "loss_type": "bco_pair"}, "leaves a constant in each score"),
     ({"f_alpha_divergence_coef": 0.3}, "needs f_divergence_type=alpha_divergence"),
     ({"discopop_tau": 0.3}, "needs loss_type=discopop"),
