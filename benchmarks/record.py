@@ -15,7 +15,7 @@ DIGITS = 6
 
 def head(command: str) -> dict[str, Any]:
     """Return the provenance of results: command, machine and versions."""
-    from hf_rlhf.training.setup import versions
+    from hf_rlhf.runtime.versions import versions
 
     machine = {"processor": platform.machine(), "system": platform.system()}
     return {"command": command, "machine": machine, "versions": versions()}

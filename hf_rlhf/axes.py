@@ -14,12 +14,11 @@ filters get theirs as fields of `Scored`. A KL estimator that needs full_distrib
 whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 
 A plugin that stops gradients on purpose, so that its gradient differs from finite differences, sets
-`stops_gradient = True`. A plugin that is costly to start implements `setup(context)` and `close()`; one with state
-implements `observe`, `state_dict` and `load_state_dict`, and is saved in every checkpoint.
+`stops_gradient = True`. One that is costly to start implements `setup(context)` and `close()`; one with state `observe`,
+`state_dict` and `load_state_dict`, and is saved in every checkpoint.
 
 A new axis is a base class here with an `Axis` and its entry in `AXES`, a hook with an example (`hf_rlhf.registry`), a field of
 `Algorithm` (`hf_rlhf.config.algorithm` and its view in `hf_rlhf.contract`), and one call in the collector or the losses.
-Recipes, metrics, dashboards, completion, templates and pages follow from `AXES`.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from hf_rlhf.batch import Completions, Context as Context, Credit, Prompt as Prompt, Scored
+from hf_rlhf.contract import chat as chat
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
 from hf_rlhf.contract.axis import Axis as Axis
 from hf_rlhf.contract.base import Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
@@ -67,6 +67,8 @@ class RolloutEngine(Plugin, ABC):
     """Completions per prompt, the group size G (verl: rollout.n)."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs are computed at it everywhere."""
+    skip_special_tokens: bool = True
+    """Hide special tokens from rewards. The final end-of-sequence token is always hidden."""
 
     @property
     def exact_logps(self) -> bool:

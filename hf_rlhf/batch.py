@@ -14,7 +14,8 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         Spans             [(end, value), ...]   a reward for each step: `end` is the character offset after it
         TokenScores       [value, ...]          a reward for each completion token
         prompts           n of str or messages  as the dataset has them
-        completions       n of str              decoded without special tokens
+        completions       n of str              decoded after their prompts, without special tokens
+        openings          n of str              the tag that the prompt leaves open, such as "<think>\\n"
         prompt_ids        n lists of int
         completion_ids    n lists of int
         masks             n lists of 0/1
@@ -60,11 +61,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Prompt:
-    """One prompt: its tokens, the dataset's text or chat messages, and the other columns of its row."""
+    """One prompt: its tokens, the dataset's text or chat messages, the tag that it leaves open, and its row's other columns."""
 
     ids: list[int]
     prompt: str | list[dict[str, Any]]
     columns: dict[str, Any] = field(default_factory=dict)
+    opening: str = ""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +106,7 @@ class Rollouts:
     finish_reasons: list[str]
     columns: dict[str, list[Any]] = field(default_factory=dict)
     group_ids: list[int] = field(default_factory=list)
+    openings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -119,7 +122,12 @@ class Rollouts:
             finish_reasons=[self.finish_reasons[i] for i in rows],
             columns={name: [values[i] for i in rows] for name, values in self.columns.items()},
             group_ids=[self.group_ids[i] for i in rows] if self.group_ids else [],
+            openings=[self.openings[i] for i in rows] if self.openings else [],
         )
+
+    def turns(self) -> list[str]:
+        """Return each completion after the tag that its prompt left open: what the assistant said, thoughts delimited."""
+        return [a + b for a, b in zip(self.openings or [""] * len(self), self.completions, strict=True)]
 
     def column(self, name: str) -> list[Any]:
         """Return the values of a dataset column, one per row. Raises `KeyError` naming the columns that exist.
@@ -262,3 +270,5 @@ class Context:
     seed: int = 0
     process_index: int = 0
     num_processes: int = 1
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The recipe's `model.chat_template_kwargs`."""

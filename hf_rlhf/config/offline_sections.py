@@ -28,6 +28,9 @@ class OfflineDataset:
     """Split to evaluate on, of `eval_path` or `path`."""
     held_out: Annotated[int, Ge(0)] = 512
     """Rows held out for evaluation where there is no evaluation data: about this many, at most a tenth of the dataset."""
+    prompt_column: str | None = "prompt"
+    """Column of the prompt. null: there is none, and a pair's common start is its prompt (`chosen` and `rejected` hold whole
+    conversations)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column that the trainer reads -> column of the dataset, such as {prompt: question}."""
 

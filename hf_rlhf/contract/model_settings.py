@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from hf_rlhf.contract.base import Count, HubModel, HubTokenizer, NonNegative
 
@@ -45,6 +45,9 @@ class Model:
     """Folder or Hub name of the tokenizer; the model's own by default."""
     chat_template: str | None = None
     """A Jinja chat template in place of the tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of every rendering of a chat template, such as {enable_thinking: false}: of prompts, of rows that are trained
+    on, and of what reward models read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
     """Number format of the weights. `training.bf16` is autocast instead, with float32 weights."""
     attn_implementation: str | None = None

@@ -90,6 +90,10 @@ class RewardSource(Plugin, ABC):
         """Return the dataset columns that it reads besides those of `when`."""
         return set()
 
+    def patterns(self) -> set[str]:
+        """Return texts and regular expressions that a completion is to contain: their special tokens must not be hidden."""
+        return set()
+
     def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
         """Return columns of the completions table, one value per row, and metrics, whose values are averaged.
 

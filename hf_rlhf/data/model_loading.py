@@ -57,31 +57,37 @@ def without_weights(auto: Any, settings: Model, trust_remote_code: bool = False,
         raise ModelError(f"the model cannot be built without weights ({error!r:.200})") from error
 
 
-def load_tokenizer(settings: Model, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    settings: Model, trust_remote_code: bool = False, local_files_only: bool = False
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer, ready for rollouts (see `prepare_tokenizer`), with `chat_template` if it is set."""
     from transformers import AutoTokenizer
 
     revision = settings.revision if settings.tokenizer is None else None
     path = model_path(settings.tokenizer or settings.path, "tokenizer", revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} has no tokenizer: set model.tokenizer ({error})") from error
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
-    return prepare_tokenizer(tokenizer)
+    return prepare_tokenizer(tokenizer, settings)
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: Model) -> PreTrainedTokenizerBase:
     """Set padding to the left, as generation requires, with the end-of-sequence token if there is no padding token.
 
-    The vocabulary keeps its size. Raises `ModelError` without an end-of-sequence token: completions could not end.
+    The tokenizer carries `settings.chat_template_kwargs` to every rendering. The vocabulary keeps its size. Raises
+    `ModelError` without an end-of-sequence token: completions could not end.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-sequence token, so completions cannot end: set its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    tokenizer.chat_template_kwargs = dict(settings.chat_template_kwargs)
     return tokenizer
 
 

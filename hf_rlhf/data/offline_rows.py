@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.config.offline_sections import OfflineDataset
@@ -22,9 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Numbered(Sequence[Row]):
-    """Rows with their numbers in the dataset, from 1, and columns under the names that the trainer reads."""
+    """Rows with their numbers in the dataset, from 1, and columns under the names that the trainer reads.
 
-    def __init__(self, rows: Any, places: Sequence[int], names: Mapping[str, str]):
+    `names`: name that the trainer reads -> column, or None for a column that is not read.
+    """
+
+    def __init__(self, rows: Any, places: Sequence[int], names: Mapping[str, str | None]):
         self.rows, self.places, self.names = rows, places, names
 
     def __len__(self) -> int:
@@ -32,9 +36,9 @@ class Numbered(Sequence[Row]):
 
     def __getitem__(self, index: Any) -> Any:
         row = self.rows[self.places[index]]
-        taken = set(self.names.values())
+        taken = {*self.names.values(), *self.names}
         kept = {name: value for name, value in row.items() if name not in taken}
-        return {**kept, **{name: row[own] for name, own in self.names.items()}}
+        return {**kept, **{name: None if own is None else row[own] for name, own in self.names.items()}}
 
     def number(self, index: int) -> int:
         """Return the row's number in the dataset."""
@@ -113,7 +117,13 @@ def longest(examples: datasets.Dataset) -> int:
 
 
 def _built_in(settings: OfflineDataset, trainer: OfflineTrainer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("columns", {})):
+    for key, default in (
+        ("name", None),
+        ("split", "train"),
+        ("eval_split", None),
+        ("columns", {}),
+        ("prompt_column", "prompt"),
+    ):
         if getattr(settings, key) != default:
             raise DatasetError(f"dataset.{key} does not apply to {BUILTIN}: remove it")
     return demo_rows(trainer)
@@ -127,18 +137,33 @@ def _numbered(rows: Any, settings: OfflineDataset, trainer: OfflineTrainer, titl
     first = next(iter(rows), None)
     if first is None:
         raise DatasetError(f"the {title} has no rows")
-    absent = sorted(set(settings.columns.values()) - set(first))
-    missing = sorted(trainer.columns() - {*settings.columns, *(set(first) - set(settings.columns.values()))})
+    names = _names(settings)
+    own = {column for column in names.values() if column is not None}
+    absent = sorted(own - set(first))
+    missing = sorted(trainer.columns() - {name for name in {*names, *(set(first) - own)} if names.get(name, name)})
     if absent:
         has = ", ".join(sorted(first))
-        raise DatasetError(f"dataset.columns: the {title} has no column {', '.join(map(repr, absent))}; it has: {has}")
+        key = "columns" if settings.columns else "prompt_column"
+        raise DatasetError(f"dataset.{key}: the {title} has no column {', '.join(map(repr, absent))}; it has: {has}")
     if missing:
         raise DatasetError(
             f"trainer={trainer.name} reads {', '.join(sorted(trainer.columns()))}; the {title} has no "
             f"{', '.join(map(repr, missing))}, but {', '.join(sorted(first))}. If a column has another name, set "
             f"dataset.columns={{{missing[0]}: NAME}}"
         )
-    return Numbered(rows, range(len(rows)), settings.columns)
+    return Numbered(rows, range(len(rows)), names)
+
+
+def _names(settings: OfflineDataset) -> dict[str, str | None]:
+    """Return the column of each name that the trainer reads under another one; None for none."""
+    if settings.prompt_column == "prompt":
+        return dict(settings.columns)
+    if "prompt" in settings.columns:
+        raise DatasetError(
+            f"dataset.columns and dataset.prompt_column both name the prompt's column ({settings.columns['prompt']!r}, "
+            f"{settings.prompt_column!r}). Remove one"
+        )
+    return {**settings.columns, "prompt": settings.prompt_column}
 
 
 def _hold_out(rows: Numbered, count: int) -> tuple[Numbered, Numbered | None]:
@@ -160,6 +185,14 @@ def _hold_out(rows: Numbered, count: int) -> tuple[Numbered, Numbered | None]:
 
 
 def _group(row: Row, index: int) -> str:
-    """Return a key shared by the rows of a prompt; a row without a prompt is its own group."""
-    prompt = row.get("prompt")
+    """Return a key shared by the rows of a prompt; a row without a prompt is its own group.
+
+    The prompt of a pair without one is the common start of both, in whole messages or lines.
+    """
+    prompt: Any = row.get("prompt")
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if prompt is None and isinstance(chosen, list | str) and isinstance(rejected, type(chosen)):
+        start = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))]
+        prompt = "".join(start).rpartition("\n")[0] if isinstance(chosen, str) else start
+        prompt = prompt or None
     return f"row {index}" if prompt is None else json.dumps(prompt, sort_keys=True, default=str)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_rlhf.batch import Prompt
 from hf_rlhf.config.sections import Dataset
+from hf_rlhf.contract import chat
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
 from hf_rlhf.data.sources import DatasetError, Row, Rows, lacking, load_rows
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 CHUNK = 1000
 """Prompts tokenized at a time."""
 
@@ -50,6 +52,18 @@ def load_prompts(
         return maker.prompts(rows, title)
 
     return prompts(rows, "dataset"), None if held_out is None else prompts(held_out, "evaluation dataset")
+
+
+def prompt_room(config: Any, longest: int | None) -> int | None:
+    """Return the prompt tokens that a model's context leaves beside the longest completion."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None or longest is None:
+        return context
+    if longest >= context:
+        raise ValueError(
+            f"rollout.max_new_tokens={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
+        )
+    return context - longest
 
 
 def read_columns(
@@ -187,22 +201,21 @@ def _check_prompt(settings: Dataset, columns: set[str]) -> None:
 
 @dataclass(kw_only=True)
 class Prompts(Sequence[Prompt]):
-    """Prompts with an order and a length; tokens are stored, other columns are read on access."""
+    """Prompts with an order and a length; tokens and open tags are stored, other columns are read on access."""
 
-    ids: list[list[int]]
+    tokens: list[tuple[list[int], str]]
     rows: _Subset
     maker: _Maker
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.tokens)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
-        row = self.rows[index]
-        return Prompt(
-            ids=self.ids[index], prompt=self.maker.form(row, self.rows.number(index)), columns=self.maker.columns(row)
-        )
+        row, (ids, opening) = self.rows[index], self.tokens[index]
+        prompt = self.maker.form(row, self.rows.number(index))
+        return Prompt(ids=ids, prompt=prompt, columns=self.maker.columns(row), opening=opening)
 
 
 @dataclass(kw_only=True)
@@ -215,9 +228,9 @@ class StreamedPrompts:
     def __iter__(self) -> Iterator[Prompt]:
         for number, row in enumerate(self.rows, start=1):
             prompt = self.maker.form(row, number)
-            ids = self.maker.tokenize([prompt], [number])[0]
+            ids, opening = self.maker.tokenize([prompt], [number])[0]
             if not self.maker.too_long(ids, number):
-                yield Prompt(ids=ids, prompt=prompt, columns=self.maker.columns(row))
+                yield Prompt(ids=ids, prompt=prompt, columns=self.maker.columns(row), opening=opening)
 
 
 @dataclass(kw_only=True)
@@ -232,21 +245,21 @@ class _Maker:
     def prompts(self, rows: _Subset | Iterable[Row], title: str) -> Prompts | StreamedPrompts:
         if not isinstance(rows, _Subset):
             return StreamedPrompts(rows=rows, maker=self)
-        ids: list[list[int]] = []
+        tokens: list[tuple[list[int], str]] = []
         for start in range(0, len(rows), CHUNK):
             chunk = range(start, min(start + CHUNK, len(rows)))
             numbers = [rows.number(index) for index in chunk]
-            ids += self.tokenize(
+            tokens += self.tokenize(
                 [self.form(rows[i], number) for i, number in zip(chunk, numbers, strict=True)], numbers
             )
-        kept = [index for index in range(len(rows)) if not self.too_long(ids[index], rows.number(index))]
+        kept = [index for index in range(len(rows)) if not self.too_long(tokens[index][0], rows.number(index))]
         if not kept:
             raise DatasetError(f"all {len(rows)} prompts of the {title} are longer than {self.limit} tokens")
         if len(kept) < len(rows):
             logger.warning(
                 "%d of %d prompts are longer than %s tokens: dropped", len(rows) - len(kept), len(rows), self.limit
             )
-        return Prompts(ids=[ids[index] for index in kept], rows=_Subset(rows, kept), maker=self)
+        return Prompts(tokens=[tokens[index] for index in kept], rows=_Subset(rows, kept), maker=self)
 
     def form(self, row: Row, number: int) -> str | list[dict[str, Any]]:
         """Return the prompt of a row: text, or chat messages."""
@@ -268,24 +281,28 @@ class _Maker:
             prompt = [{"role": "user", "content": prompt}]
         elif settings.chat:
             raise DatasetError("dataset.chat wraps text prompts, and these are chat messages already: remove it")
-        messages = self._messages(prompt, number)
+        messages = self._of_row(number, chat.messages_of, prompt, "the prompt")
         if settings.system is None:
             return messages
         if messages[0]["role"] == "system":
             raise DatasetError(f"dataset.system: row {number} has a system message of its own (the first row is 1)")
         return [{"role": "system", "content": settings.system}, *messages]
 
-    def _messages(self, prompt: Any, number: int) -> list[dict[str, Any]]:
-        if not isinstance(prompt, list) or not all(isinstance(part, Mapping) and "role" in part for part in prompt):
-            raise DatasetError(
-                f"dataset: the prompt of row {number} must be text or a list of messages with role and content, got a "
-                f"{type(prompt).__name__} (the first row is 1)"
-            )
-        return [{key: value for key, value in part.items() if value is not None} for part in prompt]
+    def _of_row(self, number: int, do: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return do(*arguments)
+        except chat.ChatError as error:
+            raise DatasetError(f"dataset, row {number} (the first is 1): {error}") from error
 
-    def tokenize(self, prompts: list[str | list[dict[str, Any]]], numbers: list[int]) -> list[list[int]]:
-        """Return the tokens of each prompt; a conversation ends with the start of the assistant's turn, or inside an open one."""
-        texts = [prompt if isinstance(prompt, str) else self._chat(prompt) for prompt in prompts]
+    def tokenize(self, prompts: list[Any], numbers: list[int]) -> list[tuple[list[int], str]]:
+        """Return the tokens of each prompt, and the tag that it leaves open.
+
+        A conversation ends with the start of the assistant's turn, or inside an open one.
+        """
+        texts = [
+            prompt if isinstance(prompt, str) else self._of_row(number, self._chat, prompt)
+            for prompt, number in zip(prompts, numbers, strict=True)
+        ]
         for number, text in zip(numbers, texts, strict=True):
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise DatasetError(
@@ -300,19 +317,32 @@ class _Maker:
         for number, row in zip(numbers, ids, strict=True):
             if not row:
                 raise DatasetError(f"dataset: the prompt of row {number} has no tokens (the first row is 1)")
-        return ids
+        return [
+            (chat.one_bos(self.tokenizer, row), chat.opening_of(text)) for row, text in zip(ids, texts, strict=True)
+        ]
 
-    def _chat(self, messages: list[dict[str, Any]]) -> str:
+    def _chat(self, messages: chat.Messages) -> str:
         if not self.tokenizer.chat_template:
             raise DatasetError(
                 "chat prompts require a chat template, and the tokenizer has none: set model.chat_template"
             )
-        is_open = messages[-1]["role"] == "assistant"
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
-        )
-        assert isinstance(text, str)
-        return text
+        end: Any = "open" if messages[-1]["role"] == "assistant" else "answer"
+        try:
+            return chat.render(self.tokenizer, chat.Conversation(messages, end))[0]
+        except chat.ChatError as error:
+            if self.settings.system is None or not self._renders(messages[1:], end):
+                raise
+            raise chat.ChatError(
+                f"dataset.system is a message that the chat template does not take: {error}. Remove dataset.system, or put it "
+                "into the prompts"
+            ) from error
+
+    def _renders(self, messages: chat.Messages, end: Any) -> bool:
+        try:
+            chat.render(self.tokenizer, chat.Conversation(messages, end))
+        except chat.ChatError:
+            return False
+        return True
 
     def too_long(self, ids: list[int], number: int) -> bool:
         if self.limit is None or len(ids) <= self.limit:

@@ -26,6 +26,9 @@ FREE = re.compile(r"(update|critic|reference|rewards\.\d+)\.offload")
 ADDED = {
     "update.fused_loss": "auto",
     **{f"{section}.use_{kind}": False for section in ("model.lora", "peft") for kind in ("dora", "rslora")},
+    "rollout.skip_special_tokens": True,
+    "model.chat_template_kwargs": {},
+    "dataset.prompt_column": "prompt",
 }
 """Dotted paths of settings that older checkpoints do not have, with what those were trained with."""
 
@@ -179,11 +182,10 @@ def differences(saved: Any, now: Any, path: str = "") -> list[str]:
     if FREE.fullmatch(path):
         return []
     if isinstance(saved, dict) and isinstance(now, dict):
-        keys = [*saved, *(k for k in now if k not in saved)]
-        return [d for k in keys for d in differences(saved.get(k), now.get(k), f"{path}.{k}".lstrip("."))]
+        paths = {k: f"{path}.{k}".lstrip(".") for k in (*saved, *now)}
+        return [d for k, at in paths.items() for d in differences(saved.get(k, ADDED.get(at)), now.get(k), at)]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         return [d for i, (a, b) in enumerate(zip(saved, now, strict=True)) for d in differences(a, b, f"{path}.{i}")]
-    saved = ADDED.get(path) if saved is None else saved
     return [] if saved == now else [f"{path}: {saved!r} in the checkpoint, {now!r} now"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_rlhf.config.sections import Dataset
@@ -21,10 +21,12 @@ NO_TOKENS = "token ids are not available here"
 
 @dataclass(kw_only=True)
 class NamedRewards:
-    """Reward sources by label, and the dataset settings of their recipe."""
+    """Reward sources by label, and the dataset and model settings of their recipe."""
 
     sources: list[tuple[str, RewardSource]]
     dataset: Dataset = field(default_factory=Dataset)
+    model: Model = field(default_factory=Model)
+    """The recipe's `model`, of which its chat template is used."""
 
     def columns(self) -> set[str]:
         """Return the dataset columns that the sources read."""
@@ -88,7 +90,7 @@ def _of_recipe(name: str, words: Sequence[str]) -> NamedRewards:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise UserError(f"{name} has several reward sources labelled {twice[0]!r}. Set a distinct `label` for each")
-    return NamedRewards(sources=sources, dataset=recipe.dataset)
+    return NamedRewards(sources=sources, dataset=recipe.dataset, model=recipe.model)
 
 
 def _of_plugin(name: str, words: Sequence[str]) -> NamedRewards:
@@ -105,19 +107,22 @@ def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
     return {"name" if key == "use" else key: value for key, value in settings.items()}
 
 
-def tokenizer_of(path: str | None) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer in a folder or on the Hub, None for None. Raises `UserError` if there is none."""
+def tokenizer_of(rewards: NamedRewards, path: str | None) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer in a folder or on the Hub, with the recipe's chat template; None for None. Raises `UserError`."""
     if path is None:
         return None
     from hf_rlhf.data.model_loading import load_tokenizer
 
-    return load_tokenizer(Model(tokenizer=path))
+    return load_tokenizer(replace(rewards.model, tokenizer=path))
 
 
 def scorer_of(
-    sources: list[tuple[str, RewardSource]], tokenizer: PreTrainedTokenizerBase | None, requests: int = 1
+    sources: list[tuple[str, RewardSource]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    kwargs: dict[str, Any],
+    requests: int = 1,
 ) -> Scorer:
-    """Set up the sources without a policy, ready to score so many requests at a time.
+    """Set up the sources without a policy, with `kwargs` for chat templates, ready to score so many requests at a time.
 
     Failures of rows are reported and never raised, even with `on_error: raise`. Raises `UserError` if a source cannot be set up.
     """
@@ -133,7 +138,8 @@ def scorer_of(
         source.on_error = "none" if source.on_error == "raise" else source.on_error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        context = Context(device=device or torch.device("cpu"), tokenizer=tokenizer, policy=None)
+        device = device or torch.device("cpu")
+        context = Context(device=device, tokenizer=tokenizer, policy=None, chat_template_kwargs=kwargs)
         scorer = Scorer(sources, context, requests=requests)
         scorer.wait()
         return scorer

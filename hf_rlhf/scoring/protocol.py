@@ -43,6 +43,7 @@ def read_request(body: bytes, reads: set[str]) -> Rollouts:
         data, "finish_reasons", rows, lambda x: x in ("stop", "length"), "'stop' or 'length'", ["stop"] * rows
     )
     groups = _list(data, "group_ids", rows, _is_whole, "whole numbers", list(range(rows)))
+    openings = _list(data, "openings", rows, _is_text, "texts", [""] * rows)
     columns = data.get("columns", {})
     if not isinstance(columns, dict):
         raise RequestError(400, "columns must be a mapping of names to lists")
@@ -56,6 +57,7 @@ def read_request(body: bytes, reads: set[str]) -> Rollouts:
         completions=completions,
         finish_reasons=reasons,
         group_ids=groups,
+        openings=openings,
         columns={name: _list(columns, name, rows, lambda x: True, "values") for name in columns},
         **_tokens(data, rows),
     )

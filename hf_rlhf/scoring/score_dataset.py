@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
+from hf_rlhf.contract.chat import opening_of
 from hf_rlhf.data.sources import Row, lacking, load_rows
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.scoring.agreement import Agreement, Number, agreement
@@ -68,10 +69,10 @@ def score(
     rows = _rows(dataset, split)
     names = {name for row in rows for name in row}
     _check_columns(rewards, places, names, against)
-    chosen = tokenizer_of(tokenizer)
+    chosen = tokenizer_of(rewards, tokenizer)
     rollouts = rollouts_of(rewards, rows, places, names, chosen)
     labels = [] if against is None else [_label(row[against], number, against) for number, row in enumerate(rows)]
-    with scorer_of(rewards.sources, chosen) as scorer, _without_warnings():
+    with scorer_of(rewards.sources, chosen, rewards.model.chat_template_kwargs) as scorer, _without_warnings():
         asked = scorer.ask(rollouts, 0, counts=False)
     _check_tokens(asked)
     totals = {label: [total(answer) for answer in found.answers] for label, found in asked.items()}
@@ -153,8 +154,10 @@ def rollouts_of(
     prompt_ids: list[Any] = [NoTokens()] * len(rows)
     completion_ids: list[Any] = [NoTokens()] * len(rows)
     masks: list[Any] = [NoTokens()] * len(rows)
+    openings = [opening_of(prompt) if isinstance(prompt, str) else "" for prompt in prompts]
     if tokenizer is not None:
-        prompt_ids = maker.tokenize(prompts, list(range(1, len(rows) + 1)))
+        tokens = maker.tokenize(prompts, list(range(1, len(rows) + 1)))
+        prompt_ids, openings = [ids for ids, _ in tokens], [opening for _, opening in tokens]
         completion_ids = [_ids(tokenizer, text, why) for text, why in zip(completions, reasons, strict=True)]
         masks = [[1] * len(ids) for ids in completion_ids]
     return Rollouts(
@@ -166,6 +169,7 @@ def rollouts_of(
         finish_reasons=reasons,
         columns=columns,
         group_ids=_groups(prompts),
+        openings=openings,
     )
 
 

@@ -25,6 +25,7 @@ from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Context, Rollouts, Spans, TokenScores
 from hf_rlhf.runtime.seeding import seed_of
 from hf_rlhf.scoring.answers import Answer, RewardError
+from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.runners import CallResult, RewardCall, Runner, never, runner_for
 from hf_rlhf.scoring.runners.reward_call import logs_of
 
@@ -351,7 +352,7 @@ def _sum(answer: Answer, mask: Sequence[int]) -> float:
     return answer
 
 
-def place(answers: Sequence[Answer], rollouts: Rollouts, tokenizer: Any, width: int) -> Tensor:
+def place(answers: Sequence[Answer], rollouts: Rollouts, text: CompletionText, width: int) -> Tensor:
     """Place each reward of a source at its token: (n, width) in float64.
 
     A number is placed at the row's last sampled token, a step's value at the token with the step's last character, or, if
@@ -366,18 +367,14 @@ def place(answers: Sequence[Answer], rollouts: Rollouts, tokenizer: Any, width: 
         if isinstance(answer, TokenScores):
             placed[row, : len(ids)] = torch.tensor(answer.values, dtype=torch.float64) * torch.tensor(mask)
         elif isinstance(answer, Spans):
-            characters = cache(lambda i, ids=ids: _characters(tokenizer, ids[: i + 1]))
+            prompt = rollouts.prompt_ids[row]
+            characters = cache(lambda i, ids=ids, prompt=prompt: text.characters(prompt, ids[: i + 1]))
             for end, value in answer.values:
                 token = bisect_left(range(len(ids)), end, key=characters)
                 placed[row, sampled[max(0, bisect_right(sampled, token) - 1)]] += value
         elif not math.isnan(answer):
             placed[row, sampled[-1]] = answer
     return placed
-
-
-def _characters(tokenizer: Any, ids: list[int]) -> int:
-    """Return the number of characters decoded from the first tokens, without an incomplete character."""
-    return len(tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd"))
 
 
 def total(scores: dict[str, Tensor], weights: dict[str, float], rows: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from hf_rlhf.runtime.background import run_in_thread
 from hf_rlhf.runtime.distributed import gather_rows
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.answers import Answer, RewardError
+from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.logprobs import Forwards
@@ -190,14 +192,23 @@ class Collector:
         repeated = [prompt for prompt in prompts for _ in range(group)]
         return completions, Rollouts(
             prompts=[prompt.prompt for prompt in repeated],
-            completions=self.policy.tokenizer.batch_decode(completions.ids, skip_special_tokens=True),
+            completions=self.text([prompt.ids for prompt in repeated], completions.ids),
             prompt_ids=[list(prompt.ids) for prompt in repeated],
             completion_ids=completions.ids,
             masks=completions.masks or [[1] * len(ids) for ids in completions.ids],
             finish_reasons=completions.finish_reasons,
             columns={name: [prompt.columns.get(name) for prompt in repeated] for name in names},
             group_ids=[i for i in group_ids for _ in range(group)],
+            openings=[prompt.opening for prompt in repeated],
         )
+
+    @cached_property
+    def text(self) -> CompletionText:
+        """Decoder of completions for rewards."""
+        config = getattr(self.policy.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return CompletionText(self.policy.tokenizer, self.algorithm.rollout.skip_special_tokens, ends)
 
     def _checked(self, completions: Completions, rows: int, sampled: bool) -> Completions:
         name = self.algorithm.rollout.name
@@ -240,8 +251,7 @@ class Collector:
         scores = totals(answers, rollouts)
         sums, valid = total(scores, weights, len(rollouts))
         valid &= torch.tensor([any(row) for row in rollouts.masks])
-        tokenizer, width = self.policy.tokenizer, mask.size(1)
-        placed = [weights[label] * place(x, rollouts, tokenizer, width) for label, x in answers.items()]
+        placed = [weights[label] * place(x, rollouts, self.text, mask.size(1)) for label, x in answers.items()]
         token_rewards = sum(placed, start=torch.zeros(mask.shape, dtype=torch.float64)).to(device, self.dtype)
         if self.algorithm.kl_in("reward"):
             rows["kl_penalties"] = self._kl_penalties(rows)

@@ -108,7 +108,7 @@ def _add(
             for k in _powers(group):
                 add(f"{prefix}pass@{k}", pass_at_k(group, right, k), 1)
             if group > 1:
-                votes = collector.scorer.final_answers(label, rollouts.completions[row : row + group])
+                votes = collector.scorer.final_answers(label, rollouts.turns()[row : row + group])
                 add(f"{prefix}maj@{group}", majority(votes, correct[row : row + group].tolist()), 1)
     return [{**sample, "reward": rewards[i * group].item()} for i, sample in enumerate(samples)]
 

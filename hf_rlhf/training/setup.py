@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from hf_rlhf.axes import Context, Plugin
 from hf_rlhf.config.algorithm import Algorithm
@@ -32,18 +28,20 @@ from hf_rlhf.contract.reward_source import nested_of
 from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
 from hf_rlhf.data.model_loading import (
     disable_dropout,
+    load_config,
     load_model,
     load_tokenizer,
     lora_config,
     prepare_tokenizer,
     zero_dropout,
 )
-from hf_rlhf.data.prompts import Prompts, StreamedPrompts, check_columns, load_prompts, read_columns
+from hf_rlhf.data.prompts import Prompts, StreamedPrompts, check_columns, load_prompts, prompt_room, read_columns
 from hf_rlhf.data.quantization import is_quantised, model_problems
 from hf_rlhf.modeling.policy import ActorCritic, Policy
 from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.seeding import seeded
+from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.model_checks import (
     check_causal,
@@ -54,6 +52,7 @@ from hf_rlhf.training.model_checks import (
     known_model,
 )
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
+from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -140,6 +139,7 @@ class RunComponents:
             seed=args.seed,
             process_index=args.process_index,
             num_processes=args.world_size,
+            chat_template_kwargs=self.sections["model"].chat_template_kwargs,
         )
         for plugin in _others(self.algorithm):
             with autocast if plugin is self.algorithm.rollout else nullcontext():
@@ -210,14 +210,18 @@ def setup_run(
     _check_dataset(chosen, sections["dataset"], train, evaluation)
 
     tokenizer = prepare_tokenizer(
-        _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer
+        _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer, model_settings
     )
-    model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
-    check_vocabulary(tokenizer, model)
-    room = _room(model, chosen)
+    _refuse(tag_problems(chosen, tokenizer))
+    config = getattr(model, "config", None)  # of a model that is only named, before it is loaded
+    if config is None:
+        config = load_config(model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code)
+    room = prompt_room(config, getattr(chosen.rollout, "max_new_tokens", None))
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
     )
+    model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
+    check_vocabulary(tokenizer, model)
     parts = RunComponents(
         algorithm=chosen,
         sections=sections,
@@ -238,8 +242,8 @@ def setup_run(
 def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:
     """Return the plan of a recipe without loading a model. Raises `ValueError` with every reason for refusal."""
     algorithm = recipe.algorithm()
-    known = known_model(recipe.model)
-    plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, (), recipe, known)
+    known, hidden = known_model(recipe.model), tag_problems_by_name(algorithm, recipe.model)
+    plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, hidden, recipe, known)
     if recipe.dataset.path is not None:
         _check_dataset(algorithm, recipe.dataset)
     return plan
@@ -361,8 +365,7 @@ def describe(
             for path, plugin in algorithm.plugins()
             if "adapter" in plugin.needs
         ]
-    if problems:
-        raise AlgorithmError("this combination is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    _refuse(problems)
     manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])
     of_run = {"lora": lora, "policy_state": policy_state(algorithm, args), "config": config}
     rows = args.per_device_train_batch_size
@@ -371,6 +374,11 @@ def describe(
     plan.remarks += [*offload_remarks(algorithm, args), *([] if recipe is None else recipe_remarks(recipe, args))]
     record = {"algorithm": algorithm.as_dict(), "plan": plan.as_dict(), "versions": versions()}
     return plan, json.loads(json.dumps(record, default=str))  # as a checkpoint's manifest gives it back
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise AlgorithmError("this combination is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def estimate_memory(
@@ -408,43 +416,6 @@ def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_c
             if name in ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora")
         }
     return json.loads(json.dumps(kept, default=str))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that results depend on."""
-    names = (
-        "hf_rlhf",
-        "torch",
-        "transformers",
-        "trl",
-        "datasets",
-        "accelerate",
-        "tokenizers",
-        "pluggy",
-        "peft",
-        "bitsandbytes",
-        "wandb",
-    )
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), **found, "torch_build": torch.__version__}
-
-
-def _room(model: Any, algorithm: Algorithm) -> int | None:
-    """Return the prompt tokens that the model's context leaves beside the longest completion."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = getattr(algorithm.rollout, "max_new_tokens", None)
-    if context is None or longest is None:
-        return context
-    if longest >= context:
-        raise ValueError(
-            f"rollout.max_new_tokens={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
-        )
-    return context - longest
 
 
 def _replace(settings: Any, **changes: Any) -> Any:

@@ -39,7 +39,7 @@ def from_path(path: str) -> tuple[Any, nn.Module | None]:
     if not heads and not any(name in declared for name in CLASSIFIERS):
         return AutoModel.from_pretrained(path).base_model, None
     kind: Any = "token" if "TokenClassification" in declared else "sequence"
-    wanted = ModelFiles(path, None, None, "float32", "cpu", False, {}, kind)
+    wanted = ModelFiles(path, None, None, "float32", "cpu", False, {}, kind, {})
     tokenizer: Any = None  # only causal models score by words
     model, labels = classifier(wanted, config, tokenizer, {}, who)
     if len(labels) > 1:

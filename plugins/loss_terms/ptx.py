@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Context, Count, HubDataset, LossTerm, Positive, TextTerm
+from hf_rlhf.axes import Context, Count, HubDataset, LossTerm, Positive, TextTerm, chat
 
 from ._texts import is_file, read_texts
 
@@ -64,6 +64,7 @@ class PTX(TextTerm):
         texts, end = read_texts(self.path, self.column, self.split), context.tokenizer.eos_token_id
         self._texts = []
         for ids in context.tokenizer(texts)["input_ids"] if texts else ():
+            ids = chat.one_bos(context.tokenizer, ids)
             whole = ids if end is None or ids[-1:] == [end] else [*ids, end]
             parts = (whole[at : at + self.max_tokens] for at in range(0, len(whole), self.max_tokens))
             self._texts += [part for part in parts if len(part) > 1]

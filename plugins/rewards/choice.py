@@ -47,11 +47,14 @@ class Choice(RewardSource):
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         given = rollouts.column(self.choices) if self.choices else [None] * len(rollouts)
-        rows = zip(rollouts.completions, references(rollouts, self.column, self.name), given, strict=True)
+        rows = zip(rollouts.turns(), references(rollouts, self.column, self.name), given, strict=True)
         return [self._score(*row) for row in rows]
 
     def answer(self, completion: str) -> str | None:
         return pick(completion, tuple(self.labels), (), self.answer_after, self.answer_tag)
+
+    def patterns(self) -> set[str]:
+        return {f"<{self.answer_tag}></{self.answer_tag}>"} if self.answer_tag else set()
 
     def columns(self) -> set[str]:
         return {self.column, self.choices} if self.choices else {self.column}

@@ -12,14 +12,15 @@ from hf_rlhf.batch import Rollouts
 from ._answers import boxed
 from ._patterns import compiled
 
-R1 = r"<think>.*</think>\s*<answer>.*</answer>"
+R1 = r"\s*<think>.*</think>\s*<answer>.*</answer>"
 
 
 @dataclass(kw_only=True)
 class Format(RewardSource):
     r"""1.0 if the completion satisfies each of `pattern`, `tags` and `boxed` that is set, else 0.0.
 
-    If none is set, the pattern is DeepSeek-R1's, <think>.*</think>\s*<answer>.*</answer>.
+    If none is set, the pattern is DeepSeek-R1's, \s*<think>.*</think>\s*<answer>.*</answer>. A tag that the prompt leaves
+    open at its end, such as <think>, may count as the completion's first.
     """
 
     name = "format"
@@ -47,7 +48,13 @@ class Format(RewardSource):
             compiled("pattern", self._whole, dotall=True)
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
-        return [float(self._meets(completion)) for completion in rollouts.completions]
+        rows = zip(rollouts.completions, rollouts.turns(), strict=True)
+        return [
+            float(self._meets(completion) or (completion != turn and self._meets(turn))) for completion, turn in rows
+        ]
+
+    def patterns(self) -> set[str]:
+        return {*(f"<{name}></{name}>" for name in self.tags), self._whole or ""}
 
     @property
     def _whole(self) -> str | None:

@@ -50,11 +50,14 @@ class MathAnswer(RewardSource):
         load().parse("$1$", parsing_timeout=None)
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
-        rows = zip(rollouts.completions, references(rollouts, self.column, self.name), strict=True)
+        rows = zip(rollouts.turns(), references(rollouts, self.column, self.name), strict=True)
         return [self._score(*row) for row in rows]
 
     def answer(self, completion: str) -> str | None:
         return final_answer(completion, self.answer_after, self.answer_tag)
+
+    def patterns(self) -> set[str]:
+        return {f"<{self.answer_tag}></{self.answer_tag}>"} if self.answer_tag else set()
 
     def columns(self) -> set[str]:
         return {self.column}

@@ -74,7 +74,7 @@ class Numeric(RewardSource):
         return [
             self._score(numbers, completion, reference)
             for completion, reference in zip(
-                rollouts.completions, references(rollouts, self.column, self.name), strict=True
+                rollouts.turns(), references(rollouts, self.column, self.name), strict=True
             )
         ]
 
@@ -83,6 +83,9 @@ class Numeric(RewardSource):
             reader(self.decimal_mark, self.percent == "fraction"), completion, self.strict, self.answer_tag
         )
         return None if found is None else str(found)
+
+    def patterns(self) -> set[str]:
+        return {f"<{self.answer_tag}></{self.answer_tag}>"} if self.answer_tag else set()
 
     def columns(self) -> set[str]:
         return {self.column}

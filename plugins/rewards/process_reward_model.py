@@ -99,7 +99,10 @@ class ProcessRewardModel(TokenModelReward):
             row: prepared(rollouts.completions[row], steps[row] or [], closing, self.step_token, self.keep_delimiter)
             for row in rows
         }
-        read = self.read([rollouts.prompts[row] for row in rows], [text.text for text in texts.values()], self.value)
+        prompts, openings = (
+            [given[row] for row in rows] if given else [] for given in (rollouts.prompts, rollouts.openings)
+        )
+        read = self.read(prompts, [text.text for text in texts.values()], self.value, openings)
         given: list[Spans | float | None] = [None] * len(steps)
         for (row, text), tokens in zip(texts.items(), read, strict=True):
             scores = None if tokens is None else self._at_steps(text, tokens)

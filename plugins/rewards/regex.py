@@ -43,6 +43,9 @@ class Regex(RewardSource):
     def __call__(self, rollouts: Rollouts) -> list[float]:
         return [min(self._matches(completion), self.count) / self.count for completion in rollouts.completions]
 
+    def patterns(self) -> set[str]:
+        return {self.pattern}
+
     def _matches(self, text: str) -> int:
         pattern = compiled("pattern", self.pattern)
         if self.method == "search" and self.count > 1:

@@ -74,7 +74,8 @@ class Remote(HttpReward):
 
     def _request(self, rollouts: Rollouts, rows: range) -> dict[str, Any]:
         part = slice(rows.start, rows.stop)
-        fields = ("prompts", "completions", "finish_reasons", "group_ids", *(TOKENS if self.send_ids else ()))
+        more = (*(TOKENS if self.send_ids else ()), *(("openings",) if any(rollouts.openings) else ()))
+        fields = ("prompts", "completions", "finish_reasons", "group_ids", *more)
         columns = {name: rollouts.column(name)[part] for name in sorted(self.send)}
         return {"version": VERSION, **{name: getattr(rollouts, name)[part] for name in fields}, "columns": columns}
 

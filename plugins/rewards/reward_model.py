@@ -6,18 +6,21 @@ several labels, one scores: an objective of a multi-objective model, or the good
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import RewardSource
+from hf_rlhf.axes import RewardSource, chat
 from hf_rlhf.batch import Rollouts
 
 from ._models.batches import Row
 from ._models.classifier import ModelReward
 from ._models.loading import Loaded
-from ._models.text import rendered, row_of
+from ._models.text import answered, row_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -44,20 +47,30 @@ class RewardModel(ModelReward):
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         with self._session() as held:
             limit = held.limit(self.max_length)
-            rows = [
-                self._row(held, prompt, completion, limit)
-                for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True)
-            ]
-            return self._scores(held, rows, self.value)
+            rows: list[Row | chat.ChatError] = []
+            openings = rollouts.openings or [""] * len(rollouts)
+            for row in zip(rollouts.prompts, rollouts.completions, openings, strict=True):
+                try:
+                    rows.append(self._row(held, *row, limit))
+                except chat.ChatError as error:
+                    rows.append(error)
+            refused = [row for row in rows if isinstance(row, chat.ChatError)]
+            if refused and len(refused) == len(rows):
+                raise refused[0]
+            for refusal in refused:
+                logger.warning("%s: %r has no score for a row: %s", self.asker, self.model, refusal)
+            scores = iter(self._scores(held, [row for row in rows if isinstance(row, Row)], self.value))
+            return [next(scores) if isinstance(row, Row) else None for row in rows]
 
-    def _row(self, held: Loaded, prompt: Any, completion: str, limit: int | None) -> Row:
+    def _row(self, held: Loaded, prompt: Any, completion: str, opening: str, limit: int | None) -> Row:
         prompt = self._prompt(held, prompt)
         if isinstance(prompt, str):
             texts = (prompt, completion) if self.pair else (prompt + completion,)
             return row_of(held.tokenizer, texts, chat=False, limit=limit)
         if self.pair:
             raise ValueError(f"{self.asker}: pair needs text prompts, got conversations. Set pair: false")
-        return row_of(held.tokenizer, (rendered(held.tokenizer, prompt, completion),), chat=True, limit=limit)
+        text = chat.render(held.tokenizer, answered(prompt, completion, opening), training=True)[0]
+        return row_of(held.tokenizer, (text,), chat=True, limit=limit)
 
 
 @hookimpl

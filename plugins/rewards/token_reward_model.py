@@ -31,7 +31,7 @@ class TokenRewardModel(TokenModelReward):
     """The label's logit, its log-odds against the other labels, or its probability."""
 
     def __call__(self, rollouts: Rollouts) -> list[Spans | None]:
-        found = self.read(rollouts.prompts, rollouts.completions, self.value)
+        found = self.read(rollouts.prompts, rollouts.completions, self.value, rollouts.openings)
         return [None if row is None else Spans([(token.end, token.score) for token in row]) for row in found]
 
 

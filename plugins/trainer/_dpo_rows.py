@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._conversations import ids_of
+from hf_rlhf.axes import chat
+
+from ._conversations import answers_to, ids_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,25 +21,28 @@ def pair_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple
     Texts get the end-of-sequence token appended, as a policy ends its completions; a chat template has its own end. Prompt
     tokens that merge with a completion's count as the completion's (as in TRL).
     """
-    chosen, rejected = row["chosen"], row["rejected"]
-    prompt = row.get("prompt")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if prompt is None:
-        if isinstance(chosen, str) or isinstance(rejected, str):
-            raise ValueError("chosen and rejected are texts, which need a column prompt. Use '' for no prompt")
+        if "prompt" not in row and isinstance(chosen, str):
+            raise ValueError(
+                "chosen and rejected are texts, which need a column prompt. Set dataset.prompt_column=null if they hold it"
+            )
         prompt, chosen, rejected = _apart(chosen, rejected)
-    both = [ids_of(tokenizer, prompt, answer, name) for name, answer in (("chosen", chosen), ("rejected", rejected))]
-    if isinstance(prompt, str):
-        own = list(tokenizer(prompt)["input_ids"]) if prompt else []
-        both = [_ended(ids, tokenizer.eos_token_id) for ids in both]
+    answers = ("chosen", chosen), ("rejected", rejected)
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        own = chat.one_bos(tokenizer, list(tokenizer(prompt)["input_ids"])) if prompt else []
+        both = [_ended(ids, tokenizer.eos_token_id) for ids in ids_of(tokenizer, prompt, *answers)]
     else:
-        messages = [{key: x for key, x in message.items() if x is not None} for message in prompt]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        own, *both = (
+            list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for texts in [answers_to(tokenizer, prompt, *answers)]
+            for text in [texts[0], *texts[1]]
+        )
     return own[: min(shared(own, ids) for ids in both)], both[0], both[1]
 
 
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the common prefix of two rows."""
+def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Return the length of the common prefix of two sequences."""
     pairs = zip(a, b, strict=False)
     return next((place for place, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
@@ -46,14 +51,18 @@ def _ended(ids: list[int], end: int | None) -> list[int]:
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
-def _apart(chosen: Any, rejected: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Split two conversations into their common messages and the rest of each."""
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise ValueError(f"chosen must be a list of messages without a prompt, got {chosen!r:.60}")
-    count = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen))
-    count = min(count, len(chosen) - 1, len(rejected) - 1)
-    if count < 1:
-        raise ValueError("chosen and rejected must start with the same messages, as answers to one prompt")
+def _apart(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Split two conversations, or two texts, into their common start and the rest of each, as TRL's `extract_prompt` does."""
+    texts = isinstance(chosen, str) and isinstance(rejected, str)
+    if not texts:
+        chosen, rejected = chat.messages_of(chosen, "chosen"), chat.messages_of(rejected, "rejected")
+    count = shared(chosen, rejected)
+    if texts:
+        count -= count > 0 and chosen[count - 1] == " "  # a space belongs to the word after it
+    else:
+        count = min(count, len(chosen) - 1, len(rejected) - 1)
+        if count < 1:
+            raise ValueError("chosen and rejected must start with the same messages, as answers to one prompt")
     return chosen[:count], chosen[count:], rejected[count:]
 
 

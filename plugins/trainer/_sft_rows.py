@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ._conversations import _check_template, _messages
+from hf_rlhf.axes import chat
+
+from ._conversations import answers_to
 from ._labels import UNLABELLED
 
 if TYPE_CHECKING:
@@ -22,33 +25,25 @@ def of_completion(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: A
         if not isinstance(completion, str):
             raise ValueError(f"completion must be a text, like prompt, got {completion!r:.80}")
         return [(_ids(tokenizer, prompt, special=True), False), (_ended(tokenizer, _ids(tokenizer, completion)), True)]
-    messages = _messages(prompt, "prompt")
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    completion = _messages(completion, "completion")
-    _check_template(tokenizer)
-    before = _rendered(tokenizer, messages, turn=True)
-    whole = _rendered(tokenizer, [*messages, *completion])
-    if not whole.startswith(before):
-        raise ValueError(
-            f"the chat template renders the prompt differently once it is answered ({before[-40:]!r} ends the prompt). Set "
-            "model.chat_template to one that does not"
-        )
+    before, (whole,) = answers_to(tokenizer, prompt, ("completion", completion))
     answer = _ended(tokenizer, _ids(tokenizer, whole[len(before) :]))
     return [(_ids(tokenizer, before), False), (answer, True)]
 
 
 def of_messages(tokenizer: PreTrainedTokenizerBase, given: Any) -> list[Part]:
     """Tokenize a conversation, of which the assistant's turns are learned."""
-    messages = _messages(given, "messages")
-    _check_template(tokenizer)
+    messages = chat.messages_of(given, "messages")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("messages must have an assistant turn: only these are learned")
-    template = str(tokenizer.chat_template)
-    parts = None if MARKER in template else _turns(tokenizer, messages)
-    if parts is None:
-        parts = _marked(tokenizer, messages, template if MARKER in template else _known(tokenizer))
-    return parts
+    conversation = chat.Conversation(messages)
+    found = chat.chat_of(tokenizer, conversation, training=True)
+    if MARKER in (found.template or str(tokenizer.chat_template)):
+        return _marked(found, conversation)
+    try:
+        parts = _turns(found, messages)
+    except chat.ChatError:  # a part of the conversation alone, which the whole is not
+        parts = None
+    return _marked(dataclasses.replace(found, template=_known(tokenizer)), conversation) if parts is None else parts
 
 
 def of_text(tokenizer: PreTrainedTokenizerBase, text: Any) -> list[Part]:
@@ -67,32 +62,33 @@ def labelled(parts: list[Part], all_of_it: bool) -> dict[str, Any] | None:
     return {"input_ids": ids, "labels": labels}
 
 
-def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[Part] | None:
+def _turns(found: chat.Chat, messages: chat.Messages) -> list[Part] | None:
     """Split at each assistant turn; returns None if the template renders earlier turns differently later on."""
+    tokenizer = found.tokenizer
     parts: list[Part] = []
     done = ""
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(tokenizer, messages[:place], turn=True) if place else ""
-        after = _rendered(tokenizer, messages[: place + 1])
+        before = found.text(chat.Conversation(messages[:place], "answer")) if place else ""
+        after = found.text(chat.Conversation(messages[: place + 1]))
         if not before.startswith(done) or not after.startswith(before):
             return None
         parts.append((_ids(tokenizer, before[len(done) :]), False))
         turn, rest = _split(tokenizer, _ids(tokenizer, after[len(before) :]))
         parts += [(turn, True), (rest, False)]
         done = after
-    whole = _rendered(tokenizer, messages)
+    whole = found.text(chat.Conversation(messages))
     if not whole.startswith(done):
         return None
     return [*parts, (_ids(tokenizer, whole[len(done) :]), False)]
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: str) -> list[Part]:
+def _marked(rendering: chat.Chat, conversation: chat.Conversation) -> list[Part]:
     """Split by the marks of the chat template; the end-of-sequence token after a turn belongs to it."""
-    found: Any = tokenizer.apply_chat_template(
-        list(messages), chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    tokenizer = rendering.tokenizer
+    rendering.text(conversation)  # raises where text is lost
+    found: Any = rendering.apply(conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
     if not any(mask):
         raise ValueError("the chat template's {% generation %} must mark assistant turns, but marks none. Fix it")
@@ -103,17 +99,14 @@ def _marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
 
 def _known(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return TRL's version of the chat template with marks, if it knows the template."""
-    from trl import get_training_chat_template
-
-    try:
-        template = get_training_chat_template(tokenizer)
-    except ValueError as error:
+    template = chat.training_template(tokenizer)
+    if template is None:
         raise ValueError(
             "the chat template renders earlier turns differently once there are later ones, and does not mark the "
             "assistant's. Set model.chat_template to one with {% generation %} around them, or use one row per turn with "
             "trainer.format=prompt_completion"
-        ) from error
-    return str(template)
+        )
+    return template
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -130,9 +123,5 @@ def _split(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int
     return ([*ids, end], []) if last is None else (ids[: last + 1], ids[last + 1 :])
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, turn: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=turn))
-
-
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return chat.one_bos(tokenizer, list(tokenizer(text, add_special_tokens=special)["input_ids"]))

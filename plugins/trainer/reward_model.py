@@ -49,7 +49,8 @@ class RewardModelTrainer(OfflineTrainer):
         return {"chosen", "rejected"}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-        chosen, rejected = (ids_of(tokenizer, row.get("prompt"), row[name], name) for name in ("chosen", "rejected"))
+        answers = [(name, row[name]) for name in ("chosen", "rejected")]
+        chosen, rejected = ids_of(tokenizer, row.get("prompt"), *answers)
         margin = row.get("margin", 0.0) if self.margin is None else self.margin
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
             raise ValueError(

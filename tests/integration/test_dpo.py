@@ -54,7 +54,7 @@ def test_conversations_are_rendered_and_the_answer_is_the_completion():
     ({"chosen": "a", "rejected": "b"}, "need a column prompt"),
     ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen must be a text"),
     ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "the same messages"),
-    ({"chosen": 4, "rejected": 5}, "a list of messages without a prompt"),
+    ({"chosen": 4, "rejected": 5}, "chosen must be a text or a list of messages"),
 ])  # fmt: skip
 def test_a_row_that_is_no_pair_is_refused_with_its_number(row, message, tmp_path):
     with pytest.raises(ValueError, match=message):

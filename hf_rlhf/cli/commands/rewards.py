@@ -151,11 +151,12 @@ def serve_reward(
     )
     token = _token(token_env)
     rewards = named_rewards(name, words or ())
-    chosen = tokenizer_of(tokenizer)
+    chosen, kwargs = tokenizer_of(rewards, tokenizer), rewards.model.chat_template_kwargs
     with contextlib.ExitStack() as stack:
         where = stack.enter_context(listening(host, port, token))
         scorers = {
-            source[0]: stack.enter_context(scorer_of([source], chosen, concurrency)) for source in rewards.sources
+            source[0]: stack.enter_context(scorer_of([source], chosen, kwargs, concurrency))
+            for source in rewards.sources
         }
         desk = ScoringQueue(scorers, concurrency)
         served = app_of(desk, token=token, limits=limits)

@@ -187,7 +187,7 @@ def _forecast_memory(trainer: Any, recipe: Recipe, trust_remote_code: bool) -> N
         from hf_rlhf.training import setup
 
         parts = trainer.parts
-        longest = max(map(len, parts.train.ids)) if isinstance(parts.train, Prompts) else None
+        longest = max(len(ids) for ids, _ in parts.train.tokens) if isinstance(parts.train, Prompts) else None
         if parts.dataset_settings.max_prompt_tokens is not None:
             longest = None
         known = {"model": parts.model, "prompt_tokens": longest, "trust_remote_code": trust_remote_code}

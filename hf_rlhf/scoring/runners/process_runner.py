@@ -111,9 +111,10 @@ def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
     own.label = label
     module = sys.modules.get(type(source).__module__)
     file = getattr(module, "__file__", None)
-    given: dict[str, Any] = {"label": label, "source": own, "setup": needs_setup, "tokenizer": None}
+    given: dict[str, Any] = {"label": label, "source": own, "setup": needs_setup, "context": {"tokenizer": None}}
     if needs_setup and context is not None:
-        given |= {"tokenizer": context.tokenizer, "seed": context.seed}
+        names = ("tokenizer", "seed", "chat_template_kwargs")
+        given["context"] = {name: getattr(context, name) for name in names}
     try:
         body = cloudpickle.dumps(given)
     except Exception as error:

@@ -30,7 +30,7 @@ class Served:
             from hf_rlhf.batch import Context
 
             device = torch.device("cpu")
-            context = Context(device=device, tokenizer=given["tokenizer"], policy=None, seed=given.get("seed", 0))
+            context = Context(device=device, policy=None, **given["context"])
             for plugin in self._plugins:
                 plugin.setup(context)
 

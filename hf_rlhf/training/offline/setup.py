@@ -18,6 +18,7 @@ from hf_rlhf.data.offline_rows import encode, longest, read_rows
 from hf_rlhf.data.quantization import model_problems
 from hf_rlhf.modeling.policy import embedded_padding
 from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.versions import versions
 from hf_rlhf.training.model_checks import (
     check_causal,
     check_trained,
@@ -28,7 +29,6 @@ from hf_rlhf.training.model_checks import (
 )
 from hf_rlhf.training.offline.model import context_of, load_with_head
 from hf_rlhf.training.offline.trainer_mixin import OfflineRun, complete, factory
-from hf_rlhf.training.setup import versions
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

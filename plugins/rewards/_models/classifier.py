@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_rlhf import Metric
-from hf_rlhf.axes import Context, Count, HubModel, HubTokenizer, RewardSource
+from hf_rlhf.axes import Context, Count, HubModel, HubTokenizer, RewardSource, chat
 
 from .batches import Row, Value, scores_of
 from .files import Kind, ModelFiles
@@ -72,6 +72,7 @@ class ModelReward(RewardSource):
     def __post_init__(self) -> None:
         self._loaded: Loaded | None = None
         self._cut: list[float] = []
+        self._chat_template_kwargs: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the model from pickled copies: `setup` loads it."""
@@ -90,6 +91,7 @@ class ModelReward(RewardSource):
         yield from refusals(self.asker, self.device, self.offload, self.model_kwargs or {})
 
     def setup(self, context: Context) -> None:
+        self._chat_template_kwargs = context.chat_template_kwargs
         self.load_model(context.device)
 
     def load_model(self, device: torch.device) -> None:
@@ -126,6 +128,7 @@ class ModelReward(RewardSource):
             offload=self.offload,
             kwargs=self.model_kwargs or {},
             kind=self.kind,
+            chat_template_kwargs=self._chat_template_kwargs,
         )
 
     @contextmanager
@@ -145,7 +148,9 @@ class ModelReward(RewardSource):
                 f"{self.asker}: the prompts are conversations but the tokenizer of {self.model!r} has no chat template. Save "
                 "one with it, or use text prompts"
             )
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else chat.messages_of(prompt, "the prompt")
+        )
 
     def _scores(self, held: Loaded, rows: Sequence[Row], value: Value) -> list[Any]:
         """Return a float per row, or a list of floats (one per token); None for a row without tokens."""

@@ -29,6 +29,7 @@ class ModelFiles(NamedTuple):
     offload: bool
     kwargs: dict[str, Any]
     kind: Kind
+    chat_template_kwargs: dict[str, Any]
     words: tuple[str | int, ...] = ()
     """Vocabulary tokens whose logits are the labels of a causal model."""
 

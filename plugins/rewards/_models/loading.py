@@ -180,4 +180,5 @@ def _tokenizer(wanted: ModelFiles, asker: str) -> PreTrainedTokenizerBase:
         ) from error
     if wanted.kind != "sequence" and not tokenizer.is_fast:
         raise ValueError(f"{asker}: the tokenizer of {path!r} does not report character offsets. Save a fast tokenizer")
+    tokenizer.chat_template_kwargs = wanted.chat_template_kwargs
     return tokenizer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hf_rlhf.axes import chat
+
 from .batches import Row
 
 if TYPE_CHECKING:
@@ -26,24 +28,33 @@ class Text(NamedTuple):
     chat: bool
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[Any], completion: str) -> str:
-    """Render the conversation and the completion with the tokenizer's chat template."""
-    answer = {"role": "assistant", "content": completion}
-    return str(tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
+def answered(prompt: chat.Messages, completion: str, opening: str = "") -> chat.Conversation:
+    """Return a conversation with its answer, which continues the assistant's turn if the prompt ends inside one.
+
+    `opening`: a tag that the policy's template wrote at the start of the assistant's turn.
+    """
+    *before, last = prompt
+    if last["role"] == "assistant":
+        return chat.Conversation([*before, {**last, "content": (last["content"] or "") + completion}])
+    return chat.Conversation([*prompt, {"role": "assistant", "content": opening + completion}])
 
 
-def text_in(tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | str, completion: str) -> Text | None:
+def text_in(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | str, completion: str, opening: str = ""
+) -> Text | None:
     """Join prompt and completion to one text; returns None if a chat template changes the completion.
 
-    A template may strip whitespace around the completion.
+    A template may strip whitespace around the completion. Raises `chat.ChatError` where it drops text.
     """
     if isinstance(prompt, str):
         return Text(prompt + completion, len(prompt), len(prompt + completion), 0, False)
-    around, text = rendered(tokenizer, prompt, MARK), rendered(tokenizer, prompt, completion)
+    both = [answered(prompt, answer, opening) for answer in (MARK, completion)]
+    around, text = chat.render(tokenizer, *both, training=True)
     start = around.rfind(MARK)
-    if start < 0 or text[:start] != around[:start]:
-        return None
     front = len(completion) - len(completion.lstrip())
+    if text[:start] != around[:start]:  # a template that writes an empty <think></think> for answers without thoughts
+        start, kept = text.rfind(completion.strip()), completion.strip()
+        return Text(text, start, start + len(kept), front, True) if start >= 0 and "</think>" in kept else None
     for stripped in (0, front):
         for kept in (completion[stripped:], completion[stripped:].rstrip()):
             if text[start:] == kept + around[start + len(MARK) :]:
@@ -74,9 +85,10 @@ def _within(text: Text, start: int, end: int) -> Span | None:
 def _row(tokenizer: PreTrainedTokenizerBase, encoded: Any, limit: int | None) -> tuple[Row, list[int]]:
     """Truncate a row to a BOS or [CLS] and its end, and return it with the indices of the kept tokens."""
     ids = encoded["input_ids"]
-    kept = list(range(len(ids)))
-    if limit is not None and len(ids) > limit:
+    length = len(chat.one_bos(tokenizer, ids))
+    kept = list(range(len(ids) - length, len(ids)))
+    if limit is not None and length > limit:
         front = int(limit > 1 and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
-        kept = kept[:front] + kept[len(ids) - limit + front :]
+        kept = kept[:front] + kept[length - limit + front :]
     types = encoded.get("token_type_ids")
-    return Row([ids[i] for i in kept], types and [types[i] for i in kept], len(kept) < len(ids)), kept
+    return Row([ids[i] for i in kept], types and [types[i] for i in kept], len(kept) < length), kept

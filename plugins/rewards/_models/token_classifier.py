@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar, NamedTuple
 
+from hf_rlhf.axes import chat
+
 from .batches import Value
 from .classifier import ModelReward
 from .files import Kind
@@ -31,13 +33,16 @@ class TokenModelReward(ModelReward):
 
     kind: ClassVar[Kind] = "token"
 
-    def read(self, prompts: Sequence[Any], completions: Sequence[str], value: Value) -> list[list[Read] | None]:
+    def read(
+        self, prompts: Sequence[Any], completions: Sequence[str], value: Value, openings: Sequence[str] = ()
+    ) -> list[list[Read] | None]:
         """Score the model's tokens within each completion, in order.
 
         None for a completion that a chat template changes, or with a score that is not finite.
         """
         with self._session() as held:
-            texts = [self._text(held, *row) for row in zip(prompts, completions, strict=True)]
+            openings = openings or [""] * len(prompts)
+            texts = [self._text(held, *row) for row in zip(prompts, completions, openings, strict=True)]
             limit = held.limit(self.max_length)
             rows = {i: row_in(held.tokenizer, text, limit) for i, text in enumerate(texts) if text is not None}
             scores = self._scores(held, [row for row, _ in rows.values()], value)
@@ -49,13 +54,14 @@ class TokenModelReward(ModelReward):
                 found[i] = None
         return found
 
-    def _text(self, held: Loaded, prompt: Any, completion: str) -> Text | None:
-        found = text_in(held.tokenizer, self._prompt(held, prompt), completion)
+    def _text(self, held: Loaded, prompt: Any, completion: str, opening: str) -> Text | None:
+        prompt, why = self._prompt(held, prompt), "the chat template changes it"
+        try:
+            found = text_in(held.tokenizer, prompt, completion, opening)
+        except chat.ChatError as error:
+            found, why = None, str(error)
         if found is None:
-            logger.warning(
-                "%s: the chat template of %r changes a completion, which therefore has no score: %.80r",
-                *(self.asker, self.model, completion),
-            )
+            logger.warning("%s: %r has no score for the completion %.80r: %s", self.asker, self.model, completion, why)
         return found
 
 

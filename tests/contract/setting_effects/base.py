@@ -348,6 +348,21 @@ for engine_name in ("generate", "scripted"):
     EFFECTS[f"rollout.{engine_name}.num_generations"] = SettingEffect(
         4, 3, collected(engine(engine_name, "num_generations"))
     )
+
+
+def shown(name: str) -> Callable[[Path, Any], Any]:
+    """The completions as rewards see them; scripted ones hold <unk>, sampled ones may."""
+
+    def show(folder: Path, value: bool) -> Any:
+        data = [{**row, "completions": [[2, 5, 6]] * 8} for row in runs.problems()]
+        made = runs.trainer(folder, data=data, **engine(name, "skip_special_tokens")(folder, value))
+        return made.collector.collect(0).extra["texts"]["completion"]
+
+    return show
+
+
+for engine_name in ("generate", "scripted"):
+    EFFECTS[f"rollout.{engine_name}.skip_special_tokens"] = SettingEffect(True, False, shown(engine_name))
 EFFECTS["rollout.scripted.temperature"] = SettingEffect(1.0, 0.7, after(engine("scripted", "temperature")))
 EFFECTS["rollout.scripted.mask_column"] = SettingEffect(None, "masks", after(engine("scripted", "mask_column")))
 

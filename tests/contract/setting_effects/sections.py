@@ -134,6 +134,14 @@ def chat_of(folder: Path, template: str | None) -> Any:
     return tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
 
 
+def rendered(folder: Path, kwargs: dict[str, Any]) -> Any:
+    model = Model(
+        path=saved(folder), chat_template="{{ messages[0]['content'] }}{{ word }}", chat_template_kwargs=kwargs
+    )
+    rows = [{"prompt": [{"role": "user", "content": "hi"}]}]
+    return load_prompts(Dataset(held_out=0), load_tokenizer(model), train=rows)[0][0].ids
+
+
 def trainable(folder: Path, lora: dict[str, Any] | None) -> Any:
     made = runs.trainer(folder, model={"path": saved(folder), "lora": lora})
     return sum(p.requires_grad for p in made.model.parameters())
@@ -141,6 +149,7 @@ def trainable(folder: Path, lora: dict[str, Any] | None) -> Any:
 
 EFFECTS["model.tokenizer"] = SettingEffect(None, "other", tokens_of)
 EFFECTS["model.chat_template"] = SettingEffect(None, "{{ messages[0]['content'] }}!", chat_of)
+EFFECTS["model.chat_template_kwargs"] = SettingEffect({}, {"word": "!"}, rendered)
 EFFECTS["model.lora"] = SettingEffect(None, {"r": 2}, trainable)
 
 

@@ -66,6 +66,17 @@ def read(setting: str, **others: Any) -> Any:
     return show
 
 
+def prompts_read(folder: Path, column: str | None) -> Any:
+    place = dataset_folder(folder) / "a.jsonl"
+    settings = OfflineDataset(
+        path=str(place), held_out=0, prompt_column=column, columns={"chosen": "question", "rejected": "question"}
+    )
+    return [row["prompt"] for row in read_rows(settings, load_plugin("trainer", "reward_model"))[0]]
+
+
+EFFECTS["offline.dataset.prompt_column"] = SettingEffect("prompt", None, prompts_read)
+
+
 def of_dataset(setting: str, first: Any, second: Any, **others: Any) -> None:
     EFFECTS[f"offline.dataset.{setting}"] = SettingEffect(first, second, read(setting, **others))
 

@@ -186,6 +186,7 @@ def test_nested_plugins_stand_in_their_place():
         "mask_column": None,
         "logps_column": None,
         "temperature": 1.0,
+        "skip_special_tokens": True,
     }
 
 

@@ -70,7 +70,7 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused():
     from tests.helpers.models import byte_tokenizer
 
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        prepare_tokenizer(byte_tokenizer(eos_token=None))
+        prepare_tokenizer(byte_tokenizer(eos_token=None), Model())
 
 
 def test_the_tokenizer_may_live_elsewhere_and_the_chat_template_be_replaced(tmp_path, tiny_model_path):

@@ -93,7 +93,10 @@ def test_a_template_may_strip_white_space_and_a_row_that_it_rewrites_has_no_scor
     (spaced,) = loaded("token_reward_model", tmp_path / "stripping")(given(["  12 "], prompts))
     assert_close(spaced, [(2 + end, value) for end, value in plain.values])
     assert loaded("token_reward_model", tmp_path / "rewriting")(given(["1x2"], prompts)) == [None]
-    assert "changes a completion, which therefore has no score: '1x2'" in caplog.text
+    assert (
+        "has no score for the completion '1x2': the chat template drops part of message 2 (assistant): '1x2'"
+        in caplog.text
+    )
 
 
 def test_of_long_texts_only_the_seen_tokens_have_scores(tmp_path):

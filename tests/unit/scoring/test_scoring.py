@@ -313,14 +313,15 @@ def test_with_a_second_source_the_row_stays_with_what_applies_to_it(tmp_path):
 
 def placed(answer: Any, completion: str = "ab cd\n\nef", mask: list[int] | None = None) -> list[float]:
     """Where the rewards of one row of `completion`, a token per character and the end of sequence, stand."""
+    from hf_rlhf.scoring.completion_text import CompletionText
     from hf_rlhf.scoring.scorer import Scorer, place
 
     given = rollouts([completion])
     if mask is not None:
         given.masks = [mask]
-    _, tokenizer = tiny_policy()
+    text = CompletionText(tiny_policy()[1])
     answers = Scorer([("mine", Answers(what=[answer]))]).ask(given)["mine"].answers
-    return place(answers, given, tokenizer, len(given.completion_ids[0])).squeeze(0).tolist()
+    return place(answers, given, text, len(given.completion_ids[0])).squeeze(0).tolist()
 
 
 def at(width: int, **values: float) -> list[float]:
@@ -352,6 +353,7 @@ def test_tokens_of_several_characters_and_characters_of_several_tokens_are_found
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from hf_rlhf.scoring.completion_text import CompletionText
     from hf_rlhf.scoring.scorer import place
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -367,7 +369,7 @@ def test_tokens_of_several_characters_and_characters_of_several_tokens_are_found
     given = rollouts(["x"])
     given.completions, given.completion_ids, given.masks = [text], [ids], [[1] * len(ids)]
     for end, token in {1: 0, 3: 0, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}.items():
-        found = place([Spans([(end, 1.0)])], given, tokenizer, len(ids)).squeeze(0)
+        found = place([Spans([(end, 1.0)])], given, CompletionText(tokenizer), len(ids)).squeeze(0)
         assert found.tolist() == [float(i == token) for i in range(6)], end
 
 

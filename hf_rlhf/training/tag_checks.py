@@ -1,0 +1,43 @@
+"""Check that rewards can see the special tokens that they ask for."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.data.addition_task import BUILTIN
+from hf_rlhf.data.model_loading import ModelError, load_tokenizer
+
+
+def tag_problems(algorithm: Algorithm, tokenizer: Any) -> list[str]:
+    """Return what is hidden from rewards that ask for it, with the fix."""
+    end = {tokenizer.eos_token}
+    hidden = {*tokenizer.all_special_tokens, *(x.content for x in tokenizer.added_tokens_decoder.values() if x.special)}
+    if not algorithm.rollout.skip_special_tokens:
+        hidden &= end
+    found = []
+    for label, source in zip(algorithm.labels(), algorithm.rewards, strict=True):
+        asked = " ".join(source.patterns())
+        tags = {token for token in hidden if token in asked or re.escape(token) in asked}
+        if tags:
+            fix = (
+                "set rollout.skip_special_tokens=false" if tags - end else "leave it out, for rewards never see the end"
+            )
+            found.append(
+                f"rewards.{label} asks for {', '.join(sorted(tags))}, which can never arrive: special tokens of the tokenizer "
+                f"are hidden from rewards. {fix.capitalize()}"
+            )
+    return found
+
+
+def tag_problems_by_name(algorithm: Algorithm, model: Model) -> list[str]:
+    """Return `tag_problems` with the tokenizer that the settings name; nothing if it is not on this machine."""
+    asking = any(source.patterns() for source in algorithm.rewards)
+    if not asking or model.path == BUILTIN or not (model.tokenizer or model.path):
+        return []
+    try:
+        return tag_problems(algorithm, load_tokenizer(model, local_files_only=True))
+    except ModelError:
+        return []
