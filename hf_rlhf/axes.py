@@ -1,9 +1,8 @@
 """One base class per axis: what a plugin is.
 
-A plugin is a keyword-only dataclass whose fields are its settings, each with a docstring below it. `name` is what a
-recipe writes after `use:`; `needs` names its requirements, `provides` what it supplies. Shapes are those of
-`hf_rlhf.batch`. A field typed with a class of this module is a nested plugin (`{use: ...}` in a recipe);
-`choice("k3")` gives it a default.
+A plugin is a keyword-only dataclass whose fields are its settings, each with a docstring below it. `name` is what a recipe
+writes after `use:`; `needs` names its requirements, `provides` what it supplies. Shapes are those of `hf_rlhf.batch`. A field
+typed with a class of this module is a nested plugin (`{use: ...}` in a recipe); `choice("k3")` gives it a default.
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), greedy (a greedy completion of each prompt),
 sampler_logps, old_logps, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a policy loss,
@@ -13,9 +12,8 @@ estimators, aggregations, loss terms) get each needed name that is not a positio
 filters get theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with the log-probs of the
 whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 
-A plugin that stops gradients on purpose, so that its gradient differs from finite differences, sets
-`stops_gradient = True`. One that is costly to start implements `setup(context)` and `close()`; one with state `observe`,
-`state_dict` and `load_state_dict`, and is saved in every checkpoint.
+One that stops gradients on purpose, so that its gradient differs from finite differences, sets `stops_gradient = True`. One that
+is costly to start has `setup(context)` and `close()`; one with state, saved in checkpoints, `observe` and `(load_)state_dict`.
 
 A new axis is a base class here with an `Axis` and its entry in `AXES`, a hook with an example (`hf_rlhf.registry`), a field of
 `Algorithm` (`hf_rlhf.config.algorithm` and its view in `hf_rlhf.contract`), and one call in the collector or the losses.

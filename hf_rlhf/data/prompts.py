@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hf_rlhf.batch import Prompt
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.contract import chat
+from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
+from hf_rlhf.data.model_loading import load_config
 from hf_rlhf.data.sources import DatasetError, Row, Rows, lacking, load_rows
 
 if TYPE_CHECKING:
@@ -54,9 +56,12 @@ def load_prompts(
     return prompts(rows, "dataset"), None if held_out is None else prompts(held_out, "evaluation dataset")
 
 
-def prompt_room(config: Any, longest: int | None) -> int | None:
-    """Return the prompt tokens that a model's context leaves beside the longest completion."""
+def prompt_room(model: Any, settings: Model, rollout: Any, trust_remote_code: bool = False) -> int | None:
+    """Return the prompt tokens that the context leaves beside the longest completion; `model` may be only named, or None."""
+    config, code = getattr(model, "config", None), trust_remote_code
+    config = config or load_config(settings.path, settings.revision, trust_remote_code=code)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(rollout, "max_new_tokens", None)
     if context is None or longest is None:
         return context
     if longest >= context:

@@ -28,7 +28,6 @@ from hf_rlhf.contract.reward_source import nested_of
 from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
 from hf_rlhf.data.model_loading import (
     disable_dropout,
-    load_config,
     load_model,
     load_tokenizer,
     lora_config,
@@ -213,10 +212,7 @@ def setup_run(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer, model_settings
     )
     _refuse(tag_problems(chosen, tokenizer))
-    config = getattr(model, "config", None)  # of a model that is only named, before it is loaded
-    if config is None:
-        config = load_config(model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code)
-    room = prompt_room(config, getattr(chosen.rollout, "max_new_tokens", None))
+    room = prompt_room(model, model_settings, chosen.rollout, trust_remote_code)
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
     )
