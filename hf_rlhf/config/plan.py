@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.axes import TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.config.training_arguments import WITHOUT_EFFECT, differences_from_recipe
 from hf_rlhf.registry.settings_schema import at_path
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +81,19 @@ def plugin_remarks(algorithm: Algorithm) -> list[str]:
         for path, plugin in algorithm.plugins()
         for remark in plugin.remarks(algorithm)
     ]
+
+
+def recipe_remarks(recipe: Recipe, args: TrainingArguments) -> list[str]:
+    """Return remarks on a recipe's overrides and arguments; log where `args` differ from the recipe's."""
+    idle = [
+        f"training.{name} has no effect here: {WITHOUT_EFFECT[name]}"
+        for name in recipe.training
+        if name in WITHOUT_EFFECT
+    ]
+    differing = differences_from_recipe(args, recipe.training)
+    for remark in differing if args.process_index == 0 else ():
+        logger.warning(remark)
+    return [*idle, *recipe.notes, *differing]
 
 
 def memory_rows(plan: Plan) -> list[str]:

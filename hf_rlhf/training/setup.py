@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -12,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hf_rlhf.axes import Context, Plugin
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
-from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks
+from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
 from hf_rlhf.config.training_arguments import (
     DECISIVE,
     DEFAULTS,
-    WITHOUT_EFFECT,
     check_arguments,
-    differences_from_recipe,
     training_of,
 )
 from hf_rlhf.contract.model_settings import Model
@@ -55,9 +52,6 @@ from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-
-logger = logging.getLogger(__name__)
 
 
 class AlgorithmError(ValueError):
@@ -315,19 +309,6 @@ def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool)
             "evaluation.ema rolls out the policy's moving average and there is none: set update.ema=0.992, or drop it"
         )
     return found
-
-
-def recipe_remarks(recipe: Recipe, args: TrainingArguments) -> list[str]:
-    """Return remarks on a recipe's overrides and arguments; log where `args` differ from the recipe's."""
-    idle = [
-        f"training.{name} has no effect here: {WITHOUT_EFFECT[name]}"
-        for name in recipe.training
-        if name in WITHOUT_EFFECT
-    ]
-    differing = differences_from_recipe(args, recipe.training)
-    for remark in differing if args.process_index == 0 else ():
-        logger.warning(remark)
-    return [*idle, *recipe.notes, *differing]
 
 
 def describe(
