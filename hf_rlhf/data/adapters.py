@@ -61,7 +61,7 @@ def config_problems(config: Any) -> Iterator[str]:
         if field.name not in SUPPORTED and (value := getattr(config, field.name)) != default:
             yield f"{field.name} of LoraConfig must be {default!r}, got {value!r}, which is not supported. Leave it out"
     if config.use_dora and config.target_parameters:
-        yield "use_dora does not work with target_parameters. Set use_dora=false, or target modules only"
+        yield "use_dora does not work with target_parameters. Set use_dora to false, or target modules only"
 
 
 def adapted_model_problems(model: Any) -> Iterator[str]:
@@ -119,7 +119,7 @@ def add_adapter(model: Any, config: Any, **options: Any) -> Any:
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `merge` cares for it
             adapted = get_peft_model(model, config, **options)
     except (ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
-        fix = " Set use_dora=false, or name linear layers in target_modules" if "use_dora" in str(error) else ""
+        fix = " Set use_dora to false, or name linear layers in target_modules" if "use_dora" in str(error) else ""
         raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}{fix}") from error
     if problems := list(adapted_model_problems(adapted)):
         raise AdapterError("; ".join(problems))

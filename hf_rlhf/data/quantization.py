@@ -32,7 +32,7 @@ def model_problems(settings: Model, lora: bool, plugins: Iterable[tuple[str, Plu
         found.append("model.save_merged requires an adapter: set model.lora={r: 16}, or remove it")
     if settings.lora is not None and settings.lora.use_dora and settings.lora.target_parameters:
         found.append(
-            "model.lora.use_dora does not work with target_parameters. Set use_dora=false, or target_modules only"
+            "model.lora.use_dora does not work with target_parameters. Set model.lora.use_dora=false, or target_modules only"
         )
     if not is_quantised(settings):
         if settings.bnb_4bit_quant_type != "nf4" or settings.use_bnb_nested_quant:
