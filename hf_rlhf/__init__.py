@@ -8,7 +8,9 @@ import pluggy
 
 from hf_rlhf._version import API_VERSION, __version__
 from hf_rlhf.contract.metric import Metric
+from hf_rlhf.runtime.plain_text import clean_own_logs
 
+clean_own_logs()
 hookimpl = pluggy.HookimplMarker("hf_rlhf")
 """Marks a function of a plugin module as the offer of an axis; see `hf_rlhf.registry.hookspecs`."""
 

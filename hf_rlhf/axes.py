@@ -15,8 +15,8 @@ whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 One that stops gradients on purpose, so that its gradient differs from finite differences, sets `stops_gradient = True`. One that
 is costly to start has `setup(context)` and `close()`; one with state, saved in checkpoints, `observe` and `(load_)state_dict`.
 
-A new axis is a base class here with an `Axis` and its entry in `AXES`, a hook with an example (`hf_rlhf.registry`), a field of
-`Algorithm` (`hf_rlhf.config.algorithm` and its view in `hf_rlhf.contract`), and one call in the collector or the losses.
+A new axis is a base class here with an `Axis` and its entry in `AXES`; CONTRIBUTING.md has the rest. Recipes, metrics,
+dashboards, completion, templates, pages and the checks of what plugins return follow from `AXES`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from hf_rlhf.batch import Completions, Context as Context, Credit, Prompt as Prompt, Scored
-from hf_rlhf.contract import chat as chat
+from hf_rlhf.contract import chat as chat, outputs
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
 from hf_rlhf.contract.axis import Axis as Axis
 from hf_rlhf.contract.base import Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
 from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel, HubTokenizer as HubTokenizer
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
+from hf_rlhf.contract.outputs import check_output as check_output
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 from hf_rlhf.runtime.errors import did_you_mean as did_you_mean
@@ -79,14 +80,12 @@ class RolloutEngine(Plugin, ABC):
     ) -> Completions:
         """Return `num_generations` completions of each prompt, rows of a prompt adjacent.
 
-        `temperature` replaces the setting for this call (evaluation, greedy baselines); 0 is greedy. Random numbers come
-        from the global generators, which the core seeds for the call and restores afterwards. `policy.version` names the
-        weights: an engine with its own copy must reload them when it differs from the version that it holds.
+        `temperature` replaces the setting for this call; 0 is greedy. Random numbers come from the global generators, which
+        the core seeds for the call. `policy.version` names the weights: an engine with a copy reloads them when it changes.
         """
 
     def wake(self, part: Literal["weights", "cache"]) -> None:
-        """Prepare for the calls of one rollout (resampling rounds and greedy baselines included), or of one evaluation: first
-        with "weights", then with "cache". `policy.version` stays the same until `sleep`."""
+        """Prepare for calls of a rollout or evaluation: first "weights", then "cache". `policy.version` stays till `sleep`."""
 
     def sleep(self) -> None:
         """Release what the engine holds on the device; called after those calls, even if one of them raised."""
@@ -96,7 +95,12 @@ class RolloutEngine(Plugin, ABC):
 class KLEstimator(Plugin, ABC):
     """Estimate KL(policy || reference) from sampled log-probs. Axis `kl_estimator`, nested in each `kl`."""
 
-    axis = Axis(section="KL", metric_prefix="kl_estimator/<label>", nested="kl: [{use: in_loss, estimator: k3}]")
+    axis = Axis(
+        section="KL",
+        metric_prefix="kl_estimator/<label>",
+        nested="kl: [{use: in_loss, estimator: k3}]",
+        outputs=outputs.ESTIMATOR,
+    )
 
     stops_gradient: ClassVar[bool] = False
 
@@ -110,7 +114,10 @@ class KLController(Plugin, ABC):
     """Adjust beta during training. Axis `kl_controller`, nested in each `kl` that has a beta."""
 
     axis = Axis(
-        section="KL", metric_prefix="kl_controller/<label>", nested="kl: [{use: in_reward, controller: adaptive}]"
+        section="KL",
+        metric_prefix="kl_controller/<label>",
+        nested="kl: [{use: in_reward, controller: adaptive}]",
+        outputs=outputs.BETA,
     )
 
     @abstractmethod
@@ -122,20 +129,18 @@ class KLController(Plugin, ABC):
 class KLPlacement(Plugin, ABC):
     """Place the KL to the reference in reward, loss or advantage. Axis `kl`, a list. Penalties keep their input's shape."""
 
-    axis = Axis(section="KL", metric_prefix="kl/<label>", many=True, default=())
+    axis = Axis(section="KL", metric_prefix="kl/<label>", many=True, default=(), outputs=outputs.PENALTY)
 
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     places: ClassVar[frozenset[str]] = frozenset()
     """Places where the penalty enters: any of reward, loss, advantage. A placement overrides the method of each."""
     token_level: ClassVar[bool] = False
-    """True where `loss_penalty` of a token depends on that token's numbers alone: estimator and penalty are then called on (1, c)
-    tiles of c sampled tokens, as PolicyLoss is."""
+    """True where `loss_penalty` of a token depends on its numbers alone: it is then called on (1, c) tiles, as PolicyLoss is."""
 
     estimator: KLEstimator = choice("k1")
     """KL estimator."""
     level: Literal["token", "sequence"] = "token"
     """`token`: the estimator sees each token's log-probs; `sequence`: their sums over the mask."""
-
     clamp: Positive | None = None
     """Clamp the estimator's value to [-clamp, clamp]; beyond it the gradient is 0. None: no limit."""
 
@@ -144,9 +149,11 @@ class KLPlacement(Plugin, ABC):
         off = mask == 0
         on_mask = {name: x.masked_fill(off, 0.0) for name, x in needed.items()}
         logps, ref_logps = logps.masked_fill(off, 0.0), ref_logps.masked_fill(off, 0.0)
-        if self.level == "token":
-            return self.estimator(logps, ref_logps, **on_mask) * mask
-        return self.estimator(logps.sum(1), ref_logps.sum(1), **{name: x.sum(1) for name, x in on_mask.items()})
+        if self.level == "sequence":
+            logps, ref_logps, on_mask = logps.sum(1), ref_logps.sum(1), {name: x.sum(1) for name, x in on_mask.items()}
+        kl, inputs = self.estimator(logps, ref_logps, **on_mask), {"logps": logps, "ref_logps": ref_logps, **on_mask}
+        check_output("kl_estimator", self.estimator, kl, logps, inputs=inputs)
+        return kl * mask if self.level == "token" else kl
 
     def limit(self, kl: Tensor) -> Tensor:
         """Return `kl` clamped to [-clamp, clamp]."""
@@ -174,7 +181,10 @@ class Baseline(Plugin, ABC):
     """Baseline of returns. Axis `baseline`, nested in the estimator `baseline`."""
 
     axis = Axis(
-        section="Advantages", metric_prefix="baseline/<label>", nested="advantages: {use: baseline, baseline: ema}"
+        section="Advantages",
+        metric_prefix="baseline/<label>",
+        nested="advantages: {use: baseline, baseline: ema}",
+        outputs=outputs.BASELINE,
     )
 
     across_groups: ClassVar[bool] = False  # as in AdvantageEstimator
@@ -188,7 +198,7 @@ class Baseline(Plugin, ABC):
 class AdvantageEstimator(Plugin, ABC):
     """Compute advantages from rewards. Axis `advantages`."""
 
-    axis = Axis(section="Advantages", metric_prefix="advantage")
+    axis = Axis(section="Advantages", metric_prefix="advantage", outputs=outputs.ADVANTAGES)
 
     @property
     def across_groups(self) -> bool:
@@ -204,22 +214,21 @@ class AdvantageEstimator(Plugin, ABC):
 class Critic(Plugin, ABC):
     """Predict returns. Axis `critic`. A critic that learns is a `TrainedCritic`."""
 
-    axis = Axis(section="Critic", metric_prefix="value", default="none")
+    axis = Axis(section="Critic", metric_prefix="value", default="none", outputs=outputs.CRITIC)
 
     @abstractmethod
     def build(self, policy: PreTrainedModel, algorithm: Algorithm) -> torch.nn.Module | None:
         """Return the critic's module, or None if there is none.
 
-        The module is called as (batch, states (n, H) or None) -> (n,): the value of the state in which each of the batch's
-        n sampled tokens was chosen, that is, at the token before it. `batch.states(trunk)` runs a transformers trunk over
-        the rows and returns its hidden states (n, H) there. If the module's attribute `on_trunk` is True, `states` are the
-        policy's.
+        The module is called as (batch, states (n, H) or None) -> (n,): the value of the state in which each sampled token was
+        chosen, at the token before it. `batch.states(trunk)` runs a transformers trunk over the rows and returns its hidden
+        states (n, H) there. If the module's attribute `on_trunk` is True, `states` are the policy's.
         """
 
 
 @dataclass(kw_only=True)
 class TrainedCritic(Critic, ABC):
-    """Critic trained with the policy, by clipped or plain squared error to the estimator's returns."""
+    """Critic trained by clipped or plain squared error to the estimator's returns."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"values"})
     shares_forward: ClassVar[bool] = False
@@ -239,7 +248,7 @@ class TrainedCritic(Critic, ABC):
 class PolicyLoss(Plugin, ABC):
     """Loss of each token. Axis `policy_loss`. A loss that ignores `old_logps` sets empty `needs`."""
 
-    axis = Axis(section="Policy loss", metric_prefix="policy", default="ppo_clip")
+    axis = Axis(section="Policy loss", metric_prefix="policy", default="ppo_clip", outputs=outputs.POLICY_LOSS)
 
     needs: ClassVar[frozenset[str]] = frozenset({"old_logps"})
     stops_gradient: ClassVar[bool] = False
@@ -256,10 +265,8 @@ class PolicyLoss(Plugin, ABC):
         """Map (B, T) each to the loss of each token (B, T), to be minimized, and metrics (B, T), averaged over the mask."""
 
     def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Map (N, T) each, of a whole rollout, to (N, T), which every call gets as `selected`.
-
-        Called once per rollout if `needs` names selected, so that micro-batches and processes cannot change the selection.
-        """
+        """Map (N, T) each, of a whole rollout, to (N, T), which every call gets as `selected`. Called once, so that micro-batches
+        and processes cannot change the selection, if `needs` names selected."""
         raise TypeError(f"policy_loss.{self.name} needs selected and does not define select")
 
 
@@ -267,7 +274,7 @@ class PolicyLoss(Plugin, ABC):
 class RolloutCorrection(Plugin, ABC):
     """Correct for a sampler that differs from the trainer's policy. Axis `rollout_correction`."""
 
-    axis = Axis(section="Rollout correction", metric_prefix="rollout", default="none")
+    axis = Axis(section="Rollout correction", metric_prefix="rollout", default="none", outputs=outputs.CORRECTION)
 
     needs: ClassVar[frozenset[str]] = frozenset({"sampler_logps", "old_logps"})
 
@@ -280,7 +287,7 @@ class RolloutCorrection(Plugin, ABC):
 class Reference(Plugin, ABC):
     """Reference model of the KL. Axis `reference`. One that `moves` is saved in every checkpoint."""
 
-    axis = Axis(section="Reference", metric_prefix="reference")
+    axis = Axis(section="Reference", metric_prefix="reference", outputs=outputs.REFERENCE)
 
     provides: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     moves: ClassVar[bool] = False
@@ -301,7 +308,7 @@ class Reference(Plugin, ABC):
 class UpdateRule(Plugin, ABC):
     """Build the optimizer. Axis `optimizer`."""
 
-    axis = Axis(section="Optimizer", metric_prefix="optimizer", default="trainer")
+    axis = Axis(section="Optimizer", metric_prefix="optimizer", default="trainer", outputs=outputs.OPTIMIZER)
 
     @abstractmethod
     def build(self, policy: torch.nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
@@ -323,7 +330,7 @@ class UpdateRule(Plugin, ABC):
 class Aggregation(Plugin, ABC):
     """Weight the tokens of an optimizer step. Axis `aggregation`."""
 
-    axis = Axis(section="Aggregation", metric_prefix="aggregation", default="token_mean")
+    axis = Axis(section="Aggregation", metric_prefix="aggregation", default="token_mean", outputs=outputs.WEIGHTS)
 
     @abstractmethod
     def __call__(self, mask: Tensor) -> Tensor:
@@ -334,17 +341,14 @@ class Aggregation(Plugin, ABC):
 class LossTerm(Plugin, ABC):
     """Additional loss term with its own normalization. Axis `loss_terms`, a list."""
 
-    axis = Axis(section="Loss terms", metric_prefix="plugin/<label>", many=True, default=())
+    axis = Axis(section="Loss terms", metric_prefix="plugin/<label>", many=True, default=(), outputs=outputs.LOSS_TERM)
 
     @abstractmethod
     def __call__(self, logps: Tensor, mask: Tensor) -> Tensor:
         """Map (B, T) each, and one keyword per name in `needs`, to (B, T), to be minimized."""
 
     def weights(self, mask: Tensor) -> Tensor:
-        """Map (N_u, T) to the weight of each token in this term (N_u, T), by default equal weights.
-
-        total_score and group_ids (in this method only) are keywords (N_u,) if `needs` names them.
-        """
+        """Map (N_u, T), and keywords total_score and group_ids (N_u,) if `needs` names them, to each token's weight (N_u, T)."""
         return mask / mask.sum().clamp(min=1)
 
 
@@ -361,7 +365,7 @@ class TextTerm(LossTerm, ABC):
 class Filter(Plugin, ABC):
     """Choose the rows to train on. Axis `filters`, a list."""
 
-    axis = Axis(section="Filters", metric_prefix="filter/<label>", many=True, default=())
+    axis = Axis(section="Filters", metric_prefix="filter/<label>", many=True, default=(), outputs=outputs.KEEP)
 
     resample: Annotated[int, Ge(0)] = 0
     """Maximum number of further rounds of prompts that replace dropped groups (0: none)."""
@@ -407,8 +411,7 @@ _WITH_TORCH = {
     "Policy": "hf_rlhf.modeling.policy",
     "Step": "hf_rlhf.contract.optimizer_step",
     "TokenBatch": "hf_rlhf.modeling.token_batch",
-    "attend": "hf_rlhf.modeling.attention",
-    "attention_refusal": "hf_rlhf.modeling.attention",
+    **dict.fromkeys(("attend", "attention_refusal"), "hf_rlhf.modeling.attention"),
     "at_least_float32": "hf_rlhf.modeling.lm_head",
 }
 

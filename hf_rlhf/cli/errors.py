@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +14,7 @@ from hf_rlhf.registry.discovery import format_error
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.cache import cache_folder
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.plain_text import format_traceback, indented
 
 ASKED = "HF_RLHF_TRACEBACK"
 
@@ -27,19 +27,19 @@ def wants_traceback() -> bool:
 def report(error: Exception) -> int:
     """Print the error to stderr and return the exit code."""
     if wants_traceback():
-        traceback.print_exception(error)
+        print(format_traceback(error), file=sys.stderr)
         return error.code if isinstance(error, UserError) else 1
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        print(indented(f"error: {error}"), file=sys.stderr)
         return error.code
-    lines = [f"error: {format_error(error)}", *(f"  {note}" for note in getattr(error, "__notes__", ()))]
+    lines = [f"error: {format_error(error)}", *getattr(error, "__notes__", ())]
     lines += [f"  raised in {place(error.__traceback__)}"] if error.__traceback__ else []
     try:
         lines += [f"  traceback: {write(error)} (--traceback prints it instead)"]
     except OSError:
-        traceback.print_exception(error)
+        print(format_traceback(error), file=sys.stderr)
     lines += ["  if this looks like a bug in a plugin or in hf_rlhf, report it with the output of `hf-rlhf env`"]
-    print("\n".join(lines), file=sys.stderr)
+    print(indented("\n".join(lines)), file=sys.stderr)
     return 1
 
 
@@ -61,5 +61,5 @@ def write(error: Exception) -> Path:
     """Write the traceback to the cache folder, over that of the last error, and return the file."""
     file = cache_folder() / "last_traceback.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+    file.write_text(format_traceback(error) + "\n", encoding="utf-8")
     return file

@@ -10,6 +10,7 @@ from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import app
 from hf_rlhf.cli.errors import ASKED, report
 from hf_rlhf.cli.output import quiet_off_terminal
+from hf_rlhf.runtime.plain_text import clean_all_logs
 
 
 def add_commands() -> None:
@@ -20,6 +21,7 @@ def add_commands() -> None:
 def main() -> None:
     """Run the command line. Errors are one message on stderr with an exit code of `EXIT_CODES`; tracebacks are on request."""
     quiet_off_terminal()
+    clean_all_logs()
     if "--traceback" in sys.argv[1:]:  # before or after the command
         sys.argv.remove("--traceback")
         os.environ[ASKED] = "1"

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_rlhf.runtime.plain_text import escaped
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
 """The option `--json`, for commands whose output is data."""
 NOISE = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
@@ -36,6 +38,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not rows:
         print("none")
         return
+    rows = [list(map(escaped, row)) for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -54,7 +57,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_json(value: Any) -> None:
     """Print JSON. Numbers that JSON cannot represent become null."""
-    print(json.dumps(_finite(value), default=str, ensure_ascii=False, indent=1))
+    text = json.dumps(_finite(value), default=str, ensure_ascii=False, indent=1)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def _finite(value: Any) -> Any:

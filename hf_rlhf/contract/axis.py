@@ -1,8 +1,34 @@
-"""Declare an axis: its place in a recipe, in metric names and on dashboards."""
+"""Declare an axis: its place in a recipe, in metric names and on dashboards, and what its plugins return."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _single(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {"": value}, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a method of a plugin returns: tensors in the input's dtype and on its device, checked by the core in every run."""
+
+    text: str
+    """What it must return, as an error message says it."""
+    shapes: tuple[str, ...] = ("(N, T)",)
+    """Allowed shapes of each tensor. T stands for the input's last size, another letter for its first; (...) for its shape."""
+    kind: Literal["float", "floating", "bool", "number", "module", "optimizer"] = "float"
+    """Tensors of float32 or float64 (floating: of any floating-point dtype), or of bool; or another object."""
+    gradient: bool = False
+    """True if the first tensor must have a gradient wherever an input has one."""
+    skips: bool = False
+    """True if numbers that are not finite cost the optimizer step alone; otherwise they end the run."""
+    parts: Callable[[Any], tuple[dict[str, Any], dict[str, Any]] | None] = _single
+    """Return the named tensors and the metrics in a result, or None if it is something else."""
+    metric_shapes: tuple[str, ...] = ()
+    """Allowed shapes of metrics; `number`: a Python number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,3 +46,5 @@ class Axis:
     """Plugin of a recipe that leaves the axis out, `()` for an empty list; None: the recipe must choose."""
     nested: str = ""
     """An example in a recipe, for an axis whose plugins are settings of other plugins; empty for a key of a recipe."""
+    outputs: Mapping[str, Output] = field(default_factory=dict)
+    """Method -> what it returns, checked by `hf_rlhf.contract.outputs`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Interval
@@ -82,3 +82,13 @@ class Plugin:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def nested_of(plugin: Plugin) -> Iterator[Plugin]:
+    """Yield the plugins nested in a plugin, at any depth."""
+    for setting in fields(plugin):
+        value = getattr(plugin, setting.name)
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, Plugin):
+                yield child
+                yield from nested_of(child)

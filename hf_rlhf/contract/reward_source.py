@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 from hf_rlhf.contract.axis import Axis
-from hf_rlhf.contract.base import Count, Fraction, Plugin, Positive
+from hf_rlhf.contract.base import Count, Fraction, Plugin, Positive, nested_of
 
 Answers = Sequence[float | Spans | TokenScores | None]
 
@@ -104,16 +104,6 @@ class RewardSource(Plugin, ABC):
     def answer(self, completion: str) -> str | None:
         """Return the final answer in a completion for majority votes, None if there is none. Verifiers override it."""
         return None
-
-
-def nested_of(plugin: Plugin) -> Iterator[Plugin]:
-    """Yield the plugins nested in a plugin, at any depth."""
-    for setting in fields(plugin):
-        value = getattr(plugin, setting.name)
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, Plugin):
-                yield child
-                yield from nested_of(child)
 
 
 def prepare_all(source: RewardSource) -> None:

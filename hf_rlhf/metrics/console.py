@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from hf_rlhf.config.plan import Plan, memory_rows
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
+from hf_rlhf.runtime.plain_text import escaped
 
 SHOWN = {
     "reward": "reward/total/mean",
@@ -57,7 +58,7 @@ def show_plan(plan: Plan, out: Console) -> None:
     for name in ("axis", "plugin", "package", "version"):
         table.add_column(name)
     for offer in plan.plugins:
-        table.add_row(*(Text(str(offer[name])) for name in ("axis", "name", "package", "version")))
+        table.add_row(*(Text(escaped(str(offer[name]))) for name in ("axis", "name", "package", "version")))
     out.print(table)
     for title, rows in (
         ("models", plan.models),
@@ -69,7 +70,7 @@ def show_plan(plan: Plan, out: Console) -> None:
         if rows:
             out.print(Text(f"\n{title}", style="bold"))
             for row in rows:
-                out.print(_indented(Text(row)))
+                out.print(_indented(Text(escaped(row))))
     out.print(Text("\nbatches", style="bold"))
     batches = Table(box=None, show_header=False, pad_edge=False)
     batches.add_column(no_wrap=True)
@@ -177,7 +178,7 @@ def show_result(
             table.add_row(*map(Text, cells))
         out.print(_indented(table))
     folder = summary["output_dir"]
-    out.print(Text(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {folder}:"), soft_wrap=True)
+    out.print(Text(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {escaped(folder)}:"), soft_wrap=True)
     model, more = ("policy", ", completions/") if trained is None else ("model", "")
     where = f"  the {model} (weights, tokenizer), recipe.yaml, summary.json,\n  metrics.jsonl{more}"
     out.print(Text(where), soft_wrap=True)
@@ -189,7 +190,7 @@ def show_next_steps(steps: Sequence[tuple[str, str]], out: Console) -> None:
     if steps:
         out.print(Text("next:"))
     for command, purpose in steps:
-        out.print(Text(f"  {command}"), soft_wrap=True)
+        out.print(Text(f"  {escaped(command)}"), soft_wrap=True)
         out.print(Text(f"      {purpose}"), soft_wrap=True)
 
 
@@ -222,7 +223,7 @@ def number(x: float) -> str:
 
 
 def _short(value: Any, width: int = 60) -> str:
-    """Return one line of text, without control characters."""
+    """Return one line of plain text."""
     text = value if isinstance(value, str) else " ".join(str(message.get("content")) for message in value)
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    text = escaped(" ".join(text.split()))
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -27,6 +27,7 @@ from hf_rlhf.runtime.seeding import seed_of
 from hf_rlhf.scoring.answers import Answer, RewardError
 from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.runners import CallResult, RewardCall, Runner, never, runner_for
+from hf_rlhf.scoring.runners.isolation import isolated
 from hf_rlhf.scoring.runners.reward_call import logs_of
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,15 @@ class Scorer:
         have no answer. Each source gets its own copy of the rows. Raises
         `RewardError` if a source returns an invalid answer, fails with `on_error: raise`, or exceeds its budget.
         """
+        with isolated():
+            asked = self._ask_all(rollouts, seed, is_cancelled)
+        for label in self.sources:
+            self._budgets[label].judge(label, self.sources[label], asked[label], counts)
+        return {label: asked[label] for label in self.sources}
+
+    def _ask_all(
+        self, rollouts: Rollouts, seed: tuple[int | str, ...], is_cancelled: Callable[[], bool]
+    ) -> dict[str, SourceResult]:
         inline = [label for label, runner in self._runners.items() if runner.inline]
         apart = {
             label: _in_thread(self._ask, label, rollouts, seed, is_cancelled)
@@ -140,10 +150,7 @@ class Scorer:
             for future in apart.values():
                 future.exception()  # wait for the others
             raise
-        asked |= {label: future.result() for label, future in apart.items()}
-        for label in self.sources:
-            self._budgets[label].judge(label, self.sources[label], asked[label], counts)
-        return {label: asked[label] for label in self.sources}
+        return asked | {label: future.result() for label, future in apart.items()}
 
     def final_answers(self, label: str, completions: Sequence[str]) -> list[str | None]:
         """Return the final answer that a verifier extracts from each completion; None if there is none, or it failed."""

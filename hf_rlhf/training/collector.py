@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_rlhf.axes import KLController, TrainedCritic
+from hf_rlhf.axes import KLController, TrainedCritic, check_output
 from hf_rlhf.batch import Completions, Credit, Prompt, Rollouts, Scored
 from hf_rlhf.config.algorithm import Algorithm, places
 from hf_rlhf.data.prompt_stream import PromptStream
@@ -28,7 +28,7 @@ from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.logprobs import Forwards
-from hf_rlhf.training.losses import measured
+from hf_rlhf.training.losses import measured, penalty_of
 from hf_rlhf.training.rollout_buffer import Buffer, Collected
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Collector:
     def collect(self, index: int) -> Buffer:
         """Return rollout number `index`: sampled, scored, filtered and with advantages."""
         self.actor_critic.eval()
+        self._betas()
         mark = self.meters.mark()
         wanted, drawn = self.algorithm.rollout.prompts, 0
         parts: list[Collected] = []
@@ -103,12 +104,19 @@ class Collector:
         observed |= self.meters.since_last_rollout(self.accelerator)
         for _, plugin in self.algorithm.plugins():
             plugin.observe(observed)
-        for title, kl in self.algorithm.titled("kl"):
-            if isinstance(controller := getattr(kl, "controller", None), KLController):
-                self.meters.put(f"kl/{title}/beta", controller(kl.beta))
+        for title, beta in self._betas().items():
+            self.meters.put(f"kl/{title}/beta", beta)
         for area, _, plugin in places(self.algorithm):
             for name, x in plugin.report().items():
                 self.meters.put(f"{area}/{name}", x)
+
+    def _betas(self) -> dict[str, float]:
+        """Return the current beta of each KL that has a controller."""
+        return {
+            title: check_output("kl_controller", controller, controller(kl.beta), None)
+            for title, kl in self.algorithm.titled("kl")
+            if isinstance(controller := getattr(kl, "controller", None), KLController)
+        }
 
     def _draw(self, missing: int) -> list[Prompt]:
         """Draw at least one prompt for each process."""
@@ -212,6 +220,8 @@ class Collector:
 
     def _checked(self, completions: Completions, rows: int, sampled: bool) -> Completions:
         name = self.algorithm.rollout.name
+        if not isinstance(completions, Completions):
+            raise ValueError(f"rollout={name} must return Completions, got {type(completions).__name__}")
         if len(completions.ids) != rows or len(completions.finish_reasons) != rows:
             raise ValueError(f"rollout={name} must return {rows} completions, got {len(completions.ids)}")
         empty = [i for i, ids in enumerate(completions.ids) if not ids]
@@ -295,7 +305,7 @@ class Collector:
         mask, known = rows["mask"], {**rows, "logps": rows["old_logps"]}
         taken = torch.zeros_like(mask)
         for title, kl in self.algorithm.kl_in("reward"):
-            penalty = kl.reward_penalty(measured(self.algorithm, title, kl, known, mask, self.meters))
+            penalty = penalty_of(kl, "reward", measured(self.algorithm, title, kl, known, mask, self.meters))
             taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
         return taken
 
@@ -316,7 +326,8 @@ class Collector:
         for title, chosen in self.algorithm.titled("filters"):
             if ("advantages" in chosen.needs) != after_advantages or len(part.table["mask"]) == 0:
                 continue
-            keep = chosen(self._scored(part))
+            scored = self._scored(part)
+            keep = check_output("filters", chosen, chosen(scored), scored.mask, inputs=vars(scored))
             self.meters.put(f"filter/{title}/kept_frac", keep.float().mean().item())
             part = part.select(keep)
         return part
@@ -338,7 +349,8 @@ class Collector:
         scored = self._scored(collected)
         credit = Credit(advantages=scored.mask, returns=scored.mask)
         if len(scored.mask):
-            credit = Credit.of(a.advantages(scored))
+            found = a.advantages(scored)
+            credit = Credit.of(check_output("advantages", a.advantages, found, scored.mask, inputs=vars(scored)))
             report_credit(self.meters.put, scored, credit)
         else:
             self.meters.put("health/empty_rollout", 1)
@@ -349,13 +361,20 @@ class Collector:
             advantages = advantages - self._advantage_penalties(table)
         self._share(collected, "advantages", advantages)
         if "selected" in a.policy_loss.needs:
-            self._share(collected, "selected", a.policy_loss.select(table["old_logps"], advantages, table["mask"]))
+            inputs = {"old_logps": table["old_logps"], "advantages": advantages, "mask": table["mask"]}
+            selected = a.policy_loss.select(*inputs.values())
+            check_output("policy_loss", a.policy_loss, selected, table["mask"], method="select", inputs=inputs)
+            self._share(collected, "selected", selected)
         collected = self._keep(collected, after_advantages=True)
         table, rows = collected.table, collected.rows
         if len(scored.mask) and not len(table["mask"]):
             self.meters.put("health/empty_rollout", 1)
         if "sampler_logps" in a.rollout_correction.needs:
-            rows["correction"] = a.rollout_correction(rows["old_logps"], rows["sampler_logps"], rows["mask"])
+            inputs = {name: rows[name] for name in ("old_logps", "sampler_logps", "mask")}
+            factors = a.rollout_correction(*inputs.values())
+            rows["correction"] = check_output(
+                "rollout_correction", a.rollout_correction, factors, rows["mask"], inputs=inputs
+            )
             on = rows["mask"].sum()
             self.meters.add("rollout/is_ratio/mean", (rows["correction"] * rows["mask"]).sum(), on)
             self.meters.add("rollout/is_ratio/zero_frac", ((rows["correction"] == 0) * rows["mask"]).sum(), on)
@@ -376,7 +395,7 @@ class Collector:
         mask, known = table["mask"], {**table, "logps": table["old_logps"]}
         taken = torch.zeros_like(mask)
         for title, kl in self.algorithm.kl_in("advantage"):
-            penalty = kl.advantage_penalty(measured(self.algorithm, title, kl, known, mask, self.meters))
+            penalty = penalty_of(kl, "advantage", measured(self.algorithm, title, kl, known, mask, self.meters))
             taken = taken + (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * mask
         return taken
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_rlhf.axes import check_output
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.training.device_phases import Phases
-from hf_rlhf.training.losses import DISTRIBUTION
+from hf_rlhf.training.losses import over_distributions
 from hf_rlhf.training.micro_batches import Batching
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ class Forwards:
                 measures = None
                 with self.accelerator.autocast():
                     if compared and self.reference is not None:
-                        named = {f"{DISTRIBUTION}{title}": (kl.estimator, False) for title, kl in compared}
-                        measures = self.reference.measures(batch, named)
+                        measures = self.reference.measures(batch, over_distributions(compared, update=False))
                     found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures)
                     return found
 
@@ -82,6 +82,7 @@ class Forwards:
 
             with self.phases.forward(reference=True):
                 results |= self._over_rows(refer, rollouts, mask)
+            check_output("reference", a.reference, results["ref_logps"], mask, method="logps")
         return results
 
     def _over_rows(self, forward: Forward, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:

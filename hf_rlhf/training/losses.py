@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_rlhf.axes import KLPlacement, TextTerm, TrainedCritic
+from hf_rlhf.axes import KLEstimator, KLPlacement, TextTerm, TrainedCritic, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.modeling.lm_head import Derivative
@@ -56,19 +57,22 @@ def _terms(
     logps, mask, weights = new["logps"], inputs["mask"], inputs["weights"]
     known = {name: x for name, x in inputs.items() if name != "batch"} | new
     known.setdefault("old_logps", logps.detach())
+    read = {name: x for name, x in known.items() if name != "values"}
 
     extras = a.extras(a.policy_loss, known, POLICY_GETS)
-    per_token, metrics = a.policy_loss(logps, known["old_logps"], inputs["advantages"], mask, **extras)
+    found = a.policy_loss(logps, known["old_logps"], inputs["advantages"], mask, **extras)
+    per_token, metrics = check_output("policy_loss", a.policy_loss, found, mask, inputs=read)
     if "correction" in inputs:
         per_token = per_token * inputs["correction"]
     terms = {"policy/loss": (per_token * weights).sum()}
     for title, kl in a.kl_in("loss"):
-        penalty = kl.loss_penalty(measured(a, title, kl, known, mask, meters))
+        penalty = penalty_of(kl, "loss", measured(a, title, kl, known, mask, meters))
         weight = weights if penalty.dim() == 2 else one_token(weights, mask)
         terms[f"kl/{title}/loss"] = (penalty * weight).sum()
     for i, (title, term) in enumerate(a.titled("loss_terms")):
         if not isinstance(term, TextTerm):
             value = term(logps, mask, **a.extras(term, known, frozenset()))
+            check_output("loss_terms", term, value, mask, inputs=read)
             terms[f"plugin/{title}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
     return terms, known, metrics
 
@@ -77,6 +81,7 @@ def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> d
     """Return the loss of a micro-batch of texts of a `TextTerm`."""
     title, term = a.titled("loss_terms")[inputs["text_term"]]
     value = term(new["logps"], inputs["mask"], **a.extras(term, new, frozenset()))
+    check_output("loss_terms", term, value, inputs["mask"], inputs=new)
     return {f"plugin/{title}/loss": (value * inputs["weights"]).sum()}
 
 
@@ -97,6 +102,31 @@ def measured(
     if kl.clamp is not None:
         meters.add(f"kl/{title}/clamp_frac", (raw != value).sum(), mask.sum() if raw.dim() == 2 else rows)
     return value
+
+
+def over_distributions(
+    compared: list[tuple[str, KLPlacement]], update: bool
+) -> dict[str, tuple[Callable[..., Tensor], bool]]:
+    """Return name -> (estimator, whether it carries a gradient) of KLs over whole distributions, for `measures`."""
+
+    def checked(estimator: KLEstimator) -> Callable[..., Tensor]:
+        def measure(own: Tensor, reference: Tensor) -> Tensor:
+            inputs, kl = {"log_probs": own, "ref_log_probs": reference}, estimator(own, reference)
+            check_output("kl_estimator", estimator, kl, own[:, 0], inputs=inputs)
+            return kl
+
+        return measure
+
+    return {f"{DISTRIBUTION}{title}": (checked(kl.estimator), update and "loss" in kl.places) for title, kl in compared}
+
+
+def penalty_of(kl: KLPlacement, place: str, measured: Tensor) -> Tensor:
+    """Return the penalty of a measured KL, in its shape, at a place: reward, loss or advantage."""
+    method = f"{place}_penalty"
+    # an estimator's numbers that are not finite cost an optimizer step, but in a rollout the run
+    inputs = {"kl": measured} if place == "loss" else {}
+    penalty: Tensor = check_output("kl", kl, getattr(kl, method)(measured), measured, method=method, inputs=inputs)
+    return penalty
 
 
 def one_token(weights: Tensor, mask: Tensor) -> Tensor:
@@ -141,3 +171,18 @@ def value_term(
         meters.add("value/clip_frac", ((clipped > error) * mask).sum(), mask.sum())
         error = torch.maximum(error, clipped)
     return {"value/loss": critic.coef * 0.5 * (error * inputs["value_weights"]).sum()}
+
+
+def build_critic(a: Algorithm, policy: Any) -> nn.Module | None:
+    """Build the critic's module, if there is one; the values of each of its calls are checked."""
+    built, critic = a.critic.build(policy, a), a.critic
+    if not isinstance(critic, TrainedCritic):
+        return built
+    module: nn.Module = check_output("critic", critic, built, None, method="build")
+
+    def check(_: nn.Module, inputs: tuple[Any, ...], values: Any) -> None:
+        learned = next((x for x in module.parameters() if x.requires_grad), None)
+        check_output("critic", critic, values, inputs[0].targets, method="forward", inputs={"weight": learned})
+
+    module.register_forward_hook(check)
+    return module

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_rlhf.axes import TextTerm
+from hf_rlhf.axes import TextTerm, check_output
 from hf_rlhf.batch import Scored
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.runtime.seeding import permutation
@@ -150,14 +150,17 @@ class Buffer:
             return []
         mask = self.mask[step].to(self.rows["mask"].dtype)
         available = {"group_ids": self.group_ids[step], "total_score": self.total_score[step].to(mask.dtype)}
+        aggregation = algorithm.aggregation
+        found = aggregation(mask, **algorithm.extras(aggregation, available, frozenset()))
         weights = {
-            "weights": algorithm.aggregation(mask, **algorithm.extras(algorithm.aggregation, available, frozenset())),
+            "weights": check_output("aggregation", aggregation, found, mask),
             "value_weights": mask / mask.sum().clamp(min=1),
         }
         for i, term in enumerate(algorithm.loss_terms):
             if not isinstance(term, TextTerm):
                 extras = algorithm.extras(term, available, frozenset())
-                weights[f"term_weights:{i}"] = term.weights(mask, **extras)
+                found = term.weights(mask, **extras)
+                weights[f"term_weights:{i}"] = check_output("loss_terms", term, found, mask, method="weights")
         where = torch.full((len(self.mask),), -1, dtype=torch.long, device=step.device)
         where[step] = torch.arange(len(step), device=step.device)
         mine = where[self.places]
@@ -203,7 +206,7 @@ def text_micro_batches(
         texts = term.texts(step)
         counts = torch.tensor([len(ids) - 1 for ids in texts], device=like.device)
         mask = (torch.arange(int(counts.max()), device=like.device) < counts[:, None]).to(like.dtype)
-        weights = term.weights(mask)
+        weights = check_output("loss_terms", term, term.weights(mask), mask, method="weights")
         prompts, rest = [ids[:1] for ids in texts], [ids[1:] for ids in texts]
         for rows in batching.cut(range(len(texts))[share], prompts, rest):
             width = max(len(texts[row]) for row in rows) - 1

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import Context, Plugin
+from hf_rlhf.axes import Context, Plugin, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
@@ -20,8 +20,8 @@ from hf_rlhf.config.training_arguments import (
     check_arguments,
     training_of,
 )
+from hf_rlhf.contract.base import nested_of
 from hf_rlhf.contract.model_settings import Model
-from hf_rlhf.contract.reward_source import nested_of
 from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
 from hf_rlhf.data.model_loading import (
     disable_dropout,
@@ -39,6 +39,7 @@ from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
+from hf_rlhf.training.losses import build_critic
 from hf_rlhf.training.model_checks import (
     check_causal,
     check_trained,
@@ -102,7 +103,7 @@ class RunComponents:
         """Build policy with critic, and the reference if there is one. New weights of the critic depend on the seed alone."""
         a = self.algorithm
         with seeded(args.seed, "critic"):
-            critic = a.critic.build(model, a)
+            critic = build_critic(a, model)
         if critic is not None and not self.sections["model"].dropout:
             zero_dropout(critic)
         actor_critic = ActorCritic(model, critic, a.rollout.temperature).to(args.device)
@@ -110,7 +111,7 @@ class RunComponents:
         check_causal(model)
         if "ref_logps" not in a.needs:
             return actor_critic, None
-        own = a.reference.build(model)
+        own = check_output("reference", a.reference, a.reference.build(model), None, method="build")
         if own is not None:
             own.to(args.device)
         return actor_critic, ReferencePolicy(own, model, a.reference.active, a.rollout.temperature)
@@ -181,9 +182,8 @@ def setup_run(
 ) -> RunComponents:
     """Check algorithm, arguments and dataset, in that order, then load tokenizer, prompts and model."""
     chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
-    sections = (
-        {name: cls() for name, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
-    )
+    defaults = {name: cls() for name, cls in SECTIONS.items()}
+    sections = defaults if isinstance(recipe, Algorithm) else dict(recipe.sections)
     model_settings: Model = sections["model"]
     if isinstance(model, str):
         sections["model"] = model_settings = _replace(model_settings, path=model)

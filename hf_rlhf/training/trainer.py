@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_rlhf.axes import TextTerm, TrainedCritic
+from hf_rlhf.axes import TextTerm, TrainedCritic, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.recipe import Recipe, load_recipe
 from hf_rlhf.config.training_arguments import check_accelerator
 from hf_rlhf.contract.optimizer_step import Step
+from hf_rlhf.contract.outputs import noted
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
 from hf_rlhf.metrics.aggregator import HEALTH, MetricAggregator
@@ -38,7 +39,7 @@ from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.evaluation import evaluate
 from hf_rlhf.training.logprobs import Forwards
-from hf_rlhf.training.losses import DISTRIBUTION, derivative, policy_terms, text_term, value_term
+from hf_rlhf.training.losses import derivative, over_distributions, policy_terms, text_term, value_term
 from hf_rlhf.training.micro_batches import Batching
 from hf_rlhf.training.parallel import Parallel, gradients_are_finite
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
@@ -238,7 +239,8 @@ class RLHFTrainer(SavingTrainer):
         for name, x in sums.items():
             self.meters.add(name, x, 0.0)
         self._step_sums |= set(sums)
-        return sum(sums.values()) * self.args.world_size
+        loss: Any = sum(sums.values()) * self.args.world_size
+        return loss * torch.where(loss.isfinite(), 1.0, torch.nan)  # its gradient may be finite where it is not
 
     def _terms(
         self, model: nn.Module, inputs: dict[str, Any], meters: MetricAggregator, with_critic: bool = True
@@ -251,9 +253,8 @@ class RLHFTrainer(SavingTrainer):
         reference, compared = self.collector.forwards.reference, a.kl_over_distributions("update")
         measures = None
         if compared and reference is not None:
-            named = {f"{DISTRIBUTION}{title}": (kl.estimator, "loss" in kl.places) for title, kl in compared}
             with self.accelerator.autocast():
-                measures = reference.measures(inputs["batch"], named)
+                measures = reference.measures(inputs["batch"], over_distributions(compared, update=True))
         fused = torch.is_grad_enabled() and a.loss_is_fused
         new = model(
             inputs["batch"],
@@ -291,12 +292,13 @@ class RLHFTrainer(SavingTrainer):
         finite = gradients_are_finite(self.actor_critic)
         self.meters.put("health/nonfinite_step", 0 if finite else 1)
         self._bad_steps = 0 if finite else self._bad_steps + 1
+        said = noted((plugin for _, plugin in self.algorithm.plugins()), read_again=not finite)
         if finite:
             return loss
         if self._bad_steps >= 3:
             raise FloatingPointError(
                 f"the gradient was not finite in {self._bad_steps} consecutive optimizer steps, the last at step "
-                f"{self.state.global_step}. Lower the learning rate, or look at policy/approx_kl in metrics.jsonl"
+                f"{self.state.global_step}. {said or 'Lower the learning rate, or look at policy/approx_kl in metrics.jsonl'}"
             )
         self.actor_critic.zero_grad()
         return torch.zeros_like(loss)
@@ -328,12 +330,14 @@ class RLHFTrainer(SavingTrainer):
                 )
             check_given(self.optimizer, groups)
         else:
-            self.optimizer = self.algorithm.optimizer.build(self.actor_critic, groups)
+            rule = self.algorithm.optimizer
+            built = rule.build(self.actor_critic, groups)
+            self.optimizer = check_output("optimizer", rule, built, None, method="build")
             if self.optimizer is None:
                 super().create_optimizer(model)
                 for group in groups:
                     self.optimizer.add_param_group(group)  # type: ignore[attr-defined]
-        return self.optimizer  # type: ignore[return-value]
+        return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip policy and critic each by its own norm: a large value error must not shrink the policy's step."""
@@ -351,11 +355,8 @@ class RLHFTrainer(SavingTrainer):
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Return the rows per optimizer step over all processes."""
-        return (
-            self.algorithm.rollout.prompts
-            * self.algorithm.rollout.num_generations
-            // self.algorithm.update.mini_batches
-        )
+        rollout = self.algorithm.rollout
+        return rollout.prompts * rollout.num_generations // self.algorithm.update.mini_batches
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 6 x parameters x tokens over the micro-batches of a step."""

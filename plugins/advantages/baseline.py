@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import AdvantageEstimator, Baseline, Fraction, choice
+from hf_rlhf.axes import AdvantageEstimator, Baseline, Fraction, check_output, choice
 from hf_rlhf.batch import Credit
 
 from ._tokens import reward_to_go
@@ -42,7 +42,8 @@ class WithBaseline(AdvantageEstimator):
 
     def __call__(self, scored: Scored) -> Tensor | Credit:
         to_go = reward_to_go(scored.token_rewards, scored.mask, self.gamma)
-        advantages = (to_go - self.baseline(scored)).masked_fill(scored.mask == 0, 0.0)
+        baseline = check_output("baseline", self.baseline, self.baseline(scored), scored.mask, inputs=vars(scored))
+        advantages = (to_go - baseline).masked_fill(scored.mask == 0, 0.0)
         if "values" in self.baseline.needs:
             return Credit(advantages=advantages, returns=to_go)
         return advantages

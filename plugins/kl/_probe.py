@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.axes import check_output
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -64,8 +66,8 @@ def trial(estimator: KLEstimator) -> Trial | None:
         def estimate(old_logps: Tensor) -> Tensor:
             known: dict[str, Any] = {"old_logps": old_logps} if "old_logps" in estimator.needs else {}
             if "full_distribution" in estimator.needs:
-                return estimator(logps[None], reference[None], **known).expand(5)
-            return estimator(logps, reference, **known)
+                return _checked(estimator, logps[None], reference[None], **known).expand(5)
+            return _checked(estimator, logps, reference, **known)
 
         mine, stale = estimate(logps.detach()), estimate(other)
         return Trial(
@@ -92,7 +94,7 @@ def is_linear(estimator: KLEstimator) -> bool:
 
     with torch.enable_grad():
         logps = torch.linspace(-3.0, -1.0, 9, dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(estimator(logps, torch.full_like(logps, -2.0)).sum(), logps)
+        (slope,) = torch.autograd.grad(_checked(estimator, logps, torch.full_like(logps, -2.0)).sum(), logps)
     return bool((slope.max() - slope.min()).abs() < 1e-9)
 
 
@@ -104,4 +106,11 @@ def is_exponential(estimator: KLEstimator) -> bool:
 
     logps = torch.tensor([-30.0])
     known: dict[str, Any] = {"old_logps": logps} if "old_logps" in estimator.needs else {}
-    return bool(estimator(logps, torch.tensor([0.0]), **known).abs() > 1e6)
+    return bool(_checked(estimator, logps, torch.tensor([0.0]), **known).abs() > 1e6)
+
+
+def _checked(estimator: KLEstimator, logps: Tensor, reference: Tensor, **known: Tensor) -> Tensor:
+    """Return the estimate, checked as in a run."""
+    kl = estimator(logps, reference, **known)
+    check_output("kl_estimator", estimator, kl, logps if logps.dim() == 1 else logps[:, 0], inputs={"logps": logps})
+    return kl

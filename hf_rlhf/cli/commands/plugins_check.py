@@ -19,6 +19,7 @@ from hf_rlhf.registry.discovery import PluginEntry, RecipeEntry, format_error, s
 from hf_rlhf.registry.host import Host, get_host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.plain_text import indented
 
 if TYPE_CHECKING:
     from hf_rlhf.axes import Plugin
@@ -84,7 +85,7 @@ def check(
         for name, problems in recipes.items():
             print(f"\nrecipe {name}: " + ("; ".join(problems) or "it makes a valid algorithm"))
         for line in said:
-            print(f"\nwarning: {line}")
+            print(f"\nwarning: {indented(line)}")
         print("\n" + ("Some checks failed, see above." if failed else "All checks passed."))
     if failed:
         raise typer.Exit(1)
@@ -208,10 +209,10 @@ def show(found: PluginReport) -> None:
         print(f"  metric {name}: {metric['unit']}. {metric['meaning']}")
     for fact in found.facts:
         if fact["result"] != "holds":
-            print(f"  {fact['result'].upper()}: {fact['fact']}\n    {fact['said']}")
+            print(f"  {fact['result'].upper()}: {fact['fact']}\n    {indented(fact['said'])}")
     holding = sum(fact["result"] == "holds" for fact in found.facts)
     print(f"  {holding} of {len(found.facts)} facts hold")
     for text in found.warnings:
-        print(f"  warning: {text}")
+        print(f"  warning: {indented(text)}")
     for text in found.problems:
-        print(f"  PROBLEM: {text}")
+        print(f"  PROBLEM: {indented(text)}")

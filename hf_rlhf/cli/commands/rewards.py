@@ -14,6 +14,7 @@ from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.output import Json, examples, output_to_stderr
 from hf_rlhf.cli.output import table as print_table
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.plain_text import escaped
 
 Name = Annotated[
     str,
@@ -90,7 +91,7 @@ def score(
         print(json.dumps(plain(scores), allow_nan=False))
     else:
         print_table(HEADER, table(scores))
-        said = "\n".join(remarks(scores, show)).strip("\n")
+        said = "\n".join(map(escaped, remarks(scores, show))).strip("\n")
         print(f"\n{said}" if said else "", end="\n" if said else "")
     if scores.failed:
         raise typer.Exit(1)

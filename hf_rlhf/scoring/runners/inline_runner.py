@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.scoring.runners.isolation import isolated
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, TimeUp, call, cancelled, late, logged, never
 
 REPEAT_S = 1.0
@@ -25,6 +26,10 @@ class Inline:
 
     def run(self, units: list[RewardCall], is_cancelled: Callable[[], bool] = never) -> list[CallResult]:
         """Return one result per unit. Only Python's main thread can interrupt a call, on systems with interval timers."""
+        with isolated():
+            return self._run(units, is_cancelled)
+
+    def _run(self, units: list[RewardCall], is_cancelled: Callable[[], bool]) -> list[CallResult]:
         seconds = self.source.timeout
         if seconds is None or threading.current_thread() is not threading.main_thread() or not interruptible():
             return [self._logged(unit, is_cancelled, None) for unit in units]

@@ -18,8 +18,8 @@ from typing import Any
 import cloudpickle
 
 from hf_rlhf.batch import Context
-from hf_rlhf.contract.base import Plugin
-from hf_rlhf.contract.reward_source import RewardSource, nested_of
+from hf_rlhf.contract.base import Plugin, nested_of
+from hf_rlhf.contract.reward_source import RewardSource
 from hf_rlhf.scoring.answers import RewardError
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
 from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerDied, WorkerPool, count_of

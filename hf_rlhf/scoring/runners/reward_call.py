@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.runtime.plain_text import escaped, format_traceback
 from hf_rlhf.scoring.answers import Answer, RewardError, as_json, checked, from_json
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ def failed(error: BaseException) -> CallResult:
     place = next((f" (at {found[-1].filename}:{found[-1].lineno})" for found in places if found), "")
     return CallResult(
         kind="error",
-        reason=f"raised {type(error).__name__}: {error}{place}",
-        trace="".join(traceback.format_exception(error)),
+        reason=escaped(f"raised {type(error).__name__}: {error}{place}"),
+        trace=format_traceback(error),
         error=error,
     )
 

@@ -67,8 +67,11 @@ def main() -> None:
         return
     sys.path[:] = header["path"]
     try:
+        from hf_rlhf.runtime.plain_text import PlainStream, clean_all_logs
         from hf_rlhf.scoring.runners.worker_source import Served
 
+        clean_all_logs()
+        sys.stdout = sys.stderr = PlainStream(sys.stderr)
         limit_memory(header["memory_mib"])
         served = Served(body)
     except BaseException as error:

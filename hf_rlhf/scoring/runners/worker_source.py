@@ -8,7 +8,8 @@ import pickle
 import sys
 from typing import Any
 
-from hf_rlhf.contract.reward_source import RewardSource, nested_of, prepare_all
+from hf_rlhf.contract.base import nested_of
+from hf_rlhf.contract.reward_source import RewardSource, prepare_all
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, call, logged
 
 
