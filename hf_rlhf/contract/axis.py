@@ -13,10 +13,10 @@ def _single(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a method of a plugin returns: tensors in the input's dtype and on its device, checked by the core in every run."""
+    """Declaration of what a method of a plugin returns: tensors in the input's dtype and on its device, checked by the core in every run."""
 
     text: str
-    """What it must return, as an error message says it."""
+    """Name of what it must return, for error messages."""
     shapes: tuple[str, ...] = ("(N, T)",)
     """Allowed shapes of each tensor. T stands for the input's last size, another letter for its first; (...) for its shape."""
     kind: Literal["float", "floating", "bool", "number", "module", "optimizer"] = "float"
