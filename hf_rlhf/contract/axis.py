@@ -13,7 +13,7 @@ def _single(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Declaration of what a method of a plugin returns: tensors in the input's dtype and on its device, checked by the core in every run."""
+    """Declaration of a method's result: tensors in the input's dtype and on its device. The core checks it in every run."""
 
     text: str
     """Name of what it must return, for error messages."""
