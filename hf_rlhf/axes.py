@@ -255,8 +255,7 @@ class PolicyLoss(Plugin, ABC):
     zero_without_advantage: ClassVar[bool] = False
     """True if a row whose advantages are all 0 has no gradient: the update then skips it."""
     token_level: ClassVar[bool] = False
-    """True where the loss of a token depends on that token's numbers alone: the update then calls it on (1, c) tiles, c sampled
-    tokens of any rows side by side with mask 1, which saves a matrix product (unless `update.fused_loss` is off)."""
+    """True where a token's loss depends on its numbers alone: it is called on (1, c) tiles unless `update.fused_loss` is off."""
 
     @abstractmethod
     def __call__(
@@ -265,8 +264,7 @@ class PolicyLoss(Plugin, ABC):
         """Map (B, T) each to the loss of each token (B, T), to be minimized, and metrics (B, T), averaged over the mask."""
 
     def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Map (N, T) each, of a whole rollout, to (N, T), which every call gets as `selected`. Called once, so that micro-batches
-        and processes cannot change the selection, if `needs` names selected."""
+        """Map (N, T) each to (N, T), which calls get as `selected`: once per rollout if `needs` names it, whatever the split."""
         raise TypeError(f"policy_loss.{self.name} needs selected and does not define select")
 
 
