@@ -15,8 +15,7 @@ whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 One that stops gradients on purpose, so that its gradient differs from finite differences, sets `stops_gradient = True`. One that
 is costly to start has `setup(context)` and `close()`; one with state, saved in checkpoints, `observe` and `(load_)state_dict`.
 
-A new axis is a base class here with an `Axis` and its entry in `AXES`; CONTRIBUTING.md has the rest. Recipes, metrics,
-dashboards, completion, templates, pages and the checks of what plugins return follow from `AXES`.
+A new axis is a base class here with an `Axis` and its entry in `AXES`, from which most of the rest follows: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -401,10 +400,8 @@ def axis_of(cls: type) -> str:
 
 NESTED = frozenset(axis for axis, base in AXES.items() if base.axis.nested)
 """Axes whose plugins are settings of other plugins, not keys of a recipe."""
-
 LISTS = frozenset(axis for axis, base in AXES.items() if base.axis.many)
 """Axes that take any number of plugins."""
-
 _WITH_TORCH = {
     "Policy": "hf_rlhf.modeling.policy",
     "Step": "hf_rlhf.contract.optimizer_step",
