@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from numbers import Integral
@@ -10,8 +9,6 @@ from typing import Any
 
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 from hf_rlhf.runtime.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 class RewardError(UserError, RuntimeError):
@@ -22,19 +19,19 @@ Answer = float | Spans | TokenScores
 """A source's answer for a row: a number (NaN: does not apply), per-step rewards, or per-token rewards."""
 
 
-def checked(label: str, answer: Any, rollouts: Rollouts, rows: Sequence[int] | None = None) -> list[Answer]:
-    """Return one answer per row: NaN if the source does not apply (None, NaN) or returned an infinite number.
+def checked(
+    label: str, answer: Any, rollouts: Rollouts, rows: Sequence[int] | None = None
+) -> tuple[list[Answer], list[int]]:
+    """Return one answer per row, NaN where the source does not apply, and the rows where it returned NaN or an infinity.
 
-    `rows` are the rows' numbers in messages, by default their indices. Raises `RewardError`.
+    Those count as missing as well. `rows` are the rows' numbers, by default their indices. Raises `RewardError`.
     """
     named = range(len(rollouts)) if rows is None else rows
     listed = _listed(label, answer, len(rollouts))
     given = [_answer(label, named[i], i, value, rollouts) for i, value in enumerate(listed)]
-    infinite = [i for i, value in enumerate(given) if isinstance(value, float) and math.isinf(value)]
-    if infinite:
-        names = [named[i] for i in infinite]
-        logger.warning("reward %r returned infinite numbers for rows %s: they count as missing", label, names)
-    return [math.nan if i in infinite else value for i, value in enumerate(given)]
+    missing = [isinstance(value, float) and not math.isfinite(value) for value in given]
+    invalid = [named[i] for i, value in enumerate(listed) if missing[i] and value is not None]
+    return [math.nan if absent else value for absent, value in zip(missing, given, strict=True)], invalid
 
 
 def _listed(label: str, answer: Any, rows: int) -> Sequence[Any]:

@@ -58,6 +58,8 @@ class SourceResult:
     answers: list[Answer]
     """One answer per row; NaN if the source does not apply, or failed with `on_error: none`."""
     failures: list[Failure] = field(default_factory=list)
+    invalid: list[int] = field(default_factory=list)
+    """Rows for which it returned NaN or an infinite number; they count as missing."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """Columns that it logged for the table of completions, one value per row."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -236,6 +238,7 @@ def _take(
     for name, values in outcome.metrics.items():
         asked.metrics.setdefault(name, []).extend(values)
     if not outcome.kind:
+        asked.invalid += outcome.invalid
         for row, answer in zip(part, outcome.answers, strict=True):
             asked.answers[row] = answer
         for name, column in outcome.columns.items():
@@ -282,6 +285,8 @@ class _Budget:
     rows: int = 0
     """Rows since the last check, and failures among them."""
     failures: int = 0
+    warned: bool = False
+    """Whether an answer that is not finite has been reported."""
 
     def judge(self, label: str, source: RewardSource, asked: SourceResult, counts: bool) -> None:
         """Warn of failures, and count them with `counts`. Raises `RewardError` if the source's settings require it."""
@@ -291,6 +296,13 @@ class _Budget:
             self.failures += len(failed)
         if asked.failures:
             self._report(label, source, asked)
+        if asked.invalid and not self.warned:
+            self.warned = True
+            logger.warning(
+                "%s returned NaN or an infinite number, %s: they count as missing, from now on without a warning. "
+                "Return None where the source does not apply",
+                *(_title(label, source), _named(sorted(asked.invalid))),
+            )
         if self.rows >= ENOUGH:
             share, first = self.failures / self.rows, not self.judged
             self.over = self.over + 1 if share > source.failure_budget else 0

@@ -48,6 +48,7 @@ from hf_rlhf.training.model_checks import (
     dtype_remarks,
     known_model,
 )
+from hf_rlhf.training.early_checks import warn_of_ragged_epochs
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
 from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
@@ -226,6 +227,7 @@ def setup_run(
     if several is not None:
         parts.evaluation = parts.as_prompts(several)
     record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
+    warn_of_ragged_epochs(record["rows"]["train"], chosen.rollout.prompts, args)
     return parts
 
 

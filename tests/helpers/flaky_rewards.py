@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import signal
@@ -70,6 +71,8 @@ class ByWord(RewardSource):
             return random.random()
         if word == "none":
             return None
+        if word == "nan":
+            return math.nan
         if word == "steps":
             return Spans([(2, 0.5), (len(text), -1.0)])
         if word == "tokens":

@@ -144,6 +144,18 @@ def test_a_call_that_never_lets_the_interpreter_go_is_killed():
     assert found.answers[1] == 8.0
 
 
+@pytest.mark.parametrize("workers", HERE)
+def test_nan_is_warned_of_once_wherever_the_source_runs(workers, caplog):
+    texts = ["row", "nan here", "none here", "nan there"]
+    with Scorer([("mine", ByWord(workers=workers, num_workers=1))], CONTEXT) as scorer:
+        for _ in range(2):
+            found = scorer.ask(rollouts(texts), counts=False)["mine"]
+            assert found.invalid == [1, 3]
+            assert [math.isnan(x) for x in found.answers] == [False, True, True, True]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert warning.startswith("reward 'mine' (ByWord) returned NaN or an infinite number, rows 1, 3: ")
+
+
 def test_a_process_that_dies_is_replaced():
     texts = ["die now", "die again", *texts_of(6)]
     found = asked(ByWord(workers="processes", num_workers=2, failure_budget=1.0), texts)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.contract.reward_source import RewardSource
 from hf_rlhf.runtime.plain_text import escaped, format_traceback
-from hf_rlhf.scoring.answers import Answer, RewardError, as_json, checked, from_json
+from hf_rlhf.scoring.answers import RewardError, as_json, checked, from_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class CallResult:
 
     answers: list[Any] = field(default_factory=list)
     """One answer per row: numbers, Spans or TokenScores, or the final answers as text or None."""
+    invalid: list[int] = field(default_factory=list)
+    """Rows for which it returned NaN or an infinite number."""
     kind: Kind = ""
     """Empty for success; error: it raised, or its process died; timeout; wrong: it returned an invalid
     answer; cancelled: it was not called."""
@@ -94,10 +96,10 @@ def answered(label: str, given: Any, unit: RewardCall) -> CallResult:
     """Return the result of a call that returned `given`."""
     assert unit.rollouts is not None
     try:
-        answers: list[Answer] = checked(label, given, unit.rollouts, unit.rows)
+        answers, invalid = checked(label, given, unit.rollouts, unit.rows)
     except RewardError as error:
         return CallResult(kind="wrong", reason=str(error))
-    return CallResult(answers=answers)
+    return CallResult(answers=answers, invalid=invalid)
 
 
 def _own(frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
