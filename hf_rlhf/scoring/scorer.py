@@ -286,7 +286,7 @@ class _Budget:
     """Rows since the last check, and failures among them."""
     failures: int = 0
     warned: bool = False
-    """Whether an answer that is not finite has been reported."""
+    """True once an answer that is not finite has been reported."""
 
     def judge(self, label: str, source: RewardSource, asked: SourceResult, counts: bool) -> None:
         """Warn of failures, and count them with `counts`. Raises `RewardError` if the source's settings require it."""

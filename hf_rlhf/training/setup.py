@@ -39,6 +39,7 @@ from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
+from hf_rlhf.training.early_checks import warn_of_ragged_epochs
 from hf_rlhf.training.losses import build_critic
 from hf_rlhf.training.model_checks import (
     check_causal,
@@ -48,7 +49,6 @@ from hf_rlhf.training.model_checks import (
     dtype_remarks,
     known_model,
 )
-from hf_rlhf.training.early_checks import warn_of_ragged_epochs
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
 from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
