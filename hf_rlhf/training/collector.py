@@ -66,8 +66,7 @@ class Collector:
     def collect(self, index: int) -> Buffer:
         """Return rollout number `index`: sampled, scored, filtered and with advantages."""
         self.actor_critic.eval()
-        self._betas()
-        mark = self.meters.mark()
+        mark, _ = self.meters.mark(), self._betas()
         wanted, drawn = self.algorithm.rollout.prompts, 0
         parts: list[Collected] = []
         with self.engine_awake():
@@ -326,8 +325,7 @@ class Collector:
         for title, chosen in self.algorithm.titled("filters"):
             if ("advantages" in chosen.needs) != after_advantages or len(part.table["mask"]) == 0:
                 continue
-            scored = self._scored(part)
-            keep = check_output("filters", chosen, chosen(scored), scored.mask, inputs=vars(scored))
+            keep = check_output("filters", chosen, chosen(self._scored(part)), part.table["mask"])
             self.meters.put(f"filter/{title}/kept_frac", keep.float().mean().item())
             part = part.select(keep)
         return part
