@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_rlhf.axes import LISTS
 from hf_rlhf.config.mappings import mapped
-from hf_rlhf.config.recipe_yaml import DEFAULTS, KEYS, TOP_AXES, RecipeError, read_yaml, unknown_key
+from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS
+from hf_rlhf.config.recipe_yaml import DEFAULTS, KEYS, OFFLINE, TOP_AXES, RecipeError, read_yaml, unknown_key
 from hf_rlhf.config.sections import SECTIONS
 from hf_rlhf.registry.host import Host, get_host
-from hf_rlhf.registry.settings_schema import nested, plain_text, setting_types, settings_of
+from hf_rlhf.registry.settings_schema import (
+    accepts,
+    inner_type,
+    nested,
+    plain_text,
+    setting_types,
+    settings_of,
+    takes_text,
+    type_text,
+)
 from hf_rlhf.runtime.errors import UserError
+
+QUOTED = re.compile(r"""\s*(".*"|'.*'|[|>].*\n.*)\s*""", re.DOTALL)
+"""Text in YAML's quotes, or a block of it."""
+NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def apply_overrides(
-    raw: Mapping[str, Any], overrides: Iterable[str], host: Host | None = None
+    raw: Mapping[str, Any], overrides: Iterable[str | tuple[str, Any]], host: Host | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return a recipe with `key.sub=value` overrides applied in order, and notes of dropped settings. Values are YAML.
+    """Return a recipe with overrides applied in order, and notes of dropped settings.
 
+    An override is `key.sub=value`, whose value is YAML, or text as written where the setting takes text or it is no YAML; or
+    (key, value).
     Writing to the index after a list's last item appends to it. Choosing another plugin (`advantages.use=x` or
     `advantages=x`) drops the settings that it does not share with the old one; `advantages={use: x}` drops them all. Raises
     `RecipeError` with every override whose key does not exist.
@@ -28,12 +45,11 @@ def apply_overrides(
     writer = _Writer(recipe, host or get_host())
     problems = []
     for override in overrides:
-        path, equals, text = override.partition("=")
+        path, equals, value = override.partition("=") if isinstance(override, str) else (override[0], "=", override[1])
         try:
             if not equals or not path:
                 raise UserError("write KEY=VALUE, for instance kl.0.beta=0.1")
-            comment = text.lstrip().startswith("#")  # in YAML; here it is a value, such as GSM8K's marker ####
-            writer.write(path.split("."), text if comment else read_yaml(text, f"the value {text!r}"))
+            writer.write(path.split("."), value, is_yaml=isinstance(override, str))
         except UserError as error:
             problems.append((path, str(error)))
     if problems:
@@ -50,7 +66,7 @@ class _Writer:
         self.notes: list[str] = []
         self.written: set[str] = set()
 
-    def write(self, keys: list[str], value: Any) -> None:
+    def write(self, keys: list[str], value: Any, is_yaml: bool) -> None:
         """Write `value` at the dotted path `keys`, making groups on the way."""
         if keys[0] not in KEYS:
             raise UserError(f"a recipe has no key {keys[0]!r}.{unknown_key('.'.join(keys))} It has: {', '.join(KEYS)}")
@@ -60,6 +76,8 @@ class _Writer:
             node = self._enter(node, key, keys[:depth])
         place: Any = _index(node, keys[-1], keys[:-1]) if isinstance(node, list) else keys[-1]
         old = node.get(place) if isinstance(node, dict) else (node[place] if place < len(node) else None)
+        if is_yaml:
+            value = _read_value(value, self._type(keys))
         if place == "use" and isinstance(value, str):
             self._switch(node, value, keys[:-1])
         elif isinstance(value, str) and isinstance(old, dict) and self._slot(keys):
@@ -118,6 +136,28 @@ class _Writer:
             node = node.get(rest[0]) if isinstance(node, dict) else None
             rest = rest[1:]
 
+    def _type(self, keys: list[str]) -> Any:
+        """Return the type of the setting at a path; None where it is unknown, or the place of a plugin without a class."""
+        hint: Any = None
+        for depth, key in enumerate(keys, start=1):
+            slot = self._slot(keys[:depth])
+            if slot:
+                hint = self._class(slot[0], value_at(self.recipe, keys[:depth]), slot[1])
+            elif depth == 1 and key == "training":
+                hint = self._arguments()
+            elif depth == 1:
+                hint = (OFFLINE_SECTIONS if OFFLINE in self.recipe else SECTIONS).get(key)
+            else:
+                hint = str if key == "use" else inner_type(hint, key)
+        return hint
+
+    def _arguments(self) -> Any:
+        if self.host.only_names:
+            return dict[str, Any]
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
     def _class(self, axis: str, node: Any, default: str | None) -> type | None:
         use = node.get("use", default) if isinstance(node, dict) else node or default
         try:
@@ -144,6 +184,16 @@ class _Writer:
         group.update({"use": name, **rest})
 
 
+def value_at(data: Any, path: list[str]) -> Any:
+    """Return what plain data has at a path of keys and indices; None where there is nothing."""
+    for key in path:
+        if isinstance(data, list):
+            data = dict(enumerate(data)).get(int(key)) if key.isdecimal() else None
+        else:
+            data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
 def _index(items: list[Any], key: str, path: list[str]) -> int:
     """Return the index that `key` means in a list."""
     if not key.isdecimal() or int(key) > len(items):
@@ -151,3 +201,20 @@ def _index(items: list[Any], key: str, path: list[str]) -> int:
         choices = "".join(f"{dotted}.{place}, " for place in range(len(items)))
         raise UserError(f"{dotted} is a list: write {choices}or {dotted}.{len(items)} to append")
     return int(key)
+
+
+def _read_value(text: str, hint: Any) -> Any:
+    """Parse an override's value, of a setting of type `hint` if that is known."""
+    is_text = takes_text(hint)
+    try:
+        value = read_yaml(text, "the value")
+    except UserError as error:
+        if is_text or hint is Any or not text.lstrip().startswith(("[", "{")):
+            return text  # if the setting takes none, the refusal says what it takes
+        takes = f"takes {type_text(hint)}; " if hint is not None else ""
+        raise UserError(f"{takes}{error}") from error
+    if isinstance(value, str):
+        return value if not is_text or QUOTED.fullmatch(text) else text
+    if value is None:
+        return None if text in NULLS or not (is_text or text.lstrip().startswith("#")) else text
+    return text if is_text and isinstance(value, dict | list) and not accepts(hint, value) else value

@@ -10,15 +10,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.overrides import apply_overrides, value_at
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe, read_recipe, resolve
-from hf_rlhf.config.recipe_yaml import STAGES, RecipeError, read_yaml, write_yaml
+from hf_rlhf.config.recipe_yaml import STAGES, RecipeError, write_yaml
 from hf_rlhf.registry.host import Host, get_host
 from hf_rlhf.registry.settings_schema import plain_text
 from hf_rlhf.runtime.errors import UserError, did_you_mean
@@ -166,7 +165,7 @@ def _stage(staged: str, name: str, parts: dict[str, Any], seed: int | None, host
         raw = read_recipe(source, host)
         if STAGES in raw:
             raise UserError(f"its recipe {source} has stages itself: list its stages instead")
-        whole, notes = apply_overrides(raw, [*(f"{key}={json.dumps(x)}" for key, x in given.items()), *words], host)
+        whole, notes = apply_overrides(raw, [*given.items(), *words], host)
         training = whole.get("training") or {}
         if isinstance(training, Mapping) and "save_strategy" not in training:
             whole["training"] = {**SAVING, **training}
@@ -174,9 +173,7 @@ def _stage(staged: str, name: str, parts: dict[str, Any], seed: int | None, host
     except UserError as error:
         raise UserError(f"stage {name}: {error}") from error
     recipe.notes = notes
-    for word in words:
-        key, _, value = word.partition("=")
-        given[key] = value if value.lstrip().startswith("#") else read_yaml(value, word)
+    given |= {key: value_at(whole, key.split(".")) for key in (word.partition("=")[0] for word in words)}
     return PipelineStage(name=name, source=source, title=recipe.name, given=given, recipe=recipe)
 
 

@@ -79,6 +79,10 @@ RESOLVERS = [
 ]
 
 
+VALUE = re.compile(r"(\s*(?:- )*(?:[\w.-]+: +)?)(\S.*)")
+"""A line of YAML: its indentation, dashes and key, and its value."""
+
+
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -91,7 +95,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise _error(f"the key {key!r} must be text", key_node.start_mark)
+                raise _error(f"the key {key!r} must be text: quote it", key_node.start_mark)
             if key in seen:
                 raise _error(f"the key {key!r} occurs twice", key_node.start_mark)
             seen.add(key)
@@ -114,15 +118,66 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Parse YAML into plain data. Raises `UserError` naming `source`, line and column."""
+    """Parse YAML into plain data. Raises `UserError` with `source`, the line, a pointer into it, and what to quote."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}{place}: {error.problem}") from error
+        opened = error.context_mark if re.search("flow|quoted", error.context or "") else None  # what is not closed
+        mark = opened if opened and mark and opened.line != mark.line else mark
+        if mark is None:
+            raise UserError(f"{source}: {error.problem}") from error
+        lines = [
+            f"{source}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}",
+            _pointed(text, mark.line, mark.column),
+            _to_quote(text, mark.line, error),
+        ]
+        raise UserError("\n".join(filter(None, lines))) from error
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
+        place = f"line {line + 1}, column {column + 1}"
+        raise UserError(
+            f"{source}, {place}: the character {text[error.position]!r} is not allowed\n{_pointed(text, line, column)}"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def _pointed(text: str, line: int, column: int) -> str:
+    """Return a line, or 80 characters of it, with `^` below a column."""
+    lines = text.split("\n")
+    shown = "".join(c if c.isprintable() else " " for c in (lines[line] if line < len(lines) else ""))
+    start = max(0, column - 60)
+    return f"    {shown[start : start + 80]}\n    {' ' * (column - start)}^"
+
+
+def _to_quote(text: str, line: int, error: yaml.MarkedYAMLError) -> str:
+    """Return what to quote: the line that is YAML once its value is quoted, or the rule."""
+    lines = text.split("\n")
+    written = lines[line] if line < len(lines) else ""
+    indent = written[: -len(written.lstrip())]
+    if "\t" in indent:
+        return "Indent with spaces, not tabs"
+    match = VALUE.fullmatch(written)
+    if match and not (match[2][0] in "{[" and ": " in match[2]):  # not a group of settings
+        value = match[2].rstrip()
+        value = value[1:].removesuffix(value[0]) if value[0] in "\"'" else value
+        quoted = match[1] + "'" + value.replace("'", "''") + "'"
+        try:
+            yaml.load("\n".join([*lines[:line], quoted, *lines[line + 1 :]]), _Loader)  # noqa: S506
+        except yaml.YAMLError:
+            pass
+        else:
+            return f"If it is text, quote it: {quoted.strip()}"
+    if isinstance(error, yaml.constructor.ConstructorError):
+        return ""
+    if "<block end>" in str(error.problem):
+        return "Keys of a mapping and dashes of a list must begin in the same column"
+    return (
+        "Text needs quotes if it contains ': ' or ' #', or begins with one of @ ` % * & ! | > { } [ ] , ? - # \" '; "
+        "brackets and quotes must be closed"
+    )
 
 
 def write_yaml(data: Any) -> str:

@@ -127,6 +127,35 @@ def _union(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def inner_type(hint: Any, key: str) -> Any:
+    """Return the type at `key` of a dataclass, mapping or list that a type holds; None where it is unknown."""
+    for part in _union(hint):
+        origin, args = typing.get_origin(part), typing.get_args(part)
+        if isinstance(part, type) and dataclasses.is_dataclass(part):
+            return setting_types(part).get(key)
+        if isinstance(origin, type) and issubclass(origin, list | Mapping) and args:
+            return args[-1]
+    return None
+
+
+def takes_text(hint: Any) -> bool:
+    """Return whether a type has any text among its values."""
+    return any(
+        (part.__origin__ if typing.get_origin(part) is Annotated else part) in (str, Path) for part in _union(hint)
+    )
+
+
+def accepts(hint: Any, value: Any) -> bool:
+    """Return whether `value` is one of a type's, as `checked` reads it."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
 WORDS: dict[Any, str] = {
     float: "number",
     int: "whole number",
@@ -240,8 +269,7 @@ def _refusal(cls: type, name: str, value: Any, reason: str) -> str:
         parts.append(reason)
     if isinstance(value, str):
         parts.append(did_you_mean(value, choices).strip())
-    texts = (str, *(part for part in _union(hint) if typing.get_origin(part) is Annotated and part.__origin__ is str))
-    if isinstance(value, dict | list) and any(part in texts for part in _union(hint)):
+    if isinstance(value, dict | list) and takes_text(hint):
         parts.append("Text with ': ', '[' or '{' needs quotes")
     return ". ".join(filter(None, parts))
 

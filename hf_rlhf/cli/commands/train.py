@@ -89,7 +89,7 @@ def _override(flag: str, value: str) -> str:
                 "for instance kl.0.beta=0.1"
             )
         key = f"training.{flag}"
-    return f"{key}={json.dumps(value) if key in TEXT else value}"
+    return f"{key}={json.dumps(value, ensure_ascii=False) if key in TEXT else value}"
 
 
 def read(
@@ -118,7 +118,7 @@ def read(
         overrides.insert(0, "model.lora={}")
     overrides.sort(key=lambda word: word != "model.lora={}")
     for key, value in (("model.path", model), ("dataset.path", dataset)):
-        overrides += [f"{key}={json.dumps(value)}"] if value is not None else []
+        overrides += [f"{key}={json.dumps(value, ensure_ascii=False)}"] if value is not None else []
     for key, number in (("training.seed", seed), ("training.max_steps", max_steps)):
         overrides += [f"{key}={number}"] if number is not None else []
     check_names(name, overrides, loads)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rlhf import load_plugin, load_recipe
-from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.overrides import apply_overrides, value_at
 from hf_rlhf.config.recipe import read_recipe, resolve
 from hf_rlhf.config.recipe_yaml import KEYS, RecipeError, read_yaml, write_yaml
 from hf_rlhf.config.sections import SECTIONS
@@ -142,6 +142,50 @@ def test_yaml_that_is_more_than_plain_data_is_refused_with_its_place(text, messa
     with pytest.raises(UserError, match=re.escape(message)):
         read_yaml(text, "r.yaml")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "quoted"),
+    [
+        ("system: Answer: {x}", "system: 'Answer: {x}'"),
+        ("system: a: b: c", "system: 'a: b: c'"),
+        ("system: {x} is it", "system: '{x} is it'"),
+        ("system: it's: [1", "system: 'it''s: [1'"),
+        ("system: 'it's'", "system: 'it''s'"),
+        ('system: "\\d+"', "system: '\\d+'"),
+        ('system: "open', "system: 'open'"),
+        *(
+            (f"system: {text}", f"system: '{text}'")
+            for text in ("[1, 2", "@foo", "%x", "*a", "&a b", "!t b", "`x`", "> x")
+        ),
+    ],
+)
+def test_a_yaml_error_shows_its_line_and_what_to_quote(line, quoted):
+    text = f"kl: []\ndataset:\n  {line}\n  split: train\n"
+    with pytest.raises(UserError) as refused:
+        read_yaml(text, "r.yaml")
+    place, shown, pointer, advice = str(refused.value).split("\n")
+    assert place.startswith("r.yaml, line 3, column ")
+    assert shown.strip() == line
+    assert 0 < pointer.index("^") <= len(shown)
+    assert advice == f"If it is text, quote it: {quoted}"
+    assert read_yaml(text.replace(line, quoted), "r.yaml")["dataset"]["split"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("kl: {use: a: b}", "Text needs quotes if it contains ': '"),
+        ("kl: [{use: a, beta: 1\nrewards: []", "brackets and quotes must be closed"),
+        ("a:\n\tb: 1", "Indent with spaces"),
+        ("a:\n  b: 1\n c: 2", "must begin in the same column"),
+        ("kl: []\nkl: []", "\n    kl: []\n    ^"),
+        ("a: b\x00c", "the character '\\x00' is not allowed\n    a: b c\n        ^"),
+    ],
+)
+def test_other_yaml_errors_say_what_to_mend(text, fix):
+    with pytest.raises(UserError, match=re.escape(fix)):
+        read_yaml(text, "r.yaml")
 
 
 plain_data = st.recursive(
@@ -381,6 +425,63 @@ def test_overrides_set_append_and_clear():
     assert raw["training"] == {"lr_scheduler_kwargs": {"num_cycles": 2}}
 
 
+TEXTS = (
+    "Answer: {x}",
+    "a: b: c",
+    "@foo",
+    "[1, 2",
+    "%x",
+    "*a",
+    "&a",
+    "`a`",
+    "- a",
+    "[a, b]",
+    "# x",
+    "a # b",
+    " ",
+    "---",
+    "'tis",
+)
+TEXTS += ("'a' or 'b'", "a\nb", "!x", "{a: 1}", "x:", "😀", "a\\n")
+
+
+@pytest.mark.parametrize("key", ["dataset.system", "model.path", "rewards.0.label", "training.run_name"])
+def test_a_value_of_a_setting_that_takes_text_is_text_as_written(key):
+    for text in TEXTS:
+        raw, _ = apply_overrides(small(), ["rewards.0.use=exact_match", f"{key}={text}"])
+        assert value_at(raw, key.split(".")) == text
+    resolve(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("null", None), ("", None), ("'a: b'", "a: b"), ('"a\\tb"', "a\tb"), ("|\n a\n b", "a\nb")]
+)
+def test_null_and_quoted_text_are_yaml_where_text_is_taken(text, value):
+    assert apply_overrides(small(), [f"dataset.system={text}"])[0]["dataset"]["system"] == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.temperature=@foo", "rollout.temperature: got '@foo'; takes number > 0"),
+        ("rollout.temperature=[1, 2", "rollout.temperature: takes number > 0; the value, line 1"),
+        ("dataset.held_out=`x`", "dataset.held_out: got '`x`'; takes whole number >= 0"),
+        ("training.max_steps=*x", "training.max_steps: got '*x'; takes whole number"),
+        ("kl=@x", "kl: takes a list"),
+        ("kl=[{use: a", "kl: the value, line 1"),
+        ("advantages=@x", "no advantages plugin named '@x'"),
+    ],
+)
+def test_a_value_that_is_not_yaml_is_refused_with_what_the_setting_takes(override, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        resolve(apply_overrides(small(), [override])[0])
+
+
+def test_values_that_are_given_as_data_are_not_parsed():
+    raw, _ = apply_overrides(small(), [("dataset.system", "'a'"), ("training.seed", 3)])
+    assert (raw["dataset"]["system"], raw["training"]["seed"]) == ("'a'", 3)
+
+
 def test_overrides_leave_the_recipe_they_are_applied_to():
     raw = small()
     apply_overrides(raw, ["kl.0.beta=9", "advantages=gae"])
@@ -423,7 +524,7 @@ def test_nested_plugins_can_be_overridden(nesting_host):
 
 
 def test_overrides_that_lead_nowhere_are_told_all_at_once():
-    overrides = ["advantage.use=gae", "kl.3.beta=1", "kl.x=1", "update.epochs.x=1", "word", "rewards.0.column=[a"]
+    overrides = ["advantage.use=gae", "kl.3.beta=1", "kl.x=1", "update.epochs.x=1", "word", "rewards.0.weight=[a"]
     with pytest.raises(RecipeError) as error:
         apply_overrides(small("update: {epochs: 1}"), overrides)
     found = dict(error.value.problems)
