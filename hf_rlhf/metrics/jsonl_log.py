@@ -60,6 +60,11 @@ class RunLog(TrainerCallback):
         """Path of metrics.jsonl."""
         return self.output_dir / "metrics.jsonl"
 
+    @property
+    def found_lines(self) -> bool:
+        """Whether metrics.jsonl has lines from before those of an evaluation before training."""
+        return self._start != 0 and self.metrics.exists()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what an earlier run, or the run after the checkpoint, left in the files."""
         self._wait()

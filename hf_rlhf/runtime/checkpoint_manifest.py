@@ -1,4 +1,5 @@
-"""Complete checkpoints: a manifest with the hash of every file, written last. Without it a checkpoint does not count."""
+"""Complete checkpoints: a manifest with the hash of every file and of itself, written last. Without it a checkpoint does not
+count."""
 
 from __future__ import annotations
 
@@ -8,23 +9,34 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import xxhash
+
+from hf_rlhf.runtime.checkpoint_state import read_back
+from hf_rlhf.runtime.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "rlhf_manifest.json"
-STATE = "rlhf_state_{rank}.pt"
+DRAFT = MANIFEST + ".tmp"
+HASH = "xxh3_128"
+"""Hash of files, which takes a tenth of the time of SHA-256: no part of this guards against anything but damage."""
+OWN_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\Z')
+"""The end of a manifest: the SHA-256 of its text with zeros in this place."""
+REQUIRED = {"step": int, "processes": int, "resumable": bool, "algorithm": dict, "run": dict, "files": dict}
+
 FREE = re.compile(r"(update|critic|reference|rewards\.\d+)\.offload")
 """Dotted paths of settings that do not affect results, so that a resumed run may change them."""
-
-
+ANY = object()
+"""Stands for a value that older checkpoints did not keep."""
 ADDED = {
     "update.fused_loss": "auto",
+    "training.per_device_train_batch_size": ANY,
     **{f"{section}.use_{kind}": False for section in ("model.lora", "peft") for kind in ("dora", "rslora")},
     "rollout.skip_special_tokens": True,
     "model.chat_template_kwargs": {},
@@ -33,97 +45,119 @@ ADDED = {
 """Dotted paths of settings that older checkpoints do not have, with what those were trained with."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged, or of another run."""
+class Writing:
+    """A checkpoint being written: files are hashed in a thread while Trainer writes the next."""
+
+    def __init__(self, folder: Path, limit: int | None):
+        self.folder, self.limit = folder, limit
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hf_rlhf-hash")
+        self._hashes: dict[Path, Future[dict[str, Any]]] = {}
+
+    def hash_written(self) -> None:
+        """Begin to hash the files that are complete."""
+        for path in files_in(self.folder):
+            if path not in self._hashes:
+                self._hashes[path] = self._pool.submit(_entry, path)
+
+    def seal(self, facts: dict[str, Any]) -> None:
+        """Load the state back, flush every file and folder to disk, and write the manifest, which completes the checkpoint."""
+        self.hash_written()
+        read_back(self.folder)
+        files = {}
+        for path in files_in(self.folder):
+            _sync(path)
+            found = self._hashes[path].result()
+            if found["bytes"] != path.stat().st_size:
+                raise CheckpointError(f"{path} was changed while the checkpoint was written")
+            files[path.relative_to(self.folder).as_posix()] = found
+        draft = self.folder / DRAFT
+        with open(draft, "wb") as file:
+            file.write(_text({**facts, "files": files}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, self.folder / MANIFEST)
+        for path in (*(p for p in self.folder.rglob("*") if p.is_dir()), self.folder, self.folder.parent):
+            _sync(path)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def written_whole(folder: Path, args: Any) -> Iterator[int | None]:
-    """Remove an old manifest and keep older checkpoints while Trainer writes a checkpoint into `folder`.
-
-    Yields `save_total_limit`, for `rotate` once the new manifest is written.
-    """
-    if args.should_save:
-        (folder / MANIFEST).unlink(missing_ok=True)
+def written_whole(folder: Path, args: Any) -> Iterator[Writing]:
+    """Clear `folder`, and keep older checkpoints while Trainer writes a checkpoint into it; `rotate` deletes them later."""
+    if args.should_save and folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: what is left of a checkpoint does not count
+        shutil.rmtree(folder)
     limit, args.save_total_limit = args.save_total_limit, None
+    writing = Writing(folder, limit)
     try:
-        yield limit
+        yield writing
     finally:
         args.save_total_limit = limit
+        writing.close()
 
 
-def save_state(folder: Path, rank: int, state: dict[str, Any]) -> None:
-    """Save one process's part: buffer, stream, plugin state, meters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / STATE.format(rank=rank))
-
-
-def load_state(folder: Path, rank: int) -> dict[str, Any]:
-    """Load what `save_state` wrote; only plain containers and tensors are read."""
-    return torch.load(folder / STATE.format(rank=rank), map_location="cpu", weights_only=True)
-
-
-def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Save a module's state by name as safetensors."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    copied = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    save_file(copied, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Load what `save_tensors` wrote."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Flush every file to disk and write the manifest, which completes the checkpoint."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-    draft = folder / (MANIFEST + ".tmp")
-    with open(draft, "w") as file:
-        json.dump({**facts, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, folder / MANIFEST)
+def files_in(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint except its manifest."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, DRAFT))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest without checking the files. Raises `CheckpointError` if there is none."""
+    """Return the manifest without checking the files. Raises `CheckpointError` if there is none, or it was damaged."""
+    path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        content = path.read_bytes()
+        manifest: Any = json.loads(content)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it was never completed, or is not a checkpoint of hf_rlhf"
         ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    wrong = [
+        name
+        for name, kind in REQUIRED.items()
+        if not isinstance(manifest, dict) or type(manifest.get(name)) is not kind
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} was damaged: it has no {wrong[0]}")
+    own = OWN_HASH.search(content)
+    whole = own is not None and hashlib.sha256(_blank(content)).hexdigest().encode() == own[1]
+    if not whole and (own is not None or not _is_old(manifest)):
+        raise CheckpointError(f"{path} was damaged: its text differs from its own hash")
     return manifest
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check every file and return the manifest. Raises `CheckpointError` naming the first file that differs."""
+    """Check every file and return the manifest. Raises `CheckpointError` naming the first file that differs.
+
+    Files that the manifest does not list are reported in a warning.
+    """
     manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
-            raise CheckpointError(f"{path} was changed: its size or SHA-256 differs from the manifest")
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            kind = HASH if HASH in facts else "sha256"
+            if path.stat().st_size != facts["bytes"] or _hash(path, kind) != facts[kind]:
+                raise CheckpointError(f"{path} was changed: its size or hash differs from the manifest")
+        except CheckpointError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be checked: {type(error).__name__}: {error}") from error
+    unlisted = [name for p in files_in(folder) if (name := p.relative_to(folder).as_posix()) not in manifest["files"]]
+    if unlisted:
+        logger.warning("%s has files that its manifest does not list: %s", folder, ", ".join(unlisted))
     return manifest
 
 
 def newest(output_dir: Path) -> Path:
     """Return the newest valid checkpoint in `output_dir` and warn about skipped ones. Raises `CheckpointError` without one."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     reasons = []
-    for folder in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    for folder in reversed(in_order(output_dir, damaged_last=True)):
         try:
             verify(folder)
         except CheckpointError as error:
@@ -137,35 +171,64 @@ def newest(output_dir: Path) -> Path:
     )
 
 
+def in_order(output_dir: Path, damaged_last: bool = False) -> list[Path]:
+    """Return the checkpoints in `output_dir`: by run, then by step; those without a readable manifest are first, or last."""
+
+    def order(folder: Path) -> tuple[bool, float, int]:
+        step = int(folder.name.removeprefix("checkpoint-"))
+        try:
+            begun = read_manifest(folder).get("begun", 0.0)
+        except CheckpointError:
+            return damaged_last, 0.0, step
+        return not damaged_last, begun, step
+
+    found = output_dir.glob("checkpoint-*")
+    return sorted((p for p in found if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)), key=order)
+
+
 def rotate(newest_folder: Path, limit: int | None, best: str | None) -> None:
-    """Delete all but `limit` checkpoints: incomplete ones first, then the oldest; never the newest or the best."""
+    """Delete all but `limit` checkpoints: incomplete ones first, then the lowest steps; never the newest or the best."""
+    if limit is None:
+        return
     kept = {newest_folder.resolve(), *([Path(best).resolve()] if best else [])}
-    others = [p for p in newest_folder.parent.glob("checkpoint-*") if p.is_dir() and p.resolve() not in kept]
-    others.sort(key=lambda p: ((p / MANIFEST).exists(), p.stat().st_mtime_ns))
-    surplus = 0 if limit is None else len(others) + len(kept) - max(limit, 1)
+    others = [p for p in in_order(newest_folder.parent) if p.resolve() not in kept]
+    surplus = len(others) + len(kept) - max(limit, 1)
     for folder in others[: max(surplus, 0)]:
+        (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def check_same_run(
-    folder: Path, manifest: dict[str, Any], record: dict[str, Any], processes: int | None, blends_away: bool = False
+    folder: Path,
+    manifest: dict[str, Any],
+    record: dict[str, Any],
+    processes: int | None,
+    blends_away: bool = False,
+    allowed: Collection[str] = (),
 ) -> None:
     """Check that a checkpoint comes from a run like this one. Raises `CheckpointError` naming the differences.
 
     `processes`: their number if it matters, which is within a rollout, whose rows belong to processes. `blends_away`: the
     device of the reference decides how its average is rounded, so that a changed `reference.offload` gives a warning.
+    `allowed`: dotted paths below which differences give a warning.
     """
     if not manifest["resumable"]:
         raise CheckpointError(f"{folder} was saved with save_only_model: it cannot be resumed")
     changed = [d for key in ("algorithm", "run") for d in differences(manifest[key], record[key])]
     if processes is not None:
         changed += differences({"processes": manifest["processes"]}, {"processes": processes})
-    if changed:
+    changed += changed_contents(manifest.get("contents", {}), record.get("contents", {}))
+    accepted = [line for line in changed if any(line.startswith((f"{name}:", f"{name}.")) for name in allowed)]
+    refused = [line for line in changed if line not in accepted]
+    if refused:
         raise CheckpointError(
             f"{folder} comes from another run:\n  "
-            + "\n  ".join(changed)
-            + "\nResume with the same recipe, or choose another output folder"
+            + "\n  ".join(refused)
+            + "\nResume with the same recipe and the same files, choose another output folder, or accept a change by its name: "
+            f"--allow-changed {refused[0].partition(':')[0]} (allow_changed in Python)"
         )
+    for line in accepted:
+        logger.warning("resuming %s with a change that was allowed: %s", folder, line)
     if not blends_away:
         return
     before, now = (bool(run["algorithm"]["reference"].get("offload")) for run in (manifest, record))
@@ -186,9 +249,48 @@ def differences(saved: Any, now: Any, path: str = "") -> list[str]:
         return [d for k, at in paths.items() for d in differences(saved.get(k, ADDED.get(at)), now.get(k), at)]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         return [d for i, (a, b) in enumerate(zip(saved, now, strict=True)) for d in differences(a, b, f"{path}.{i}")]
-    return [] if saved == now else [f"{path}: {saved!r} in the checkpoint, {now!r} now"]
+    return [] if saved is ANY or saved == now else [f"{path}: {saved!r} in the checkpoint, {now!r} now"]
 
 
-def _sha256(path: Path) -> str:
+def changed_contents(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each dataset, file or model whose content differs; what only one of the runs has is not compared."""
+    return [
+        f"{name}: {now[name]['of']} has other content than {saved[name]['of']} in the checkpoint's run"
+        for name in saved
+        if name in now and saved[name]["hash"] != now[name]["hash"]
+    ]
+
+
+def _text(manifest: dict[str, Any]) -> bytes:
+    """Return a manifest's text, with its own hash at the end."""
+    blank = json.dumps({**manifest, "manifest_sha256": "0" * 64}, indent=1).encode()
+    return blank[: -len(b"0" * 64 + b'"\n}')] + hashlib.sha256(blank).hexdigest().encode() + b'"\n}'
+
+
+def _blank(content: bytes) -> bytes:
+    end = b"0" * 64 + b'"\n}'
+    return content[: -len(end)] + end
+
+
+def _is_old(manifest: dict[str, Any]) -> bool:
+    """Return whether a manifest is from before manifests had a hash of their own: all its files have a SHA-256."""
+    entries = manifest["files"].values()
+    return "manifest_sha256" not in manifest and all(isinstance(x, dict) and "sha256" in x for x in entries)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {HASH: _hash(path, HASH), "bytes": path.stat().st_size}
+
+
+def _hash(path: Path, kind: str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128 if kind == HASH else kind).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -13,6 +13,14 @@ class UserError(Exception):
     """Exit code of the command."""
 
 
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that cannot be written or resumed: incomplete, damaged, or of another run."""
+
+
+class RunExists(UserError):
+    """The output folder contains another run, and neither resuming nor overwriting was asked for."""
+
+
 def did_you_mean(word: object, choices: Iterable[str], key: Callable[[str], str] = str) -> str:
     """Return ` Did you mean 'x', 'y' or 'z'?` with the `near_names`, or nothing if there are none."""
     near = [repr(name) for name in near_names(word, choices, key)]

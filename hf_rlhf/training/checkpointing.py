@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.data.prompt_stream import PromptStream
@@ -17,12 +17,13 @@ from hf_rlhf.modeling.lora_merge import FOLDER as ADAPTER
 from hf_rlhf.modeling.lora_merge import drop_other_form, merged, save_merged
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.runtime import checkpoint_manifest
-from hf_rlhf.runtime.distributed import from_first_process
+from hf_rlhf.runtime.checkpoint_state import load_state, load_tensors, plain, save_tensors
+from hf_rlhf.runtime.errors import CheckpointError
 from hf_rlhf.training import parallel
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.rollout_buffer import Buffer
-from hf_rlhf.training.run_trainer import RunTrainer
+from hf_rlhf.training.run_trainer import RunTrainer, weights_of
 
 if TYPE_CHECKING:
     from hf_rlhf.training.setup import RunComponents
@@ -46,19 +47,12 @@ class SavingTrainer(RunTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume from a checkpoint; see `RunTrainer.train`."""
-        if not resume_from_checkpoint and self.state.global_step > 0:
-            self._begin_run()  # Trainer counts from 0 again, from other weights
         self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    @property
-    def run_id(self) -> str:
-        """Created once per run and kept by a resumed one; the first part of `Policy.version`."""
-        return str(self.parts.record["run_id"])
-
     def _begin_run(self) -> None:
-        """Create a new run id, the same on every process, and begin at step 0."""
-        self.parts.record["run_id"] = from_first_process(self.accelerator, uuid.uuid4().hex[:12])
+        """Create a new run id, the first part of `Policy.version`, and begin at step 0."""
+        super()._begin_run()
         self._weights_are_of(0)
 
     def _weights_are_of(self, step: int) -> None:
@@ -70,24 +64,35 @@ class SavingTrainer(RunTrainer):
         manifest = checkpoint_manifest.verify(folder)
         within = manifest["step"] % self.algorithm.steps_per_rollout != 0
         processes = self.args.world_size if within else None
-        checkpoint_manifest.check_same_run(folder, manifest, self.record, processes, self.phases.blends_away)
+        blends = self.phases.blends_away
+        checkpoint_manifest.check_same_run(folder, manifest, self.record, processes, blends, self._allowed)
         return manifest
+
+    def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of policy, critic, moving reference and the policy's average, by name."""
+        yield from super()._saved_weights()
+        for title, module in self._beside().items():
+            yield from weights_of(title, module)
+        if self.ema is not None:
+            names = [name for name, p in self.actor_critic.policy.named_parameters() if p.requires_grad]
+            yield from ((f"ema.{name}", x) for name, x in zip(names, self.ema.tensors(), strict=True))
 
     def _last_step(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
 
-    def _save_state(self, folder: Path) -> None:
-        checkpoint_manifest.save_state(folder, self.args.process_index, self._state())
-
     def _state(self) -> dict[str, Any]:
         used_up = self.state.global_step % self.algorithm.steps_per_rollout == 0
+        plugins = {
+            path: plain(plugin.state_dict(), f"{path}={plugin.name}: state_dict()")
+            for path, plugin in self.algorithm.plugins()
+        }
         return {
             "stream": self.stream.state_dict(),
             "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
-            "plugins": {path: state for path, plugin in self.algorithm.plugins() if (state := plugin.state_dict())},
-            "meters": self.meters.state_dict(),
+            "plugins": {path: state for path, state in plugins.items() if state},
+            "meters": plain(self.meters.state_dict(), "metrics"),
             "rewards": self.collector.normalizer.state_dict(),
             "tokens": self.collector.tokens,
             "bad_steps": self._bad_steps,
@@ -99,12 +104,12 @@ class SavingTrainer(RunTrainer):
         if checkpoint_folder is None:
             return
         rank = min(self.args.process_index, checkpoint_manifest.read_manifest(Path(checkpoint_folder))["processes"] - 1)
-        state = checkpoint_manifest.load_state(Path(checkpoint_folder), rank)
+        state = load_state(Path(checkpoint_folder), rank)
         self._bad_steps = state["bad_steps"]
         try:
             self.stream.load_state_dict(state["stream"])
         except ValueError as error:
-            raise checkpoint_manifest.CheckpointError(str(error)) from error
+            raise CheckpointError(str(error)) from error
         self.buffer = None if state["buffer"] is None else Buffer.from_state_dict(state["buffer"], self.args.device)
         for path, plugin in self.algorithm.plugins():
             if path in state["plugins"]:
@@ -142,7 +147,7 @@ class SavingTrainer(RunTrainer):
         for name, module in self._beside().items():
             weights = parallel.state_dict(module)
             if self.args.should_save:
-                checkpoint_manifest.save_tensors(folder / name, weights)
+                save_tensors(folder / name, weights)
         if self.ema is not None:
             save = save_merged if whole else type(policy).save_pretrained
             with self.ema.as_policy(policy, exact=True):
@@ -174,14 +179,9 @@ class SavingTrainer(RunTrainer):
 
     def _load_beside(self, folder: Path) -> None:
         """Load what a checkpoint holds beside the policy, and take on its version."""
-        manifest = checkpoint_manifest.read_manifest(folder)
-        if "run_id" in manifest:
-            self.parts.record["run_id"] = manifest["run_id"]
-        else:  # the checkpoint is older than run ids
-            self._begin_run()
-        self._weights_are_of(manifest["step"])
+        self._weights_are_of(checkpoint_manifest.read_manifest(folder)["step"])
         for name, module in self._beside().items():
-            parallel.load_state_dict(module, checkpoint_manifest.load_tensors(folder / name))
+            parallel.load_state_dict(module, load_tensors(folder / name))
         if self.ema is not None:
             with self.ema.as_policy(self.model, exact=True):
                 super()._load_from_checkpoint(str(folder / FOLDER))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -17,6 +20,11 @@ from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.modeling.policy import configure_padding
 from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.runtime.checkpoint_state import first_non_finite, save_state
+from hf_rlhf.runtime.distributed import from_first_process
+from hf_rlhf.runtime.errors import RunExists, UserError
+from hf_rlhf.runtime.run_folder import METRICS, only_run_in, remove_run, run_in
+from hf_rlhf.runtime.signals import StopOnSignal
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "model_preparation_time")
 """Entries of an evaluation that are not metrics of the model."""
@@ -27,6 +35,7 @@ class RunTrainer(Trainer):
 
     `recipe.yaml` is written when training begins, `summary.json` with the model by `save_model`, `metrics.jsonl` and
     `completions/` by `run_log`. Checkpoints count once their manifest is written, and resume only the run they come from.
+    While it trains, the output folder is locked, and SIGTERM, SIGINT and SIGHUP end the run after its step.
     """
 
     record: dict[str, Any]
@@ -46,33 +55,106 @@ class RunTrainer(Trainer):
     _trained: TrainOutput | None = None
     _peak_mib: float = 0.0
     _saves_checkpoint: bool = False
+    _owns_folder: bool = False
+    _writing: checkpoint_manifest.Writing | None = None
+    _stop: StopOnSignal | None = None
+    _allowed: Sequence[str] = ()
 
     @property
     def output_dir(self) -> Path:
         """Folder of the run."""
         return Path(self.args.output_dir or "outputs")
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def run_id(self) -> str:
+        """Created once per run and kept by a resumed one."""
+        return str(self.record["run_id"])
+
+    @property
+    def stop_on_signal(self) -> StopOnSignal:
+        """Ends training on a signal inside `with`, as `train` does; around more than `train`, it covers that too."""
+        if self._stop is None:
+            self._stop = StopOnSignal()
+            self.add_callback(self._stop)
+        return self._stop
+
+    def _begin_run(self) -> None:
+        """Create a new run id, the same on every process."""
+        self.record["run_id"] = from_first_process(self.accelerator, uuid.uuid4().hex[:12])
+        self.record["begun"] = time.time()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        overwrite: bool = False,
+        allow_changed: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
         """Train, or resume from a checkpoint; True selects the newest whole one.
 
-        A checkpoint of the last step is loaded without training. Raises `CheckpointError` for a checkpoint that is damaged or
-        comes from another run.
+        A checkpoint of the last step is loaded without training. `overwrite` replaces the run in the output folder, whose
+        checkpoints are deleted. `allow_changed`: names of differences from the checkpoint's run to accept, as errors list them.
+
+        Raises `RunExists` where the output folder contains another run; a second call goes on in the same folder. Raises
+        `CheckpointError` for a checkpoint that is damaged or comes from another run, and for state that cannot be saved;
+        `FloatingPointError` for gradients or weights that are not finite; `StoppedError` after a signal, with a checkpoint;
+        `UserError` where another process is training in the folder.
         """
+        self._allowed = tuple(allow_changed)
+        with ExitStack() as guards:
+            self._claim_folder(guards, fresh=not resume_from_checkpoint, overwrite=overwrite)
+            stop = guards.enter_context(self.stop_on_signal)
+            self._trained = self._train(resume_from_checkpoint, *args, **kwargs)
+            if stop.stopped_after is None and stop.agreed(self.args):  # it came after the last step
+                stop.stopped_after = self.state.global_step
+                self._save_checkpoint(self.model_wrapped, None)
+            stop.check(self.output_dir)
+        self._measure_peak()
+        return self._trained
+
+    def _claim_folder(self, guards: ExitStack, fresh: bool, overwrite: bool) -> None:
+        """Lock the output folder, and take it for this run. Every process raises what the first one finds."""
+        found: UserError | None = None
+        if self.is_world_process_zero():
+            try:
+                guards.enter_context(only_run_in(self.output_dir))
+                if fresh and overwrite and not self._owns_folder:
+                    remove_run(self.output_dir)
+                elif fresh and not self._owns_folder and self._holds_another_run():
+                    raise RunExists(
+                        f"{self.output_dir} already contains a run. Continue it with resume_from_checkpoint=True, replace it "
+                        "with overwrite=True, or choose another output_dir"
+                    )
+            except UserError as error:
+                found = error
+        said = from_first_process(self.accelerator, "" if found is None else str(found))
+        if said:
+            raise found or UserError(said)
+        self._owns_folder = True
+
+    def _holds_another_run(self) -> bool:
+        """Return whether the output folder has more than what this trainer's evaluation before training wrote."""
+        return run_in(self.output_dir, but=(METRICS,)) or self.run_log.found_lines
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
         folder, step = None, 0
         if resume_from_checkpoint:
             newest = resume_from_checkpoint is True
             folder = checkpoint_manifest.newest(self.output_dir) if newest else Path(str(resume_from_checkpoint))
             manifest = self.check_checkpoint(folder)
             self.record["before"], step = manifest.get("before"), manifest["step"]
+            self._begin_run()
+            self.record |= {name: manifest[name] for name in ("run_id", "begun") if name in manifest}
+        elif self.state.global_step > 0:
+            self._begin_run()  # Trainer counts from 0 again, from other weights
         self._write("recipe.yaml", write_yaml(self.record["recipe"]) if self.record["recipe"] else None)
-        if folder is not None and step >= self._last_step():
-            self._load_from_checkpoint(str(folder))
-            self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-            self._trained = TrainOutput(self.state.global_step, 0.0, {})
-        else:
-            self._trained = super().train(None if folder is None else str(folder), *args, **kwargs)
-        self._measure_peak()
-        return self._trained
+        if folder is None or step < self._last_step():
+            trained: TrainOutput = super().train(None if folder is None else str(folder), *args, **kwargs)
+            return trained
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train; Trainer has just made the tokenizer's special tokens the model's, whether they have an embedding or not."""
@@ -106,9 +188,11 @@ class RunTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; after training, also write `summary.json` into the run's folder.
 
-        A checkpoint is an internal call with a folder.
+        A checkpoint is an internal call with a folder. Raises `FloatingPointError` for weights that are not finite.
         """
         self._saves_checkpoint = _internal_call and output_dir is not None
+        if not self._saves_checkpoint:  # for a checkpoint it is done
+            self._check_weights()
         super().save_model(output_dir, _internal_call)
         self._write_summary()
 
@@ -145,21 +229,45 @@ class RunTrainer(Trainer):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / name).write_text(text, encoding="utf-8")
 
+    def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors to save, by name: the policy's, or those of its adapter."""
+        return weights_of("policy", self.model)
+
+    def _check_weights(self) -> None:
+        if name := first_non_finite(self._saved_weights()):
+            raise FloatingPointError(
+                f"weights must be finite to be saved, got an infinity or a NaN in {name} at step {self.state.global_step}. "
+                "Resume from the newest checkpoint, with a lower training.learning_rate or training.max_grad_norm"
+            )
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save Trainer's checkpoint, then `_save_state`, then the manifest; delete older checkpoints once it is written."""
+        """Save Trainer's checkpoint, then `_state`, then the manifest; delete older checkpoints once it is written."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with checkpoint_manifest.written_whole(folder, self.args) as limit:
+        self._check_weights()
+        state = self._state()  # before anything is written: it may be refused
+        with checkpoint_manifest.written_whole(folder, self.args) as self._writing:
+            self.accelerator.wait_for_everyone()  # the folder is empty
             super()._save_checkpoint(model, trial)
-        self._save_state(folder)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            facts = {"step": self.state.global_step, "processes": self.args.world_size}
-            checkpoint_manifest.seal(folder, {**facts, "resumable": not self.args.save_only_model, **self.record})
-            checkpoint_manifest.rotate(folder, limit, self.state.best_model_checkpoint)
+            if state is not None:
+                save_state(folder, self.args.process_index, state)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                facts = {"step": self.state.global_step, "processes": self.args.world_size}
+                self._writing.seal({**facts, "resumable": not self.args.save_only_model, **self.record})
+                checkpoint_manifest.rotate(folder, self._writing.limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _save_state(self, folder: Path) -> None:
-        """Write what a trainer keeps beside Trainer's own checkpoint."""
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer while the weights, which are written, are hashed."""
+        if self._writing is not None and self.args.should_save:
+            self._writing.hash_written()
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._writing is not None and self.args.should_save:
+            self._writing.hash_written()
+
+    def _state(self) -> dict[str, Any] | None:
+        """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers."""
+        return None
 
     def close(self) -> None:
         """Finish writing, end the runs of trackers, and release what the plugins hold."""
@@ -167,3 +275,10 @@ class RunTrainer(Trainer):
             self.run_log.flush()
         finally:
             self.end_tracking()
+
+
+def weights_of(title: str, module: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a module that are saved, by name; of a model with an adapter, those that are trained."""
+    if hasattr(module, "peft_config"):
+        return ((f"{title}.{name}", p) for name, p in module.named_parameters() if p.requires_grad)
+    return ((f"{title}.{name}", x) for name, x in module.state_dict().items())

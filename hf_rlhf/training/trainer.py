@@ -31,7 +31,7 @@ from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
 from hf_rlhf.modeling.policy import distributions
 from hf_rlhf.modeling.reference import ReferencePolicy
-from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.runtime.errors import CheckpointError
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.training.callbacks import StepCallback
 from hf_rlhf.training.checkpointing import SavingTrainer
@@ -175,9 +175,7 @@ class RLHFTrainer(SavingTrainer):
             self.buffer = self.collector.collect(index)
             self._sample_completions(self.buffer)
         if self.buffer is None or self.buffer.index != index:
-            raise checkpoint_manifest.CheckpointError(
-                f"step {self.state.global_step} is in the middle of a rollout that was not saved"
-            )
+            raise CheckpointError(f"step {self.state.global_step} is in the middle of a rollout that was not saved")
         batching = self.collector.forwards.batching
         slot = self.buffer.slot(position, self.algorithm, self.args.seed, batching)
         if slot:

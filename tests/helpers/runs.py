@@ -92,7 +92,7 @@ def adapter() -> Any:
 def trained(folder: Path, **options: Any) -> RLHFTrainer:
     """A trainer after training."""
     made = trainer(folder, **options)
-    made.train()
+    made.train(overwrite=True)
     made.close()
     return made
 

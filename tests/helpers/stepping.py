@@ -135,7 +135,7 @@ def parameters(trainer: RLHFTrainer) -> torch.Tensor:
 def run(spec: dict[str, Any], resume: Any = None, stop: int | None = None) -> torch.Tensor:
     """The parameters after training."""
     trainer = make_trainer(spec, [StopAt(stop)] if stop else None)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume, overwrite=not resume)
     found = parameters(trainer)
     trainer.close()
     return found

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_rlhf.runtime.errors import UserError
-from hf_rlhf.runtime.signals import StopOnSignal, StoppedError, only_run_in
+from hf_rlhf.runtime.run_folder import only_run_in
+from hf_rlhf.runtime.signals import StopOnSignal, StoppedError
 from tests.cli.test_cli_train import SMALL, begin, end, load
 from tests.helpers.processes import ranks
 from tests.helpers.waits import scaled, until
@@ -84,7 +84,7 @@ def test_two_runs_do_not_share_a_folder(words, tmp_path):
         _, errors = process.communicate(timeout=scaled(120))
         assert process.returncode == 2
         assert f"another run is writing into {folder}" in errors
-        with pytest.raises(UserError, match="another run"), only_run_in(folder):
+        with only_run_in(folder):  # its holder may enter again
             pass
     shutil.rmtree(folder)
     end(begin(*words, "--output-dir", str(folder), "training.max_steps=1", cwd=tmp_path))

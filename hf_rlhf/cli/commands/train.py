@@ -205,6 +205,14 @@ def train(
     resume_from_checkpoint: Annotated[
         str | None, typer.Option("--resume_from_checkpoint", "--resume-from", help="Resume from this checkpoint.")
     ] = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changed",
+            metavar="NAME",
+            help="Resume although this setting or content differs from the checkpoint's run, e.g. dataset. Repeatable.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the model.")
     ] = False,
@@ -227,4 +235,4 @@ def train(
     where: str | bool = resume
     if resume_from_checkpoint is not None:
         where = {"true": True, "false": False}.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
-    run(chosen, output_dir, where, trust_remote_code, forecast)
+    run(chosen, output_dir, where, trust_remote_code, forecast, allow_changed or ())

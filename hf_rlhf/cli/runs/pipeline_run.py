@@ -14,20 +14,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_rlhf.cli.runs.next_steps import next_steps
-from hf_rlhf.cli.runs.run import OWN_FILES, check, train, unused
+from hf_rlhf.cli.runs.run import check, train, unused
 from hf_rlhf.config.algorithm import walk
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.pipeline import OUTPUT_OF, Pipeline, PipelineStage
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.runtime import checkpoint_manifest
-from hf_rlhf.runtime.errors import UserError
-from hf_rlhf.runtime.signals import only_run_in
+from hf_rlhf.runtime.errors import CheckpointError, UserError
+from hf_rlhf.runtime.run_folder import RUN_FILES, only_run_in
 
 RECORD = "stages.json"
 State = Literal["new", "begun", "finished"]
@@ -37,7 +37,7 @@ def choose_root(asked: str | None, name: str, resume: bool) -> Path:
     """Return the folder of this run. Raises `UserError` where it contains another run."""
     folder = Path(asked) if asked else Path("outputs") / name
     if not (folder / RECORD).exists():
-        if any((folder / file).exists() for file in OWN_FILES):
+        if any((folder / file).exists() for file in RUN_FILES):
             raise UserError(f"{folder} contains the run of a single recipe. Choose another --output-dir")
         return folder
     if resume:
@@ -197,11 +197,9 @@ def _run(stage: PipelineStage, record: _Record, state: State, trust_remote_code:
     folder = record.root / stage.name
     whole = False
     if state == "begun":
-        try:
+        with suppress(CheckpointError):
             checkpoint_manifest.newest(folder)
             whole = True
-        except checkpoint_manifest.CheckpointError:
-            whole = False
     _meet()
     if not whole:
         if state == "begun" and _first():

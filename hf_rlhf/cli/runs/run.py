@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.config.recipe import OfflineRecipe
-from hf_rlhf.runtime.checkpoint_manifest import CheckpointError, newest
-from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.checkpoint_manifest import newest
+from hf_rlhf.runtime.errors import RunExists, UserError
+from hf_rlhf.runtime.run_folder import only_run_in, run_in
 
 if TYPE_CHECKING:
     from hf_rlhf.config.plan import Plan
     from hf_rlhf.config.recipe import Recipe
-    from hf_rlhf.runtime.signals import StopOnSignal
     from hf_rlhf.training.run_trainer import RunTrainer
-
-OWN_FILES = ("summary.json", "metrics.jsonl", "recipe.yaml")
 
 
 def check(
@@ -51,17 +50,16 @@ def check(
 
 
 def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Path:
-    """Return the folder of this run. Raises `UserError` where it contains another run that is not resumed."""
+    """Return the folder of this run. Raises `RunExists` where it contains another run that is not resumed."""
     if asked is None and isinstance(resume, str):
         return Path(resume).resolve().parent
     # agents of a sweep may start at the same time
     own = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     folder = Path(asked) if asked else Path("outputs") / (f"{recipe}-{own}" if own else recipe)
-    taken = any((folder / name).exists() for name in OWN_FILES) or any(folder.glob("checkpoint-*"))
-    if resume or not taken:
+    if resume or not run_in(folder):
         return folder
     if asked:
-        raise UserError(
+        raise RunExists(
             f"{folder} already contains a run. Pass --resume to continue it, or choose another --output-dir"
         )
     return unused(Path("outputs"), recipe)
@@ -81,21 +79,18 @@ def train(
     resume: str | bool = False,
     trust_remote_code: bool = False,
     forecast: bool = False,
+    allow_changed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe and return the content of summary.json. Raises `UserError` before the model is loaded.
 
     `resume` is a checkpoint, or True for the newest one. `forecast` adds the memory forecast to the plan.
+    `allow_changed` names differences from the checkpoint's run to accept.
     """
-    from hf_rlhf.runtime.signals import StopOnSignal, only_run_in
-
     folder = choose_output_dir(output_dir, recipe.name, resume)
     plan = check(recipe, str(folder), forecast=False)  # before anything is written
-    try:
-        checkpoint = str(newest(folder)) if resume is True else resume or None
-        with only_run_in(folder), StopOnSignal() as stop:
-            return _train(recipe, None if forecast else plan, folder, checkpoint, trust_remote_code, stop)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
+    checkpoint = str(newest(folder)) if resume is True else resume or None
+    with only_run_in(folder):
+        return _train(recipe, None if forecast else plan, folder, checkpoint, trust_remote_code, allow_changed)
 
 
 def _train(
@@ -104,7 +99,7 @@ def _train(
     folder: Path,
     checkpoint: str | None,
     trust_remote_code: bool,
-    stop: StopOnSignal,
+    allow_changed: Sequence[str],
 ) -> dict[str, Any]:
     """Train. Without a `plan` to print, print the trainer's with a memory forecast, which needs the loaded model."""
     from transformers.utils import logging as transformers_logging
@@ -117,19 +112,19 @@ def _train(
     if first and plan is not None:
         show_plan(plan, out)
     progress = LiveProgress(out, OFFLINE_SHOWN if offline else SHOWN)
-    trainer = build_trainer(recipe, str(folder), [progress, stop], trust_remote_code)
+    trainer = build_trainer(recipe, str(folder), [progress], trust_remote_code)
     try:
         if plan is None:
             _forecast_memory(trainer, recipe, trust_remote_code)
         if first and plan is None:
             show_plan(trainer.plan, out)
         samples: dict[str, Any] = {}
-        if checkpoint is None:
-            samples["before"] = _evaluate(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        stop.check(folder)
-        samples["after"] = _evaluate(trainer)
-        trainer.save_model(str(folder))
+        with trainer.stop_on_signal:  # evaluations and the final model included
+            if checkpoint is None:
+                samples["before"] = _evaluate(trainer)
+            trainer.train(resume_from_checkpoint=checkpoint, allow_changed=allow_changed)
+            samples["after"] = _evaluate(trainer)
+            trainer.save_model(str(folder))
         summary = trainer.summary
         assert summary is not None
         if first:

@@ -19,6 +19,7 @@ from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
 from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.runtime.checkpoint_state import STATE, load_state, plain
 from hf_rlhf.training.offline.trl_compat import Quiet, unrounded
 from hf_rlhf.training.parallel import Parallel, gradients_are_finite, state_dict
 from hf_rlhf.training.run_trainer import RunTrainer
@@ -63,8 +64,22 @@ class OfflineRun(Quiet, RunTrainer):
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint that this run can resume from; raise `CheckpointError` for any other."""
         manifest = checkpoint_manifest.verify(folder)
-        checkpoint_manifest.check_same_run(folder, manifest, self.record, self.args.world_size)
+        checkpoint_manifest.check_same_run(folder, manifest, self.record, self.args.world_size, allowed=self._allowed)
         return manifest
+
+    def _state(self) -> dict[str, Any]:
+        finite, plugin = self.finite, plain(self.plugin.state_dict(), f"trainer={self.plugin.name}: state_dict()")
+        return {"bad_steps": finite.in_a_row, "left_out": finite.left_out, "plugin": plugin}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load Trainer's state, and ours that `_save_checkpoint` wrote beside it; older checkpoints have none."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        rank = self.args.process_index
+        if checkpoint is not None and (Path(checkpoint) / STATE.format(rank=rank)).exists():
+            state = load_state(Path(checkpoint), rank)
+            self.finite.in_a_row, self.finite.left_out = state["bad_steps"], state["left_out"]
+            if state["plugin"]:
+                self.plugin.load_state_dict(state["plugin"])
 
     def _last_step(self) -> int:
         if self.args.max_steps > 0:
@@ -108,6 +123,7 @@ class OfflineRun(Quiet, RunTrainer):
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
+        self._check_weights()
         if self.is_world_process_zero():
             folder = Path(output_dir or self.output_dir)
             model = Parallel(self.accelerator).unwrap(self.model)
@@ -175,6 +191,7 @@ def factory(
         made.run_log, made.finite, made.meters = run_log, finite, MetricAggregator(made.args.device)
         if plugin.head != "causal":  # a classifier's own loss is a mean over its micro-batch, whatever it is told
             made.model_accepts_loss_kwargs = False
+        made._begin_run()
         made.remove_callback(PrinterCallback)
         made.end_tracking = install(made.callback_handler, args, run_log, record, metrics_of_trainer(plugin))
         return made
