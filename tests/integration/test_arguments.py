@@ -92,7 +92,7 @@ def stepped(folder: Path, steps: int = 1, **training: Any) -> torch.Tensor:
     """How far plain SGD goes in float64."""
     made = runs.trainer(folder, dtype=torch.float64, training={"max_steps": steps, **training})
     before = runs.parameters(made)
-    made.train()
+    made.train(overwrite=True)
     return runs.parameters(made) - before
 
 
@@ -112,7 +112,7 @@ def test_max_grad_norm_clips_policy_and_critic_each_by_its_own_norm(tmp_path):
     }
     made = runs.trainer(tmp_path, training={"max_steps": 1, "max_grad_norm": 1e-3}, **options)
     before = [runs.parameters(m) for m in (made.actor_critic.policy, made.actor_critic.critic)]
-    made.train()
+    made.train(overwrite=True)
     after = [runs.parameters(m) for m in (made.actor_critic.policy, made.actor_critic.critic)]
     for a, b in zip(after, before, strict=True):
         assert (a - b).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
@@ -129,7 +129,7 @@ def test_weight_decay_shrinks_the_weights_and_not_the_norms(tmp_path):
 
     def after(decay):
         made = runs.trainer(tmp_path, dtype=torch.float64, training={"max_steps": 1, "weight_decay": decay})
-        made.train()
+        made.train(overwrite=True)
         return dict(made.actor_critic.policy.named_parameters())
 
     plain, decayed = after(0.0), after(0.5)
@@ -264,7 +264,7 @@ def test_per_device_train_batch_size_caps_the_rows_of_a_micro_batch(attention, l
         loss_terms=["entropy"],  # it keeps rows without advantage in the update
     )
     rows.trainer = made
-    made.train()
+    made.train(overwrite=True)
     assert rows.seen == want
 
 
@@ -282,7 +282,7 @@ def prompts_and_completions(folder: Path, **training: Any) -> tuple[Any, Any]:
     watch = Prompts()
     made = runs.trainer(folder, rollout=runs.SAMPLED, callbacks=[watch], training={"max_steps": 1, **training})
     watch.trainer = made
-    made.train()
+    made.train(overwrite=True)
     return watch.seen, made.buffer.completion_ids
 
 

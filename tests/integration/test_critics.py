@@ -73,7 +73,7 @@ def watched(folder, **options):
     made = runs.trainer(folder, callbacks=[watch], advantages=GAE, **options)
     watch.trainer = made
     watch.see(made)
-    made.train()
+    made.train(overwrite=True)
     made.close()
     return made, watch
 
@@ -119,7 +119,7 @@ def test_plain_sgd_moves_the_critic_in_proportion_to_its_rate(tmp_path):
 def test_a_schedule_scales_both_rates_alike(tmp_path):
     training = {"max_steps": 4, "lr_scheduler_type": "linear", "learning_rate": 0.1}
     made = runs.trainer(tmp_path, advantages=GAE, critic={"use": "separate", "learning_rate": 0.01}, training=training)
-    made.train()
+    made.train(overwrite=True)
     rates = {group["lr"] for group in made.optimizer.param_groups}
     assert rates == {0.0}
     assert {group["initial_lr"] for group in made.optimizer.param_groups} == {0.1, 0.01}
@@ -189,7 +189,7 @@ def test_a_critic_from_the_reward_model_starts_with_its_scores(tmp_path):
             score = classifier(input_ids=torch.tensor([ids])).logits.item()
             assert values[row, [2, 1][row]].item() == pytest.approx(score, abs=1e-6)
     assert values.abs().min(dim=1).values[0] > 0
-    made.train()
+    made.train(overwrite=True)
     made.close()
     assert not torch.equal(made.actor_critic.critic.head.weight, classifier.score.weight)
 
@@ -204,7 +204,7 @@ def test_training_the_critic_leaves_the_reward_model_as_it_was(tmp_path):
     )
     reward = made.algorithm.rewards[0]
     before = reward(rollouts())
-    made.train()
+    made.train(overwrite=True)
     assert reward(rollouts()) == before
     made.close()
 

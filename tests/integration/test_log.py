@@ -80,7 +80,7 @@ def test_a_new_run_in_the_folder_of_an_old_one_starts_the_files_anew_and_keeps_i
     runs.trained(tmp_path, training={"max_steps": 4}, update={})
     made = runs.trainer(tmp_path, eval_data=runs.problems(2, seed=1), training={"max_steps": 1}, update={})
     made.evaluate()
-    made.train()
+    made.train(overwrite=True)
     made.close()
     found = lines(tmp_path)
     assert [entry["step"] for entry in found] == [0, 1, 1]
@@ -255,7 +255,7 @@ class Claims(PolicyLoss):
 def test_a_metric_of_a_policy_loss_cannot_take_the_name_of_a_measured_one(tmp_path):
     made = runs.trainer(tmp_path, policy_loss=Claims())
     with pytest.raises(ValueError, match="policy_loss=claims returns the metric 'ratio', but policy/ratio is measured"):
-        made.train()
+        made.train(overwrite=True)
     made.close()
 
 
@@ -285,7 +285,7 @@ def test_tensorboard_gets_every_number_under_train_and_eval(tmp_path, monkeypatc
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     made = tracked(tmp_path, "tensorboard")
     made.evaluate()
-    made.train()
+    made.train(overwrite=True)
     made.evaluate()
     made.close()
     (folder,) = (tmp_path / "runs").iterdir()
@@ -304,7 +304,7 @@ def test_a_tracker_is_ended_by_close_and_lets_the_trainer_be_collected(tmp_path,
     ended = []
     monkeypatch.setattr(TensorBoardCallback, "on_train_end", lambda *_, **__: ended.append("end"))
     made = tracked(tmp_path, "tensorboard")
-    made.train()
+    made.train(overwrite=True)
     assert ended == []
     made.close()
     made.close()
@@ -348,7 +348,7 @@ def test_a_tracker_can_still_be_removed_by_its_class(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     made = tracked(tmp_path, "tensorboard")
     made.remove_callback(TensorBoardCallback)
-    made.train()
+    made.train(overwrite=True)
     made.close()
     assert not (tmp_path / "runs").exists()
 

@@ -193,7 +193,7 @@ def test_an_evaluation_before_training_changes_nothing_of_it(bf16, tmp_path):
         trainer = made(tmp_path, "reward_model", f"training.bf16={bf16}", "model.dtype=float32")
         if evaluated:
             assert trainer.evaluate()["eval_pairs/count"] == 4
-        trainer.train()
+        trainer.train(overwrite=True)
         after.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert torch.equal(*after)
 

@@ -60,7 +60,7 @@ def test_prompts_go_round_so_that_none_is_dropped_at_the_end_of_an_epoch(tmp_pat
         return buffer
 
     made.collector.collect = watched
-    made.train()
+    made.train(overwrite=True)
     assert len(drawn) == 12
     assert all(drawn.count(prompt) == 2 for prompt in drawn)
 
@@ -68,7 +68,7 @@ def test_prompts_go_round_so_that_none_is_dropped_at_the_end_of_an_epoch(tmp_pat
 def test_a_dataset_smaller_than_a_rollout_says_what_to_lower(tmp_path):
     made = runs.trainer(tmp_path, data=runs.problems(3))
     with pytest.raises(ValueError, match=r"rollout\.prompts must be at most the 3 rows of the dataset, got 4"):
-        made.train()
+        made.train(overwrite=True)
 
 
 def test_max_steps_may_stop_in_the_middle_of_a_rollout(tmp_path):
@@ -95,15 +95,15 @@ def test_each_step_takes_whole_groups_and_each_epoch_every_row_once(tmp_path):
 def test_evaluating_before_training_works(tmp_path):
     made = runs.trainer(tmp_path, eval_data=runs.problems(3), rewards=[{"use": "exact_match"}])
     assert 0 < made.evaluate()["eval_accuracy"] <= 1
-    made.train()
+    made.train(overwrite=True)
     assert made.state.global_step == 2
 
 
 def test_training_twice_starts_counting_anew_and_goes_on_learning(tmp_path):
     made = runs.trainer(tmp_path)
-    made.train()
+    made.train(overwrite=True)
     first = runs.parameters(made)
-    made.train()
+    made.train(overwrite=True)
     assert made.state.global_step == 2
     assert not torch.equal(runs.parameters(made), first)
     assert torch.isfinite(runs.parameters(made)).all()
@@ -145,7 +145,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
         return step(*args, **kwargs)
 
     made.training_step = watched
-    made.train()
+    made.train(overwrite=True)
     after.append(runs.parameters(made))
     assert [entry["health/nonfinite_step"] for entry in runs.entries(made)] == [0, 1, 0, 0]
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(after)]
@@ -162,7 +162,7 @@ def test_one_spoiled_micro_batch_spoils_its_step_alone(tmp_path):
 def test_three_such_steps_in_a_row_stop_the_run(tmp_path):
     made = runs.trainer(tmp_path, policy_loss=Spoiled(calls=[1, 2, 3]), training=ADAMW)
     with pytest.raises(FloatingPointError, match="the gradient was not finite in 3 consecutive optimizer steps"):
-        made.train()
+        made.train(overwrite=True)
     assert torch.isfinite(runs.parameters(made)).all()
 
 
@@ -212,7 +212,7 @@ def test_without_rows_the_parameters_stay_and_the_run_goes_on(case, also, tmp_pa
             source["function"] = f"{tmp_path}/silent.py:silent"
     made = runs.trainer(tmp_path, training={**ADAMW, "weight_decay": 0.1}, **parts)
     before = runs.parameters(made)
-    made.train()
+    made.train(overwrite=True)
     assert made.state.global_step == 4
     assert torch.equal(runs.parameters(made), before)
     assert sum(entry.get("health/empty_rollout", 0) for entry in runs.entries(made)) == 2
@@ -225,7 +225,7 @@ def test_a_group_with_one_row_left_has_advantage_zero(tmp_path):
     assert buffer.group_ids.tolist() == [0, 1, 1, 1]
     assert advantages[0] == 0
     assert torch.isfinite(advantages).all()
-    made.train()
+    made.train(overwrite=True)
     assert torch.isfinite(runs.parameters(made)).all()
 
 
@@ -309,7 +309,7 @@ def test_a_correction_multiplies_the_policy_loss_and_gets_the_samplers_log_probs
     def movement(**more: Any) -> Tensor:
         made = runs.trainer(tmp_path, rollout=Remote(prompts=4, num_generations=4), **options, **more)
         before = runs.parameters(made)
-        made.train()
+        made.train(overwrite=True)
         return runs.parameters(made) - before
 
     whole, half = movement(), movement(rollout_correction=Half())
@@ -328,7 +328,7 @@ def test_a_correction_multiplies_the_policy_loss_and_gets_the_samplers_log_probs
 )
 def test_what_an_engine_must_give_is_checked(wrong, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        remote(tmp_path, **wrong).train()
+        remote(tmp_path, **wrong).train(overwrite=True)
 
 
 @dataclass(kw_only=True)
@@ -359,7 +359,7 @@ def test_a_plugin_is_set_up_once_and_closed_once(tmp_path):
     source = Counting()
     made = runs.trainer(tmp_path, rewards=[source])
     assert source.events == ["setup 0 of 1"]
-    made.train()
+    made.train(overwrite=True)
     made.close()
     made.close()
     assert source.events == ["setup 0 of 1", "close"]
@@ -369,7 +369,7 @@ def test_a_plugin_is_closed_after_an_error_too(tmp_path):
     source = Counting()
     made = runs.trainer(tmp_path, rewards=[source], policy_loss=Spoiled(calls=[0, 1, 2]), training=ADAMW)
     with pytest.raises(FloatingPointError):
-        made.train()
+        made.train(overwrite=True)
     del made
     gc.collect()
     assert source.events[-1] == "close"
@@ -446,7 +446,7 @@ def test_a_recipe_is_ten_lines_of_python(tmp_path):
     recipe = load_recipe("rloo", ["rollout.prompts=4", "rollout.num_generations=2", "rollout.max_new_tokens=4"])
     args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
     trainer = RLHFTrainer(model, recipe, args, train_dataset=problems, processing_class=tokenizer)
-    trainer.train()
+    trainer.train(overwrite=True)
     trainer.close()
     assert trainer.state.global_step == 2
 
@@ -460,6 +460,6 @@ def test_a_recipes_name_is_enough(tmp_path):
     args = TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
     data = [{"prompt": "1+1=", "answer": "2"}] * 3
     trainer = RLHFTrainer(model, str(tmp_path / "r.yaml"), args, train_dataset=data, processing_class=tokenizer)
-    trainer.train()
+    trainer.train(overwrite=True)
     assert trainer.algorithm.advantages == load_plugin("advantages", "leave_one_out")
     assert trainer.model is model

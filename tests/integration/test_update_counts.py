@@ -134,7 +134,7 @@ def test_the_update_takes_each_prompt_once_no_padding_and_three_products_of_the_
     data = [LIVE[0], DEAD[1], LIVE[2], LIVE[1]]  # first and third share their prompt, in two steps
     made = runs.trainer(tmp_path, data=data, **STEP)
     with positions(made) as counts, HeadProducts(made) as products:
-        made.train()
+        made.train(overwrite=True)
     trunk, head = steps(made, [[LIVE[0]], [LIVE[2], LIVE[1]]])
     linear = {name: count for name, count in counts.items() if name != "trunk"}
     assert counts["trunk"] == trunk
@@ -146,14 +146,14 @@ def test_the_update_takes_each_prompt_once_no_padding_and_three_products_of_the_
 def test_equal_prompts_of_different_groups_are_read_once(tmp_path):
     made = runs.trainer(tmp_path, data=[LIVE[0], LIVE[2], LIVE[1], LIVE[3]], **STEP)
     with positions(made) as counts:
-        made.train()
+        made.train(overwrite=True)
     assert counts["trunk"] == steps(made, [[LIVE[0], LIVE[2]], [LIVE[1], LIVE[3]]])[0]
 
 
 def test_padded_rows_cost_what_packing_saves(tmp_path):
     made = runs.trainer(tmp_path, data=LIVE, **{**STEP, "update": {"mini_batches": 2, "attention": "padded"}})
     with positions(made) as counts:
-        made.train()
+        made.train(overwrite=True)
     widest = [
         max(len(g["prompt"]) + len(t) + 1 for g in part for t in g["completions"][:4]) for part in (LIVE[:2], LIVE[2:])
     ]
@@ -179,7 +179,7 @@ def train(folder: Path, data: Any, dead: bool, monkeypatch: Any, **training: Any
         parts = {**STEP, "update": update}
         made = runs.trainer(folder, data=data, dtype=torch.float64, training=training, callbacks=[Watch()], **parts)
         seen.append(runs.parameters(made))
-        made.train()
+        made.train(overwrite=True)
     made.close()
     return made, seen
 
@@ -217,7 +217,7 @@ def test_a_rollout_without_any_advantage_moves_parameters_as_zero_gradients_do(o
 def test_a_step_without_any_advantage_reads_one_token(tmp_path):
     made = runs.trainer(tmp_path, data=DEAD, **STEP)
     with positions(made) as counts:
-        made.train()
+        made.train(overwrite=True)
     assert counts["trunk"] == made.state.global_step == 2
 
 
@@ -238,7 +238,7 @@ def test_the_sampler_s_log_probs_spare_the_forward_of_the_old_policy(update, tmp
     """RLOO with a KL to the reference: one forward of the reference, one of the policy for each epoch."""
     made = runs.trainer(tmp_path, training={"max_steps": update.get("epochs", 1)}, **{**RLOO, "update": update})
     with positions(made) as counts:
-        made.train()
+        made.train(overwrite=True)
     buffer: Buffer = made.buffer
     once = sum(map(len, set(map(tuple, buffer.prompt_ids)))) + sum(len(ids) - 1 for ids in buffer.completion_ids)
     assert counts["reference trunk"] == once
@@ -252,14 +252,14 @@ def test_a_sampler_that_rounds_costs_the_forward_of_the_old_policy(half, tmp_pat
     training = {"max_steps": 1, **half.get("training", {})}
     made = runs.trainer(tmp_path, training=training, **{**RLOO, **{k: v for k, v in half.items() if k != "training"}})
     with positions(made) as counts:
-        made.train()
+        made.train(overwrite=True)
     assert counts["trunk"] == 2 * counts["reference trunk"] > 0
 
 
 def test_without_a_kl_one_step_per_rollout_needs_the_forward_of_the_loss_alone(tmp_path):
     made = runs.trainer(tmp_path, data=LIVE, training={"max_steps": 1}, **{**STEP, "update": {"mini_batches": 1}})
     with positions(made) as counts:
-        made.train()
+        made.train(overwrite=True)
     assert counts["trunk"] == steps(made, [LIVE])[0]
 
 
@@ -333,7 +333,7 @@ def test_waits_for_the_device_do_not_grow_with_the_rows(tmp_path, monkeypatch):
                 update={"mini_batches": 1},
             )
             found = waits(made, patch)
-            made.train()
+            made.train(overwrite=True)
         seen.append({name: sum(part.counts.values()) for name, part in found.items()})
     few, many = seen
     assert few == many
@@ -387,7 +387,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     made = runs.trainer(folder / "out", data=[*LIVE, *LIVE], training={"max_steps": 4}, **STEP)
     found = collectives(made)
-    made.train()
+    made.train(overwrite=True)
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps({**found, "version": made.collector.policy.version}))
 
 
