@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.axes import KLController, Plugin
+from hf_rlhf.runtime.checkpoint_state import plain
+from hf_rlhf.runtime.errors import CheckpointError
 
 Checks = Iterator[tuple[str, Callable[[], None]]]
 Statistics = Sequence[Mapping[str, float]]
@@ -194,18 +196,19 @@ def restored_pair(plugin: Plugin, history: Statistics) -> tuple[Plugin, Plugin]:
     for each, other in zip(with_nested(trained), with_nested(fresh), strict=True):
         for statistics in history:
             each.observe(statistics)
-        other.load_state_dict(_through_a_file(each.state_dict()))
+        other.load_state_dict(through_a_file(each.state_dict()))
     return trained, fresh
 
 
-def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state as a resumed run gets it."""
     file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
     try:
+        torch.save(plain(state, "state_dict()"), file)
+        file.seek(0)
         loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise AssertionError(f"state_dict must hold numbers, strings, tensors, lists and dicts only: {error}") from None
+    except (CheckpointError, pickle.UnpicklingError) as error:
+        raise AssertionError(str(error)) from None
     return loaded
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_rlhf.conformance.common import Checks
 from hf_rlhf.conformance.metrics import check_declared
+from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.offline_trainer import Materials, OfflineTrainer
 from hf_rlhf.data.addition_rows import KINDS, demo_rows
 from hf_rlhf.training.offline.model import AUTO
@@ -89,7 +90,7 @@ def trainer_of(plugin: OfflineTrainer, policy: tuple[Any, Any], rows: Rows, fold
     }
     record: dict[str, Any] = {"algorithm": {}, "run": {}, "recipe": {"model": {"path": None}}, "versions": {}}
     parts: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train": examples, "evaluation": examples}
-    made = factory(plugin, record, callbacks=[], **parts)
+    made = factory(plugin, record, Model(), callbacks=[], **parts)
     return plugin.build(Materials(arguments=complete({**settings, **training}), trainer=made, **parts))
 
 

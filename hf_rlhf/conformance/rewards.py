@@ -12,7 +12,7 @@ from unittest import SkipTest
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
-from hf_rlhf.conformance.common import Checks, equal, generators_now, second_of_two_processes
+from hf_rlhf.conformance.common import Checks, equal, generators_now, second_of_two_processes, through_a_file
 from hf_rlhf.conformance.metrics import check_declared, check_finite
 from hf_rlhf.scoring.runners.process_runner import packed
 from hf_rlhf.scoring.runners.reward_call import finish
@@ -46,6 +46,7 @@ def reward_checks(plugin: RewardSource, given: Rollouts) -> Checks:
         yield "a copy in another process gives the same scores", if_sound(_can_be_sent)
     yield "the number of processes changes no score", if_sound(_ignores_processes)
     yield "it is deterministic, and changes neither its rollouts nor a random generator", if_sound(_is_pure)
+    yield "its state after scoring survives a checkpoint", if_sound(_keeps_plain_state)
     yield "logged columns have one value per row", if_sound(_logs_per_row)
     yield "logged metrics are declared, finite numbers", if_sound(_metrics_are_declared)
     if plugin.verifier:
@@ -122,6 +123,12 @@ def _ignores_processes(plugin: RewardSource, given: Rollouts) -> None:
     with second_of_two_processes():
         other = _scores(plugin, copy.deepcopy(given))
     assert _close(alone, other), f"as process 1 of 2 it scores {other}, not {alone}"
+
+
+def _keeps_plain_state(plugin: RewardSource, given: Rollouts) -> None:
+    _scores(plugin, copy.deepcopy(given))
+    state = plugin.state_dict()
+    assert equal(through_a_file(state), state), f"a checkpoint changes its state, {state}"
 
 
 def _is_pure(plugin: RewardSource, given: Rollouts) -> None:

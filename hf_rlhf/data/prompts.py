@@ -18,6 +18,7 @@ from hf_rlhf.config.sections import Dataset
 from hf_rlhf.contract import chat
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
+from hf_rlhf.data.fingerprints import RowHash
 from hf_rlhf.data.model_loading import load_config
 from hf_rlhf.data.sources import DatasetError, Row, Rows, lacking, load_rows
 
@@ -211,6 +212,8 @@ class Prompts(Sequence[Prompt]):
     tokens: list[tuple[list[int], str]]
     rows: _Subset
     maker: _Maker
+    content: str
+    """Hash of the rows that were read, with their tokens."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -251,12 +254,14 @@ class _Maker:
         if not isinstance(rows, _Subset):
             return StreamedPrompts(rows=rows, maker=self)
         tokens: list[tuple[list[int], str]] = []
+        running = RowHash()
         for start in range(0, len(rows), CHUNK):
             chunk = range(start, min(start + CHUNK, len(rows)))
             numbers = [rows.number(index) for index in chunk]
-            tokens += self.tokenize(
-                [self.form(rows[i], number) for i, number in zip(chunk, numbers, strict=True)], numbers
-            )
+            read = [rows[index] for index in chunk]
+            tokens += self.tokenize([self.form(row, number) for row, number in zip(read, numbers, strict=True)], numbers)
+            for row, made in zip(read, tokens[start:], strict=True):
+                running.add(row, made)
         kept = [index for index in range(len(rows)) if not self.too_long(tokens[index][0], rows.number(index))]
         if not kept:
             raise DatasetError(f"all {len(rows)} prompts of the {title} are longer than {self.limit} tokens")
@@ -264,7 +269,8 @@ class _Maker:
             logger.warning(
                 "%d of %d prompts are longer than %s tokens: dropped", len(rows) - len(kept), len(rows), self.limit
             )
-        return Prompts(tokens=[tokens[index] for index in kept], rows=_Subset(rows, kept), maker=self)
+        subset, digest = _Subset(rows, kept), running.hexdigest()
+        return Prompts(tokens=[tokens[index] for index in kept], rows=subset, maker=self, content=digest)
 
     def form(self, row: Row, number: int) -> str | list[dict[str, Any]]:
         """Return the prompt of a row: text, or chat messages."""

@@ -62,7 +62,7 @@ class RunLog(TrainerCallback):
 
     @property
     def found_lines(self) -> bool:
-        """Whether metrics.jsonl has lines from before those of an evaluation before training."""
+        """True if metrics.jsonl has lines that this log did not write before training."""
         return self._start != 0 and self.metrics.exists()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.data.fingerprints import Contents, contents_of
 from hf_rlhf.data.prompt_stream import PromptStream
+from hf_rlhf.data.prompts import Prompts
 from hf_rlhf.modeling.ema import FOLDER, PolicyEMA
 from hf_rlhf.modeling.lora_merge import FOLDER as ADAPTER
 from hf_rlhf.modeling.lora_merge import drop_other_form, merged, save_merged
@@ -68,6 +71,15 @@ class SavingTrainer(RunTrainer):
         checkpoint_manifest.check_same_run(folder, manifest, self.record, processes, blends, self._allowed)
         return manifest
 
+    def _contents(self) -> Contents:
+        """Return the fingerprints of prompts, plugins and model; those of a stream are in its state."""
+        model, train = self.parts.sections["model"], self.parts.train
+        if model.path is None:
+            policy: Any = self.model
+            model = replace(model, path=policy.config.name_or_path or None)
+        rows = {"dataset": {"of": "the dataset", "hash": train.content}} if isinstance(train, Prompts) else {}
+        return rows | contents_of(self.algorithm.plugins(), model)
+
     def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of policy, critic, moving reference and the policy's average, by name."""
         yield from super()._saved_weights()
@@ -107,7 +119,7 @@ class SavingTrainer(RunTrainer):
         state = load_state(Path(checkpoint_folder), rank)
         self._bad_steps = state["bad_steps"]
         try:
-            self.stream.load_state_dict(state["stream"])
+            self.stream.load_state_dict(state["stream"], same="dataset" not in self._allowed)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         self.buffer = None if state["buffer"] is None else Buffer.from_state_dict(state["buffer"], self.args.device)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe_yaml import write_yaml
+from hf_rlhf.data.fingerprints import Contents
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.modeling.policy import configure_padding
@@ -105,6 +106,7 @@ class RunTrainer(Trainer):
         with ExitStack() as guards:
             self._claim_folder(guards, fresh=not resume_from_checkpoint, overwrite=overwrite)
             stop = guards.enter_context(self.stop_on_signal)
+            self.record["contents"] = self._contents()
             self._trained = self._train(resume_from_checkpoint, *args, **kwargs)
             if stop.stopped_after is None and stop.agreed(self.args):  # it came after the last step
                 stop.stopped_after = self.state.global_step
@@ -161,6 +163,10 @@ class RunTrainer(Trainer):
         model, tokenizer = self.model, self.processing_class
         configure_padding(model, tokenizer)  # type: ignore[arg-type]
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _contents(self) -> Contents:
+        """Return the fingerprints of what the run reads."""
+        raise NotImplementedError
 
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint that this run can resume from; raise `CheckpointError` for any other."""
@@ -255,6 +261,7 @@ class RunTrainer(Trainer):
                 facts = {"step": self.state.global_step, "processes": self.args.world_size}
                 self._writing.seal({**facts, "resumable": not self.args.save_only_model, **self.record})
                 checkpoint_manifest.rotate(folder, self._writing.limit, self.state.best_model_checkpoint)
+        self._writing = None
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

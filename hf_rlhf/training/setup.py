@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import Context, Plugin, check_output
+from hf_rlhf.axes import Context, Plugin, TextTerm, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
@@ -194,7 +195,7 @@ def setup_run(
     named = None if isinstance(recipe, Algorithm) else recipe
     known = known_model(model_settings, model, trust_remote_code)
     plan, record = describe(chosen, sections, args, lora, _misfits(model, model_settings, peft_config), named, known)
-    record["run"] = resumable_settings(args, sections, peft_config)
+    record["run"] = resumable_settings(args, sections, peft_config, chosen)
     record["name"], record["recipe"] = (None, None) if named is None else (named.name, _as_run(named, model, args))
     several = evaluation if isinstance(evaluation, dict) else None
     if several is not None:
@@ -382,9 +383,17 @@ def estimate_memory(
     plan.memory, plan.memory_notes = found.phases, found.notes
 
 
-def resumable_settings(args: TrainingArguments, sections: dict[str, Any], peft_config: Any) -> dict[str, Any]:
-    """Return the settings besides the algorithm that must not change between a checkpoint and its resumption."""
+def resumable_settings(
+    args: TrainingArguments, sections: dict[str, Any], peft_config: Any, algorithm: Algorithm
+) -> dict[str, Any]:
+    """Return the settings besides the algorithm that must not change between a checkpoint and its resumption.
+
+    The size of a micro-batch changes no sum once it holds all rows of a rollout, where these are the only rows.
+    """
     chosen = {name: getattr(args, name) for name in DECISIVE}
+    own_texts = any(isinstance(term, TextTerm) for term in algorithm.loss_terms)
+    most = sys.maxsize if own_texts else algorithm.rollout.prompts * algorithm.rollout.num_generations
+    chosen["per_device_train_batch_size"] = min(args.per_device_train_batch_size, most)
     chosen["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     model = {name: x for name, x in asdict(sections["model"]).items() if name != "save_merged"}
     kept = {"training": chosen, "model": model, "dataset": asdict(sections["dataset"])}

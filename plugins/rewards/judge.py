@@ -80,7 +80,7 @@ class Judge(HttpReward):
     """Additional fields of each request, such as {reasoning_effort: low} or {response_format: {type: json_object}}."""
     requests_per_minute: Positive | None = None
     """Maximum request rate of each process of the run; requests are spaced evenly."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata={"written": True})
     """File that caches replies across runs, so that equal requests are paid once."""
     prompt_price: NonNegative | None = None
     """Price per million prompt tokens, for the metric `cost`."""

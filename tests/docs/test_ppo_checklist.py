@@ -100,7 +100,7 @@ def test_adams_epsilon_reaches_policy_and_critic(tmp_path: Path):
             training={"max_steps": 1, "learning_rate": 0.1, **training},
         )
         before = [runs.parameters(m) for m in (made.actor_critic.policy, made.actor_critic.critic)]
-        made.train()
+        made.train(overwrite=True)
         after = [runs.parameters(m) for m in (made.actor_critic.policy, made.actor_critic.critic)]
         return made, *[a - b for a, b in zip(after, before, strict=True)]
 
@@ -148,7 +148,7 @@ def test_a_token_pays_its_own_kl_and_the_last_one_gets_the_score(tmp_path: Path)
         update={"mini_batches": 1},
         training={"max_steps": 2, "learning_rate": 2.0},
     )
-    made.train()
+    made.train(overwrite=True)
     seen: list[Any] = []
     estimate = made.algorithm.advantages.__class__.__call__
 

@@ -95,7 +95,7 @@ def make_trainer(
     rows = {"train": len(train), "evaluation": 0 if evaluation is None else len(evaluation)}
     record = _record(recipe, arguments, rows)
     shared: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train": train, "evaluation": evaluation}
-    made = factory(plugin, record, **shared, callbacks=list(callbacks))
+    made = factory(plugin, record, recipe.model, **shared, callbacks=list(callbacks))
     try:
         with embedded_padding(tokenizer, model):
             trainer = plugin.build(Materials(**shared, arguments=arguments, trainer=made))

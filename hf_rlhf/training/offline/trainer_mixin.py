@@ -12,7 +12,9 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_rlhf.config.recipe_yaml import write_yaml
+from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
+from hf_rlhf.data.fingerprints import Contents, contents_of, rows_hash
 from hf_rlhf.metrics import metrics_of_trainer
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog
@@ -60,6 +62,14 @@ class OfflineRun(Quiet, RunTrainer):
     finite: FiniteSteps
     longest: int
     """Tokens of the longest row."""
+    model_settings: Model
+    encoded: datasets.Dataset
+    """Rows as the plugin encoded them."""
+
+    def _contents(self) -> Contents:
+        """Return the fingerprints of encoded rows, plugin and model."""
+        rows = {"of": "the dataset", "hash": rows_hash(self.encoded)}
+        return {"dataset": rows, **contents_of([("trainer", self.plugin)], self.model_settings)}
 
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint that this run can resume from; raise `CheckpointError` for any other."""
@@ -165,6 +175,7 @@ class OfflineRun(Quiet, RunTrainer):
 def factory(
     plugin: OfflineTrainer,
     record: dict[str, Any],
+    settings: Model,
     *,
     model: Any,
     tokenizer: Any,
@@ -191,6 +202,7 @@ def factory(
         made.run_log, made.finite, made.meters = run_log, finite, MetricAggregator(made.args.device)
         if plugin.head != "causal":  # a classifier's own loss is a mean over its micro-batch, whatever it is told
             made.model_accepts_loss_kwargs = False
+        made.encoded, made.model_settings = train, settings
         made._begin_run()
         made.remove_callback(PrinterCallback)
         made.end_tracking = install(made.callback_handler, args, run_log, record, metrics_of_trainer(plugin))

@@ -5,11 +5,13 @@ The other modules hold the axes. Where a docstring ends in a public thread, that
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +88,7 @@ FACTS = {
     "alone": "a row alone gets the same score as among others (rowwise)",
     "sent": "a copy in another process gives the same scores",
     "ranks": "the number of processes changes no score",
+    "state after": "its state after scoring survives a checkpoint",
     "pure reward": "it is deterministic, and changes neither its rollouts nor a random generator",
     "logs": "logged columns have one value per row",
     "none": "a row without a reference (None) scores None, not 0",
@@ -232,6 +235,20 @@ class Unsafe(Estimator):
         return {"path": Path("/")}
 
 
+class Windowed(Estimator):
+    """Puts a window of scores into its state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"window": deque([1.0], maxlen=3)}
+
+
+class Rounded(Estimator):
+    """Puts a number of another precision into its state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": [np.float32(0.1)]}
+
+
 class Expecting(Estimator):
     """Expects a statistic that the first rollout does not have."""
 
@@ -266,6 +283,8 @@ MUTANTS = [
     Mutant(lambda: Uncopied(rule="other"), "copies", "after being copied it is"),
     Mutant(Forgetful, "state", "load_state_dict turned"),
     Mutant(Unsafe, "state", "must hold numbers"),
+    Mutant(Windowed, "state", r"state_dict\(\)\['window'\] must .* got collections.deque"),
+    Mutant(Rounded, "state", r"state_dict\(\)\['mean'\]\[0\] must .* got numpy.float32"),
     Mutant(Expecting, "state", "not measured in every rollout"),
     Mutant(Reset, "state", "observe changes _mean", ("resume",)),
 ]

@@ -25,6 +25,21 @@ class Reward(RewardSource):
         return [float(len(text)) for text in rollouts.completions]
 
 
+class Counted(Reward):
+    """Remembers its last scores in a window, which is in its state once it has scored."""
+
+    def __post_init__(self) -> None:
+        self._seen: deque[float] | None = None
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        scores: list[float] = super().__call__(rollouts)
+        self._seen = deque(scores, maxlen=4)
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._seen is None else {"seen": self._seen}
+
+
 class Short(Reward):
     """Forgets a row."""
 
@@ -417,6 +432,7 @@ MUTANTS = [
     Mutant(Beyond, "answers", "steps end at"),
     Mutant(OtherColumn, "answers", "Pass rollouts="),
     Mutant(Clearing, "pure reward", "changes rollouts.completions"),
+    Mutant(Counted, "state after", r"state_dict\(\)\['seen'\] must .* got collections.deque"),
     Mutant(Ranked, "rows", "reversed rows score"),
     Mutant(Compared, "alone", "Remove rowwise = True"),
     Mutant(remembering, "sent", "a copy made from its settings"),

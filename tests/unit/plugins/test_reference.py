@@ -214,7 +214,7 @@ def test_a_run_moves_its_reference_and_resumes_it_to_the_bit(
                 "learning_rate": 1.0 if lora else 0.1,
             },
         )
-        made.train(resume_from_checkpoint=resume)
+        made.train(resume_from_checkpoint=resume, overwrite=not resume)
         made.close()
         return runs.parameters(made), vector(made.moving_reference())
 
