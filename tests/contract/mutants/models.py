@@ -6,7 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,11 @@ class Reward(RewardSource):
 class Counted(Reward):
     """Remembers its last scores in a window, which is in its state once it has scored."""
 
-    def __post_init__(self) -> None:
-        self._seen: deque[float] | None = None
+    _seen: ClassVar[deque[float] | None] = None
 
     def __call__(self, rollouts: Rollouts) -> Any:
         scores: list[float] = super().__call__(rollouts)
-        self._seen = deque(scores, maxlen=4)
+        vars(self)["_seen"] = deque(scores, maxlen=4)
         return scores
 
     def state_dict(self) -> dict[str, Any]:
