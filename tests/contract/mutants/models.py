@@ -6,7 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Reward(RewardSource):
 class Counted(Reward):
     """Remembers its last scores in a window, which is in its state once it has scored."""
 
-    _seen: ClassVar[deque[float] | None] = None
+    _seen = None
 
     def __call__(self, rollouts: Rollouts) -> Any:
         scores: list[float] = super().__call__(rollouts)
