@@ -259,7 +259,9 @@ class _Maker:
             chunk = range(start, min(start + CHUNK, len(rows)))
             numbers = [rows.number(index) for index in chunk]
             read = [rows[index] for index in chunk]
-            tokens += self.tokenize([self.form(row, number) for row, number in zip(read, numbers, strict=True)], numbers)
+            tokens += self.tokenize(
+                [self.form(row, number) for row, number in zip(read, numbers, strict=True)], numbers
+            )
             for row, made in zip(read, tokens[start:], strict=True):
                 running.add(row, made)
         kept = [index for index in range(len(rows)) if not self.too_long(tokens[index][0], rows.number(index))]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import Context, Plugin, TextTerm, check_output
+from hf_rlhf.axes import Context, Plugin, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
 from hf_rlhf.config.training_arguments import (
-    DECISIVE,
     DEFAULTS,
     check_arguments,
     training_of,
@@ -51,6 +49,7 @@ from hf_rlhf.training.model_checks import (
     known_model,
 )
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
+from hf_rlhf.training.resumable_settings import resumable_settings
 from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
 if TYPE_CHECKING:
@@ -381,29 +380,6 @@ def estimate_memory(
     own = {"model": whole, "peft_config": peft_config, "prompt_tokens": known, "trust_remote_code": trust_remote_code}
     found = estimate(sections["model"], algorithm, args, **own)
     plan.memory, plan.memory_notes = found.phases, found.notes
-
-
-def resumable_settings(
-    args: TrainingArguments, sections: dict[str, Any], peft_config: Any, algorithm: Algorithm
-) -> dict[str, Any]:
-    """Return the settings besides the algorithm that must not change between a checkpoint and its resumption.
-
-    The size of a micro-batch changes no sum once it holds all rows of a rollout, where these are the only rows.
-    """
-    chosen = {name: getattr(args, name) for name in DECISIVE}
-    own_texts = any(isinstance(term, TextTerm) for term in algorithm.loss_terms)
-    most = sys.maxsize if own_texts else algorithm.rollout.prompts * algorithm.rollout.num_generations
-    chosen["per_device_train_batch_size"] = min(args.per_device_train_batch_size, most)
-    chosen["data_seed"] = args.seed if args.data_seed is None else args.data_seed
-    model = {name: x for name, x in asdict(sections["model"]).items() if name != "save_merged"}
-    kept = {"training": chosen, "model": model, "dataset": asdict(sections["dataset"])}
-    if peft_config is not None:
-        kept["peft"] = {
-            name: x
-            for name, x in peft_config.to_dict().items()
-            if name in ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora")
-        }
-    return json.loads(json.dumps(kept, default=str))
 
 
 def _replace(settings: Any, **changes: Any) -> Any:
