@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hf_rlhf.batch import Prompt
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.contract import chat
-from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
 from hf_rlhf.data.fingerprints import RowHash
-from hf_rlhf.data.model_loading import load_config
 from hf_rlhf.data.sources import DatasetError, Row, Rows, lacking, load_rows
 
 if TYPE_CHECKING:
@@ -57,10 +55,11 @@ def load_prompts(
     return prompts(rows, "dataset"), None if held_out is None else prompts(held_out, "evaluation dataset")
 
 
-def prompt_room(model: Any, settings: Model, rollout: Any, trust_remote_code: bool = False) -> int | None:
-    """Return the prompt tokens that the context leaves beside the longest completion; `model` may be only named, or None."""
-    config, code = getattr(model, "config", None), trust_remote_code
-    config = config or load_config(settings.path, settings.revision, trust_remote_code=code)
+def prompt_room(config: Any, settings: Dataset, rollout: Any) -> int | None:
+    """Return the prompt tokens that the context of a model with this configuration leaves beside the longest completion.
+
+    Raises `ValueError` if there are none, or fewer than `settings.max_prompt_tokens`.
+    """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = getattr(rollout, "max_new_tokens", None)
     if context is None or longest is None:
@@ -68,6 +67,11 @@ def prompt_room(model: Any, settings: Model, rollout: Any, trust_remote_code: bo
     if longest >= context:
         raise ValueError(
             f"rollout.max_new_tokens={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
+        )
+    if settings.max_prompt_tokens is not None and settings.max_prompt_tokens > context - longest:
+        raise ValueError(
+            f"dataset.max_prompt_tokens={settings.max_prompt_tokens} and rollout.max_new_tokens={longest} must fit together into "
+            f"the model's context of {context} tokens: lower one of them"
         )
     return context - longest
 

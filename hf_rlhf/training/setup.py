@@ -24,6 +24,7 @@ from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
 from hf_rlhf.data.model_loading import (
     disable_dropout,
+    load_config,
     load_model,
     load_tokenizer,
     lora_config,
@@ -207,7 +208,10 @@ def setup_run(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer, model_settings
     )
     _refuse(tag_problems(chosen, tokenizer))
-    room = prompt_room(model, model_settings, chosen.rollout, trust_remote_code)
+    config = getattr(model, "config", None) or load_config(
+        model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code
+    )
+    room = prompt_room(config, sections["dataset"], chosen.rollout)
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
     )
@@ -337,6 +341,11 @@ def describe(
     ]
     problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
     problems += offload_problems(algorithm, args)
+    if config is not None:
+        try:
+            prompt_room(config, sections["dataset"], algorithm.rollout)
+        except ValueError as error:
+            problems.append(str(error))
     if not lora:
         problems += [
             f"{path}={plugin.name} needs a policy with an adapter: set model.lora={{r: 16}} (--use_peft, or peft_config in "

@@ -72,6 +72,11 @@ class Generate(RolloutEngine):
         from ._checks import generation_problems, load_processors
 
         yield from generation_problems(self.generation_kwargs)
+        if self.max_rows is not None and self.max_rows < self.num_generations:
+            yield (
+                f"rollout.max_rows must be at least rollout.num_generations={self.num_generations}, as the completions of a "
+                f"prompt are decoded together, got {self.max_rows}. Raise it"
+            )
         if "" in self.stop_strings:
             yield "rollout.stop_strings must not contain an empty text, which every completion contains. Remove it"
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,25 +28,31 @@ def check(
     The forecast runs code that comes with the model only with `trust_remote_code`. Raises `UserError` with every reason for
     refusal.
     """
+    from hf_rlhf.training.early_checks import check_space
+
     args = recipe.training_arguments(output_dir)
+    fallible = nullcontext() if forecast else suppress(Exception)  # a run does not depend on its forecast
+    known = {"trust_remote_code": trust_remote_code}
     try:
         if isinstance(recipe, OfflineRecipe):
             from hf_rlhf.training.offline import setup as offline
 
             plan = offline.check_recipe(recipe, args)
-            if forecast:
-                offline.estimate_memory(plan, recipe, args, trust_remote_code=trust_remote_code)
+            with fallible:
+                offline.estimate_memory(plan, recipe, args, **known)
         else:
             from hf_rlhf.training import setup
 
             plan = setup.check_recipe(recipe, args)
-            if forecast:
-                known = {"trust_remote_code": trust_remote_code}
+            with fallible:
                 setup.estimate_memory(plan, recipe.algorithm(), args, recipe.sections, **known)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_space(plan.memory, args)
+    if not forecast:
+        plan.memory, plan.memory_notes = {}, []
     return plan
 
 
