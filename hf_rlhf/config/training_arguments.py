@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.registry.discovery import source_of
 from hf_rlhf.runtime.errors import UserError
 
@@ -226,7 +225,6 @@ def check_arguments(args: Any, rollouts: bool = True) -> None:
             f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which is refused: start one process per GPU with "
             "`accelerate launch -m hf_rlhf train ...`, or select one GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    refused += optimizer_problems(args)
     if refused:
         raise ArgumentError("\n".join(refused))
     if not rollouts:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_rlhf.axes import Context, Plugin, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
+from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
@@ -340,7 +341,7 @@ def describe(
         *refused,
     ]
     problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
-    problems += offload_problems(algorithm, args)
+    problems += [*offload_problems(algorithm, args), *optimizer_problems(args)]
     if config is not None:
         try:
             prompt_room(config, sections["dataset"], algorithm.rollout)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.config.training_arguments import DECISIVE, check_arguments
@@ -58,7 +59,7 @@ def _checked(recipe: OfflineRecipe, args: TrainingArguments) -> Plan:
     lora = recipe.model.lora is not None
     config, dtype = known_model(recipe.model)
     problems = [*model_problems(recipe.model, lora, [("trainer", trainer)]), *dtype_problems(dtype, lora)]
-    problems += trainer.problems(recipe.model)
+    problems += [*trainer.problems(recipe.model), *optimizer_problems(args)]
     if problems:
         raise ValueError("\n".join(problems))
     plan = Plan(plugins=get_host().manifest([type(trainer)]))
