@@ -233,7 +233,8 @@ def told(*training: str, **parts: Any) -> Any:
 
 
 @pytest.mark.parametrize("optim", offload_checks.CODED)
-def test_state_that_cannot_be_moved_is_refused_before_anything_is_loaded(optim):
+def test_state_that_cannot_be_moved_is_refused_before_anything_is_loaded(optim, monkeypatch):
+    monkeypatch.setattr("hf_rlhf.training.setup.optimizer_problems", lambda args: ())  # torchao may be missing
     both = {"update": {"offload": True}, "advantages": "gae", "critic": {"use": "separate", "offload": True}}
     text = f"the state of training.optim={optim} is torchao's codes: set update.offload=false and critic.offload=false, or "
     with pytest.raises(UserError, match=text + "training.optim=adamw_torch"):
