@@ -51,15 +51,13 @@ def _building_problems(args: TrainingArguments) -> Iterator[str]:
     for key, _ in pairs:
         if not _reads(args, key):
             yield f"training.optim_args: optim={name} does not read {key!r}. Drop it, or choose another training.optim"
-    steps = max(args.max_steps, 1)
+    steps, settings = max(args.max_steps, 1), args.lr_scheduler_kwargs or None
     chosen: dict[str, Any] = {"num_warmup_steps": args.get_warmup_steps(steps), "num_training_steps": steps}
     try:
-        get_scheduler(
-            args.lr_scheduler_type, optimizer, scheduler_specific_kwargs=args.lr_scheduler_kwargs or None, **chosen
-        )
+        get_scheduler(args.lr_scheduler_type, optimizer, **chosen, scheduler_specific_kwargs=settings)  # type: ignore[arg-type]
     except Exception as error:
         kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        given = f", training.lr_scheduler_kwargs={args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+        given = f", training.lr_scheduler_kwargs={settings}" if settings else ""
         yield f"training.lr_scheduler_type={kind}{given} cannot be built: {error}"
 
 
