@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Trainer, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
 from hf_rlhf.config.plan import Plan
@@ -265,12 +266,16 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the optimizer while the weights, which are written, are hashed."""
-        if self._writing is not None and self.args.should_save:
+        """Save optimizer and schedule as Trainer does, hashed on the way, while the weights are hashed in a thread."""
+        if self._writing is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            optimizer, schedule = self.optimizer, self.lr_scheduler
+            assert optimizer is not None
+            assert schedule is not None
             self._writing.hash_written()
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._writing is not None and self.args.should_save:
-            self._writing.hash_written()
+            self._writing.save(OPTIMIZER_NAME, optimizer.state_dict())
+            self._writing.save(SCHEDULER_NAME, schedule.state_dict())
 
     def _state(self) -> dict[str, Any] | None:
         """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers."""
