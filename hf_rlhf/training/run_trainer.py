@@ -126,8 +126,8 @@ class RunTrainer(Trainer):
                     remove_run(self.output_dir)
                 elif fresh and not self._owns_folder and self._holds_another_run():
                     raise RunExists(
-                        f"{self.output_dir} already contains a run. To continue it, train with resume_from_checkpoint; to replace "
-                        "it, with overwrite; or choose another output_dir"
+                        f"{self.output_dir} already contains a run. To continue it, train with resume_from_checkpoint; to "
+                        "replace it, with overwrite; or choose another output_dir"
                     )
             except UserError as error:
                 found = error
