@@ -30,7 +30,7 @@ from transformers.integrations import (
 from transformers.integrations.integration_utils import default_logdir
 
 from hf_rlhf.metrics.names import ONCE, STEP, TABLE, Named, globbed, tracked
-from hf_rlhf.runtime.wandb_account import has_account
+from hf_rlhf.runtime.wandb_account import has_account, server_problem
 
 logger = logging.getLogger(__name__)
 
@@ -191,16 +191,18 @@ class WandbTracker(WandbCallback):
             self._wandb.init(**options)
         elif not has_account(settings):
             self._offline("no Weights & Biases account found", options)
+        elif problem := server_problem(settings, limit := _init_timeout(settings)):
+            self._offline(f"Weights & Biases did not start ({problem})", options)
         else:
-            patience = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": INIT_TIMEOUT_S}
             try:
-                self._wandb.init(settings=self._wandb.Settings(**patience), **options)
+                self._wandb.init(settings=self._wandb.Settings(init_timeout=limit), **options)
             except Exception as error:
                 reason = str(error).strip().split("\n")[0]
                 self._offline(f"Weights & Biases did not start ({reason})", options)
         self._started = self._wandb.run
 
     def _offline(self, why: str, options: dict[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else 10 s at the end, where the server is silent
         self._wandb.init(mode="offline", **options)
         written = shlex.quote(str(Path(self._wandb.run.dir).parent))
         logger.warning("%s: logging offline. `wandb sync %s` uploads the run later", why, written)
@@ -244,6 +246,10 @@ class WandbTracker(WandbCallback):
             now = time.monotonic()
             waits = (TABLE_EVERY_S, TABLE_PATIENCE * (now - began), TABLE_SHARE * (now - self._began))
             self._due = now + max(waits)
+
+
+def _init_timeout(settings: Any) -> float:
+    return settings.init_timeout if "WANDB_INIT_TIMEOUT" in os.environ else INIT_TIMEOUT_S
 
 
 def summaries(declared: Sequence[Named]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Find an account of Weights & Biases."""
+"""Find an account of Weights & Biases, and whether its server answers."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 
@@ -11,3 +12,34 @@ def has_account(settings: Any) -> bool:
 
     own = settings.api_key or getattr(settings, "identity_token_file", None)
     return bool(own or get_netrc_auth(settings.base_url))
+
+
+def server_problem(settings: Any, seconds: float) -> str | None:
+    """Return why W&B's server gives no answer within `seconds`, None if it does; an error is an answer as well.
+
+    W&B's own calls try a server that accepts connections and stays silent again, at the start of a run and at its end.
+    """
+    import requests
+
+    problem: str | None = f"{settings.base_url} did not answer within {seconds:g} s"
+    verify = not getattr(settings, "insecure_disable_ssl", False)
+
+    def ask() -> None:
+        nonlocal problem
+        try:
+            query = {"query": "{__typename}"}
+            requests.post(
+                f"{settings.base_url}/graphql", json=query, timeout=seconds, verify=verify, stream=True
+            ).close()
+            problem = None
+        except requests.Timeout:
+            pass
+        except requests.RequestException as error:
+            problem = f"{settings.base_url} cannot be reached ({type(error).__name__})"
+
+    thread = threading.Thread(
+        target=ask, name="hf_rlhf-wandb", daemon=True
+    )  # neither names nor headers have a time limit
+    thread.start()
+    thread.join(seconds)
+    return problem

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +23,7 @@ from hf_rlhf.metrics.dashboard import dashboard_of
 from hf_rlhf.metrics.names import ONCE, globbed, tracked
 from hf_rlhf.metrics.trackers import labels
 from hf_rlhf.registry.host import Host, use_host
-from hf_rlhf.runtime.wandb_account import has_account
+from hf_rlhf.runtime.wandb_account import has_account, server_problem
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import runs
 from tests.helpers.processes import warm
@@ -114,6 +119,33 @@ def start(folder: Path, recipe: dict[str, Any], *options: str, **environment: st
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=scaled(300))
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+class SilentServer:
+    """Accepts connections and says nothing, a byte at a time, or `answer`."""
+
+    drips, answer = False, b""
+
+    def __init__(self) -> None:
+        self.socket, self.connections = socket.create_server(("127.0.0.1", 0)), list[Any]()
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                self.connections.append(self.socket.accept()[0])
+                self.connections[-1].sendall(self.answer)
+                for byte in b"HTTP/1.1 " * self.drips:
+                    self.connections[-1].sendall(bytes([byte]))
+                    time.sleep(0.1)
+
+
+@pytest.fixture
+def silent_server() -> Iterator[SilentServer]:
+    server = SilentServer()
+    yield server
+    server.socket.close()
 
 
 def use(what: Any, recipe: dict[str, Any]) -> Any:
@@ -323,7 +355,7 @@ def test_the_table_of_completions_grows_and_has_every_reward_and_the_advantage(r
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds W&B's process in /proc")
-def test_neither_a_server_that_does_not_answer_nor_the_death_of_its_process_stops_a_run(tmp_path):
+def test_neither_a_server_that_does_not_answer_nor_the_death_of_its_process_stops_a_run(tmp_path, silent_server):
     (tmp_path / "kills.py").write_text(KILLS)
     recipe = {**RECIPE, "advantages": "gae", "rewards": [{"use": "kills"}], "dataset": {"held_out": 0}, "update": {}}
     done = start(
@@ -332,15 +364,29 @@ def test_neither_a_server_that_does_not_answer_nor_the_death_of_its_process_stop
         "-p",
         "kills.py",
         WANDB_API_KEY="0" * 40,
-        WANDB_BASE_URL="http://127.0.0.1:9",
+        WANDB_BASE_URL=silent_server.url,
         WANDB_INIT_TIMEOUT="1",
     )
-    assert "killed wandb-core" in done.stdout
+    assert len(silent_server.connections) == 1  # none of W&B's own, which took 18 s at the start and 24 s at the end
+    assert f"{silent_server.url} did not answer within 1 s" in done.stderr
+    assert "killed wandb-core" in done.stdout + done.stderr
     assert done.stderr.count("Weights & Biases did not start") == 1
     assert done.stderr.count("WandbTracker failed; training continues without it") == 1
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 8
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, 9), 8]
+
+
+def test_a_server_answers_within_the_time_limit_or_is_not_used(silent_server):
+    def problem_of(url: str, seconds: float) -> str | None:
+        return server_problem(SimpleNamespace(base_url=url), seconds)
+
+    assert problem_of(silent_server.url, 0.2) == f"{silent_server.url} did not answer within 0.2 s"
+    silent_server.drips = True  # a byte at a time, so that no read times out
+    assert problem_of(silent_server.url, 0.2) == f"{silent_server.url} did not answer within 0.2 s"
+    assert problem_of("http://127.0.0.1:9", 5) == "http://127.0.0.1:9 cannot be reached (ConnectionError)"
+    silent_server.answer = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+    assert problem_of(silent_server.url, 5) is None
 
 
 def test_an_account_is_found_in_the_settings_or_in_the_netrc_file(tmp_path, monkeypatch):
