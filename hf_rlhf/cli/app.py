@@ -20,7 +20,7 @@ from hf_rlhf.runtime.errors import UserError, did_you_mean
 
 EXIT_CODES = (
     (0, "done"),
-    (1, "failed: an unexpected error, or, in `score`, a row that could not be scored"),
+    (1, "failed: an unexpected error, a reward that failed, or, in `score`, a row that could not be scored"),
     (2, "rejected before running: the message says how to fix it"),
     (129, "hung up (SIGHUP); training saves a checkpoint first"),
     (130, "interrupted (Ctrl-C, SIGINT); training saves a checkpoint first"),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 from types import TracebackType
 
 from hf_rlhf.registry.discovery import format_error
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.cache import cache_folder
-from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.errors import UserError, root_cause
 from hf_rlhf.runtime.plain_text import format_traceback, indented
 
 ASKED = "HF_RLHF_TRACEBACK"
@@ -30,7 +31,10 @@ def report(error: Exception) -> int:
         print(format_traceback(error), file=sys.stderr)
         return error.code if isinstance(error, UserError) else 1
     if isinstance(error, UserError):
-        print(indented(f"error: {error}"), file=sys.stderr)
+        lines = [f"error: {error}", *(textwrap.indent(note, "  ") for note in getattr(error, "__notes__", ()))]
+        if error.code == 1 and error.__cause__ is not None:
+            lines.append(textwrap.indent(format_traceback(root_cause(error)), "  "))
+        print(indented("\n".join(lines)), file=sys.stderr)
         return error.code
     lines = [f"error: {format_error(error)}", *getattr(error, "__notes__", ())]
     lines += [f"  raised in {place(error.__traceback__)}"] if error.__traceback__ else []

@@ -34,6 +34,9 @@ class RewardSource(Plugin, ABC):
     """True if a row's score depends on that row alone: rows are then scored one by one over the workers, so that one that
     hangs or raises does not affect others. If False, one call gets all rows."""
 
+    provided: ClassVar[frozenset[str]] = frozenset()
+    """Names besides the dataset's columns that a misspelt column may mean."""
+
     draws: ClassVar[bool] = False
     """True if it draws from the global random generators: they are then seeded for each row of a rowwise source too."""
 
@@ -89,6 +92,11 @@ class RewardSource(Plugin, ABC):
     def columns(self) -> set[str]:
         """Return the dataset columns that it reads besides those of `when`."""
         return set()
+
+    @property
+    def reader(self) -> str:
+        """Return who reads the columns, for errors."""
+        return f"rewards.{self.name}"
 
     def patterns(self) -> set[str]:
         """Return texts and regular expressions that a completion is to contain: their special tokens must not be hidden."""

@@ -18,7 +18,7 @@ from hf_rlhf.config.sections import Dataset
 from hf_rlhf.contract import chat
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
 from hf_rlhf.data.fingerprints import RowHash
-from hf_rlhf.data.sources import DatasetError, Row, Rows, lacking, load_rows
+from hf_rlhf.data.sources import DatasetError, Row, Rows, load_rows, missing_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,13 +90,7 @@ def read_columns(
 
 def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:
     """Check that rewards read existing columns. Raises `DatasetError`."""
-    problems = []
-    for reward in rewards:
-        reads = getattr(reward, "columns", None)
-        read = (reads() if reads is not None else set()) | set(getattr(reward, "when", None) or ())
-        missing = lacking(read, columns)
-        if missing:
-            problems.append(f"rewards.{reward.name} reads {', '.join(missing)}")
+    problems = [problem for reward in rewards for problem in missing_columns(reward, columns)]
     if problems:
         raise DatasetError(f"{'; '.join(problems)}: the dataset has {', '.join(sorted(columns)) or 'no such columns'}")
 

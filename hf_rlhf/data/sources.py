@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.errors import UserError, did_you_mean
 from hf_rlhf.runtime.hub import unavailable
 
 FILES = (".json", ".jsonl", ".csv", ".parquet")
@@ -127,6 +127,20 @@ def _complete(rows: list[Row]) -> list[Row]:
     """Return the rows with None for columns that only other rows have."""
     names = {name: None for row in rows for name in row}
     return [{**names, **row} for row in rows]
+
+
+def missing_columns(source: Any, columns: Collection[str]) -> list[str]:
+    """Return `READER reads NAME` for each column that a reward source or another plugin reads and the dataset lacks."""
+    name = f"rewards.{source.name}"
+    reader, known = getattr(source, "reader", None) or name, {*columns, *getattr(source, "provided", ())}
+    reads = [(reader, known, source.columns() if hasattr(source, "columns") else ())]
+    reads += [(f"{name}.when", columns, getattr(source, "when", None) or ())]
+    found = []
+    for who, choices, names in reads:
+        for missing in lacking(names, columns):
+            near = did_you_mean(missing, choices).strip()
+            found.append(f"{who} reads {missing}" + (f" ({near})" if near else ""))
+    return found
 
 
 def lacking(reads: Iterable[str], columns: Collection[str]) -> list[str]:

@@ -10,7 +10,14 @@ class UserError(Exception):
     """An error whose message says how to fix it; the command line prints it without a traceback."""
 
     code = 2
-    """Exit code of the command."""
+    """Exit code of the command: 2 if it was rejected before running, 1 if what ran failed, whose traceback is then printed."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the error that was raised first and others from it."""
+    while error.__cause__ is not None and error.__cause__.__traceback__ is not None:
+        error = error.__cause__
+    return error
 
 
 class CheckpointError(UserError, ValueError):

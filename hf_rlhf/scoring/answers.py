@@ -14,6 +14,14 @@ from hf_rlhf.runtime.errors import UserError
 class RewardError(UserError, RuntimeError):
     """Error for a reward source that raised, or returned something other than one answer per row."""
 
+    code = 1
+
+
+class RewardStartError(RewardError):
+    """Error for a reward source whose workers cannot be started."""
+
+    code = 2
+
 
 Answer = float | Spans | TokenScores
 """A source's answer for a row: a number (NaN: does not apply), per-step rewards, or per-token rewards."""

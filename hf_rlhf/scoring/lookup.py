@@ -44,8 +44,8 @@ def columns_of(source: RewardSource) -> set[str]:
 def named_rewards(name: str, words: Sequence[str] = ()) -> NamedRewards:
     """Return the reward sources of a recipe, a reward plugin, or a function `file.py:name` or `module:name`.
 
-    A recipe is a name or a YAML file, whose keys `words` override; for plugins and functions `words` are settings. Raises
-    `UserError` naming the choices.
+    A recipe is a name or a YAML file, which may hold `rewards` alone, and `words` override its keys; for plugins and functions
+    they are settings. Raises `UserError` naming the choices.
     """
     from hf_rlhf.registry.host import get_host
 
@@ -78,19 +78,44 @@ def named_rewards(name: str, words: Sequence[str] = ()) -> NamedRewards:
 
 
 def _of_recipe(name: str, words: Sequence[str]) -> NamedRewards:
-    from hf_rlhf.config.recipe import load_recipe
+    from hf_rlhf.config.recipe import load_recipe, read_recipe
+    from hf_rlhf.config.recipe_yaml import TOP_AXES
 
-    recipe = load_recipe(name, words)
-    if "rewards" not in recipe.plugins:
-        raise UserError(f"recipe {name} trains on a dataset and has no rewards. Name a recipe with `rewards`")
-    sources = [(source.label or source.name, source) for source in recipe.plugins["rewards"]]
+    written = read_recipe(name)
+    if written.keys() & set(TOP_AXES) == {"rewards"}:
+        rewards, dataset, model = _alone(name, written, words)
+    else:
+        recipe = load_recipe(name, words)
+        if "rewards" not in recipe.plugins:
+            raise UserError(f"recipe {name} trains on a dataset and has no rewards. Name a recipe with `rewards`")
+        rewards, dataset, model = recipe.plugins["rewards"], recipe.dataset, recipe.model
+    sources = [(source.label or source.name, source) for source in rewards]
     labels = [label for label, _ in sources]
     if not sources:
         raise UserError(f"recipe {name} has no reward source. Set 'rewards=[{{use: exact_match}}]'")
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise UserError(f"{name} has several reward sources labelled {twice[0]!r}. Set a distinct `label` for each")
-    return NamedRewards(sources=sources, dataset=recipe.dataset, model=recipe.model)
+    return NamedRewards(sources=sources, dataset=dataset, model=model)
+
+
+def _alone(name: str, written: dict[str, Any], words: Sequence[str]) -> tuple[list[RewardSource], Dataset, Model]:
+    """Return the rewards of a file without an algorithm, and its sections `dataset` and `model`."""
+    from hf_rlhf.config.overrides import apply_overrides
+    from hf_rlhf.config.recipe_reader import RecipeReader
+    from hf_rlhf.config.recipe_yaml import RecipeError
+    from hf_rlhf.registry.host import get_host
+
+    raw, _ = apply_overrides(written, words)
+    reader, keys = RecipeReader(get_host()), ("rewards", "dataset", "model")
+    for key in raw.keys() - {*keys}:
+        reader.refuse(key, f"a file of rewards has no such key.{did_you_mean(key, keys)} It has: {', '.join(keys)}")
+    rewards, _ = reader.axis("rewards", raw["rewards"])
+    dataset, _ = reader.group(Dataset, raw.get("dataset", {}), "dataset")
+    model, _ = reader.group(Model, raw.get("model", {}), "model")
+    if reader.problems:
+        raise RecipeError(f"the file {name}", reader.problems)
+    return rewards, dataset, model
 
 
 def _of_plugin(name: str, words: Sequence[str]) -> NamedRewards:

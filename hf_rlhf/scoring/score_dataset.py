@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 from hf_rlhf.contract.chat import opening_of
-from hf_rlhf.data.sources import Row, lacking, load_rows
+from hf_rlhf.data.sources import Row, load_rows, missing_columns
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.scoring.agreement import Agreement, Number, agreement
-from hf_rlhf.scoring.lookup import NO_TOKENS, NamedRewards, NoTokens, columns_of, scorer_of, tokenizer_of
+from hf_rlhf.scoring.lookup import NO_TOKENS, NamedRewards, NoTokens, scorer_of, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,9 +114,11 @@ def _check_columns(rewards: NamedRewards, places: Columns, names: set[str], agai
     wanted = [(name, "the prompt; set --prompt-column") for name in prompts]
     wanted += [(places.completion, "the completion; set --completion-column")]
     wanted += [(against, "the labels of --against")] if against is not None else []
-    for label, source in rewards.sources:
-        wanted += [(name, f"needed by reward {label!r}") for name in lacking(columns_of(source), names)]
     missing = [f"no column {name!r} ({what})" for name, what in wanted if name not in names]
+    try:
+        missing += [problem for _, source in rewards.sources for problem in missing_columns(source, names)]
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if missing:
         raise UserError(f"{'; '.join(missing)}. The dataset has: {', '.join(sorted(names))}")
 

@@ -50,6 +50,11 @@ class Failure:
     error: BaseException | None = None
     """Exception, if it was raised in this process."""
 
+    @property
+    def place(self) -> str:
+        """Return where it was raised: its traceback without the message."""
+        return "\n".join(line for line in self.trace.splitlines() if line.startswith("  File "))
+
 
 @dataclass(kw_only=True)
 class SourceResult:
@@ -287,6 +292,8 @@ class _Budget:
     failures: int = 0
     warned: bool = False
     """True once an answer that is not finite has been reported."""
+    traced: set[str] = field(default_factory=set)
+    """Places of the failures whose tracebacks have been logged."""
 
     def judge(self, label: str, source: RewardSource, asked: SourceResult, counts: bool) -> None:
         """Warn of failures, and count them with `counts`. Raises `RewardError` if the source's settings require it."""
@@ -294,8 +301,14 @@ class _Budget:
         if counts:
             self.rows += len(failed) + sum(not (_is_missing(x) or i in failed) for i, x in enumerate(asked.answers))
             self.failures += len(failed)
+        ends = first = False
+        if self.rows >= ENOUGH:
+            share, first = self.failures / self.rows, not self.judged
+            self.over = self.over + 1 if share > source.failure_budget else 0
+            self.rows, self.failures, self.judged = 0, 0, True
+            ends = (share == 1 and first) or self.over >= PATIENCE
         if asked.failures:
-            self._report(label, source, asked)
+            self._report(label, source, asked, traced=not ends)
         if asked.invalid and not self.warned:
             self.warned = True
             logger.warning(
@@ -303,29 +316,27 @@ class _Budget:
                 "Return None where the source does not apply",
                 *(_title(label, source), _named(sorted(asked.invalid))),
             )
-        if self.rows >= ENOUGH:
-            share, first = self.failures / self.rows, not self.judged
-            self.over = self.over + 1 if share > source.failure_budget else 0
-            self.rows, self.failures, self.judged = 0, 0, True
-            if (share == 1 and first) or self.over >= PATIENCE:
-                self._end(label, source, asked, first)
+        if ends:
+            self._end(label, source, asked, first)
 
-    def _report(self, label: str, source: RewardSource, asked: SourceResult) -> None:
+    def _report(self, label: str, source: RewardSource, asked: SourceResult, traced: bool) -> None:
         reasons: dict[str, list[Failure]] = {}
         for failure in asked.failures:
             reasons.setdefault(failure.reason, []).append(failure)
         if source.on_error == "raise":
             first = asked.failures[0]
             rows = _named([failure.row for failure in asked.failures])
-            raise RewardError(f"{_title(label, source)} {first.reason}, {rows}") from first.error
+            raise _failure(f"{_title(label, source)} {first.reason}, {rows}", first)
         given = "no score" if isinstance(source.on_error, str) else f"{source.on_error:g}"
         for reason, failures in list(reasons.items())[:10]:
             rows = _named([failure.row for failure in failures])
             logger.warning("%s %s: %s, %s", _title(label, source), reason, rows, f"which get {given}")
         if len(reasons) > 10:
             logger.warning("%s failed for %d more reasons", _title(label, source), len(reasons) - 10)
-        if asked.failures[-1].trace:
-            logger.warning("last failure:\n%s", asked.failures[-1].trace)
+        last = asked.failures[-1]
+        if last.trace and traced and last.place not in self.traced:
+            self.traced.add(last.place)
+            logger.warning("last failure:\n%s", last.trace)
 
     def _end(self, label: str, source: RewardSource, asked: SourceResult, first: bool) -> None:
         last = asked.failures[-1] if asked.failures else None
@@ -336,7 +347,19 @@ class _Budget:
             "raise rewards.*.failure_budget to allow more"
         )
         said = f"{_title(label, source)} {last.reason if last else 'failed'}, {why}"
-        raise RewardError(f"{said}\n{last.trace if last else ''}".rstrip()) from (last.error if last else None)
+        if last is not None and last.place in self.traced:
+            raise RewardError(f"{said}. Its traceback is above") from None
+        raise _failure(said, last)
+
+
+def _failure(text: str, failure: Failure | None) -> RewardError:
+    """Return the error that ends a run, with the traceback of the source as its cause or, of another process, as a note."""
+    error = RewardError(text)
+    if failure is not None:
+        error.__cause__ = failure.error
+        if failure.error is None and failure.trace:
+            error.add_note(failure.trace)
+    return error
 
 
 def _title(label: str, source: RewardSource) -> str:

@@ -19,7 +19,17 @@ from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._call import LazyState, Logs, Parameters, load_function, parameters, reads_state, trainer_state, trl_arguments
+from ._call import (
+    PROVIDED,
+    LazyState,
+    Logs,
+    Parameters,
+    load_function,
+    parameters,
+    reads_state,
+    trainer_state,
+    trl_arguments,
+)
 
 
 @dataclass(kw_only=True)
@@ -29,6 +39,7 @@ class Function(RewardSource):
     name = "function"
     metrics = (Metric("<name>", "as the function's", "values that the function passes to `log_metric`", optional=True),)
     draws = True
+    provided = PROVIDED
 
     function: str | Callable[..., Any]
     """`file.py:name`, `package.module:name`, or the function itself. A recipe's function is imported and run."""
@@ -51,6 +62,10 @@ class Function(RewardSource):
     def columns(self) -> set[str]:
         """Return the parameters without a default that only a dataset column can fill."""
         return self._wanted.columns
+
+    @property
+    def reader(self) -> str:
+        return f"reward function {self._title}"
 
     def prepare(self) -> None:
         """Load the function, and `TrainerState` if it reads it."""

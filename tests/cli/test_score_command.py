@@ -298,7 +298,7 @@ def test_metrics_of_a_source_are_printed(run):
         (("exact_match", "x"), "settings must be KEY=VALUE, such as column=answer, got 'x'"),
         (
             ("exact_match", "column=truth"),
-            "no column 'truth' (needed by reward 'exact_match'). The dataset has: answer",
+            "rewards.exact_match reads truth. The dataset has: answer",
         ),
         (("functions.py",), "Name a function in it as functions.py:FUNCTION"),
         (("functions.py:lenghts",), "has no function 'lenghts'; it has: lengths, own"),

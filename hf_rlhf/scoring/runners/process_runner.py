@@ -20,7 +20,7 @@ import cloudpickle
 from hf_rlhf.batch import Context
 from hf_rlhf.contract.base import Plugin, nested_of
 from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.scoring.answers import RewardError
+from hf_rlhf.scoring.answers import RewardError, RewardStartError
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
 from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerDied, WorkerPool, count_of
 
@@ -118,7 +118,7 @@ def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
     try:
         body = cloudpickle.dumps(given)
     except Exception as error:
-        raise RewardError(
+        raise RewardStartError(
             f"reward {label!r}: cannot send it to {source.workers}: {type(error).__name__}: {error}. Name its function "
             "as file.py:name, or set `workers: inline`"
         ) from error

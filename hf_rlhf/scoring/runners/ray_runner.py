@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_rlhf.batch import Context
 from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.scoring.answers import RewardError
+from hf_rlhf.scoring.answers import RewardStartError
 from hf_rlhf.scoring.runners.process_runner import packed
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
 from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerDied, WorkerPool, count_of
@@ -63,7 +63,7 @@ def actors(label: str, source: RewardSource, context: Context | None, requests: 
     try:
         import ray
     except ImportError as error:
-        raise RewardError(
+        raise RewardStartError(
             f"reward {label!r}: `workers: ray` needs Ray. Run pip install 'hf_rlhf[ray]', or set `workers: processes`"
         ) from error
     if not ray.is_initialized():

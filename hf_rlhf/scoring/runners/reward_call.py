@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.runtime.errors import root_cause
 from hf_rlhf.runtime.plain_text import escaped, format_traceback
 from hf_rlhf.scoring.answers import RewardError, as_json, checked, from_json
 
@@ -114,7 +115,7 @@ def failed(error: BaseException) -> CallResult:
     return CallResult(
         kind="error",
         reason=escaped(f"raised {type(error).__name__}: {error}{place}"),
-        trace=format_traceback(error),
+        trace=format_traceback(root_cause(error)),
         error=error,
     )
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.scoring.answers import RewardError
+from hf_rlhf.scoring.answers import RewardError, RewardStartError
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, cancelled, late, never
 
 START_S = 120.0
@@ -290,7 +290,9 @@ class WorkerPool:
             self._failed_starts += 1
             if self._failed_starts >= STARTS:
                 reason = outcome.reason if outcome.kind == "error" else f"no response after {START_S:g} s"
-                raise RewardError(f"reward {self.label!r}: its workers ({self.source.workers}) do not start: {reason}")
+                raise RewardStartError(
+                    f"reward {self.label!r}: its workers ({self.source.workers}) do not start: {reason}"
+                )
 
     def _replace_busy(self, batch: Batch) -> None:
         with self._lock:

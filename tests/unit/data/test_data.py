@@ -298,3 +298,17 @@ def test_columns_that_rewards_read_are_checked():
     check_columns({"answer"}, [ExactMatch(), Format()])
     with pytest.raises(ValueError, match=r"rewards\.exact_match reads truth: the dataset has answer, level"):
         check_columns({"answer", "level"}, [ExactMatch(column="truth")])
+
+
+def test_a_misspelt_parameter_of_a_reward_function_names_file_function_and_near_names(tmp_path):
+    from hf_rlhf_plugins.rewards.function import Function
+
+    file = tmp_path / "mine.py"
+    file.write_text("def brevity(completion, anwser, level, x=1): return [0.0]")
+    with pytest.raises(ValueError) as refused:
+        check_columns({"answer", "level"}, [Function(function=f"{file}:brevity", when={"levl": 3})])
+    function = f"reward function {file}:brevity reads"
+    assert str(refused.value) == (
+        f"{function} anwser (Did you mean 'answer'?); {function} completion (Did you mean 'completions' or "
+        "'completion_ids'?); rewards.function.when reads levl (Did you mean 'level'?): the dataset has answer, level"
+    )

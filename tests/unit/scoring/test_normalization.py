@@ -151,7 +151,7 @@ def test_a_model_is_not_loaded_in_every_process(tmp_path):
 
 
 def test_a_column_that_decides_where_a_source_applies_must_be_there(tmp_path):
-    with pytest.raises(ValueError, match=r"rewards\.length reads task"):
+    with pytest.raises(ValueError, match=r"rewards\.length\.when reads task"):
         runs.trainer(tmp_path, rewards=[{"use": "length", "when": {"task": "maths"}}])
 
 

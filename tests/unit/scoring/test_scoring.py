@@ -16,8 +16,11 @@ import torch
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
+from hf_rlhf.cli import errors
+from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.seeding import seeded
-from hf_rlhf.scoring.scorer import RewardError, total
+from hf_rlhf.scoring.lookup import named_rewards
+from hf_rlhf.scoring.scorer import RewardError, Scorer, total
 from hf_rlhf.testing import rollouts, tiny_policy
 from tests.helpers import runs
 from tests.helpers.flaky_rewards import score
@@ -250,6 +253,54 @@ def test_the_label_of_a_failing_source_reaches_the_user(tmp_path):
     made = runs.trainer(tmp_path, rewards=[source])
     with pytest.raises(RewardError, match=r"(?s)'house style'.*broken.*division by zero"):
         made.train()
+
+
+class Broken(Answers):
+    """Fails for three rows of four, or as `what` says."""
+
+    name: ClassVar[str] = "broken"
+    rowwise: ClassVar[bool] = True
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        if self.what != "some" or rollouts.completions[0] != "a":
+            try:
+                raise ZeroDivisionError
+            except ZeroDivisionError as error:
+                raise ValueError(f"no score for {rollouts.completions[0]}") from error
+        return [1.0]
+
+
+@pytest.mark.parametrize("workers", ["inline", "threads"])
+@pytest.mark.parametrize(
+    ("what", "on_error", "calls"), [("all", "raise", 1), ("all", "none", 1), ("some", "none", 3), ("all", 0.0, 1)]
+)
+def test_a_failing_reward_ends_with_one_traceback_and_code_1(what, on_error, calls, workers, caplog, capsys):
+    batch = rollouts(["a", "b", "c", "d"] * 3)
+    with Scorer([("mine", Broken(what=what, on_error=on_error, workers=workers))]) as scorer:
+        for _ in range(calls - 1):
+            scorer.ask(batch, 0)
+        with pytest.raises(RewardError) as ended:
+            scorer.ask(batch, 0)
+    assert errors.report(ended.value) == 1
+    printed = caplog.text + capsys.readouterr().err
+    assert printed.count("Traceback (most recent call last)") == 1
+    assert "raise ZeroDivisionError" in printed
+    assert "error: reward 'mine' (Broken) raised ValueError: no score for" in printed
+
+
+def test_a_file_with_rewards_alone_is_read_with_overrides(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("rewards:\n- {use: exact_match, column: truth}\n- {use: format, label: shape}\n")
+    found = named_rewards(str(file), ["rewards.0.column=a: b", "dataset.prompt=question"])
+    assert [label for label, _ in found.sources] == ["exact_match", "shape"]
+    assert found.columns() == {"a: b"}
+    assert found.dataset.prompt == "question"
+    file.write_text("rewards: [{use: exact_match, colum: x}]\nevaluation: {}\ndatasett: {}")
+    with pytest.raises(UserError) as refused:
+        named_rewards(str(file))
+    assert "rewards.0.colum: rewards.0=exact_match has no such setting. Did you mean 'column'?" in str(refused.value)
+    assert "datasett: a file of rewards has no such key. Did you mean 'dataset'?" in str(refused.value)
+    assert "evaluation: a file of rewards has no such key" in str(refused.value)
 
 
 # Totals
