@@ -245,7 +245,7 @@ def test_a_source_whose_first_call_fails_for_every_row_ends_the_run():
     asked(ByWord(), ["raise"])  # a single row says little
 
 
-def test_a_source_that_keeps_failing_ends_the_run_with_its_last_traceback():
+def test_a_source_that_keeps_failing_ends_the_run_and_its_traceback_is_logged_once(caplog):
     with Scorer([("mine", ByWord(failure_budget=0.25))], CONTEXT) as scorer:
 
         def ask(failing: int, rows: int = 8) -> None:
@@ -258,10 +258,12 @@ def test_a_source_that_keeps_failing_ends_the_run_with_its_last_traceback():
             ask(0, rows=4)
     half = rollouts(["raise"] * 4 + ["row"] * 4)
     with Scorer([("mine", ByWord(failure_budget=0.25))], CONTEXT) as scorer:
+        caplog.clear()
         scorer.ask(half)
         scorer.ask(half)
-        with pytest.raises(RewardError, match="Traceback"):
+        with pytest.raises(RewardError, match="Its traceback is above"):
             scorer.ask(half)
+    assert caplog.text.count("Traceback") == 1
 
 
 def test_async_sources_are_awaited_together():
