@@ -133,7 +133,9 @@ def missing_columns(source: Any, columns: Collection[str]) -> list[str]:
     """Return `READER reads NAME` for each column that a reward source or another plugin reads and the dataset lacks."""
     name = f"rewards.{source.name}"
     reader, known = getattr(source, "reader", None) or name, {*columns, *getattr(source, "provided", ())}
-    reads = [(reader, known, source.columns() if hasattr(source, "columns") else ())]
+    reads: list[tuple[str, Collection[str], Iterable[str]]] = [
+        (reader, known, source.columns() if hasattr(source, "columns") else ())
+    ]
     reads += [(f"{name}.when", columns, getattr(source, "when", None) or ())]
     found = []
     for who, choices, names in reads:
