@@ -100,7 +100,7 @@ class SavingTrainer(RunTrainer):
             path: plain(plugin.state_dict(), f"{path}={plugin.name}: state_dict()")
             for path, plugin in self.algorithm.plugins()
         }
-        return {
+        return super()._state() | {
             "stream": self.stream.state_dict(),
             "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
             "plugins": {path: state for path, state in plugins.items() if state},
@@ -117,7 +117,7 @@ class SavingTrainer(RunTrainer):
             return
         rank = min(self.args.process_index, checkpoint_manifest.read_manifest(Path(checkpoint_folder))["processes"] - 1)
         state = load_state(Path(checkpoint_folder), rank)
-        self._bad_steps = state["bad_steps"]
+        self._bad_steps, self._unlogged = state["bad_steps"], state.get("loss")
         try:
             self.stream.load_state_dict(state["stream"], same="dataset" not in self._allowed)
         except ValueError as error:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -57,6 +58,8 @@ class RunTrainer(Trainer):
     _trained: TrainOutput | None = None
     _peak_mib: float = 0.0
     _saves_checkpoint: bool = False
+    _unlogged: Any = None
+    """What a resumed run takes up of `_state`: the sum of the losses since the last entry, and that entry's step."""
     _owns_folder: bool = False
     _writing: checkpoint_manifest.Writing | None = None
     _stop: StopOnSignal | None = None
@@ -277,9 +280,25 @@ class RunTrainer(Trainer):
             self._writing.save(OPTIMIZER_NAME, optimizer.state_dict())
             self._writing.save(SCHEDULER_NAME, schedule.state_dict())
 
-    def _state(self) -> dict[str, Any] | None:
-        """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers."""
-        return None
+    def _state(self) -> dict[str, Any]:
+        """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers: here the loss that is not logged
+        yet, and the step of the last entry."""
+        loss = getattr(self, "_tr_loss", torch.zeros(()))
+        return {"loss": [loss.clone(), getattr(self, "_globalstep_last_logged", 0)]}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run an epoch; the first one of a resumed run goes on with the loss since the last entry of the log."""
+        if self._unlogged is not None:
+            (loss, self._globalstep_last_logged), self._unlogged = self._unlogged, None
+            self._tr_loss += loss.to(self._tr_loss.device)
+            self._total_loss_scalar -= loss.item()  # `train_loss` is of this call's steps
+        return super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; a loss that is not finite stays in its entry."""
+        if "loss" in logs and self.is_in_train:
+            self._tr_loss.zero_()  # Trainer subtracts it from itself, which keeps a NaN
+        super().log(logs, start_time)
 
     def close(self) -> None:
         """Finish writing, end the runs of trackers, and release what the plugins hold."""

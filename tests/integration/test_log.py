@@ -76,6 +76,30 @@ def test_a_resumed_run_has_each_step_once_with_the_same_numbers(tmp_path):
     assert [path.stem for path in sorted(tmp_path.glob("completions/*"))] == [f"step_00000{i}" for i in (1, 2, 3, 4)]
 
 
+def test_entries_of_several_steps_are_the_same_after_a_resume_in_their_middle(tmp_path):
+    training = {"max_steps": 10, "logging_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    runs.trained(tmp_path, training=training)
+    whole = lines(tmp_path)
+    assert [entry["step"] for entry in whole if "loss" in entry] == [5, 10]
+    for step in (3, 6):
+        made = runs.trainer(tmp_path, training=training)
+        made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        made.close()
+        assert untimed(lines(tmp_path)) == untimed(whole)
+
+
+def test_a_loss_that_is_not_finite_is_one_entry(tmp_path):
+    made = runs.trainer(tmp_path, training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, update={})
+    step = made.training_step
+    made.training_step = lambda *args: step(*args) * (math.nan if made.state.global_step == 1 else 1.0)
+    made.train()
+    losses = [entry["loss"] for entry in runs.entries(made)]
+    assert [math.isfinite(x) for x in losses] == [True, False, True, True]
+    again = runs.trainer(tmp_path, training={"max_steps": 4}, update={})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["loss"] for entry in runs.entries(again)][2:] == losses[2:]
+
+
 def test_a_new_run_in_the_folder_of_an_old_one_starts_the_files_anew_and_keeps_its_evaluation(tmp_path):
     runs.trained(tmp_path, training={"max_steps": 4}, update={})
     made = runs.trainer(tmp_path, eval_data=runs.problems(2, seed=1), training={"max_steps": 1}, update={})

@@ -341,6 +341,17 @@ def test_a_resumed_run_has_equal_bits(trainer, tmp_path):
     assert again["steps"] == 6
 
 
+def test_an_entry_of_several_steps_is_the_same_after_a_resume_in_its_middle(tmp_path):
+    words = (*SAVES, "training.num_train_epochs=1", "training.logging_steps=5")
+    off.run(tmp_path, "reward_model", *words)
+    (straight,) = [entry for entry in off.lines(tmp_path / "out") if "loss" in entry]
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    off.run(tmp_path, "reward_model", *words, resume=True)
+    (resumed,) = [entry for entry in off.lines(tmp_path / "out") if "loss" in entry]
+    assert (straight["step"], resumed["step"]) == (5, 5)
+    assert resumed["loss"] == straight["loss"]
+
+
 def test_a_checkpoint_of_another_run_and_a_damaged_one_are_refused(tmp_path):
     off.run(tmp_path, "reward_model", *SAVES, "training.save_total_limit=2")
     out = tmp_path / "out"

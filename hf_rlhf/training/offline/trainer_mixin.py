@@ -79,7 +79,7 @@ class OfflineRun(Quiet, RunTrainer):
 
     def _state(self) -> dict[str, Any]:
         finite, plugin = self.finite, plain(self.plugin.state_dict(), f"trainer={self.plugin.name}: state_dict()")
-        return {"bad_steps": finite.in_a_row, "left_out": finite.left_out, "plugin": plugin}
+        return super()._state() | {"bad_steps": finite.in_a_row, "left_out": finite.left_out, "plugin": plugin}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load Trainer's state, and ours that `_save_checkpoint` wrote beside it; older checkpoints have none."""
@@ -88,6 +88,7 @@ class OfflineRun(Quiet, RunTrainer):
         if checkpoint is not None and (Path(checkpoint) / STATE.format(rank=rank)).exists():
             state = load_state(Path(checkpoint), rank)
             self.finite.in_a_row, self.finite.left_out = state["bad_steps"], state["left_out"]
+            self._unlogged = state.get("loss")
             if state["plugin"]:
                 self.plugin.load_state_dict(state["plugin"])
 
