@@ -59,7 +59,7 @@ class RunTrainer(Trainer):
     _peak_mib: float = 0.0
     _saves_checkpoint: bool = False
     _unlogged: Any = None
-    """What a resumed run takes up of `_state`: the sum of the losses since the last entry, and that entry's step."""
+    """`loss` of the state that a resumed run starts from: the sum since the last entry of the log, and that entry's step."""
     _owns_folder: bool = False
     _writing: checkpoint_manifest.Writing | None = None
     _stop: StopOnSignal | None = None
@@ -287,7 +287,7 @@ class RunTrainer(Trainer):
         return {"loss": [loss.clone(), getattr(self, "_globalstep_last_logged", 0)]}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        """Run an epoch; the first one of a resumed run goes on with the loss since the last entry of the log."""
+        """Run an epoch; the first one of a resumed run restores the loss since the last entry of the log."""
         if self._unlogged is not None:
             (loss, self._globalstep_last_logged), self._unlogged = self._unlogged, None
             self._tr_loss += loss.to(self._tr_loss.device)
