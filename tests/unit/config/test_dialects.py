@@ -259,7 +259,7 @@ def test_a_dialect_is_a_flat_file_that_says_what_differs_and_from_which_version(
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
     base, _, system = name.partition("@")
     comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
-    called = {"trl": "TRL 1.16", "verl": "verl 0.8", "nemo_rl": "NeMo-RL 0.6", "openrlhf": "OpenRLHF 0.11"}
+    called = {"trl": "TRL 1.16", "verl": "verl 0.10", "nemo_rl": "NeMo-RL 0.6", "openrlhf": "OpenRLHF 0.11"}
     assert called.get(system, "open-instruct (August 2026)") in comment
     assert len(text.splitlines()) < 60
     assert f"Differs from {base}:" in comment or f"that of {base}," in comment
