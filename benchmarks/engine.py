@@ -22,6 +22,7 @@ class Forced(Generate):
     """Row i of rollout number n ends with the end of sequence after as many tokens as its line says, never before."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.line: Line | None = None
         self.lengths: list[list[int]] = []
         """Completion lengths of each rollout so far, in tokens."""

@@ -211,8 +211,8 @@ def _read_value(text: str, hint: Any) -> Any:
     except UserError as error:
         if is_text or hint is Any or not text.lstrip().startswith(("[", "{")):
             return text  # if the setting takes none, the refusal says what it takes
-        takes = f"takes {type_text(hint)}; " if hint is not None else ""
-        raise UserError(f"{takes}{error}") from error
+        takes = f"got {text!r}; takes {type_text(hint)}; " if hint is not None else ""
+        raise UserError(takes + str(error).partition("\nIf it is text")[0]) from error
     if isinstance(value, str):
         return value if not is_text or QUOTED.fullmatch(text) else text
     if value is None:

@@ -464,7 +464,7 @@ def test_null_and_quoted_text_are_yaml_where_text_is_taken(text, value):
     ("override", "message"),
     [
         ("rollout.temperature=@foo", "rollout.temperature: got '@foo'; takes number > 0"),
-        ("rollout.temperature=[1, 2", "rollout.temperature: takes number > 0; the value, line 1"),
+        ("rollout.temperature=[1, 2", "rollout.temperature: got '[1, 2'; takes number > 0; the value, line 1"),
         ("dataset.held_out=`x`", "dataset.held_out: got '`x`'; takes whole number >= 0"),
         ("training.max_steps=*x", "training.max_steps: got '*x'; takes whole number"),
         ("kl=@x", "kl: takes a list"),
