@@ -42,7 +42,7 @@ ROWS_IN_TABLE = 10_000
 TABLE_EVERY_S, TABLE_PATIENCE, TABLE_SHARE = 60.0, 200, 0.02
 """Minimum wait between two parts of the table in W&B: seconds, multiples of the last part's duration, share of the run so
 far. Each part is hashed and written as files, and the newest 100 are shown."""
-INIT_TIMEOUT_S = 8.0
+INIT_TIMEOUT_S = 6.0
 """Seconds that W&B's server may take to answer at the start; WANDB_INIT_TIMEOUT overrides it."""
 
 
