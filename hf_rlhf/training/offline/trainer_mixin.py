@@ -22,7 +22,7 @@ from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.checkpoint_state import STATE, load_state, plain
-from hf_rlhf.training.offline.trl_compat import Quiet, unrounded
+from hf_rlhf.training.offline.trl_compat import Quiet, load_metrics_state, metrics_state, unrounded
 from hf_rlhf.training.parallel import Parallel, gradients_are_finite, state_dict
 from hf_rlhf.training.run_trainer import RunTrainer
 
@@ -79,7 +79,8 @@ class OfflineRun(Quiet, RunTrainer):
 
     def _state(self) -> dict[str, Any]:
         finite, plugin = self.finite, plain(self.plugin.state_dict(), f"trainer={self.plugin.name}: state_dict()")
-        return super()._state() | {"bad_steps": finite.in_a_row, "left_out": finite.left_out, "plugin": plugin}
+        own = {"bad_steps": finite.in_a_row, "left_out": finite.left_out, "plugin": plugin}
+        return super()._state() | own | {"metrics": metrics_state(self)}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load Trainer's state, and ours that `_save_checkpoint` wrote beside it; older checkpoints have none."""
@@ -89,6 +90,7 @@ class OfflineRun(Quiet, RunTrainer):
             state = load_state(Path(checkpoint), rank)
             self.finite.in_a_row, self.finite.left_out = state["bad_steps"], state["left_out"]
             self._unlogged = state.get("loss")
+            load_metrics_state(self, state.get("metrics", metrics_state(self)))
             if state["plugin"]:
                 self.plugin.load_state_dict(state["plugin"])
 
