@@ -22,24 +22,25 @@ def server_problem(settings: Any, seconds: float) -> str | None:
     import requests
 
     problem: str | None = f"{settings.base_url} did not answer within {seconds:g} s"
-    verify = not getattr(settings, "insecure_disable_ssl", False)
+    chosen: dict[str, Any] = {"verify": not getattr(settings, "insecure_disable_ssl", False)}
+    proxies = {kind: getattr(settings, f"{kind}_proxy", None) for kind in ("http", "https")}
+    chosen["proxies"] = {kind: proxy for kind, proxy in proxies.items() if proxy}
 
     def ask() -> None:
         nonlocal problem
         try:
             query = {"query": "{__typename}"}
-            requests.post(
-                f"{settings.base_url}/graphql", json=query, timeout=seconds, verify=verify, stream=True
-            ).close()
+            requests.post(f"{settings.base_url}/graphql", json=query, timeout=seconds, stream=True, **chosen).close()
+            problem = None
+        except requests.exceptions.SSLError:  # it answers, and W&B may know other certificates
             problem = None
         except requests.Timeout:
             pass
         except requests.RequestException as error:
             problem = f"{settings.base_url} cannot be reached ({type(error).__name__})"
 
-    thread = threading.Thread(
-        target=ask, name="hf_rlhf-wandb", daemon=True
-    )  # neither names nor headers have a time limit
+    # `timeout` bounds each read, and not the lookup of the name
+    thread = threading.Thread(target=ask, name="hf_rlhf-wandb", daemon=True)
     thread.start()
     thread.join(seconds)
     return problem
