@@ -3,6 +3,7 @@ count."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import xxhash
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from hf_rlhf.runtime.checkpoint_state import read_back
-from hf_rlhf.runtime.errors import CheckpointError
+from hf_rlhf.runtime.errors import CheckpointError, DiskFull
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ ADDED = {
     "dataset.prompt_column": "prompt",
 }
 """Dotted paths of settings that older checkpoints do not have, with what those were trained with."""
+
+
+LEAST_FREE = 1 << 16
+"""Bytes: a disk with less is full."""
 
 
 class HashedFile:
@@ -118,7 +123,10 @@ class Writing:
 
 @contextmanager
 def written_whole(folder: Path, args: Any) -> Iterator[Writing]:
-    """Clear `folder`, and keep older checkpoints while Trainer writes a checkpoint into it; `rotate` deletes them later."""
+    """Clear `folder`, and keep older checkpoints while Trainer writes a checkpoint into it; `rotate` deletes them later.
+
+    Raises `DiskFull` where there is no space left for it; what was written is deleted then.
+    """
     if args.should_save and folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)  # first: what is left of a checkpoint does not count
         shutil.rmtree(folder)
@@ -128,10 +136,28 @@ def written_whole(folder: Path, args: Any) -> Iterator[Writing]:
     writing = Writing(folder, limit)
     try:
         yield writing
+    except Exception as error:
+        if not _is_full(folder, error):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free >> 20
+        raise DiskFull(
+            f"no space left on the disk of {folder.parent} while {folder.name} was saved: {free} MiB are free without it. "
+            "Make room, or keep fewer checkpoints with training.save_total_limit"
+        ) from None
     finally:
         set_crc32_options(checksums)
         args.save_total_limit = limit
         writing.close()
+
+
+def _is_full(folder: Path, error: BaseException | None) -> bool:
+    """Return whether an error, or one that it comes from, says that the disk is full, or the disk is: torch says neither."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "o space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -24,6 +24,12 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be written or resumed: incomplete, damaged, or of another run."""
 
 
+class DiskFull(UserError):
+    """There is no space left for a checkpoint."""
+
+    code = 1
+
+
 class RunExists(UserError):
     """The output folder contains another run, and neither resuming nor overwriting was asked for."""
 

@@ -28,6 +28,7 @@ from hf_rlhf.runtime.distributed import from_first_process
 from hf_rlhf.runtime.errors import RunExists, UserError
 from hf_rlhf.runtime.run_folder import METRICS, only_run_in, remove_run, run_in
 from hf_rlhf.runtime.signals import StopOnSignal
+from hf_rlhf.training.step_border import StepBorder, ends_at_once, save_and_end
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "model_preparation_time")
 """Entries of an evaluation that are not metrics of the model."""
@@ -63,6 +64,7 @@ class RunTrainer(Trainer):
     _owns_folder: bool = False
     _writing: checkpoint_manifest.Writing | None = None
     _stop: StopOnSignal | None = None
+    _border: StepBorder | None = None
     _allowed: Sequence[str] = ()
 
     @property
@@ -82,6 +84,19 @@ class RunTrainer(Trainer):
             self._stop = StopOnSignal()
             self.add_callback(self._stop)
         return self._stop
+
+    @property
+    def border(self) -> StepBorder:
+        """The last border between two optimizer steps, to which a failure returns."""
+        if self._border is None:
+            self._border = StepBorder(self)
+            self.add_callback(self._border)
+        return self._border
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writing is not None
 
     def _begin_run(self) -> None:
         """Create a new run id, the same on every process."""
@@ -104,14 +119,21 @@ class RunTrainer(Trainer):
         Raises `RunExists` where the output folder contains another run; a second call goes on in the same folder. Raises
         `CheckpointError` for a checkpoint that is damaged or comes from another run, and for state that cannot be saved;
         `FloatingPointError` for gradients or weights that are not finite; `StoppedError` after a signal, with a checkpoint;
-        `UserError` where another process is training in the folder.
+        `UserError` where another process is training in the folder. Whatever ends training before an update has begun leaves
+        a checkpoint of the step before, which a note of the exception names.
         """
         self._allowed = tuple(allow_changed)
         with ExitStack() as guards:
             self._claim_folder(guards, fresh=not resume_from_checkpoint, overwrite=overwrite)
             stop = guards.enter_context(self.stop_on_signal)
             self.record["contents"] = self._contents()
-            self._trained = self._train(resume_from_checkpoint, *args, **kwargs)
+            self.border.kept = None
+            try:
+                self._trained = self._train(resume_from_checkpoint, *args, **kwargs)
+            except BaseException as error:
+                if ends_at_once(error):
+                    raise
+                save_and_end(self, self.border, error)
             if stop.stopped_after is None and stop.agreed(self.args):  # it came after the last step
                 stop.stopped_after = self.state.global_step
                 self._save_checkpoint(self.model_wrapped, None)
@@ -184,6 +206,7 @@ class RunTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate; outside of training, metrics on the run's own evaluation dataset are kept for `summary.json`."""
+        self.border.again()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and not self.is_in_train:
             found = {name.removeprefix(f"{metric_key_prefix}_"): x for name, x in metrics.items()}
@@ -246,7 +269,7 @@ class RunTrainer(Trainer):
     def _check_weights(self) -> None:
         if name := first_non_finite(self._saved_weights()):
             raise FloatingPointError(
-                f"weights must be finite to be saved, got an infinity or a NaN in {name} at step {self.state.global_step}. "
+                f"weights must be finite, got an infinity or a NaN in {name} at step {self.state.global_step}. "
                 "Resume from the newest checkpoint, with a lower training.learning_rate or training.max_grad_norm"
             )
 
@@ -254,7 +277,7 @@ class RunTrainer(Trainer):
         """Save Trainer's checkpoint, then `_state`, then the manifest; delete older checkpoints once it is written."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self._check_weights()
-        state = self._state()  # before anything is written: it may be refused
+        state = self.border.state()  # before anything is written: it may be refused
         with checkpoint_manifest.written_whole(folder, self.args) as self._writing:
             self.accelerator.wait_for_everyone()  # the folder is empty
             super()._save_checkpoint(model, trial)
@@ -299,6 +322,11 @@ class RunTrainer(Trainer):
         if "loss" in logs and self.is_in_train:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which keeps a NaN
         super().log(logs, start_time)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of the next optimizer step, whose border is kept before."""
+        self.border.again()
+        return super().get_batch_samples(*args, **kwargs)
 
     def close(self) -> None:
         """Finish writing, end the runs of trackers, and release what the plugins hold."""

@@ -168,6 +168,7 @@ class RLHFTrainer(SavingTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Return the micro-batches of the next optimizer step; collects a new rollout when the last one is used up."""
+        self.border.again()
         next(epoch_iterator)
         index, position = divmod(self.state.global_step, self.algorithm.steps_per_rollout)
         if position == 0:
@@ -293,6 +294,7 @@ class RLHFTrainer(SavingTrainer):
         said = noted((plugin for _, plugin in self.algorithm.plugins()), read_again=not finite)
         if finite:
             return loss
+        self._check_weights()
         if self._bad_steps >= 3:
             raise FloatingPointError(
                 f"the gradient was not finite in {self._bad_steps} consecutive optimizer steps, the last at step "
