@@ -1,0 +1,93 @@
+"""Rows 44 to 46: Weights & Biases without a key, out of reach, and killed."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from benchmarks.faults.world import CannotRun, World, expect, fault
+
+WANDB = {"report_to": "wandb"}
+KILLS = """
+import os
+
+calls = 0
+
+def score(completions):
+    global calls
+    calls += 1
+    if calls == 3:
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                command = open(f"/proc/{pid}/cmdline").read().split("\\0")
+            except OSError:
+                continue
+            if "wandb-core" in command[0] and str(os.getpid()) in command:
+                os.kill(int(pid), 9)
+                print("killed wandb-core")
+    return [len(set(text)) / 8 for text in completions]
+"""
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Yield the address of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def accept() -> None:
+            try:
+                while True:
+                    held.append(server.accept()[0])
+            except OSError:
+                pass
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        for connection in held:
+            connection.close()
+
+
+def tracked(world: World, **environment: str) -> str:
+    """Train with W&B as `environment` says. All steps must be in metrics.jsonl."""
+    if find_spec("wandb") is None:
+        raise CannotRun("wandb is not installed")
+    world.recipe(training=WANDB)
+    run = world.train(**environment).well()
+    expect(len(world.entries()) == 6, f"{len(world.entries())} of 6 steps were logged")
+    return run.text
+
+
+@fault(44, "W&B without a key", "log offline", trl="UsageError at the start")
+def _(world: World) -> str:
+    text = tracked(world)
+    expect("offline" in text, f"nothing was said:\n{text[-2000:]}")
+    expect(list((world.folder).rglob("offline-run-*")), "no offline run is left")
+    return next(line for line in text.splitlines() if "offline" in line)
+
+
+@fault(45, "W&B out of reach", "log offline within 10 s", trl="waits 101 s, then dies")
+def _(world: World) -> str:
+    world.recipe()
+    quiet = world.train("--save_strategy", "no").well().seconds
+    key = "a" * 40
+    found = []
+    with silent_server() as silent:
+        for address in ("http://127.0.0.1:9", silent):
+            world.recipe(training=WANDB)
+            run = world.train("--save_strategy", "no", WANDB_BASE_URL=address, WANDB_API_KEY=key).well()
+            found.append(run.seconds - quiet)
+            expect(len(world.entries()) == 6, "steps are missing")
+    expect(max(found) < 10 * world.patience, f"it cost {max(found):.0f} s")
+    return f"refused: {found[0]:.0f} s more, never answered: {found[1]:.0f} s more than without W&B"
+
+
+@fault(46, "the process of W&B dies", "go on", trl="ConnectionResetError")
+def _(world: World) -> str:
+    world.write("reward.py", KILLS)
+    text = tracked(world, WANDB_MODE="offline")
+    expect("killed wandb-core" in text, "it was not killed")
+    return "six steps, all in metrics.jsonl"
