@@ -23,10 +23,11 @@ from benchmarks.faults.world import Failed, World, expect
 REWARD = """
 import hashlib
 
-def score(completion):
+def score(completions):
+    (completion,) = completions
     if int(hashlib.sha256(completion.encode()).hexdigest(), 16) % 100 == 0:
         raise ValueError("one row in a hundred")
-    return len(set(completion)) / 8
+    return [len(set(completion)) / 8]
 """
 TRACKERS: list[tuple[str, dict[str, str]]] = [
     ("none", {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.faults.world import World, expect, fault
+from benchmarks.faults.world import World, fault
 
 
 @fault(29, "empty dataset", "refuse it", trl="has finished at step 0")

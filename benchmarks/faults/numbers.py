@@ -70,7 +70,7 @@ def all_finite(folder: Path) -> None:
 def _(world: World) -> str:
     world.write("broken.py", LOSS.format(when="self.calls in (3, 4)"))
     world.recipe(policy_loss="broken")
-    run = world.train("-p", "broken.py").well()
+    world.train("-p", "broken.py").well()
     expect(world.logged("health/nonfinite_step")[1] == 1, f"not counted: {world.logged('health/nonfinite_step')}")
     all_finite(world.folder / "out")
     world.write("broken.py", LOSS.format(when="self.calls > 4"))
