@@ -49,7 +49,10 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """A row of the table: what hf_rlhf `must` do and what TRL 1.16 does. `inject` gets a `World`, and returns what happened or raises `Failed` or `CannotRun`."""
+    """A row of the table: what hf_rlhf `must` do, and what TRL 1.16 does.
+
+    `inject` gets a `World`, and returns what happened or raises `Failed` or `CannotRun`.
+    """
 
     number: int
     title: str
