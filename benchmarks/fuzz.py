@@ -10,6 +10,8 @@ Whatever is not accepted must be refused by a `UserError`: any other exception i
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import sys
@@ -167,7 +169,8 @@ def train_accepted(count: int, seed: int = 0) -> tuple[int, list[str]]:
                 continue
             tried += 1
             try:
-                run.train(recipe, f"{folder}/out")
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run.train(recipe, f"{folder}/out")
                 ended_well += 1
             except (UserError, RewardError, FloatingPointError) as error:
                 if not str(error).strip():
