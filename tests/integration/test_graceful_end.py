@@ -12,9 +12,11 @@ import torch
 from transformers import TrainerCallback
 
 from hf_rlhf.scoring.scorer import RewardError
+from hf_rlhf.training.offline.setup import make_trainer
 from hf_rlhf_plugins.advantages.group_norm import GroupNorm
 from hf_rlhf_plugins.policy_loss.ppo_clip import PPOClip
 from hf_rlhf_plugins.rollout.generate import Generate
+from tests.helpers import offline_runs as off
 from tests.helpers.runs import SAMPLED, parameters, problems, trainer
 
 STEPS = 8
@@ -165,6 +167,17 @@ def test_once_an_update_has_begun_the_newest_checkpoint_is_named(tmp_path):
         trained(run(tmp_path, [Callback("on_optimizer_step")], OFTEN | {"save_steps": 4}))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert any("checkpoint-4 is whole" in note for note in caught.value.__notes__)
+
+
+def test_a_run_without_rollouts_goes_on_too(tmp_path):
+    def made(name: str, *callbacks: Any) -> Any:
+        words = ["training.max_steps=8", "training.save_strategy=no"]
+        return make_trainer(off.recipe(tmp_path / "rows", "reward_model", *words), str(tmp_path / name), callbacks)
+
+    straight = trained(made("quiet"))
+    with pytest.raises(ZeroDivisionError):
+        trained(made("failed", Callback("on_step_begin")))
+    assert torch.equal(trained(made("failed"), resume_from_checkpoint=True), straight)
 
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path):

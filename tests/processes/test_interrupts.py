@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.run_folder import only_run_in
 from hf_rlhf.runtime.signals import StopOnSignal, StoppedError
 from tests.cli.test_cli_train import SMALL, begin, end, load
-from tests.helpers.processes import ranks
+from tests.helpers.processes import ranks, run_ranks
 from tests.helpers.waits import scaled, until
 
 
@@ -123,3 +124,39 @@ def the_second_one_acts() -> None:
             stop.check(Path("out"))
         assert error.value.code == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+FAILS = """
+from datetime import timedelta
+from pathlib import Path
+from transformers import TrainerCallback
+from hf_rlhf.training import step_border
+from tests.helpers.runs import SAMPLED, trainer
+
+step_border.PATIENCE = timedelta(seconds=3)
+
+class Fails(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3 and args.process_index in {failing}:
+            raise ValueError("the fault")
+
+made = trainer(Path({folder!r}), rollout=SAMPLED, training={{"max_steps": 6}}, callbacks=[Fails()])
+try:
+    made.train()
+except Exception as error:
+    print("note:", *error.__notes__, flush=True)
+    import os
+    os._exit(0)
+"""
+
+
+def test_processes_that_all_fail_leave_a_checkpoint(tmp_path):
+    said = run_ranks(FAILS.format(failing=[0, 1], folder=str(tmp_path)))
+    assert all("checkpoint-3 is whole" in text for text in said)
+    checkpoint_manifest.verify(tmp_path / "checkpoint-3")
+
+
+def test_a_process_that_fails_alone_seals_nothing(tmp_path):
+    said = run_ranks(FAILS.format(failing=[1], folder=str(tmp_path)))
+    assert all("there is no checkpoint to resume from" in text for text in said)
+    assert not [*tmp_path.glob("checkpoint-*")]
