@@ -68,7 +68,7 @@ def quiet(world: World, steps: int) -> tuple[str, dict[str, int], dict[str, int]
 
 
 def begin(world: World, number: int) -> Any:
-    """Start the run, or go on with it, with one of the trackers."""
+    """Start the run, or continue it, with one of the trackers."""
     tracker, environment = TRACKERS[number % len(TRACKERS)]
     resume = ["--resume"] if world.checkpoints() else []
     if not resume and (world.folder / "out").exists():

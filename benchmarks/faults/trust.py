@@ -17,7 +17,7 @@ PACKAGE = {
     "entry_points.txt": "[hf_rlhf]\nrewards.hostile = hostile_rewards\n",
     "RECORD": "",
 }
-"""What an installed package has: one entry point."""
+"""The metadata of an installed package with one entry point."""
 
 
 @fault(16, "eval of what a model wrote", "have none in verifiers", trl="none; verl has two")

@@ -1,4 +1,4 @@
-"""Where a fault is injected: a folder with a tiny model and a dataset, and `hf-rlhf` in processes of its own."""
+"""A folder in which a fault is injected, with a tiny model and a dataset, and `hf-rlhf` in processes of its own."""
 
 from __future__ import annotations
 

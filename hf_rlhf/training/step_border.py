@@ -48,7 +48,7 @@ class StepBorder(TrainerCallback):
         """Create the group in which processes ask each other whether they failed."""
         self.kept = self._returned = None
         if args.world_size > 1 and self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the border: weights change from here."""
@@ -100,7 +100,7 @@ class StepBorder(TrainerCallback):
         if self._group is None:
             return own >= 0
         try:
-            torch.distributed.monitored_barrier(self._group, timeout=PATIENCE)
+            torch.distributed.monitored_barrier(self._group)
             steps: list[Any] = [None] * torch.distributed.get_world_size(self._group)
             torch.distributed.all_gather_object(steps, own, group=self._group)
         except RuntimeError:

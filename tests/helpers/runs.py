@@ -98,8 +98,8 @@ def trained(folder: Path, **options: Any) -> RLHFTrainer:
 
 
 def parameters(made: Any) -> torch.Tensor:
-    """All parameters of a trainer's policy and critic, or of a module, in one vector."""
-    module = getattr(made, "actor_critic", made)
+    """All parameters of a trainer's model, with its critic, or of a module, in one vector."""
+    module = getattr(made, "actor_critic", getattr(made, "model", made))
     return torch.cat([p.detach().flatten().double() for p in module.parameters()])
 
 
