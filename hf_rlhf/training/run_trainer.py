@@ -95,7 +95,7 @@ class RunTrainer(Trainer):
 
     @property
     def saving(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """True while a checkpoint is being written."""
         return self._writing is not None
 
     def _begin_run(self) -> None:

@@ -18,12 +18,12 @@ from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import CheckpointError
 
 PATIENCE = timedelta(seconds=20)
-"""How long a process whose step failed waits for the others to fail too."""
+"""Time that a process whose step failed waits for the others to fail too."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run was at a border, but for weights and optimizer: random generators, and what `_state` returns."""
+    """The state of a run at a border without weights and optimizer: random generators, and what `_state` returns."""
 
     step: int
     generators: tuple[Any, Any, Any, Any]
@@ -59,7 +59,7 @@ class StepBorder(TrainerCallback):
         self.keep()
 
     def again(self) -> None:
-        """Keep the border anew where something between two steps has moved on, such as what was logged."""
+        """Keep the border again where something between two steps has moved on, such as what was logged."""
         if self.kept is not None:
             self.keep()
 
