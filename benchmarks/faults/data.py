@@ -20,7 +20,9 @@ def _(world: World) -> str:
 @fault(31, "prompts that are left over", "say how many an epoch leaves out", trl="leaves them out without a word")
 def _(world: World) -> str:
     world.rows([{"prompt": f"{i}+{i}=", "answer": "2"} for i in range(5)])
-    return world.train("training.max_steps=-1", "training.num_train_epochs=2").well().line("leaves 1 of the 5 prompts out")
+    return (
+        world.train("training.max_steps=-1", "training.num_train_epochs=2").well().line("leaves 1 of the 5 prompts out")
+    )
 
 
 @fault(32, "missing column", "refuse it before the model is loaded", trl="a KeyError at the first step")
