@@ -50,7 +50,7 @@ def _building_problems(args: TrainingArguments) -> Iterator[str]:
         return
     for key, _ in pairs:
         if not _reads(args, key):
-            yield f"training.optim_args: optim={name} does not read {key!r}. Drop it, or choose another training.optim"
+            yield f"training.optim_args: training.optim={name} does not read {key!r}. Drop it, or choose another optimizer"
     steps, settings = max(args.max_steps, 1), args.lr_scheduler_kwargs or None
     chosen: dict[str, Any] = {"num_warmup_steps": args.get_warmup_steps(steps), "num_training_steps": steps}
     try:

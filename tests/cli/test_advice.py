@@ -264,6 +264,7 @@ def folder(tmp_path_factory):
     """The output folder of a run, with a name that the shell would split."""
     made = tmp_path_factory.mktemp("runs") / "it's a run"
     model, tokenizer = tiny_policy()
+    model.config.max_position_embeddings = 131072  # room for what recipes sample
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     return made

@@ -86,7 +86,7 @@ EFFECTS["logging.completions"] = SettingEffect(3, 0, written)
 
 
 def entropy_logged(folder: Path, kind: str) -> float:
-    made = runs.trainer(folder, logging={"entropy": kind})
+    made = runs.trainer(folder / kind, logging={"entropy": kind})
     made.train()
     return next(entry["policy/entropy"] for entry in made.state.log_history if "policy/entropy" in entry)
 
