@@ -99,7 +99,7 @@ def trained(folder: Path, **options: Any) -> RLHFTrainer:
 
 def parameters(made: Any) -> torch.Tensor:
     """All parameters of a trainer's model, with its critic, or of a module, in one vector."""
-    module = getattr(made, "actor_critic", getattr(made, "model", made))
+    module = made if isinstance(made, torch.nn.Module) else getattr(made, "actor_critic", made.model)
     return torch.cat([p.detach().flatten().double() for p in module.parameters()])
 
 

@@ -27,7 +27,7 @@ from tests.helpers import dpo_runs, offline_runs, runs, sft_runs
 from tests.helpers.decoding import other
 
 SAMPLED = {**runs.SAMPLED, "temperature": 2.0}
-GRPO = ["dataset.path=builtin:addition", "training.use_cpu=true"]
+GRPO = ["dataset.path=builtin:addition", "training.use_cpu=true", "rollout.max_new_tokens=32"]
 OFFLINE = ["sft", "dpo", "reward_model", "process_reward_model", "token_reward_model"]
 
 
