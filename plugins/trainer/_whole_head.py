@@ -54,7 +54,7 @@ class AdaptedHead:
 
     def called(self, model: Any) -> Any:
         """Return the model as TRL should call it."""
-        return Whole(model) if has_adapted_head(self.accelerator.unwrap_model(model)) else model
+        return Whole(model) if has_adapted_head(self.model) else model
 
 
 def has_adapted_head(model: Any) -> bool:

@@ -61,7 +61,7 @@ def test_what_was_run_can_be_run_again(tmp_path):
 
 
 def test_another_algorithm_is_one_override(tmp_path):
-    staged = load_pipeline(st.write(tmp_path), ["ppo.recipe=grpo"])
+    staged = load_pipeline(st.write(tmp_path), ["ppo.recipe=grpo", "ppo.rollout.max_new_tokens=32"])
     made = staged.stage("ppo").recipe
     assert made.plugins["advantages"].name == load_recipe("grpo").plugins["advantages"].name
     assert made.plugins["critic"].name == "none"

@@ -50,7 +50,8 @@ def trainer(folder, model, rows, **parts):
 
 
 def format_recipe(model, *words):
-    return load_recipe("r1_zero", [f"model.path={model}", "rewards=[{use: format}]", "dataset.path=null", *words])
+    short = ["rewards=[{use: format}]", "dataset.path=null", "rollout.max_new_tokens=32"]
+    return load_recipe("r1_zero", [f"model.path={model}", *short, *words])
 
 
 def test_tags_that_are_special_tokens_reach_rewards_or_the_run_is_refused(tmp_path):
