@@ -279,7 +279,7 @@ def test_whole_distributions_have_no_sequence_level(name: str):
 def test_beta_0_is_refused_with_what_to_write_instead(name: str):
     (problem,) = load_plugin("kl", name, beta=0).check(ANY)
     assert "monitor" in problem
-    assert "kl=[]" in problem
+    assert "Set beta=" in problem
 
 
 # Remarks
