@@ -41,7 +41,7 @@ class Whole:
 class AdaptedHead:
     """Mixin in front of a trainer of TRL: an adapter on the head is accepted, and `called` computes with it."""
 
-    accelerator: Any
+    model: Any
 
     def __init__(self, *args: Any, model: Any, **kwargs: Any):
         if adapted := has_adapted_head(model):
