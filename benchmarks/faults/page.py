@@ -23,8 +23,7 @@ read in its source.
 
 {table}
 
-Row 47 of the original list, an inference server that is down, has no counterpart here: rollouts are generated in the training
-process.
+There is no row 47, an inference server that is down: rollouts are generated in the training process.
 """
 
 
