@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import torch
@@ -318,10 +319,10 @@ class RunTrainer(Trainer):
         return super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; a loss that is not finite stays in its entry."""
+        """Log; a loss that is not finite stays in its entry. Entries, all of which Trainer keeps, share their names."""
         if "loss" in logs and self.is_in_train:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which keeps a NaN
-        super().log(logs, start_time)
+        super().log({intern(name): x for name, x in logs.items()}, start_time)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of the next optimizer step, whose border is kept before."""
