@@ -274,6 +274,15 @@ not: run the commands on yours.
 | `python -m benchmarks.micro` | single parts: head, sampling, packing, dispatch of plugins, rows of reward sources |
 | `python -m benchmarks.estimators` | advantage estimators: [estimators.md](../benchmarks/results/estimators.md) |
 | `python -m benchmarks.logging` | share of the quickstart in logging, plugins: [logging.md](../benchmarks/results/logging.md) |
+| `python -m benchmarks.checkpoint` | checkpoints next to Trainer's: [checkpoint.md](../benchmarks/results/checkpoint.md) |
+
+What a run survives:
+
+| command | what it tries |
+| --- | --- |
+| `python -m benchmarks.faults` | 51 faults in real runs; numbers after it: some of them. [faults.md](faults.md) |
+| `python -m benchmarks.soak` | 2,000 steps with 20 kills, full disks and a lost tracker: equal weights, constant memory |
+| `python -m benchmarks.fuzz` | 10,000 random overrides: each is accepted or refused with a reason; 100 accepted ones train |
 
 ## Compared with TRL
 

@@ -271,13 +271,7 @@ def throughput_table(found: dict[str, Any]) -> str:
     return table(["processes", "rows per second, as a multiple of the first line"], lines)
 
 
-def page(found: dict[str, Any]) -> str:
-    """docs/verifiers.md."""
-    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("math-verify", "sympy"))
-    return f"""# Rule-based verifiers
-
-<!-- Made by `{COMMAND} --page` from benchmarks/results/verifiers.json. -->
-
+DESCRIPTION = r"""
 Reward sources that need no model. A row without a reference gets no score rather than 0. The settings are described in
 [plugins.md](plugins.md).
 
@@ -296,21 +290,31 @@ Reward sources that need no model. A row without a reference gets no score rathe
 `length` and `repetition` return penalties, 0 or less.
 
 `math_answer`, `numeric` and `choice` search the answer in the last `<answer>...</answer>`, then after the marker
-`answer_after`, or `####` at the end of the text (GSM8K), then in the last `\\boxed{{}}`; only a text without any of these is
+`answer_after`, or `####` at the end of the text (GSM8K), then in the last `\boxed{}`; only a text without any of these is
 read as prose. Thoughts (`<think>`, `<thinking>`, `<thought>`, `<reasoning>`, `[THINK]`) are never read, also if the template
 has opened the tag or the completion ends in one. With `answer_tag: answer`, as in `r1_zero` and `gdpo`, `<answer>` alone
 counts, and a completion without it scores 0.
 
-A reference of `math_answer` without delimiters is one LaTeX expression: `3\\sqrt{{13}}` is not 3. Units are not compared,
-words (`\\text{{Monday}}`) are compared as text, `25_6` needs its base, and `$` before an amount is no delimiter. Several
+A reference of `math_answer` without delimiters is one LaTeX expression: `3\sqrt{13}` is not 3. Units are not compared,
+words (`\text{Monday}`) are compared as text, `25_6` needs its base, and `$` before an amount is no delimiter. Several
 labels ("C or D") are no `choice`. A reference inside a mapping is read by a dotted name,
 `column=reward_model.ground_truth`; a mapping as a reference is an error.
 
 Use `numeric` for numbers and `math_answer` for anything else. SymPy evaluates whatever the model writes, including
-`\\boxed{{9^{{9^{{9^9}}}}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s), with at most `memory_mib`;
+`\boxed{9^{9^{9^9}}}`, so `math_answer` runs in processes that are killed after `timeout` (5 s), with at most `memory_mib`;
 such a row has no score. Other verifiers take time linear in the length of the text and run in the caller's thread.
 Regular expressions of a recipe are abandoned after `timeout`.
+"""
+"""First part of the page, without figures."""
 
+
+def page(found: dict[str, Any]) -> str:
+    """docs/verifiers.md."""
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("math-verify", "sympy"))
+    return f"""# Rule-based verifiers
+
+<!-- Made by `{COMMAND} --page` from benchmarks/results/verifiers.json. -->
+{DESCRIPTION}
 ## Agreement with graded solutions
 
 Solutions of two models to the test problems of GSM8K, compared with their published grades. The reference is the whole

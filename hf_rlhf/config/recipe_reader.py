@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hf_rlhf.axes import AXES, LISTS, Plugin
+from hf_rlhf.axes import AXES, LISTS, Plugin, RewardSource
 from hf_rlhf.config.mappings import mapped, meaning
 from hf_rlhf.config.recipe_yaml import DEFAULTS, unnamed
 from hf_rlhf.registry.host import Host
@@ -84,6 +84,8 @@ class RecipeReader:
         except UserError as error:
             return self.refuse(path, str(error))
         made, text = self.group(cls, {key: value for key, value in given.items() if key != "use"}, path)
+        if isinstance(made, RewardSource) and "." in path:  # `load_plugin` makes one without a place
+            made.recipe_path = path
         return made, {"use": use, **(text or {})}
 
     def group(self, cls: type, given: Any, path: str) -> tuple[Any, Any]:

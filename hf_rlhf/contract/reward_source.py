@@ -40,6 +40,9 @@ class RewardSource(Plugin, ABC):
     draws: ClassVar[bool] = False
     """True if it draws from the global random generators: they are then seeded for each row of a rowwise source too."""
 
+    recipe_path = ""
+    """Dotted path in the recipe that made it, such as `rewards.0`; empty for a source made by itself."""
+
     weight: float = 1.0
     """Factor of this source in the total reward."""
     label: str | None = None
@@ -97,6 +100,10 @@ class RewardSource(Plugin, ABC):
     def reader(self) -> str:
         """Return who reads the columns, for errors."""
         return f"rewards.{self.name}"
+
+    def override(self, setting: str) -> str:
+        """Return `name=value` as an override of the recipe that made the source, for messages that say what to set."""
+        return f"{self.recipe_path}.{setting}" if self.recipe_path else setting
 
     def patterns(self) -> set[str]:
         """Return texts and regular expressions that a completion is to contain: their special tokens must not be hidden."""

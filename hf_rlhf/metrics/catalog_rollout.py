@@ -82,7 +82,7 @@ RUNNING: tuple[CoreMetric, ...] = (
         "seconds",
         "of these, what came after the forwards had ended: what the rewards add to the step, per round",
         "rewards",
-        unhealthy="A large part of the step: give the slow source `workers: processes` and more `num_workers`.",
+        unhealthy="A large part of the step: set `workers=processes` for the slow source, or more `num_workers`.",
     ),
     core(THROUGHPUT, "time/update_s", "seconds", "forward and backward of an optimizer step", when="step"),
     core(

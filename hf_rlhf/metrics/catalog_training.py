@@ -134,7 +134,7 @@ LEARNING: tuple[CoreMetric, ...] = (
         "policy/entropy",
         "nats per token",
         "minus the mean log-prob of the sampled tokens, an estimate of the entropy at the rollout's temperature; the exact "
-        "entropy where something needs it or `logging.entropy: exact`",
+        "entropy where something needs it or `logging.entropy=exact`",
         when="step",
         healthy=(0.02, None),
         unhealthy="Near 0: the policy says one thing and explores no more; raise `epsilon_high`, the temperature or an entropy "

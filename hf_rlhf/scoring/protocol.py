@@ -117,7 +117,7 @@ def answer(asked: SourceResult) -> dict[str, Any]:
     if any(NO_TOKENS in failure.reason for failure in asked.failures):
         raise RequestError(
             422,
-            "this source reads token ids or masks. Send prompt_ids, completion_ids and masks (`send_ids: true` of "
+            "this source reads token ids or masks. Send prompt_ids, completion_ids and masks (send_ids=true of "
             "rewards.remote)",
         )
     scores = [None if isinstance(x, float) and math.isnan(x) else as_json(x) for x in asked.answers]

@@ -233,8 +233,8 @@ def _take_shared_logs(asked: SourceResult, label: str, source: RewardSource, par
         else:
             logger.warning(
                 "reward %r logs a column %r from parallel calls, so that values cannot be assigned to rows; dropped. Set "
-                "`workers: inline` or `workers: processes` to keep it",
-                *(label, name),
+                "%s or %s to keep it",
+                *(label, name, source.override("workers=inline"), source.override("workers=processes")),
             )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
 logger = logging.getLogger(__name__)
@@ -102,18 +103,19 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def references(rollouts: Rollouts, column: str, name: str, *, lists: bool = False) -> list[Any]:
+def references(rollouts: Rollouts, column: str, source: RewardSource, *, lists: bool = False) -> list[Any]:
     """Return a column's references, one per row. Raises `ValueError` for mappings and, without `lists`, for lists."""
     values = rollouts.column(column)
     for value in values:
         if isinstance(value, Mapping):
             raise ValueError(
-                f"rewards.{name}: column {column!r} must hold answers, got a mapping with the keys "
-                f"{', '.join(map(str, value))}. Use `column: {column}.{_answer_key(value)}`"
+                f"rewards.{source.name}: column {column!r} must hold answers, got a mapping with the keys "
+                f"{', '.join(map(str, value))}. Set {source.override(f'column={column}.{_answer_key(value)}')}"
             )
         if isinstance(value, list | tuple) and not lists:
             raise ValueError(
-                f"rewards.{name}: column {column!r} must hold one answer per row, got a list. Use `column: {column}.0`"
+                f"rewards.{source.name}: column {column!r} must hold one answer per row, got a list. Set "
+                f"{source.override(f'column={column}.0')}"
             )
     return values
 

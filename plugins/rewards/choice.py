@@ -47,7 +47,7 @@ class Choice(RewardSource):
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         given = rollouts.column(self.choices) if self.choices else [None] * len(rollouts)
-        rows = zip(rollouts.turns(), references(rollouts, self.column, self.name), given, strict=True)
+        rows = zip(rollouts.turns(), references(rollouts, self.column, self), given, strict=True)
         return [self._score(*row) for row in rows]
 
     def answer(self, completion: str) -> str | None:

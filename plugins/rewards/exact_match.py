@@ -28,7 +28,7 @@ class ExactMatch(RewardSource):
     """Ignore whitespace around either text."""
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
-        rows = zip(rollouts.completions, references(rollouts, self.column, self.name, lists=True), strict=True)
+        rows = zip(rollouts.completions, references(rollouts, self.column, self, lists=True), strict=True)
         return [self._score(*row) for row in rows]
 
     def answer(self, completion: str) -> str | None:

@@ -50,7 +50,7 @@ class MathAnswer(RewardSource):
         load().parse("$1$", parsing_timeout=None)
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
-        rows = zip(rollouts.turns(), references(rollouts, self.column, self.name), strict=True)
+        rows = zip(rollouts.turns(), references(rollouts, self.column, self), strict=True)
         return [self._score(*row) for row in rows]
 
     def answer(self, completion: str) -> str | None:

@@ -73,9 +73,7 @@ class Numeric(RewardSource):
         numbers = reader(self.decimal_mark, self.percent == "fraction")
         return [
             self._score(numbers, completion, reference)
-            for completion, reference in zip(
-                rollouts.turns(), references(rollouts, self.column, self.name), strict=True
-            )
+            for completion, reference in zip(rollouts.turns(), references(rollouts, self.column, self), strict=True)
         ]
 
     def answer(self, completion: str) -> str | None:

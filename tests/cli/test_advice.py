@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from hf_rlhf.cli.runs import run
 from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS
 from hf_rlhf.config.pipeline import is_pipeline
-from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
+from hf_rlhf.config.recipe import OfflineRecipe, load_plugin, load_recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset
 from hf_rlhf.config.training_arguments import argument_names
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import setting_types
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.scoring.answers import RewardStartError
+from hf_rlhf.scoring.runners.process_runner import packed
 from hf_rlhf.testing import tiny_policy
 from tests.helpers.paths import ROOT
+from tests.helpers.verifiers import rows
 
 VALUE = r"\[[^\]]*\]|\{[^}]*\}|[\w./-]*\w"
 ADVICE = re.compile(rf"[a-z_]+(?:\.\w+)*=(?:{VALUE})(?:(?: and | )[a-z_]+(?:\.\w+)*=(?:{VALUE}))*")
@@ -188,6 +192,36 @@ def test_every_setting_that_a_message_tells_to_set_is_a_key_of_a_recipe():
                     wrong.append(f"{file.relative_to(ROOT)}:{line}: {match[0]}")
     assert wrong == []
     assert found > 60
+
+
+YAML_LINE = re.compile(r"`[a-z_§]+(?:\.[\w§]+)*: [\w.-]+`")
+"""A setting as a recipe file has it, which no command line takes."""
+
+
+def test_no_message_tells_to_set_a_line_of_yaml():
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}: {match[0]}"
+        for file in CODE
+        for line, text in literals(file)
+        if TELLS.search(text)
+        for match in YAML_LINE.finditer(text)
+    ]
+    assert wrong == []
+    assert YAML_LINE.search("Set `workers: inline`")
+
+
+def test_what_a_reward_source_tells_to_set_is_an_override_of_its_recipe():
+    words = ["rewards=[{use: length, target: 4, maximum: 8}, {use: numeric, column: reward_model}]"]
+    source = load_recipe("grpo", words).plugins["rewards"][1]
+    with pytest.raises(ValueError, match="mapping") as refused:
+        source(rows(["1"], reward_model=[{"ground_truth": "1"}]))
+    (told,) = next(advised(str(refused.value)))
+    assert told == "rewards.1.column=reward_model.ground_truth"
+    assert load_recipe("grpo", [*words, told]).plugins["rewards"][1].column == "reward_model.ground_truth"
+    for made, setting in ((source, "rewards.1.workers=inline"), (load_plugin("rewards", "numeric"), "workers=inline")):
+        made.when = {"task": threading.Lock()}  # cannot be pickled
+        with pytest.raises(RewardStartError, match=f"set {setting}"):
+            packed("mine", made, None)
 
 
 def test_a_wrong_key_would_be_found():

@@ -189,7 +189,8 @@ def with_everything(source: str, template: str) -> str:
             lines[start:start] = [*text_of, ""]
         else:
             lines[end:end] = ["", *text_of]
-    _add_metrics(lines, node, extra[more.body[0].lineno - 1 : more.body[0].end_lineno])
+    (metrics,) = (each for each in more.body if isinstance(each, ast.Assign))
+    _add_metrics(lines, node, extra[metrics.lineno - 1 : metrics.end_lineno])
     return _with_imports("\n".join(lines) + "\n", text)
 
 

@@ -10,6 +10,8 @@ from hf_rlhf.axes import Algorithm, Context, Plugin
 
 
 class Everything(Plugin):
+    """Members that `new --full` adds to a plugin; delete those that yours does not need."""
+
     metrics = (
         Metric(
             "rollouts_seen",

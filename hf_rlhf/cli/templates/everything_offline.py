@@ -9,6 +9,8 @@ from hf_rlhf.axes import Footprint, OfflineTrainer
 
 
 class Everything(OfflineTrainer):
+    """Members that `new --full` adds to a trainer; delete those that yours does not need."""
+
     metrics = (
         Metric(
             "row_loss",

@@ -31,10 +31,10 @@ PATIENCE_S = 1.0
 
 
 class Process:
-    """Worker process; `first` are the first frames that it reads."""
+    """Worker process of a source; `first` are the first frames that it reads."""
 
-    def __init__(self, events: Events, label: str, first: list[bytes]) -> None:
-        self._events, self._label = events, label
+    def __init__(self, events: Events, label: str, source: RewardSource, first: list[bytes]) -> None:
+        self._events, self._label, self._source = events, label, source
         self._sent = b""
         command = [sys.executable, "-P", str(Path(__file__).with_name("worker_main.py"))]
         pipe = subprocess.PIPE
@@ -55,7 +55,7 @@ class Process:
         except Exception as error:
             raise RewardError(
                 f"reward {self._label!r}: cannot send a row to a process: {type(error).__name__}: {error}. Set "
-                "`workers: inline`, or keep only plain data in the dataset's columns"
+                f"{self._source.override('workers=inline')}, or keep only plain data in the dataset's columns"
             ) from error
         self._write(frame)
 
@@ -108,7 +108,7 @@ def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
     """Pickle the parts from which a worker builds its source. Raises `RewardError` if they cannot be pickled."""
     needs_setup = any(type(each).setup is not Plugin.setup for each in (source, *nested_of(source)))
     own = fresh(source)
-    own.label = label
+    own.label, own.recipe_path = label, source.recipe_path
     module = sys.modules.get(type(source).__module__)
     file = getattr(module, "__file__", None)
     given: dict[str, Any] = {"label": label, "source": own, "setup": needs_setup, "context": {"tokenizer": None}}
@@ -120,7 +120,7 @@ def packed(label: str, source: RewardSource, context: Context | None) -> bytes:
     except Exception as error:
         raise RewardStartError(
             f"reward {label!r}: cannot send it to {source.workers}: {type(error).__name__}: {error}. Name its function "
-            "as file.py:name, or set `workers: inline`"
+            f"as file.py:name, or set {source.override('workers=inline')}"
         ) from error
     return pickle.dumps({"path": sys.path, "module": (type(source).__module__, file), "body": body})
 
@@ -130,5 +130,9 @@ def processes(label: str, source: RewardSource, context: Context | None, request
     header = json.dumps({"path": sys.path, "memory_mib": source.memory_mib, "timeout": source.timeout}).encode()
     first = [header, packed(label, source, context)]
     return WorkerPool(
-        label, source, lambda events: Process(events, label, first), count=count_of(source, requests), chunk=CHUNK
+        label,
+        source,
+        lambda events: Process(events, label, source, first),
+        count=count_of(source, requests),
+        chunk=CHUNK,
     )

@@ -64,7 +64,8 @@ def actors(label: str, source: RewardSource, context: Context | None, requests: 
         import ray
     except ImportError as error:
         raise RewardStartError(
-            f"reward {label!r}: `workers: ray` needs Ray. Run pip install 'hf_rlhf[ray]', or set `workers: processes`"
+            f"reward {label!r}: `workers=ray` needs Ray. Run pip install 'hf_rlhf[ray]', or set "
+            f"{source.override('workers=processes')}"
         ) from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)

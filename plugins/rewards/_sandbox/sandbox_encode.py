@@ -26,67 +26,77 @@ def encode(value: Any, largest: int) -> str:
     hexadecimal, "f" inf, -inf or nan, "c" [real, imaginary], "b" bytes in hexadecimal, "t" the items of a tuple, "s" those
     of a set, "d" the [key, value] pairs of a dict. Instances of subclasses are encoded as their plain value.
     """
-    parts: list[str] = []
-    left = largest
+    encoder = _Encoder(largest)
+    encoder.walk(value, 0)
+    return "".join(encoder.parts)
 
-    def put(text: str) -> None:
-        nonlocal left
-        left -= len(text)
-        if left < 0:
+
+class _Encoder:
+    """The text of a value so far, and the characters that are left for the rest."""
+
+    def __init__(self, largest: int) -> None:
+        self.parts: list[str] = []
+        self.left = largest
+
+    def put(self, text: str) -> None:
+        self.left -= len(text)
+        if self.left < 0:
             raise NotPlain("value too large")
-        parts.append(text)
+        self.parts.append(text)
 
-    def items(values: Any, depth: int) -> None:
-        put("[")
-        for index, item in enumerate(values):
-            if index:
-                put(",")
-            walk(item, depth + 1)
-        put("]")
-
-    def tagged(tag: str, values: Any, depth: int) -> None:
-        put(f'{{"{tag}":')
-        items(values, depth)
-        put("}")
-
-    def walk(x: Any, depth: int) -> None:
+    def walk(self, x: Any, depth: int) -> None:
         if depth > DEPTH:
             raise NotPlain("value nested too deeply")
-        if x is None:
-            put("null")
-        elif x is True or x is False:
-            put("true" if x else "false")
-        elif isinstance(x, str):
-            put(quoted(str.__str__(x)))
-        elif isinstance(x, int):
-            put(str(int.__int__(x)) if int.bit_length(x) < 64 else f'{{"i":"{hex(int.__int__(x))}"}}')
-        elif isinstance(x, float):
-            text = float.__repr__(x)
-            put(f'{{"f":"{text}"}}' if text in ("inf", "-inf", "nan") else text)
-        elif isinstance(x, complex):
-            tagged("c", [complex.real.__get__(x), complex.imag.__get__(x)], depth)
-        elif isinstance(x, bytes | bytearray):
-            put(f'{{"b":"{bytes(memoryview(x)).hex()}"}}')
-        elif isinstance(x, list):
-            items(list.__iter__(x), depth)
+        if isinstance(x, list):
+            self.items(list.__iter__(x), depth)
         elif isinstance(x, tuple):
-            tagged("t", tuple.__iter__(x), depth)
+            self.tagged("t", tuple.__iter__(x), depth)
         elif isinstance(x, set):
-            tagged("s", set.__iter__(x), depth)
+            self.tagged("s", set.__iter__(x), depth)
         elif isinstance(x, frozenset):
-            tagged("s", frozenset.__iter__(x), depth)
+            self.tagged("s", frozenset.__iter__(x), depth)
         elif isinstance(x, dict):
-            pairs(dict.items(x), depth)
+            self.pairs(dict.items(x), depth)
+        elif isinstance(x, complex):
+            self.tagged("c", [complex.real.__get__(x), complex.imag.__get__(x)], depth)
         else:
-            raise NotPlain(f"not a plain value: {type(x).__name__}")
+            self.put(_scalar(x))
 
-    def pairs(found: Any, depth: int) -> None:
-        put('{"d":[')
+    def items(self, values: Any, depth: int) -> None:
+        self.put("[")
+        for index, item in enumerate(values):
+            if index:
+                self.put(",")
+            self.walk(item, depth + 1)
+        self.put("]")
+
+    def tagged(self, tag: str, values: Any, depth: int) -> None:
+        self.put(f'{{"{tag}":')
+        self.items(values, depth)
+        self.put("}")
+
+    def pairs(self, found: Any, depth: int) -> None:
+        self.put('{"d":[')
         for index, pair in enumerate(found):
             if index:
-                put(",")
-            items(pair, depth)
-        put("]}")
+                self.put(",")
+            self.items(pair, depth)
+        self.put("]}")
 
-    walk(value, 0)
-    return "".join(parts)
+
+def _scalar(x: Any) -> str:
+    """Encode a value without items. Raises `NotPlain` for other types."""
+    if x is None:
+        return "null"
+    if x is True or x is False:
+        return "true" if x else "false"
+    if isinstance(x, str):
+        return quoted(str.__str__(x))
+    if isinstance(x, int):
+        return str(int.__int__(x)) if int.bit_length(x) < 64 else f'{{"i":"{hex(int.__int__(x))}"}}'
+    if isinstance(x, float):
+        text = float.__repr__(x)
+        return f'{{"f":"{text}"}}' if text in ("inf", "-inf", "nan") else text
+    if isinstance(x, bytes | bytearray):
+        return f'{{"b":"{bytes(memoryview(x)).hex()}"}}'
+    raise NotPlain(f"not a plain value: {type(x).__name__}")

@@ -257,14 +257,14 @@ def test_a_dotted_column_reads_inside_mappings_and_lists(verifier):
 
 @pytest.mark.parametrize("verifier", [ExactMatch, Numeric, MathAnswer, Choice], ids=lambda v: v.name)
 def test_a_reference_that_is_a_mapping_is_an_error_by_name(verifier):
-    said = rf"rewards.{verifier.name}: column 'reward_model' .* mapping .* Use `column: reward_model.ground_truth`"
+    said = rf"rewards.{verifier.name}: column 'reward_model' .* mapping .* Set column=reward_model.ground_truth"
     with pytest.raises(ValueError, match=said):
         verifier(column="reward_model")(rows(["72", "71"], reward_model=VERL))
 
 
 @pytest.mark.parametrize("verifier", [Numeric, MathAnswer, Choice], ids=lambda v: v.name)
 def test_a_list_of_references_is_an_error(verifier):
-    with pytest.raises(ValueError, match=r"must hold one answer per row, got a list\. Use `column: answer\.0`"):
+    with pytest.raises(ValueError, match=r"must hold one answer per row, got a list\. Set column=answer\.0"):
         verifier()(rows(["72"], answer=[["72"]]))
 
 
