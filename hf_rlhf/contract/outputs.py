@@ -17,8 +17,6 @@ from hf_rlhf.contract.base import nested_of
 from hf_rlhf.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hf_rlhf.contract.base import Plugin
 
 SHAPES = 16
@@ -51,15 +49,16 @@ def check_output(
     sizes = tuple(getattr(like, "shape", ()))
     look = tuple(getattr(first, name, None) for name in ("shape", "dtype", "device", "requires_grad"))
     seen = plugin.__dict__.setdefault(SEEN, set())
-    if (key := (method, sizes, look)) in seen:
-        return value
     output = plugin.axis.outputs[method]
+    due = output.gradient and _has_gradient(inputs or {})  # no rollout has one, and the same shapes
+    if (key := (method, sizes, look, due)) in seen:
+        return value
     title = f"{axis}={plugin.name}" + ("" if method == "__call__" else f": {method}")
     parts = output.parts(value)
     if parts is None:
         raise PluginOutputError(f"{title} must return {output.text}, got {_given(value)}")
     known = [x for x in (inputs or {}).values() if hasattr(x, "isfinite")]
-    for problem in _form(output, *parts, like, known):
+    for problem in _form(output, *parts, like, due):
         raise PluginOutputError(f"{title} must return {output.text}: {problem}")
     if output.kind != "number":
         seen.add(key)
@@ -84,17 +83,18 @@ def noted(plugins: Iterable[Plugin], read_again: bool = False) -> str:
     return ". ".join(filter(None, messages))
 
 
-def _form(
-    output: Output, main: dict[str, Any], metrics: dict[str, Any], like: Any, inputs: list[Tensor]
-) -> Iterator[str]:
+def _has_gradient(inputs: Mapping[str, Any]) -> bool:
+    import torch
+
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs.values())
+
+
+def _form(output: Output, main: dict[str, Any], metrics: dict[str, Any], like: Any, due: bool) -> Iterator[str]:
     for name, x in main.items():
         yield from _kind(name or "it", x, output.kind, output.shapes, like)
-    if output.gradient:
-        import torch
-
-        name, x = next(iter(main.items()))
-        if torch.is_grad_enabled() and any(y.requires_grad for y in inputs) and not x.requires_grad:
-            yield f"{name or 'it'} must have a gradient, got a tensor without one. Remove detach(), item() and torch.no_grad()"
+    name = next(iter(main), "")
+    if due and not main[name].requires_grad:
+        yield f"{name or 'it'} must have a gradient, got a tensor without one. Remove detach(), item() and torch.no_grad()"
     for name, x in metrics.items():
         if not (isinstance(x, int | float) and "number" in output.metric_shapes):
             shapes = tuple(shape for shape in output.metric_shapes if shape != "number")

@@ -158,6 +158,14 @@ def test_a_loss_without_a_gradient_is_named(name, fused_loss, tmp_path):
         runs.trained(tmp_path, **case.parts(plugin), update={"mini_batches": 2, "fused_loss": fused_loss})
 
 
+def test_a_gradient_is_asked_for_after_a_rollout_of_the_same_shape_that_needs_none():
+    plugin, logps = load_plugin("kl_estimator", "k3"), torch.zeros(2, 3, requires_grad=True)
+    with torch.no_grad():
+        check_output("kl_estimator", plugin, torch.zeros(2, 3), logps, inputs={"logps": logps})
+    with pytest.raises(PluginOutputError, match=r"kl_estimator=k3 must return .*must have a gradient"):
+        check_output("kl_estimator", plugin, torch.zeros(2, 3), logps, inputs={"logps": logps})
+
+
 @pytest.mark.parametrize("kind", TENSOR)
 @pytest.mark.parametrize("place", ["in_reward", "in_loss", "in_advantage"])
 def test_an_estimator_that_is_wrong_on_rollouts_alone_is_named_too(place, kind, tmp_path):
