@@ -20,11 +20,13 @@ class CompletionText:
     ends: Collection[int] = ()
     """End-of-sequence tokens besides the tokenizer's own."""
     _known: dict[tuple[int, ...], tuple[list[int], str]] = field(default_factory=dict)
+    """Ends of the prompts of the last call: steps are placed by many calls with one prompt."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[str]:
         """Decode completions, each as the part that it adds to the text of its prompt."""
-        self._known.clear()
-        before = [self._before(prompt) for prompt in prompts]
+        keys = list(map(tuple, prompts))
+        self._known = {key: self._known.get(key) or self._before(key) for key in dict.fromkeys(keys)}
+        before = [self._known[key] for key in keys]
         bare = [self._bare(ids) for ids in completions]
         joint = self._decode([[*ids, *own] for (ids, _), own in zip(before, bare, strict=True)])
         texts = [text.removeprefix(start) for (_, start), text in zip(before, joint, strict=True)]
@@ -37,14 +39,11 @@ class CompletionText:
         """Return the number of characters of a completion's first tokens, without an incomplete character."""
         return len(self([prompt], [ids])[0].rstrip("\ufffd"))
 
-    def _before(self, prompt: Sequence[int]) -> tuple[list[int], str]:
+    def _before(self, prompt: tuple[int, ...]) -> tuple[list[int], str]:
         """Return the end of a prompt, with its text."""
-        key = tuple(prompt)
-        if key not in self._known:
-            tail, whole = list(prompt[-TAIL:]), list(prompt)
-            text, full = self._decode([tail, whole])
-            self._known[key] = (tail, text) if text and full.endswith(text) else (whole, full)
-        return self._known[key]
+        tail, whole = list(prompt[-TAIL:]), list(prompt)
+        text, full = self._decode([tail, whole])
+        return (tail, text) if text and full.endswith(text) else (whole, full)
 
     def _bare(self, ids: Sequence[int]) -> list[int]:
         ended = not self.skip_special_tokens and ids and ids[-1] in self._ends
