@@ -83,13 +83,14 @@ def score(
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
     """Suppress the logging of failures, which are listed with the scores."""
-    log = logging.getLogger("hf_rlhf.scoring.scorer")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    from hf_rlhf.scoring.failures import logger
+
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        logger.setLevel(before)
 
 
 def total(answer: float | Spans | TokenScores) -> Number:

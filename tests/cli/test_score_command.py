@@ -258,7 +258,7 @@ def test_real_valued_scores_are_correlated(run):
     assert "own: Pearson 0.2402, Spearman 0.5 with the labels, over 3 rows" in run(*words)
 
 
-def test_rows_that_fail_are_listed_and_the_exit_code_is_1(run):
+def test_rows_that_fail_are_listed_and_the_exit_code_is_1(run, caplog):
     found = run.json("functions.py:fails", *DATA, code=1)
     assert found["scores"] == {"fails": [None] * 6}
     assert [error["row"] for error in found["errors"]] == list(range(6))
@@ -269,6 +269,7 @@ def test_rows_that_fail_are_listed_and_the_exit_code_is_1(run):
     assert out.splitlines()[1].split()[:9] == ["fails", "6", "6", "0", "6", "0.25", "0", "0.25", "0.25"]
     assert "fails, row 0: error: raised RuntimeError" in out
     assert "6 rows failed; the first 2 are shown" in out
+    assert not caplog.records, "they are listed, and need no warning"
 
 
 @pytest.mark.parametrize("on_error", ["raise", "none"])
