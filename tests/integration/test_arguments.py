@@ -74,7 +74,9 @@ def test_several_gpus_in_one_process_are_refused():
 
 
 def test_the_defaults_are_accepted():
-    check_arguments(arguments())
+    args = arguments()
+    check_arguments(args)
+    assert {name: getattr(args, name) for name in FORCED} == {name: value for name, (value, _) in FORCED.items()}
 
 
 @pytest.mark.parametrize("name", FORCED)

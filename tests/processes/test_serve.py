@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import signal
 import socket
 import subprocess
@@ -275,7 +276,8 @@ def test_an_address_that_others_reach_needs_a_token(host, monkeypatch, capsys):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
 def test_addresses_of_this_machine_need_none(host):
-    listening(host, 0).close()
+    with listening(host, 0) as where:
+        assert ipaddress.ip_address(where.getsockname()[0]).is_loopback
 
 
 def test_an_address_that_others_reach_serves_with_a_token():
