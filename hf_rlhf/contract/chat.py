@@ -119,14 +119,19 @@ def template_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return getattr(tokenizer, "chat_template_kwargs", None) or {}
 
 
+_TRAINING: dict[str, str | None] = {}
+
+
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return TRL's training version of the chat template: it keeps reasoning, and marks the assistant's text. None if unknown."""
     from trl import get_training_chat_template
 
-    try:
-        return get_training_chat_template(tokenizer)
-    except Exception:  # it renders examples, which a template may refuse
-        return None
+    if (template := str(tokenizer.chat_template)) not in _TRAINING:  # TRL takes longer than a row's rendering
+        try:
+            _TRAINING[template] = get_training_chat_template(tokenizer)
+        except Exception:  # it renders examples, which a template may refuse
+            _TRAINING[template] = None
+    return _TRAINING[template]
 
 
 def _candidates(

@@ -118,7 +118,7 @@ def add_adapter(model: Any, config: Any, **options: Any) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `merge` cares for it
             adapted = get_peft_model(model, config, **options)
-    except (ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
+    except (ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:  # peft raises them all
         fix = " Set use_dora to false, or name linear layers in target_modules" if "use_dora" in str(error) else ""
         raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}{fix}") from error
     if problems := list(adapted_model_problems(adapted)):

@@ -33,11 +33,11 @@ def load_config(path: str | None, revision: str | None = None, **options: Any) -
         return addition_config()
     local = path is not None and options.get("local_files_only")  # then the Hub is not asked either
     path = str(Path(path).expanduser()) if path is not None and local else model_path(path, revision=revision)
+    if (base := _base_of(path)) is not None:
+        return load_config(base, None, **options)
     try:
-        if (adapter := Path(path) / "adapter_config.json").is_file():
-            return load_config(json.loads(adapter.read_text())["base_model_name_or_path"], None, **options)
         return AutoConfig.from_pretrained(path, revision=revision, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:  # KeyError: a model type that is unknown here
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"the configuration of {path} cannot be read: {reason}") from error
 
@@ -53,7 +53,7 @@ def without_weights(auto: Any, settings: Model, trust_remote_code: bool = False,
     try:
         with torch.device("meta"):
             return auto.from_config(found, dtype=found.dtype if settings.dtype == "auto" else settings.dtype, **code)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, ImportError) as error:  # code that needs real weights
         raise ModelError(f"the model cannot be built without weights ({error!r:.200})") from error
 
 
@@ -112,7 +112,7 @@ def _whole(path: str, revision: str | None, options: dict[str, Any]) -> Any:
     """Load a causal model; an adapter, as a LoRA run saves it, is merged into its base, which may be an adapter in turn."""
     from transformers import AutoModelForCausalLM
 
-    if not (Path(path) / "adapter_config.json").is_file():
+    if (named := _base_of(path)) is None:
         model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
         if hasattr(model, "peft_config"):
             raise ModelError(f"{path} is an adapter on the Hub. Download it, and set model.path to its folder")
@@ -122,13 +122,7 @@ def _whole(path: str, revision: str | None, options: dict[str, Any]) -> Any:
     config = PeftConfig.from_pretrained(path)
     if problems := list(config_problems(config)):
         raise ModelError(f"{path}: {'; '.join(problems)}")
-    if config.base_model_name_or_path is None:
-        raise ModelError(
-            f"{path} is an adapter without its base: set base_model_name_or_path in its adapter_config.json"
-        )
-    below = model_path(config.base_model_name_or_path)
-    if Path(below).resolve() == Path(path).resolve():
-        raise ModelError(f"{path} contains both an adapter and its base. Move the adapter to a folder of its own")
+    below = model_path(named)
     base = _resized(_whole(below, config.revision, options), Path(path))
     keep_zero_rows()
     with warnings.catch_warnings():
@@ -210,11 +204,27 @@ def model_path(path: str | None, kind: Kind = "model", revision: str | None = No
     if problem := unavailable(path, kind, revision):
         raise ModelError(problem)
     folder = Path(path).expanduser()
-    if kind == "model" and (adapter := folder / "adapter_config.json").is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if base and (problem := unavailable(base, "model")):
-            raise ModelError(f"the adapter {path} needs its base model: {problem}")
+    if kind == "model" and (base := _base_of(path)) is not None and (problem := unavailable(base, "model")):
+        raise ModelError(f"the adapter {path} needs its base model: {problem}")
     return str(folder) if path.startswith("~") else path
+
+
+def _base_of(path: str) -> str | None:
+    """Return the base of the adapter in a folder; None without an adapter. Raises `ModelError` for one without another base."""
+    folder = Path(path).expanduser()
+    if not (file := folder / "adapter_config.json").is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} must be JSON, an object: {error}. Save the adapter again") from error
+    if not base:
+        raise ModelError(
+            f"{path} is an adapter without its base: set base_model_name_or_path in its adapter_config.json"
+        )
+    if Path(base).expanduser().resolve() == folder.resolve():
+        raise ModelError(f"{path} contains both an adapter and its base. Move the adapter to a folder of its own")
+    return str(base)
 
 
 def _template(text: str) -> str:

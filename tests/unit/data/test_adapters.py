@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import AdapterError, adapted_model_problems, add_adapter, config_problems
-from hf_rlhf.data.model_loading import ModelError, load_model
+from hf_rlhf.data.model_loading import ModelError, load_config, load_model
 from hf_rlhf.modeling.lora_merge import merged
 from hf_rlhf.modeling.policy import ActorCritic, why_not_packed
 from hf_rlhf.modeling.token_batch import TokenBatch
@@ -197,8 +197,9 @@ def test_models_that_cannot_be_trained_or_loaded_again_are_refused(tmp_path: Pat
     injected = base(False)
     injected.add_adapter(config)
     assert "get_peft_model" in next(adapted_model_problems(injected))
-    with pytest.raises(ModelError, match="adapter without its base: set base_model_name_or_path"):
-        load_model(Model(path=str(tmp_path)))
+    for load in (load_model, lambda settings: load_config(settings.path, local_files_only=True)):
+        with pytest.raises(ModelError, match="adapter without its base: set base_model_name_or_path"):
+            load(Model(path=str(tmp_path)))
 
 
 def test_a_folder_with_another_tuner_or_another_base_is_refused(tmp_path: Path):
@@ -210,8 +211,9 @@ def test_a_folder_with_another_tuner_or_another_base_is_refused(tmp_path: Path):
         load_model(Model(path=str(tmp_path / "loha")))
     own = load_model(Model(path=str(tmp_path / "base")))
     adapted(own, "lora", "head").save_pretrained(tmp_path / "base")
-    with pytest.raises(ModelError, match="both an adapter and its base"):
-        load_model(Model(path=str(tmp_path / "base")))
+    for load in (load_model, lambda settings: load_config(settings.path, local_files_only=True)):
+        with pytest.raises(ModelError, match="both an adapter and its base"):
+            load(Model(path=str(tmp_path / "base")))
     config = (
         (tmp_path / "base" / "adapter_config.json")
         .read_text()
