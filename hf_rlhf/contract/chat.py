@@ -83,7 +83,10 @@ class Chat:
         return formed
 
 
-FIX = "Remove it from the dataset, or set model.chat_template to a template that keeps it"
+FIX = (
+    "Remove it from the dataset, or use a template that keeps it: for the policy set model.chat_template, for a reward model "
+    "save its tokenizer with one"
+)
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase, *conversations: Conversation, training: bool = False) -> Chat:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -108,6 +108,13 @@ class RewardSource(Plugin, ABC):
     def patterns(self) -> set[str]:
         """Return texts and regular expressions that a completion is to contain: their special tokens must not be hidden."""
         return set()
+
+    def prompt_check(self, chat_template_kwargs: dict[str, Any]) -> Callable[[Any], object] | None:
+        """Return a function that raises `ValueError` for a prompt that it cannot read; None if it reads every prompt.
+
+        Rows are checked with it before any model is loaded. `chat_template_kwargs`: the recipe's variables of chat templates.
+        """
+        return None
 
     def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
         """Return columns of the completions table, one value per row, and metrics, whose values are averaged.

@@ -127,7 +127,7 @@ class Scorer:
         self, label: str, rollouts: Rollouts, seed: tuple[int | str, ...], is_cancelled: Callable[[], bool]
     ) -> SourceResult:
         source, runner, started = self.sources[label], self._runners[label], time.perf_counter()
-        rows = [i for i in range(len(rollouts)) if _applies(label, source.when, rollouts, i)]
+        rows = [i for i in range(len(rollouts)) if applies(label, source.when, rollouts, i)]
         parts = [[row] for row in rows] if source.rowwise else [rows] if rows else []
         asked, todo = SourceResult(answers=[math.nan] * len(rollouts)), parts
         for tries_left in range(source.retries, -1, -1):
@@ -178,7 +178,8 @@ def _copied(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else copy.deepcopy(value)
 
 
-def _applies(label: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row: int) -> bool:
+def applies(label: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row: int) -> bool:
+    """Return whether a source with this `when` applies to a row."""
     for name, wanted in (when or {}).items():
         value = rollouts.column(name)[row]
         if isinstance(value, list | dict) or getattr(value, "shape", ()) != ():

@@ -6,10 +6,15 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.batch import Rollouts
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.data.prompts import Prompts
+from hf_rlhf.data.sources import DatasetError
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.peak_memory import MIB
+from hf_rlhf.scoring.scorer import applies
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -39,6 +44,32 @@ def check_space(memory: Mapping[str, Mapping[str, float]], args: TrainingArgumen
             f"{free:,.0f} MiB are free. Free some, or choose another --output-dir"
             + (" or training.save_only_model=true" if len(parts) > 1 else "")
         )
+
+
+def check_prompts(prompts: Any, algorithm: Algorithm, chat_template_kwargs: dict[str, Any]) -> None:
+    """Check that reward sources can read the prompts that they apply to. Raises `DatasetError`. A stream is not read."""
+    if not isinstance(prompts, Prompts):
+        return
+    for label, source in zip(algorithm.labels(), algorithm.rewards, strict=True):
+        if (check := source.prompt_check(chat_template_kwargs)) is None:
+            continue
+        for index, prompt in enumerate(prompts):
+            columns = {name: [value] for name, value in prompt.columns.items()}
+            row = Rollouts(
+                prompts=[prompt.prompt],
+                completions=[""],
+                prompt_ids=[prompt.ids],
+                completion_ids=[[]],
+                masks=[[]],
+                finish_reasons=["stop"],
+                columns=columns,
+            )
+            if applies(label, source.when, row, 0):
+                try:
+                    check(prompt.prompt)
+                except ValueError as error:
+                    number = prompts.rows.number(index)
+                    raise DatasetError(f"dataset, row {number} (the first is 1): {error}") from error
 
 
 def warn_of_ragged_epochs(rows: int | None, prompts: int, args: TrainingArguments) -> None:

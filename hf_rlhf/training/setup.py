@@ -40,7 +40,7 @@ from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
-from hf_rlhf.training.early_checks import warn_of_ragged_epochs
+from hf_rlhf.training.early_checks import check_prompts, warn_of_ragged_epochs
 from hf_rlhf.training.losses import build_critic
 from hf_rlhf.training.model_checks import (
     check_causal,
@@ -216,14 +216,12 @@ def setup_run(
     prompts, held_out = load_prompts(
         sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
     )
-    model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
-    check_vocabulary(tokenizer, model)
     parts = RunComponents(
         algorithm=chosen,
         sections=sections,
         plan=plan,
         record=record,
-        model=_adapted(model, peft_config, model_settings, args.seed) if lora else model,
+        model=None,
         tokenizer=tokenizer,
         train=prompts,
         evaluation=held_out,
@@ -231,6 +229,11 @@ def setup_run(
     )
     if several is not None:
         parts.evaluation = parts.as_prompts(several)
+    for part in (prompts, *(parts.evaluation.values() if several is not None else [held_out])):
+        check_prompts(part, chosen, model_settings.chat_template_kwargs)
+    model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
+    check_vocabulary(tokenizer, model)
+    parts.model = _adapted(model, peft_config, model_settings, args.seed) if lora else model
     record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
     warn_of_ragged_epochs(record["rows"]["train"], chosen.rollout.prompts, args)
     return parts

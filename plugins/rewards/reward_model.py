@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import RewardSource, chat
@@ -19,6 +19,9 @@ from ._models.batches import Row
 from ._models.classifier import ModelReward
 from ._models.loading import Loaded
 from ._models.text import answered, row_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +65,17 @@ class RewardModel(ModelReward):
             scores = iter(self._scores(held, [row for row in rows if isinstance(row, Row)], self.value))
             return [next(scores) if isinstance(row, Row) else None for row in rows]
 
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[Any] | str:
+        read = super()._prompt(tokenizer, prompt)
+        if self.pair and not isinstance(read, str):
+            raise ValueError(f"{self.asker}: pair needs text prompts, got conversations. Set pair: false")
+        return read
+
     def _row(self, held: Loaded, prompt: Any, completion: str, opening: str, limit: int | None) -> Row:
-        prompt = self._prompt(held, prompt)
+        prompt = self._prompt(held.tokenizer, prompt)
         if isinstance(prompt, str):
             texts = (prompt, completion) if self.pair else (prompt + completion,)
             return row_of(held.tokenizer, texts, chat=False, limit=limit)
-        if self.pair:
-            raise ValueError(f"{self.asker}: pair needs text prompts, got conversations. Set pair: false")
         text = chat.render(held.tokenizer, answered(prompt, completion, opening), training=True)[0]
         return row_of(held.tokenizer, (text,), chat=True, limit=limit)
 

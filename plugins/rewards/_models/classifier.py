@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,11 +12,13 @@ from hf_rlhf.axes import Context, Count, HubModel, HubTokenizer, RewardSource, c
 
 from .batches import Row, Value, scores_of
 from .files import Kind, ModelFiles
-from .loading import Loaded, loaded, model_of, output_of, refusals
+from .loading import Loaded, loaded, model_of, output_of, refusals, tokenizer_of
+from .text import MARK, answered
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from hf_rlhf.axes import Algorithm
 
@@ -114,6 +116,21 @@ class ModelReward(RewardSource):
     def close(self) -> None:
         self._loaded = None
 
+    def prompt_check(self, chat_template_kwargs: dict[str, Any]) -> Callable[[Any], object]:
+        import torch
+
+        self._chat_template_kwargs = chat_template_kwargs
+        tokenizer = tokenizer_of(self._wanted(torch.device("cpu")), self.asker)
+
+        def check(prompt: Any) -> None:
+            if not isinstance(read := self._prompt(tokenizer, prompt), str):
+                try:
+                    chat.render(tokenizer, answered(read, MARK), training=True)
+                except chat.ChatError as error:
+                    raise ValueError(f"{self.asker}, {self.model!r}: {error}") from error
+
+        return check
+
     def take_logs(self) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
         cut, self._cut = self._cut, []
         return {}, {"truncated": cut} if cut else {}
@@ -139,11 +156,11 @@ class ModelReward(RewardSource):
         with self._loaded.session():
             yield self._loaded
 
-    def _prompt(self, held: Loaded, prompt: Any) -> list[Any] | str:
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[Any] | str:
         """Return the prompt as the model reads it: a conversation for its chat template, or text."""
         if isinstance(prompt, str) and not self.chat:
             return prompt
-        if not held.tokenizer.chat_template:
+        if not tokenizer.chat_template:
             raise ValueError(
                 f"{self.asker}: the prompts are conversations but the tokenizer of {self.model!r} has no chat template. Save "
                 "one with it, or use text prompts"

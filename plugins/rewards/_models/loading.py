@@ -108,7 +108,7 @@ def model_of(wanted: ModelFiles, asker: str) -> tuple[Any, PreTrainedTokenizerBa
             f"{asker}.device must exist, got {wanted.device!r} on a machine with {torch.cuda.device_count()} CUDA devices"
         )
     config = _config(wanted, asker)
-    tokenizer = _tokenizer(wanted, asker)
+    tokenizer = tokenizer_of(wanted, asker)
     kwargs = dict(wanted.kwargs)
     home = torch.device("cpu") if wanted.offload else device
     quantized = "quantization_config" in kwargs or getattr(config, "quantization_config", None) is not None
@@ -167,7 +167,8 @@ def _config(wanted: ModelFiles, asker: str) -> PretrainedConfig:
         ) from error
 
 
-def _tokenizer(wanted: ModelFiles, asker: str) -> PreTrainedTokenizerBase:
+def tokenizer_of(wanted: ModelFiles, asker: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model `wanted`. Raises `ValueError` if it has none that reports what is needed."""
     import transformers
 
     path = wanted.tokenizer or wanted.path

@@ -55,7 +55,7 @@ class TokenModelReward(ModelReward):
         return found
 
     def _text(self, held: Loaded, prompt: Any, completion: str, opening: str) -> Text | None:
-        prompt, why = self._prompt(held, prompt), "the chat template changes it"
+        prompt, why = self._prompt(held.tokenizer, prompt), "the chat template changes it"
         try:
             found = text_in(held.tokenizer, prompt, completion, opening)
         except chat.ChatError as error:

@@ -10,9 +10,11 @@ import pytest
 
 from hf_rlhf.cli.runs.run import check, train
 from hf_rlhf.config.recipe import load_recipe
+from hf_rlhf.data.sources import DatasetError
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.setup import setup_run
 from tests.helpers import runs
 
 BUILTIN = ("model.path=builtin:addition", "dataset.path=builtin:addition")
@@ -122,3 +124,36 @@ def test_a_disk_without_room_for_the_first_checkpoint_is_refused_before_a_model_
     with pytest.raises(UserError, match="no space left for the model"):
         train(load_recipe(recipe, [*BUILTIN, "training.save_strategy=no"]), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{{ m['content'] }}|{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", ["reward_model", "token_reward_model"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_rows_that_a_reward_model_cannot_read_are_refused_before_it_is_loaded(source, held_out, tmp_path):
+    """The folder has no weights; the policy's template takes every row."""
+    policy, tokenizer = tiny_policy()
+    tokenizer.chat_template = NO_SYSTEM
+    tokenizer.save_pretrained(tmp_path / "reward")
+    policy.config.save_pretrained(tmp_path / "reward")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    question = {"role": "user", "content": "2+3="}
+    good = [{"prompt": [question], "answer": "5"}] * 4
+    bad = [*good[1:], {"prompt": [{"role": "system", "content": "Add."}, question], "answer": "x"}]
+    rewards: list[dict[str, Any]] = [{"use": source, "model": str(tmp_path / "reward")}]
+    train, evaluation = (good, {"hard": bad}) if held_out else (bad, None)
+
+    def set_up() -> Any:
+        recipe = runs.recipe(rewards=rewards, rollout=runs.SAMPLED)
+        return setup_run(policy, recipe, recipe.training_arguments(str(tmp_path)), train, evaluation, tokenizer, None)
+
+    with pytest.raises(
+        DatasetError, match=rf"row 4 \(the first is 1\): rewards\.{source}, .*reward': .* no system here"
+    ):
+        set_up()
+    rewards[0]["when"] = {"answer": "5"}
+    set_up()
