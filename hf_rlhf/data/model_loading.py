@@ -60,7 +60,7 @@ def without_weights(auto: Any, settings: Model, trust_remote_code: bool = False,
 def load_tokenizer(
     settings: Model, trust_remote_code: bool = False, local_files_only: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, ready for rollouts (see `prepare_tokenizer`), with `chat_template` if it is set."""
+    """Return the tokenizer, ready for rollouts (see `prepare_tokenizer`)."""
     from transformers import AutoTokenizer
 
     revision = settings.revision if settings.tokenizer is None else None
@@ -71,22 +71,22 @@ def load_tokenizer(
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} has no tokenizer: set model.tokenizer ({error})") from error
-    if settings.chat_template is not None:
-        tokenizer.chat_template = _template(settings.chat_template)
     return prepare_tokenizer(tokenizer, settings)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: Model) -> PreTrainedTokenizerBase:
     """Set padding to the left, as generation requires, with the end-of-sequence token if there is no padding token.
 
-    The tokenizer carries `settings.chat_template_kwargs` to every rendering. The vocabulary keeps its size. Raises
-    `ModelError` without an end-of-sequence token: completions could not end.
+    It gets `settings.chat_template`, if that is set, and carries `settings.chat_template_kwargs` to every rendering. The
+    vocabulary keeps its size. Raises `ModelError` without an end-of-sequence token: completions could not end.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-sequence token, so completions cannot end: set its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    if settings.chat_template is not None:
+        tokenizer.chat_template = _template(settings.chat_template)
     tokenizer.chat_template_kwargs = dict(settings.chat_template_kwargs)
     return tokenizer
 

@@ -12,6 +12,7 @@ import torch
 
 from hf_rlhf.axes import attention_refusal, did_you_mean
 
+from ._generating import inner_of
 from ._trials import try_loop
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def unserved(model: Any, device: torch.device, longest: int) -> str | None:
 
     Each model is tested once (see `try_loop`).
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_of(model)
     if (limit := _stretches_beyond(inner.config)) is not None and longest > limit:
         return f"its rotary embedding depends on the longest row of a batch beyond {limit} tokens"
     if inner not in _FOUND:

@@ -179,7 +179,7 @@ def last_logits(model: Any) -> Iterator[list[Tensor]]:
     def note(module: Any, args: Any, out: Any) -> None:
         latest[:] = [out.logits[:, -1]]
 
-    handle = _inner(model).register_forward_hook(note)
+    handle = inner_of(model).register_forward_hook(note)
     try:
         yield latest
     finally:
@@ -190,7 +190,7 @@ def last_logits(model: Any) -> Iterator[list[Tensor]]:
 def _forget(model: Any, ids: Tensor) -> None:
     """Run a forward without a cache if the model keeps its recurrent state in itself, where a prompt of one token would go on
     from the rows before."""
-    if getattr(_inner(model), "_is_stateful", False):
+    if getattr(inner_of(model), "_is_stateful", False):
         model(input_ids=ids[:, :1], use_cache=False)
 
 
@@ -198,7 +198,7 @@ def _forget(model: Any, ids: Tensor) -> None:
 def _alone(model: Any) -> Iterator[None]:
     """Ignore the model's generation config (suppressed tokens, n-gram bans, ...), with which transformers would fill in
     every setting that ours leaves unset."""
-    parts: tuple[Any, ...] = (model, getattr(model, "base_model", None), _inner(model))
+    parts: tuple[Any, ...] = (model, getattr(model, "base_model", None), inner_of(model))
     holders = [part for part in parts if hasattr(part, "generation_config")]
     own = [part.generation_config for part in holders]
     for part in holders:
@@ -210,5 +210,6 @@ def _alone(model: Any) -> Iterator[None]:
             part.generation_config = config
 
 
-def _inner(model: Any) -> Any:
+def inner_of(model: Any) -> Any:
+    """Return the model under an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -18,7 +18,7 @@ from transformers import LogitsProcessor
 from hf_rlhf.axes import Policy, at_least_float32
 
 from ._decoding import CHECK, Decoder
-from ._generating import Generator, last_logits
+from ._generating import Generator, inner_of, last_logits
 
 STEPS = CHECK + 2
 """Tokens of each row."""
@@ -85,8 +85,7 @@ def try_generate(policy: Policy, settings: Mapping[str, Any]) -> Generation:
 
     Raises `ValueError` if it samples from another model even without padding.
     """
-    inner = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
-    known, key = _TRIED.setdefault(inner, {}), repr(sorted(settings.items()))
+    known, key = _TRIED.setdefault(inner_of(policy.model), {}), repr(sorted(settings.items()))
     if key not in known:
         half = _bound(policy.model, policy.device)[1]
         padded = _trial(policy, UNEQUAL, settings)

@@ -6,6 +6,7 @@ import pytest
 
 from hf_rlhf.contract.model_settings import Lora, Model
 from hf_rlhf.data.model_loading import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer
+from hf_rlhf.testing import tiny_policy
 
 
 def gpt2(**options):
@@ -78,7 +79,9 @@ def test_the_tokenizer_may_live_elsewhere_and_the_chat_template_be_replaced(tmp_
     file.write_text("{{ messages[0]['content'] }}!")
     for template in (str(file), "{{ messages[0]['content'] }}!"):
         tokenizer = load_tokenizer(Model(path="unused", tokenizer=str(tiny_model_path), chat_template=template))
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+        given = prepare_tokenizer(tiny_policy()[1], Model(chat_template=template))
+        for each in (tokenizer, given):
+            assert each.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
 
 
 def test_places_without_a_model_are_named(tmp_path, tiny_model_path):
