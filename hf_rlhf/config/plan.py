@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import TrainedCritic
+from hf_rlhf.axes import Plugin, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.training_arguments import WITHOUT_EFFECT, differences_from_recipe
@@ -65,21 +66,17 @@ def make_plan(
         )
     plan.remarks += plugin_remarks(algorithm)
     if config is not None:
-        plan.remarks += [
-            f"{path}={plugin.name}: {remark}"
-            for path, plugin in algorithm.plugins()
-            for remark in plugin.model_remarks(config)
-        ]
+        plan.remarks += plugin_remarks(algorithm, lambda plugin: plugin.model_remarks(config))
     plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)
     return plan
 
 
-def plugin_remarks(algorithm: Algorithm) -> list[str]:
-    """Return the remarks of all plugins, each after its path and name."""
+def plugin_remarks(algorithm: Algorithm, made: Callable[[Plugin], Iterable[str]] | None = None) -> list[str]:
+    """Return the remarks of all plugins, each after its path and name; by default those that `remarks` yields."""
     return [
         f"{path}={plugin.name}: {at_path(path, plugin, remark)}"
         for path, plugin in algorithm.plugins()
-        for remark in plugin.remarks(algorithm)
+        for remark in (made(plugin) if made else plugin.remarks(algorithm))
     ]
 
 

@@ -15,6 +15,7 @@ import typer
 
 from hf_rlhf.axes import AXES
 from hf_rlhf.cli.app import app
+from hf_rlhf.cli.commands.train import split_words
 from hf_rlhf.cli.main import add_commands
 from hf_rlhf.cli.runs import run
 from hf_rlhf.cli.runs.next_steps import next_steps
@@ -257,16 +258,19 @@ def parsed(line: str) -> list[str]:
         context = command.make_context(command.name, list(rest), parent=context)
         left = [*getattr(context, "_protected_args", ()), *context.args]
         if not hasattr(command, "commands") or not left:
+            if context.ignore_unknown_options:  # flags of Trainer's among the words
+                split_words([*(context.params.get("words") or ()), *left])
             return left
         _, command, rest = command.resolve_command(context, left)
 
 
 def lines_of(page: Path) -> Iterator[str]:
-    """Yield the command lines in the code blocks of a page."""
+    """Yield the command lines in the code blocks and the text of a page."""
     for block in re.findall(r"```(?:bash|sh|console)?\n(.*?)```", page.read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("hf-rlhf "):
                 yield line
+    yield from COMMAND.findall(page.read_text())
 
 
 def test_every_command_line_of_pages_and_messages_parses():
@@ -284,6 +288,9 @@ def test_every_command_line_of_pages_and_messages_parses():
     assert len(lines) > 60
     with pytest.raises(Exception, match="no command"):
         parsed("hf-rlhf trian grpo")
+    for wrong in ("hf-rlhf train grpo --learning_rat 1e-6", "hf-rlhf check grpo kl.0.beta=0 --lora_rank=8"):
+        with pytest.raises(UserError, match="no option --l"):
+            parsed(wrong)
 
 
 # Closing hints
