@@ -123,13 +123,18 @@ class MetricAggregator:
         return max(gather_object([own])) if accelerator.num_processes > 1 else own
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, so that the first log entry after a resume is complete."""
-        sums, updates = ({k: [float(x) for x in v] for k, v in kept.items()} for kept in (self._sums, self._updates))
-        return {"sums": sums, "values": self._values, "updates": updates, "peaks": self._peaks, "counts": self._counts}
+        """Return what a checkpoint keeps, so that the first log entry after a resume is complete; sums stay on the device."""
+
+        def own(sums: dict[str, tuple[Any, Any]]) -> dict[str, list[Any]]:
+            return {name: [x if isinstance(x, Tensor) else float(x) for x in pair] for name, pair in sums.items()}
+
+        values = {name: list(numbers) for name, numbers in self._values.items()}
+        kept = {"sums": own(self._sums), "updates": own(self._updates), "values": values}
+        return kept | {"peaks": dict(self._peaks), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self._sums = {name: (x[0], x[1]) for name, x in state["sums"].items()}
+        self._sums = {name: (float(x[0]), float(x[1])) for name, x in state["sums"].items()}
         self._values = {name: list(values) for name, values in state["values"].items()}
-        self._updates = {name: (x[0], x[1]) for name, x in state["updates"].items()}
+        self._updates = {name: (float(x[0]), float(x[1])) for name, x in state["updates"].items()}
         self._peaks, self._counts = dict(state["peaks"]), dict(state["counts"])

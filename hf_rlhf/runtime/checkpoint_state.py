@@ -28,7 +28,7 @@ def plain(value: Any, place: str) -> Any:
     if kind in NUMBERS:
         return value
     if kind in (Tensor, nn.Parameter):
-        return value.detach()
+        return value.detach().clone()  # a plugin may change its own in place
     if isinstance(value, np.float64 | np.integer | np.bool_ | np.str_ | np.bytes_):  # equal to Python's in arithmetic
         return value.item()
     try:

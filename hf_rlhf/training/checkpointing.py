@@ -104,7 +104,7 @@ class SavingTrainer(RunTrainer):
             "stream": self.stream.state_dict(),
             "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
             "plugins": {path: state for path, state in plugins.items() if state},
-            "meters": plain(self.meters.state_dict(), "metrics"),
+            "meters": self.meters.state_dict(),
             "rewards": self.collector.normalizer.state_dict(),
             "tokens": self.collector.tokens,
             "bad_steps": self._bad_steps,

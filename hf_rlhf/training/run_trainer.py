@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,7 +91,7 @@ class RunTrainer(Trainer):
     def border(self) -> StepBorder:
         """The last border between two optimizer steps, to which a failure returns."""
         if self._border is None:
-            self._border = StepBorder(self)
+            self._border = StepBorder(weakref.proxy(self))
             self.add_callback(self._border)
         return self._border
 
@@ -128,16 +129,19 @@ class RunTrainer(Trainer):
             self._claim_folder(guards, fresh=not resume_from_checkpoint, overwrite=overwrite)
             stop = guards.enter_context(self.stop_on_signal)
             self.record["contents"] = self._contents()
-            self.border.kept = None
+            self._writing = None
+            self.border.forget()
             try:
                 self._trained = self._train(resume_from_checkpoint, *args, **kwargs)
+                if stop.stopped_after is None and stop.agreed(self.args):  # it came after the last step
+                    stop.stopped_after = self.state.global_step
+                    self._save_checkpoint(self.model_wrapped, None)
             except BaseException as error:
                 if ends_at_once(error):
                     raise
                 save_and_end(self, self.border, error)
-            if stop.stopped_after is None and stop.agreed(self.args):  # it came after the last step
-                stop.stopped_after = self.state.global_step
-                self._save_checkpoint(self.model_wrapped, None)
+            finally:
+                self.border.forget()
             stop.check(self.output_dir)
         self._measure_peak()
         return self._trained
@@ -207,7 +211,6 @@ class RunTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate; outside of training, metrics on the run's own evaluation dataset are kept for `summary.json`."""
-        self.border.again()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and not self.is_in_train:
             found = {name.removeprefix(f"{metric_key_prefix}_"): x for name, x in metrics.items()}
@@ -306,7 +309,8 @@ class RunTrainer(Trainer):
 
     def _state(self) -> dict[str, Any]:
         """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers: here the loss that is not logged
-        yet, and the step of the last entry."""
+        yet, and the step of the last entry. It is called after every step: nothing in it waits for the device or changes
+        later."""
         loss = getattr(self, "_tr_loss", torch.zeros(()))
         return {"loss": [loss.clone(), getattr(self, "_globalstep_last_logged", 0)]}
 
@@ -322,12 +326,22 @@ class RunTrainer(Trainer):
         """Log; a loss that is not finite stays in its entry. Entries, all of which Trainer keeps, share their names."""
         if "loss" in logs and self.is_in_train:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which keeps a NaN
+        if self.is_in_train:
+            self.border.again()  # what the entry holds is not of the next one, even if a callback fails
         super().log({intern(name): x for name, x in logs.items()}, start_time)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the batches of the next optimizer step, whose border is kept before."""
-        self.border.again()
-        return super().get_batch_samples(*args, **kwargs)
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save if it is due; the border then is after it."""
+        control = self.control
+        due = control.should_log or control.should_evaluate or control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if due:
+            self.border.again()
+
+    def _load_best_model(self) -> None:
+        """Load the best weights, which are not those of the last border."""
+        self.border.forget()
+        super()._load_best_model()
 
     def close(self) -> None:
         """Finish writing, end the runs of trackers, and release what the plugins hold."""

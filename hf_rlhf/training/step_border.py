@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from dataclasses import dataclass
@@ -44,9 +43,12 @@ class StepBorder(TrainerCallback):
         self._returned: Kept | None = None
         self._group: Any = None
 
+    def forget(self) -> None:
+        """Forget the border, as before and after a run."""
+        self.kept = self._returned = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Create the group in which processes ask each other whether they failed."""
-        self.kept = self._returned = None
         if args.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -59,21 +61,17 @@ class StepBorder(TrainerCallback):
         self.keep()
 
     def again(self) -> None:
-        """Keep the border again where something between two steps has moved on, such as what was logged."""
+        """Keep the border again, where logging or evaluating has moved the state on."""
         if self.kept is not None:
             self.keep()
 
     def keep(self) -> None:
-        """Keep the state. Tensors of the rollout are not copied: no step changes them."""
+        """Keep the state, without waiting for the device. What `_state` returns does not change afterwards."""
         try:
             state = self._trainer._state()
         except CheckpointError:  # state that no checkpoint can hold
             self.kept = None
             return
-        buffer = None if state is None else state.pop("buffer", None)
-        state = copy.deepcopy(state)
-        if state is not None:
-            state["buffer"] = buffer
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         generators = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
         self.kept = Kept(self._trainer.state.global_step, generators, state)

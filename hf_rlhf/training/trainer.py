@@ -168,7 +168,6 @@ class RLHFTrainer(SavingTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Return the micro-batches of the next optimizer step; collects a new rollout when the last one is used up."""
-        self.border.again()
         next(epoch_iterator)
         index, position = divmod(self.state.global_step, self.algorithm.steps_per_rollout)
         if position == 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,21 +40,23 @@ class Fault:
 
 @dataclass(kw_only=True)
 class Estimator(GroupNorm):
-    """Group norm that may fail, with a state."""
+    """Group norm that may fail, with a state that it changes in place."""
 
     name = "fragile_norm"
-    calls = 0
+
+    def __post_init__(self) -> None:
+        self.calls = torch.zeros(())
 
     def __call__(self, scored: Any) -> Any:
         self.calls += 1
         Fault.call()
-        return super().__call__(scored) * (1 + self.calls % 3)
+        return super().__call__(scored) * (1 + self.calls.item() % 3)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"calls": self.calls} if self.calls else {}
+        return {"calls": self.calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.calls = state["calls"]
+        self.calls.copy_(state["calls"])
 
 
 @dataclass(kw_only=True)
@@ -169,9 +173,55 @@ def test_once_an_update_has_begun_the_newest_checkpoint_is_named(tmp_path):
     assert any("checkpoint-4 is whole" in note for note in caught.value.__notes__)
 
 
+def test_a_callback_that_fails_while_an_entry_is_logged_does_not_log_it_twice(tmp_path):
+    often = {"logging_steps": 3, "save_strategy": "no", "max_steps": 9}
+    quiet = run(tmp_path / "quiet", training=often)
+    straight = trained(quiet)
+    with pytest.raises(ZeroDivisionError):
+        trained(run(tmp_path, [Callback("on_log")], often))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    made = run(tmp_path, training=often)
+    assert torch.equal(trained(made, resume_from_checkpoint=True), straight)
+    for name in ("step", "loss", "reward/total/mean", "policy/approx_kl"):
+        own, other = ([entry.get(name) for entry in each.state.log_history[:3]] for each in (made, quiet))
+        assert own == other
+
+
+def test_the_border_of_the_last_step_is_not_saved_with_the_best_weights(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_strategy": "steps"}
+    best |= {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+
+    class Ends(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.global_step += 1  # a step without a checkpoint
+            raise ZeroDivisionError("the fault")
+
+    made = run(tmp_path, [Ends()], best | {"metric_for_best_model": "reward/total/mean"})
+    with pytest.raises(ZeroDivisionError) as caught:
+        trained(made)
+    assert made.state.best_model_checkpoint is not None
+    assert not (tmp_path / f"checkpoint-{STEPS + 1}").exists()
+    assert any("is whole" in note for note in caught.value.__notes__)
+
+
+def test_a_second_run_after_a_save_that_failed_leaves_a_checkpoint_too(tmp_path, monkeypatch):
+    made = run(tmp_path, [Callback("on_step_begin")], {"save_strategy": "steps", "save_steps": 2})
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_rlhf.training.run_trainer.save_state", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made.train()
+    made.args.save_strategy = "no"
+    with pytest.raises(ZeroDivisionError, match="the fault"):
+        made.train()
+    made.close()
+    assert (tmp_path / "checkpoint-5" / "rlhf_manifest.json").exists()
+
+
 def test_a_run_without_rollouts_goes_on_too(tmp_path):
+    off.save_model(tmp_path / "rows" / "model", attention_dropout=0.2)  # draws from the global generator
+
     def made(name: str, *callbacks: Any) -> Any:
-        words = ["training.max_steps=8", "training.save_strategy=no"]
+        words = ["training.max_steps=8", "training.save_strategy=no", "training.per_device_train_batch_size=8"]
         return make_trainer(off.recipe(tmp_path / "rows", "reward_model", *words), str(tmp_path / name), callbacks)
 
     straight = trained(made("quiet"))
@@ -210,3 +260,24 @@ def test_keeping_a_border_takes_less_than_a_millisecond(tmp_path):
         seconds.append(time.perf_counter() - begun)
     made.close()
     assert min(seconds) < 1e-3
+
+
+def test_keeping_a_border_does_not_wait_for_the_device(tmp_path):
+    made = run(tmp_path)
+    made.meters.add("policy/entropy", torch.zeros((), device="meta"), 1)  # reading its value raises
+    made.border.keep()
+    assert made.border.kept is not None
+    made.close()
+
+
+def test_a_trainer_is_freed_as_soon_as_nobody_holds_it(tmp_path):
+    made = run(tmp_path)
+    made.train()
+    made.close()
+    gone = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert gone() is None
+    finally:
+        gc.enable()
