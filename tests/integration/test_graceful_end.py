@@ -222,6 +222,7 @@ def test_a_run_without_rollouts_goes_on_too(tmp_path):
 
     def made(name: str, *callbacks: Any) -> Any:
         words = ["training.max_steps=8", "training.save_strategy=no", "training.per_device_train_batch_size=8"]
+        words += ["model.dropout=true"]
         return make_trainer(off.recipe(tmp_path / "rows", "reward_model", *words), str(tmp_path / name), callbacks)
 
     straight = trained(made("quiet"))
