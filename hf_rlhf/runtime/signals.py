@@ -15,14 +15,11 @@ from hf_rlhf.runtime.errors import UserError
 
 
 class StoppedError(UserError):
-    """The run was stopped by a signal, after a checkpoint. The exit code is that of the signal."""
+    """The run was stopped by a signal, after a checkpoint or the final model. The exit code is that of the signal."""
 
-    def __init__(self, number: int, step: int, folder: Path):
+    def __init__(self, number: int, left: str):
         self.code = 128 + number
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint in {folder}: "
-            "the same command continues it, `hf-rlhf train` with --resume, `train` with resume_from_checkpoint=True"
-        )
+        super().__init__(f"stopped by {signal.Signals(number).name} {left}")
 
 
 class StopOnSignal(TrainerCallback):
@@ -88,4 +85,8 @@ class StopOnSignal(TrainerCallback):
     def check(self, folder: Path) -> None:
         """Raise `StoppedError` if training ended because of a signal."""
         if self.number is not None and self.stopped_after is not None:
-            raise StoppedError(self.number, self.stopped_after, folder)
+            raise StoppedError(
+                self.number,
+                f"after step {self.stopped_after}, with a checkpoint in {folder}: the same command continues it, "
+                "`hf-rlhf train` with --resume, `train` with resume_from_checkpoint=True",
+            )

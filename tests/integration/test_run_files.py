@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_rlhf.cli.runs.run import train
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.training_arguments import DEFAULTS
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.signals import StoppedError
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import offline_runs as off
 
@@ -108,6 +110,19 @@ def test_recipe_yaml_holds_what_python_chose(model, tmp_path):
 
 
 # Arguments
+
+
+def test_a_signal_after_training_ends_the_command_with_its_code_once_the_run_is_complete(model, tmp_path, monkeypatch):
+    def evaluate(trainer: Any) -> Any:
+        if trainer.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return []
+
+    monkeypatch.setattr("hf_rlhf.cli.runs.run._evaluate", evaluate)
+    with pytest.raises(StoppedError, match="stopped by SIGINT after the run was complete: the model is in") as error:
+        train(recipe(model), str(tmp_path))
+    assert error.value.code == 130
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_a_recipe_gives_its_training_over_the_defaults_and_under_what_is_passed(tmp_path):

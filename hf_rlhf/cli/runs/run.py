@@ -13,6 +13,7 @@ from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.runtime.checkpoint_manifest import newest
 from hf_rlhf.runtime.errors import RunExists, UserError
 from hf_rlhf.runtime.run_folder import only_run_in, run_in
+from hf_rlhf.runtime.signals import StoppedError
 
 if TYPE_CHECKING:
     from hf_rlhf.config.plan import Plan
@@ -132,12 +133,15 @@ def _train(
             trainer.train(resume_from_checkpoint=checkpoint, allow_changed=allow_changed)
             samples["after"] = _evaluate(trainer)
             trainer.save_model(str(folder))
+            number = trainer.stop_on_signal.agreed(trainer.args)  # one that came after training
         summary = trainer.summary
         assert summary is not None
         if first:
             trained = recipe.trainer() if isinstance(recipe, OfflineRecipe) else None
             steps = next_steps(recipe, summary["output_dir"], summary["plan"], trust_remote_code)
             show_result(summary, samples, out, trained, steps)
+        if number:
+            raise StoppedError(number, f"after the run was complete: the model is in {folder}")
         return summary
     finally:
         progress.stop()
