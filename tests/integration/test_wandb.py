@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.trackers import KILLS
 from hf_rlhf.config.recipe import Recipe, resolve
 from hf_rlhf.metrics import metrics_of
 from hf_rlhf.metrics.dashboard import dashboard_of
@@ -74,34 +75,6 @@ def advantages():
     return [Tilted]
 '''
 """Somebody else's estimator, with a metric of its own and no line about W&B."""
-KILLS = '''
-import os
-from dataclasses import dataclass
-from hf_rlhf import hookimpl
-from hf_rlhf.axes import RewardSource
-
-@dataclass(kw_only=True)
-class Kills(RewardSource):
-    """Kills the process of W&B at its fourth call, and gives every completion 1."""
-    name = "kills"
-
-    def __call__(self, rollouts):
-        self.calls = getattr(self, "calls", 0) + 1
-        if self.calls == 4:
-            for pid in filter(str.isdigit, os.listdir("/proc")):
-                try:
-                    command = open(f"/proc/{pid}/cmdline").read().split("\\0")
-                except OSError:
-                    continue
-                if "wandb-core" in command[0] and str(os.getpid()) in command:
-                    os.kill(int(pid), 9)
-                    print("killed wandb-core")
-        return [1.0] * len(rollouts)
-
-@hookimpl
-def rewards():
-    return [Kills]
-'''
 
 
 def start(folder: Path, recipe: dict[str, Any], *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -357,9 +330,10 @@ def test_the_table_of_completions_grows_and_has_every_reward_and_the_advantage(r
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds W&B's process in /proc")
 def test_neither_a_server_that_does_not_answer_nor_the_death_of_its_process_stops_a_run(tmp_path, silent_server):
     (tmp_path / "kills.py").write_text(KILLS)
-    recipe = {**RECIPE, "advantages": "gae", "rewards": [{"use": "kills"}], "dataset": {"held_out": 0}, "update": {}}
+    rewards = [{"use": "function", "function": "kills.py:score"}]
+    recipe = {**RECIPE, "advantages": "gae", "rewards": rewards, "dataset": {"held_out": 0}, "update": {}}
     online = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": silent_server.url, "WANDB_INIT_TIMEOUT": "1"}
-    done = start(tmp_path, recipe, "-p", "kills.py", **online)
+    done = start(tmp_path, recipe, **online)
     assert len(silent_server.connections) == 1  # none of W&B's own, which took 18 s at the start and 24 s at the end
     assert f"{silent_server.url} did not answer within 1 s" in done.stderr
     assert "killed wandb-core" in done.stdout + done.stderr
