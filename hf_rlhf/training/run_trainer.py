@@ -331,7 +331,7 @@ class RunTrainer(Trainer):
         super().log({intern(name): x for name, x in logs.items()}, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save if it is due; the border then is after it."""
+        """Log, evaluate and save where the control says so; the border is kept after it."""
         control = self.control
         due = control.should_log or control.should_evaluate or control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
