@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEFAULT := not learning and not slow
 
-.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning bubblewrap lab-page docs clean
+.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning bubblewrap chromium lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -42,6 +42,11 @@ test-learning: .venv/.installed-dev
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.
 bubblewrap:
 	command -v bwrap || { apt-get update && apt-get install --yes --no-install-recommends bubblewrap; }
+
+# The browser that the tests look at pages in; where it is missing they skip, and in CI (CI=true) they fail.
+chromium:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ apt-get update && apt-get install --yes --no-install-recommends chromium; }
 
 # The lab's page of every combination, which `make docs` puts into the site: some minutes.
 lab-page: build/lab/lab.md
