@@ -33,8 +33,8 @@ def examples_of(command: Any) -> list[str]:
     return [line.partition("  # ")[0].strip() for line in lines if line.startswith("  ")]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns: fitted to a terminal's width, otherwise as plain lines without truncation."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print columns: fitted to a terminal's width below a title, otherwise as plain lines without truncation."""
     if not rows:
         print("none")
         return
@@ -44,11 +44,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        drawn: Any = Table(*header, box=None, header_style="bold", pad_edge=False)
+        drawn: Any = Table(*header, box=None, header_style="bold", pad_edge=False, show_header=title is None)
         drawn.columns[0].no_wrap = True  # names stay whole
         for row in rows:
             drawn.add_row(*map(Text, row))
-        Console().print(drawn)
+        Console().print(*([Text(f"\n{title}", style="bold")] if title else []), drawn, sep="\n")
         return
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for line in [header, *rows]:

@@ -39,6 +39,27 @@ DEFAULTS: dict[str, Any] = {
 """Plugins of axes that a recipe leaves out. `reference` depends on the rest; see `hf_rlhf.config.recipe_reader`."""
 
 
+FAMILIES = {
+    "groups": "Groups of completions per prompt, no critic",
+    "critic": "With a critic",
+    "single": "One completion per prompt, no critic",
+    "offline": "From a dataset, without rollouts",
+    "pipeline": "Pipelines of several stages",
+}
+"""Family of recipes -> its title."""
+
+
+def family(raw: Mapping[str, Any]) -> str:
+    """Return the family of a recipe as written, without importing its plugins."""
+    if STAGES in raw or OFFLINE in raw:
+        return "pipeline" if STAGES in raw else "offline"
+    critic, rollout = raw.get("critic") or "none", raw.get("rollout")
+    if (critic.get("use", "none") if isinstance(critic, Mapping) else critic) != "none":
+        return "critic"
+    several = rollout.get("num_generations", 2) if isinstance(rollout, Mapping) else 2
+    return "single" if several == 1 else "groups"
+
+
 def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:
     """Return a hint for settings of an axis without a plugin, which would then be `meant`.
 

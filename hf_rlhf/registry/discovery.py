@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +67,7 @@ class RecipeEntry:
     version: str
     file: Path
     summary: str
-    """The first comment line: the paper."""
+    """The first sentence of the comment at its top: the paper."""
     problem: str | None = None
 
     @property
@@ -139,9 +140,15 @@ def recipe_entries(module: str, package: str, version: str) -> Iterator[RecipeEn
     """Yield the recipes in the folders of a package."""
     for folder in _folders(module):
         for file in sorted(folder.glob("*.yaml")):
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                summary = next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
+            summary = _first_sentence(file.read_text(encoding="utf-8", errors="replace"))
             yield RecipeEntry(name=file.stem, package=package, version=version, file=file, summary=summary)
+
+
+def _first_sentence(recipe: str) -> str:
+    """Return the first sentence of a recipe's comment, without a line for editors."""
+    lines = takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    text = " ".join(line.lstrip("# ").rstrip() for line in lines if not line.startswith("# yaml-language-server:"))
+    return re.split(r"(?<!\bDr\.)(?<!\bal\.)(?<=\.)\s", text, maxsplit=1)[0]
 
 
 def _folders(module: str) -> list[Path]:

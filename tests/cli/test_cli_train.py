@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
 from hf_rlhf import __version__
 from hf_rlhf.cli import main
+from hf_rlhf.config.json_schema import recipe_schema
 from hf_rlhf.config.recipe import load_recipe
+from hf_rlhf.config.recipe_yaml import read_yaml
 from tests.helpers.processes import ranks, warm
 from tests.helpers.waits import scaled
 
@@ -145,6 +148,7 @@ def test_the_resolved_recipe_is_a_recipe_of_the_same_algorithm(trained):
     assert again.algorithm().rollout.prompts == 4
     assert again.training["max_steps"] == 3
     assert again.dump() == text
+    jsonschema.validate(read_yaml(text, "recipe.yaml"), recipe_schema())
 
 
 def test_plain_output_says_what_runs_how_far_it_is_and_what_came_out(trained):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 
+import jsonschema
+
 from hf_rlhf import __version__
 from hf_rlhf.cli.app import app
 from hf_rlhf.cli.main import add_commands
+from hf_rlhf.config.json_schema import HEADER
+from hf_rlhf.config.recipe_yaml import read_yaml
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import warm
 from tests.unit.config.test_recipe import NESTING
@@ -19,11 +24,34 @@ def cli(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-def test_recipes_are_listed_with_their_first_line_and_shown_as_they_are():
+def test_recipes_are_listed_with_their_family_and_first_sentence_and_shown_as_they_are():
     listed = cli("recipes").stdout
     first = (ROOT / "recipes" / "grpo.yaml").read_text().splitlines()[0].removeprefix("# ")
-    assert re.search(rf"^grpo +hf_rlhf {__version__} +{re.escape(first)}$", listed, re.MULTILINE)
-    assert cli("recipes", "show", "grpo").stdout == (ROOT / "recipes" / "grpo.yaml").read_text()
+    assert re.search(rf"^grpo +groups +hf_rlhf {__version__} +{re.escape(first)}$", listed, re.MULTILINE)
+    families = {name: family for name, family, *_ in map(str.split, listed.splitlines()[1:])}
+    expected = {
+        "ppo": "critic",
+        "reinforce": "single",
+        "dr_grpo": "groups",
+        "dpo": "offline",
+        "instructgpt": "pipeline",
+    }
+    assert {name: families[name] for name in expected} == expected
+    assert {recipe["name"]: recipe["family"] for recipe in json.loads(cli("recipes", "--json").stdout)} == families
+    assert cli("recipes", "show", "grpo").stdout == HEADER + (ROOT / "recipes" / "grpo.yaml").read_text()
+
+
+def test_the_schema_is_written_beside_a_recipe_that_names_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text(cli("recipes", "show", "grpo").stdout)
+    named = (tmp_path / "mine.yaml").read_text().splitlines()[0].partition("$schema=")[2]
+    (tmp_path / "blend.py").write_text(NESTING)
+    said = cli("-p", "blend.py", "schema", "--output", named, cwd=tmp_path)
+    assert HEADER in said.stdout, said.stderr
+    schema = json.loads((tmp_path / named).read_text())
+    raw = read_yaml((tmp_path / "mine.yaml").read_text(), "mine.yaml")
+    jsonschema.validate(raw, schema)
+    jsonschema.validate(raw | {"advantages": {"use": "blend", "parts": []}}, schema)
+    assert cli("schema", "--output", "no/folder", cwd=tmp_path).stderr.startswith("error: cannot write no/folder")
 
 
 def test_show_explains_a_plugin_and_where_it_comes_from():

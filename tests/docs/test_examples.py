@@ -8,8 +8,10 @@ import re
 import tomllib
 from pathlib import Path
 
+import jsonschema
 import pytest
 
+from hf_rlhf.config.recipe_yaml import read_yaml
 from tests.helpers.paths import ROOT
 from tests.helpers.wheels import Environment, built, shared_folder
 
@@ -63,6 +65,9 @@ def test_installed_packages_are_listed(environment, tmp_path):
         for point in project(example)["entry-points"]["hf_rlhf"]:
             assert [*point.split("."), example.name, "0.1.0"] in listed
     assert "qae" in environment.run("hf-rlhf", "recipes", cwd=tmp_path).stdout
+    schema = json.loads(environment.run("hf-rlhf", "schema", cwd=tmp_path).stdout)
+    for recipe in (ROOT / "examples").rglob("*.yaml"):
+        jsonschema.validate(read_yaml(recipe.read_text(), recipe.name), schema)
 
 
 def test_installed_packages_pass_their_own_tests_and_the_conformance_kit(environment, tmp_path):

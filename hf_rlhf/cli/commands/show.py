@@ -13,6 +13,7 @@ from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app, plugins_app, recipes_app
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json, table
 from hf_rlhf.registry import hookspecs
+from hf_rlhf.registry.discovery import RecipeEntry
 from hf_rlhf.registry.host import Host, check_axis, get_host
 from hf_rlhf.registry.settings_schema import Setting, describe
 from hf_rlhf.runtime.errors import UserError, did_you_mean
@@ -47,12 +48,32 @@ def recipes(context: typer.Context, as_json: Json = False, plugin: PluginOptions
     """List the installed recipes, or show one."""
     if context.invoked_subcommand:
         return
-    found = get_host().recipes()
+    from hf_rlhf.config.recipe_yaml import FAMILIES
+
+    found = [(_family(recipe), recipe) for recipe in get_host().recipes()]
     if as_json:
         keys = ("name", "package", "version", "file", "summary", "problem")
-        print_json([{key: getattr(recipe, key) for key in keys} for recipe in found])
-    else:
-        table(["recipe", "package", "what it is"], [[r.name, r.source, r.problem or r.summary] for r in found])
+        print_json([{**{key: getattr(recipe, key) for key in keys}, "family": family} for family, recipe in found])
+        return
+    rows = [(family, [r.name, r.source, r.problem or r.summary]) for family, r in found]
+    if not sys.stdout.isatty():
+        table(["recipe", "family", "package", "what it is"], [[row[0], family, *row[1:]] for family, row in rows])
+        return
+    foreign = any(package != rows[0][1][1] for _, (_, package, _) in rows)
+    for family, title in FAMILIES.items():
+        own = [row if foreign else [row[0], row[2]] for of, row in rows if of == family]
+        if own:
+            table(["recipe", *(["package"] if foreign else []), "what it is"], own, title)
+
+
+def _family(recipe: RecipeEntry) -> str:
+    from hf_rlhf.config.recipe_yaml import FAMILIES, family, read_yaml
+
+    try:
+        raw = read_yaml(recipe.file.read_text(encoding="utf-8", errors="replace"), recipe.name)
+    except UserError:
+        raw = None  # showing or running it says why
+    return family(raw) if isinstance(raw, dict) else next(iter(FAMILIES))
 
 
 @recipes_app.command(
@@ -66,13 +87,16 @@ def recipes_show(
     as_json: Json = False,
     plugin: PluginOptions = None,
 ) -> None:
-    """Print the text of a recipe, to start your own from."""
+    """Print the text of a recipe, to start your own from. Its first line names the file of `hf-rlhf schema` to editors."""
     if as_json:
         from hf_rlhf.config.recipe import read_recipe
 
         print_json(read_recipe(name))
     else:
-        print(get_host().find_recipe(name).file.read_text(encoding="utf-8"), end="")
+        from hf_rlhf.config.json_schema import HEADER
+
+        text = get_host().find_recipe(name).file.read_text(encoding="utf-8")
+        print(text if text.startswith(HEADER) else HEADER + text, end="")
 
 
 @app.command(
