@@ -215,8 +215,10 @@ def _indented(what: RenderableType) -> Padding:
     return Padding(what, (0, 0, 0, 2), expand=False)
 
 
-def number(x: float) -> str:
-    """Format with three digits, without an exponent if possible: 0.0312, 12.5, 1,840; 2e-07."""
+def number(x: float | None) -> str:
+    """Format with three digits, without an exponent if possible: 0.0312, 12.5, 1,840; 2e-07; - for None."""
+    if x is None:
+        return "-"
     if x != 0 and abs(x) < 1e-3:
         return f"{x:.0e}"
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"

@@ -4,35 +4,84 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hf_rlhf.config.sections import Evaluation
 from hf_rlhf.runtime.distributed import sum_over_processes
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.scorer import total, totals
+from hf_rlhf.training.intervals import interval
 
 if TYPE_CHECKING:
     from hf_rlhf.batch import Prompt, Rollouts
+    from hf_rlhf.config.algorithm import Algorithm
     from hf_rlhf.training.collector import Collector
+
+
+@dataclass(kw_only=True)
+class Evaluated:
+    """Results of an evaluation, over all processes."""
+
+    names: list[str]
+    sums: Tensor
+    """(P, names, 2) in float64: numerator and count of each metric by prompt; the metric is the quotient of their sums."""
+    samples: list[dict[str, Any]]
+    """The first completion of up to `SAMPLES` prompts of this process."""
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The metrics; `health/` are numbers of rows. Those that nothing counts for are left out."""
+        found = {}
+        for name, column in zip(self.names, self.sums.unbind(1), strict=True):
+            numerator, count = (math.fsum(x.tolist()) for x in column.unbind(1))
+            if name.startswith("health/"):
+                found[name] = numerator
+            elif count:
+                found[name] = numerator / count
+        return found
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % interval of each metric over prompts; none of counts, nor of what is known for a single prompt."""
+        found = {name: interval(self.sums[:, self.names.index(name)], is_share(name)) for name in self.metrics}
+        return {name: bounds for name, bounds in found.items() if bounds and not name.startswith("health/")}
+
+
+SAMPLES = 8
+"""Most samples of an evaluation."""
+
+
+def is_share(name: str) -> bool:
+    """Return whether a metric is a share of rows or prompts, between 0 and 1."""
+    return name.rpartition("/")[2].startswith(("accuracy", "pass@", "maj@", "truncated_frac"))
 
 
 @torch.no_grad()
 def evaluate(
-    collector: Collector, prompts: Sequence[Prompt], settings: Evaluation
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Return metrics over all processes, and samples of this process's rows.
+    collector: Collector,
+    prompts: Sequence[Prompt],
+    settings: Evaluation,
+    keep: Callable[[list[dict[str, Any]]], Any] = lambda rows: None,
+) -> Evaluated:
+    """Roll out and score prompts, and return the metrics over all processes.
 
     `reward/<label>/mean` over the rows it applies to, `reward/total/mean`, `rollout/length/mean`, `rollout/truncated_frac`;
     `health/reward_error` and `_timeout` count rows whose scoring failed; for each verifier `accuracy` (and `<label>/accuracy`
     where there are several), `pass@k` and `maj@k`. The random numbers are the same each time, so that two evaluations differ by
     the policy alone. Without reward sources, lengths alone.
+
+    `keep` gets the rows of this process, as many at a time as are decoded together, with the columns of `row_types`.
     """
     accelerator, group = collector.accelerator, settings.num_generations
-    mine = [prompts[i] for i in range(accelerator.process_index, len(prompts), accelerator.num_processes)]
-    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in _names(collector, group)}
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    names = _names(collector, group)
+    sums = torch.zeros(len(prompts), len(names), 2, dtype=torch.float64)
     samples: list[dict[str, Any]] = []
     rows = collector.algorithm.rollout.prompts * collector.algorithm.rollout.num_generations
     step = max(1, rows // (group * accelerator.num_processes))  # as many rows at a time as in training
@@ -42,12 +91,31 @@ def evaluate(
             part = mine[start : start + step]
             seed = (collector.seed, "evaluate", accelerator.process_index, start)
             with seeded(*seed):
-                _, rollouts = collector.roll_out(part, list(range(len(part))), group, settings.temperature)
-                samples += _add(sums, collector, rollouts, group, seed)[: max(0, 8 - len(samples))]
-    flat = sum_over_processes(accelerator, [x for pair in sums.values() for x in pair])
-    pairs = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(sums)}
-    counts = {name: numerator for name, (numerator, _) in pairs.items() if name.startswith("health/")}
-    return counts | {name: numerator / count for name, (numerator, count) in pairs.items() if count}, samples
+                drawn = [prompts[i] for i in part]
+                _, rollouts = collector.roll_out(drawn, list(range(len(part))), group, settings.temperature)
+                found, table = _score(collector, rollouts, group, seed)
+            for i, values in zip(part, found, strict=True):
+                sums[i] = torch.tensor([values.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64)
+            samples += table[::group][: max(0, SAMPLES - len(samples))]
+            keep(table)
+    if accelerator.num_processes > 1:
+        flat = sum_over_processes(accelerator, sums.flatten())
+        sums = torch.tensor(flat, dtype=torch.float64).view_as(sums)
+    return Evaluated(names=names, sums=sums, samples=samples)
+
+
+def row_types(algorithm: Algorithm) -> dict[str, type]:
+    """Return the columns of an evaluation's rows, and the type of each; a value may be missing."""
+    rewards = {f"reward/{label}": float for label in algorithm.labels()} | {"reward": float}
+    reference = {"reference": str} if _reference(algorithm) is not None else {}
+    texts: dict[str, type] = {"prompt": str, "completion": str, **reference}
+    return {**texts, **(rewards if algorithm.rewards else {}), "tokens": int, "truncated": bool}
+
+
+def _reference(algorithm: Algorithm) -> str | None:
+    """Return the column with the reference answers: the only one that the first verifier, or else source, reads."""
+    sources = sorted(algorithm.rewards, key=lambda source: not source.verifier)
+    return next((next(iter(read)) for source in sources if len(read := source.columns()) == 1), None)
 
 
 def _powers(group: int) -> list[int]:
@@ -74,43 +142,63 @@ def _verifiers(collector: Collector) -> list[tuple[str, str]]:
     return [("" if i == 0 else f"{label}/", label) for i, label in enumerate(labels)]
 
 
-def _add(
-    sums: dict[str, list[float]], collector: Collector, rollouts: Rollouts, group: int, seed: tuple[int | str, ...]
-) -> list[dict[str, Any]]:
-    def add(name: str, value: float, count: float) -> None:
-        sums[name][0] += value
-        sums[name][1] += count
-
-    add("rollout/length/mean", sum(map(sum, rollouts.masks)), len(rollouts))
-    add("rollout/truncated_frac", rollouts.finish_reasons.count("length"), len(rollouts))
-    samples = [
-        {"prompt": rollouts.prompts[i], "completion": rollouts.completions[i]} for i in range(0, len(rollouts), group)
+def _score(
+    collector: Collector, rollouts: Rollouts, group: int, seed: tuple[int | str, ...]
+) -> tuple[list[dict[str, tuple[float, float]]], list[dict[str, Any]]]:
+    """Return numerator and count of each metric by prompt, and the rows."""
+    starts, lengths = range(0, len(rollouts), group), [sum(mask) for mask in rollouts.masks]
+    truncated = [reason == "length" for reason in rollouts.finish_reasons]
+    found: list[dict[str, tuple[float, float]]] = [
+        {
+            "rollout/length/mean": (sum(lengths[i : i + group]), group),
+            "rollout/truncated_frac": (sum(truncated[i : i + group]), group),
+        }
+        for i in starts
     ]
-    if not collector.algorithm.rewards:
-        return samples
+    columns: dict[str, list[Any]] = {"prompt": rollouts.prompts, "completion": rollouts.completions}
+    if (name := _reference(collector.algorithm)) is not None:
+        columns["reference"] = rollouts.columns[name]
+    if collector.algorithm.rewards:
+        columns |= _reward(collector, rollouts, group, seed, found)
+    columns |= {"tokens": lengths, "truncated": truncated}
+    return found, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _reward(
+    collector: Collector,
+    rollouts: Rollouts,
+    group: int,
+    seed: tuple[int | str, ...],
+    found: list[dict[str, tuple[float, float]]],
+) -> dict[str, list[float | None]]:
+    """Add the metrics of the reward sources to those of each prompt, and return the rewards of the rows."""
     asked = collector.scorer.ask(rollouts, *seed, counts=False)
-    answers = {label: found.answers for label, found in asked.items()}
+    answers = {label: result.answers for label, result in asked.items()}
     scores = totals(answers, rollouts)
     rewards, valid = total(totals(collector.normalizer(answers, None), rollouts), collector.weights(), len(rollouts))
-    for kind in ("error", "timeout"):
-        add(f"health/reward_{kind}", sum(found.count(kind) for found in asked.values()), 0)
-    for label, x in scores.items():
-        add(f"reward/{label}/mean", x.nansum().item(), (~x.isnan()).sum().item())
-    add("reward/total/mean", rewards[valid].sum().item(), valid.sum().item())
-    for prefix, label in _verifiers(collector):
-        correct = (scores[label] == 1).double()
-        known = ~scores[label].isnan()
-        add(f"{prefix}accuracy", correct[known].sum().item(), known.sum().item())
-        for row in range(0, len(rollouts), group):
-            if not known[row : row + group].all():
+    failed = {
+        kind: [failure.row // group for result in asked.values() for failure in result.failures if failure.kind == kind]
+        for kind in ("error", "timeout")
+    }
+    for i, metrics in enumerate(found):
+        own = slice(i * group, (i + 1) * group)
+        metrics |= {f"health/reward_{kind}": (places.count(i), 0) for kind, places in failed.items()}
+        metrics["reward/total/mean"] = (rewards[own][valid[own]].sum().item(), valid[own].sum().item())
+        for label, x in scores.items():
+            metrics[f"reward/{label}/mean"] = (x[own].nansum().item(), (~x[own].isnan()).sum().item())
+        for prefix, label in _verifiers(collector):
+            correct, known = (scores[label][own] == 1).double(), ~scores[label][own].isnan()
+            metrics[f"{prefix}accuracy"] = (correct[known].sum().item(), known.sum().item())
+            if not known.all():
                 continue
-            right = int(correct[row : row + group].sum())
-            for k in _powers(group):
-                add(f"{prefix}pass@{k}", pass_at_k(group, right, k), 1)
+            right = int(correct.sum())
+            metrics |= {f"{prefix}pass@{k}": (pass_at_k(group, right, k), 1) for k in _powers(group)}
             if group > 1:
-                votes = collector.scorer.final_answers(label, rollouts.turns()[row : row + group])
-                add(f"{prefix}maj@{group}", majority(votes, correct[row : row + group].tolist()), 1)
-    return [{**sample, "reward": rewards[i * group].item()} for i, sample in enumerate(samples)]
+                votes = collector.scorer.final_answers(label, rollouts.turns()[own])
+                metrics[f"{prefix}maj@{group}"] = (majority(votes, correct.tolist()), 1)
+    numbers = {f"reward/{label}": x for label, x in scores.items()}
+    numbers["reward"] = rewards.masked_fill(~valid, math.nan)
+    return {name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in numbers.items()}
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -6,10 +6,11 @@ import json
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from sys import intern
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class RunTrainer(Trainer):
     """`time.perf_counter()` when loading began."""
     samples: Sequence[dict[str, Any]] = ()
     """Completions of the last evaluation; empty without rollouts."""
+    intervals: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    """The 95 % intervals of the metrics of the last evaluation with rollouts."""
     summary: dict[str, Any] | None = None
     """The content of `summary.json` once it is written."""
     _after: dict[str, float] | None = None
@@ -210,11 +213,14 @@ class RunTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate; outside of training, metrics on the run's own evaluation dataset are kept for `summary.json`."""
+        """Evaluate; outside of training, metrics on the run's own evaluation dataset are kept for `summary.json`, each with
+        its interval as `_low` and `_high`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and not self.is_in_train:
             found = {name.removeprefix(f"{metric_key_prefix}_"): x for name, x in metrics.items()}
             found = {name: x for name, x in found.items() if name not in TIMINGS}
+            for name, (low, high) in self.intervals.items():
+                found |= {f"{name}_low": low, f"{name}_high": high} if name in found else {}  # of several, the last's
             if self._trained is None:
                 self.record["before"] = found
             else:

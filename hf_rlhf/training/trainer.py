@@ -401,11 +401,13 @@ class RLHFTrainer(SavingTrainer):
         prompts: Any = dataloader.dataset
         settings = self.parts.evaluation_settings
         self.phases.sampling()
-        metrics, self.samples = evaluate(self.collector, prompts, settings)
+        found = evaluate(self.collector, prompts, settings)
+        metrics, self.samples, self.intervals = dict(found.metrics), found.samples, dict(found.intervals)
         if settings.ema and self.ema is not None:
             with self.collector.policy.averaged(self.ema):
-                averaged, _ = evaluate(self.collector, prompts, settings)
-            metrics |= {f"ema/{name}": x for name, x in averaged.items()}
+                averaged = evaluate(self.collector, prompts, settings)
+            metrics |= {f"ema/{name}": x for name, x in averaged.metrics.items()}
+            self.intervals |= {f"ema/{name}": x for name, x in averaged.intervals.items()}
         named = {f"{metric_key_prefix}_{name}": x for name, x in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(prompts))  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_rlhf.training.evaluation import majority, pass_at_k
+from hf_rlhf.training.evaluation import evaluate, majority, pass_at_k, row_types
 from tests.helpers import runs
 
 EXACT = {"use": "exact_match", "label": "exact"}
@@ -176,5 +176,24 @@ def test_the_samples_of_an_evaluation_are_at_most_eight_rows(tmp_path):
     made = sampler(tmp_path)
     made.evaluate()
     assert 1 <= len(made.samples) <= 8
-    assert set(made.samples[0]) == {"prompt", "completion", "reward"}
+    assert set(made.samples[0]) == set(row_types(made.algorithm))
     assert all(math.isfinite(row["reward"]) for row in made.samples)
+
+
+def test_rows_and_sums_of_an_evaluation_give_its_metrics(tmp_path):
+    made = runs.trainer(tmp_path, eval_data=KNOWN, evaluation={"num_generations": 4}, rewards=[EXACT])
+    kept: list[dict[str, Any]] = []
+    found = evaluate(made.collector, list(made.eval_dataset), made.parts.evaluation_settings, kept.extend)
+    assert len(kept) == 16
+    types = row_types(made.algorithm)
+    assert list(types) == ["prompt", "completion", "reference", "reward/exact", "reward", "tokens", "truncated"]
+    for row in kept:
+        assert list(row) == list(types)
+        assert all(value is None or isinstance(value, types[name]) for name, value in row.items())
+    scores = [row["reward/exact"] for row in kept if row["reference"] is not None]
+    assert found.metrics["accuracy"] == sum(scores) / len(scores)
+    assert found.metrics["rollout/length/mean"] == sum(row["tokens"] for row in kept) / 16
+    assert all(row["reward"] is None for row in kept[12:]), "no source applies to the row without an answer"
+    low, high = found.intervals["accuracy"]
+    assert 0 <= low < found.metrics["accuracy"] < high <= 1
+    assert "health/reward_error" not in found.intervals
