@@ -99,7 +99,7 @@ def evaluate(
             samples += table[::group][: max(0, SAMPLES - len(samples))]
             keep(table)
     if accelerator.num_processes > 1:
-        flat = sum_over_processes(accelerator, sums.flatten())
+        flat = sum_over_processes(accelerator, sums.flatten().tolist())
         sums = torch.tensor(flat, dtype=torch.float64).view_as(sums)
     return Evaluated(names=names, sums=sums, samples=samples)
 
