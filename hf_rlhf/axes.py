@@ -36,6 +36,7 @@ from hf_rlhf.contract.base import Count, Fraction as Fraction, NonNegative, Plug
 from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel, HubTokenizer as HubTokenizer
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
 from hf_rlhf.contract.outputs import check_output as check_output
+from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pattern
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 from hf_rlhf.runtime.errors import did_you_mean as did_you_mean
@@ -389,8 +390,9 @@ AXES: dict[str, type[Plugin]] = {
     "loss_terms": LossTerm,
     "filters": Filter,
     "trainer": OfflineTrainer,
+    "doctor": Pattern,
 }
-"""Recipe key -> base class, in the order of a step; the trainer without rollouts comes last."""
+"""Recipe key -> base class, in the order of a step; the trainer without rollouts comes last, then what no recipe names."""
 
 
 def axis_of(cls: type) -> str:

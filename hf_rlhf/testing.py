@@ -25,6 +25,7 @@ from hf_rlhf.axes import (
     Critic,
     KLController,
     OfflineTrainer,
+    Pattern,
     Plugin,
     Reference,
     RewardSource,
@@ -34,7 +35,16 @@ from hf_rlhf.axes import (
     axis_of,
 )
 from hf_rlhf.batch import Prompt, Rollouts, Scored
-from hf_rlhf.conformance import common, invariances, metrics, models, offline_trainers, rewards, tensor_inputs
+from hf_rlhf.conformance import (
+    common,
+    invariances,
+    metrics,
+    models,
+    offline_trainers,
+    patterns,
+    rewards,
+    tensor_inputs,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -187,6 +197,8 @@ def conformance(
         checks += common.controller_checks(plugin)
     elif isinstance(plugin, OfflineTrainer):
         checks += offline_trainers.offline_trainer_checks(plugin, tiny_policy(), rows)
+    elif isinstance(plugin, Pattern):
+        checks += patterns.pattern_checks(plugin)
     elif axis in tensor_inputs.OUTPUTS:
         checks += invariances.tensor_function_checks(plugin, axis, finite_differences, history)
     if isinstance(plugin, TextTerm):

@@ -30,6 +30,7 @@ def hooks() -> Iterator[str]:
         yield f"## {axis}\n\n{hookspecs.summary(axis)}"
         many = "inside another plugin" if axis in NESTED else "one in a recipe"
         many = "any number in a recipe" if axis in LISTS else many
+        many = "watched for by every run" if base.axis.watches else many
         prefix = base.axis.metric_prefix
         logged = f"metrics of its plugins are logged below `{prefix}/`" if prefix else "its metrics are Trainer's"
         yield f"Base class `{base.__name__}`; {many}; {logged}."

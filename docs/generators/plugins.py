@@ -75,6 +75,8 @@ def _place(host: Host, axis: str) -> str:
     """Describe the number of an axis's plugins in a recipe, their place, and the default."""
     if axis in NESTED:
         return _inside(host, axis)
+    if AXES[axis].axis.watches:
+        return "Every run watches for all of them; no recipe names one. See [doctor.md](doctor.md)."
     if axis == OFFLINE:
         return "See [reward_models.md](reward_models.md)."
     place, default = f"A recipe has {'any number' if axis in LISTS else 'one'}.", DEFAULTS.get(axis)

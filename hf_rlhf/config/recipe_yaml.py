@@ -23,7 +23,7 @@ from hf_rlhf.runtime.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from hf_rlhf.registry.host import Host
 
-TOP_AXES = [axis for axis in AXES if axis not in NESTED]
+TOP_AXES = [axis for axis in AXES if axis not in NESTED and not AXES[axis].axis.watches]
 OFFLINE = "trainer"
 """The only axis of a recipe without rollouts."""
 STAGES = "stages"

@@ -44,6 +44,8 @@ class Axis:
     """True where a recipe has a list of plugins."""
     default: str | tuple[()] | None = None
     """Plugin of a recipe that leaves the axis out, `()` for an empty list; None: the recipe must choose."""
+    watches: bool = False
+    """True where every run uses the installed plugins, those that are turned off apart: not a key of recipes."""
     nested: str = ""
     """An example in a recipe, for an axis whose plugins are settings of other plugins; empty for a key of a recipe."""
     outputs: Mapping[str, Output] = field(default_factory=dict)

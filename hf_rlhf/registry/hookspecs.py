@@ -110,3 +110,8 @@ def filters() -> list[type[axes.Filter]]:  # type: ignore[empty-body]
 @hookspec
 def trainer() -> list[type[axes.OfflineTrainer]]:  # type: ignore[empty-body]
     """Trainers on a dataset, without rollouts; a recipe with one has no other axis."""
+
+
+@hookspec
+def doctor() -> list[type[axes.Pattern]]:  # type: ignore[empty-body]
+    """Patterns of a run that goes wrong, which every run watches for; no recipe names them."""

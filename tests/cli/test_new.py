@@ -18,6 +18,7 @@ from hf_rlhf.axes import AXES, Plugin
 from hf_rlhf.cli.app import app
 from hf_rlhf.cli.commands.new import command_of, package, plugin_class, write
 from hf_rlhf.cli.main import add_commands
+from hf_rlhf.metrics.doctor import installed
 from hf_rlhf.metrics.names import under
 from hf_rlhf.registry import hookspecs
 from hf_rlhf.registry.api_version import stated
@@ -187,7 +188,7 @@ def test_a_full_package_holds_what_a_package_holds(written: dict[str, Path]) -> 
     assert "A. Name" in (folder / "LICENSE").read_text()
 
 
-@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "trainer"])
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis not in ("trainer", "doctor")])
 def test_a_full_plugin_has_every_method_of_a_plugin(axis: str, written: dict[str, Path]) -> None:
     shown = {name for name, value in vars(Plugin).items() if callable(value) and not name.startswith("_")}
     assert shown <= vars(class_of(axis, written[axis])).keys()
@@ -219,7 +220,7 @@ def test_the_new_packages_pass_their_tests(written: dict[str, Path], site: Path,
     assert "skipped" not in done.stdout.splitlines()[-1], done.stdout
 
 
-@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "trainer"])
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis not in ("trainer", "doctor")])
 def test_a_new_plugin_trains_and_its_metrics_are_logged(axis: str, written: dict[str, Path], trained: Any) -> None:
     log = trained["engine" if axis == "rollout" else "all"]
     prefix = AXES[axis].axis.metric_prefix.replace("<label>", NAMES[axis])
@@ -259,6 +260,8 @@ def test_the_command_of_the_module_is_accepted(axis: str, written: dict[str, Pat
         made = load_recipe(recipe, words)
         if axis == "trainer":
             assert made.trainer().name == NAMES[axis]
+        elif axis == "doctor":
+            assert NAMES[axis] in {pattern.name for pattern in installed()}
         else:
             assert made.algorithm().problems() == []
             assert NAMES[axis] in {plugin.name for _, plugin in made.algorithm().plugins()}

@@ -64,7 +64,7 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
             return {"advantages": "gae", "critic": chosen} if name != "none" else {}
         case "reference":
             return {**REFERENCE, "reference": chosen} if name != "none" else {}
-        case "rewards" | "rollout" | "trainer":
+        case "rewards" | "rollout" | "trainer" | "doctor":
             raise KeyError(plugin)
     return {axis: [chosen] if axis in LISTS else chosen}
 
@@ -79,7 +79,7 @@ def needs_lora(plugin: str) -> bool:
     return plugin == "reference.adapter_off"
 
 
-TRAINED = [plugin for plugin in PLUGINS if plugin.split(".")[0] not in ("rewards", "rollout", "trainer")]
+TRAINED = [plugin for plugin in PLUGINS if plugin.split(".")[0] not in ("rewards", "rollout", "trainer", "doctor")]
 """The plugins that `choices` knows: all but those that make completions and score them, or train without any."""
 
 

@@ -21,7 +21,7 @@ from tests.helpers import runs
 from tests.helpers.paths import DATA
 from tests.helpers.tiers import slow
 
-ALGORITHM = [axis for axis in AXES if axis != "trainer"]
+ALGORITHM = [axis for axis in AXES if axis not in ("trainer", "doctor")]
 REGISTERED: dict[str, list[str]] = {axis: [] for axis in ALGORITHM}
 RULES = ("choice", "constraints", "json_schema", "language", "numeric", "regex", "repetition", "missing_eos")
 """Rewards that are to the core what `exact_match` and `format` are: each is tried alone."""

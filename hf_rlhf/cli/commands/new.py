@@ -134,9 +134,9 @@ def package(axis: str, name: str, author: str | None = None) -> dict[str, str]:
         "MY_AUTHOR": author,
         "MY_YEAR": str(date.today().year),
     }
-    files[f"{module_of(name)}.py"] = with_everything(
-        module, "everything_offline.py" if axis == OFFLINE else "everything.py"
-    )
+    if not AXES[axis].axis.watches:  # `find` is all that is called of a pattern
+        template = "everything_offline.py" if axis == OFFLINE else "everything.py"
+        files[f"{module_of(name)}.py"] = with_everything(module, template)
     rest = {
         "README.md": "README.txt",
         "LICENSE": "LICENSE.txt",

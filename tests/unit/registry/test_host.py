@@ -247,6 +247,15 @@ def runs_trainer(plugin, tmp_path):
     assert plugin.encode({"prompt": "1+2=", "completion": "3"}, tokenizer)["labels"] == row["input_ids"]
 
 
+def runs_doctor(plugin, tmp_path):
+    from hf_rlhf.metrics.doctor import Doctor
+
+    doctor = Doctor({}, {}, [plugin])
+    assert not [x for step in range(1, 5) for x in doctor.add(step, {"rollout/length/min": 2, "rollout/length/max": 2})]
+    (finding,) = doctor.add(5, {"rollout/length/min": 2, "rollout/length/max": 2})
+    assert (finding.pattern, finding.step, finding.text) == ("one_length", 5, "All completions have 2 tokens.")
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_the_example_of_each_hook_is_a_complete_plugin(axis, tmp_path):
     file = tmp_path / f"example_{axis}.py"
