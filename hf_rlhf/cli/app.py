@@ -28,7 +28,19 @@ EXIT_CODES = (
 )
 """Exit code and its meaning. Other signals give 128 + their number."""
 
-FIRST = ("train", "check", "pipeline", "recipes", "plugins", "show", "explain", "lab", "score", "serve-reward")
+FIRST = (
+    "train",
+    "check",
+    "pipeline",
+    "recipes",
+    "plugins",
+    "show",
+    "explain",
+    "lab",
+    "report",
+    "score",
+    "serve-reward",
+)
 """Commands that help lists first, in this order."""
 
 

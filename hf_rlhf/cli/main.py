@@ -15,7 +15,19 @@ from hf_rlhf.runtime.plain_text import clean_all_logs
 
 def add_commands() -> None:
     """Import the modules of `commands`, which register themselves with `app`."""
-    from hf_rlhf.cli.commands import dashboard, env, lab, new, pipeline, plugins_check, rewards, schema, show, train  # noqa: F401
+    from hf_rlhf.cli.commands import (  # noqa: F401
+        dashboard,
+        env,
+        lab,
+        new,
+        pipeline,
+        plugins_check,
+        report,
+        rewards,
+        schema,
+        show,
+        train,
+    )
 
 
 def main() -> None:

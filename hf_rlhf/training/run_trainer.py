@@ -40,8 +40,9 @@ TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_to
 class RunTrainer(Trainer):
     """`transformers.Trainer` that writes the files of a run.
 
-    `recipe.yaml` is written when training begins, `summary.json` with the model by `save_model`, `metrics.jsonl` and
-    `completions/` by `run_log`. Checkpoints count once their manifest is written, and resume only the run they come from.
+    `recipe.yaml` is written when training begins, `summary.json` and `report.html` with the model by `save_model`,
+    `metrics.jsonl` and `completions/` by `run_log`. Checkpoints count once their manifest is written, and resume only the
+    run they come from.
     While it trains, the output folder is locked, and SIGTERM, SIGINT and SIGHUP end the run after its step.
     """
 
@@ -244,6 +245,10 @@ class RunTrainer(Trainer):
             return
         self.summary = self._summarize(self._trained)
         self._write("summary.json", json.dumps(self.summary, indent=1))
+        if self.is_world_process_zero():
+            from hf_rlhf.report.build import write_or_warn
+
+            write_or_warn(self.output_dir)
 
     def _summarize(self, trained: TrainOutput) -> dict[str, Any]:
         run = self.record["run"]

@@ -97,8 +97,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     pandas.DataFrame(rows[:4]).to_parquet(tmp_path / "solutions.parquet")
     (tmp_path / "mine.yaml").write_text(load_recipe("grpo").dump())
-    (tmp_path / "outputs" / "grpo").mkdir(parents=True)
-    (tmp_path / "outputs" / "grpo" / "recipe.yaml").write_text(load_recipe("grpo").dump())
+    for name in ("quickstart", "grpo", "rloo"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "recipe.yaml").write_text(load_recipe(name).dump())
     (tmp_path / "rewards.py").write_text(
         "def brevity(completions, **_):\n    return [1.0 / len(c) for c in completions]\n"
     )
