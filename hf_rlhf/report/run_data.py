@@ -1,10 +1,9 @@
-"""What a report reads: the files of a run's folder, each of which may be missing."""
+"""Files of a run that a report reads, each of which may be missing."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,9 @@ from typing import Any
 import yaml
 
 from hf_rlhf.config.recipe import Recipe, load_recipe
+from hf_rlhf.contract.pattern import Finding
+from hf_rlhf.metrics.dashboard import declared
+from hf_rlhf.metrics.doctor import diagnose, entries_of
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.run_folder import METRICS, run_in
 
@@ -59,8 +61,7 @@ class RunData:
     @cached_property
     def entries(self) -> list[dict[str, Any]]:
         """Entries of metrics.jsonl."""
-        file = self.folder / METRICS
-        return list(_entries(file.read_bytes())) if file.is_file() else []
+        return list(entries_of(self.folder))
 
     @cached_property
     def rollouts(self) -> list[dict[str, Any]]:
@@ -70,9 +71,9 @@ class RunData:
         ]
 
     @cached_property
-    def findings(self) -> list[Any]:
-        """What the doctor finds in the log."""
-        return []
+    def findings(self) -> list[Finding]:
+        """Findings of the doctor in the log."""
+        return diagnose(self.folder, None if self.recipe is None else declared(self.recipe))
 
     @cached_property
     def pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -86,17 +87,6 @@ class RunData:
         count = min(len(first), len(last))
         chosen = sorted({i * count // PAIRS for i in range(min(PAIRS, count))})
         return list(zip(first.take(chosen).to_pylist(), last.take(chosen).to_pylist(), strict=True))
-
-
-def _entries(content: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the lines that are entries: the last one may be cut off."""
-    for line in content.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            yield entry
 
 
 def read_runs(folders: list[Path]) -> list[RunData]:

@@ -14,7 +14,7 @@ from hf_rlhf.cli.output import examples
 @app.command(
     short_help="Write a page about a run, or several side by side.",
     epilog=examples(
-        "hf-rlhf report outputs/quickstart                  # anew, into outputs/quickstart/report.html",
+        "hf-rlhf report outputs/quickstart                  # into outputs/quickstart/report.html",
         "hf-rlhf report outputs/grpo outputs/rloo           # curves in one plot, final numbers, settings that differ",
         "hf-rlhf report outputs/grpo --output grpo.html",
     ),
