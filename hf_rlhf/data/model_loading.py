@@ -91,15 +91,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: Model) -> Pr
     return tokenizer
 
 
-def load_model(settings: Model, trust_remote_code: bool = False, lora: bool | None = None) -> PreTrainedModel:
+def load_model(
+    settings: Model, trust_remote_code: bool = False, lora: bool | None = None, keep_adapter: bool = False
+) -> PreTrainedModel:
     """Return the causal language model to train, without dropout unless `settings.dropout` is set.
 
-    `lora`: whether an adapter will be trained on it; by default as the settings say.
+    `lora`: whether an adapter will be trained on it; by default as the settings say. An adapter that the settings name is merged
+    into its base, or with `keep_adapter` stays on it, as in the run that trained it.
     """
     path = model_path(settings.path, revision=settings.revision)
     options: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     options |= {"trust_remote_code": trust_remote_code, **quantisation(settings, path, trust_remote_code)}
-    model = _whole(path, settings.revision, options)
+    model = _whole(path, settings.revision, options, keep_adapter)
     try:
         adapted = settings.lora is not None if lora is None else lora
         model = ready(model, settings, adapted, merges=settings.save_merged is True)
@@ -108,7 +111,7 @@ def load_model(settings: Model, trust_remote_code: bool = False, lora: bool | No
     return model if settings.dropout else disable_dropout(model)
 
 
-def _whole(path: str, revision: str | None, options: dict[str, Any]) -> Any:
+def _whole(path: str, revision: str | None, options: dict[str, Any], keep_adapter: bool = False) -> Any:
     """Load a causal model; an adapter, as a LoRA run saves it, is merged into its base, which may be an adapter in turn."""
     from transformers import AutoModelForCausalLM
 
@@ -128,9 +131,11 @@ def _whole(path: str, revision: str | None, options: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            adapted = PeftModel.from_pretrained(base, path)
+            adapted: Any = PeftModel.from_pretrained(base, path)
         except (RuntimeError, ValueError, TypeError, UserWarning) as error:
             raise ModelError(f"the adapter in {path} does not fit its base {below}: {error}") from error
+    if keep_adapter:
+        return adapted
     model = merge(adapted).requires_grad_(True)
     model.name_or_path = model.config.name_or_path = path  # the base of an adapter that is trained on it
     return model

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hf_rlhf.metrics.row_file import as_text
+
 
 class RunLog(TrainerCallback):
     """One line of metrics.jsonl per log entry, and a sample of completions in completions/step_*.parquet.
@@ -148,7 +150,7 @@ def completion_rows(
     mask = mask[:limit]
     lengths = mask.sum(1)
     mean = (advantages[:limit] * mask).sum(1) / lengths.clamp(min=1)
-    columns: dict[str, list[Any]] = {name: [_text(x) for x in values[:limit]] for name, values in texts.items()}
+    columns: dict[str, list[Any]] = {name: [as_text(x) for x in values[:limit]] for name, values in texts.items()}
     for name, values in {**numbers, "advantage": mean}.items():
         columns[name] = [x if math.isfinite(x) else None for x in values[:limit].tolist()]
     columns["tokens"] = lengths.to(torch.int64).tolist()
@@ -158,12 +160,6 @@ def completion_rows(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _text(value: Any) -> str:
-    """Return text that every encoder accepts: messages as JSON, lone surrogates replaced."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _step(line: bytes) -> float:
