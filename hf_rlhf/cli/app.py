@@ -31,6 +31,7 @@ EXIT_CODES = (
 FIRST = (
     "train",
     "check",
+    "evaluate",
     "pipeline",
     "recipes",
     "plugins",

@@ -18,6 +18,7 @@ def add_commands() -> None:
     from hf_rlhf.cli.commands import (  # noqa: F401
         dashboard,
         env,
+        evaluate,
         lab,
         new,
         pipeline,

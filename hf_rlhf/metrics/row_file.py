@@ -36,7 +36,9 @@ class RowFile:
         plain = [{**row, **{name: None if row[name] is None else as_text(row[name]) for name in texts}} for row in rows]
         self._writer.write_table(pa.Table.from_pylist(plain, self.schema))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._writer.close()
         if kind is None:
             self._draft.replace(self.path)

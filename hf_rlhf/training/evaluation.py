@@ -34,6 +34,10 @@ class Evaluated:
     samples: list[dict[str, Any]]
     """The first completion of up to `SAMPLES` prompts of this process."""
 
+    def column(self, name: str) -> Tensor:
+        """Return numerator and count of a metric by prompt, (P, 2)."""
+        return self.sums[:, self.names.index(name)]
+
     @cached_property
     def metrics(self) -> dict[str, float]:
         """The metrics; `health/` are numbers of rows. Those that nothing counts for are left out."""
@@ -49,7 +53,7 @@ class Evaluated:
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """The 95 % interval of each metric over prompts; none of counts, nor of what is known for a single prompt."""
-        found = {name: interval(self.sums[:, self.names.index(name)], is_share(name)) for name in self.metrics}
+        found = {name: interval(self.column(name), is_share(name)) for name in self.metrics}
         return {name: bounds for name, bounds in found.items() if bounds and not name.startswith("health/")}
 
 

@@ -36,6 +36,7 @@ from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.early_checks import check_prompts
 from hf_rlhf.training.evaluation import Evaluated, evaluate
 from hf_rlhf.training.model_checks import check_causal, check_vocabulary
+from hf_rlhf.training.setup import plugins_here
 from hf_rlhf.training.tag_checks import tag_problems
 
 SHARED = ("rollout", "rewards", "dataset", "evaluation")
@@ -63,7 +64,7 @@ def find_subjects(words: Sequence[str]) -> list[Subject]:
 
     Raises `UserError` for one that is not there, and for a run without a final model.
     """
-    labels = [Path(word).name or word for word in words]
+    labels = ["/".join(Path(word).parts[-2 if Path(word).name.startswith("checkpoint-") else -1 :]) for word in words]
     made = []
     for word, short in zip(words, labels, strict=True):
         folder, recipe = Path(word).expanduser(), None
@@ -129,17 +130,16 @@ class Evaluator:
         if problems := algorithm.problems():
             raise UserError("this recipe is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
         check_hub_names([("dataset", self.recipe.dataset), *_measuring(algorithm)])
-        dataset = self.recipe.dataset
-        if dataset.eval_path is not None and dataset.path is None:  # nothing is held out of it
-            dataset = replace(dataset, path=dataset.eval_path, split=dataset.eval_split or "train", eval_path=None)
-            dataset = replace(dataset, eval_split=dataset.split)
-        held_out = read_rows(dataset)[1]
-        if held_out is None:
+        dataset = own = self.recipe.dataset
+        if dataset.eval_path is not None:  # all of it, and nothing else is read
+            own = replace(dataset, path=dataset.eval_path, split=dataset.eval_split or "train")
+        self.dataset = replace(own, eval_path=None, eval_split=None, held_out=0)
+        rows: Any = read_rows(dataset)[1] if dataset.eval_path is None else read_rows(self.dataset)[0]
+        if rows is None:
             raise UserError(
                 "no rows to evaluate on: nothing is held out of the dataset. Pass --dataset FILE, or set dataset.eval_split"
             )
-        self.rows: Any = held_out
-        self.dataset = replace(dataset, eval_path=None, eval_split=None, held_out=0)
+        self.rows = rows
         columns, _ = read_columns(self.dataset, self.rows)
         check_columns(columns, [plugin for _, plugin in _measuring(algorithm)])
 
@@ -179,7 +179,9 @@ class Evaluator:
     def _collector(self, subject: Subject) -> Iterator[Collector]:
         """Load a model, set up what samples and scores, and free all of it after the block."""
         from accelerate import Accelerator
+        from transformers import enable_full_determinism, set_seed
 
+        (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         settings, algorithm, args = self.settings_of(subject), self.recipe.algorithm(), self.args
         model: Any = load_model(settings, self.trust_remote_code, lora=True, keep_adapter=True)
         if "double_backward" in algorithm.needs:  # as in training
@@ -199,13 +201,12 @@ class Evaluator:
             num_processes=args.world_size,
             chat_template_kwargs=settings.chat_template_kwargs,
         )
-        accelerator, opened, scorer = Accelerator(cpu=args.use_cpu), [], None
+        accelerator, scorer = Accelerator(cpu=args.use_cpu), None
+        opened = list(plugins_here(algorithm, _measuring(algorithm)))
         try:
-            for path, plugin in _measuring(algorithm):
-                if path.partition(".")[0] == "rollout":
-                    opened.append(plugin)
-                    with accelerator.autocast() if plugin is algorithm.rollout else nullcontext():
-                        plugin.setup(context)
+            for plugin in opened:
+                with accelerator.autocast() if plugin is algorithm.rollout else nullcontext():
+                    plugin.setup(context)
             scorer = Scorer(list(zip(algorithm.labels(), algorithm.rewards, strict=True)), context)
             unused: Any = None
             yield Collector(

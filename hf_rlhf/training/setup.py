@@ -138,7 +138,7 @@ class RunComponents:
             num_processes=args.world_size,
             chat_template_kwargs=self.sections["model"].chat_template_kwargs,
         )
-        for plugin in _others(self.algorithm):
+        for plugin in plugins_here(self.algorithm, self.algorithm.plugins()):
             with autocast if plugin is self.algorithm.rollout else nullcontext():
                 plugin.setup(context)
         known = self.plan.remarks
@@ -149,17 +149,17 @@ class RunComponents:
 
 def close_plugins(algorithm: Algorithm) -> None:
     """Call `close` of every plugin except the reward sources, which the scorer closes."""
-    for plugin in _others(algorithm):
+    for plugin in plugins_here(algorithm, algorithm.plugins()):
         plugin.close()
 
 
-def _others(algorithm: Algorithm) -> Iterator[Plugin]:
-    """Yield every plugin except the recipe's reward sources; plugins nested in a source that runs here are included."""
+def plugins_here(algorithm: Algorithm, plugins: Iterable[tuple[str, Plugin]]) -> Iterator[Plugin]:
+    """Yield those of `plugins` that this process sets up: not the reward sources, but what is nested in them."""
     own = {id(source) for source in algorithm.rewards}
     elsewhere = {
         id(x) for source in algorithm.rewards if source.workers in ("processes", "ray") for x in nested_of(source)
     }
-    for _, plugin in algorithm.plugins():
+    for _, plugin in plugins:
         if id(plugin) not in own | elsewhere:
             yield plugin
 

@@ -19,6 +19,7 @@ import typer
 
 from hf_rlhf import __version__
 from hf_rlhf.cli import app, main
+from hf_rlhf.cli.commands.evaluate import overrides_of, split_models
 from hf_rlhf.cli.output import examples_of
 from hf_rlhf.config.pipeline import load_pipeline
 from hf_rlhf.config.recipe import load_recipe
@@ -125,7 +126,7 @@ def commands() -> dict[str, Any]:
 
 COMMANDS = commands()
 EXAMPLES = [line for command in COMMANDS.values() for line in examples_of(command)]
-PARSED_ALONE = ("serve-reward", "pipeline", "dashboard")
+PARSED_ALONE = ("serve-reward", "pipeline", "dashboard", "evaluate")
 """Commands that run long: their examples are parsed, and what they name is looked at where that is cheap."""
 
 
@@ -158,6 +159,9 @@ def test_every_example_of_help_runs(line, run, place):
     alone = words[0] in PARSED_ALONE or "--all" in words or words[:2] == ["plugins", "check"]
     if words[0] == "train" or alone:
         parsed(words)
+    if words[0] == "evaluate":
+        _, others = split_models([word for word in words[1:] if not word.startswith("outputs/")])
+        load_recipe("grpo", overrides_of([word for word in others if "=" in word], None, None, None))
     if words[0] == "pipeline":
         load_pipeline(words[1], [word for word in words if "=" in word])
     if words[0] == "serve-reward":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -52,8 +52,11 @@ Config = Annotated[
 ]
 
 
-def split_words(words: Sequence[str]) -> list[str]:
-    """Return overrides: `key=value` words as they are, then flags, which are those of FLAGS or fields of TrainingArguments."""
+def split_words(words: Sequence[str], meant: Mapping[str, str] | None = None) -> list[str]:
+    """Return overrides: `key=value` words as they are, then flags, which are those of FLAGS or fields of TrainingArguments.
+
+    `meant`: keys of flags, in place of those in FLAGS.
+    """
     overrides: list[str] = []
     flags: list[str] = []
     rest = list(words)
@@ -64,20 +67,21 @@ def split_words(words: Sequence[str]) -> list[str]:
             continue
         flag, given, value = word[2:].partition("=")
         if not given:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") and not _is_override(rest[0]) else "true"
-        flags.append(_override(flag.replace("-", "_"), value))
+            value = rest.pop(0) if rest and not rest[0].startswith("--") and not is_override(rest[0]) else "true"
+        flags.append(_override(flag.replace("-", "_"), value, {**FLAGS, **(meant or {})}))
     return overrides + flags
 
 
-def _is_override(word: str) -> bool:
+def is_override(word: str) -> bool:
+    """Return whether a word is KEY=VALUE."""
     key, equals, _ = word.partition("=")
     return bool(equals) and key.replace(".", "").replace("_", "").isalnum()
 
 
-def _override(flag: str, value: str) -> str:
+def _override(flag: str, value: str, keys: Mapping[str, str]) -> str:
     if flag == "use_peft":
         return "model.lora={}" if value != "false" else "model.lora=null"
-    key = FLAGS.get(flag)
+    key = keys.get(flag)
     if key is None:
         from hf_rlhf.config.training_arguments import argument_names
 
