@@ -40,7 +40,7 @@ from hf_rlhf.training.setup import plugins_here
 from hf_rlhf.training.tag_checks import tag_problems
 
 SHARED = ("rollout", "rewards", "dataset", "evaluation")
-"""What runs must agree on to be evaluated by the recipe of the first."""
+"""Keys on which runs must agree to be evaluated by the recipe of the first."""
 WEIGHTS = ("config.json", "adapter_config.json")
 
 

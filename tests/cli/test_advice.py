@@ -15,6 +15,7 @@ import typer
 
 from hf_rlhf.axes import AXES
 from hf_rlhf.cli.app import app
+from hf_rlhf.cli.commands.evaluate import split_models
 from hf_rlhf.cli.commands.train import split_words
 from hf_rlhf.cli.main import add_commands
 from hf_rlhf.cli.runs import run
@@ -259,7 +260,8 @@ def parsed(line: str) -> list[str]:
         left = [*getattr(context, "_protected_args", ()), *context.args]
         if not hasattr(command, "commands") or not left:
             if context.ignore_unknown_options:  # flags of Trainer's among the words
-                split_words([*(context.params.get("words") or ()), *left])
+                words = [*(context.params.get("words") or ()), *left]
+                split_words(split_models(words)[1] if command.name == "evaluate" else words)
             return left
         _, command, rest = command.resolve_command(context, left)
 
