@@ -112,8 +112,10 @@ def recipe_of(subjects: Sequence[Subject], name: str | None, overrides: Sequence
 
 def _measured(subject: Subject, key: str) -> Any:
     """Return what a run's recipe says of a key, without the sizes of its rollouts in training."""
-    value = (subject.recipe or {}).get(key)
-    return {k: x for k, x in value.items() if k not in ("prompts", "num_generations")} if key == "rollout" else value
+    value: Any = (subject.recipe or {}).get(key)
+    if key == "rollout" and isinstance(value, dict):
+        return {k: x for k, x in value.items() if k not in ("prompts", "num_generations")}
+    return value
 
 
 @dataclass(kw_only=True)

@@ -32,7 +32,9 @@ MODELS = ("--model", "--model_name_or_path")
 
 def split_models(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the models among the words, and the rest: overrides and flags with their values."""
-    models, others, left = [], [], list(words)
+    models: list[str] = []
+    others: list[str] = []
+    left = list(words)
     while left:
         word = left.pop(0)
         flag, given, value = word.partition("=")
