@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.axes import Plugin, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.plan_in_words import memory_in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.training_arguments import WITHOUT_EFFECT, differences_from_recipe
 from hf_rlhf.registry.settings_schema import at_path
@@ -32,6 +33,13 @@ class Plan:
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     """Phase -> part -> estimated MiB of one process (`hf_rlhf.training.memory.estimate`); empty without a forecast."""
     memory_notes: list[str] = field(default_factory=list)
+    in_words: dict[str, str] = field(default_factory=dict)
+    """model, data, algorithm and batch, each in a line of words (`hf_rlhf.config.plan_in_words`)."""
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """The plan in five lines: `in_words` and the memory."""
+        return self.in_words | {"memory": memory_in_words(self.memory, self.memory_notes)}
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists and dicts, for JSON."""

@@ -43,6 +43,12 @@ class Plugin:
     provides: ClassVar[frozenset[str]] = frozenset()
     metrics: ClassVar[tuple[Metric, ...]] = ()
     """Metrics of the plugin, by names below the prefix of its axis (`Axis.metric_prefix`)."""
+    words: ClassVar[str] = ""
+    """Phrase for the plan's line on the algorithm; `{beta:g}` stands for the value of the setting `beta`."""
+
+    def in_words(self) -> str:
+        """Return `words` with the settings filled in, or the name."""
+        return self.words.format_map(vars(self)) if self.words else self.name.replace("_", " ")
 
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield reasons why this plugin cannot run or learn in `algorithm`, each with what to write instead."""

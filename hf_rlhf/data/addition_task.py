@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.cache import cache_folder
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def addition_model(warm_up: WarmUp | None = None) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=home))
         try:
             tokenizer = addition_tokenizer()
-            model, measured = _warm_up(warm_up, tokenizer)
+            with doing("warming up the quickstart's model, once"):
+                model, measured = _warm_up(warm_up, tokenizer)
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             (unfinished / "warm_up.json").write_text(json.dumps({**asdict(warm_up), **measured}, indent=2) + "\n")

@@ -78,14 +78,16 @@ def prompt_room(config: Any, settings: Dataset, rollout: Any) -> int | None:
 
 def read_columns(
     settings: Dataset, train: Rows | None = None, evaluation: Rows | None = None
-) -> tuple[set[str], int | None]:
-    """Return the columns that rewards can read and the number of training rows (None for a stream), without a tokenizer."""
+) -> tuple[set[str], int | None, int | None]:
+    """Return the columns that rewards can read and the numbers of training and held-out rows (None for a stream), without a
+    tokenizer."""
     rows, held_out = read_rows(settings, train, evaluation)
     columns = _columns(rows, "dataset")
     _check_prompt(settings, columns)
     if held_out is not None:
         columns &= _columns(held_out, "evaluation dataset")
-    return columns - _consumed(settings), len(rows) if isinstance(rows, _Subset) else None
+    held = 0 if held_out is None else len(held_out) if isinstance(held_out, _Subset) else None
+    return columns - _consumed(settings), len(rows) if isinstance(rows, _Subset) else None, held
 
 
 def check_columns(columns: set[str], rewards: Iterable[Any]) -> None:

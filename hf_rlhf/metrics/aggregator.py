@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.distributed import sum_over_processes
 from hf_rlhf.runtime.peak_memory import MIB, recorder
 
@@ -84,10 +85,10 @@ class MetricAggregator:
         return {name: x for name, x in averages.items() if math.isfinite(x)}
 
     @contextmanager
-    def time(self, name: str) -> Iterator[None]:
+    def time(self, name: str, activity: str | None = None) -> Iterator[None]:
         """Record the seconds inside as `time/<name>_s`, and the peak MiB, and that above the start, as `memory/<name>/peak` and
-        `memory/<name>/above`."""
-        with recorder(self.device).phase() as phase:
+        `memory/<name>/above`; say that this process does `activity` (`name` by default)."""
+        with doing(activity or name), recorder(self.device).phase() as phase:
             start = time.perf_counter()
             yield
             self.put(f"time/{name}_s", time.perf_counter() - start)

@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from io import TextIOWrapper
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
 from hf_rlhf.config.plan import Plan, memory_rows
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
+from hf_rlhf.metrics.live_view import SHOWN, LiveView, Numbers, number
 from hf_rlhf.runtime.plain_text import escaped
 
-SHOWN = {
-    "reward": "reward/total/mean",
-    "KL": "kl/ref",
-    "length": "rollout/length/mean",
-    "entropy": "policy/entropy",
-    "value loss": "value/loss",
-    "held out": "eval_reward/total/mean",
-    "tokens/s": "perf/tokens_per_s",
-}
-"""Column of the progress display -> metric."""
-ENDLESS = 100_000
-"""Width of lines that do not go to a terminal."""
-OFFLINE_SHOWN = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "margin": "margin",
-    "preferred": "rewards/accuracies",
-    "reward margin": "rewards/margins",
-    "held-out loss": "eval_loss",
-    "gradient": "grad_norm",
-    "learning rate": "learning_rate",
-}
-"""The same for runs without rollouts."""
 
-
-def console() -> Console:
-    """Return a console as wide as the terminal, or wide enough that no line breaks; unencodable characters are escaped."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    return Console(width=None if sys.stdout.isatty() else ENDLESS, highlight=False)
+def show_lines(plan: Plan, out: Console) -> None:
+    """Print the plan in five lines: model, data, algorithm in words, batches, memory."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, text in plan.lines.items():
+        table.add_row(Text(title, style="bold"), Text(escaped(text)))
+    out.print(table)
 
 
 def show_plan(plan: Plan, out: Console) -> None:
-    """Print plugins with provenance, models, forwards, skipped work, remarks, memory, and the arithmetic of batches."""
+    """Print the plan in five lines, then plugins with provenance, models, forwards, skipped work, remarks, memory, and the
+    arithmetic of batches."""
+    show_lines(plan, out)
+    out.print()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("axis", "plugin", "package", "version"):
         table.add_column(name)
@@ -86,61 +65,35 @@ def show_plan(plan: Plan, out: Console) -> None:
 
 
 class LiveProgress(TrainerCallback):
-    """A progress bar with the newest numbers; off a terminal a line every few seconds."""
+    """Feed the live view; off a terminal, print a line every few seconds."""
 
-    def __init__(self, out: Console, shown: dict[str, str] = SHOWN, every_s: float = 10.0):
-        self.out, self.shown, self.every_s = out, shown, every_s
-        self.numbers: dict[str, float] = {}
-        self.live: Live | None = None
+    def __init__(self, view: LiveView, shown: dict[str, str] = SHOWN, every_s: float = 10.0):
+        self.view, self.every_s = view, every_s
+        view.numbers = Numbers(shown)
         self._said = 0.0
-        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=out)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the display."""
-        if not state.is_world_process_zero:
-            return
-        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step)
-        if self.out.is_terminal:
-            self.live = Live(self._render(), console=self.out, refresh_per_second=4)
-            self.live.start()
+        """Start the bar."""
+        if state.is_world_process_zero:
+            self.view.begin(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
         if state.is_world_process_zero:
-            self.bar.update(self.task, completed=state.global_step)
+            self.view.advance(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the newest numbers."""
-        if not state.is_world_process_zero or not logs or state.max_steps == 0:  # 0: evaluated before training
+        if not state.is_world_process_zero or not logs:
             return
-        self.numbers |= {name: logs[key] for name, key in self.shown.items() if key in logs}
-        if "loss" not in logs:
+        numbers = self.view.numbers
+        numbers.add(logs)
+        if "loss" not in logs or self.view.live:
             return
-        if self.live:
-            self.live.update(self._render())
-        elif time.monotonic() - self._said > self.every_s or state.global_step == state.max_steps:
+        if time.monotonic() - self._said > self.every_s or state.global_step == state.max_steps:
             self._said = time.monotonic()
-            numbers = "  ".join(f"{name} {number(self.numbers[name])}" for name in self.shown if name in self.numbers)
-            self.out.print(f"step {state.global_step}/{state.max_steps}  {numbers}", soft_wrap=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the display."""
-        self.stop()
-
-    def stop(self) -> None:
-        """Release the terminal, also after an error."""
-        if self.live:
-            self.live.stop()
-            self.live = None
-
-    def _render(self) -> Group:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        names = [name for name in self.shown if name in self.numbers]
-        for name in names:
-            table.add_column(name, justify="right", min_width=7, no_wrap=True)
-        table.add_row(*(number(self.numbers[name]) for name in names))
-        return Group(self.bar, table)
+            text = "  ".join(f"{label} {value}" for label, value, *_ in numbers.rows(0))
+            self.view.out.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
 
 
 def show_result(
@@ -213,15 +166,6 @@ def _with_interval(metrics: dict[str, float], name: str) -> str:
 
 def _indented(what: RenderableType) -> Padding:
     return Padding(what, (0, 0, 0, 2), expand=False)
-
-
-def number(x: float | None) -> str:
-    """Format with three digits, without an exponent if possible: 0.0312, 12.5, 1,840; 2e-07; - for None."""
-    if x is None:
-        return "-"
-    if x != 0 and abs(x) < 1e-3:
-        return f"{x:.0e}"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def _short(value: Any, width: int = 60) -> str:

@@ -145,7 +145,7 @@ class Collector:
                 forward.result()  # two models at a time would need the memory of both
             asked, scored_at = {}, None
             if self.algorithm.rewards:
-                with self.meters.time("reward"), seeded(self.seed, "reward", index, attempt, rank):
+                with self.meters.time("reward", "rewards"), seeded(self.seed, "reward", index, attempt, rank):
                     asked = self.scorer.ask(rollouts, self.seed, "reward", index, attempt, rank)
                 scored_at = time.perf_counter()
             known, known_at = forward.result()
@@ -172,7 +172,7 @@ class Collector:
         """Return the total score (n,) of the greedy completion of each row's prompt; 0 where no source applies to it."""
         with self.meters.time("rollout"):
             _, rollouts = self.roll_out(prompts, group_ids, 1, temperature=0.0)
-        with self.meters.time("reward"):
+        with self.meters.time("reward", "rewards"):
             asked = self.scorer.ask(rollouts, *seed, counts=False)
             answers = self.normalizer({label: found.answers for label, found in asked.items()}, None)
             sums, _ = total(totals(answers, rollouts), self.weights(), len(rollouts))

@@ -26,6 +26,7 @@ from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.modeling.policy import configure_padding
 from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.checkpoint_state import first_non_finite, save_state
 from hf_rlhf.runtime.distributed import from_first_process
 from hf_rlhf.runtime.errors import RunExists, UserError
@@ -174,6 +175,7 @@ class RunTrainer(Trainer):
         """Return whether the output folder has more than what this trainer's evaluation before training wrote."""
         return run_in(self.output_dir, but=(METRICS,)) or self.run_log.found_lines
 
+    @doing("training")
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
         folder, step = None, 0
         if resume_from_checkpoint:
@@ -211,6 +213,7 @@ class RunTrainer(Trainer):
         """Return the number of optimizer steps of the whole run."""
         raise NotImplementedError
 
+    @doing("evaluation")
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -229,6 +232,7 @@ class RunTrainer(Trainer):
                 self._measure_peak()
         return metrics
 
+    @doing("saving")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; after training, also write `summary.json` into the run's folder.
 
@@ -288,6 +292,7 @@ class RunTrainer(Trainer):
                 "Resume from the newest checkpoint, with a lower training.learning_rate or training.max_grad_norm"
             )
 
+    @doing("saving")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save Trainer's checkpoint, then `_state`, then the manifest; delete older checkpoints once it is written."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
+from hf_rlhf.config.plan_in_words import algorithm_in_words, batch_in_words, data_in_words, model_in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
 from hf_rlhf.config.training_arguments import (
@@ -37,6 +38,7 @@ from hf_rlhf.data.quantization import is_quantised, model_problems
 from hf_rlhf.modeling.policy import ActorCritic, Policy
 from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
@@ -56,6 +58,9 @@ from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+Counts = tuple[int | None, int | None, int | None]
+"""Training rows, held-out rows, tokens of the longest prompt; None where unknown."""
 
 
 class AlgorithmError(ValueError):
@@ -182,8 +187,12 @@ def setup_run(
     tokenizer: Any,
     peft_config: Any,
     trust_remote_code: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
 ) -> RunComponents:
-    """Check algorithm, arguments and dataset, in that order, then load tokenizer, prompts and model."""
+    """Check algorithm, arguments and dataset, in that order, then load tokenizer, prompts and model.
+
+    `on_plan` gets the plan, with a memory forecast unless an adapter makes that slow, once nothing but the model can fail.
+    """
     chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
     defaults = {name: cls() for name, cls in SECTIONS.items()}
     sections = defaults if isinstance(recipe, Algorithm) else dict(recipe.sections)
@@ -213,9 +222,10 @@ def setup_run(
         model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code
     )
     room = prompt_room(config, sections["dataset"], chosen.rollout)
-    prompts, held_out = load_prompts(
-        sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
-    )
+    with doing("reading the dataset"):
+        prompts, held_out = load_prompts(
+            sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
+        )
     parts = RunComponents(
         algorithm=chosen,
         sections=sections,
@@ -231,10 +241,20 @@ def setup_run(
         parts.evaluation = parts.as_prompts(several)
     for part in (prompts, *(parts.evaluation.values() if several is not None else [held_out])):
         check_prompts(part, chosen, model_settings.chat_template_kwargs)
+    record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
+    longest = max((len(ids) for ids, _ in prompts.tokens), default=None) if isinstance(prompts, Prompts) else None
+    _put_in_words(plan, chosen, sections, args, model, lora, (*record["rows"].values(), longest))
+    record["plan"]["in_words"] = plan.in_words
+    if on_plan is not None:
+        if not lora:
+            with suppress(Exception):  # a run does not depend on its forecast
+                estimate_memory(
+                    plan, chosen, args, sections, prompt_tokens=longest, trust_remote_code=trust_remote_code
+                )
+        on_plan(plan)
     model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
     check_vocabulary(tokenizer, model)
     parts.model = _adapted(model, peft_config, model_settings, args.seed) if lora else model
-    record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
     warn_of_ragged_epochs(record["rows"]["train"], chosen.rollout.prompts, args)
     return parts
 
@@ -244,17 +264,46 @@ def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:
     algorithm = recipe.algorithm()
     known, hidden = known_model(recipe.model), tag_problems_by_name(algorithm, recipe.model)
     plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, hidden, recipe, known)
+    rows: Counts = (None, None, None)
     if recipe.dataset.path is not None:
-        _check_dataset(algorithm, recipe.dataset)
+        rows = (*_check_dataset(algorithm, recipe.dataset), None)
+    _put_in_words(plan, algorithm, recipe.sections, args, None, recipe.model.lora is not None, rows)
     return plan
 
 
-def _check_dataset(algorithm: Algorithm, settings: Dataset, train: Any = None, evaluation: Any = None) -> None:
-    """Raise `ValueError` where a column is missing, or a named dataset has fewer rows than a rollout has prompts."""
-    columns, rows = read_columns(settings, train, evaluation)
+def _put_in_words(
+    plan: Plan,
+    algorithm: Algorithm,
+    sections: dict[str, Any],
+    args: TrainingArguments,
+    model: Any,
+    lora: bool,
+    rows: Counts,
+) -> None:
+    """Write the plan's lines in words. `model`: one that was given in Python."""
+    given = model if isinstance(model, str) else None
+    if model is not None and given is None:
+        given = getattr(model.config, "name_or_path", None) or type(model).__name__
+    plan.in_words = {
+        "model": model_in_words(algorithm, sections["model"], given, lora),
+        "data": data_in_words(sections["dataset"].path, "prompts", *rows),
+        "algorithm": algorithm_in_words(algorithm),
+        "batch": batch_in_words(algorithm, args, rows[0]),
+    }
+
+
+def _check_dataset(
+    algorithm: Algorithm, settings: Dataset, train: Any = None, evaluation: Any = None
+) -> tuple[int | None, int | None]:
+    """Return the numbers of training and held-out rows, None where they are unknown.
+
+    Raises `ValueError` where a column is missing, or a named dataset has fewer rows than a rollout has prompts.
+    """
+    columns, rows, held_out = read_columns(settings, train, evaluation)
     check_columns(columns, [plugin for _, plugin in algorithm.plugins()])
     if train is None and rows is not None and rows < algorithm.rollout.prompts:
         raise ValueError(f"rollout.prompts={algorithm.rollout.prompts} and the dataset has {rows} rows to train on")
+    return rows, held_out
 
 
 def _as_run(recipe: Recipe, model: Any, args: TrainingArguments) -> dict[str, Any]:

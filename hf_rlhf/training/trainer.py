@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_rlhf.axes import TextTerm, TrainedCritic, check_output
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe import Recipe, load_recipe
 from hf_rlhf.config.training_arguments import check_accelerator
 from hf_rlhf.contract.optimizer_step import Step
@@ -31,6 +33,7 @@ from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
 from hf_rlhf.modeling.policy import distributions
 from hf_rlhf.modeling.reference import ReferencePolicy
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import CheckpointError
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.training.callbacks import StepCallback
@@ -61,12 +64,14 @@ class RLHFTrainer(SavingTrainer):
         callbacks: as Trainer's.
         peft_config: a peft configuration; the policy then trains its adapter alone.
         trust_remote_code: run code that comes with a model from the Hub.
+        on_plan: called with the plan once everything is checked, before the model loads.
 
     Raises `ValueError` before the model loads where the combination or an argument is refused.
     """
 
     loss_is_scaled_for_ga = True  # weights span the whole optimizer step; nothing is left to divide
 
+    @doing("loading the model")
     def __init__(
         self,
         model: Any = None,
@@ -79,12 +84,15 @@ class RLHFTrainer(SavingTrainer):
         peft_config: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
         trust_remote_code: bool = False,
+        on_plan: Callable[[Plan], None] | None = None,
     ):
         self.started = time.perf_counter()
         algorithm = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
         args = default_arguments(algorithm) if args is None else args
         parts = setup_run(
-            model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config, trust_remote_code
+            *(model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config),
+            trust_remote_code=trust_remote_code,
+            on_plan=on_plan,
         )
         self.parts, self.algorithm, self.plan, self.record = parts, parts.algorithm, parts.plan, parts.record
         self.meters = MetricAggregator(args.device)

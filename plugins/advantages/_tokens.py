@@ -179,3 +179,8 @@ def whiten_tokens(x: Tensor, mask: Tensor, ddof: int = 1) -> Tensor:
         out = torch.sub(x[part], one, out=white[part])
         out.sub_(mean).mul_((variance + 1e-8).rsqrt()).mul_(mask[part])
     return white
+
+
+def discounted(what: str, gamma: float) -> str:
+    """Return `what` in words, with its discount where there is one."""
+    return what if gamma == 1 else f"{what} (gamma {gamma:g})"

@@ -13,7 +13,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator, Baseline, Fraction, check_output, choice
 from hf_rlhf.batch import Credit
 
-from ._tokens import reward_to_go
+from ._tokens import discounted, reward_to_go
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,9 @@ class WithBaseline(AdvantageEstimator):
     """The baseline b: constant, ema (of earlier rollouts' returns), others_mean (of the group), greedy or critic."""
     gamma: Fraction = 1.0
     """Discount from one sampled token to the next; no baseline except the critic's discounts."""
+
+    def in_words(self) -> str:
+        return f"{discounted('reward to go', self.gamma)} minus {self.baseline.in_words()}"
 
     @property
     def across_groups(self) -> bool:

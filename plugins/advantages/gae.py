@@ -52,6 +52,14 @@ class GAE(AdvantageEstimator):
     """Delta degrees of freedom in whitening: 1 divides by the number of tokens minus 1 (TRL, verl), 0 by their number
     (OpenRLHF)."""
 
+    def in_words(self) -> str:
+        lam = f"lambda {self.lam:g}" if self.length_adaptive is None else "lambda by length"
+        critic = "" if self.lam_critic is None else f", {self.lam_critic:g} for the critic"
+        whitened = [
+            f"whitened {what}" for what, on in (("rewards", self.whiten_rewards), ("advantages", self.whiten)) if on
+        ]
+        return f"GAE ({', '.join([f'gamma {self.gamma:g}', f'{lam}{critic}', *whitened])})"
+
     @property
     def across_groups(self) -> bool:
         """True if whitening makes a row depend on rows of other prompts."""

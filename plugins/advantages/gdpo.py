@@ -30,6 +30,7 @@ class GDPO(AdvantageEstimator):
     """
 
     name = "gdpo"
+    words = "each reward minus its group's mean, over its group's std; their weighted sum over its std"
     needs = frozenset({"groups", "scores"})
     across_groups = True
 

@@ -33,6 +33,10 @@ class GPG(GroupEstimator):
     dialect: Literal["paper", "verl"] = "paper"
     """`paper`: N / N_valid; `verl`: N over the number of nonzero returns."""
 
+    def in_words(self) -> str:
+        scale = "rows with a signal" if self.dialect == "paper" else "returns other than 0"
+        return f"return minus its group's mean, over the share of {scale}"
+
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         valid = returns != 0 if self.dialect == "verl" else ~scored.group_is_flat(returns)
         return centred(scored, returns) * len(returns) / valid.sum().clamp(min=1)

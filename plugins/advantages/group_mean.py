@@ -28,6 +28,7 @@ class GroupMean(GroupEstimator):
     """
 
     name = "group_mean"
+    words = "return minus its group's mean"
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         return centred(scored, returns)

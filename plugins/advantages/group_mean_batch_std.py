@@ -29,6 +29,7 @@ class GroupMeanBatchStd(GroupEstimator):
     """
 
     name = "group_mean_batch_std"
+    words = "return minus its group's mean, over the rollout's standard deviation"
     across_groups = True
 
     eps: Positive = 1e-4

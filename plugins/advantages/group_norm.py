@@ -38,6 +38,11 @@ class GroupNorm(GroupEstimator):
     """Rows over which mean and std are taken: the whole `group`, or the `others` in it (NeMo-RL). If the others are all
     equal, their mean is subtracted without a division."""
 
+    def in_words(self) -> str:
+        if self.statistics == "others":
+            return "return minus the mean of the group's other rows, over their standard deviation"
+        return "return minus its group's mean, over its group's standard deviation"
+
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         if self.statistics == "group":
             return centred(scored, returns) / (scored.group_std(returns, self.ddof) + self.eps)

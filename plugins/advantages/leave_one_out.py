@@ -24,6 +24,7 @@ class LeaveOneOut(GroupEstimator):
     """
 
     name = "leave_one_out"
+    words = "return minus the mean return of the group's other rows"
 
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         # in the returns' precision: a quotient of counts would be float32

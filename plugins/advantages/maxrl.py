@@ -32,6 +32,7 @@ class MaxRL(AdvantageEstimator):
     """
 
     name = "maxrl"
+    words = "return minus its group's mean, over that mean"
     needs = frozenset({"groups"})
 
     all_wrong: Literal[0, -1] = 0

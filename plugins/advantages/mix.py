@@ -30,6 +30,10 @@ class Mix(AdvantageEstimator):
     weights: list[float]
     """Factor of each part, in the order of `parts`."""
 
+    def in_words(self) -> str:
+        parts = zip(self.weights, self.parts, strict=True)
+        return " + ".join(f"{weight:g} x ({part.in_words()})" for weight, part in parts)
+
     @property
     def across_groups(self) -> bool:
         """True if any part depends on rows of other prompts."""

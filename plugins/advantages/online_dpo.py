@@ -43,6 +43,11 @@ class OnlineDPO(AdvantageEstimator):
     pairs: Literal["best_worst", "all"] = "best_worst"
     """Pairs of the prompt's highest- and lowest-scoring completions, or all pairs with unequal total scores."""
 
+    def in_words(self) -> str:
+        name = "DPO" if self.loss_type == "sigmoid" else "IPO"
+        pairs = "the best and the worst" if self.pairs == "best_worst" else "all unequal"
+        return f"{name} between {pairs} completions of a prompt (beta {self.beta:g})"
+
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         if algorithm.steps_per_rollout > 1:
             yield (

@@ -34,6 +34,10 @@ class OPO(GroupEstimator):
     leave_one_out: bool = False
     """Exclude the row itself from the mean, so that the baseline is independent of it and the gradient unbiased."""
 
+    def in_words(self) -> str:
+        rows = "the group's other rows" if self.leave_one_out else "its group"
+        return f"return minus the mean of {rows}, weighted by length"
+
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         lengths = scored.mask.sum(1)
         add = sum_of_others if self.leave_one_out else sum_of_group

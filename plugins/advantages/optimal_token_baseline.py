@@ -31,6 +31,7 @@ class OptimalTokenBaseline(AdvantageEstimator):
     """
 
     name = "optimal_token_baseline"
+    words = "reward to go minus its group's mean at each token, weighted by squared gradient norms"
     needs = frozenset({"groups", "old_logps", "sum_sq_probs"})
 
     leave_one_out: bool = False

@@ -34,6 +34,10 @@ class PassAtK(GroupEstimator):
     normalise: Literal["none", "std"] = "none"
     """`std`: divide the margin by the group's std (ddof 1), at most sqrt(G); the gradient is then not that of pass@G."""
 
+    def in_words(self) -> str:
+        over = ", over its group's standard deviation" if self.normalise == "std" else ""
+        return f"a group's best return minus its second best, for the best row alone{over}"
+
     def of_rows(self, scored: Scored, returns: Tensor) -> Tensor:
         rest, there = others(scored, returns)
         flat = scored.group_is_flat(returns)

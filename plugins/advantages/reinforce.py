@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator, Fraction
 
+from ._tokens import discounted
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +30,9 @@ class Reinforce(AdvantageEstimator):
 
     gamma: Fraction = 1.0
     """Discount per sampled token; the first one counts in full."""
+
+    def in_words(self) -> str:
+        return discounted("return", self.gamma)
 
     def __call__(self, scored: Scored) -> Tensor:
         steps = (scored.mask.cumsum(1) - 1).clamp(min=0)

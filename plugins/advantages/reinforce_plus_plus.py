@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator, Fraction
 
-from ._tokens import reward_to_go, whiten_tokens
+from ._tokens import discounted, reward_to_go, whiten_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,9 @@ class ReinforcePlusPlus(AdvantageEstimator):
     """Discount from one sampled token to the next."""
     ddof: Literal[0, 1] = 1
     """Delta degrees of freedom: 1 divides by the number of tokens minus 1 (verl), 0 by their number (OpenRLHF)."""
+
+    def in_words(self) -> str:
+        return f"{discounted('reward to go', self.gamma)}, whitened over all tokens"
 
     def __call__(self, scored: Scored) -> Tensor:
         to_go = reward_to_go(scored.token_rewards, scored.mask, self.gamma)

@@ -29,6 +29,7 @@ class ReinforcePlusPlusBaseline(GroupEstimator):
     """
 
     name = "reinforce_plus_plus_baseline"
+    words = "return minus its group's mean, whitened over all tokens"
     across_groups = True
 
     ddof: Literal[0, 1] = 1

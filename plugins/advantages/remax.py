@@ -30,6 +30,7 @@ class ReMax(AdvantageEstimator):
     """
 
     name = "remax"
+    words = "reward to go minus the score of the prompt's greedy completion"
     needs = frozenset({"greedy"})
 
     def __call__(self, scored: Scored) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import AdvantageEstimator, Fraction
 
-from ._tokens import reward_to_go
+from ._tokens import discounted, reward_to_go
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,9 @@ class RewardToGo(AdvantageEstimator):
 
     gamma: Fraction = 1.0
     """Discount from one sampled token to the next; tool output between them does not discount."""
+
+    def in_words(self) -> str:
+        return discounted("reward to go", self.gamma)
 
     def __call__(self, scored: Scored) -> Tensor:
         return reward_to_go(scored.token_rewards, scored.mask, self.gamma)

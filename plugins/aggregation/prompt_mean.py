@@ -21,6 +21,7 @@ class PromptMean(Aggregation):
     """m / (P times the tokens of the row's prompt), P prompts; one without sampled tokens has weight 0 and counts in P."""
 
     name = "prompt_mean"
+    words = "mean over prompts of their token means"
     needs = frozenset({"group_ids"})
 
     # fields named in `needs` arrive as keywords, which the base class cannot list

@@ -17,6 +17,7 @@ class SeqMeanTokenMean(Aggregation):
     """m / T_i / N_u. A row without sampled tokens has weight 0 and counts in N_u."""
 
     name = "seq_mean_token_mean"
+    words = "mean over completions of their token means"
 
     def __call__(self, mask: Tensor) -> Tensor:
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)

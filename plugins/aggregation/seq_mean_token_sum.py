@@ -17,6 +17,7 @@ class SeqMeanTokenSum(Aggregation):
     """m / N_u. A row without sampled tokens counts in N_u."""
 
     name = "seq_mean_token_sum"
+    words = "mean over completions of their token sums"
 
     def __call__(self, mask: Tensor) -> Tensor:
         return mask / len(mask)

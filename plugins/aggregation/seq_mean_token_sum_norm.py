@@ -24,6 +24,7 @@ class SeqMeanTokenSumNorm(Aggregation):
     """m / (N_u L): seq_mean_token_sum over a constant length. A row without sampled tokens counts in N_u."""
 
     name = "seq_mean_token_sum_norm"
+    words = "mean over completions of their token sums over {length}"
 
     length: Count = 1024
     """The constant L; the paper takes rollout.max_new_tokens."""

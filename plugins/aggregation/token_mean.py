@@ -20,6 +20,7 @@ class TokenMean(Aggregation):
     """m / sum m over all tokens of the optimizer step; 0 if nothing was sampled."""
 
     name = "token_mean"
+    words = "mean over tokens"
 
     def __call__(self, mask: Tensor) -> Tensor:
         return mask / mask.sum().clamp(min=1)

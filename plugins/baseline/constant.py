@@ -19,6 +19,7 @@ class Constant(Baseline):
     """`value` for every row."""
 
     name = "constant"
+    words = "{value:g}"
 
     value: float = 0.0
     """Number subtracted from every return; 0 leaves the returns unchanged."""

@@ -22,6 +22,7 @@ class CriticValue(Baseline):
     """V_t, computed at rollout time; any values leave the gradient unbiased."""
 
     name = "critic"
+    words = "the critic's value"
     needs = frozenset({"values"})
 
     def __call__(self, scored: Scored) -> Tensor:

@@ -26,6 +26,7 @@ class EMA(Baseline):
     """b <- decay b + (1 - decay) mean, with each rollout's mean return after KL; 0 before the first, then its mean."""
 
     name = "ema"
+    words = "the mean return of earlier rollouts (decay {decay:g})"
 
     decay: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Share of the old value that a rollout keeps; 0 uses the last rollout's mean."""

@@ -19,6 +19,7 @@ class Greedy(Baseline):
     """Total score of the greedy completion of the row's prompt."""
 
     name = "greedy"
+    words = "the score of the prompt's greedy completion"
     needs = frozenset({"greedy"})
 
     def __call__(self, scored: Scored) -> Tensor:

@@ -22,6 +22,7 @@ class OthersMean(Baseline):
     """
 
     name = "others_mean"
+    words = "the mean return of the group's other rows"
     needs = frozenset({"groups"})
 
     def __call__(self, scored: Scored) -> Tensor:

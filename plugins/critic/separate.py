@@ -21,6 +21,7 @@ class Separate(TrainedCritic):
     """Predicts values with a second model that shares the policy's tokens."""
 
     name = "separate"
+    words = "a separate model"
 
     init: Literal["policy", "reward"] | HubModel = "policy"
     """Initial weights: `policy` (copied trunk, zero head), `reward` (the recipe's reward model with its head, so that values

@@ -23,6 +23,7 @@ class ValueHead(TrainedCritic):
     """Predicts a value from the hidden state that predicts each token; starts at 0."""
 
     name = "value_head"
+    words = "a value head on the policy"
     shares_forward = True
 
     trunk_gradient: Fraction = 1.0

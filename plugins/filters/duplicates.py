@@ -24,6 +24,7 @@ class Duplicates(Filter):
     """Keeps the first `keep` of the rows within a group that are equal token by token."""
 
     name = "duplicates"
+    words = "equal completions of a prompt beyond the first {keep} are dropped"
     needs = frozenset({"completion_ids", "groups"})
 
     keep: Count = 1

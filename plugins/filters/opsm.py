@@ -27,6 +27,7 @@ class OPSM(Filter):
     """
 
     name = "opsm"
+    words = "bad completions that drifted by more than {delta:g} nats per token from the sampler are dropped"
     needs = frozenset({"advantages", "old_logps", "sampler_logps"})
 
     delta: NonNegative = 0.1

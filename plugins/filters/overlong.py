@@ -29,6 +29,10 @@ class Overlong(Filter):
     max_tokens: Count | None = None
     """Drop rows with more sampled tokens even if they finished; None: only truncated rows."""
 
+    def in_words(self) -> str:
+        longer = "" if self.max_tokens is None else f" and those of more than {self.max_tokens} tokens"
+        return f"truncated completions{longer} are dropped"
+
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         longest = getattr(algorithm.rollout, "max_new_tokens", None)
         if self.max_tokens is not None and longest is not None and self.max_tokens >= longest:

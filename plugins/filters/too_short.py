@@ -19,6 +19,7 @@ class TooShort(Filter):
     """Keeps the rows with at least `min_tokens` sampled tokens."""
 
     name = "too_short"
+    words = "completions of fewer than {min_tokens} tokens are dropped"
 
     min_tokens: Count = 2
     """Minimum number of sampled tokens, the end-of-sequence token included; 1 keeps every row that has any."""

@@ -26,6 +26,7 @@ class ZeroVariance(Filter):
     """
 
     name = "zero_variance"
+    words = "groups of equal scores are dropped"
     needs = frozenset({"groups", "scores"})
 
     def __call__(self, scored: Scored) -> Tensor:

@@ -23,6 +23,7 @@ class Adaptive(KLController):
     """Raises beta while the KL is above its target and lowers it while below; starts at the recipe's beta."""
 
     name = "adaptive"
+    words = "adapted to {target:g} nats"
     needs = frozenset({"ref_logps", "old_logps"})
 
     target: Positive = 6.0

@@ -25,6 +25,7 @@ class AdaptiveEntropy(LossTerm):
     """-c times the entropy of each token's distribution, in nats; averaged over all tokens of the step."""
 
     name = "adaptive_entropy"
+    words = "entropy bonus that adapts to {target:g} nats per token"
     needs = frozenset({"entropy"})
     metrics = (Metric("coef", "loss per nat", "the coefficient of the entropy bonus after this rollout was observed"),)
 

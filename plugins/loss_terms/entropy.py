@@ -20,6 +20,7 @@ class Entropy(LossTerm):
     """-coef times the entropy of each token's distribution, in nats; averaged over all tokens of the step."""
 
     name = "entropy"
+    words = "entropy bonus of {coef:g}"
     needs = frozenset({"entropy"})
 
     coef: float = 0.01

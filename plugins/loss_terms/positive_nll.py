@@ -17,6 +17,7 @@ class PositiveNLL(LossTerm):
     """-coef log p, averaged over all tokens of the rows whose total score exceeds `threshold`; 0 if there are none."""
 
     name = "positive_nll"
+    words = "{coef:g} x negative log-likelihood of completions scored above {threshold:g}"
     needs = frozenset({"total_score"})
 
     coef: Positive = 0.1

@@ -31,6 +31,7 @@ class PTX(TextTerm):
     """-coef log p of each token except the first; each text ends in the end-of-sequence token."""
 
     name = "ptx"
+    words = "{coef:g} x language-model loss on {path}"
 
     path: HubDataset
     """A file of texts (.txt: one per line; .jsonl: one object per line), or the name of a dataset on the Hub."""

@@ -36,6 +36,7 @@ class TRPO(UpdateRule):
     """
 
     name = "trpo"
+    words = "natural-gradient steps within a KL of {max_kl:g}"
     metrics = (
         Metric("kl", "nats per token", "exact mean KL(old, new) of the step that was taken", when="step"),
         Metric("improvement", "loss", "decrease of the loss by the step", when="step"),

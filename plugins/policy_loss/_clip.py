@@ -48,6 +48,13 @@ class Clipped(PolicyLoss):
     epsilon_high: Positive = 0.2
     """Distance above 1 at which the ratio of a token with positive advantage is clipped and its gradient becomes 0."""
 
+    def in_words(self) -> str:
+        return f"ratio {self.bounds()}"
+
+    def bounds(self) -> str:
+        """Return the bounds of the ratio in words."""
+        return f"clipped to [{1 - self.epsilon_low:.5g}, {1 + self.epsilon_high:.5g}]"
+
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield from unbound(algorithm, f"epsilon_low {self.epsilon_low:g} and epsilon_high {self.epsilon_high:g}")
 

@@ -44,6 +44,9 @@ class CISPO(PolicyLoss):
     bound: Literal["relative", "absolute"] = "relative"
     """Meaning of epsilon_high: the distance from 1 (the paper, verl), or the largest weight (TRL, ScaleRL)."""
 
+    def in_words(self) -> str:
+        return f"policy gradient weighted by the ratio clipped to [{1 - self.epsilon_low:g}, {self.largest:g}]"
+
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.largest < 1:
             yield (

@@ -35,6 +35,9 @@ class ClipCov(Clipped):
     fraction: Share = 2e-4
     """Share of the rollout's tokens that are detached, at least one token; ties with the last add to it."""
 
+    def in_words(self) -> str:
+        return f"{super().in_words()}, no gradient on {self.fraction:.2g} of the tokens"
+
     def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         return highest_covariance(old_logps, advantages, mask, self.fraction)
 

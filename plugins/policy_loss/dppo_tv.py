@@ -46,6 +46,11 @@ class DPPOTV(Anchored):
     c: Annotated[float, Ge(1)] = 20.0
     """Largest ratio that weights a token's gradient."""
 
+    def in_words(self) -> str:
+        return (
+            f"no gradient where a probability rose by {self.high:g} or fell by {self.low:g}; ratio at most {self.c:g}"
+        )
+
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         bounds = f"low {self.low:g}, high {self.high:g} and c {self.c:g}" if self.anchor == "old" else f"c {self.c:g}"
         yield from unbound(algorithm, bounds)

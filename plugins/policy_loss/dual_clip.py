@@ -45,6 +45,9 @@ class DualClip(Clipped):
     c: Annotated[float, Gt(1)] = 3.0
     """Ratio above which a token with negative advantage has gradient 0."""
 
+    def in_words(self) -> str:
+        return f"{super().in_words()}, for bad tokens at most {self.c:g}"
+
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         bounds = f"epsilon_low {self.epsilon_low:g}, epsilon_high {self.epsilon_high:g} and c {self.c:g}"
         yield from unbound(algorithm, bounds)

@@ -30,6 +30,7 @@ class GMPO(PolicyLoss):
     """
 
     name = "gmpo"
+    words = "geometric mean of the row's ratios, each log-ratio clipped to [-{epsilon_low:g}, {epsilon_high:g}]"
     metrics = (LOW, HIGH)
     zero_without_advantage = True
 

@@ -46,6 +46,10 @@ class GSPO(Clipped):
     epsilon_high: Positive = 4e-4
     """Distance above 1 at which a row's ratio is clipped for tokens with positive advantage."""
 
+    def in_words(self) -> str:
+        mean = "geometric mean" if self.ratio == "mean" else "product"
+        return f"{mean} of the row's ratios {self.bounds()}"
+
     def __call__(
         self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -28,6 +28,7 @@ class KLCov(PolicyLoss):
     """-rho A, plus beta (rho - 1 - log rho) on the selected tokens."""
 
     name = "kl_cov"
+    words = "unclipped ratio, and {beta:g} x KL to the old policy on {fraction:.2g} of the tokens"
     metrics = (SELECTED,)
     token_level = True
     needs = frozenset({"old_logps", "selected"})

@@ -20,6 +20,7 @@ class Reinforce(PolicyLoss):
     """-A log p: the policy gradient on-policy."""
 
     name = "reinforce"
+    words = "plain policy gradient"
     token_level = True
     zero_without_advantage = True
     needs = frozenset()

@@ -22,6 +22,7 @@ class SAPO(PolicyLoss):
     """-(4 / tau) sigmoid(tau (rho - 1)) A: the surrogate's gradient times 4 g (1 - g), g = sigmoid(tau (rho - 1))."""
 
     name = "sapo"
+    words = "softly clipped ratio (tau {tau_positive:g} for good tokens, {tau_negative:g} for bad ones)"
     token_level = True
     zero_without_advantage = True
 

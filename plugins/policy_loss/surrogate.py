@@ -19,6 +19,7 @@ class Surrogate(PolicyLoss):
     """-rho A with rho = p / p_old, token by token; at rho = 1 its gradient is that of reinforce."""
 
     name = "surrogate"
+    words = "unclipped ratio"
     token_level = True
     zero_without_advantage = True
 

@@ -39,6 +39,9 @@ class TOPR(PolicyLoss):
     sign: Literal["advantage", "score"] = "advantage"
     """Quantity that must be positive for a token's full gradient: its advantage, or its row's total score before KL."""
 
+    def in_words(self) -> str:
+        return f"policy gradient, bad rows weighted by the {self.level}'s ratio, at most 1"
+
     def __post_init__(self) -> None:
         if self.sign == "score":
             self.needs = self.needs | {"total_score"}  # type: ignore[misc]

@@ -30,6 +30,7 @@ class TRPOPenalty(PolicyLoss):
     """-rho A + C KL(old || new); C stays within a factor of 2^20 of its start."""
 
     name = "trpo_penalty"
+    words = "unclipped ratio with an adaptive penalty on the KL to the old policy (target {target:g})"
     metrics = (
         Metric("kl_old", "nats per token", "estimated KL(old, new) in the penalty", when="step"),
         Metric("kl_coef", "loss per nat", "coefficient C of the penalty", when="step"),

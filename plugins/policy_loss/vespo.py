@@ -28,6 +28,7 @@ class VESPO(Anchored):
     """-sg(phi(w)) A log p with w = exp(sum over the row of log p - log p_old); k and lambda by the sign of A."""
 
     name = "vespo"
+    words = "policy gradient weighted by a smooth function of the row's ratio"
     metrics = (Metric("row_weight", "weight", "weight of a row, mean over tokens", when="step"),)
     zero_without_advantage = True
     stops_gradient = True

@@ -22,6 +22,7 @@ class AdapterOff(Reference):
     """Log-probs of the policy without its adapter (LoRA and others from peft)."""
 
     name = "adapter_off"
+    words = "the model without its adapter"
     needs = frozenset({"adapter"})
 
     def build(self, policy: PreTrainedModel) -> None:

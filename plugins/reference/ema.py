@@ -23,6 +23,7 @@ class EMA(Reference):
     """reference <- decay x reference + (1 - decay) x policy for each weight, after every optimizer step."""
 
     name = "ema"
+    words = "a moving average of the policy (decay {decay:g})"
     moves = True
 
     decay: Fraction = 0.99

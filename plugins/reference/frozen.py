@@ -20,6 +20,7 @@ class Frozen(Reference):
     """Log-probs of a copy of the policy that is never updated, adapters included."""
 
     name = "frozen"
+    words = "a frozen copy"
 
     offload: bool = False
     """Keep it in main memory except for the forwards that read it. The trained parameters are bit-identical."""

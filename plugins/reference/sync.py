@@ -37,6 +37,10 @@ class Sync(Reference):
     offload: bool = False
     """Keep it in main memory except for the forwards that read it; it is updated in main memory."""
 
+    def in_words(self) -> str:
+        how = "replaced by the policy" if self.mixing == 1 else f"mixed with {self.mixing:g} of the policy"
+        return f"a copy {how} every {self.every} steps"
+
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.mixing == 0:
             yield "mixing must be above 0, got 0: the reference would never change. Raise it, or set reference.use=frozen"

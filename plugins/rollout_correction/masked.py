@@ -25,6 +25,7 @@ class Masked(RolloutCorrection):
     """Multiplies each token's loss by p_trainer / p_sampler if that is within [low, c], by 0 otherwise."""
 
     name = "masked"
+    words = "loss weighted by the {level}'s ratio to the sampler, 0 outside [{low:g}, {c:g}]"
 
     low: Fraction = 0.5
     """Smallest ratio kept; 0 sets no lower bound."""

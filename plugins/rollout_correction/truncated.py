@@ -28,6 +28,7 @@ class Truncated(RolloutCorrection):
     """Multiplies each token's loss by min(p_trainer / p_sampler, c)."""
 
     name = "truncated"
+    words = "loss weighted by the {level}'s ratio to the sampler, at most {c:g}"
 
     c: Annotated[float, Ge(1)] = 2.0
     """Largest factor."""

@@ -67,6 +67,12 @@ class DPOTrainer(OfflineTrainer):
     """Exclude tokens before the first difference of chosen and rejected from the completions. Differences of two sums of
     log-ratios stay the same; token averages, and losses of single completions, change."""
 
+    def in_words(self) -> str:
+        smoothed = f", label smoothing {self.label_smoothing:g}" if self.label_smoothing else ""
+        divergence = "" if self.f_divergence_type == "reverse_kl" else f", {self.f_divergence_type.replace('_', ' ')}"
+        loss = f"{self.loss_type.replace('_', ' ')} loss, beta {self.beta:g}{smoothed}{divergence}"
+        return f"DPO ({loss}): chosen above rejected completions, relative to the initial model"
+
     def __post_init__(self) -> None:
         given = {"f_alpha_divergence_coef": self.f_alpha_divergence_coef, "discopop_tau": self.discopop_tau}
         if found := reasons(self.loss_type, self.label_smoothing, self.f_divergence_type, **given):

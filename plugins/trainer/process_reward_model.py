@@ -36,6 +36,7 @@ class ProcessRewardModelTrainer(OfflineTrainer):
     """
 
     name = "process_reward_model"
+    words = "process reward model: a token classifier of good and bad steps"
     head = "token"
     outputs: ClassVar[int] = 2
     rows: ClassVar[str] = "stepwise"

@@ -35,6 +35,7 @@ class RewardModelTrainer(OfflineTrainer):
     """
 
     name = "reward_model"
+    words = "reward model: a classifier that scores the chosen above the rejected completion"
     head = "sequence"
     rows: ClassVar[str] = "preference"
     reward: ClassVar[str] = "reward_model"

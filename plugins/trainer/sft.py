@@ -42,6 +42,10 @@ class SFT(OfflineTrainer):
     """Pack rows into sequences of up to `max_length` tokens, by best fit; none is split, and each attends only to itself.
     Batches then consist of such sequences. Rejected for models that would mix the rows."""
 
+    def in_words(self) -> str:
+        learned = "completions" if self.completion_only_loss and self.format != "text" else "whole texts"
+        return f"supervised fine-tuning on {learned}"
+
     def columns(self) -> set[str]:
         return set(self.format.split("_"))
 

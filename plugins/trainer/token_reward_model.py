@@ -36,6 +36,7 @@ class TokenRewardModelTrainer(OfflineTrainer):
     """
 
     name = "token_reward_model"
+    words = "token reward model: a classifier with a score for each token"
     head = "token"
     rows: ClassVar[str] = "spans"
     reward: ClassVar[str] = "token_reward_model"

@@ -15,9 +15,11 @@ from tests.helpers.waits import scaled
 
 PROGRAM = """
 from tests.unit.metrics.test_console import run
-from hf_rlhf.metrics.console import LiveProgress, console
+from hf_rlhf.metrics.console import LiveProgress
+from hf_rlhf.metrics.live_view import LiveView, console
 out = console()
-run(LiveProgress(out), pause_s=0.4)
+with LiveView(out) as view:
+    run(LiveProgress(view), pause_s=0.4)
 print("width", out.width)
 """
 
@@ -53,7 +55,7 @@ def test_on_a_terminal_the_progress_is_drawn_in_place_and_the_cursor_given_back(
 
 
 def test_output_that_cannot_encode_a_character_gets_it_escaped():
-    code = "from hf_rlhf.metrics.console import console; console().print('é 日 \\ud83e')"
+    code = "from hf_rlhf.metrics.live_view import console; console().print('é 日 \\ud83e')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run([*warm("-c"), code], env=env, capture_output=True, text=True, timeout=scaled(60))
     assert done.returncode == 0, done.stderr

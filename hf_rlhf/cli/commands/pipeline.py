@@ -76,7 +76,8 @@ def check_staged(
 
     from hf_rlhf.cli.runs.pipeline_run import check_stages
     from hf_rlhf.config.pipeline import load_pipeline
-    from hf_rlhf.metrics.console import console, show_plan
+    from hf_rlhf.metrics.console import show_plan
+    from hf_rlhf.metrics.live_view import console
 
     flags = [word for word in words if word.startswith("-")]
     if flags:

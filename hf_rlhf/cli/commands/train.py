@@ -13,6 +13,8 @@ from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.flags import FLAGS, TEXT
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.config.mappings import meaning
+from hf_rlhf.metrics.live_view import LiveView
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import UserError
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -177,7 +179,8 @@ def check(
     if as_json:
         print_json({"recipe": chosen.name, **plan.as_dict()})
         return
-    from hf_rlhf.metrics.console import console, show_plan
+    from hf_rlhf.metrics.console import show_plan
+    from hf_rlhf.metrics.live_view import console
 
     show_plan(plan, console())
 
@@ -222,7 +225,7 @@ def train(
     ] = False,
     forecast: Annotated[
         bool,
-        typer.Option("--plan", help="Add the memory forecast of `check` to the printed plan, then train."),
+        typer.Option("--plan", help="Print the whole plan, as `check` does, instead of five lines, then train."),
     ] = False,
     config: Config = None,
     plugin: PluginOptions = None,
@@ -233,10 +236,11 @@ def train(
 
     The last of these wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in order, flags.
     """
-    chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps, loads=True)
-    from hf_rlhf.cli.runs.run import train as run  # after the names are checked: it imports torch
-
     where: str | bool = resume
     if resume_from_checkpoint is not None:
         where = {"true": True, "false": False}.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
-    run(chosen, output_dir, where, trust_remote_code, forecast, allow_changed or ())
+    with LiveView() as view:
+        with doing("importing PyTorch and transformers"):
+            chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps, loads=True)
+            from hf_rlhf.cli.runs.run import train as run  # after the names are checked
+        run(chosen, output_dir, where, trust_remote_code, forecast, allow_changed or (), view)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_rlhf.metrics.console import _indented, _with_interval, number, show_next_steps
+from hf_rlhf.metrics.console import _indented, _with_interval, show_next_steps
+from hf_rlhf.metrics.live_view import number
 
 HELD_OUT = ("accuracy", "pairs/accuracy", "steps/accuracy", "tokens/accuracy", "tokens/perplexity")
 LAST = ("kl/ref", "value/explained_var")

@@ -135,7 +135,7 @@ def _run_each(
     if _first():
         _write(root / "summary.json", json.dumps(summary, indent=1))
         from hf_rlhf.cli.runs.pipeline_console import show_stages
-        from hf_rlhf.metrics.console import console
+        from hf_rlhf.metrics.live_view import console
 
         last = staged.stages[-1]
         folder = root / last.name
@@ -265,7 +265,7 @@ def _say(title: str, state: State) -> None:
     if _first():
         from rich.text import Text
 
-        from hf_rlhf.metrics.console import console
+        from hf_rlhf.metrics.live_view import console
 
         said = {"new": "", "begun": " (resumes)", "finished": " (finished before)"}[state]
         console().print(Text(f"\n{title}{said}", style="bold"), soft_wrap=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.config.recipe import OfflineRecipe
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.checkpoint_manifest import newest
 from hf_rlhf.runtime.errors import RunExists, UserError
 from hf_rlhf.runtime.run_folder import only_run_in, run_in
@@ -18,13 +19,15 @@ from hf_rlhf.runtime.signals import StoppedError
 if TYPE_CHECKING:
     from hf_rlhf.config.plan import Plan
     from hf_rlhf.config.recipe import Recipe
+    from hf_rlhf.metrics.live_view import LiveView
     from hf_rlhf.training.run_trainer import RunTrainer
 
 
 def check(
     recipe: Recipe, output_dir: str | None = None, trust_remote_code: bool = False, forecast: bool = True
 ) -> Plan:
-    """Return the plan of a recipe on this many processes, with a memory forecast unless told otherwise; load no model.
+    """Return the plan of a recipe on this many processes, with a memory forecast; load no model. Without `forecast`, one that
+    cannot be made is left out.
 
     The forecast runs code that comes with the model only with `trust_remote_code`. Raises `UserError` with every reason for
     refusal.
@@ -52,8 +55,6 @@ def check(
     except ValueError as error:
         raise UserError(str(error)) from error
     check_space(plan.memory, args)
-    if not forecast:
-        plan.memory, plan.memory_notes = {}, []
     return plan
 
 
@@ -88,43 +89,59 @@ def train(
     trust_remote_code: bool = False,
     forecast: bool = False,
     allow_changed: Sequence[str] = (),
+    view: LiveView | None = None,
 ) -> dict[str, Any]:
     """Run a recipe and return the content of summary.json. Raises `UserError` before the model is loaded.
 
-    `resume` is a checkpoint, or True for the newest one. `forecast` adds the memory forecast to the plan.
-    `allow_changed` names differences from the checkpoint's run to accept.
+    `resume` is a checkpoint, or True for the newest one. `forecast` prints the whole plan, with the forecast of the loaded
+    model, instead of five lines. `allow_changed` names differences from the checkpoint's run to accept. `view`: where to show
+    the run, a new view by default.
     """
-    folder = choose_output_dir(output_dir, recipe.name, resume)
-    plan = check(recipe, str(folder), forecast=False)  # before anything is written
-    checkpoint = str(newest(folder)) if resume is True else resume or None
-    with only_run_in(folder):
-        return _train(recipe, None if forecast else plan, folder, checkpoint, trust_remote_code, allow_changed)
+    from hf_rlhf.metrics.live_view import LiveView
+
+    with view or LiveView() as view:
+        folder = choose_output_dir(output_dir, recipe.name, resume)
+        with doing("checking the recipe"):
+            plan = check(recipe, str(folder), forecast=False)  # before anything is written
+        checkpoint = str(newest(folder)) if resume is True else resume or None
+        with only_run_in(folder):
+            options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_changed": allow_changed}
+            return _train(recipe, plan, folder, checkpoint, view, whole_plan=forecast, **options)
 
 
 def _train(
     recipe: Recipe,
-    plan: Plan | None,
+    plan: Plan,
     folder: Path,
     checkpoint: str | None,
+    view: LiveView,
+    *,
+    whole_plan: bool,
     trust_remote_code: bool,
     allow_changed: Sequence[str],
 ) -> dict[str, Any]:
-    """Train. Without a `plan` to print, print the trainer's with a memory forecast, which needs the loaded model."""
+    """Train. `plan`: what was checked. The whole plan has a memory forecast of the loaded model and is printed after it."""
     from transformers.utils import logging as transformers_logging
 
-    from hf_rlhf.metrics.console import OFFLINE_SHOWN, SHOWN, LiveProgress, console, show_plan, show_result
+    from hf_rlhf.metrics.console import LiveProgress, show_lines, show_plan, show_result
+    from hf_rlhf.metrics.live_view import OFFLINE_SHOWN, SHOWN
 
     transformers_logging.disable_progress_bar()
-    out, offline = console(), isinstance(recipe, OfflineRecipe)
+    out, offline = view.out, isinstance(recipe, OfflineRecipe)
     first = int(os.environ.get("RANK", "0")) == 0
-    if first and plan is not None:
-        show_plan(plan, out)
-    progress = LiveProgress(out, OFFLINE_SHOWN if offline else SHOWN)
-    trainer = build_trainer(recipe, str(folder), [progress], trust_remote_code)
+
+    def announce(made: Plan) -> None:
+        if not made.memory:
+            made.memory, made.memory_notes = plan.memory, plan.memory_notes
+        show_lines(made, out)
+
+    progress = LiveProgress(view, OFFLINE_SHOWN if offline else SHOWN)
+    on_plan = announce if first and not whole_plan else None
+    trainer = build_trainer(recipe, str(folder), [progress], trust_remote_code, on_plan)
     try:
-        if plan is None:
+        if whole_plan:
             _forecast_memory(trainer, recipe, trust_remote_code)
-        if first and plan is None:
+        if first and whole_plan:
             show_plan(trainer.plan, out)
         samples: dict[str, Any] = {}
         with trainer.stop_on_signal:  # evaluations and the final model included
@@ -134,6 +151,7 @@ def _train(
             samples["after"] = _evaluate(trainer)
             trainer.save_model(str(folder))
             number = trainer.stop_on_signal.agreed(trainer.args)  # one that came after training
+        view.stop()
         summary = trainer.summary
         assert summary is not None
         if first:
@@ -144,14 +162,19 @@ def _train(
             raise StoppedError(number, f"after the run was complete: the model is in {folder}")
         return summary
     finally:
-        progress.stop()
         trainer.close()
 
 
-def build_trainer(recipe: Recipe, output_dir: str, callbacks: list[Any], trust_remote_code: bool = False) -> RunTrainer:
+def build_trainer(
+    recipe: Recipe,
+    output_dir: str,
+    callbacks: list[Any],
+    trust_remote_code: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> RunTrainer:
     """Check the recipe, load its model and return its trainer: the one place where recipes with and without rollouts differ.
 
-    Raises `UserError` for what is refused.
+    `on_plan` gets the plan before the model loads. Raises `UserError` for what is refused.
     """
     from transformers import PrinterCallback
 
@@ -159,11 +182,12 @@ def build_trainer(recipe: Recipe, output_dir: str, callbacks: list[Any], trust_r
         if isinstance(recipe, OfflineRecipe):
             from hf_rlhf.training.offline.setup import make_trainer
 
-            return make_trainer(recipe, output_dir, callbacks, trust_remote_code)
+            return make_trainer(recipe, output_dir, callbacks, trust_remote_code, on_plan)
         from hf_rlhf.training.trainer import RLHFTrainer
 
         args = recipe.training_arguments(output_dir)
-        trainer = RLHFTrainer(None, recipe, args, callbacks=callbacks, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "on_plan": on_plan}
+        trainer = RLHFTrainer(None, recipe, args, callbacks=callbacks, **options)
     except UserError:
         raise
     except (ValueError, OSError) as error:

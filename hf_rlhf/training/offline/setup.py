@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.config.plan import Plan
+from hf_rlhf.config.plan_in_words import data_in_words, offline_batch_in_words, offline_model_in_words
 from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.config.training_arguments import DECISIVE, check_arguments
 from hf_rlhf.contract.offline_trainer import Materials, OfflineTrainer
@@ -19,6 +21,7 @@ from hf_rlhf.data.offline_rows import encode, longest, read_rows
 from hf_rlhf.data.quantization import model_problems
 from hf_rlhf.modeling.policy import embedded_padding
 from hf_rlhf.registry.host import get_host
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.training.model_checks import (
     check_causal,
@@ -47,7 +50,26 @@ def check_recipe(recipe: OfflineRecipe, args: TrainingArguments) -> Plan:
         rows, held_out = len(train), None if evaluation is None else len(evaluation)
         plan.skipped += [] if evaluation is not None else [NOT_HELD_OUT]
     plan.arithmetic = _arithmetic(args, recipe.trainer(), rows, held_out)
+    _put_in_words(plan, recipe, args, rows, 0 if rows is not None and held_out is None else held_out)
     return plan
+
+
+def _put_in_words(
+    plan: Plan,
+    recipe: OfflineRecipe,
+    args: TrainingArguments,
+    rows: int | None,
+    held_out: int | None,
+    longest: int | None = None,
+) -> None:
+    trainer = recipe.trainer()
+    packed = trainer.footprint(False).packed
+    plan.in_words = {
+        "model": offline_model_in_words(trainer, recipe.model),
+        "data": data_in_words(recipe.rows.path, "rows", rows, held_out, longest),
+        "algorithm": trainer.in_words(),
+        "batch": offline_batch_in_words(args, packed, None if packed else rows),
+    }
 
 
 NOT_HELD_OUT = "evaluation: no rows are held out (dataset.held_out, dataset.eval_split, dataset.eval_path)"
@@ -68,28 +90,39 @@ def _checked(recipe: OfflineRecipe, args: TrainingArguments) -> Plan:
     return plan
 
 
+@doing("loading the model")
 def make_trainer(
     recipe: OfflineRecipe,
     output_dir: str | None = None,
     callbacks: Sequence[Any] = (),
     trust_remote_code: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
 ) -> OfflineRun:
     """Check the recipe, encode its rows, load its model, and return the trainer that its plugin builds.
 
-    Rows are encoded, and refused, before the model is loaded. Raises `ValueError` or `UserError`.
+    Rows are encoded, and refused, before the model is loaded; `on_plan` gets the plan in between, with a memory forecast
+    unless an adapter makes that slow. Raises `ValueError` or `UserError`.
     """
     started = time.perf_counter()
     args = recipe.training_arguments(output_dir)
     plan, plugin = _checked(recipe, args), recipe.trainer()
-    train_rows, held_out = read_rows(recipe.rows, plugin)
-    plan.skipped += [] if held_out is not None else [NOT_HELD_OUT]
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code)
-    context = context_of(recipe.model, trust_remote_code)
-    train = encode(train_rows, plugin, tokenizer, context, "dataset")
-    evaluation = None
-    if held_out is not None:
-        evaluation = encode(held_out, plugin, tokenizer, context, "evaluation dataset")
+    with doing("reading the dataset"):
+        train_rows, held_out = read_rows(recipe.rows, plugin)
+        plan.skipped += [] if held_out is not None else [NOT_HELD_OUT]
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code)
+        context = context_of(recipe.model, trust_remote_code)
+        train = encode(train_rows, plugin, tokenizer, context, "dataset")
+        evaluation = None
+        if held_out is not None:
+            evaluation = encode(held_out, plugin, tokenizer, context, "evaluation dataset")
     arguments = complete(recipe.training_keywords(output_dir))
+    most = max(longest(part) for part in (train, evaluation) if part is not None)
+    _put_in_words(plan, recipe, args, len(train), 0 if evaluation is None else len(evaluation), most)
+    if on_plan is not None:
+        if recipe.model.lora is None:
+            with suppress(Exception):  # a run does not depend on its forecast
+                estimate_memory(plan, recipe, args, tokens=most, trust_remote_code=trust_remote_code)
+        on_plan(plan)
     model = load_with_head(recipe.model, plugin, tokenizer, arguments["seed"], trust_remote_code)
     check_trained(model)
     check_vocabulary(tokenizer, model)
@@ -113,7 +146,7 @@ def make_trainer(
     plan.arithmetic = _arithmetic(trainer.args, plugin, len(train), rows["evaluation"], len(packed))
     record["plan"] = json.loads(json.dumps(plan.as_dict()))
     trainer.plan, trainer.started = plan, started
-    trainer.longest = max(longest(part) for part in (train, evaluation) if part is not None)
+    trainer.longest = most
     return trainer
 
 

@@ -57,7 +57,7 @@ def test_every_file_format_gives_the_same_prompts(tmp_path, tokenizer, suffix, s
     assert [prompt.prompt for prompt in prompts] == [row["prompt"] for row in ROWS]
     assert [prompt.columns for prompt in prompts] == [{"answer": row["answer"]} for row in ROWS]
     assert tokenizer.decode(prompts[3].ids) == "say 3"
-    assert read_columns(settings) == ({"answer"}, None if streaming else 30)
+    assert read_columns(settings) == ({"answer"}, None if streaming else 30, 0)
 
 
 def test_csv_values_stay_as_they_are_written(tmp_path, tokenizer):
@@ -132,7 +132,7 @@ def test_rows_given_in_python_need_no_path(tokenizer):
 def test_the_builtin_task_comes_with_its_held_out_problems(tokenizer):
     train, evaluation = load_prompts(Dataset(path="builtin:addition"), tokenizer)
     assert (len(train), len(evaluation)) == (7588, 512)
-    assert read_columns(Dataset(path="builtin:addition")) == ({"answer"}, 7588)
+    assert read_columns(Dataset(path="builtin:addition")) == ({"answer"}, 7588, 512)
     with pytest.raises(ValueError, match=r"dataset\.split does not apply to builtin:addition"):
         read_columns(Dataset(path="builtin:addition", split="test"))
 

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from hf_rlhf.cli.runs.run import check
 from hf_rlhf.config.recipe import load_recipe
-from hf_rlhf.metrics.console import LiveProgress, _short, number, show_plan, show_result
+from hf_rlhf.metrics.console import LiveProgress, _short, show_plan, show_result
+from hf_rlhf.metrics.live_view import LiveView, number
 
 LOGS = {
     "loss": 0.1,
@@ -46,21 +47,21 @@ def run(progress: LiveProgress, main: bool = True, pause_s: float = 0.0) -> None
 
 def test_off_a_terminal_a_line_says_the_step_and_the_newest_numbers_in_one_order():
     out = plain()
-    run(LiveProgress(out, every_s=0.0))
-    text = "reward {}  KL 2e-07  length 12.5  entropy 1.75  tokens/s 1,234"
+    run(LiveProgress(LiveView(out), every_s=0.0))
+    text = "reward {}  KL to the reference 2e-07  length 12.5  entropy 1.75  held-out reward 0.1  tokens/s 1,234"
     expected = [f"step {i}/3  " + text.format(reward) for i, reward in ((1, "0.25"), (2, "0.5"), (3, "0.75"))]
     assert out.file.getvalue().splitlines() == expected
 
 
 def test_lines_come_every_few_seconds_and_at_the_last_step():
     out = plain()
-    run(LiveProgress(out, every_s=1e9))
+    run(LiveProgress(LiveView(out), every_s=1e9))
     assert [line.split()[1] for line in out.file.getvalue().splitlines()] == ["3/3"]
 
 
 def test_other_processes_say_nothing():
     out = plain()
-    run(LiveProgress(out, every_s=0.0), main=False)
+    run(LiveProgress(LiveView(out), every_s=0.0), main=False)
     assert out.file.getvalue() == ""
 
 

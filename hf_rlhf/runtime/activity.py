@@ -1,0 +1,46 @@
+"""Current activity of a run, by name, for whoever shows it: the code that does it says so, nobody guesses.
+
+`with doing("rollout"):` costs a few list operations. Whoever shows it reads `current()` from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_now: list[Activity] = []
+
+
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """One activity that has begun."""
+
+    name: str
+    began: float
+    """`time.monotonic()`."""
+    thread: int
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it has taken so far."""
+        return time.monotonic() - self.began
+
+
+@contextmanager
+def doing(name: str) -> Iterator[None]:
+    """Say inside, or in a decorated function, that this process does `name`. Activities nest; threads have their own."""
+    activity = Activity(name, time.monotonic(), threading.get_ident())
+    _now.append(activity)
+    try:
+        yield
+    finally:
+        _now.remove(activity)
+
+
+def current() -> tuple[Activity, ...]:
+    """Return the innermost activity of each thread, the oldest first."""
+    newest = {activity.thread: activity for activity in list(_now)}
+    return tuple(sorted(newest.values(), key=lambda activity: activity.began))
