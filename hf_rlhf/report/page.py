@@ -11,7 +11,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from hf_rlhf.metrics.console import number
+from hf_rlhf.metrics.live_view import number
 from hf_rlhf.report.run_data import RunData
 from hf_rlhf.runtime.plain_text import escaped
 
