@@ -142,7 +142,7 @@ class Evaluator:
                 "no rows to evaluate on: nothing is held out of the dataset. Pass --dataset FILE, or set dataset.eval_split"
             )
         self.rows = rows
-        columns, _ = read_columns(self.dataset, self.rows)
+        columns, *_ = read_columns(self.dataset, self.rows)
         check_columns(columns, [plugin for _, plugin in _measuring(algorithm)])
 
     def settings_of(self, subject: Subject) -> Model:
