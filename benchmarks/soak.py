@@ -4,7 +4,7 @@
 
 The reward fails on 1% of the rows in both runs. The quiet run is watched: its memory, descriptors, threads and child processes
 after a tenth of the steps and at the end. The other one is killed with SIGKILL at random moments and resumed, its disk is
-filled and emptied, and Weights & Biases comes and goes between its starts: offline, out of reach, and not asked for.
+filled and emptied, and Weights & Biases comes and goes: offline, out of reach, not asked for, silent in the middle of a run.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.trackers import silent_later
 from benchmarks.faults.world import Failed, World, expect
 
 REWARD = """
@@ -29,11 +31,16 @@ def score(completions):
         raise ValueError("one row in a hundred")
     return [len(set(completion)) / 8]
 """
-TRACKERS: list[tuple[str, dict[str, str]]] = [
-    ("none", {}),
-    ("wandb", {"WANDB_MODE": "offline"}),
-    ("wandb", {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}),
-]
+Tracker = tuple[str, dict[str, str]]
+NONE: Tracker = ("none", {})
+OFFLINE: Tracker = ("wandb", {"WANDB_MODE": "offline"})
+
+
+def online(address: str) -> Tracker:
+    """Return a tracker whose server is at an address."""
+    return "wandb", {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40}
+
+
 MOUNTED = "HF_RLHF_SOAK"
 """Set where this program runs with a file system of its own at the folder that it names."""
 
@@ -71,9 +78,9 @@ def quiet(world: World, steps: int) -> tuple[str, dict[str, int], dict[str, int]
     return world.weights("quiet"), seen[0], seen[1]
 
 
-def begin(world: World, number: int) -> Any:
-    """Start the run, or continue it, with one of the trackers."""
-    tracker, environment = TRACKERS[number % len(TRACKERS)]
+def begin(world: World, tracking: Tracker) -> Any:
+    """Start the run, or continue it, with a tracker."""
+    tracker, environment = tracking
     resume = ["--resume"] if world.checkpoints() else []
     if not resume and (world.folder / "out").exists():
         resume = ["--overwrite"]
@@ -83,28 +90,28 @@ def begin(world: World, number: int) -> Any:
 
 def disturbed(world: World, steps: int, kills: int, full: int, draw: random.Random) -> dict[str, int]:
     """Train to the end through kills and full disks. Returns how often each happened."""
-    counts, number = {"kills": 0, "full disks": 0}, 0
+    counts = {"kills": 0, "full disks": 0}
     stops = sorted(draw.sample(range(steps // 50, steps - steps // 50), kills + full))
     kinds = ["kill"] * kills + ["full"] * full
     draw.shuffle(kinds)
     ballast = world.folder / "ballast"
-    for stop, kind in zip(stops, kinds, strict=True):
-        process = begin(world, number)
-        number += 1
-        world.wait(process, lambda stop=stop: last_step(world, "out") >= stop, seconds=3600)
-        if kind == "kill":
-            time.sleep(draw.random() * 0.2)
-            process.kill()
-            world.end(process)
-            counts["kills"] += 1
-            continue
-        fill(ballast)
-        run = world.end(process)
-        ballast.unlink()
-        expect(run.code not in (0, None), "a full disk was not noticed")
-        run.line("o space left on")
-        counts["full disks"] += 1
-    world.end(begin(world, 0), 3600).well()
+    for number, (stop, kind) in enumerate(zip(stops, kinds, strict=True)):
+        with silent_later() if number % 4 == 3 else nullcontext("http://127.0.0.1:9") as address:
+            process = begin(world, (NONE, OFFLINE, online(address), online(address))[number % 4])
+            world.wait(process, lambda stop=stop: last_step(world, "out") >= stop, seconds=3600)
+            if kind == "kill":
+                time.sleep(draw.random() * 0.2)
+                process.kill()
+                world.end(process)
+                counts["kills"] += 1
+                continue
+            fill(ballast)
+            run = world.end(process)
+            ballast.unlink()
+            expect(run.code not in (0, None), "a full disk was not noticed")
+            run.line("o space left on")
+            counts["full disks"] += 1
+    world.end(begin(world, NONE), 3600).well()
     return counts
 
 

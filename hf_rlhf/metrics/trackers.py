@@ -30,7 +30,7 @@ from transformers.integrations import (
 from transformers.integrations.integration_utils import default_logdir
 
 from hf_rlhf.metrics.names import ONCE, STEP, TABLE, Named, globbed, tracked
-from hf_rlhf.runtime.wandb_account import has_account, server_problem
+from hf_rlhf.runtime.wandb_account import abandon, has_account, server_problem
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,10 @@ ROWS_IN_TABLE = 10_000
 TABLE_EVERY_S, TABLE_PATIENCE, TABLE_SHARE = 60.0, 200, 0.02
 """Minimum wait between two parts of the table in W&B: seconds, multiples of the last part's duration, share of the run so
 far. Each part is hashed and written as files, and the newest 100 are shown."""
-INIT_TIMEOUT_S = 6.0
-"""Seconds that W&B's server may take to answer at the start; WANDB_INIT_TIMEOUT overrides it."""
+ASK_AGAIN_S = 30.0
+"""Seconds until a server of W&B that did not answer is asked again."""
+INIT_TIMEOUT_S = 5.0
+"""Seconds that W&B's server may take to answer at the start and at the end; WANDB_INIT_TIMEOUT overrides it."""
 
 
 def prepare(args: Any) -> None:
@@ -169,6 +171,7 @@ class WandbTracker(WandbCallback):
         self._started: Any = None
         self._waiting: list[dict[str, Any]] = []
         self._began, self._due = time.monotonic(), -math.inf
+        self._asked, self._problem = -math.inf, None
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         """Start the run, fill its config, and define what its summary keeps of each metric."""
@@ -186,6 +189,7 @@ class WandbTracker(WandbCallback):
         if "WANDB_DIR" not in os.environ:
             folder.mkdir(parents=True, exist_ok=True)
             options["dir"] = str(folder)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else 10 s at the end where nothing outside is reached
         settings = self._wandb.setup().settings
         if settings.mode in ("offline", "disabled", "dryrun"):
             self._wandb.init(**options)
@@ -202,21 +206,34 @@ class WandbTracker(WandbCallback):
         self._started = self._wandb.run
 
     def _offline(self, why: str, options: dict[str, Any]) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else 10 s at the end, where the server is silent
         self._wandb.init(mode="offline", **options)
-        written = shlex.quote(str(Path(self._wandb.run.dir).parent))
-        logger.warning("%s: logging offline. `wandb sync %s` uploads the run later", why, written)
+        logger.warning("%s: logging offline. %s", why, _uploads_later(self._wandb.run))
+
+    def _silent(self) -> str | None:
+        """Return why the server of the run does not answer, None if it does. A silent one is asked every `ASK_AGAIN_S`."""
+        if self._wandb.run.offline or self._wandb.run.disabled:
+            return None
+        if self._problem is None or time.monotonic() - self._asked > ASK_AGAIN_S:
+            self._problem = server_problem(self._wandb.run.settings, _init_timeout(self._wandb.setup().settings))
+            self._asked = time.monotonic()
+        return self._problem
 
     def finish(self) -> None:
-        """End the run if it was started here; failed if an exception is being handled."""
-        if self._started is not None and self._wandb.run is self._started:
+        """End the run if it was started here; failed if an exception is being handled. A silent server is not waited for."""
+        run = self._started
+        if run is None or self._wandb.run is not run:
+            return
+        if problem := self._silent():
+            abandon(run)
+            logger.warning("Weights & Biases did not end the run (%s). %s", problem, _uploads_later(run))
+        else:
             self._wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         """Log the numbers, and the waiting completions as the next part of the table at its time."""
         super().on_log(args, state, control, model=model, logs=logs, **kwargs)
         if state.is_world_process_zero:
-            self._waiting += self._run_log.completions
+            self._waiting = [*self._waiting, *self._run_log.completions][-ROWS_IN_TABLE:]
             if time.monotonic() >= self._due:
                 self._send(state)
 
@@ -233,8 +250,19 @@ class WandbTracker(WandbCallback):
         super().on_train_end(args, state, control, model=model, processing_class=processing_class, **kwargs)
 
     def _send(self, state: Any) -> None:
-        """Send the waiting rows as the next part of `samples/completions`."""
-        began, rows, self._waiting = time.monotonic(), self._waiting, []
+        """Send the waiting rows as the next part of `samples/completions`, for which W&B waits for its server."""
+        if not self._waiting:
+            return
+        began = time.monotonic()
+        try:
+            if not self._silent():
+                self._send_table(state)
+        finally:
+            now = time.monotonic()
+            self._due = now + max(TABLE_EVERY_S, TABLE_PATIENCE * (now - began), TABLE_SHARE * (now - self._began))
+
+    def _send_table(self, state: Any) -> None:
+        rows, self._waiting = self._waiting, []
         for columns, part in itertools.groupby(rows, key=list):
             if self._table is None or self._table.columns != columns or len(self._table.data) >= ROWS_IN_TABLE:
                 self._table = self._wandb.Table(columns=columns, allow_mixed_types=True, log_mode="INCREMENTAL")
@@ -242,10 +270,10 @@ class WandbTracker(WandbCallback):
             self._table.data.extend(most)  # add_data would look at every cell, whose types are mixed anyway
             self._table.add_data(*last)
             self._wandb.log({TABLE: self._table, STEP: state.global_step})
-        if rows:
-            now = time.monotonic()
-            waits = (TABLE_EVERY_S, TABLE_PATIENCE * (now - began), TABLE_SHARE * (now - self._began))
-            self._due = now + max(waits)
+
+
+def _uploads_later(run: Any) -> str:
+    return f"`wandb sync {shlex.quote(str(Path(run.dir).parent))}` uploads the run later"
 
 
 def _init_timeout(settings: Any) -> float:

@@ -1,8 +1,10 @@
-"""Find an account of Weights & Biases, and whether its server answers."""
+"""Find an account of Weights & Biases, whether its server answers, and end a run if it does not."""
 
 from __future__ import annotations
 
 import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 
@@ -44,3 +46,23 @@ def server_problem(settings: Any, seconds: float) -> str | None:
     thread.start()
     thread.join(seconds)
     return problem
+
+
+def abandon(run: Any) -> None:
+    """End a run whose server is silent: W&B would wait for it without a limit. `wandb sync` uploads what is written.
+
+    This ends W&B's process and with it every run of this process.
+    """
+    import psutil
+    import wandb
+
+    run.status()  # answered by W&B's process once it has read all that was logged
+    time.sleep(1)  # it writes in the background
+    for child in psutil.Process().children():
+        if "wandb-core" in child.name():
+            child.kill()
+    with suppress(Exception):
+        wandb.finish()
+    wandb.run = None
+    with suppress(Exception, SystemExit):  # also drops what it would do at exit
+        wandb.teardown()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from hf_rlhf.axes import UpdateRule
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.data.fingerprints import Contents, contents_of
 from hf_rlhf.data.prompt_stream import PromptStream
@@ -79,6 +80,10 @@ class SavingTrainer(RunTrainer):
             model = replace(model, path=policy.config.name_or_path or None)
         rows = {"dataset": {"of": "the dataset", "hash": train.content}} if isinstance(train, Prompts) else {}
         return rows | contents_of(self.algorithm.plugins(), model)
+
+    def _sizes(self) -> dict[str, float]:
+        own = type(self.algorithm.optimizer).hold is UpdateRule.hold
+        return super()._sizes() | ({} if own else {"optimizer": 0.0})
 
     def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of policy, critic, moving reference and the policy's average, by name."""

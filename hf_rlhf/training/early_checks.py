@@ -41,7 +41,7 @@ def check_space(memory: Mapping[str, Mapping[str, float]], args: TrainingArgumen
         sizes = ", ".join(f"{name} {size:,.0f} MiB" for name, size in parts.items())
         raise UserError(
             f"no space left for {'a checkpoint' if checkpoints else 'the model'} in {folder}: it takes at least {sizes}, and "
-            f"{free:,.0f} MiB are free. Free some, or choose another --output-dir"
+            f"{free:,.0f} MiB are free. Free some, or choose another output folder"
             + (" or training.save_only_model=true" if len(parts) > 1 else "")
         )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe_yaml import write_yaml
@@ -30,8 +30,12 @@ from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.checkpoint_state import first_non_finite, save_state
 from hf_rlhf.runtime.distributed import from_first_process
 from hf_rlhf.runtime.errors import RunExists, UserError
+from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.runtime.run_folder import METRICS, only_run_in, remove_run, run_in
 from hf_rlhf.runtime.signals import StopOnSignal
+from hf_rlhf.training.early_checks import check_space
+from hf_rlhf.training.memory.estimate import optimizer_bytes, tensor_bytes
+from hf_rlhf.training.offload_checks import optimizer_name
 from hf_rlhf.training.step_border import StepBorder, ends_at_once, save_and_end
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "model_preparation_time")
@@ -126,8 +130,8 @@ class RunTrainer(Trainer):
         Raises `RunExists` where the output folder contains another run; a second call goes on in the same folder. Raises
         `CheckpointError` for a checkpoint that is damaged or comes from another run, and for state that cannot be saved;
         `FloatingPointError` for gradients or weights that are not finite; `StoppedError` after a signal, with a checkpoint;
-        `UserError` where another process is training in the folder. Whatever ends training before an update has begun leaves
-        a checkpoint of the step before, which a note of the exception names.
+        `UserError` where another process is training in the folder, and where its disk has no room for a checkpoint. Whatever
+        ends training before an update has begun leaves a checkpoint of the step before, which a note of the exception names.
         """
         self._allowed = tuple(allow_changed)
         with ExitStack() as guards:
@@ -164,12 +168,20 @@ class RunTrainer(Trainer):
                         f"{self.output_dir} already contains a run. To continue it, train with resume_from_checkpoint; to "
                         "replace it, with overwrite; or choose another output_dir"
                     )
+                if self.args.save_strategy != SaveStrategy.NO:
+                    check_space({"update": self._sizes()}, self.args)
             except UserError as error:
                 found = error
         said = from_first_process(self.accelerator, "" if found is None else str(found))
         if said:
             raise found or UserError(said)
         self._owns_folder = True
+
+    def _sizes(self) -> dict[str, float]:
+        """Return what a checkpoint takes at least, in MiB, as the update of a memory forecast names it."""
+        trained = tensor_bytes(self.model, trainable=True)
+        optimizer = optimizer_bytes(optimizer_name(self.args), trained, [])
+        return {"gradients": trained / MIB, "optimizer": optimizer / MIB}
 
     def _holds_another_run(self) -> bool:
         """Return whether the output folder has more than what this trainer's evaluation before training wrote."""

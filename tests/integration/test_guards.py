@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from transformers import TrainerCallback
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import CheckpointError, RunExists, UserError
+from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.runtime.run_folder import only_run_in
 from hf_rlhf.runtime.signals import StoppedError
 from tests.helpers import offline_runs as off
@@ -42,6 +45,25 @@ KINDS = pytest.mark.parametrize("make", [rollouts, offline], ids=["rollouts", "o
 
 
 # The folder
+
+
+@KINDS
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_anything_is_written(make, tmp_path, monkeypatch):
+    runs = [make(tmp_path / f"out{i}") for i in range(2)]
+    sizes = runs[0]._sizes()
+    assert sizes["optimizer"] == pytest.approx(2 * sizes["gradients"])  # AdamW's two moments
+    room = sum(sizes.values()) * MIB
+
+    def free(count: float) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=count))
+
+    free(room - 1)
+    with pytest.raises(UserError, match=r"no space left for a checkpoint in .*out0: it takes at least trained weights"):
+        runs[0].train()
+    assert not (tmp_path / "out0" / "recipe.yaml").exists()
+    free(room)
+    runs[1].train()
+    assert (tmp_path / "out1" / "checkpoint-4").exists()
 
 
 @KINDS
