@@ -171,7 +171,8 @@ class WandbTracker(WandbCallback):
         self._started: Any = None
         self._waiting: list[dict[str, Any]] = []
         self._began, self._due = time.monotonic(), -math.inf
-        self._asked, self._problem = -math.inf, None
+        self._asked = -math.inf
+        self._problem: str | None = None
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         """Start the run, fill its config, and define what its summary keeps of each metric."""
