@@ -6,7 +6,8 @@ A part is placed between two comments of a page:
     <!-- site: plugins.reference -->    made for the site alone; the page holds a sentence in its place
     <!-- end -->
 
-`module.function` is one of docs/generators, with its arguments behind it.
+`module.function` is one of docs/generators, with its arguments behind it. On the site, each section (`## ...`) between
+`<!-- pages -->` and `<!-- end pages -->` is a page of its own (docs/site_hooks.py).
 """
 
 from __future__ import annotations

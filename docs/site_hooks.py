@@ -1,7 +1,8 @@
 """Hooks of mkdocs: the parts of pages that are made from the code, pages and files outside of docs/, and links to them.
 
 README.md is the site's front page; CHANGELOG.md, SECURITY.md and the READMEs of the examples are pages. Source files that a
-page links to are copied as text to `source/`. A link to a folder becomes its name.
+page links to are copied as text to `source/`. A link to a folder becomes its name. Of a long page, each section between
+`<!-- pages -->` and `<!-- end pages -->` is a page of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from pymdownx.slugs import slugify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from generate import PART, filled
@@ -25,6 +27,13 @@ PAGES = {
     **{str(file.relative_to(ROOT)): str(file.relative_to(ROOT)) for file in (ROOT / "examples").glob("*/README.md")},
 }
 """File of the repository -> page of the site, where it is not docs/ -> the same."""
+SPLIT = re.compile(r"<!-- pages -->\n(.*?)<!-- end pages -->\n", re.DOTALL)
+SECTION = re.compile(r"^## (.+)\n((?:(?!## ).*\n)*)", re.MULTILINE)
+slug = slugify(case="lower")
+parts: dict[str, str] = {}
+"""Page of a section -> page that has it in the repository."""
+moved: dict[tuple[str, str], str] = {}
+"""Page of the repository and anchor -> page of the section."""
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
@@ -34,7 +43,12 @@ def on_files(files: Files, config: Any) -> Files:
     for file in list(files):
         if file.src_uri.endswith(".md") and PART.search(file.content_string):
             files.remove(file)
-            files.append(File.generated(config, file.src_uri, content=filled(file.content_string, site=True)))
+            text, sections = _split(file.src_uri, filled(file.content_string, site=True))
+            files.append(File.generated(config, file.src_uri, content=text))
+            for page, content in sections.items():
+                files.append(File.generated(config, page, content=content))
+            if sections:
+                config.nav = _with_sections(config.nav, file.src_uri, list(sections))
     if lab.PICTURE.is_file():
         files.append(File.generated(config, lab.PICTURE.name, abs_src_path=str(lab.PICTURE)))
     for source, page in PAGES.items():
@@ -48,6 +62,46 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def _split(page: str, text: str) -> tuple[str, dict[str, str]]:
+    """Return a page with links in place of the sections to split off, and these by their pages."""
+    sections: dict[str, str] = {}
+
+    def links(match: re.Match[str]) -> str:
+        for title, body in SECTION.findall(match[1]):
+            name = f"{page.removesuffix('.md')}/{slug(title, '-')}.md"
+            raised = re.sub(r"^##(#+ )", r"#\1", FENCE.sub(_kept, body), flags=re.MULTILINE)
+            sections[name] = sections.get(name, f"# {title}\n") + raised.replace("\0", "#")
+            parts[name] = page
+            for heading in (title, *re.findall(r"^#+ (.+)", body, re.MULTILINE)):
+                moved[page, slug(heading.replace("`", ""), "-")] = name
+        names = {name: text.partition("\n")[0].removeprefix("# ") for name, text in sections.items()}
+        return (
+            " · ".join(
+                f"[{title}]({os.path.relpath(name, os.path.dirname(page) or '.')})" for name, title in names.items()
+            )
+            + "\n"
+        )
+
+    return SPLIT.sub(links, text), sections
+
+
+def _kept(fence: re.Match[str]) -> str:
+    """Return a block of code whose comments are not taken for headings."""
+    return fence[0].replace("#", "\0")
+
+
+def _with_sections(nav: Any, page: str, sections: list[str]) -> Any:
+    """Return the navigation with a page's sections below it."""
+    if isinstance(nav, list):
+        return [_with_sections(item, page, sections) for item in nav]
+    if isinstance(nav, dict):
+        return {
+            title: [page, *sections] if item == page else _with_sections(item, page, sections)
+            for title, item in nav.items()
+        }
+    return nav
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Leads links to where their targets are on the site; `no-run` is for the tests alone."""
     markdown = re.sub(r"^( *```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)
@@ -55,13 +109,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     def lead(match: re.Match[str]) -> str:
         mark, text, target = match.groups()
-        if re.match(r"\w+:|#", target):
+        if re.match(r"\w+:", target):
             return match[0]
         path, hash_, anchor = target.partition("#")
-        file = (origin.parent / path).resolve()
+        file = (origin.parent / path).resolve() if path else origin
         if file.is_dir():
             return text
         there = _page(file) or _copied(file)
+        there = moved.get((there, anchor), there)
+        if there == here and not path:
+            return match[0]
         return f"{mark}[{text}]({os.path.relpath(there, os.path.dirname(here) or '.')}{hash_}{anchor})"
 
     parts = FENCE.split(markdown)
@@ -88,7 +145,8 @@ def _targets(file: File) -> set[Path]:
 def _origin(file: File) -> Path:
     """Return the file in the repository of a page of the site."""
     back = {page: source for source, page in PAGES.items()}
-    return ROOT / back[file.src_uri] if file.src_uri in back else ROOT / "docs" / file.src_uri
+    page = parts.get(file.src_uri, file.src_uri)
+    return ROOT / back[page] if page in back else ROOT / "docs" / page
 
 
 def _page(file: Path) -> str | None:

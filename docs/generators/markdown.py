@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 from hf_rlhf.registry.discovery import PluginEntry
@@ -19,15 +20,28 @@ def code(text: str) -> str:
     return f"`{text}`"
 
 
+def folded(title: str, blocks: Iterable[str]) -> str:
+    """Format blocks that the site shows when their title is clicked."""
+    return f'??? note "{title}"\n\n' + "\n\n".join(textwrap.indent(block, "    ") for block in blocks)
+
+
 def sentence(text: str | None) -> str:
     """Return the first paragraph on one line."""
     return " ".join((text or "").strip().partition("\n\n")[0].split())
 
 
-def settings_table(cls: type) -> str:
-    """List setting, type, default and meaning of a plugin or a section."""
-    rows = [[code(s.name), s.type, code(s.default), s.doc] for s in describe(cls)]
-    return table(["setting", "type", "default", "meaning"], rows) if rows else "No settings."
+def settings_table(cls: type, base: type | None = None) -> str:
+    """List setting, type, default and meaning of a plugin or a section, without those that are as in its base class."""
+    rows = [
+        [code(s.name), s.type, code(s.default), s.doc] for s in describe(cls) if not base or s not in describe(base)
+    ]
+    return (
+        table(["setting", "type", "default", "meaning"], rows)
+        if rows
+        else "No settings of its own."
+        if base
+        else "No settings."
+    )
 
 
 def own_host() -> Host:

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from generators.markdown import code, own_host, own_plugins, sentence, settings_table, table
+from generators.markdown import code, folded, own_host, own_plugins, sentence, settings_table, table
 from hf_rlhf.axes import AXES, LISTS, NESTED
 from hf_rlhf.config.recipe_yaml import DEFAULTS, OFFLINE
 from hf_rlhf.metrics import declared_by
 from hf_rlhf.registry import hookspecs
 from hf_rlhf.registry.host import OWN_PACKAGE, Host
-from hf_rlhf.registry.settings_schema import nested, setting_types, settings_of
+from hf_rlhf.registry.settings_schema import describe, nested, setting_types, settings_of
 
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
@@ -40,21 +40,29 @@ def index() -> Iterator[str]:
 
 
 def reference() -> Iterator[str]:
-    """Return the section of every plugin: computation, paper, needs, settings, metrics and file."""
+    """Return the section of every plugin, by axis: computation, paper, needs, settings, metrics and file."""
     host = own_host()
-    for offer in own_plugins(host):
+    for axis, base in AXES.items():
+        yield f"## {axis}\n\n{hookspecs.summary(axis)} {_place(host, axis)}"
+        if describe(base):
+            yield f"Settings of each, unless it lists another default:\n\n{settings_table(base)}"
+        yield from _of_axis(host, axis, base)
+
+
+def _of_axis(host: Host, axis: str, base: type) -> Iterator[str]:
+    for offer in own_plugins(host, axis):
         cls = host.get(offer.axis, f"{OWN_PACKAGE}/{offer.name}")
         yield f"### {offer.axis}.{offer.name}\n\n{inspect.getdoc(cls)}"
         yield inspect.getdoc(sys.modules[cls.__module__]) or ""
         said = [("Needs", _names(cls, "needs")), ("Provides", _names(cls, "provides"))]
         if any(names for _, names in said):
             yield " ".join(f"{title}: {names}" for title, names in said if names)
-        yield settings_table(cls)
+        yield settings_table(cls, base)
         if cls.metrics:
             logged = [
                 [code(each), metric.unit, metric.meaning] for each, metric in declared_by(cls, offer.axis).items()
             ]
-            yield table(["metric", "unit", "meaning"], logged)
+            yield folded("Metrics", [table(["metric", "unit", "meaning"], logged)])
         file = _file(offer.module)
         yield f"From package `{offer.package}`, module `{offer.module}`: [{file}](../{file})."
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from generators.markdown import code, own_host, table
+from generators.markdown import code, folded, own_host, table
 from generators.plugins import papers
 from hf_rlhf.config.pipeline import is_pipeline, load_pipeline
 from hf_rlhf.config.plan import make_plan
-from hf_rlhf.config.recipe import OfflineRecipe, Recipe, load_recipe
+from hf_rlhf.config.recipe import OfflineRecipe, Recipe, load_recipe, read_recipe
+from hf_rlhf.config.recipe_yaml import FAMILIES, family
 from hf_rlhf.config.training_arguments import DEFAULTS
 from hf_rlhf.registry.discovery import RecipeEntry
 from hf_rlhf.registry.host import OWN_PACKAGE, use_host
@@ -19,6 +20,7 @@ PLACES = {
     "in_advantage": "in the advantage",
     "monitor": "measured only",
 }
+DIALECTS = "Dialects of other libraries"
 HEADER = ("recipe", "advantages", "KL", "critic", "policy loss", "aggregation", "rewards", "and", "paper")
 
 
@@ -62,14 +64,25 @@ def choices(recipe: Recipe) -> list[str]:
 
 
 def reference() -> Iterator[str]:
-    """Every recipe with its paper and departures, what it loads and computes, and its text."""
+    """Every recipe by family with its paper and departures, what it loads and computes, and its text."""
     with use_host(own_host()):
-        for offer in own_recipes():
-            lines = offer.file.read_text(encoding="utf-8").splitlines()
-            yield f"### {offer.name}\n\n" + "\n".join(line.lstrip("# ") for line in lines if line.startswith("#"))
-            yield from _explained(offer.name)
-            yield "```yaml\n" + "\n".join(line for line in lines if not line.startswith("#")) + "\n```"
-            yield f"File: [recipes/{offer.file.name}](../recipes/{offer.file.name})."
+        titles = {
+            offer.name: DIALECTS if "@" in offer.name else FAMILIES[family(read_recipe(offer.name))]
+            for offer in own_recipes()
+        }
+        for title in (*FAMILIES.values(), DIALECTS):
+            yield f"## {title}"
+            for offer in own_recipes():
+                if titles[offer.name] == title:
+                    yield from _recipe(offer)
+
+
+def _recipe(offer: RecipeEntry) -> Iterator[str]:
+    lines = offer.file.read_text(encoding="utf-8").splitlines()
+    yield f"### {offer.name}\n\n" + "\n".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+    yield from _explained(offer.name)
+    yield "```yaml\n" + "\n".join(line for line in lines if not line.startswith("#")) + "\n```"
+    yield f"File: [recipes/{offer.file.name}](../recipes/{offer.file.name})."
 
 
 def _explained(name: str) -> Iterator[str]:
@@ -87,9 +100,12 @@ def _explained(name: str) -> Iterator[str]:
     plan = make_plan(algorithm, [], rows_per_micro_batch=rows)
     yield f"**Plugins.** {', '.join(f'`{path}={plugin.name}`' for path, plugin in algorithm.plugins())}."
     named = {"Models": plan.models, "Forward passes per rollout": plan.forwards, "Skipped": plan.skipped}
-    for title, said in {**named, "Remarks": plan.remarks}.items():
-        if said:
-            yield f"**{title}.**\n\n" + "\n".join(f"- {line}" for line in said)
+    said = [
+        f"**{title}.**\n\n" + "\n".join(f"- {line}" for line in lines)
+        for title, lines in {**named, "Remarks": plan.remarks}.items()
+        if lines
+    ]
+    yield folded("Plan", said)
 
 
 def own_recipes() -> list[RecipeEntry]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_rlhf.axes import AXES
+from hf_rlhf.config.json_schema import HEADER
 from tests.helpers.paths import ROOT
 from tests.helpers.wheels import PIP, built, shared_folder
 
@@ -151,7 +152,7 @@ print(",".join(recipe.name for recipe in own))
     assert done.stdout.strip() == ",".join(sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
     shown = [sys.executable, "-m", "hf_rlhf", "recipes", "show", "grpo"]
     done = subprocess.run(shown, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == (ROOT / "recipes" / "grpo.yaml").read_text()
+    assert done.stdout == HEADER + (ROOT / "recipes" / "grpo.yaml").read_text()
     written = [sys.executable, "-m", "hf_rlhf", "new", "trainer", "stars", "--full"]
     subprocess.run(written, env=environment, cwd=tmp_path, capture_output=True, check=True)
     assert "class Stars(OfflineTrainer)" in (tmp_path / "hf-rlhf-stars" / "hf_rlhf_stars.py").read_text()

@@ -11,7 +11,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests.helpers.browser import browser
 from tests.helpers.paths import ROOT
+from tests.helpers.waits import until
 
 
 class Links(HTMLParser):
@@ -94,3 +96,31 @@ def test_nothing_is_loaded_from_elsewhere(pages):
             assert not re.search(r'(?:src|href)="(?:https?:)?//', tag) or 'rel="canonical"' in tag, (
                 f"{file.name}: {tag}"
             )
+
+
+def test_every_page_is_short_fits_its_window_and_logs_no_error(built, pages):
+    """At 1400 and 400 pixels, light and dark; wide tables and code scroll inside themselves."""
+    wrong = []
+    with browser() as page:
+        for file in pages:
+            page.view(1400, 900)
+            page.open(file)
+            screens = page.evaluate("document.documentElement.scrollHeight") / 900
+            widths = [page.overflow()]
+            page.view(400, 900, dark=True)
+            widths.append(page.overflow())
+            outside = [address for address in page.requests if not address.startswith("file:")]
+            if screens > 15 or any(widths) or page.errors or outside:
+                wrong.append((str(file.relative_to(built[0])), round(screens, 1), widths, page.errors, outside))
+    assert not wrong
+
+
+def test_the_search_finds_a_word_from_disk(built):
+    ask = "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
+    with browser() as page:
+        page.open(built[0] / "index.html")
+        page.type(".md-search__input", "group_norm")
+        until(lambda: page.evaluate(ask), 20, pause=0.2, what="no result of the search")
+        found = page.evaluate(ask)
+    assert any(link.endswith("#advantagesgroup_norm") for link in found), found
+    assert all(link.startswith("file:") for link in found)

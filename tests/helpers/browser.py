@@ -74,6 +74,14 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def type(self, selector: str, text: str) -> None:
+        """Type text into a field, as a reader does."""
+        self._call("Emulation.setFocusEmulationEnabled", enabled=True)
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        self._call("Input.insertText", text=text[:-1])
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=text[-1], text=text[-1] if kind == "keyDown" else "")
+
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """Write a PNG of the whole page, or of what is in the window."""
         clip = {}
