@@ -22,6 +22,7 @@ EXIT_CODES = (
     (0, "done"),
     (1, "failed: an unexpected error, a reward that failed, or, in `score`, a row that could not be scored"),
     (2, "rejected before running: the message says how to fix it"),
+    (3, "`doctor` found something wrong with a run"),
     (129, "hung up (SIGHUP); training saves a checkpoint first"),
     (130, "interrupted (Ctrl-C, SIGINT); training saves a checkpoint first"),
     (143, "terminated (SIGTERM); training saves a checkpoint first"),
@@ -39,6 +40,7 @@ FIRST = (
     "explain",
     "lab",
     "report",
+    "doctor",
     "score",
     "serve-reward",
 )

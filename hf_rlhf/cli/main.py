@@ -17,6 +17,7 @@ def add_commands() -> None:
     """Import the modules of `commands`, which register themselves with `app`."""
     from hf_rlhf.cli.commands import (  # noqa: F401
         dashboard,
+        doctor,
         env,
         evaluate,
         lab,

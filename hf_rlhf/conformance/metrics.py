@@ -15,8 +15,8 @@ from hf_rlhf.axes import AXES, AdvantageEstimator, Plugin, PolicyLoss
 from hf_rlhf.batch import Credit
 from hf_rlhf.conformance.common import Checks, Statistics, duplicate, with_nested
 from hf_rlhf.conformance.tensor_inputs import OUTPUTS, as_scored, ordinary_tensors
-from hf_rlhf.contract.metric import Metric
-from hf_rlhf.metrics.names import pattern, under
+from hf_rlhf.contract.metric import Metric, pattern
+from hf_rlhf.metrics.names import under
 
 NAME = re.compile(r"[\w.@<>-]+(/[\w.@<>-]+)*")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,3 +38,9 @@ class Metric:
     """True if a run may never log it."""
     summary: Summary = "last"
     """Statistic that the summary of a run keeps besides the last value."""
+
+
+def pattern(name: str) -> re.Pattern[str]:
+    """Return the pattern of a declared name; a part in angle brackets is any text without `/`."""
+    parts = re.split(r"(<\w+>)", name)
+    return re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in parts))

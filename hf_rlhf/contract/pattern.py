@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Plugin
-from hf_rlhf.contract.metric import Metric
+from hf_rlhf.contract.metric import Metric, pattern
 
 ENTRIES = 5
 """Entries of the log in a row that make a pattern: one bad step is none."""
@@ -105,13 +105,13 @@ class History:
     def since(self, name: str, wrong: Callable[[float], bool], entries: int = ENTRIES) -> int | None:
         """Return the step since when a metric is `wrong` in every rollout; None if that are fewer than `entries`.
 
-        Of several optimizer steps on a rollout one has to be wrong: in the first the policy is still the one that sampled.
+        Several optimizer steps on one rollout count as their mean.
         """
         start, count = None, 0
         logged = reversed(self.series[name].last if name in self.series else ())
         for _, rollout in groupby(logged, lambda entry: (entry[0] - 1) // self.steps_per_rollout):
-            steps = [step for step, value in rollout if wrong(value)]
-            if not steps:
+            steps, values = zip(*rollout, strict=True)
+            if not wrong(fmean(values)):
                 break
             start, count = min(steps), count + 1
         return start if count >= entries else None
@@ -121,6 +121,13 @@ class History:
         """Optimizer steps per rollout."""
         update = self.recipe.get("update") or {}
         return int(update.get("mini_batches", 1)) * int(update.get("epochs", 1))
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Learning rate of the recipe, otherwise the highest one so far; None if there is none."""
+        given = (self.recipe.get("training") or {}).get("learning_rate")
+        logged = self.series["learning_rate"].high if "learning_rate" in self.series else None
+        return logged if given is None else float(given)
 
     @property
     def labels(self) -> list[str]:
@@ -133,6 +140,27 @@ class History:
         means = {label: f"reward/{label}/mean" for label in self.labels}
         within = [name for name in means.values() if self.series[name].low >= 0 and self.series[name].high <= 1]
         return any(self.mean(name) >= LEARNED > self.first(name) for name in within)
+
+    def gained(self) -> bool:
+        """Return whether the mean reward has risen by a standard deviation of the first rollouts."""
+        return self.mean("reward/total/mean") - self.first("reward/total/mean") >= self.first("reward/total/std")
+
+    def watched(self) -> Iterator[tuple[str, Metric]]:
+        """Yield the logged metrics with a healthy range."""
+        for name in self.series:
+            if name not in self._declared:
+                found = (metric for form, metric in self._forms if form.fullmatch(name))
+                self._declared[name] = next(found, None)
+            if (metric := self._declared[name]) is not None:
+                yield name, metric
+
+    @cached_property
+    def _declared(self) -> dict[str, Metric | None]:
+        return {}
+
+    @cached_property
+    def _forms(self) -> list[tuple[re.Pattern[str], Metric]]:
+        return [(pattern(name), metric) for name, metric in self.ranges.items()]
 
     def next_place(self, axis: str) -> int:
         """Return the first free place of a list of the recipe, for an override that adds to it."""

@@ -30,6 +30,8 @@ class RewardSource(Plugin, ABC):
 
     verifier: ClassVar[bool] = False
     """True if a score of 1 means correct: evaluation then reports accuracy, pass@k and maj@k."""
+    penalty: ClassVar[bool] = False
+    """True if 0 is its best score, of a completion with nothing to object to."""
     rowwise: ClassVar[bool] = False
     """True if a row's score depends on that row alone: rows are then scored one by one over the workers, so that one that
     hangs or raises does not affect others. If False, one call gets all rows."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from hf_rlhf.axes import AXES
 from hf_rlhf.config.algorithm import places
-from hf_rlhf.contract.metric import Metric
+from hf_rlhf.contract.metric import Metric, pattern
 from hf_rlhf.metrics.aliases import aliased, entropy_is_exact, named
 from hf_rlhf.metrics.catalog import EVAL, SECTIONS, CoreMetric
 from hf_rlhf.metrics.catalog_evaluation import EVALUATION
 from hf_rlhf.metrics.catalog_offline import OFFLINE, OFFLINE_EVALUATION, metrics_of_trainer
 from hf_rlhf.metrics.catalog_rollout import RUNNING
 from hf_rlhf.metrics.catalog_training import LEARNING
-from hf_rlhf.metrics.names import Named, is_logged, pattern, under
+from hf_rlhf.metrics.names import Named, is_logged, under
 
 if TYPE_CHECKING:
     from hf_rlhf.config.algorithm import Algorithm
@@ -76,7 +77,14 @@ def declared_by(plugin: type[Plugin], axis: str) -> dict[str, Metric]:
 
 def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:
     """Yield the names of a core metric in an algorithm: one per reward source, KL, term or filter."""
-    if "<label>" in name:
+    if "<other>" in name:
+        paid = [label for label, source in zip(algorithm.labels(), algorithm.rewards, strict=True) if source.weight]
+        for label, other in combinations(paid, 2):
+            yield name.replace("<label>", label).replace("<other>", other)
+    elif "answered_frac" in name:
+        sources = zip(algorithm.labels(), algorithm.rewards, strict=True)
+        yield from (name.replace("<label>", label) for label, source in sources if source.verifier)
+    elif "<label>" in name:
         yield from (name.replace("<label>", label) for label in algorithm.labels())
     elif "<kl>" in name:
         for title, kl in algorithm.titled("kl"):

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hf_rlhf.contract.metric import Metric
+from hf_rlhf.contract.metric import Metric, pattern
 from hf_rlhf.metrics.catalog import EVAL
-from hf_rlhf.metrics.names import Named, pattern
+from hf_rlhf.metrics.names import Named
 
 if TYPE_CHECKING:
     from hf_rlhf.config.algorithm import Algorithm

@@ -27,6 +27,25 @@ LEARNING: tuple[CoreMetric, ...] = (
     core(REWARDS, "reward/<label>/std", "score", "its standard deviation over those rows"),
     core(
         REWARDS,
+        "reward/<label>/corr/<other>",
+        "correlation",
+        "of two weighted sources over the rows that both scored",
+        "rewards",
+        optional=True,
+        unhealthy="Clearly below 0: what one pays for costs with the other; change `weight`, or drop one.",
+    ),
+    core(
+        REWARDS,
+        "reward/<label>/answered_frac",
+        "share of rows",
+        "completions of a rollout, 16 by process at most, in which a verifier that calls none of the rollout's right finds an "
+        "answer at all",
+        "verifier",
+        optional=True,
+        unhealthy="Near 0: completions do not have the form that the verifier reads; ask for it in the prompt.",
+    ),
+    core(
+        REWARDS,
         "reward/after_kl/mean",
         "reward",
         "return of a row: total reward minus the KL in the reward, over the rows that filters kept",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from hf_rlhf.contract.metric import Metric
@@ -36,12 +35,6 @@ def is_logged(metric: Metric, plugin: object) -> bool:
     name, given, value = metric.setting.partition("=")
     found = getattr(plugin, name, None)
     return str(found) == value if given else found not in (None, False, 0, "none")
-
-
-def pattern(name: str) -> re.Pattern[str]:
-    """Return the pattern of a declared name; a part in angle brackets is any text without `/`."""
-    parts = re.split(r"(<\w+>)", name)
-    return re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in parts))
 
 
 STEP = "train/global_step"

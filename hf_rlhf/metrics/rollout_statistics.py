@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -17,15 +19,21 @@ Numbers = dict[str, Tensor]
 """Name -> number on the device, NaN if there is none to log."""
 
 
-def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) -> dict[str, float]:
-    """Log rewards and lengths of all N rows before filters, and return them; under SCORED the number of scored rows."""
+def report_rewards(put: Put, table: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
+    """Log rewards and lengths of all N rows before filters, and return them; under SCORED the number of scored rows.
+
+    `weights`: label of each source -> its weight.
+    """
     valid, lengths = table["valid"].bool(), table["mask"].sum(1)
     found: Numbers = {}
-    for label in labels:
+    for label in weights:
         x = table.get(f"given:{label}", table[f"score:{label}"])
         found[f"{MISSING}{label}"] = x.isnan().sum()
         found |= _mean_std(f"reward/{label}", x.nan_to_num(), ~x.isnan())
-    if labels:
+    for label, other in combinations([label for label, weight in weights.items() if weight], 2):
+        correlation = _correlation(table[f"score:{label}"], table[f"score:{other}"])
+        found[f"reward/{label}/corr/{other}"] = correlation * math.copysign(1.0, weights[label] * weights[other])
+    if weights:
         found |= _mean_std("reward/total", table["total"], valid)
         found["reward/zero_std_frac"] = _without_signal(table, valid)
     found |= {
@@ -41,6 +49,13 @@ def report_rewards(put: Put, table: dict[str, Tensor], labels: Sequence[str]) ->
         if name != SCORED:
             put("health/reward_missing" if name.startswith(MISSING) else name, number)
     return numbers
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Return the correlation over the rows that have both numbers; NaN where one of them does not vary."""
+    both = ~(x.isnan() | y.isnan())
+    x, y = ((z - _mean(z.nan_to_num(), both)).masked_fill(~both, 0.0) for z in (x, y))
+    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
 
 
 def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from transformers.integrations import (
 )
 from transformers.integrations.integration_utils import default_logdir
 
+from hf_rlhf.contract.pattern import Finding
+from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.names import ONCE, STEP, TABLE, Named, globbed, tracked
 from hf_rlhf.runtime.wandb_account import abandon, has_account, server_problem
 
@@ -55,21 +57,27 @@ def prepare(args: Any) -> None:
 
 
 def install(
-    handler: Any, args: Any, run_log: Any, record: dict[str, Any], declared: Sequence[Named] = ()
+    handler: Any,
+    args: Any,
+    run_log: Any,
+    doctor: DoctorCallback,
+    record: dict[str, Any],
+    declared: Sequence[Named] = (),
 ) -> Callable[[], None]:
     """Replace Trainer's W&B and MLflow callbacks, guard every reporting callback, and return what ends their runs.
 
     Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it. `declared`: metrics
-    that the run may log.
+    that the run may log. The `doctor`'s findings become alerts of W&B.
     """
     classes = tuple(get_reporting_integration_callbacks(args.report_to or []))
     ends = ExitStack()
     for i, callback in enumerate(handler.callbacks):
-        if callback is run_log:
+        if callback is run_log or callback is doctor:
             guard(callback, patience=None)
         elif classes and isinstance(callback, classes):
             if type(callback) is WandbCallback:
                 callback = WandbTracker(record, run_log, declared)
+                doctor.listeners.append(lambda finding, tracker=callback: tracker.alert(finding))  # type: ignore[misc]
             elif type(callback) is MLflowCallback:
                 callback = MlflowTracker()
             elif isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -131,7 +139,7 @@ def guard(callback: TrainerCallback, patience: int | None = 3) -> TrainerCallbac
 
         return call
 
-    for event in (*EVENTS, "finish"):
+    for event in (*EVENTS, "finish", "alert"):
         if hasattr(callback, event):
             setattr(callback, event, guarded(getattr(callback, event)))
     return callback
@@ -218,6 +226,13 @@ class WandbTracker(WandbCallback):
             self._problem = server_problem(self._wandb.run.settings, _init_timeout(self._wandb.setup().settings))
             self._asked = time.monotonic()
         return self._problem
+
+    def alert(self, finding: Finding) -> None:
+        """Send a finding of the doctor as an alert of the run."""
+        about = f" ({finding.metric})" if finding.metric else ""
+        told = f"\n\nTry: {' '.join(finding.overrides)}" if finding.overrides else ""
+        text = f"Since step {finding.step}: {finding.text}{told}"
+        self._wandb.run.alert(title=f"{finding.pattern}{about}", text=text, level=self._wandb.AlertLevel.WARN)
 
     def finish(self) -> None:
         """End the run if it was started here; failed if an exception is being handled. A silent server is not waited for."""

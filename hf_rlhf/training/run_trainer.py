@@ -23,6 +23,8 @@ from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe_yaml import write_yaml
 from hf_rlhf.data.fingerprints import Contents
 from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.metrics.doctor import as_dict
+from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.modeling.policy import configure_padding
 from hf_rlhf.runtime import checkpoint_manifest
@@ -46,14 +48,15 @@ class RunTrainer(Trainer):
     """`transformers.Trainer` that writes the files of a run.
 
     `recipe.yaml` is written when training begins, `summary.json` and `report.html` with the model by `save_model`,
-    `metrics.jsonl` and `completions/` by `run_log`. Checkpoints count once their manifest is written, and resume only the
-    run they come from.
+    `metrics.jsonl` and `completions/` by `run_log`; `doctor` watches what is logged. Checkpoints count once their manifest is
+    written, and resume only the run they come from.
     While it trains, the output folder is locked, and SIGTERM, SIGINT and SIGHUP end the run after its step.
     """
 
     record: dict[str, Any]
     """Facts about the run that checkpoints and `summary.json` keep."""
     run_log: RunLog
+    doctor: DoctorCallback
     end_tracking: Callable[[], Any]
     """End the runs of the trackers in `report_to`."""
     meters: MetricAggregator
@@ -205,6 +208,7 @@ class RunTrainer(Trainer):
             return trained
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.doctor.read(self.output_dir)
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +283,7 @@ class RunTrainer(Trainer):
             "seconds": time.perf_counter() - self.started,
             "train_seconds": trained.metrics.get("train_runtime"),
             "peak_memory_mib": self._peak_mib,
+            "findings": [as_dict(finding) for finding in self.doctor.findings],
             "output_dir": str(self.output_dir),
             "plan": self.record["plan"],
             "versions": self.record["versions"],

@@ -28,6 +28,7 @@ from hf_rlhf.contract.outputs import noted
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
 from hf_rlhf.metrics.aggregator import HEALTH, MetricAggregator
+from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
@@ -99,6 +100,8 @@ class RLHFTrainer(SavingTrainer):
         self.buffer: Buffer | None = None
         self._optimizer_given = optimizers[0] is not None
         self.run_log = RunLog(args.output_dir or "outputs", parts.record)
+        declared = metrics_of(self.algorithm, parts.logging_settings)
+        self.doctor = DoctorCallback(parts.record["recipe"] or self.algorithm.as_dict(), declared)
         trainer = weakref.proxy(self)
         around_step = StepCallback(lambda: trainer.phases.stepping(), lambda step: trainer._after_step(step))
         prepare(args)
@@ -109,13 +112,13 @@ class RLHFTrainer(SavingTrainer):
             train_dataset=parts.train,
             eval_dataset=parts.evaluation,
             processing_class=parts.tokenizer,
-            callbacks=[around_step, *(callbacks or []), self.run_log],
+            callbacks=[around_step, *(callbacks or []), self.run_log, self.doctor],
             optimizers=optimizers,
         )
         check_accelerator(self.accelerator, self.args)
         self.parallel = Parallel(self.accelerator)
-        declared = metrics_of(self.algorithm, parts.logging_settings)
-        self.end_tracking = install(self.callback_handler, self.args, self.run_log, parts.record, declared)
+        shared = (self.run_log, self.doctor)
+        self.end_tracking = install(self.callback_handler, self.args, *shared, parts.record, declared)
         self.actor_critic, reference = parts.build(self.model, self.args)
         decay = self.algorithm.update.ema
         self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)

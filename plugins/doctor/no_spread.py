@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Finding, History, Pattern
 
-MOST = 0.8
+from ._advice import added
+
 METRIC = "reward/zero_std_frac"
+MOST = 0.8
 
 
 @dataclass(kw_only=True)
@@ -26,15 +28,15 @@ class NoSpread(Pattern):
         step = history.since(METRIC, lambda share: share > MOST)
         if step is None or history.learned():
             return
-        share, reward = history.mean(METRIC), history.mean("reward/total/mean")
         text = (
-            f"{share:.0%} of the completions are in groups whose rewards are all equal (mean reward {reward:.3g}): no signal "
-            "between them. Choose prompts near the policy's ability, sample more per prompt, or replace such groups."
+            f"{history.mean(METRIC):.0%} of the completions are in groups whose rewards are all equal (mean reward "
+            f"{history.mean('reward/total/mean'):.3g}), so nothing tells better from worse. Choose prompts near the "
+            "policy's ability, sample more completions per prompt, or replace groups without spread."
         )
-        settings = history.recipe.get("rollout") or {}
-        overrides = [f"rollout.num_generations={2 * settings.get('num_generations', 8)}"]
+        rollout = history.recipe.get("rollout") or {}
+        overrides = [f"rollout.num_generations={2 * rollout.get('num_generations', 8)}"]
         if not history.uses("filters", "zero_variance"):
-            overrides.append(f"filters.{history.next_place('filters')}={{use: zero_variance, resample: 4}}")
+            overrides.append(added(history, "filters", "{use: zero_variance, resample: 4}"))
         yield Finding(self.name, step, text, tuple(overrides), METRIC)
 
 

@@ -19,6 +19,7 @@ class Length(RewardSource):
 
     name = "length"
     rowwise = True
+    penalty = True
 
     unit: Literal["tokens", "words", "characters"] = "tokens"
     """Unit of length: sampled tokens, the end-of-sequence token included; words separated by whitespace; or characters."""

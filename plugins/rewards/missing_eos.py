@@ -19,6 +19,7 @@ class MissingEos(RewardSource):
 
     name = "missing_eos"
     rowwise: ClassVar[bool] = True
+    penalty: ClassVar[bool] = True
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         return [-1.0 if reason == "length" else 0.0 for reason in rollouts.finish_reasons]

@@ -24,6 +24,7 @@ class Repetition(RewardSource):
 
     name = "repetition"
     rowwise = True
+    penalty = True
 
     ngram_size: Count = 3
     """Tokens or words per n-gram."""

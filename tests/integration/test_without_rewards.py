@@ -18,11 +18,11 @@ from rich.console import Console
 from hf_rlhf.axes import Reference
 from hf_rlhf.config.plan import make_plan
 from hf_rlhf.config.recipe import resolve
+from hf_rlhf.contract.metric import pattern
 from hf_rlhf.lab.explain import as_plain, explain
 from hf_rlhf.metrics import metrics_of
 from hf_rlhf.metrics.console import show_result
 from hf_rlhf.metrics.dashboard import dashboard_of
-from hf_rlhf.metrics.names import pattern
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import runs
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.cli.runs.findings import show_finding, show_findings
 from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.runtime.activity import doing
@@ -138,6 +139,7 @@ def _train(
     progress = LiveProgress(view, OFFLINE_SHOWN if offline else SHOWN)
     on_plan = announce if first and not whole_plan else None
     trainer = build_trainer(recipe, str(folder), [progress], trust_remote_code, on_plan)
+    trainer.doctor.say = show_finding(out)
     try:
         if whole_plan:
             _forecast_memory(trainer, recipe, trust_remote_code)
@@ -157,6 +159,9 @@ def _train(
         if first:
             trained = recipe.trainer() if isinstance(recipe, OfflineRecipe) else None
             steps = next_steps(recipe, summary["output_dir"], summary["plan"], trust_remote_code)
+            if trainer.doctor.findings:
+                out.print("\n[bold]findings of the doctor[/bold]")
+            show_findings(trainer.doctor.findings, str(folder / "recipe.yaml"), out)
             show_result(summary, samples, out, trained, steps)
         if number:
             raise StoppedError(number, f"after the run was complete: the model is in {folder}")

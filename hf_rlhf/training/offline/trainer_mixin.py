@@ -17,6 +17,7 @@ from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.data.fingerprints import Contents, contents_of, rows_hash
 from hf_rlhf.metrics import metrics_of_trainer
 from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
@@ -191,6 +192,8 @@ def factory(
     def trainer(cls: type[Trainer], args: Any, **options: Any) -> Trainer:
         kind: Any = type(cls.__name__, (OfflineRun, cls), {"plugin": plugin, "record": record})
         run_log, finite = RunLog(args.output_dir, record), FiniteSteps()
+        declared = metrics_of_trainer(plugin)
+        doctor = DoctorCallback(record["recipe"] or {}, declared)
         prepare(args)
         with unrounded(model):
             made = kind(
@@ -199,16 +202,17 @@ def factory(
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=tokenizer,
-                callbacks=[finite, *callbacks, run_log],
+                callbacks=[finite, *callbacks, run_log, doctor],
                 **options,
             )
-        made.run_log, made.finite, made.meters = run_log, finite, MetricAggregator(made.args.device)
+        made.run_log, made.doctor, made.finite = run_log, doctor, finite
+        made.meters = MetricAggregator(made.args.device)
         if plugin.head != "causal":  # a classifier's own loss is a mean over its micro-batch, whatever it is told
             made.model_accepts_loss_kwargs = False
         made.encoded, made.model_settings = train, settings
         made._begin_run()
         made.remove_callback(PrinterCallback)
-        made.end_tracking = install(made.callback_handler, args, run_log, record, metrics_of_trainer(plugin))
+        made.end_tracking = install(made.callback_handler, args, run_log, doctor, record, declared)
         return made
 
     return trainer

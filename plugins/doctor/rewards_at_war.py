@@ -1,0 +1,44 @@
+"""Two reward sources that pay for opposite completions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Finding, History, Pattern
+
+NAME = re.compile(r"reward/([^/]+)/corr/([^/]+)")
+MOST = -0.5
+
+
+@dataclass(kw_only=True)
+class RewardsAtWar(Pattern):
+    """Completions that please one source displease another."""
+
+    name = "rewards_at_war"
+    meaning = "two reward sources pay for opposite completions"
+    symptom = "One reward rises and another falls, and the total stays where it is"
+    rule = f"`reward/<label>/corr/<other>` below {MOST} in 5 rollouts in a row"
+
+    def find(self, history: History) -> Iterable[Finding]:
+        for name in history.series:
+            match = NAME.fullmatch(name)
+            step = history.since(name, lambda correlation: correlation < MOST) if match else None
+            if match is None or step is None:
+                continue
+            text = (
+                f"The rewards {match[1]} and {match[2]} pull apart: over completions, their correlation is "
+                f"{history.mean(name):.2f}. What one pays for costs with the other; lower the weight of one, or drop it."
+            )
+            weaker = min(
+                (history.sources[x] for x in match.groups() if x in history.sources), key=lambda x: abs(x.weight)
+            )
+            override = f"rewards.{weaker.place}.weight={weaker.weight / 4:.3g}"
+            yield Finding(self.name, step, text, (override,), name)
+
+
+@hookimpl
+def doctor() -> list[type[Pattern]]:
+    return [RewardsAtWar]
