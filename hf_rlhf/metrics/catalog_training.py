@@ -29,9 +29,8 @@ LEARNING: tuple[CoreMetric, ...] = (
         REWARDS,
         "reward/<label>/corr/<other>",
         "correlation",
-        "of two weighted sources over the rows that both scored",
+        "of two weighted sources over the rows that both scored; 0 where one of them does not vary",
         "rewards",
-        optional=True,
         unhealthy="Clearly below 0: what one pays for costs with the other; change `weight`, or drop one.",
     ),
     core(

@@ -178,8 +178,8 @@ def is_evaluated(dataset: Dataset) -> bool:
 
 
 def _rare(named: Named) -> bool:
-    """Return whether only some models log the metric."""
-    return named.metric.optional and named.name.endswith("aux_loss")
+    """Return whether only some models log the metric, or only runs without a right answer."""
+    return named.metric.optional and named.name.endswith(("aux_loss", "answered_frac"))
 
 
 def _by_evaluation(named: Named, recipe: Recipe, labels: list[str]) -> Iterator[Named]:

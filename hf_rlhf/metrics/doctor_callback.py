@@ -23,8 +23,8 @@ class DoctorCallback(TrainerCallback):
     """
 
     def __init__(self, recipe: Mapping[str, Any], declared: Sequence[Named]):
-        self.recipe, self.ranges = recipe, ranges_of(declared)
-        self.doctor = Doctor(recipe, self.ranges)
+        self.recipe, self.declared = recipe, declared
+        self.doctor = Doctor(recipe, ranges_of(declared))
         self.say: Callable[[Finding], None] = warn
         """Show a finding where the run was started: a warning, unless the command line replaces it."""
         self.listeners: list[Callable[[Finding], None]] = []
@@ -36,7 +36,7 @@ class DoctorCallback(TrainerCallback):
 
     def read(self, run_folder: Path) -> None:
         """Start from the log in a folder, without saying anything: what an evaluation or a run before the resume wrote."""
-        self.doctor = Doctor(self.recipe, self.ranges)
+        self.doctor = Doctor(self.recipe, ranges_of(self.declared))
         for entry in entries_of(run_folder):
             self.doctor.add(int(entry.pop("step")), entry)
 

@@ -52,10 +52,11 @@ def report_rewards(put: Put, table: dict[str, Tensor], weights: Mapping[str, flo
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Return the correlation over the rows that have both numbers; NaN where one of them does not vary."""
+    """Return the correlation over the rows that have both numbers; 0 where one of them does not vary."""
     both = ~(x.isnan() | y.isnan())
     x, y = ((z - _mean(z.nan_to_num(), both)).masked_fill(~both, 0.0) for z in (x, y))
-    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
+    tiny = torch.finfo(x.dtype).tiny
+    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt().clamp(min=tiny)
 
 
 def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:

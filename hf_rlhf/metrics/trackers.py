@@ -57,17 +57,12 @@ def prepare(args: Any) -> None:
 
 
 def install(
-    handler: Any,
-    args: Any,
-    run_log: Any,
-    doctor: DoctorCallback,
-    record: dict[str, Any],
-    declared: Sequence[Named] = (),
+    handler: Any, args: Any, run_log: Any, doctor: DoctorCallback, record: dict[str, Any]
 ) -> Callable[[], None]:
     """Replace Trainer's W&B and MLflow callbacks, guard every reporting callback, and return what ends their runs.
 
-    Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it. `declared`: metrics
-    that the run may log. The `doctor`'s findings become alerts of W&B.
+    Each stays an instance of Trainer's class, so that `trainer.remove_callback(WandbCallback)` finds it. The doctor's findings
+    become alerts of W&B.
     """
     classes = tuple(get_reporting_integration_callbacks(args.report_to or []))
     ends = ExitStack()
@@ -76,7 +71,7 @@ def install(
             guard(callback, patience=None)
         elif classes and isinstance(callback, classes):
             if type(callback) is WandbCallback:
-                callback = WandbTracker(record, run_log, declared)
+                callback = WandbTracker(record, run_log, doctor.declared)
                 doctor.listeners.append(lambda finding, tracker=callback: tracker.alert(finding))  # type: ignore[misc]
             elif type(callback) is MLflowCallback:
                 callback = MlflowTracker()

@@ -31,6 +31,10 @@ from hf_rlhf.scoring.runners.isolation import isolated
 from hf_rlhf.scoring.runners.reward_call import logs_of
 
 logger = logging.getLogger(__name__)
+ANSWERS = 16
+"""Completions of a process in which a verifier looks for an answer where it calls none right."""
+Add = Callable[[str, float, float], None]
+"""(name of an average, total, number of items) of this process."""
 
 
 class Scorer:
@@ -122,6 +126,13 @@ class Scorer:
         units = [RewardCall(rows=[i], texts=[text]) for i, text in enumerate(completions)]
         outcomes = self._runners[label].run(units)
         return [outcome.answers[0] if outcome.answers else None for outcome in outcomes]
+
+    def count_answered(self, add: Add, rollouts: Rollouts, reported: Mapping[str, float]) -> None:
+        """Count completions with an answer of any kind, for verifiers whose mean score in `reported` is 0."""
+        for label, source in self.sources.items():
+            if source.verifier and reported.get(f"reward/{label}/mean") == 0:
+                found = self.final_answers(label, rollouts.turns()[:ANSWERS])
+                add(f"reward/{label}/answered_frac", sum(x is not None for x in found), len(found))
 
     def _ask(
         self, label: str, rollouts: Rollouts, seed: tuple[int | str, ...], is_cancelled: Callable[[], bool]

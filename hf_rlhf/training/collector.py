@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-ANSWERS = 16
-"""Completions of a process in which a verifier looks for an answer where it calls none right."""
 
 
 @dataclass(kw_only=True)
@@ -256,8 +254,7 @@ class Collector:
         logged: dict[str, list[Any]],
         greedy: Tensor | None,
     ) -> Collected:
-        device, mask, weights = self.accelerator.device, rows["mask"], self.weights()
-        given = totals(answers, rollouts)
+        device, mask, weights, given = self.accelerator.device, rows["mask"], self.weights(), totals(answers, rollouts)
         answers = self.normalizer(answers, self.accelerator)
         scores = totals(answers, rollouts)
         sums, valid = total(scores, weights, len(rollouts))
@@ -297,7 +294,7 @@ class Collector:
             places=own.nonzero().flatten(),
         )
         reported = report_rewards(self.meters.put, collected.table, weights)
-        self._count_answered(rollouts, reported)
+        self.scorer.count_answered(self.meters.add, rollouts, reported)
         self.tokens += reported["rollout/tokens"]
         self._count_unscored(len(table["valid"]), reported[SCORED])
         return collected.select(collected.table["valid"].bool())
@@ -310,13 +307,6 @@ class Collector:
             penalty = penalty_of(kl, "reward", measured(self.algorithm, title, kl, known, mask, self.meters))
             taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
         return taken
-
-    def _count_answered(self, rollouts: Rollouts, reported: dict[str, float]) -> None:
-        """Count completions with an answer of any kind, for a verifier that calls none right."""
-        for label, source in self._sources():
-            if source.verifier and reported.get(f"reward/{label}/mean") == 0:
-                found = self.scorer.final_answers(label, rollouts.turns()[:ANSWERS])
-                self.meters.add(f"reward/{label}/answered_frac", sum(x is not None for x in found), len(found))
 
     def _count_unscored(self, rows: int, scored: float) -> None:
         """Warn of a round without a single score; raise `RewardError` at the third in a row."""

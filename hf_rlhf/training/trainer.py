@@ -117,15 +117,12 @@ class RLHFTrainer(SavingTrainer):
         )
         check_accelerator(self.accelerator, self.args)
         self.parallel = Parallel(self.accelerator)
-        shared = (self.run_log, self.doctor)
-        self.end_tracking = install(self.callback_handler, self.args, *shared, parts.record, declared)
+        self.end_tracking = install(self.callback_handler, self.args, self.run_log, self.doctor, parts.record)
         self.actor_critic, reference = parts.build(self.model, self.args)
         decay = self.algorithm.update.ema
         self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)
-        own = None if reference is None else reference.own
-        self.phases = Phases.of(
-            self.algorithm, self.actor_critic, own, lambda: trainer.optimizer, self.ema, self.meters
-        )
+        models = (self.actor_critic, None if reference is None else reference.own)
+        self.phases = Phases.of(self.algorithm, *models, lambda: trainer.optimizer, self.ema, self.meters)
         data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)

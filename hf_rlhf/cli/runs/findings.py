@@ -27,7 +27,7 @@ def show_finding(out: Console) -> Callable[[Finding], None]:
 def show_findings(findings: Sequence[Finding], recipe: str, out: Console) -> None:
     """Print all findings of a run, each with the command that checks its overrides; `recipe`: its name or file."""
     for finding in findings:
-        text = Padding(Text(escaped(_headline(finding))), (0, 0, 0, 2))
+        text = Padding(Text(escaped(_headline(finding))), (0, 0, 0, 2), expand=False)
         out.print(text, soft_wrap=not out.is_terminal)
         if finding.overrides:
             out.print(Text(escaped(f"      {command(finding, recipe)}")), soft_wrap=True)

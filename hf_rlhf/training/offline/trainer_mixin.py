@@ -192,8 +192,7 @@ def factory(
     def trainer(cls: type[Trainer], args: Any, **options: Any) -> Trainer:
         kind: Any = type(cls.__name__, (OfflineRun, cls), {"plugin": plugin, "record": record})
         run_log, finite = RunLog(args.output_dir, record), FiniteSteps()
-        declared = metrics_of_trainer(plugin)
-        doctor = DoctorCallback(record["recipe"] or {}, declared)
+        doctor = DoctorCallback(record["recipe"] or {}, metrics_of_trainer(plugin))
         prepare(args)
         with unrounded(model):
             made = kind(
@@ -212,7 +211,7 @@ def factory(
         made.encoded, made.model_settings = train, settings
         made._begin_run()
         made.remove_callback(PrinterCallback)
-        made.end_tracking = install(made.callback_handler, args, run_log, doctor, record, declared)
+        made.end_tracking = install(made.callback_handler, args, run_log, doctor, record)
         return made
 
     return trainer

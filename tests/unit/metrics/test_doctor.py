@@ -67,12 +67,14 @@ def test_what_the_run_found_itself_is_kept(tmp_path):
     assert {x.pattern for x in diagnose(tmp_path)} == {"no_spread"}
 
 
-def test_a_pattern_that_is_turned_off_is_not_looked_for(tmp_path):
-    host = Host(disable="")
+def test_a_pattern_that_is_turned_off_is_not_looked_for_and_leaves_its_metric_to_its_range(tmp_path):
+    host, folder = Host(disable=""), written(tmp_path, [FLAT] * 9)
     host.turn_off("doctor.no_spread")
     with use_host(host):
         assert "no_spread" not in {pattern.name for pattern in installed()}
-        assert diagnose(written(tmp_path, [FLAT] * 9)) == []
+        assert [(x.pattern, x.metric) for x in diagnose(folder)] == [("out_of_range", "reward/zero_std_frac")]
+        host.turn_off("doctor.out_of_range")
+        assert diagnose(folder) == []
 
 
 @dataclass(kw_only=True)
@@ -120,9 +122,10 @@ def test_since_is_the_first_step_of_the_last_bad_ones(values, step):
     assert history(x=values).since("x", lambda x: x > 0.5, 3) == step
 
 
-def test_a_rollout_is_bad_where_one_of_its_steps_is():
-    assert history(2, x=[0, 1, 0, 1, 0, 1]).since("x", lambda x: x > 0.5, 3) == 2
-    assert history(2, x=[0, 1, 0, 0, 0, 1, 0, 1]).since("x", lambda x: x > 0.5, 3) is None
+def test_the_steps_on_one_rollout_count_as_their_mean():
+    assert history(2, x=[0, 2, 0, 2, 0, 2]).since("x", lambda x: x > 0.5, 3) == 1
+    assert history(2, x=[0, 2, 0, 0, 0, 2, 0, 2]).since("x", lambda x: x > 0.5, 3) is None
+    assert history(1, x=[0, 2, 0, 2, 0, 2]).since("x", lambda x: x > 0.5, 3) is None
 
 
 def test_a_task_is_learned_where_a_score_has_risen_to_the_top():
