@@ -40,12 +40,12 @@ def doctor(
 
     folders = [folder for run in runs for folder in _runs_in(run)]
     with output_to_stderr(as_json):
-        found = {folder: diagnose(folder, declared(folder)) for folder in folders}
+        found = {folder: diagnose(folder, _declared(folder)) for folder in folders}
     if as_json:
         print_json({str(folder): [as_dict(finding) for finding in findings] for folder, findings in found.items()})
     else:
         from hf_rlhf.cli.runs.findings import show_findings
-        from hf_rlhf.metrics.console import console
+        from hf_rlhf.metrics.live_view import console
 
         out = console()
         for folder, findings in found.items():
@@ -67,17 +67,12 @@ def _runs_in(folder: Path) -> list[Path]:
     return stages
 
 
-def declared(folder: Path) -> list[Named] | None:
-    """Return the metrics that the recipe's core and plugins declare; None, for those of the core, if it cannot be made here."""
-    from hf_rlhf.config.recipe import OfflineRecipe, load_recipe
-    from hf_rlhf.metrics import metrics_of, metrics_of_trainer
+def _declared(folder: Path) -> list[Named] | None:
+    """Return the metrics of the core and of the recipe's plugins; None, for the core's, if it cannot be made here."""
+    from hf_rlhf.config.recipe import load_recipe
+    from hf_rlhf.metrics.dashboard import declared
 
     try:
-        recipe = load_recipe(str(folder / "recipe.yaml"))
-        return (
-            metrics_of_trainer(recipe.trainer())
-            if isinstance(recipe, OfflineRecipe)
-            else metrics_of(recipe.algorithm())
-        )
+        return declared(load_recipe(str(folder / "recipe.yaml")))
     except (UserError, ValueError, OSError):
         return None
