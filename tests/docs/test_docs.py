@@ -418,3 +418,42 @@ def test_a_run_leaves_the_files_and_summary_keys_that_the_docs_name(workplace):
     columns = pq.read_table(next((run / "completions").glob("*.parquet"))).column_names
     section = (ROOT / "docs" / "metrics.md").read_text().partition("## Completions")[2].partition("## ")[0]
     assert {re.sub("exact_match", "<label>", name) for name in columns} <= set(re.findall(r"`([^`]+)`", section))
+
+
+QWEN = {  # hidden size, size of the MLP, layers, heads, heads of keys and values, vocabulary, tied
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def test_forecasts_of_memory_are_those_of_the_command(tmp_path):
+    from transformers import Qwen2Config
+
+    from hf_rlhf.cli.app import app
+    from hf_rlhf.cli.main import add_commands
+
+    add_commands()
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    names += ["vocab_size", "tie_word_embeddings"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 200)
+    rows = re.findall(
+        r"^\| ([\d.]+B) \| (.*?) \| (\d+) \| (.*?) \|$", (ROOT / "docs" / "hardware.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 5
+    for size, setting, gib, phase in rows:
+        config = Qwen2Config(architectures=["Qwen2ForCausalLM"], **dict(zip(names, QWEN[size], strict=True)))
+        config.save_pretrained(tmp_path / size)
+        words = ["check", "grpo", "--model", str(tmp_path / size), "--dataset", str(tmp_path / "rows.jsonl")]
+        done = CliRunner().invoke(app, [*words, *shlex.split(setting.strip("`").removeprefix("nothing"))])
+        assert done.exit_code == 0, done.output
+        assert f"about {gib} GiB per process at the peak, in {phase}" in done.output
+
+
+def test_the_page_that_helps_to_choose_names_recipes():
+    rows = re.findall(
+        r"^\| (?!you have|---)[^|]*\|([^|]*)\|", (ROOT / "docs" / "which_recipe.md").read_text(), re.MULTILINE
+    )
+    named = set(re.findall(r"`([^`]+)`", "".join(rows))) - {"NAME@SYSTEM"}
+    assert len(named) > 15
+    assert named <= {recipe.name for recipe in Host(disable="").recipes()}
