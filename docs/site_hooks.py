@@ -41,7 +41,7 @@ FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTA
 def on_files(files: Files, config: Any) -> Files:
     """Fill in generated parts; add the pages from outside of docs/, and every source that a page links to."""
     for file in list(files):
-        if file.src_uri.endswith(".md") and PART.search(file.content_string):
+        if file.src_uri.endswith(".md") and (PART.search(file.content_string) or SPLIT.search(file.content_string)):
             files.remove(file)
             text, sections = _split(file.src_uri, filled(file.content_string, site=True))
             files.append(File.generated(config, file.src_uri, content=text))
