@@ -20,6 +20,7 @@ def add_commands() -> None:
         doctor,
         env,
         evaluate,
+        import_trl,
         lab,
         new,
         pipeline,

@@ -105,6 +105,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def brevity(completions, **_):\n    return [1.0 / len(c) for c in completions]\n"
     )
     (tmp_path / "bad.py").write_text(BAD)
+    for name in ("config.yaml", "grpo_config.json"):
+        (tmp_path / name).write_text('{"scale_rewards": "group"}')
     return tmp_path
 
 

@@ -1,0 +1,1 @@
+"""Turn configs of TRL's trainers into recipes."""
