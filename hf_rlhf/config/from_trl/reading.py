@@ -15,7 +15,7 @@ from hf_rlhf.config.mappings import rows
 from hf_rlhf.config.training_arguments import NOT_IN_RECIPE, OFFLINE_REFUSED, REFUSED, WITHOUT_EFFECT
 from hf_rlhf.runtime.errors import UserError, did_you_mean
 
-SCRIPTS = {
+SCRIPTS: dict[str, Any] = {
     "reward_funcs": None,
     "reward_model_name_or_path": None,
     "datasets": [],
