@@ -59,6 +59,7 @@ of_loss("dppo_tv", "low", 0.15, 0.01)
 of_loss("dppo_tv", "high", 0.15, 0.01)
 of_loss("dppo_tv", "c", 20.0, 1.2)
 of_loss("dppo_tv", "anchor", "old", "sampler")
+of_loss("dro", "beta", 0.1, 1.0)
 of_loss("topr", "level", "sequence", "token")
 of_loss("topr", "sign", "advantage", "score")
 for side in ("positive", "negative"):

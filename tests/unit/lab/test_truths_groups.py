@@ -283,6 +283,7 @@ def test_the_lab_can_say_that_there_is_no_objective():
     "policy_loss.reinforce",
     "policy_loss.sapo",
     "policy_loss.surrogate",
+    "policy_loss.dro",
     "policy_loss.topr",
     "policy_loss.trpo_penalty",
     "policy_loss.vespo",

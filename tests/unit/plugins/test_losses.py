@@ -23,6 +23,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dppo_tv": {},
     "clip_cov": {},
     "kl_cov": {},
+    "dro": {},
     "topr": {},
     "vespo": {},
     "trpo_penalty": {},
@@ -92,6 +93,17 @@ def test_surrogate_is_minus_ratio_times_advantage():
     close(slope, -RATIO * ADVANTAGES)
 
 
+@pytest.mark.proves("policy_loss.dro", how="closed form", tolerance="1e-12")
+def test_dro_is_the_regression_of_the_log_ratio_on_the_advantage():
+    for beta in (0.1, 2.0):
+        loss, d = load_plugin("policy_loss", "dro", beta=beta), RATIO.log()
+        value, slope, metrics = gradient(loss, RATIO, ADVANTAGES)
+        regression = (ADVANTAGES - beta * d) ** 2 / (2 * beta) - ADVANTAGES**2 / (2 * beta)
+        close(value, regression + 1.5 * ADVANTAGES)  # -A log p_old, which has no gradient
+        close(slope, beta * d - ADVANTAGES)
+        close(metrics["squared_log_ratio"], d**2)
+
+
 @pytest.mark.proves("policy_loss.ppo_clip", how="closed form", tolerance="1e-12")
 def test_ppo_clip_has_its_closed_form():
     value, _, _ = gradient(load_plugin("policy_loss", "ppo_clip"), RATIO, ADVANTAGES)
@@ -142,6 +154,7 @@ def test_a_ratio_on_the_bound_keeps_its_gradient(name: str):
     "policy_loss.dppo_tv",
     "policy_loss.clip_cov",
     "policy_loss.kl_cov",
+    "policy_loss.dro",
     "policy_loss.topr",
     "policy_loss.vespo",
     "policy_loss.trpo_penalty",
@@ -190,6 +203,7 @@ def test_log_ratios_of_100_give_finite_losses_and_gradients(name: str, settings:
     "policy_loss.dppo_tv",
     "policy_loss.clip_cov",
     "policy_loss.kl_cov",
+    "policy_loss.dro",
     "policy_loss.topr",
     "policy_loss.vespo",
     "policy_loss.trpo_penalty",
