@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from hf_rlhf.lab.study import Row
+from hf_rlhf.lab.trust_region import Move
 from hf_rlhf.lab.world import World
 
 EXACT = 1e-9
@@ -97,3 +98,25 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for line in (header, *rows):
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def of_moves(moves: Sequence[Move]) -> Iterator[str]:
+    """Yield the table of a trust region in plain text, and what it says."""
+    yield "the studied policy moves along the gradient of its return: p -> p'"
+    columns: dict[str, Callable[[Move], float]] = {
+        "logits": lambda move: move.step,
+        "total variation": lambda move: move.total_variation,
+        "J(p') - J(p)": lambda move: move.gain,
+        "L(p') - J(p)": lambda move: move.surrogate,
+        "|J - L|": lambda move: abs(move.gain - move.surrogate),
+        "its bound": lambda move: move.bound,
+        "L - J(p) - penalty": lambda move: move.penalized,
+    }
+    yield "  ".join(columns)
+    for move in moves:
+        yield "  ".join(number(of(move), 2).rjust(len(name)) for name, of in columns.items())
+    yield (
+        "L: the surrogate, which takes the states of p. Its bound: 2 eps T(T-1) alpha^2, with the largest total variation alpha "
+        "and |advantage| eps of any state. The penalty of TRPO: eps T(T-1) KL(p || p'); where L less the penalty is above 0, "
+        "the return is sure to rise."
+    )

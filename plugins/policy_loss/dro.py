@@ -28,7 +28,9 @@ class DRO(PolicyLoss):
     name = "dro"
     words = "policy gradient, bounded by {beta:g} times half the squared log-ratio"
     metrics = (
-        Metric("squared_log_ratio", "nats^2", "mean over tokens of the squared log-ratio to the old policy", when="step"),
+        Metric(
+            "squared_log_ratio", "nats^2", "mean over tokens of the squared log-ratio to the old policy", when="step"
+        ),
     )
     token_level = True
 

@@ -60,7 +60,18 @@ OTHERS = {
     "trpo": {"optimizer": "trpo", "policy_loss": "surrogate"},
     **{
         name: {"policy_loss": name}
-        for name in ("ppo_clip", "cispo", "gmpo", "dppo_tv", "dro", "topr", "clip_cov", "kl_cov", "vespo", "trpo_penalty")
+        for name in (
+            "ppo_clip",
+            "cispo",
+            "gmpo",
+            "dppo_tv",
+            "dro",
+            "topr",
+            "clip_cov",
+            "kl_cov",
+            "vespo",
+            "trpo_penalty",
+        )
     },
 }
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         "hf-rlhf lab advantages.use=leave_one_out kl.0.use=in_reward",
         "hf-rlhf lab ppo --length 2 --off-policy --json",
         "hf-rlhf lab grpo --group 2 --picture grpo.svg",
+        "hf-rlhf lab --trust-region",
         "hf-rlhf lab --all > lab.md    # the whole matrix: minutes",
     ),
 )
@@ -46,6 +47,12 @@ def lab(
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Print the whole matrix as Markdown, as in the docs.")
+    ] = False,
+    trust_region: Annotated[
+        bool,
+        typer.Option(
+            "--trust-region", help="Show how far a policy may move before the surrogate of its old samples misleads."
+        ),
     ] = False,
     as_json: Json = False,
     picture: Annotated[
@@ -82,6 +89,11 @@ def lab(
             raise UserError(f"--all computes every combination and takes --seed only, got {given[0]}")
         _everything(as_json, picture, seed)
         return
+    if trust_region:
+        if recipe or words or off_policy or group or picture:
+            raise UserError("--trust-region takes --length, --seed and --json only: it depends on no recipe")
+        _trust_region(World(group=1, **sizes), as_json)
+        return
     overrides = list(words or [])
     if recipe is not None and "=" in recipe:
         overrides.insert(0, recipe)
@@ -102,6 +114,18 @@ def _everything(as_json: bool, picture: Path | None, seed: int) -> None:
         print_json([row.as_dict() for rows in sections.values() for row in rows])
     else:
         print(page(sections, beta=BETA, seed=seed, picture=picture.name if picture else None), end="")
+
+
+def _trust_region(world: World, as_json: bool) -> None:
+    from hf_rlhf.lab.table import of_moves
+    from hf_rlhf.lab.trust_region import moves
+
+    found = moves(world)
+    if as_json:
+        print_json([vars(move) for move in found])
+        return
+    for line in of_moves(found):
+        print(line)
 
 
 def _one(
