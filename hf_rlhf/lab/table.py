@@ -101,7 +101,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
 
 
 def of_moves(moves: Sequence[Move]) -> Iterator[str]:
-    """Yield the table of a trust region in plain text, and what it says."""
+    """Yield the table of a trust region in plain text, with a legend."""
     yield "the studied policy moves along the gradient of its return: p -> p'"
     columns: dict[str, Callable[[Move], float]] = {
         "logits": lambda move: move.step,

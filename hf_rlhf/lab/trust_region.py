@@ -1,4 +1,4 @@
-"""How far a policy may move before the surrogate of its old samples says something else than the return, by enumeration.
+"""Trust region by enumeration: the surrogate of a policy's samples against the return, as the policy moves away.
 
 With A the exact advantages of the old policy p, the performance-difference lemma (Kakade and Langford, 2002, lemma 6.1) is
 J(p') = J(p) + E_{y ~ p'} sum_t A(s_t, a_t). The surrogate L takes the states of p instead. With T tokens at most, alpha the
