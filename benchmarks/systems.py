@@ -219,8 +219,8 @@ def run_ours(line: Line, cycles: int, folder: str) -> Run:
     logged = trainer.meters.time
 
     @contextmanager
-    def both(name: str) -> Iterator[None]:
-        with watch.time(name), logged(name):
+    def both(name: str, *said: str) -> Iterator[None]:
+        with watch.time(name), logged(name, *said):
             yield
 
     trainer.meters.time = both  # the phases that every run logs, here in processor time
