@@ -96,8 +96,9 @@ class Evaluation:
 class Logging:
     """Output besides the metrics."""
 
-    completions: Annotated[int, Ge(0)] = 16
-    """Completions per log entry in the table and in completions/*.parquet (0: none)."""
+    completions: Annotated[int, Ge(0)] | Literal["all"] = 16
+    """Completions per log entry in the table and in completions/*.parquet (0: none, neither for the report). `all`: a file for
+    each rollout with the rows of all processes, those that were dropped included; trackers get the first 16."""
     entropy: Literal["sampled", "exact"] = "sampled"
     """policy/entropy: an estimate from the sampled tokens, which costs nothing, or the exact entropy."""
     metric_aliases: Literal["none", "trl"] = "none"

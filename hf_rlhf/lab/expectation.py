@@ -23,8 +23,7 @@ from hf_rlhf.batch import Credit, Scored
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.world import Policies, World
 from hf_rlhf.metrics.aggregator import MetricAggregator
-from hf_rlhf.training.collector import at_last_token
-from hf_rlhf.training.losses import DISTRIBUTION, measured, policy_terms
+from hf_rlhf.training.losses import DISTRIBUTION, at_last_token, measured, policy_terms
 
 TRIED = 12
 """Number of rollouts in the trial of whether a plugin treats them separately."""

@@ -16,8 +16,7 @@ from hf_rlhf.axes import KLEstimator, KLPlacement, TextTerm, TrainedCritic
 from hf_rlhf.batch import Credit, Scored
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.metrics.aggregator import MetricAggregator
-from hf_rlhf.training.collector import at_last_token
-from hf_rlhf.training.losses import DISTRIBUTION, POLICY_GETS, measured, policy_terms, value_term
+from hf_rlhf.training.losses import DISTRIBUTION, POLICY_GETS, at_last_token, measured, policy_terms, value_term
 
 SCORES = [1, 0, 0, 0, 1, 1, 0, 1]
 """Scores of the first reward source for four completions of one prompt and four of another."""

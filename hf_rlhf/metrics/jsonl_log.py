@@ -1,8 +1,9 @@
-"""Write metrics.jsonl and completions/*.parquet."""
+"""Write metrics.jsonl, completions/*.parquet and rollouts/*.json."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,9 +17,14 @@ from transformers import TrainerCallback
 
 from hf_rlhf.metrics.row_file import as_text
 
+logger = logging.getLogger(__name__)
+FOLDERS = ("completions", "rollouts", "evaluation")
+"""Folders whose files belong to a step."""
+
 
 class RunLog(TrainerCallback):
-    """One line of metrics.jsonl per log entry, and a sample of completions in completions/step_*.parquet.
+    """One line of metrics.jsonl per log entry, a sample of completions in completions/step_*.parquet (with `keeps_all`, those of
+    each rollout as `write_rows` gets them), and what the report shows of rollouts in rollouts/step_*.json.
 
     A resumed run drops what was written after its checkpoint, so that no step appears twice; a new run in the same folder
     overwrites both.
@@ -28,13 +34,18 @@ class RunLog(TrainerCallback):
     killed process loses at most the newest table, never part of one. The next event raises what failed in the thread.
     """
 
-    def __init__(self, output_dir: str | Path, record: dict[str, Any]):
+    def __init__(self, output_dir: str | Path, record: dict[str, Any], keeps_all: bool = False):
         self.output_dir = Path(output_dir)
         self.record = record
+        self.keeps_all = keeps_all
+        self.sample: Any = None
+        """Recorded groups of the newest rollout, which the next log entry or checkpoint writes."""
         self._completions: list[dict[str, Any]] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hf_rlhf-log")
-        self._table: Future[None] | None = None
+        self._tables: list[Future[None]] = []
         self._start: int | None = None
+        self._evaluations: list[str] = []
+        """Files of held-out rows that this log had written before training."""
 
     @property
     def completions(self) -> list[dict[str, Any]]:
@@ -47,15 +58,36 @@ class RunLog(TrainerCallback):
         self._completions = rows
 
     def _wait(self) -> None:
-        """Wait for the table being written; the next event raises its error."""
-        if self._table is not None:
-            wait([self._table])
+        """Wait for the tables being written; the next event raises their error."""
+        wait(self._tables)
 
     def flush(self) -> None:
-        """Wait for the table being written. Raises its error, once."""
-        table, self._table = self._table, None
-        if table is not None:
+        """Wait for the tables being written. Raises their error, once."""
+        tables, self._tables = self._tables, []
+        for table in tables:
             table.result()
+
+    def evaluation(self, step: int, prefix: str) -> Path:
+        """Return the file for the held-out rows of an evaluation, whose metrics have this prefix."""
+        path = self.output_dir / "evaluation" / f"step_{step:06d}{prefix.removeprefix('eval')}.parquet"
+        self._evaluations += [path.name] if step == 0 else []
+        return path
+
+    def write_rows(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Write every row of a rollout, whose first optimizer step is number `step`, in the thread."""
+        self._wait()
+        if rows:
+            self._tables.append(self._writer.submit(self._parquet, rows, step))
+
+    def write_sample(self) -> None:
+        """Write the recorded groups, if there are new ones. A failure is a warning: they are for the report."""
+        sample, self.sample = self.sample, None
+        if sample is None:
+            return
+        try:
+            self._tables.append(self._writer.submit(self._json, sample.content(), sample.step + 1))
+        except Exception as error:
+            logger.warning("completions of step %d are left out of the report. %r", sample.step, error)
 
     @property
     def metrics(self) -> Path:
@@ -80,11 +112,12 @@ class RunLog(TrainerCallback):
             kept = [line for line in chosen.splitlines(keepends=True) if _step(line) <= step]
             if len(kept) < len(content.splitlines()):
                 _replace(self.metrics, b"".join(kept))
-        for path in self.output_dir.glob("completions/step_*.parquet"):
-            found = re.fullmatch(r"step_(\d+)", path.stem)
-            if found and (not resumes or int(found[1]) > step):
+        own = set() if resumes else set(self._evaluations)
+        for path in (path for folder in FOLDERS for path in self.output_dir.glob(f"{folder}/step_*")):
+            found = re.match(r"step_(\d+)", path.stem)
+            if found and path.name not in own and (not resumes or int(found[1]) > step):
                 path.unlink()
-        self._start = None
+        self._start, self._evaluations = None, []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write a line with the step and every finite number, and a parquet file if there are new completions."""
@@ -97,8 +130,9 @@ class RunLog(TrainerCallback):
         try:
             self.flush()
         finally:
-            if rows:
-                self._table = self._writer.submit(self._parquet, rows, state.global_step)
+            if not self.keeps_all:
+                self.write_rows(rows, state.global_step)
+            self.write_sample()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish the tables before a checkpoint."""
@@ -110,6 +144,7 @@ class RunLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish the tables."""
+        self.write_sample()
         self.flush()
 
     def _append(self, line: str, before: bool) -> None:
@@ -131,13 +166,31 @@ class RunLog(TrainerCallback):
 
         folder = self.output_dir / "completions"
         folder.mkdir(exist_ok=True)
-        types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-        schema = pa.schema(
-            [(name, types[next((type(row[name]) for row in rows if row[name] is not None), float)]) for name in rows[0]]
-        )
+        schema = arrow_schema({name: _type(name, rows) for name in rows[0]})
         draft = folder / "unfinished.tmp"
         pq.write_table(pa.Table.from_pylist(rows, schema), draft, use_dictionary=False, write_statistics=False)
         draft.replace(folder / f"step_{step:06d}.parquet")
+
+    def _json(self, content: dict[str, Any], step: int) -> None:
+        folder = self.output_dir / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / "unfinished.tmp"
+        draft.write_text(json.dumps(content, allow_nan=False, default=str), encoding="utf-8")
+        draft.replace(folder / f"step_{step:06d}.json")
+
+
+def arrow_schema(types: dict[str, type]) -> Any:
+    """Return the Parquet schema of columns of these types."""
+    import pyarrow as pa
+
+    known = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    return pa.schema([(name, known[kind]) for name, kind in types.items()])
+
+
+def _type(name: str, rows: list[dict[str, Any]]) -> type:
+    """Return the type of a column from its first value; one without any holds text or numbers by its name."""
+    given = (type(row[name]) for row in rows if row[name] is not None)
+    return next(given, str if name in ("reference", "dropped") else float)
 
 
 def completion_rows(

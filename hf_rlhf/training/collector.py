@@ -28,7 +28,8 @@ from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.logprobs import Forwards
-from hf_rlhf.training.losses import measured, penalty_of
+from hf_rlhf.training.losses import at_last_token, measured, penalty_of
+from hf_rlhf.training.recording import Recorder
 from hf_rlhf.training.rollout_buffer import Buffer, Collected
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Collector:
     accelerator: Accelerator
     stream: PromptStream
     meters: MetricAggregator
+    recorder: Recorder
     seed: int
     tokens: float = 0.0
     """Completion tokens so far, over all processes."""
@@ -297,7 +299,8 @@ class Collector:
         self.scorer.count_answered(self.meters.add, rollouts, reported)
         self.tokens += reported["rollout/tokens"]
         self._count_unscored(len(table["valid"]), reported[SCORED])
-        return collected.select(collected.table["valid"].bool())
+        self.recorder.saw(rollouts, collected)
+        return self.recorder.select(collected, collected.table["valid"].bool(), "no reward source scored it")
 
     def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
         """Return what the KLs in the reward subtract from it, (n, T)."""
@@ -327,12 +330,12 @@ class Collector:
                 continue
             keep = check_output("filters", chosen, chosen(self._scored(part)), part.table["mask"])
             self.meters.put(f"filter/{title}/kept_frac", keep.float().mean().item())
-            part = part.select(keep)
+            part = self.recorder.select(part, keep, f"filter {title}")
         return part
 
     def _first_groups(self, collected: Collected, wanted: int) -> Collected:
         groups = collected.table["group_ids"]
-        return collected.select(torch.isin(groups, groups.unique()[:wanted]))
+        return self.recorder.select(collected, torch.isin(groups, groups.unique()[:wanted]), "more groups than needed")
 
     def weights(self) -> dict[str, float]:
         """Return label -> weight of each reward source."""
@@ -363,6 +366,7 @@ class Collector:
             selected = a.policy_loss.select(*inputs.values())
             check_output("policy_loss", a.policy_loss, selected, table["mask"], method="select", inputs=inputs)
             self._share(collected, "selected", selected)
+        self.recorder.credited(collected)
         collected = self._keep(collected, after_advantages=True)
         table, rows = collected.table, collected.rows
         if len(scored.mask) and not len(table["mask"]):
@@ -408,12 +412,6 @@ class Collector:
         labels = self.algorithm.labels()
         numbers = {f"reward/{label}": table[f"score:{label}"][places] for label in labels}
         return {**numbers, **({"reward/total": table["total"][places]} if labels else {})}
-
-
-def at_last_token(x: Tensor, mask: Tensor) -> Tensor:
-    """Place `x` (n,) at each row's last position with mask 1: (n, T), 0 elsewhere."""
-    last = mask.size(1) - 1 - (mask > 0).int().flip(1).argmax(1)
-    return torch.zeros_like(mask).scatter(1, last.unsqueeze(1), x.unsqueeze(1)) * (mask > 0)
 
 
 def _padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

@@ -111,12 +111,12 @@ def evaluate(
 def row_types(algorithm: Algorithm) -> dict[str, type]:
     """Return the columns of an evaluation's rows, and the type of each; a value may be missing."""
     rewards = {f"reward/{label}": float for label in algorithm.labels()} | {"reward": float}
-    reference = {"reference": str} if _reference(algorithm) is not None else {}
+    reference = {"reference": str} if reference_column(algorithm) is not None else {}
     texts: dict[str, type] = {"prompt": str, "completion": str, **reference}
     return {**texts, **(rewards if algorithm.rewards else {}), "tokens": int, "truncated": bool}
 
 
-def _reference(algorithm: Algorithm) -> str | None:
+def reference_column(algorithm: Algorithm) -> str | None:
     """Return the column with the reference answers: the only one that the first verifier, or else source, reads."""
     sources = sorted(algorithm.rewards, key=lambda source: not source.verifier)
     return next((next(iter(read)) for source in sources if len(read := source.columns()) == 1), None)
@@ -160,8 +160,8 @@ def _score(
         for i in starts
     ]
     columns: dict[str, list[Any]] = {"prompt": rollouts.prompts, "completion": rollouts.completions}
-    if (name := _reference(collector.algorithm)) is not None:
-        columns["reference"] = rollouts.columns[name]
+    if (name := reference_column(collector.algorithm)) is not None:
+        columns["reference"] = rollouts.column(name)
     if collector.algorithm.rewards:
         columns |= _reward(collector, rollouts, group, seed, found)
     columns |= {"tokens": lengths, "truncated": truncated}

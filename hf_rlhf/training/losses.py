@@ -186,3 +186,9 @@ def build_critic(a: Algorithm, policy: Any) -> nn.Module | None:
 
     module.register_forward_hook(check)
     return module
+
+
+def at_last_token(x: Tensor, mask: Tensor) -> Tensor:
+    """Place `x` (n,) at each row's last position with mask 1: (n, T), 0 elsewhere."""
+    last = mask.size(1) - 1 - (mask > 0).int().flip(1).argmax(1)
+    return torch.zeros_like(mask).scatter(1, last.unsqueeze(1), x.unsqueeze(1)) * (mask > 0)

@@ -181,6 +181,7 @@ class Buffer:
         index = torch.tensor(rows, device=self.places.device)
         micro: dict[str, Any] = {name: x[index, :width] for name, x in self.rows.items()}
         micro |= {name: w[mine[index], :width] for name, w in weights.items()}
+        micro["row"] = index
         micro["total_score"] = self.total_score[self.places[index]].to(micro["mask"].dtype)
         micro["batch"] = batching.batch([self.prompt_ids[i] for i in rows], completions, micro["mask"])
         return micro

@@ -315,6 +315,7 @@ class RunTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self._check_weights()
         state = self.border.state()  # before anything is written: it may be refused
+        self.run_log.write_sample()
         with checkpoint_manifest.written_whole(folder, self.args) as self._writing:
             self.accelerator.wait_for_everyone()  # the folder is empty
             super()._save_checkpoint(model, trial)

@@ -23,16 +23,14 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe import Recipe, load_recipe
 from hf_rlhf.config.training_arguments import check_accelerator
-from hf_rlhf.contract.optimizer_step import Step
 from hf_rlhf.contract.outputs import noted
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
 from hf_rlhf.metrics.aggregator import HEALTH, MetricAggregator
 from hf_rlhf.metrics.doctor_callback import DoctorCallback
-from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
+from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
-from hf_rlhf.modeling.policy import distributions
 from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import CheckpointError
@@ -41,14 +39,17 @@ from hf_rlhf.training.callbacks import StepCallback
 from hf_rlhf.training.checkpointing import SavingTrainer
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
-from hf_rlhf.training.evaluation import evaluate
+from hf_rlhf.training.evaluation import Evaluated, evaluate, row_types
+from hf_rlhf.training.held_out_rows import kept_rows
 from hf_rlhf.training.logprobs import Forwards
 from hf_rlhf.training.losses import derivative, over_distributions, policy_terms, text_term, value_term
 from hf_rlhf.training.micro_batches import Batching
 from hf_rlhf.training.parallel import Parallel, gradients_are_finite
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
+from hf_rlhf.training.recording import ALL, Recorder
 from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
 from hf_rlhf.training.setup import close_plugins, default_arguments, setup_run
+from hf_rlhf.training.update_rule import step_of
 
 
 class RLHFTrainer(SavingTrainer):
@@ -99,9 +100,10 @@ class RLHFTrainer(SavingTrainer):
         self.meters = MetricAggregator(args.device)
         self.buffer: Buffer | None = None
         self._optimizer_given = optimizers[0] is not None
-        self.run_log = RunLog(args.output_dir or "outputs", parts.record)
         declared = metrics_of(self.algorithm, parts.logging_settings)
         self.doctor = DoctorCallback(parts.record["recipe"] or self.algorithm.as_dict(), declared)
+        completions = parts.logging_settings.completions
+        self.run_log = RunLog(args.output_dir or "outputs", parts.record, keeps_all=completions == ALL)
         trainer = weakref.proxy(self)
         around_step = StepCallback(lambda: trainer.phases.stepping(), lambda step: trainer._after_step(step))
         prepare(args)
@@ -134,7 +136,7 @@ class RLHFTrainer(SavingTrainer):
 
     def _collector(self, reference: ReferencePolicy | None) -> Collector:
         """Build the collector of rollouts, and set up every plugin."""
-        policy = self.parts.policy(self.model, self.args)
+        policy, completions = self.parts.policy(self.model, self.args), self.parts.logging_settings.completions
         pad, rows = policy.pad_token_id, self.args.per_device_train_batch_size
         forwards = Forwards(
             algorithm=self.algorithm,
@@ -156,6 +158,7 @@ class RLHFTrainer(SavingTrainer):
             accelerator=self.accelerator,
             stream=self.stream,
             meters=self.meters,
+            recorder=Recorder(self.algorithm, policy.tokenizer, self.accelerator, self.args.seed, completions),
             seed=self.args.seed,
         )
 
@@ -180,6 +183,7 @@ class RLHFTrainer(SavingTrainer):
         index, position = divmod(self.state.global_step, self.algorithm.steps_per_rollout)
         if position == 0:
             self.phases.sampling()
+            self.collector.recorder.begin(index, self.state.max_steps)
             self.buffer = self.collector.collect(index)
             self._sample_completions(self.buffer)
         if self.buffer is None or self.buffer.index != index:
@@ -210,32 +214,9 @@ class RLHFTrainer(SavingTrainer):
             self.meters.add(name, 0.0, 1 / self.args.world_size)
         self._step_sums.clear()
         loss = self._guard(loss)
-        self.algorithm.optimizer.hold(self._step(inputs))
+        self.run_log.sample = self.collector.recorder.take() or self.run_log.sample
+        self.algorithm.optimizer.hold(step_of(self, inputs))
         return loss
-
-    def _step(self, micro_batches: list[dict[str, Any]]) -> Step:
-        """Return the step for update rules that compute the loss again; nothing of that is logged."""
-        rollout = [micro for micro in micro_batches if "text_term" not in micro]
-        module = self.actor_critic
-
-        def prepared(micro: dict[str, Any]) -> dict[str, Any]:
-            return self._prepare_inputs(micro)
-
-        def loss(micro: dict[str, Any]) -> Tensor:
-            with self.compute_loss_context_manager():
-                terms = self._terms(module, prepared(micro), MetricAggregator(), with_critic=False)
-                return sum(terms.values(), start=torch.zeros(()))
-
-        def log_probs(micro: dict[str, Any]) -> Tensor:
-            with self.accelerator.autocast():
-                return distributions(module.policy, micro["batch"], module.temperature)
-
-        return Step(
-            micro_batches=rollout,
-            loss=loss,
-            log_probs=log_probs,
-            total=lambda x: self.accelerator.reduce(x.detach(), "sum") if self.args.world_size > 1 else x.detach(),
-        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -269,6 +250,7 @@ class RLHFTrainer(SavingTrainer):
             measures=measures,
             derivative=derivative(a, inputs) if fused else None,
         )
+        self.collector.recorder.note(inputs, new["logps"])
         gradient = new.pop("loss", None)  # a zero with the gradient of all that follows
         sums = policy_terms(a, new, inputs, meters)
         if gradient is not None:
@@ -311,10 +293,7 @@ class RLHFTrainer(SavingTrainer):
         return torch.zeros_like(loss)
 
     def _sample_completions(self, buffer: Buffer) -> None:
-        texts, numbers = buffer.extra.pop("texts"), buffer.extra.pop("numbers")
-        limit = self.parts.logging_settings.completions
-        advantages, mask = buffer.rows["advantages"], buffer.rows["mask"]
-        self.run_log.completions = completion_rows(self.state.global_step, texts, numbers, advantages, mask, limit)
+        self.collector.recorder.keep(buffer, self.state.global_step, self.run_log)
 
     # The module that is trained, and its optimizer
 
@@ -387,6 +366,7 @@ class RLHFTrainer(SavingTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the prompts of the evaluation dataset."""
         own: Any = self.eval_dataset
+        self._evaluates_own = eval_dataset is None or eval_dataset is own or isinstance(eval_dataset, str)
         source = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if source is None:
             raise ValueError("evaluate needs an eval_dataset. Pass one to the trainer or to evaluate")
@@ -409,15 +389,25 @@ class RLHFTrainer(SavingTrainer):
         prompts: Any = dataloader.dataset
         settings = self.parts.evaluation_settings
         self.phases.sampling()
-        found = evaluate(self.collector, prompts, settings)
+        found = self._evaluated(prompts, metric_key_prefix)
         metrics, self.samples, self.intervals = dict(found.metrics), found.samples, dict(found.intervals)
         if settings.ema and self.ema is not None:
             with self.collector.policy.averaged(self.ema):
-                averaged = evaluate(self.collector, prompts, settings)
+                averaged = self._evaluated(prompts, f"{metric_key_prefix}_ema")
             metrics |= {f"ema/{name}": x for name, x in averaged.metrics.items()}
             self.intervals |= {f"ema/{name}": x for name, x in averaged.intervals.items()}
         named = {f"{metric_key_prefix}_{name}": x for name, x in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(prompts))  # type: ignore[arg-type]
+
+    def _evaluated(self, prompts: Any, prefix: str) -> Evaluated:
+        """Evaluate, and keep the rows of the run's own evaluation datasets."""
+        settings = self.parts.evaluation_settings
+        if not self._evaluates_own:
+            return evaluate(self.collector, prompts, settings)
+        path = self.run_log.evaluation(self.state.global_step, prefix)
+        types = row_types(self.algorithm)
+        with kept_rows(path, types, self.accelerator, settings.num_generations) as keep:
+            return evaluate(self.collector, prompts, settings, keep)
 
     def close(self) -> None:
         """Stop what the plugins started. Also called when the trainer is garbage-collected and at exit."""

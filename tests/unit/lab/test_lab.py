@@ -21,7 +21,7 @@ from hf_rlhf.lab.world import Policies
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.testing import rollouts
-from hf_rlhf.training.collector import at_last_token
+from hf_rlhf.training.losses import at_last_token
 from tests.helpers.truths import BETA, K1, algorithm, ascent, close, kl, lab, made, study, truth
 
 # The enumeration

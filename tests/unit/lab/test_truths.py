@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_rlhf.batch import Scored
 from hf_rlhf.lab.study import Lab
 from hf_rlhf.lab.world import Policies, World
-from hf_rlhf.training.collector import at_last_token
+from hf_rlhf.training.losses import at_last_token
 from tests.helpers.truths import (
     BETA,
     K1,
