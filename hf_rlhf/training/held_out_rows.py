@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ def kept_rows(path: Path, types: dict[str, type], accelerator: Accelerator, grou
     finally:
         if whole is not None:
             whole.close()
-            whole.draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                whole.draft.unlink()
 
 
 def _gathered(own: _Rows, group: int, processes: int) -> Iterator[list[dict[str, Any]]]:

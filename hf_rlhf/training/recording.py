@@ -28,6 +28,8 @@ ROLLOUTS, GROUPS = 16, 4
 SHOWN = 16
 """Completions that trackers get of a rollout with `logging.completions: all`."""
 ALL = "all"
+LONGEST = 4
+"""Most tokens of a character."""
 
 
 def recorded(rollouts: int) -> list[int]:
@@ -120,7 +122,9 @@ def pieces_of(tokenizer: Any, rows: list[list[int]]) -> list[list[str]]:
     """Return the text that each token adds to its row; of a character of several tokens, the last one has it."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     ids = sorted({i for row in rows for i in row})
-    start = ids[0] if ids else 0
+    if not ids:
+        return [[] for _ in rows]
+    start = ids[0]
     (before,) = tokenizer.batch_decode([[start]], **options)
     after = tokenizer.batch_decode([[start, i] for i in ids], **options)  # a text's first space may be stripped
     known = {i: text[len(before) :] for i, text in zip(ids, after, strict=True)}
@@ -135,17 +139,16 @@ def pieces_of(tokenizer: Any, rows: list[list[int]]) -> list[list[str]]:
 
 
 def _in_turn(tokenizer: Any, row: list[int], options: dict[str, Any]) -> list[str]:
-    """Decode token by token, each after the ones before it as far back as the last that ended a character."""
-    pieces, start = [], 0
+    """Decode token by token, each after the tokens of the last whole character."""
+    pieces: list[str] = []
+    start = own = 0  # first token of the last whole character, and of the one after it
     for i in range(len(row)):
-        before, text = (
-            tokenizer.batch_decode([row[start:i], row[start : i + 1]], **options) if i > start else ("", None)
-        )
-        if text is None:
-            (text,) = tokenizer.batch_decode([row[start : i + 1]], **options)
-        whole = not text.endswith("\ufffd") or i + 1 == len(row) or i - start >= 6
-        pieces.append(text[len(before.rstrip("\ufffd")) :] if whole else "")
-        start = i if whole else start
+        before, text = tokenizer.batch_decode([row[start:own], row[start : i + 1]], **options)
+        if text.endswith("\ufffd") and i + 1 < len(row) and i - own < LONGEST:
+            pieces.append("")
+        else:
+            pieces.append(text[len(before) :])
+            start, own = own, i + 1
     return pieces
 
 

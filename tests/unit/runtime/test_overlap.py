@@ -347,7 +347,7 @@ def test_a_table_that_cannot_be_written_is_one_warning_at_the_next_event_and_cos
     (tmp_path / "completions").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         log_step(log, 1)
-        while not log._table.done():
+        while not log._tables[0].done():
             time.sleep(0.001)
         assert not caplog.records
         (tmp_path / "completions").unlink()
