@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_rlhf.metrics.row_file import as_text
+from hf_rlhf.metrics.row_file import ARROW, as_text
 
 logger = logging.getLogger(__name__)
 FOLDERS = ("completions", "rollouts", "evaluation")
@@ -166,7 +166,7 @@ class RunLog(TrainerCallback):
 
         folder = self.output_dir / "completions"
         folder.mkdir(exist_ok=True)
-        schema = arrow_schema({name: _type(name, rows) for name in rows[0]})
+        schema = pa.schema([(name, getattr(pa, ARROW[_type(name, rows)])()) for name in rows[0]])
         draft = folder / "unfinished.tmp"
         pq.write_table(pa.Table.from_pylist(rows, schema), draft, use_dictionary=False, write_statistics=False)
         draft.replace(folder / f"step_{step:06d}.parquet")
@@ -177,14 +177,6 @@ class RunLog(TrainerCallback):
         draft = folder / "unfinished.tmp"
         draft.write_text(json.dumps(content, allow_nan=False, default=str), encoding="utf-8")
         draft.replace(folder / f"step_{step:06d}.json")
-
-
-def arrow_schema(types: dict[str, type]) -> Any:
-    """Return the Parquet schema of columns of these types."""
-    import pyarrow as pa
-
-    known = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-    return pa.schema([(name, known[kind]) for name, kind in types.items()])
 
 
 def _type(name: str, rows: list[dict[str, Any]]) -> type:

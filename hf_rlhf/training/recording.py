@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rlhf.metrics.jsonl_log import RunLog, as_text, completion_rows
+from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
+from hf_rlhf.metrics.row_file import as_text
 from hf_rlhf.runtime.seeding import permutation
 from hf_rlhf.training.evaluation import reference_column
 
