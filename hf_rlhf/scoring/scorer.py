@@ -303,3 +303,9 @@ def total(scores: dict[str, Tensor], weights: dict[str, float], rows: int) -> tu
     stacked = torch.stack([scores[label] for label in weights])
     factors = torch.tensor(list(weights.values()), dtype=stacked.dtype).unsqueeze(1).to(stacked.device)
     return (stacked.nan_to_num(0.0) * factors).sum(0), ~stacked.isnan().all(0)
+
+
+def reference_column(sources: Sequence[RewardSource]) -> str | None:
+    """Return the column with the reference answers: the only one that the first verifier, or else source, reads."""
+    ordered = sorted(sources, key=lambda source: not source.verifier)
+    return next((next(iter(read)) for source in ordered if len(read := source.columns()) == 1), None)

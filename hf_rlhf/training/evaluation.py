@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_rlhf.config.sections import Evaluation
 from hf_rlhf.runtime.distributed import sum_over_processes
 from hf_rlhf.runtime.seeding import seeded
-from hf_rlhf.scoring.scorer import total, totals
+from hf_rlhf.scoring.scorer import reference_column, total, totals
 from hf_rlhf.training.intervals import interval
 
 if TYPE_CHECKING:
@@ -111,15 +111,9 @@ def evaluate(
 def row_types(algorithm: Algorithm) -> dict[str, type]:
     """Return the columns of an evaluation's rows, and the type of each; a value may be missing."""
     rewards = {f"reward/{label}": float for label in algorithm.labels()} | {"reward": float}
-    reference = {"reference": str} if reference_column(algorithm) is not None else {}
+    reference = {"reference": str} if reference_column(algorithm.rewards) is not None else {}
     texts: dict[str, type] = {"prompt": str, "completion": str, **reference}
     return {**texts, **(rewards if algorithm.rewards else {}), "tokens": int, "truncated": bool}
-
-
-def reference_column(algorithm: Algorithm) -> str | None:
-    """Return the column with the reference answers: the only one that the first verifier, or else source, reads."""
-    sources = sorted(algorithm.rewards, key=lambda source: not source.verifier)
-    return next((next(iter(read)) for source in sources if len(read := source.columns()) == 1), None)
 
 
 def _powers(group: int) -> list[int]:
@@ -160,7 +154,7 @@ def _score(
         for i in starts
     ]
     columns: dict[str, list[Any]] = {"prompt": rollouts.prompts, "completion": rollouts.completions}
-    if (name := reference_column(collector.algorithm)) is not None:
+    if (name := reference_column(collector.algorithm.rewards)) is not None:
         columns["reference"] = rollouts.column(name)
     if collector.algorithm.rewards:
         columns |= _reward(collector, rollouts, group, seed, found)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
 from hf_rlhf.metrics.row_file import as_text
 from hf_rlhf.runtime.seeding import permutation
-from hf_rlhf.training.evaluation import reference_column
+from hf_rlhf.scoring.scorer import reference_column
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,9 +55,9 @@ class Row:
     prompt: Any
     reference: Any
     dropped: str | None = None
-    """What dropped it: a filter, say."""
+    """Reason why it was dropped, such as a filter."""
     place: int | None = None
-    """Its place among the rows of the buffer."""
+    """Place among the rows of the buffer."""
     advantage: float | None = None
     tokens: dict[str, list[float]] = field(default_factory=dict)
     """Numbers by token: advantage, logp, ref."""
@@ -166,7 +166,7 @@ class Recorder:
         self.algorithm, self.tokenizer, self.accelerator, self.seed = algorithm, tokenizer, accelerator, seed
         self.keeps_all = completions == ALL
         self.limit = SHOWN if isinstance(completions, str) else completions
-        self._reference = reference_column(algorithm)
+        self._reference = reference_column(algorithm.rewards)
         self._chosen: set[int] = set()
         self._rows: dict[int, tuple[list[int], Row]] = {}
         """By the identity of the list of a row's tokens, which is kept so that no other list takes it on."""
