@@ -221,6 +221,7 @@ class Evaluator:
                 accelerator=accelerator,
                 stream=unused,
                 meters=MetricAggregator(args.device),
+                recorder=unused,
                 seed=args.seed,
             )
         finally:
