@@ -46,6 +46,8 @@ class Expectation:
     sampler: Policies
     values: Values = "exact"
     """The critic: each policy's exact V of the return after in-reward KL, or arbitrary numbers."""
+    proximal: Policies | None = None
+    """Policies of the old log-probs, where they are not those of `sampler`: the rollout correction makes up for the rest."""
     _weights: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -223,6 +225,11 @@ class Expectation:
         k, n = len(self.sampler.tables), len(self.world.sequences)
         per_row = {name: x.view(k, n, *x.shape[1:]) for name, x in self._known(self.sampler).items()}
         inputs = {name: self._of_rows(x) for name, x in per_row.items()} | {"advantages": advantages}
+        if self.proximal is not None:
+            inputs["old_logps"] = self._of_rows(self.proximal.logps.detach())
+            mask = self._of_rows(self.world.mask.expand_as(self.sampler.logps))
+            correction = algorithm.rollout_correction
+            inputs["correction"] = correction(inputs["old_logps"], inputs["sampler_logps"], mask)
         if "selected" in algorithm.policy_loss.needs:
 
             def select(scored: Scored) -> Tensor:

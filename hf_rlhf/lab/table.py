@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from hf_rlhf.lab.staleness import Aged
 from hf_rlhf.lab.study import Row
 from hf_rlhf.lab.trust_region import Move
 from hf_rlhf.lab.world import World
@@ -119,4 +120,23 @@ def of_moves(moves: Sequence[Move]) -> Iterator[str]:
         "L: the surrogate, which takes the states of p. Its bound: 2 eps T(T-1) alpha^2, with the largest total variation alpha "
         "and |advantage| eps of any state. The penalty of TRPO: eps T(T-1) KL(p || p'); where L less the penalty is above 0, "
         "the return is sure to rise."
+    )
+
+
+def of_ages(ages: Sequence[int], far: Sequence[float], found: Sequence[Aged]) -> Iterator[str]:
+    """Yield the table of older samples in plain text, with a legend."""
+    yield "cosine of the expected gradient with grad E[r]; bias in brackets"
+
+    def line(title: str, cells: Iterable[str]) -> str:
+        return title.ljust(32) + "".join(cell.rjust(15) for cell in cells)
+
+    yield line("age of the samples in steps", map(str, ages))
+    yield line("total variation", (number(x, 2) for x in far))
+    for aged in found:
+        title = f"{aged.policy_loss}, {aged.correction}" if aged.correction else aged.policy_loss
+        cells = zip(aged.cosine, aged.bias, strict=True)
+        yield line(title, (f"{cosine(x)} ({number(bias, 2)})" for x, bias in cells))
+    yield (
+        "reinforce with a rollout correction: old log-probs of the policy itself. The other losses: those of the sampler, to "
+        "which their ratio is. Advantages leave_one_out, aggregation seq_mean_token_sum, default settings."
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         "hf-rlhf lab ppo --length 2 --off-policy --json",
         "hf-rlhf lab grpo --group 2 --picture grpo.svg",
         "hf-rlhf lab --trust-region",
+        "hf-rlhf lab --staleness",
         "hf-rlhf lab --all > lab.md    # the whole matrix: minutes",
     ),
 )
@@ -53,6 +54,10 @@ def lab(
         typer.Option(
             "--trust-region", help="Show how far a policy may move before the surrogate of its old samples misleads."
         ),
+    ] = False,
+    staleness: Annotated[
+        bool,
+        typer.Option("--staleness", help="Show what policy losses and rollout corrections make of older samples."),
     ] = False,
     as_json: Json = False,
     picture: Annotated[
@@ -89,10 +94,11 @@ def lab(
             raise UserError(f"--all computes every combination and takes --seed only, got {given[0]}")
         _everything(as_json, picture, seed)
         return
-    if trust_region:
-        if recipe or words or off_policy or group or picture:
-            raise UserError("--trust-region takes --length, --seed and --json only: it depends on no recipe")
-        _trust_region(World(group=1, **sizes), as_json)
+    if trust_region or staleness:
+        if recipe or words or off_policy or group or picture or (trust_region and staleness):
+            asked = "--trust-region" if trust_region else "--staleness"
+            raise UserError(f"{asked} takes --length, --seed and --json only: it depends on no recipe")
+        (_trust_region if trust_region else _staleness)(World(group=1 if trust_region else 2, **sizes), as_json)
         return
     overrides = list(words or [])
     if recipe is not None and "=" in recipe:
@@ -125,6 +131,18 @@ def _trust_region(world: World, as_json: bool) -> None:
         print_json([vars(move) for move in found])
         return
     for line in of_moves(found):
+        print(line)
+
+
+def _staleness(world: World, as_json: bool) -> None:
+    from hf_rlhf.lab.staleness import AGES, distances, study
+    from hf_rlhf.lab.table import of_ages
+
+    found, far = list(study(world)), distances(world)
+    if as_json:
+        print_json({"ages": AGES, "total_variation": far, "choices": [vars(aged) for aged in found]})
+        return
+    for line in of_ages(AGES, far, found):
         print(line)
 
 
