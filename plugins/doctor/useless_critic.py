@@ -9,7 +9,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import Finding, History, Pattern
 
 METRIC = "value/explained_var"
-ROLLOUTS = 10
+ROLLOUTS, WILD = 15, -1.0
 
 
 @dataclass(kw_only=True)
@@ -19,22 +19,23 @@ class UselessCritic(Pattern):
     name = "useless_critic"
     meaning = "the critic explains nothing: a constant would predict the returns better"
     symptom = "The value loss does not fall, and PPO learns more slowly than it would without a critic"
-    rule = f"`{METRIC}` below 0 in {ROLLOUTS} rollouts in a row"
+    rule = f"`{METRIC}` below 0 in {ROLLOUTS} rollouts in a row, unless the task is learned: returns then hardly vary"
     covers = frozenset({METRIC})
 
     def find(self, history: History) -> Iterable[Finding]:
         step = history.since(METRIC, lambda share: share < 0, ROLLOUTS)
-        if step is None:
+        if step is None or history.learned():
             return
-        critic = history.recipe.get("critic") or {}
+        critic, share = history.recipe.get("critic") or {}, history.mean(METRIC, ROLLOUTS)
         rate = critic.get("learning_rate") or history.learning_rate
+        wild = share < WILD
         text = (
-            f"The critic explains {history.mean(METRIC):.2g} of the returns' variance (1 is perfect, below 0 is worse than a "
-            "constant): its advantages add noise. Let it learn faster, and alone at the start."
+            f"The critic explains {share:.2g} of the returns' variance (1 is perfect, below 0 is worse than a constant), so its "
+            f"advantages add noise. Let it learn {'more slowly' if wild else 'faster'}, and alone at the start."
         )
+        paced = (f"critic.learning_rate={rate * (0.1 if wild else 10):.1e}",) if rate else ()
         warmup = f"critic.warmup_steps={max(2 * critic.get('warmup_steps', 0), 10 * history.steps_per_rollout)}"
-        faster = (f"critic.learning_rate={10 * rate:.1e}",) if rate else ()
-        yield Finding(self.name, step, text, (*faster, warmup), METRIC)
+        yield Finding(self.name, step, text, (*paced, warmup), METRIC)
 
 
 @hookimpl

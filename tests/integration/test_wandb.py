@@ -305,6 +305,29 @@ def test_metrics_without_a_panel_are_few_and_known(history):
     }
 
 
+FLAT = {
+    "rollout": {"use": "generate", "prompts": 4, "num_generations": 2, "max_new_tokens": 5},
+    "rewards": [{"use": "exact_match", "column": "answer"}],
+    "advantages": "group_norm",
+    "dataset": {"eval_split": None},
+    "training": {"max_steps": 7, "logging_steps": 1, "report_to": "wandb"},
+}
+"""A run in which no answer is right, and all are cut off."""
+
+
+def test_each_finding_of_the_doctor_is_one_alert(tmp_path):
+    start(tmp_path, FLAT, WANDB_MODE="offline")
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]
+    assert {x["pattern"] for x in found} == {"no_spread", "truncated"}
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    alerts = [record["alert"] for record in inspect(run) if record["type"] == "alert"]
+    assert [x["title"] for x in alerts] == [f"{x['pattern']} ({x['metric']})" for x in found]
+    for alert, finding in zip(alerts, found, strict=True):
+        assert alert["level"] == "WARN"
+        assert finding["text"] in alert["text"]
+        assert " ".join(finding["overrides"]) in alert["text"]
+
+
 def test_the_table_of_completions_grows_and_has_every_reward_and_the_advantage(run, history):
     tables = [json.loads(path.read_text()) for path in sorted(run.glob("files/media/table/samples/completions_*.json"))]
     assert len(tables) == 2  # a part for each rollout, as little time passed the second one at the end
