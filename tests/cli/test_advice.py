@@ -25,12 +25,15 @@ from hf_rlhf.config.pipeline import is_pipeline
 from hf_rlhf.config.recipe import OfflineRecipe, load_plugin, load_recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset
 from hf_rlhf.config.training_arguments import argument_names
+from hf_rlhf.contract.metric import pattern
+from hf_rlhf.metrics import metrics_of, metrics_of_trainer
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import setting_types
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.scoring.answers import RewardStartError
 from hf_rlhf.scoring.runners.process_runner import packed
 from hf_rlhf.testing import tiny_policy
+from tests.helpers.ill_logs import LOGS, findings
 from tests.helpers.paths import ROOT
 from tests.helpers.verifiers import rows
 
@@ -339,3 +342,42 @@ def test_what_a_run_tells_to_type_next_is_accepted(name, folder, monkeypatch):
             )
             assert again.model.path == str(folder)
             run.check(again, forecast=False)
+
+
+# Findings of the run doctor
+
+
+def watched(name: str) -> tuple[dict[str, Any], list[str]]:
+    """A packaged recipe with every setting, and the patterns that can be found in its runs."""
+    recipe = load_recipe(name)
+    offline = isinstance(recipe, OfflineRecipe)
+    declared = metrics_of_trainer(recipe.trainer()) if offline else metrics_of(recipe.algorithm())
+    forms = [pattern(named.name) for named in declared]
+    found = []
+    for each, log in LOGS.items():
+        about = next((metric for entry in log(recipe.raw) for metric in entry), "")
+        if any(form.fullmatch(about) for form in forms):
+            found.append(each)
+    return dict(recipe.raw), found
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_a_finding_tells_to_type_is_accepted_one_by_one_and_together(name):
+    raw, patterns = watched(name)
+    assert patterns
+    for each in patterns:
+        found = findings(raw, LOGS[each](raw), each)
+        assert found, each
+        for words in {words for x in found for words in (x.overrides, *((word,) for word in x.overrides)) if words}:
+            assert not refusal(name, list(words)), (each, words)
+            assert each == "nothing_moves" or load_recipe(name, list(words)).raw != raw, (each, words)
+
+
+def test_every_pattern_is_found_in_some_recipe_and_most_tell_what_to_type():
+    reached, told = set(), set()
+    for name in shipped():
+        raw, patterns = watched(name)
+        reached |= set(patterns)
+        told |= {each for each in patterns for x in findings(raw, LOGS[each](raw), each) if x.overrides}
+    assert reached == set(get_host().names("doctor"))
+    assert told >= reached - {"out_of_range"}

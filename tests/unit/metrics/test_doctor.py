@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 
 from hf_rlhf.axes import Finding, History, Pattern
-from hf_rlhf.metrics.doctor import Doctor, as_dict, diagnose, installed
+from hf_rlhf.contract.metric import Metric
+from hf_rlhf.metrics.doctor import Doctor, as_dict, diagnose, installed, ranges_of
+from hf_rlhf.metrics.names import Named
 from hf_rlhf.registry.host import Host, use_host
+from tests.helpers.ill_logs import LOGS, findings
 
 FLAT = {"reward/zero_std_frac": 0.95, "reward/total/mean": 0.02, "reward/exact_match/mean": 0.02}
 SPREAD = {"reward/zero_std_frac": 0.1, "reward/total/mean": 0.5, "reward/exact_match/mean": 0.5}
@@ -140,3 +144,129 @@ def test_a_long_run_keeps_a_bounded_history():
     made = history(x=[float(i) for i in range(1000)])
     assert len(made.values("x")) == 200
     assert (made.first("x"), made.mean("x"), made.series["x"].low) == (2.0, 997.0, 0.0)
+
+
+# Boundaries of the built-in patterns
+
+RECIPE: dict[str, Any] = {
+    "rollout": {"use": "generate", "num_generations": 8, "max_new_tokens": 64, "decode_dtype": "bfloat16"},
+    "rewards": [
+        {"use": "exact_match", "weight": 1.0, "label": None, "column": "answer"},
+        {"use": "format", "weight": 0.5, "label": "form"},
+        {"use": "length", "weight": 0.5, "label": None},
+    ],
+    "kl": [{"use": "in_loss", "beta": 0.04}],
+    "critic": {"use": "separate", "learning_rate": 1e-5, "warmup_steps": 0},
+    "rollout_correction": {"use": "none"},
+    "update": {"mini_batches": 1, "epochs": 1},
+    "training": {"learning_rate": 1e-6},
+}
+
+
+@pytest.mark.parametrize("pattern", LOGS)
+def test_a_pattern_is_found_with_its_last_entry_and_not_before(pattern):
+    entries = LOGS[pattern](RECIPE)
+    (finding, *_) = findings(RECIPE, entries, pattern)
+    assert findings(RECIPE, entries[:-1], pattern) == []
+    assert 1 <= finding.step <= len(entries)
+    assert re.search(r"\d", finding.text)
+    assert findings(RECIPE, entries * 3, pattern)[0].step == finding.step
+
+
+MILD = {
+    "no_spread": {"reward/zero_std_frac": 0.8, "reward/total/mean": 0.1},
+    "truncated": {"rollout/truncated_frac": 0.2},
+    "kl_explodes": {"kl/ref": 29.0, "rollout/length/mean": 20.0},
+    "ratio_explodes": {"policy/approx_kl": 0.1, "policy/ratio": 1.25},
+    "entropy_collapse": {"policy/entropy": 0.02, "reward/total/mean": 0.1, "reward/total/std": 0.3},
+    "length_explodes": {"rollout/length/mean": 30.0, "reward/total/mean": 0.9, "reward/total/std": 0.3},
+    "dead_reward": {"reward/form/mean": 0.5, "reward/form/std": 0.01},
+    "rewards_at_war": {"reward/exact_match/corr/form": -0.5},
+    "useless_critic": {"value/explained_var": 0.0},
+    "sampler_apart": {"rollout/logp_gap/mean": 0.05, "rollout/is_ratio/mean": 1.25},
+    "nothing_moves": {"kl/ref": 1e-4, "learning_rate": 1e-8},
+    "no_answer": {"reward/exact_match/mean": 1e-3},
+    "out_of_range": {"value/clip_frac": 0.5},
+    "overfits": {"eval_loss": 1.0, "loss": 0.1},
+}
+
+
+@pytest.mark.parametrize("pattern", LOGS)
+def test_values_on_the_threshold_are_healthy_however_long_they_last(pattern):
+    assert findings(RECIPE, [MILD[pattern]] * 40, pattern) == []
+
+
+START = {"reward/exact_match/mean": 0.4, "reward/total/mean": 0.4, "reward/total/std": 0.5}
+LEARNED = {"reward/exact_match/mean": 0.95, "reward/total/mean": 0.95, "reward/total/std": 0.2}
+EXCUSED: dict[str, list[dict[str, float]]] = {
+    "no_spread: learned": [START] * 5 + [{**LEARNED, "reward/zero_std_frac": 0.95}] * 9,
+    "entropy_collapse: learned": [START] * 5 + [{**LEARNED, "policy/entropy": 0.001}] * 9,
+    "entropy_collapse: gained": [START] * 5 + [{"reward/total/mean": 1.0, "policy/entropy": 0.001}] * 9,
+    "useless_critic: learned": [START] * 5 + [{**LEARNED, "value/explained_var": -0.5}] * 20,
+    "kl_explodes: long completions": [{"kl/ref": 60.0, "rollout/length/mean": 4000.0}] * 9,
+    "length_explodes: the reward does not rise": [
+        {"rollout/length/mean": 10.0 * 1.2**i, "reward/total/mean": 0.4, "reward/total/std": 0.5} for i in range(20)
+    ],
+    "length_explodes: slowly": [
+        {"rollout/length/mean": 10.0 * 1.02**i, "reward/total/mean": 0.1 * i, "reward/total/std": 0.5}
+        for i in range(100)
+    ],
+    "dead_reward: a penalty that nothing incurs": [{"reward/length/mean": 0.0, "reward/length/std": 0.0}] * 20,
+    "dead_reward: learned": [{"reward/form/mean": 0.1 * i, "reward/form/std": 0.1} for i in range(10)]
+    + [{"reward/form/mean": 1.0, "reward/form/std": 0.0}] * 12,
+    "dead_reward: a verifier that no_answer sees": [{"reward/exact_match/mean": 0.0, "reward/exact_match/std": 0.0}]
+    * 20,
+    "nothing_moves: in the warm-up": [{"kl/ref": 0.0, "learning_rate": 1e-10 * i} for i in range(20)],
+    "nothing_moves: at the end of the schedule": [{"kl/ref": 0.1 * i, "learning_rate": 1e-6 / 2**i} for i in range(40)],
+    "out_of_range: one step in three": [{"value/clip_frac": 0.9 * (i % 3 == 0)} for i in range(40)],
+    "out_of_range: the evaluation before training alone": [{"eval_pairs/calibration_error": 0.9}],
+    "overfits: the loss does not fall": [{"eval_loss": x, "loss": 2.0} for x in (1.0, 1.2, 1.3, 1.4)],
+}
+
+
+@pytest.mark.parametrize("case", EXCUSED)
+def test_what_looks_like_a_pattern_and_is_none(case):
+    assert findings(RECIPE, EXCUSED[case], case.partition(":")[0]) == []
+
+
+def test_a_source_that_scores_nothing_is_dead():
+    entries = [{"rollout/rows": 8.0, "reward/exact_match/mean": 0.4, "reward/exact_match/std": 0.5}] * 10
+    assert [x.metric for x in findings(RECIPE, entries, "dead_reward")] == ["reward/form/mean", "reward/length/mean"]
+
+
+def test_a_reward_for_length_that_never_pays_is_dead():
+    paying = {**RECIPE, "rewards": [*RECIPE["rewards"][:2], {"use": "length", "weight": -0.5, "label": None}]}
+    entries = [{"reward/length/mean": 0.0, "reward/length/std": 0.0}] * 10
+    assert [x.metric for x in findings(paying, entries, "dead_reward")] == ["reward/length/mean"]
+
+
+def test_a_source_of_weight_0_is_only_looked_at():
+    silent = {**RECIPE, "rewards": [{**source, "weight": 0.0} for source in RECIPE["rewards"]]}
+    assert findings(silent, LOGS["dead_reward"](RECIPE), "dead_reward") == []
+
+
+def test_every_metric_out_of_its_range_is_a_finding_of_its_own():
+    entries = [{"value/clip_frac": 0.9}] * 3 + [{"value/clip_frac": 0.9, "health/reward_error": 2.0}] * 5
+    found = findings(RECIPE, entries, "out_of_range")
+    assert [(x.metric, x.step) for x in found] == [("value/clip_frac", 1), ("health/reward_error", 4)]
+    assert "above 0.5. The critic may not move as far as it should" in found[0].text
+
+
+def test_two_bad_evaluations_are_a_finding():
+    declared = [
+        Named("eval_x", Metric("x", "share", "x", healthy=(None, 0.1), unhealthy="Train less.", when="evaluation"), "")
+    ]
+    doctor = Doctor({}, ranges_of(declared))
+    assert doctor.add(0, {"eval_x": 0.9}) == []
+    doctor.add(10, {"eval_x": 0.9})
+    assert [x.step for x in doctor.findings] == [0]
+
+
+def test_the_recipe_of_several_steps_a_rollout_counts_rollouts():
+    recipe = {**RECIPE, "update": {"mini_batches": 2, "epochs": 2}}
+    steps = [{"policy/approx_kl": x} for x in (0.0, 0.2, 0.4, 0.6)]
+    doctor = Doctor(recipe, {})
+    for step, entry in enumerate(steps * 5, 1):
+        found = doctor.add(step, entry)
+        assert bool(found) == (step == 19)
+    assert doctor.findings[0].overrides == ("training.learning_rate=3.3e-07", "update.epochs=1")
