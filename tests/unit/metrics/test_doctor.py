@@ -36,7 +36,6 @@ def named(findings: Iterable[Finding]) -> list[tuple[str, int]]:
     return [(finding.pattern, finding.step) for finding in findings]
 
 
-@pytest.mark.proves("doctor.no_spread", how="closed form", tolerance="exact")
 def test_a_pattern_is_found_once_with_the_step_since_when(tmp_path):
     found = diagnose(written(tmp_path, [SPREAD] * 3 + [FLAT] * 9))
     assert named(found) == [("no_spread", 4)]
@@ -163,6 +162,24 @@ RECIPE: dict[str, Any] = {
 }
 
 
+@pytest.mark.proves(
+    "doctor.dead_reward",
+    "doctor.entropy_collapse",
+    "doctor.kl_explodes",
+    "doctor.length_explodes",
+    "doctor.no_answer",
+    "doctor.no_spread",
+    "doctor.nothing_moves",
+    "doctor.out_of_range",
+    "doctor.overfits",
+    "doctor.ratio_explodes",
+    "doctor.rewards_at_war",
+    "doctor.sampler_apart",
+    "doctor.truncated",
+    "doctor.useless_critic",
+    how="closed form",
+    tolerance="exact",
+)
 @pytest.mark.parametrize("pattern", LOGS)
 def test_a_pattern_is_found_with_its_last_entry_and_not_before(pattern):
     entries = LOGS[pattern](RECIPE)
