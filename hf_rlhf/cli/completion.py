@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand
 
 from hf_rlhf.axes import AXES, LISTS, NESTED
+from hf_rlhf.cli.flags import FLAGS, WithSamples
 from hf_rlhf.registry.discovery import source_of
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.errors import UserError
@@ -63,15 +63,13 @@ def _join_words() -> int:
     return joined[-1].rfind("=") + 1
 
 
-class WithFlags(TyperCommand):
+class WithFlags(WithSamples):
     """A command that takes every field of TrainingArguments as a flag."""
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """Return the command's own options and the flags."""
         items: list[Any] = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("--"):
-            from hf_rlhf.cli.flags import FLAGS
-
             known = {item.value for item in items}
             words = dict.fromkeys(f"--{name}" for name in [*FLAGS, "use_peft", *training_arguments()])
             items += [_item(word) for word in _starting(words, incomplete) if word not in known]

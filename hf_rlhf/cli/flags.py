@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
 FLAGS = {
     "model": "model.path",
     "model_name_or_path": "model.path",
@@ -47,3 +52,32 @@ TEXT = frozenset(
     {"model.path", "model.revision", "dataset.path", "dataset.name", "dataset.split", "dataset.eval_split"}
 )
 """Recipe keys whose flags take plain text, not YAML."""
+
+SAMPLES = "--show-completions"
+EVERY = 10
+"""Steps between completions where the flag has no number."""
+ShowCompletions = Annotated[
+    int | None,
+    typer.Option(
+        SAMPLES,
+        "--show_completions",
+        metavar="[N]",
+        min=1,
+        help=f"Print a completion, with its prompt and reference, every N steps ({EVERY} by default).",
+    ),
+]
+
+
+class WithSamples(TyperCommand):
+    """A command whose `--show-completions` may stand without a number."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse, with the default number where none follows."""
+        following = [*args[1:], ""]
+        bare = [
+            word.replace("_", "-") == SAMPLES and not after.isdecimal()
+            for word, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(
+            ctx, [f"{word}={EVERY}" if alone else word for word, alone in zip(args, bare, strict=True)]
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -71,6 +71,16 @@ class LiveProgress(TrainerCallback):
         self.view, self.every_s = view, every_s
         view.numbers = Numbers(shown)
         self._said = 0.0
+        self._every: int | None = None
+        self._rows: Callable[[], list[dict[str, Any]]] = list
+        self._sampled: int | None = None
+
+    def sample(self, every: int, rows: Callable[[], list[dict[str, Any]]]) -> None:
+        """Print the first of the newest rollout's `rows` at the first step, and then every so many steps."""
+        self._every, self._rows = every, rows
+
+    def _sample_is_due(self, step: int) -> bool:
+        return self._every is not None and (self._sampled is None or step - self._sampled >= self._every)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
@@ -88,12 +98,38 @@ class LiveProgress(TrainerCallback):
             return
         numbers = self.view.numbers
         numbers.add(logs)
+        if "loss" in logs and self._sample_is_due(state.global_step) and (rows := self._rows()):
+            self._sampled = state.global_step
+            show_sample(rows[0], state.global_step, self.view.out)
         if "loss" not in logs or self.view.live:
             return
         if time.monotonic() - self._said > self.every_s or state.global_step == state.max_steps:
             self._said = time.monotonic()
             text = "  ".join(f"{label} {value}" for label, value, *_ in numbers.rows(0))
             self.view.out.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
+
+
+def show_sample(row: dict[str, Any], step: int, out: Console) -> None:
+    """Print a completion with its rewards, prompt and reference; `row`: of the table of completions."""
+    rewards = {name.removeprefix("reward/"): x for name, x in row.items() if name.startswith("reward/")}
+    total = rewards.pop("total", None)
+    parts = "" if len(rewards) < 2 else f" ({', '.join(f'{label} {number(x)}' for label, x in rewards.items())})"
+    scored = f", reward {number(total)}{parts}" if total is not None else ""
+    out.print(Text(escaped(f"completion at step {step}{scored}"), style="bold"), soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("prompt", "reference", "completion"):
+        if row.get(name) is not None:
+            table.add_row(Text(name, style="dim"), Text(_excerpt(row[name])))
+    out.print(_indented(table))
+
+
+def _excerpt(text: str, lines: int = 12, characters: int = 1200) -> str:
+    """Return the beginning of a text as plain text, its line ends kept, and say how much is left out."""
+    shown = "\n".join(text[:characters].split("\n")[:lines])
+    rest = len(text) - len(shown)
+    return escaped(shown, "\n") + (f"\n... {rest:,} more characters" if rest else "")
 
 
 def show_result(

@@ -86,6 +86,11 @@ class Numbers:
         if "held-out accuracy" in self.newest:
             self.newest.pop("held-out reward", None)
 
+    def restart(self) -> None:
+        """Forget what an earlier training run has logged; held-out numbers stay."""
+        self.newest = {label: x for label, x in self.newest.items() if label.startswith("held-out")}
+        self.history.clear()
+
     def rows(self, width: int) -> list[tuple[str, str, str, str]]:
         """Return label, number, arrow and sparkline of up to `width` characters, in the order of `shown`."""
         found = []
@@ -183,6 +188,7 @@ class LiveView:
 
     def begin(self, total: int, completed: int) -> None:
         """Begin a training run of `total` steps; numbers of an evaluation before it stay."""
+        self.numbers.restart()
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.out)
         self.task = self.bar.add_task("train", total=total, completed=completed)

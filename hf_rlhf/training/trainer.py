@@ -29,6 +29,7 @@ from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
 from hf_rlhf.metrics.aggregator import HEALTH, MetricAggregator
 from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog
+from hf_rlhf.metrics.notebook import notebook_view, show_in_notebook
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
 from hf_rlhf.modeling.reference import ReferencePolicy
@@ -88,7 +89,7 @@ class RLHFTrainer(SavingTrainer):
         trust_remote_code: bool = False,
         on_plan: Callable[[Plan], None] | None = None,
     ):
-        self.started = time.perf_counter()
+        self.started, view = time.perf_counter(), notebook_view()
         algorithm = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
         args = default_arguments(algorithm) if args is None else args
         parts = setup_run(
@@ -133,6 +134,7 @@ class RLHFTrainer(SavingTrainer):
         self._health = HEALTH if self.algorithm.rewards else {x: 0.0 for x in HEALTH if "/reward_" not in x}
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
         self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
+        show_in_notebook(self, view)
 
     def _collector(self, reference: ReferencePolicy | None) -> Collector:
         """Build the collector of rollouts, and set up every plugin."""

@@ -9,7 +9,10 @@ import typer
 
 from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
+from hf_rlhf.cli.flags import ShowCompletions, WithSamples
 from hf_rlhf.cli.output import examples, output_to_stderr, print_json
+from hf_rlhf.metrics.live_view import LiveView, console
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import UserError
 
 Name = Annotated[
@@ -31,6 +34,7 @@ Words = Annotated[
 
 
 @app.command(
+    cls=WithSamples,
     short_help="Run a recipe with stages, such as instructgpt.",
     epilog=examples(
         "hf-rlhf pipeline instructgpt",
@@ -53,17 +57,21 @@ def pipeline(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the models.")
     ] = False,
+    show_completions: ShowCompletions = None,
     plugin: PluginOptions = None,
 ) -> None:
     """Run a recipe with stages, such as instructgpt: each stage starts from the output of earlier ones.
 
     An interrupted run continues where it stopped: finished stages are skipped, an unfinished one resumes.
     """
-    from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
-    from hf_rlhf.config.pipeline import load_pipeline
+    with LiveView() as view:
+        with doing("importing PyTorch and transformers"):
+            from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
+            from hf_rlhf.config.pipeline import load_pipeline
 
-    staged = load_pipeline(name, words or (), seed)
-    run_stages(staged, choose_root(output_dir, staged.name, resume), trust_remote_code)
+            staged = load_pipeline(name, words or (), seed)
+        root = choose_root(output_dir, staged.name, resume)
+        run_stages(staged, root, trust_remote_code, view, show_completions)
 
 
 def check_staged(
@@ -77,7 +85,6 @@ def check_staged(
     from hf_rlhf.cli.runs.pipeline_run import check_stages
     from hf_rlhf.config.pipeline import load_pipeline
     from hf_rlhf.metrics.console import show_plan
-    from hf_rlhf.metrics.live_view import console
 
     flags = [word for word in words if word.startswith("-")]
     if flags:

@@ -10,7 +10,7 @@ import typer
 
 from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
-from hf_rlhf.cli.flags import FLAGS, TEXT
+from hf_rlhf.cli.flags import FLAGS, TEXT, ShowCompletions
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.config.mappings import meaning
 from hf_rlhf.metrics.live_view import LiveView
@@ -89,7 +89,7 @@ def _override(flag: str, value: str, keys: Mapping[str, str]) -> str:
 
         fields = argument_names()
         if flag not in fields:
-            known = [*FLAGS, "use_peft", "resume", "trust_remote_code", *fields]
+            known = [*FLAGS, "use_peft", "resume", "trust_remote_code", "show_completions", *fields]
             raise UserError(
                 f"no option --{flag}.{meaning(flag, known)} Recipe keys are written key=value without dashes, "
                 "for instance kl.0.beta=0.1"
@@ -227,6 +227,7 @@ def train(
         bool,
         typer.Option("--plan", help="Print the whole plan, as `check` does, instead of five lines, then train."),
     ] = False,
+    show_completions: ShowCompletions = None,
     config: Config = None,
     plugin: PluginOptions = None,
 ) -> None:
@@ -243,4 +244,4 @@ def train(
         with doing("importing PyTorch and transformers"):
             chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps, loads=True)
             from hf_rlhf.cli.runs.run import train as run  # after the names are checked
-        run(chosen, output_dir, where, trust_remote_code, forecast, allow_changed or (), view)
+        run(chosen, output_dir, where, trust_remote_code, forecast, allow_changed or (), view, show_completions)

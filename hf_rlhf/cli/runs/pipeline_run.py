@@ -24,8 +24,10 @@ from hf_rlhf.config.algorithm import walk
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.pipeline import OUTPUT_OF, Pipeline, PipelineStage
 from hf_rlhf.config.plan import Plan
-from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.config.recipe import OfflineRecipe, Recipe
+from hf_rlhf.metrics.live_view import LiveView, console
 from hf_rlhf.runtime import checkpoint_manifest
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import CheckpointError, UserError
 from hf_rlhf.runtime.run_folder import RUN_FILES, only_run_in
 
@@ -49,17 +51,26 @@ def choose_root(asked: str | None, name: str, resume: bool) -> Path:
     return unused(Path("outputs"), name)
 
 
-def run_stages(staged: Pipeline, root: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+def run_stages(
+    staged: Pipeline,
+    root: Path,
+    trust_remote_code: bool = False,
+    view: LiveView | None = None,
+    show_completions: int | None = None,
+) -> dict[str, Any]:
     """Run the stages that are not finished and return the content of summary.json.
 
+    `view`: where to show them, one view each by default. `show_completions`: steps between completions to print.
     Raises `UserError` before any model is loaded where a stage is refused, or differs from the one that was begun here.
     """
     check_named(staged)
     for stage in staged.stages:
         check_hub_names([*stage.recipe.sections.items(), *walk(stage.recipe.plugins)])
-    check_stages(staged, root, forecast=False)
+    with doing("checking the recipes"):
+        check_stages(staged, root, forecast=False)
+    options = {"trust_remote_code": trust_remote_code, "view": view, "show_completions": show_completions}
     with only_run_in(root):
-        return _run_stages(staged, root, trust_remote_code)
+        return _run_stages(staged, root, options)
 
 
 def check_stages(staged: Pipeline, root: Path, forecast: bool = True) -> dict[str, Plan]:
@@ -106,7 +117,7 @@ def _first_model(staged: Pipeline, stage: PipelineStage, recipe: Recipe) -> Any:
     return model
 
 
-def _run_stages(staged: Pipeline, root: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _run_stages(staged: Pipeline, root: Path, options: dict[str, Any]) -> dict[str, Any]:
     record = _Record(root)
     states = {stage.name: record.state(stage.name) for stage in staged.stages}
     record.check(staged, states)
@@ -114,17 +125,17 @@ def _run_stages(staged: Pipeline, root: Path, trust_remote_code: bool) -> dict[s
     if _first():
         _write(root / "recipe.yaml", staged.dump())
     with _tracked_together(root):
-        return _run_each(staged, root, record, states, trust_remote_code)
+        return _run_each(staged, root, record, states, options)
 
 
 def _run_each(
-    staged: Pipeline, root: Path, record: _Record, states: dict[str, State], trust_remote_code: bool
+    staged: Pipeline, root: Path, record: _Record, states: dict[str, State], options: dict[str, Any]
 ) -> dict[str, Any]:
     summaries = {}
     for number, stage in enumerate(staged.stages, start=1):
         _say(f"stage {number} of {len(staged.stages)}: {stage.name}, recipe {stage.source}", states[stage.name])
         if states[stage.name] != "finished":
-            _run(stage, record, states[stage.name], trust_remote_code)
+            _run(stage, record, states[stage.name], options)
         summaries[stage.name] = _of_stage(root / stage.name, stage)
     summary = {
         "recipe": staged.name,
@@ -135,12 +146,11 @@ def _run_each(
     if _first():
         _write(root / "summary.json", json.dumps(summary, indent=1))
         from hf_rlhf.cli.runs.pipeline_console import show_stages
-        from hf_rlhf.metrics.live_view import console
 
         last = staged.stages[-1]
         folder = root / last.name
         plan = json.loads((folder / "summary.json").read_text())["plan"]
-        show_stages(summary, console(), next_steps(last.placed(root), folder, plan, trust_remote_code))
+        show_stages(summary, console(), next_steps(last.placed(root), folder, plan, options["trust_remote_code"]))
     return summary
 
 
@@ -192,7 +202,7 @@ class _Record:
             _write(self.file, json.dumps(self.stages, indent=1))
 
 
-def _run(stage: PipelineStage, record: _Record, state: State, trust_remote_code: bool) -> None:
+def _run(stage: PipelineStage, record: _Record, state: State, options: dict[str, Any]) -> None:
     """Train one stage, from its newest whole checkpoint where it has one."""
     folder = record.root / stage.name
     whole = False
@@ -206,7 +216,10 @@ def _run(stage: PipelineStage, record: _Record, state: State, trust_remote_code:
             shutil.rmtree(folder)  # an interrupted run without a checkpoint
         record.begin(stage)
         _meet()
-    train(stage.placed(record.root), str(folder), whole, trust_remote_code)
+    recipe = stage.placed(record.root)
+    if isinstance(recipe, OfflineRecipe):  # nothing is sampled
+        options = {**options, "show_completions": None}
+    train(recipe, str(folder), whole, **options)
     _meet()
     gc.collect()
 
@@ -264,8 +277,6 @@ def _meet() -> None:
 def _say(title: str, state: State) -> None:
     if _first():
         from rich.text import Text
-
-        from hf_rlhf.metrics.live_view import console
 
         said = {"new": "", "begun": " (resumes)", "finished": " (finished before)"}[state]
         console().print(Text(f"\n{title}{said}", style="bold"), soft_wrap=True)

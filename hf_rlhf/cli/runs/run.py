@@ -91,15 +91,18 @@ def train(
     forecast: bool = False,
     allow_changed: Sequence[str] = (),
     view: LiveView | None = None,
+    show_completions: int | None = None,
 ) -> dict[str, Any]:
     """Run a recipe and return the content of summary.json. Raises `UserError` before the model is loaded.
 
     `resume` is a checkpoint, or True for the newest one. `forecast` prints the whole plan, with the forecast of the loaded
     model, instead of five lines. `allow_changed` names differences from the checkpoint's run to accept. `view`: where to show
-    the run, a new view by default.
+    the run, a new view by default. `show_completions`: print a completion every so many steps.
     """
     from hf_rlhf.metrics.live_view import LiveView
 
+    if show_completions:
+        _check_samples(recipe)
     with view or LiveView() as view:
         folder = choose_output_dir(output_dir, recipe.name, resume)
         with doing("checking the recipe"):
@@ -107,7 +110,19 @@ def train(
         checkpoint = str(newest(folder)) if resume is True else resume or None
         with only_run_in(folder):
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_changed": allow_changed}
-            return _train(recipe, plan, folder, checkpoint, view, whole_plan=forecast, **options)
+            return _train(recipe, plan, folder, checkpoint, view, forecast, show_completions, **options)
+
+
+def _check_samples(recipe: Recipe) -> None:
+    """Raise `UserError` where there would be no completions to show."""
+    if isinstance(recipe, OfflineRecipe):
+        raise UserError(
+            f"--show-completions needs rollouts, and {recipe.name} trains on a dataset without them. Leave it out"
+        )
+    if recipe.logging.completions == 0:
+        raise UserError(
+            "--show-completions shows those that are logged, and logging.completions is 0. Set logging.completions=1"
+        )
 
 
 def _train(
@@ -116,8 +131,9 @@ def _train(
     folder: Path,
     checkpoint: str | None,
     view: LiveView,
-    *,
     whole_plan: bool,
+    sample_every: int | None,
+    *,
     trust_remote_code: bool,
     allow_changed: Sequence[str],
 ) -> dict[str, Any]:
@@ -140,6 +156,8 @@ def _train(
     on_plan = announce if first and not whole_plan else None
     trainer = build_trainer(recipe, str(folder), [progress], trust_remote_code, on_plan)
     trainer.doctor.say = show_finding(out)
+    if sample_every:
+        progress.sample(sample_every, lambda: trainer.run_log.completions)
     try:
         if whole_plan:
             _forecast_memory(trainer, recipe, trust_remote_code)

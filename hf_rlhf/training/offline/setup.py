@@ -19,6 +19,8 @@ from hf_rlhf.contract.offline_trainer import Materials, OfflineTrainer
 from hf_rlhf.data.model_loading import load_tokenizer
 from hf_rlhf.data.offline_rows import encode, longest, read_rows
 from hf_rlhf.data.quantization import model_problems
+from hf_rlhf.metrics.live_view import OFFLINE_SHOWN
+from hf_rlhf.metrics.notebook import notebook_view, show_in_notebook
 from hf_rlhf.modeling.policy import embedded_padding
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.activity import doing
@@ -103,7 +105,7 @@ def make_trainer(
     Rows are encoded, and refused, before the model is loaded; `on_plan` gets the plan in between, with a memory forecast
     unless an adapter makes that slow. Raises `ValueError` or `UserError`.
     """
-    started = time.perf_counter()
+    started, view = time.perf_counter(), notebook_view(OFFLINE_SHOWN)
     args = recipe.training_arguments(output_dir)
     plan, plugin = _checked(recipe, args), recipe.trainer()
     with doing("reading the dataset"):
@@ -147,6 +149,7 @@ def make_trainer(
     record["plan"] = json.loads(json.dumps(plan.as_dict()))
     trainer.plan, trainer.started = plan, started
     trainer.longest = most
+    show_in_notebook(trainer, view)
     return trainer
 
 
