@@ -120,7 +120,7 @@ def show_sample(row: dict[str, Any], step: int, out: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name in ("prompt", "reference", "completion"):
-        if row.get(name) is not None:
+        if row.get(name):
             table.add_row(Text(name, style="dim"), Text(_excerpt(row[name])))
     out.print(_indented(table))
 
@@ -149,7 +149,7 @@ def show_result(
         out.print(Text(f"\n{rows}", style="bold"))
         table = Table(box=None, header_style="bold", pad_edge=False)
         for title in ("", "before", "after"):
-            table.add_column(title, justify="right" if title else "left", no_wrap=True)
+            table.add_column(title, justify="right" if title else "left", no_wrap=not title)
         for name in _listed(after):
             table.add_row(name, *(_with_interval(x, name) for x in (before, after)))
         out.print(_indented(table))
