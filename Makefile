@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEFAULT := not learning and not slow
 
-.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning bubblewrap chromium lab-page docs clean
+.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning bubblewrap chromium tmux lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -47,6 +47,10 @@ bubblewrap:
 chromium:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ apt-get update && apt-get install --yes --no-install-recommends chromium; }
+
+# The terminal that the tests look at the live view in; where it is missing they skip, and in CI (CI=true) they fail.
+tmux:
+	command -v tmux || { apt-get update && apt-get install --yes --no-install-recommends tmux; }
 
 # The lab's page of every combination, which `make docs` puts into the site: some minutes.
 lab-page: build/lab/lab.md

@@ -30,7 +30,9 @@ class Terminal:
 
     def tmux(self, *words: str) -> str:
         """Run a command of tmux and return its output."""
-        done = subprocess.run(["tmux", "-S", str(self.socket), "-f", "/dev/null", *words], capture_output=True, text=True)
+        done = subprocess.run(
+            ["tmux", "-S", str(self.socket), "-f", "/dev/null", *words], capture_output=True, text=True
+        )
         assert done.returncode == 0, (words, done.stderr)
         return done.stdout
 
@@ -81,7 +83,9 @@ def terminal(words: Sequence[str], width: int = 120, height: int = 45, **variabl
     with TemporaryDirectory() as folder:
         script = Path(folder) / "run.sh"
         exports = "".join(f"export {name}={shlex.quote(x)}\n" for name, x in variables.items())
-        script.write_text(f'{exports}trap : INT  # it stays when the command is interrupted\n{shlex.join(words)}\necho "ended with $?"\nexec sleep 600\n')
+        stays = "trap : INT"  # when the command is interrupted
+        lines = [exports, stays, shlex.join(words), 'echo "ended with $?"', "exec sleep 600"]
+        script.write_text("\n".join(lines))
         made = Terminal(Path(folder) / "tmux", width)
         size = ["-x", str(width), "-y", str(height)]
         start = ["tmux", "-S", str(made.socket), "-f", "/dev/null", "new-session", "-d", *size, "sh", str(script)]

@@ -63,7 +63,9 @@ def html(cell: Any) -> list[str]:
 
 
 def test_the_cell_that_makes_the_trainer_says_what_it_does(executed: Any) -> None:
-    assert any(re.search(r"(loading the model|reading the dataset) \d", text) for cell, text in executed[1] if cell == 0)
+    assert any(
+        re.search(r"(loading the model|reading the dataset) \d", text) for cell, text in executed[1] if cell == 0
+    )
     assert html(executed[0].cells[0]) == ["<div></div>"], "nothing is left of it"
 
 
