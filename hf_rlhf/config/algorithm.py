@@ -122,12 +122,6 @@ class Algorithm:
         """Optimizer steps per rollout."""
         return self.update.mini_batches * self.update.epochs
 
-    @property
-    def reference_column(self) -> str | None:
-        """Column with the reference answers: the only one that the first verifier, or else source, reads."""
-        sources = sorted(self.rewards, key=lambda source: not source.verifier)
-        return next((next(iter(read)) for source in sources if len(read := source.columns()) == 1), None)
-
     def kl_in(self, place: str) -> list[tuple[str, KLPlacement]]:
         """Return (name in logs, placement) of the KLs that enter at `place`: reward, loss or advantage."""
         return [(title, kl) for title, kl in self.titled("kl") if place in kl.places]

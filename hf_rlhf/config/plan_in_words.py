@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.axes import KLPlacement, Plugin, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
@@ -22,6 +22,24 @@ if TYPE_CHECKING:
 PLACES = {"reward": "in the reward", "advantage": "in the advantages", "loss": "in the loss"}
 GIB = 1024.0
 """MiB."""
+
+Counts = tuple[int | None, int | None, int | None]
+"""Training rows, held-out rows, tokens of the longest prompt; None where unknown."""
+
+
+def in_words(
+    a: Algorithm, sections: dict[str, Any], args: TrainingArguments, model: Any, adapter: bool, rows: Counts
+) -> dict[str, str]:
+    """Return the lines of a plan but the memory. `model`: one that was given in Python; `adapter`: one is trained."""
+    given = model if isinstance(model, str) else None
+    if model is not None and given is None:
+        given = getattr(model.config, "name_or_path", None) or type(model).__name__
+    return {
+        "model": model_in_words(a, sections["model"], given, adapter),
+        "data": data_in_words(sections["dataset"].path, "prompts", *rows),
+        "algorithm": algorithm_in_words(a),
+        "batch": batch_in_words(a, args, rows[0]),
+    }
 
 
 def algorithm_in_words(a: Algorithm) -> str:

@@ -289,7 +289,7 @@ class Collector:
                 "prompt": rollouts.prompts,
                 "completion": rollouts.completions,
                 "finish_reason": rollouts.finish_reasons,
-                **self._references(rollouts),
+                **self.recorder.references(rollouts),
                 **logged,
             },
             rows=rows,
@@ -302,11 +302,6 @@ class Collector:
         self._count_unscored(len(table["valid"]), reported[SCORED])
         self.recorder.saw(rollouts, collected)
         return self.recorder.select(collected, collected.table["valid"].bool(), "no reward source scored it")
-
-    def _references(self, rollouts: Rollouts) -> dict[str, list[Any]]:
-        """Return the column with the reference answers, "" where there is none, under the name `reference`."""
-        name = self.algorithm.reference_column
-        return {} if name is None else {"reference": ["" if x is None else x for x in rollouts.column(name)]}
 
     def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
         """Return what the KLs in the reward subtract from it, (n, T)."""

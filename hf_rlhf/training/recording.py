@@ -181,6 +181,11 @@ class Recorder:
             own = range(0, prompts, processes)  # the groups of the first process in the first round
             self._chosen = {own[i] for i in permutation(len(own), self.seed, "report", index)[:GROUPS]}
 
+    def references(self, rollouts: Rollouts) -> dict[str, list[Any]]:
+        """Return the reference answers as a column of texts, "" where there is none."""
+        found = None if self._reference is None else rollouts.column(self._reference)
+        return {} if found is None else {"reference": ["" if x is None else x for x in found]}
+
     def saw(self, rollouts: Rollouts, collected: Collected) -> None:
         """Take the rows of a round as they were scored, before any is dropped."""
         rows = [i for i, group in enumerate(rollouts.group_ids) if self.keeps_all or group in self._chosen]

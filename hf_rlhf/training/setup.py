@@ -13,7 +13,7 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
-from hf_rlhf.config.plan_in_words import algorithm_in_words, batch_in_words, data_in_words, model_in_words
+from hf_rlhf.config.plan_in_words import Counts, in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
 from hf_rlhf.config.training_arguments import (
@@ -58,9 +58,6 @@ from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-Counts = tuple[int | None, int | None, int | None]
-"""Training rows, held-out rows, tokens of the longest prompt; None where unknown."""
 
 
 class AlgorithmError(ValueError):
@@ -243,14 +240,13 @@ def setup_run(
         check_prompts(part, chosen, model_settings.chat_template_kwargs)
     record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
     longest = max((len(ids) for ids, _ in prompts.tokens), default=None) if isinstance(prompts, Prompts) else None
-    _put_in_words(plan, chosen, sections, args, model, lora, (*record["rows"].values(), longest))
+    plan.in_words = in_words(chosen, sections, args, model, lora, (*record["rows"].values(), longest))
     record["plan"]["in_words"] = plan.in_words
     if on_plan is not None:
         if not lora:
             with suppress(Exception):  # a run does not depend on its forecast
-                estimate_memory(
-                    plan, chosen, args, sections, prompt_tokens=longest, trust_remote_code=trust_remote_code
-                )
+                known_by_now: dict[str, Any] = {"prompt_tokens": longest, "trust_remote_code": trust_remote_code}
+                estimate_memory(plan, chosen, args, sections, **known_by_now)
         on_plan(plan)
     model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
     check_vocabulary(tokenizer, model)
@@ -264,38 +260,13 @@ def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:
     algorithm = recipe.algorithm()
     known, hidden = known_model(recipe.model), tag_problems_by_name(algorithm, recipe.model)
     plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, hidden, recipe, known)
-    rows: Counts = (None, None, None)
-    if recipe.dataset.path is not None:
-        rows = (*_check_dataset(algorithm, recipe.dataset), None)
-    _put_in_words(plan, algorithm, recipe.sections, args, None, recipe.model.lora is not None, rows)
+    rows = (None, None, None) if recipe.dataset.path is None else _check_dataset(algorithm, recipe.dataset)
+    plan.in_words = in_words(algorithm, recipe.sections, args, None, recipe.model.lora is not None, rows)
     return plan
 
 
-def _put_in_words(
-    plan: Plan,
-    algorithm: Algorithm,
-    sections: dict[str, Any],
-    args: TrainingArguments,
-    model: Any,
-    lora: bool,
-    rows: Counts,
-) -> None:
-    """Write the plan's lines in words. `model`: one that was given in Python."""
-    given = model if isinstance(model, str) else None
-    if model is not None and given is None:
-        given = getattr(model.config, "name_or_path", None) or type(model).__name__
-    plan.in_words = {
-        "model": model_in_words(algorithm, sections["model"], given, lora),
-        "data": data_in_words(sections["dataset"].path, "prompts", *rows),
-        "algorithm": algorithm_in_words(algorithm),
-        "batch": batch_in_words(algorithm, args, rows[0]),
-    }
-
-
-def _check_dataset(
-    algorithm: Algorithm, settings: Dataset, train: Any = None, evaluation: Any = None
-) -> tuple[int | None, int | None]:
-    """Return the numbers of training and held-out rows, None where they are unknown.
+def _check_dataset(algorithm: Algorithm, settings: Dataset, train: Any = None, evaluation: Any = None) -> Counts:
+    """Return the numbers of training and held-out rows, where they are known.
 
     Raises `ValueError` where a column is missing, or a named dataset has fewer rows than a rollout has prompts.
     """
@@ -303,7 +274,7 @@ def _check_dataset(
     check_columns(columns, [plugin for _, plugin in algorithm.plugins()])
     if train is None and rows is not None and rows < algorithm.rollout.prompts:
         raise ValueError(f"rollout.prompts={algorithm.rollout.prompts} and the dataset has {rows} rows to train on")
-    return rows, held_out
+    return rows, held_out, None
 
 
 def _as_run(recipe: Recipe, model: Any, args: TrainingArguments) -> dict[str, Any]:
