@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
@@ -73,11 +74,8 @@ class WithSamples(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse, with the default number where none follows."""
-        following = [*args[1:], ""]
-        bare = [
-            word.replace("_", "-") == SAMPLES and not after.isdecimal()
-            for word, after in zip(args, following, strict=True)
+        filled = [
+            f"{word}={EVERY}" if word.replace("_", "-") == SAMPLES and not after.isdecimal() else word
+            for word, after in zip_longest(args, args[1:], fillvalue="")
         ]
-        return super().parse_args(
-            ctx, [f"{word}={EVERY}" if alone else word for word, alone in zip(args, bare, strict=True)]
-        )
+        return super().parse_args(ctx, filled)
