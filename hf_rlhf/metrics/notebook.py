@@ -22,7 +22,7 @@ WIDTH = 40
 
 
 class NotebookView:
-    """What the cell shows. A thread redraws it as long as this process does anything (`hf_rlhf.runtime.activity`)."""
+    """The view in a cell. A thread redraws it as long as this process does anything (`hf_rlhf.runtime.activity`)."""
 
     def __init__(self, shown: dict[str, str] = SHOWN):
         self.numbers = Numbers(shown)
