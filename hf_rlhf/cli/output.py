@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -95,3 +96,4 @@ def quiet_off_terminal() -> None:
     if not sys.stderr.isatty():
         quieted.update(name for name in NOISE if name not in os.environ)
         os.environ.update(dict.fromkeys(quieted, "1"))
+        warnings.filterwarnings("ignore", message="Cannot enable progress bars")  # as Trainer asks for after a push

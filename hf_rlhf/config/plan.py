@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.plan_in_words import memory_in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.training_arguments import WITHOUT_EFFECT, differences_from_recipe
+from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import at_path
 
 if TYPE_CHECKING:
@@ -217,3 +218,9 @@ def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -
         ("optimizer steps per rollout", str(a.steps_per_rollout), "mini_batches x epochs"),
         ("micro-batch", " and ".join(["at most " + b for b in bound]) or "unbounded", "derived; gradient accumulation"),
     ]
+
+
+def plugin_files(plan: Mapping[str, Any]) -> list[str]:
+    """Return the files that plugins of a plan, as `Plan.as_dict` gives it, were taken from (`-p FILE.py`)."""
+    modules = {row["module"] for row in plan["plugins"]}
+    return list(dict.fromkeys(str(x.file) for x in get_host().offers() if x.file and x.module in modules))

@@ -32,6 +32,11 @@ SECONDS = 1.0
 """Longest wait for the Hub; HF_HUB_ETAG_TIMEOUT replaces it."""
 
 
+def is_hub_name(name: object) -> bool:
+    """Return whether a name can only be that of a repository on the Hub: it has an owner, and nothing is there by this path."""
+    return isinstance(name, str) and "/" in name and REPOSITORY.fullmatch(name) is not None and not Path(name).exists()
+
+
 @dataclass(frozen=True)
 class OnHub:
     """Mark a setting that names a path here or a repository on the Hub."""
@@ -87,7 +92,7 @@ def _on_hub(name: str, kind: str, revision: str | None) -> str | None:
     if not _SILENT:
         seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or SECONDS)
         try:
-            refusal = _within(seconds, lambda: _ask(name, kind, revision, seconds))
+            refusal = within(seconds, lambda: _ask(name, kind, revision, seconds))
             return refusal and f"{absent} {refusal}"
         except Exception as error:  # of whichever HTTP library huggingface_hub uses
             late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
@@ -133,7 +138,7 @@ def _ask(name: str, kind: str, revision: str | None, seconds: float) -> str | No
     return None
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], T]) -> T:
     """Return what `work` returns, or raise `TimeoutError`: resolving a host name has no time limit of its own."""
     found: Future[T] = Future()
 

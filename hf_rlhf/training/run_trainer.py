@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
@@ -36,6 +36,7 @@ from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.runtime.run_folder import METRICS, only_run_in, remove_run, run_in
 from hf_rlhf.runtime.signals import StopOnSignal
 from hf_rlhf.training.early_checks import check_space
+from hf_rlhf.training.hub_trainer import PushingTrainer
 from hf_rlhf.training.memory.estimate import optimizer_bytes, tensor_bytes
 from hf_rlhf.training.offload_checks import optimizer_name
 from hf_rlhf.training.step_border import StepBorder, ends_at_once, save_and_end
@@ -44,7 +45,7 @@ TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_to
 """Entries of an evaluation that are not metrics of the model."""
 
 
-class RunTrainer(Trainer):
+class RunTrainer(PushingTrainer):
     """`transformers.Trainer` that writes the files of a run.
 
     `recipe.yaml` is written when training begins, `summary.json` and `report.html` with the model by `save_model`,
@@ -254,11 +255,17 @@ class RunTrainer(Trainer):
 
         A checkpoint is an internal call with a folder. Raises `FloatingPointError` for weights that are not finite.
         """
+        if self.is_saved_for_push:
+            return
         self._saves_checkpoint = _internal_call and output_dir is not None
         if not self._saves_checkpoint:  # for a checkpoint it is done
             self._check_weights()
-        super().save_model(output_dir, _internal_call)
+        with self.pushes_later():
+            super().save_model(output_dir, _internal_call)
         self._write_summary()
+        if not self._saves_checkpoint:
+            self.create_model_card()
+            self.push_saved(asked=not _internal_call)
 
     def _write_summary(self) -> None:
         if self._saves_checkpoint or self._trained is None:
@@ -271,13 +278,8 @@ class RunTrainer(Trainer):
             write_or_warn(self.output_dir)
 
     def _summarize(self, trained: TrainOutput) -> dict[str, Any]:
-        run = self.record["run"]
         return {
-            "recipe": self.record["name"],
-            "model": run["model"]["path"],
-            "dataset": run["dataset"]["path"],
-            "rows": self.record["rows"],
-            "before": self.record.get("before"),
+            **self.facts(),
             "after": self._after,
             "steps": trained.global_step,
             "seconds": time.perf_counter() - self.started,
@@ -285,8 +287,6 @@ class RunTrainer(Trainer):
             "peak_memory_mib": self._peak_mib,
             "findings": [as_dict(finding) for finding in self.doctor.findings],
             "output_dir": str(self.output_dir),
-            "plan": self.record["plan"],
-            "versions": self.record["versions"],
         }
 
     def _measure_peak(self) -> None:

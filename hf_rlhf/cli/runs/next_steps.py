@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.plan import plugin_files
 from hf_rlhf.config.recipe import OfflineRecipe, resolve
-from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def next_steps(
 
 def _options(plan: dict[str, Any]) -> list[str]:
     """Return `-p FILE` for each file that the run took a plugin from."""
-    modules = {row["module"] for row in plan["plugins"]}
-    files = dict.fromkeys(str(offer.file) for offer in get_host().offers() if offer.file and offer.module in modules)
-    return [word for file in files for word in ("-p", file)]
+    return [word for file in plugin_files(plan) for word in ("-p", file)]
 
 
 def _is_accepted(recipe: Recipe, change: str) -> bool:

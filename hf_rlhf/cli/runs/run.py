@@ -14,6 +14,7 @@ from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.checkpoint_manifest import newest
 from hf_rlhf.runtime.errors import RunExists, UserError
+from hf_rlhf.runtime.hub_push import PushError
 from hf_rlhf.runtime.run_folder import only_run_in, run_in
 from hf_rlhf.runtime.signals import StoppedError
 
@@ -169,7 +170,7 @@ def _train(
                 samples["before"] = _evaluate(trainer)
             trainer.train(resume_from_checkpoint=checkpoint, allow_changed=allow_changed)
             samples["after"] = _evaluate(trainer)
-            trainer.save_model(str(folder))
+            unpushed = _save(trainer, folder)
             number = trainer.stop_on_signal.agreed(trainer.args)  # one that came after training
         view.stop()
         summary = trainer.summary
@@ -181,6 +182,10 @@ def _train(
                 out.print("\n[bold]findings of the doctor[/bold]")
             show_findings(trainer.doctor.findings, str(folder / "recipe.yaml"), out)
             show_result(summary, samples, out, trained, steps)
+            if trainer.pushed_to:
+                out.print(f"pushed to {trainer.pushed_to}", soft_wrap=True)
+        if unpushed is not None:
+            raise unpushed
         if number:
             raise StoppedError(number, f"after the run was complete: the model is in {folder}")
         return summary
@@ -217,6 +222,15 @@ def build_trainer(
         raise UserError(str(error)) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _save(trainer: RunTrainer, folder: Path) -> PushError | None:
+    """Save the model, and push it if asked to. Return why it is not on the Hub: the run is complete all the same."""
+    try:
+        trainer.save_model(str(folder))
+    except PushError as error:
+        return error
+    return None
 
 
 def _evaluate(trainer: RunTrainer) -> Any:

@@ -25,6 +25,7 @@ from hf_rlhf.modeling.policy import embedded_padding
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.versions import versions
+from hf_rlhf.training.hub_trainer import ask_for_repository
 from hf_rlhf.training.model_checks import (
     check_causal,
     check_trained,
@@ -107,6 +108,7 @@ def make_trainer(
     """
     started, view = time.perf_counter(), notebook_view(OFFLINE_SHOWN)
     args = recipe.training_arguments(output_dir)
+    ask_for_repository(args)
     plan, plugin = _checked(recipe, args), recipe.trainer()
     with doing("reading the dataset"):
         train_rows, held_out = read_rows(recipe.rows, plugin)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from hf_rlhf.config.recipe_yaml import write_yaml
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.data.fingerprints import Contents, contents_of, rows_hash
@@ -137,6 +136,8 @@ class OfflineRun(Quiet, RunTrainer):
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
+        if self.is_saved_for_push:
+            return
         self._check_weights()
         if self.is_world_process_zero():
             folder = Path(output_dir or self.output_dir)
@@ -148,32 +149,16 @@ class OfflineRun(Quiet, RunTrainer):
                 drop_other_form(folder, whole)
             tokenizer: Any = self.processing_class
             tokenizer.save_pretrained(folder)
-            self.create_model_card()
         self.accelerator.wait_for_everyone()
         self._saves_checkpoint = False
         self._write_summary()
+        self.create_model_card()
+        self.push_saved(asked=not _internal_call)
 
     def close(self) -> None:
         """Finish writing, and close the plugin."""
         super().close()
         self.plugin.close()
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write README.md with the recipe and the versions."""
-        if not self.is_world_process_zero():
-            return
-        base = self.record["recipe"]["model"]["path"]
-        local = base is None or base.startswith("builtin:") or Path(base).exists()
-        head = {"library_name": "transformers", "tags": ["hf_rlhf", self.plugin.name]}
-        head |= {} if local else {"base_model": base}
-        versions = ", ".join(f"{name} {version}" for name, version in self.record["versions"].items())
-        text = (
-            f"---\n{write_yaml(head)}---\n\n# {Path(self.args.output_dir or '.').name}\n\nTrained with hf_rlhf, "
-            f"trainer `{self.plugin.name}`.\n\n```yaml\n{write_yaml(self.record['recipe'])}```\n\n{versions}.\n"
-        )
-        folder = Path(self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def factory(
