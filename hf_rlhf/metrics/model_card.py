@@ -54,7 +54,7 @@ class Card:
         results = [
             EvalResult(
                 task_type=self.task or "other",
-                dataset_type=dataset if known else "custom",
+                dataset_type=str(dataset) if known else "custom",
                 dataset_name=str(dataset).rpartition("/")[2] if dataset else "custom",
                 metric_type=metric,
                 metric_value=round(found[metric], 6),

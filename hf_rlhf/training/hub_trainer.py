@@ -45,6 +45,7 @@ class PushingTrainer(Trainer):
 
     record: dict[str, Any]
     summary: dict[str, Any] | None
+    hub_model_id: Any
     pushed_to: str | None = None
     """Address of the repository on the Hub, once the run is there."""
     is_saved_for_push: bool = False
@@ -152,5 +153,6 @@ class PushingTrainer(Trainer):
 
     def _task(self) -> str:
         """Return the Hub's name of what the model does."""
-        name = type(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model).__name__
+        model: Any = self.model
+        name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
         return next((task for end, task in TASKS.items() if end in name), "text-generation")
