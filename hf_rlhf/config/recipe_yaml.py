@@ -76,6 +76,9 @@ def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:
 
 def unknown_key(name: str, keys: Sequence[str] = KEYS) -> str:
     """Return what a name that is no key of a recipe may mean: an argument of Trainer, a setting of another library, a typo."""
+    axis = name.partition(".")[0]
+    if axis in AXES and AXES[axis].axis.watches:
+        return f" No recipe names a {axis}: every run uses all of them, and `-p no:{axis}.NAME` turns one off."
     if "." not in name and name in argument_names():
         return f" Write training.{name}=..., or the flag --{name}."
     return meaning(name, keys) or did_you_mean(name.partition(".")[0], keys)

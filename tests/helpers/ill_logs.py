@@ -41,7 +41,7 @@ def no_answer(recipe: Mapping[str, Any]) -> Entries:
 
 LOGS: dict[str, Callable[[Mapping[str, Any]], Entries]] = {
     "no_spread": lambda recipe: [{"reward/zero_std_frac": 0.9, **SCORED}] * 5,
-    "truncated": lambda recipe: [{"rollout/truncated_frac": 0.5}] * 5,
+    "cut_off": lambda recipe: [{"rollout/truncated_frac": 0.5}] * 5,
     "kl_explodes": lambda recipe: [{"kl/ref": 50.0, "rollout/length/mean": 20.0}] * 5,
     "ratio_explodes": lambda recipe: [{"policy/approx_kl": 0.5, "policy/ratio": 1.1}] * 5,
     "entropy_collapse": lambda recipe: [{"policy/entropy": 0.01, **SCORED}] * 5,

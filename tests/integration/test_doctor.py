@@ -74,7 +74,7 @@ class Case:
 
 CASES = {
     "no_spread": Case({"rewards": [NEVER]}, {"rewards": [runs.FORMAT]}),
-    "truncated": Case({"rollout": SAMPLED}, {"rollout": runs.SCRIPTED}),
+    "cut_off": Case({"rollout": SAMPLED}, {"rollout": runs.SCRIPTED}),
     "kl_explodes": Case(MONITOR, MONITOR, {**ADAM, "learning_rate": 0.1}, {"learning_rate": 1e-3}),
     "ratio_explodes": Case(
         {"update": {"mini_batches": 1, "epochs": 4}},
@@ -141,7 +141,7 @@ def found(folder: Path, case: Case, *, mended: bool) -> dict[str, Finding]:
     "doctor.ratio_explodes",
     "doctor.rewards_at_war",
     "doctor.sampler_apart",
-    "doctor.truncated",
+    "doctor.cut_off",
     "doctor.useless_critic",
     how="end to end",
     tolerance="found within 20 steps",

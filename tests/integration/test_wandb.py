@@ -318,7 +318,7 @@ FLAT = {
 def test_each_finding_of_the_doctor_is_one_alert(tmp_path):
     start(tmp_path, FLAT, WANDB_MODE="offline")
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]
-    assert {x["pattern"] for x in found} == {"no_spread", "truncated"}
+    assert {x["pattern"] for x in found} == {"no_spread", "cut_off"}
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     alerts = [record["alert"] for record in inspect(run) if record["type"] == "alert"]
     assert [x["title"] for x in alerts] == [f"{x['pattern']} ({x['metric']})" for x in found]

@@ -23,7 +23,7 @@ FOUND = 3
     epilog=examples(
         "hf-rlhf doctor outputs/quickstart                     # also of a run that still goes on, or was killed",
         "hf-rlhf doctor outputs/a outputs/b --json",
-        "hf-rlhf doctor outputs/a -p no:doctor.truncated       # without one of the patterns",
+        "hf-rlhf doctor outputs/a -p no:doctor.cut_off       # without one of the patterns",
     ),
 )
 def doctor(

@@ -223,6 +223,9 @@ def _show_plugin(host: Host, axis: str, name: str, as_json: bool) -> None:
     print(doc + "\n")
     if module:
         print(module + "\n")
+    for title in ("meaning", "symptom", "rule"):  # of a pattern
+        if hasattr(cls, title):
+            print(f"{title}: {getattr(cls, title)}")
     for title, names in (("needs", needs), ("provides", provides)):
         if names:
             print(f"{title}: {names if isinstance(names, str) else ', '.join(names)}")

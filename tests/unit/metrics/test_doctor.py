@@ -175,7 +175,7 @@ RECIPE: dict[str, Any] = {
     "doctor.ratio_explodes",
     "doctor.rewards_at_war",
     "doctor.sampler_apart",
-    "doctor.truncated",
+    "doctor.cut_off",
     "doctor.useless_critic",
     how="closed form",
     tolerance="exact",
@@ -192,7 +192,7 @@ def test_a_pattern_is_found_with_its_last_entry_and_not_before(pattern):
 
 MILD = {
     "no_spread": {"reward/zero_std_frac": 0.8, "reward/total/mean": 0.1},
-    "truncated": {"rollout/truncated_frac": 0.2},
+    "cut_off": {"rollout/truncated_frac": 0.2},
     "kl_explodes": {"kl/ref": 29.0, "rollout/length/mean": 20.0},
     "ratio_explodes": {"policy/approx_kl": 0.1, "policy/ratio": 1.25},
     "entropy_collapse": {"policy/entropy": 0.02, "reward/total/mean": 0.1, "reward/total/std": 0.3},

@@ -13,10 +13,10 @@ MANY, ALL = 0.2, 0.95
 
 
 @dataclass(kw_only=True)
-class Truncated(Pattern):
+class CutOff(Pattern):
     """Many completions reach the maximum length."""
 
-    name = "truncated"
+    name = "cut_off"
     meaning = "completions are cut off before they end"
     symptom = "All completions have the maximum length, and answers are missing"
     rule = f"`{METRIC}` above {MANY} in 5 rollouts in a row"
@@ -38,4 +38,4 @@ class Truncated(Pattern):
 
 @hookimpl
 def doctor() -> list[type[Pattern]]:
-    return [Truncated]
+    return [CutOff]
