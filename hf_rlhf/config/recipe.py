@@ -185,10 +185,6 @@ def resolve(raw: Mapping[str, Any], host: Host | None = None, name: str = "recip
     for key in raw:
         if key in NESTED:
             reader.refuse(key, f"a {key} is a setting of another plugin: `{AXES[key].axis.nested}`")
-        elif key in AXES and AXES[key].axis.watches:
-            reader.refuse(
-                key, f"no recipe names a {key}: every run uses all of them, and `-p no:{key}.NAME` turns one off"
-            )
         elif key not in KEYS:
             reader.refuse(key, f"a recipe has no such key.{unknown_key(key)} It has: {', '.join(KEYS)}")
     plugins: dict[str, Any] = {}
