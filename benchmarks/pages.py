@@ -15,7 +15,7 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 """The 97.5% quantile of Student's t by degrees of freedom."""
 SAME = 1e-3
 """Own rewards within this of the share of right answers are that share."""
-COLUMNS = 5
+COLUMNS = 4
 """Panels in a row of the picture."""
 
 
@@ -160,5 +160,5 @@ def save(figure: Figure, path: Path) -> None:
     from PIL import Image
 
     drawn = BytesIO()
-    figure.savefig(drawn, dpi=90)
+    figure.savefig(drawn, dpi=130)
     Image.open(drawn).convert("RGB").quantize(8).save(path, optimize=True)

@@ -178,7 +178,7 @@ def growth(sweep: Found) -> str:
     return "; ".join(words) + "." if words else ""
 
 
-COLUMNS = 3
+COLUMNS = 2
 """Panels in a row of the picture."""
 
 
@@ -187,7 +187,7 @@ def picture(found: Found) -> Figure:
     from matplotlib.figure import Figure
 
     rows = -(-len(found["sweeps"]) // COLUMNS)
-    figure = Figure(figsize=(3 * COLUMNS, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(3.4 * COLUMNS, 2.6 * rows), layout="constrained")
     panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for panel in panels[len(found["sweeps"]) :]:
         panel.set_axis_off()

@@ -104,7 +104,7 @@ def _with_sections(nav: Any, page: str, sections: list[str]) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Leads links to where their targets are on the site; `no-run` is for the tests alone."""
-    markdown = re.sub(r"^( *```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^( *```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE).replace(" ± ", "\u00a0±\u00a0")
     origin, here = _origin(page.file), page.file.src_uri
 
     def lead(match: re.Match[str]) -> str:
