@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
@@ -31,12 +32,17 @@ def text(value: Any) -> str:
     return escape(escaped(str(value), "\n\t"))
 
 
+def prose(value: Any) -> str:
+    """Return words of this package as HTML, with what is between backticks as code."""
+    return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", text(value))
+
+
 def plain(value: Any) -> Any:
     """Return JSON with every text in it plain."""
     if isinstance(value, str):
         return escaped(value, "\n\t")
     if isinstance(value, dict):
-        return {escaped(str(key)): plain(inner) for key, inner in value.items()}
+        return {escaped(str(key), "\n\t"): plain(inner) for key, inner in value.items()}
     return [plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
@@ -140,7 +146,7 @@ def _findings(run: RunData) -> str:
         fix = f"<p>Try {words}</p>" if words else ""
         items.append(
             f'<li><p><b>{text(finding.pattern)}</b> <span class="note">since step {finding.step}</span></p>'
-            f"<p>{text(finding.text)}</p>{fix}</li>"
+            f"<p>{prose(finding.text)}</p>{fix}</li>"
         )
     return f'<ul class="findings">{"".join(items)}</ul>'
 
@@ -233,7 +239,7 @@ def _plan(run: RunData) -> str:
     parts = []
     for topic in ("models", "forwards", "skipped", "remarks", "memory_notes"):
         if lines := plan.get(topic):
-            items = "".join(f"<li>{text(line)}</li>" for line in lines)
+            items = "".join(f"<li>{prose(line)}</li>" for line in lines)
             parts.append(f"<h4>{topic.replace('_', ' ')}</h4><ul>{items}</ul>")
     if rows := plan.get("arithmetic"):
         parts.append(

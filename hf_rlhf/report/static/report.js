@@ -23,6 +23,8 @@
     return size >= 1000 ? Math.round(x).toLocaleString("en") : String(+x.toPrecision(3));
   };
 
+  const prose = (words) => words.split("`").map((part, i) => i % 2 ? make("code", {}, part) : part);
+
   // Curves
 
   const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
@@ -134,12 +136,14 @@
       ],
       cursor: { sync: { key: "step", setSeries: false }, drag: { x: true, y: false }, points: { size: 6 } },
       legend: { markers: { width: 1 } },
-      hooks: { drawAxes: [band(panel), ...(smooths ? [raw(own)] : [])], setScale: [(chart, key) => { if (key === "x" && charts.has(chart)) zoomed(chart); }] },
+      hooks: { setCursor: [(chart) => { if (chart.cursor.idx === null || chart.cursor.idx === undefined) last(chart); }], drawAxes: [band(panel), ...(smooths ? [raw(own)] : [])], setScale: [(chart, key) => { if (key === "x" && charts.has(chart)) zoomed(chart); }] },
     };
+    const last = (chart) => chart.setLegend({ idxs: chart.data.map((values) => { let i = values.length - 1; while (i > 0 && (values[i] === null || values[i] === undefined)) i--; return i; }) }, false);
     const chart = new uPlot(options, uPlot.join(shown.map((line) => [line.x, line.y])), place);
     setting = true;
     if (zoom) applyZoom(chart);
     setting = false;
+    last(chart);
     charts.add(chart);
     place.chart = chart;
   }
@@ -167,7 +171,7 @@
       place.panel = panel;
       places.push(place);
       const healthy = bounds(panel.healthy);
-      const note = make("p", { class: "note", title: [panel.meaning, panel.unhealthy].filter(Boolean).join(". ") || null }, make("span", { class: "healthy" }, healthy), healthy && panel.meaning ? ": " : "", panel.meaning);
+      const note = make("p", { class: "note", title: [panel.meaning, panel.unhealthy].filter(Boolean).join(". ") || null }, make("span", { class: "healthy" }, healthy), healthy && panel.meaning ? ": " : "", ...prose(panel.meaning));
       grid.append(make("div", { class: "panel", "data-words": `${panel.title} ${panel.metrics.join(" ")}`.toLowerCase() }, make("h4", {}, panel.title), note, place));
     }
     document.getElementById("panels").append(make("details", { open: section === data.sections[0], ontoggle: drawOpen }, make("summary", {}, make("h3", {}, section.name), ` ${section.panels.length}`), grid));
@@ -260,7 +264,7 @@
     if (!step) { out.replaceChildren(make("p", { class: "note" }, "The completions would not fit into this file: they are in completions/.")); return; }
     const rows = step.groups.flatMap((group) => group.rows);
     const heats = Object.keys(HEATS).filter((heat) => rows.some((row) => row[heat]));
-    if (!heats.includes(state.heat)) state.heat = heats[0] || "none";
+    if (state.heat !== "none" && !heats.includes(state.heat)) state.heat = heats[0] || "none";
     const most = Math.max(0, ...rows.map((row) => row[state.heat] ? row[state.heat].scale : 0));
     const gone = rows.filter((row) => row.dropped).length;
     controls.replaceChildren(
