@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.config.recipe import load_plugin
-from hf_rlhf.lab.choices import in_world
+from hf_rlhf.lab.choices import defaults, in_world
 from hf_rlhf.lab.expectation import Expectation
 from hf_rlhf.lab.world import Policies, World
-from hf_rlhf.registry.host import get_host
 
 LEARNING_RATE = 2.0
 """Learning rate of the gradient steps, in logits."""
@@ -60,9 +59,9 @@ def study(world: World, ages: Sequence[int] = AGES) -> Iterator[Aged]:
     for settings in CORRECTIONS:
         level = f" {settings['level']}" if "level" in settings else ""
         yield _aged(world, pairs, "reinforce", settings["use"] + level, settings)
-    for name in sorted(get_host().names("policy_loss")):
-        if "old_logps" in load_plugin("policy_loss", name).needs:
-            yield _aged(world, pairs, name, "", None)
+    for loss in defaults("policy_loss"):
+        if "old_logps" in loss.needs:
+            yield _aged(world, pairs, loss.name, "", None)
 
 
 def _aged(

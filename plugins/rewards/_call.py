@@ -1,13 +1,9 @@
-"""Loading of a user's reward function and its arguments, as TRL passes them."""
+"""Arguments of a user's reward function, as TRL passes them."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -20,42 +16,6 @@ logger = logging.getLogger(__name__)
 
 PROVIDED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 """Keyword arguments that do not come from the dataset."""
-
-
-def load_function(path: str) -> Callable[..., Any]:
-    """Load the function `file.py:name` or `package.module:name`, leaving `sys.path` unchanged."""
-    place, colon, name = path.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise ValueError(f"reward function must be file.py:name or package.module:name, got {path!r}")
-    try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
-        raise ValueError(f"reward function {path!r}: cannot load {place}: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise ValueError(
-            f"reward function {path!r}: {place} has no function {name!r}; it has: {', '.join(names) or 'none'}"
-        )
-    return function
-
-
-def _load_file(file: Path) -> Any:
-    file = file.expanduser().resolve()
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    title = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    specification = importlib.util.spec_from_file_location(title, file)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[title] = module
-    try:
-        specification.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[title]
-        raise
-    return module
 
 
 @dataclass(kw_only=True)

@@ -19,12 +19,12 @@ from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
 
+from .._functions import load_function
 from ._call import (
     PROVIDED,
     LazyState,
     Logs,
     Parameters,
-    load_function,
     parameters,
     reads_state,
     trainer_state,

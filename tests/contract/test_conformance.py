@@ -20,7 +20,7 @@ from tests.contract.mutants import advantages, base, kl, losses, metrics, models
 from tests.contract.mutants.base import FACTS, Estimator, Mutant
 from tests.contract.mutants.losses import HalfDetached, Loss
 from tests.contract.mutants.models import OtherColumn, Reward
-from tests.helpers import classifiers
+from tests.helpers import classifiers, every
 from tests.helpers.paths import ROOT
 
 REGISTERED = sorted(
@@ -41,6 +41,7 @@ def count_fives(rollouts: Rollouts) -> list[float]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "advantages.mix": {"parts": ["group_norm", {"use": "reward_to_go", "gamma": 0.9}], "weights": [0.5, 0.5]},
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "max_tokens": 64},
+    **every.OWN_FUNCTIONS,
     "rewards.function": {"function": f"{__file__}:count_fives"},
     "rewards.constraints": {"instructions": [{"id": "punctuation:no_comma"}]},
     "rewards.json_schema": {"schema": {"type": "integer"}},

@@ -14,8 +14,13 @@ from hf_rlhf.registry.host import Host
 PLUGINS = sorted(p.name for p in entry_points(group="hf_rlhf") if p.dist and p.dist.name == "hf_rlhf")
 """`axis.name` of each."""
 
+OWN_FUNCTIONS = {
+    f"{axis}.function": {"function": f"tests.helpers.own_functions:{name}"}
+    for axis, name in (("advantages", "adv"), ("filters", "keep"), ("kl_estimator", "k3"), ("policy_loss", "clip"))
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "advantages.mix": {"parts": ["leave_one_out", "reward_to_go"], "weights": [0.5, 0.5]},
+    **OWN_FUNCTIONS,
     "filters.overlong": {"max_tokens": 7},
     "filters.too_short": {"min_tokens": 3},
     "filters.opsm": {"delta": 0.01},

@@ -17,7 +17,7 @@ from hf_rlhf import load_plugin
 from hf_rlhf.axes import AXES, LISTS, NESTED
 from hf_rlhf.config.algorithm import Algorithm, _with_nested
 from hf_rlhf.config.sections import Update
-from tests.helpers import runs
+from tests.helpers import every, runs
 from tests.helpers.paths import DATA
 from tests.helpers.tiers import slow
 
@@ -62,6 +62,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("rewards", "language"): {"language": "en"},
     ("rewards", "regex"): {"pattern": "[0-9]"},
     ("rewards", "function"): {"function": "{folder}/reward.py:count_spaces"},
+    **{(axis.partition(".")[0], "function"): settings for axis, settings in every.OWN_FUNCTIONS.items()},
     ("rewards", "reward_model"): {"model": "{folder}/classifier"},
     ("rewards", "token_reward_model"): {"model": "{folder}/tokens"},
     ("rewards", "process_reward_model"): {"model": "{folder}/tokens"},

@@ -23,7 +23,7 @@ from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.model_loading import load_model
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.runtime.seeding import seeded
-from hf_rlhf.testing import rollouts, tiny_policy
+from hf_rlhf.testing import rollouts, scored, tiny_policy
 from tests.helpers import runs
 
 
@@ -288,6 +288,22 @@ EFFECTS["rewards.function.function"] = SettingEffect(
         load_plugin("rewards", "function", function=f"{function_file(folder)}:{value}")(rollouts(["5", "ab"]))
     ),
 )
+
+
+def own(axis: str, default: str, other: str, call: Callable[[Any], Any]) -> None:
+    EFFECTS[f"{axis}.function.function"] = SettingEffect(
+        default,
+        other,
+        lambda folder, value: call(
+            load_plugin(axis, "function", function=f"tests.helpers.own_functions:{value}")
+        ).tolist(),
+    )
+
+
+own("advantages", "adv", "ones", lambda plugin: plugin(scored()))
+own("filters", "keep", "keep_all", lambda plugin: plugin(scored()))
+own("kl_estimator", "k3", "k2", lambda plugin: plugin(torch.ones(2), torch.zeros(2) - 1))
+own("policy_loss", "loss", "twice", lambda plugin: plugin(*[torch.ones(1, 2)] * 4)[0])
 
 
 def forward_sizes(module: Any, call: Callable[[], Any]) -> list[int]:
