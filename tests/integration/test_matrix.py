@@ -28,7 +28,7 @@ RULES = ("choice", "constraints", "json_schema", "language", "numeric", "regex",
 SERVED = ("judge", "remote", "unit_tests")
 """Rewards that ask another program, with tests of their own."""
 for point in sorted(entry_points(group="hf_rlhf"), key=lambda p: p.name):
-    alike = point.name in {f"rewards.{name}" for name in (*RULES, *SERVED)}
+    alike = point.name in {*(f"rewards.{name}" for name in (*RULES, *SERVED)), *every.OWN_FUNCTIONS}
     if point.dist and point.dist.name == "hf_rlhf" and point.name.split(".")[0] in REGISTERED and not alike:
         REGISTERED[point.name.split(".")[0]].append(point.name.split(".", 1)[1])
 
@@ -62,7 +62,6 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("rewards", "language"): {"language": "en"},
     ("rewards", "regex"): {"pattern": "[0-9]"},
     ("rewards", "function"): {"function": "{folder}/reward.py:count_spaces"},
-    **{(axis.partition(".")[0], "function"): settings for axis, settings in every.OWN_FUNCTIONS.items()},
     ("rewards", "reward_model"): {"model": "{folder}/classifier"},
     ("rewards", "token_reward_model"): {"model": "{folder}/tokens"},
     ("rewards", "process_reward_model"): {"model": "{folder}/tokens"},
