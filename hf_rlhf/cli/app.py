@@ -33,6 +33,7 @@ FIRST = (
     "train",
     "check",
     "evaluate",
+    "chat",
     "pipeline",
     "recipes",
     "plugins",

@@ -16,6 +16,7 @@ from hf_rlhf.runtime.plain_text import clean_all_logs
 def add_commands() -> None:
     """Import the modules of `commands`, which register themselves with `app`."""
     from hf_rlhf.cli.commands import (  # noqa: F401
+        chat,
         dashboard,
         doctor,
         env,

@@ -118,6 +118,28 @@ def _measured(subject: Subject, key: str) -> Any:
     return value
 
 
+def model_settings(model: Model, subject: Subject) -> Model:
+    """Return a recipe's `model` for another model; one with a tokenizer of its own uses that."""
+    folder = Path(subject.path)
+    own = folder.is_dir() and any(folder.glob("tokenizer*.json"))
+    same = model.path is not None and model_path(model.path) == subject.path
+    return replace(
+        model,
+        path=subject.path,
+        tokenizer=None if own else model.tokenizer,
+        revision=model.revision if same else None,
+        lora=None,
+    )
+
+
+def check_writes(subject: Subject, settings: Model, trust_remote_code: bool) -> Any:
+    """Return a model's configuration. Raises `ModelError` for a classifier."""
+    config = load_config(settings.path, settings.revision, trust_remote_code=trust_remote_code)
+    if kind := next((x for x in config.architectures or () if "Classification" in x), None):
+        raise ModelError(f"{subject.word} is a {kind}, which writes nothing. Name a language model")
+    return config
+
+
 @dataclass(kw_only=True)
 class Evaluator:
     """Evaluates models one after the other by a recipe."""
@@ -145,25 +167,10 @@ class Evaluator:
         columns, *_ = read_columns(self.dataset, self.rows)
         check_columns(columns, [plugin for _, plugin in _measuring(algorithm)])
 
-    def settings_of(self, subject: Subject) -> Model:
-        """Return the recipe's `model` for this model; one with a tokenizer of its own uses that."""
-        model, folder = self.recipe.model, Path(subject.path)
-        own = folder.is_dir() and any(folder.glob("tokenizer*.json"))
-        same = model.path is not None and model_path(model.path) == subject.path
-        return replace(
-            model,
-            path=subject.path,
-            tokenizer=None if own else model.tokenizer,
-            revision=model.revision if same else None,
-            lora=None,
-        )
-
     def prepare(self, subject: Subject) -> None:
         """Load the tokenizer and make the prompts. Raises `ValueError` or `UserError` for what cannot be evaluated."""
-        settings, algorithm = self.settings_of(subject), self.recipe.algorithm()
-        config = load_config(settings.path, settings.revision, trust_remote_code=self.trust_remote_code)
-        if kind := next((x for x in config.architectures or () if "Classification" in x), None):
-            raise ModelError(f"{subject.word} is a {kind}, which writes nothing. Name a language model")
+        settings, algorithm = model_settings(self.recipe.model, subject), self.recipe.algorithm()
+        config = check_writes(subject, settings, self.trust_remote_code)
         subject.tokenizer = load_tokenizer(settings, self.trust_remote_code)
         if problems := tag_problems(algorithm, subject.tokenizer):
             raise UserError("\n".join(problems))
@@ -184,7 +191,7 @@ class Evaluator:
         from transformers import enable_full_determinism, set_seed
 
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
-        settings, algorithm, args = self.settings_of(subject), self.recipe.algorithm(), self.args
+        settings, algorithm, args = model_settings(self.recipe.model, subject), self.recipe.algorithm(), self.args
         model: Any = load_model(settings, self.trust_remote_code, lora=True, keep_adapter=True)
         if "double_backward" in algorithm.needs:  # as in training
             model.set_attn_implementation("eager")

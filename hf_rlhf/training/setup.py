@@ -43,6 +43,7 @@ from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.early_checks import check_prompts, warn_of_ragged_epochs
+from hf_rlhf.training.hub_trainer import ask_for_repository
 from hf_rlhf.training.losses import build_critic
 from hf_rlhf.training.model_checks import (
     check_causal,
@@ -191,8 +192,7 @@ def setup_run(
     `on_plan` gets the plan, with a memory forecast unless an adapter makes that slow, once nothing but the model can fail.
     """
     chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
-    defaults = {name: cls() for name, cls in SECTIONS.items()}
-    sections = defaults if isinstance(recipe, Algorithm) else dict(recipe.sections)
+    sections = {k: cls() for k, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
     model_settings: Model = sections["model"]
     if isinstance(model, str):
         sections["model"] = model_settings = _replace(model_settings, path=model)
@@ -210,6 +210,7 @@ def setup_run(
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     check_hub_names(chosen.plugins())
     _check_dataset(chosen, sections["dataset"], train, evaluation)
+    ask_for_repository(args)
 
     tokenizer = prepare_tokenizer(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer, model_settings

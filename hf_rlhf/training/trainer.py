@@ -42,7 +42,6 @@ from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.evaluation import Evaluated, evaluate, row_types
 from hf_rlhf.training.held_out_rows import kept_rows
-from hf_rlhf.training.hub_trainer import ask_for_repository
 from hf_rlhf.training.logprobs import Forwards
 from hf_rlhf.training.losses import derivative, over_distributions, policy_terms, text_term, value_term
 from hf_rlhf.training.micro_batches import Batching
@@ -93,7 +92,6 @@ class RLHFTrainer(SavingTrainer):
         self.started, view = time.perf_counter(), notebook_view()
         algorithm = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
         args = default_arguments(algorithm) if args is None else args
-        ask_for_repository(args)
         parts = setup_run(
             *(model, algorithm, args, train_dataset, eval_dataset, processing_class, peft_config),
             trust_remote_code=trust_remote_code,

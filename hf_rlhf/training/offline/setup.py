@@ -108,7 +108,6 @@ def make_trainer(
     """
     started, view = time.perf_counter(), notebook_view(OFFLINE_SHOWN)
     args = recipe.training_arguments(output_dir)
-    ask_for_repository(args)
     plan, plugin = _checked(recipe, args), recipe.trainer()
     with doing("reading the dataset"):
         train_rows, held_out = read_rows(recipe.rows, plugin)
@@ -127,6 +126,7 @@ def make_trainer(
             with suppress(Exception):  # a run does not depend on its forecast
                 estimate_memory(plan, recipe, args, tokens=most, trust_remote_code=trust_remote_code)
         on_plan(plan)
+    ask_for_repository(args)
     model = load_with_head(recipe.model, plugin, tokenizer, arguments["seed"], trust_remote_code)
     check_trained(model)
     check_vocabulary(tokenizer, model)
