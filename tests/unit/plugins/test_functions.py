@@ -31,6 +31,9 @@ SAME: dict[str, tuple[str, Any, str]] = {
 }
 
 
+@pytest.mark.proves(
+    "advantages.function", "policy_loss.function", "filters.function", how="invariance", tolerance="1e-6"
+)
 @pytest.mark.parametrize("case", SAME)
 def test_a_run_with_a_function_is_that_with_the_plugin_which_says_the_same(case: str, mine: Any, tmp_path: Path):
     function, plugin, axis = SAME[case]
@@ -43,6 +46,7 @@ def test_a_run_with_a_function_is_that_with_the_plugin_which_says_the_same(case:
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 
 
+@pytest.mark.proves("kl_estimator.function", how="invariance", tolerance="1e-6")
 def test_a_kl_is_one_too(mine: Any, tmp_path: Path):
     found = []
     for i, estimator in enumerate((mine("k3"), "k3")):
