@@ -48,6 +48,7 @@ def import_trl(
     with output_to_stderr():
         from hf_rlhf.config.from_trl.converting import convert
         from hf_rlhf.config.from_trl.reading import read_config
+        from hf_rlhf.config.json_schema import HEADER
         from hf_rlhf.config.recipe import resolve
 
         if output is not None and output.exists():
@@ -60,7 +61,7 @@ def import_trl(
         return
     head = [f"From {config.name}, a config of TRL's {made.trainer} trainer (hf-rlhf import-trl)."]
     head += ["Without an exact counterpart:", *(f"  {note}" for note in notes)] if notes else []
-    text = "".join(f"# {line}\n" for line in head) + write_yaml(made.recipe)
+    text = HEADER + "".join(f"# {line}\n" for line in head) + write_yaml(made.recipe)
     for line in ["without an exact counterpart:", *(f"  {escaped(note)}" for note in notes)] if notes else []:
         print(line, file=sys.stderr)
     if output is None:
