@@ -1,4 +1,4 @@
-"""Cost of logging and the plugin layer in the quickstart, as shares of an optimizer step.
+"""Cost of logging, the run doctor included, and of the plugin layer in the quickstart, as shares of an optimizer step.
 
 `python -m benchmarks.logging [--steps 80] [--json PATH] [KEY=VALUE ...]`
 
@@ -78,6 +78,7 @@ def install(watch: Stopwatch) -> None:
     from hf_rlhf.config.algorithm import Algorithm
     from hf_rlhf.metrics import trackers
     from hf_rlhf.metrics.aggregator import MetricAggregator
+    from hf_rlhf.metrics.doctor_callback import DoctorCallback
     from hf_rlhf.metrics.jsonl_log import RunLog
     from hf_rlhf.scoring.scorer import Scorer
     from hf_rlhf.training import collector
@@ -89,6 +90,7 @@ def install(watch: Stopwatch) -> None:
         (RLHFTrainer, "log"): (LOGGING, "Trainer's log and the progress on the terminal"),
         (RLHFTrainer, "_sample_completions"): (LOGGING, "rows of the completions table"),
         (RunLog, "on_log"): (LOGGING, "metrics.jsonl"),
+        (DoctorCallback, "on_log"): (LOGGING, "the run doctor"),
         (RunLog, "_parquet"): (LOGGING, "completions/*.parquet, in a thread"),
         (trackers.WandbTracker, "on_log"): (LOGGING, "Weights & Biases, table included"),
         (MetricAggregator, "read"): (LOGGING, "averages since the last entry"),
