@@ -67,7 +67,10 @@ class Series:
         if len(self.first) < ENTRIES:
             self.first.append(value)
         self.last.append((step, value))
-        self.low, self.high = min(self.low, value), max(self.high, value)
+        if value < self.low:  # a comparison costs less than min() and max(), and there are many metrics
+            self.low = value
+        if value > self.high:
+            self.high = value
 
 
 @dataclass(kw_only=True)
@@ -88,7 +91,10 @@ class History:
         """Append an entry of the log."""
         self.step = step
         for name, value in numbers.items():
-            self.series.setdefault(name, Series()).add(step, value)
+            series = self.series.get(name)
+            if series is None:
+                series = self.series[name] = Series()
+            series.add(step, value)
 
     def values(self, name: str, entries: int = KEPT) -> list[float]:
         """Return the last values of a metric; empty if it was not logged."""

@@ -23,7 +23,7 @@ class RewardsAtWar(Pattern):
     rule = f"`reward/<label>/corr/<other>` below {MOST} in 5 rollouts in a row"
 
     def find(self, history: History) -> Iterable[Finding]:
-        for name in history.series:
+        for name in [name for name in history.series if "/corr/" in name]:
             match = NAME.fullmatch(name)
             step = history.since(name, lambda correlation: correlation < MOST) if match else None
             if match is None or step is None:
