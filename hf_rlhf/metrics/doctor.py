@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_rlhf.config.recipe import load_plugin
+from hf_rlhf.config.recipe_yaml import read_yaml
 from hf_rlhf.contract.metric import Metric
 from hf_rlhf.contract.pattern import Finding, History, Pattern, Source
 from hf_rlhf.metrics import CORE, EVALUATION, OFFLINE, OFFLINE_EVALUATION
@@ -100,7 +99,7 @@ def diagnose(run_folder: Path, declared: Sequence[Named] | None = None) -> list[
 def recipe_of(run_folder: Path) -> dict[str, Any]:
     """Return the resolved recipe of a run; empty if it has none."""
     file = run_folder / "recipe.yaml"
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    return (read_yaml(file.read_text(encoding="utf-8"), str(file)) or {}) if file.is_file() else {}
 
 
 def entries_of(run_folder: Path) -> Iterator[dict[str, Any]]:

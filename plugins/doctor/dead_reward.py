@@ -29,12 +29,12 @@ class DeadReward(Pattern):
         if len(paid) == 1 and "reward/zero_std_frac" in history.series:
             return
         for label, source in paid.items():
+            out = (f"rewards.{source.place}.weight=0",) if len(paid) > 1 else ()
             mean, std = f"reward/{label}/mean", f"reward/{label}/std"
-            where = f"rewards.{source.place}"
             if mean not in history.series:
                 if len(history.values("rollout/rows", ROLLOUTS)) == ROLLOUTS:
                     text = f"The reward {label} has scored no completion so far. Check its column and `when`, or leave it out."
-                    yield Finding(self.name, 1, text, (f"{where}.weight=0",), mean)
+                    yield Finding(self.name, 1, text, out, mean)
                 continue
             step = history.since(std, lambda spread: spread < NONE, ROLLOUTS)
             value = history.mean(mean)
@@ -44,7 +44,7 @@ class DeadReward(Pattern):
                     f"The reward {label} is {value:.3g} for every completion: it tells none from another. Check what it looks "
                     "for, or leave it out."
                 )
-                yield Finding(self.name, step, text, (f"{where}.weight=0",), mean)
+                yield Finding(self.name, step, text, out, mean)
 
 
 @hookimpl

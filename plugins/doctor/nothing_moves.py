@@ -10,8 +10,8 @@ from hf_rlhf.axes import Finding, History, Pattern
 
 from ._advice import learning_rate
 
-METRIC, RATE = "kl/ref", "learning_rate"
-ENTRIES, KL, LEAST = 15, 1e-4, 1e-8
+METRIC, RATE, GRADIENT = "kl/ref", "learning_rate", "policy/grad_norm"
+ENTRIES, KL, LEAST, NO_GRADIENT = 15, 1e-4, 1e-8, 1e-6
 
 
 @dataclass(kw_only=True)
@@ -22,8 +22,8 @@ class NothingMoves(Pattern):
     meaning = "the learning rate is too small to move anything"
     symptom = "Nothing changes: reward, KL and completions stay as they were"
     rule = (
-        f"`{METRIC}` between -{KL:g} and {KL:g} nats per row in the first {ENTRIES} entries of the log, or `{RATE}` below "
-        f"{LEAST:g} in all of them, while it does not rise in a warm-up"
+        f"`{METRIC}` between -{KL:g} and {KL:g} nats per row in the first {ENTRIES} entries of the log though `{GRADIENT}` is not "
+        f"0, or `{RATE}` below {LEAST:g} in all of them, while it does not rise in a warm-up"
     )
 
     def find(self, history: History) -> Iterable[Finding]:
@@ -32,6 +32,7 @@ class NothingMoves(Pattern):
             return
         kls = history.values(METRIC)
         still = len(kls) >= ENTRIES and max(map(abs, kls)) < KL and history.series[METRIC].high < KL
+        still = still and max(history.values(GRADIENT), default=1.0) > NO_GRADIENT  # else there is nothing to follow
         if not still and history.series[RATE].high >= LEAST:
             return
         rate = history.series[RATE].high

@@ -233,6 +233,7 @@ EXCUSED: dict[str, list[dict[str, float]]] = {
     + [{"reward/form/mean": 1.0, "reward/form/std": 0.0}] * 12,
     "dead_reward: a verifier that no_answer sees": [{"reward/exact_match/mean": 0.0, "reward/exact_match/std": 0.0}]
     * 20,
+    "nothing_moves: there is no gradient": [{"kl/ref": 0.0, "learning_rate": 1e-6, "policy/grad_norm": 0.0}] * 40,
     "nothing_moves: in the warm-up": [{"kl/ref": 0.0, "learning_rate": 1e-10 * i} for i in range(20)],
     "nothing_moves: at the end of the schedule": [{"kl/ref": 0.1 * i, "learning_rate": 1e-6 / 2**i} for i in range(40)],
     "out_of_range: one step in three": [{"value/clip_frac": 0.9 * (i % 3 == 0)} for i in range(40)],
