@@ -22,8 +22,8 @@ class NothingMoves(Pattern):
     meaning = "the learning rate is too small to move anything"
     symptom = "Nothing changes: reward, KL and completions stay as they were"
     rule = (
-        f"`{METRIC}` between -{KL:g} and {KL:g} nats per row in the first {ENTRIES} entries of the log though `{GRADIENT}` is not "
-        f"0, or `{RATE}` below {LEAST:g} in all of them, while it does not rise in a warm-up"
+        f"`{METRIC}` between -{KL:g} and {KL:g} nats per row in the first {ENTRIES} entries of the log though `{GRADIENT}` is "
+        f"not 0, or `{RATE}` below {LEAST:g} in all of them, while it does not rise in a warm-up"
     )
 
     def find(self, history: History) -> Iterable[Finding]:
