@@ -278,8 +278,10 @@ class RunTrainer(PushingTrainer):
             write_or_warn(self.output_dir)
 
     def _summarize(self, trained: TrainOutput) -> dict[str, Any]:
+        facts = self.facts()
+        long = {name: facts.pop(name) for name in ("plan", "versions")}  # at the end, where they hide nothing
         return {
-            **self.facts(),
+            **facts,
             "after": self._after,
             "steps": trained.global_step,
             "seconds": time.perf_counter() - self.started,
@@ -287,6 +289,7 @@ class RunTrainer(PushingTrainer):
             "peak_memory_mib": self._peak_mib,
             "findings": [as_dict(finding) for finding in self.doctor.findings],
             "output_dir": str(self.output_dir),
+            **long,
         }
 
     def _measure_peak(self) -> None:
