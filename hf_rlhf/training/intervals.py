@@ -60,7 +60,7 @@ def wilson(share: float, rows: float) -> tuple[float, float]:
     scale = 1 + Z * Z / rows
     middle = (share + Z * Z / (2 * rows)) / scale
     margin = Z * math.sqrt(share * (1 - share) / rows + Z * Z / (4 * rows * rows)) / scale
-    return max(0.0, middle - margin), min(1.0, middle + margin)
+    return (0.0 if share == 0 else middle - margin), (1.0 if share == 1 else middle + margin)
 
 
 def student_quantile(freedom: int) -> float:

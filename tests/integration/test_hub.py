@@ -20,7 +20,7 @@ from hf_rlhf.metrics.model_card import Card
 from hf_rlhf.runtime import hub_push
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.hub_push import PushError
-from tests.helpers import runs
+from tests.helpers import runs, stage_runs
 from tests.helpers.hub import TOKEN, serving_hub
 from tests.helpers.paths import environment
 from tests.helpers.waits import scaled
@@ -236,3 +236,10 @@ def test_a_hub_that_comes_back_gets_the_run(hub, tmp_path, monkeypatch, caplog):
     hub.silent = None
     made.save_model()
     assert "README.md" in hub.files["someone/out"]
+
+
+def test_a_stage_that_is_not_pushed_is_followed_by_the_next(hub, tmp_path, caplog):
+    hub.refuses = {"/commit/": 403}
+    summary = stage_runs.run(tmp_path, "sft.training.push_to_hub=true", resume=False)
+    assert list(summary["stages"]) == ["sft", "rm", "ppo"]
+    assert "sft: the token may not write someone/sft" in caplog.text

@@ -11,6 +11,7 @@ import copy
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,7 +30,10 @@ from hf_rlhf.metrics.live_view import LiveView, console
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import CheckpointError, UserError
+from hf_rlhf.runtime.hub_push import PushError
 from hf_rlhf.runtime.run_folder import RUN_FILES, only_run_in
+
+logger = logging.getLogger(__name__)
 
 RECORD = "stages.json"
 State = Literal["new", "begun", "finished"]
@@ -219,7 +223,10 @@ def _run(stage: PipelineStage, record: _Record, state: State, options: dict[str,
     recipe = stage.placed(record.root)
     if isinstance(recipe, OfflineRecipe):  # nothing is sampled
         options = {**options, "show_completions": None}
-    train(recipe, str(folder), whole, **options)
+    try:
+        train(recipe, str(folder), whole, **options)
+    except PushError as error:  # the stage is complete, and the next reads it from its folder
+        logger.warning("%s: %s", stage.name, error)
     _meet()
     gc.collect()
 
