@@ -83,6 +83,7 @@ def install(watch: Stopwatch) -> None:
     from hf_rlhf.scoring.scorer import Scorer
     from hf_rlhf.training import collector
     from hf_rlhf.training.collector import Collector
+    from hf_rlhf.training.recording import Recorder
     from hf_rlhf.training.trainer import RLHFTrainer
     from hf_rlhf_plugins.rewards.exact_match import ExactMatch
 
@@ -93,6 +94,12 @@ def install(watch: Stopwatch) -> None:
         (DoctorCallback, "on_log"): (LOGGING, "the run doctor"),
         (RunLog, "_parquet"): (LOGGING, "completions/*.parquet, in a thread"),
         (trackers.WandbTracker, "on_log"): (LOGGING, "Weights & Biases, table included"),
+        **{
+            (Recorder, name): (LOGGING, "rollouts recorded for the report")
+            for name in ("begin", "saw", "select", "credited", "note", "take")
+        },
+        (RunLog, "write_sample"): (LOGGING, "rollouts recorded for the report"),
+        (RunLog, "_json"): (LOGGING, "rollouts/*.json, in a thread"),
         (MetricAggregator, "read"): (LOGGING, "averages since the last entry"),
         **{(collector, name): (LOGGING, "numbers of the rollout") for name in ("report_rewards", "report_credit")},
         (collector, "report_drift"): (LOGGING, "numbers of the rollout"),

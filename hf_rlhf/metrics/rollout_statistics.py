@@ -107,13 +107,19 @@ def _read(found: Numbers) -> dict[str, float]:
     """Return the numbers that are not NaN, waiting for the device once."""
     if not found:
         return {}
-    values = torch.stack([x.double() if x.device.type != "mps" else x.float() for x in found.values()]).tolist()
+    tensors = list(found.values())
+    kind = tensors[0].device.type
+    if kind == "cpu":  # there is nothing to wait for
+        values = list(map(float, tensors))
+    else:
+        values = torch.stack([x.float() if kind == "mps" else x.double() for x in tensors]).tolist()
     return {name: x for name, x in zip(found, values, strict=True) if x == x}
 
 
 def _mean_std(name: str, x: Tensor, on: Tensor) -> Numbers:
     """Return mean and unbiased standard deviation of `x` where `on` is True; std 0 for one number, NaN for none."""
-    return {f"{name}/mean": _mean(x, on), f"{name}/std": _variance(x, on).sqrt()}
+    mean, variance = _mean_variance(x, on)
+    return {f"{name}/mean": mean, f"{name}/std": variance.sqrt()}
 
 
 def _mean(x: Tensor, on: Tensor) -> Tensor:
@@ -127,6 +133,12 @@ def _finite_mean(x: Tensor | float, on: Tensor) -> Tensor:
     return _mean(values.to(torch.get_default_dtype()) if not values.is_floating_point() else values, finite)
 
 
+def _mean_variance(x: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
+    off, count = ~on, on.sum()
+    mean = x.masked_fill(off, 0.0).sum() / count
+    squares = ((x - mean).masked_fill(off, 0.0) ** 2).sum()
+    return mean, squares / (count - 1).clamp(min=1)
+
+
 def _variance(x: Tensor, on: Tensor) -> Tensor:
-    squares = ((x - _mean(x, on)).masked_fill(~on, 0.0) ** 2).sum()
-    return squares / (on.sum() - 1).clamp(min=1)
+    return _mean_variance(x, on)[1]

@@ -72,7 +72,9 @@ class RunData:
 
     @cached_property
     def findings(self) -> list[Finding]:
-        """Findings of the doctor in the log."""
+        """Findings of the run's doctor; while it goes on, of one that reads its log now."""
+        if "findings" in self.summary:
+            return [Finding(**{**row, "overrides": tuple(row["overrides"])}) for row in self.summary["findings"]]
         return diagnose(self.folder, None if self.recipe is None else declared(self.recipe))
 
     @cached_property
