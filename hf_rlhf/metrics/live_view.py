@@ -53,7 +53,7 @@ ENDLESS = 100_000
 """Width of lines that do not go to a terminal."""
 BARS = "▁▂▃▄▅▆▇█"
 UP, DOWN, LEVEL = "↑", "↓", "→"
-PER_SECOND = 4
+PER_SECOND = 2
 """Redraws per second."""
 _running: list[LiveView] = []
 
@@ -75,30 +75,35 @@ class Numbers:
         self.shown = shown
         self.newest: dict[str, float] = {}
         self.history: dict[str, list[float]] = {}
+        self._changes = 0
+        self._made: tuple[tuple[int, int], list[tuple[str, str, str, str]]] | None = None
 
     def add(self, logs: dict[str, float]) -> None:
         """Take what a log entry holds of them."""
         for label, metric in self.shown.items():
-            if metric in logs:
+            if metric in logs and not (label == "held-out reward" and self.shown["held-out accuracy"] in logs):
                 self.newest[label] = logs[metric]
                 if label in TRENDS:
                     self.history.setdefault(label, []).append(logs[metric])
-        if "held-out accuracy" in self.newest:
-            self.newest.pop("held-out reward", None)
+        self._changes += 1
 
     def restart(self) -> None:
         """Forget what an earlier training run has logged; held-out numbers stay."""
         self.newest = {label: x for label, x in self.newest.items() if label.startswith("held-out")}
         self.history.clear()
+        self._changes += 1
 
     def rows(self, width: int) -> list[tuple[str, str, str, str]]:
         """Return label, number, arrow and sparkline of up to `width` characters, in the order of `shown`."""
-        found = []
-        for label in self.shown:
-            if label in self.newest:
-                past = self.history.get(label, [])
-                found.append((label, number(self.newest[label]), arrow(past), sparkline(past, width)))
-        return found
+        key = (width, self._changes)  # a thread draws while another one adds
+        if self._made is None or self._made[0] != key:
+            found = []
+            for label, x in list(self.newest.items()):
+                past = list(self.history.get(label, []))
+                found.append((label, number(x), arrow(past), sparkline(past, width)))
+            order = {label: place for place, label in enumerate(self.shown)}
+            self._made = (key, sorted(found, key=lambda row: order[row[0]]))
+        return self._made[1]
 
 
 def arrow(values: Sequence[float]) -> str:

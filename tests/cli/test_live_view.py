@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from tests.helpers.processes import warm
 from tests.helpers.terminals import Terminal, terminal
+from tests.helpers.waits import scaled
 
 BAR = re.compile(r"^step .*\d+/\d+", re.MULTILINE)
 PHASES = ("importing PyTorch", "evaluation", "rollout", "update", "rewards", "forward", "saving", "loading the model")
@@ -86,6 +88,15 @@ def test_what_others_print_meanwhile_stands_above_the_view_and_moves_nothing(run
         assert screen.rindex("said by the reward") < screen.index(BAR.search(screen)[0])  # type: ignore[index]
     assert "\\x1b[2J" in middle[-1], "escape sequences are written, not obeyed"
     assert any("rewards 0." in screen for screen in middle)
+
+
+def test_a_run_has_the_same_bits_with_the_view_and_without(run: Any, tmp_path: Path) -> None:
+    with terminal(run("--show-completions", "1", steps=3), width=80) as seen:
+        assert seen.end() == 0
+    (tmp_path / "out").rename(tmp_path / "seen")
+    subprocess.run(run(steps=3), check=True, capture_output=True, timeout=scaled(120))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("seen", "out")]
+    assert weights[0] == weights[1]
 
 
 def test_ctrl_c_ends_the_run_and_gives_the_terminal_back(run: Any) -> None:
