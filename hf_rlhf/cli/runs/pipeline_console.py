@@ -13,8 +13,8 @@ from hf_rlhf.metrics.console import _indented, _with_interval, show_next_steps
 from hf_rlhf.metrics.live_view import number
 
 HELD_OUT = ("accuracy", "pairs/accuracy", "steps/accuracy", "tokens/accuracy", "tokens/perplexity")
-LAST = ("kl/ref", "value/explained_var")
-"""Training metrics whose last value is shown."""
+LAST = {"KL to the reference": "kl/ref", "explained variance": "value/explained_var"}
+"""Label -> training metric whose last value is shown."""
 
 
 def show_stages(summary: dict[str, Any], out: Console, next_steps: Sequence[tuple[str, str]] = ()) -> None:
@@ -22,7 +22,8 @@ def show_stages(summary: dict[str, Any], out: Console, next_steps: Sequence[tupl
     out.print(Text("\nstages", style="bold"))
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("stage", "recipe", "steps", "held out", "before", "after"):
-        table.add_column(title, justify="right" if title in ("steps", "before", "after") else "left", no_wrap=True)
+        wraps = title in ("before", "after")
+        table.add_column(title, justify="right" if wraps or title == "steps" else "left", no_wrap=not wraps)
     for name, stage in summary["stages"].items():
         head = (name, stage["recipe"], str(stage["steps"]))
         for cells in _lines(stage):
@@ -46,6 +47,6 @@ def _lines(stage: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     rewards = [name for name in after if name.startswith("reward/") and name.endswith("/mean")]
     for name in [name for name in HELD_OUT if name in after] + rewards:
         yield name, *(_with_interval(found, name) for found in (before, after))
-    for name in LAST:
+    for label, name in LAST.items():
         if name in last:
-            yield f"{name} in training", "", number(last[name])
+            yield label, "", number(last[name])

@@ -152,6 +152,7 @@ def _train(
         if not made.memory:
             made.memory, made.memory_notes = plan.memory, plan.memory_notes
         show_lines(made, out)
+        out.print()
 
     progress = LiveProgress(view, OFFLINE_SHOWN if offline else SHOWN)
     on_plan = announce if first and not whole_plan else None
