@@ -115,6 +115,12 @@ def test_every_page_is_short_fits_its_window_and_logs_no_error(built, pages):
     assert not wrong
 
 
+def test_pictures_are_small():
+    pictures = list((ROOT / "docs" / "pictures").glob("*.png"))
+    assert len(pictures) >= 5
+    assert not [file.name for file in pictures if file.stat().st_size > 150_000]
+
+
 def test_the_search_finds_a_word_from_disk(built):
     ask = "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
     with browser() as page:
