@@ -22,6 +22,7 @@ from hf_rlhf.config.algorithm import Algorithm, walk
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.overrides import apply_overrides
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe, load_recipe, read_recipe, resolve
+from hf_rlhf.config.recipe_yaml import OFFLINE
 from hf_rlhf.config.training_arguments import check_arguments
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.model_loading import ModelError, load_config, load_model, load_tokenizer, model_path
@@ -84,11 +85,15 @@ def find_subjects(words: Sequence[str]) -> list[Subject]:
 
 
 def recipe_of(subjects: Sequence[Subject], name: str | None, overrides: Sequence[str]) -> Recipe:
-    """Return the recipe `name`, or that of the first run, with overrides. Raises `UserError` where runs measure differently."""
+    """Return the recipe `name`, or that of the first run with rollouts, with overrides.
+
+    Raises `UserError` where such runs measure differently, and without any.
+    """
     if name is not None:
         recipe = load_recipe(name, overrides)
     else:
-        runs = [subject for subject in subjects if subject.recipe is not None]
+        all_runs = [subject for subject in subjects if subject.recipe is not None]
+        runs = [subject for subject in all_runs if OFFLINE not in (subject.recipe or {})] or all_runs[:1]
         if not runs:
             raise UserError(
                 f"{subjects[0].word} is not a run, so a recipe has to say what to ask and how to score. Pass --recipe NAME"

@@ -78,9 +78,8 @@ def _model(read: Reader) -> Parts:
             read.note("model_init_kwargs", f"{name}: {read.reason('model_init_kwargs').partition('; ')[2]}")
     if "chat_template_kwargs" in read.defaults and read("chat_template_kwargs"):
         made["chat_template_kwargs"] = read("chat_template_kwargs")
-    if "disable_dropout" in read.given and not read("disable_dropout"):
+    if not read("disable_dropout") and read.defaults["disable_dropout"]:
         made["dropout"] = True
-    read.asked.add("disable_dropout")
     if read("trust_remote_code"):
         read.note("trust_remote_code", "pass --trust-remote-code: a recipe cannot ask for it")
     lora = _lora(read)
@@ -151,8 +150,12 @@ def _batches(read: Reader, processes: int) -> tuple[int, int, int]:
     group, accumulated, epochs = read("num_generations"), read("gradient_accumulation_steps"), read("num_iterations")
     rows, steps, own = read("generation_batch_size"), read("steps_per_generation"), read("per_device_train_batch_size")
     micro = own * processes
-    if rows is not None and steps is not None:
-        raise UserError("generation_batch_size and steps_per_generation exclude each other, as in TRL. Leave one out")
+    if rows is not None and steps is not None:  # a config that TRL has written has both, for its number of processes
+        if rows % (steps * own) or processes not in (1, rows // (steps * own)):
+            raise UserError(
+                "generation_batch_size and steps_per_generation exclude each other, as in TRL. Leave one out"
+            )
+        micro = rows // steps
     if rows is not None and rows % micro:
         raise UserError(
             f"generation_batch_size must be a multiple of {micro}, the rows of a micro-batch on all processes, as in TRL, got "

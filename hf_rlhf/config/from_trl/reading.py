@@ -84,6 +84,16 @@ def fields_of(trainer: str) -> dict[str, Any]:
     return found | {name: x for name, x in SCRIPTS.items() if trainer != "dpo" or not name.startswith("reward")}
 
 
+def made_by_default(trainer: str) -> dict[str, Any]:
+    """Return the fields of a config that was made with defaults alone, as TRL writes it."""
+    import trl
+
+    config = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig, "dpo": trl.DPOConfig}[trainer]
+    made: dict[str, Any] = json.loads(config("unused", use_cpu=True).to_json_string())
+    of_run = ("output_dir", "use_cpu", "generation_batch_size", "steps_per_generation")  # the latter tell the processes
+    return {name: x for name, x in made.items() if name not in of_run}
+
+
 def trainer_of(given: Mapping[str, Any]) -> str:
     """Return the one trainer whose config has all fields. Raises `UserError` for an unknown field, and where several have."""
     known = {trainer: fields_of(trainer) for trainer in ("grpo", "rloo", "dpo")}
@@ -105,16 +115,27 @@ def check_fields(given: Mapping[str, Any], trainer: str) -> None:
     fields = fields_of(trainer)
     if unknown := [name for name in given if name not in fields]:
         near = did_you_mean(unknown[0], fields)
-        raise UserError(f"TRL's {trainer} has no field {unknown[0]!r}.{near} Its command line would refuse it too")
+        raise UserError(
+            f"TRL's {trainer} has no field {unknown[0]!r}.{near} Configs of its trainers grpo, rloo and dpo are read"
+        )
 
 
 class Reader:
-    """The values of a config. What is not asked for, and differs from TRL's default, is listed by `left`."""
+    """The values of a config that differ from TRL's defaults. Those that are not asked for are listed by `left`.
+
+    A config that TRL has written itself holds every field, with what its `__post_init__` has made of the defaults.
+    """
 
     def __init__(self, given: Mapping[str, Any], trainer: str):
         check_fields(given, trainer)
         self.trainer, self.defaults = trainer, fields_of(trainer)
-        self.given = {name: self._typed(name, value) for name, value in given.items()}
+        typed = {name: self._typed(name, value) for name, value in given.items()}
+        made = made_by_default(trainer) if {"output_dir", "lr_scheduler_type"} <= given.keys() else {}
+        self.given = {
+            name: value
+            for name, value in typed.items()
+            if value != self.defaults[name] and (name not in made or value != made[name])
+        }
         self.asked: set[str] = set()
         self.notes: list[tuple[str, str]] = []
 
@@ -130,8 +151,7 @@ class Reader:
 
     def left(self) -> list[tuple[str, str]]:
         """Return (field, reason) of what was not asked for and differs from TRL's default."""
-        names = [name for name, value in self.given.items() if name not in self.asked and value != self.defaults[name]]
-        return [(name, self.reason(name)) for name in names]
+        return [(name, self.reason(name)) for name in self.given if name not in self.asked]
 
     def reason(self, name: str) -> str:
         """Return why a field has no counterpart, as the guide says it. Raises `LookupError` for a field without a word."""

@@ -236,6 +236,30 @@ def test_yaml_1_1_is_read_as_trl_reads_it(tmp_path):
     assert made["model"] == {"dtype": "bfloat16", "lora": {"r": 16, "alpha": 32, "dropout": 0.05}}
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_config_that_trl_has_written_is_read_as_what_it_was_made_of(trainer, processes, tmp_path, monkeypatch):
+    import trl
+
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: processes))
+    of_all = {"beta": 0.2, "learning_rate": 3e-6, "gradient_checkpointing": False, "use_cpu": True, "max_steps": 7}
+    own = {
+        "grpo": {"loss_type": "dr_grpo", "num_iterations": 2},
+        "rloo": {"reward_weights": [0.5]},
+        "dpo": {"loss_type": "ipo"},
+    }
+    given = {**of_all, **own[trainer]}
+    config = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig, "dpo": trl.DPOConfig}[trainer]
+    (tmp_path / "config.json").write_text(config(str(tmp_path / "out"), **given).to_json_string())
+    written = convert(read_config(tmp_path / "config.json"))
+    plain = convert(given, trainer, processes)
+    written.recipe["training"].pop(
+        "activation_checkpointing"
+    )  # the new name of gradient_checkpointing, which TRL sets too
+    assert (written.trainer, written.recipe) == (trainer, plain.recipe)
+    assert dict(written.notes).keys() == {*dict(plain.notes), "output_dir"}
+
+
 def test_the_trainer_is_told_by_the_fields():
     assert trainer_of({"loss_type": "dapo", "scale_rewards": "group"}) == "grpo"
     assert trainer_of({"normalize_advantages": True}) == "rloo"
@@ -251,7 +275,7 @@ def test_the_trainer_is_told_by_the_fields():
         ({"loss_type": "gspo"}, "grpo", "loss_type must be one of"),
         ({"scale_rewards": "all"}, "grpo", "scale_rewards must be"),
         ({"num_generations": 3}, "grpo", "must divide the 8 rows"),
-        ({"generation_batch_size": 8, "steps_per_generation": 1}, "grpo", "exclude each other"),
+        ({"generation_batch_size": 8, "steps_per_generation": 3}, "grpo", "exclude each other"),
         ({"generation_batch_size": 12}, "grpo", "must be a multiple of 8"),
         ({"reward_funcs": ["mine"]}, "grpo", "reward_funcs must be one of"),
         ({"reward_funcs": ["a.b"], "reward_weights": [1, 2]}, "grpo", "a weight for each of the 1 rewards"),
