@@ -274,6 +274,7 @@ not: run the commands on yours.
 | `python -m benchmarks.micro` | single parts: head, sampling, packing, dispatch of plugins, rows of reward sources |
 | `python -m benchmarks.estimators` | advantage estimators: [estimators.md](../benchmarks/results/estimators.md) |
 | `python -m benchmarks.logging` | share of the quickstart in logging, plugins: [logging.md](../benchmarks/results/logging.md) |
+| `python -m benchmarks.report` | a report of 1,000 steps, share of all logging: [report.md](../benchmarks/results/report.md) |
 | `python -m benchmarks.checkpoint` | checkpoints next to Trainer's: [checkpoint.md](../benchmarks/results/checkpoint.md) |
 
 What a run survives:
