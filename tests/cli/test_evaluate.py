@@ -154,6 +154,7 @@ def test_one_model_at_a_time_is_in_memory(run, made, monkeypatch):
 
 def test_a_run_without_rollouts_is_measured_as_the_others(run, made, tmp_path):
     train(load_recipe("sft", ["training.max_steps=1"]), str(tmp_path / "sft"))
+    run.capfd.readouterr()
     found = run.json(tmp_path / "sft", made["full"], "evaluation.prompts=4")
     assert (found["recipe"], [model["label"] for model in found["models"]]) == ("full", ["sft", "full"])
     assert "samples nothing. Pass --recipe" in run(tmp_path / "sft", code=2)
