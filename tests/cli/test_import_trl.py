@@ -60,3 +60,11 @@ def test_a_recipe_is_written_to_a_new_file_alone(run):
     assert "exists" in run("import-trl", "config.yaml", "--output", "new/mine.yaml", code=2)[1]
     assert "there is no file nix.yaml" in run("import-trl", "nix.yaml", code=2)[1]
     assert "must divide the 4 rows" in run("import-trl", "config.yaml", code=2)[1]
+
+
+def test_what_check_would_refuse_is_listed_too(run):
+    Path("config.yaml").write_text("loss_type: cispo\nreward_funcs: [accuracy_reward]\n")
+    out, said = run("import-trl", "config.yaml")
+    assert "check refuses it: policy_loss: epsilon_high must be at least 1" in said
+    Path("mine.yaml").write_text(out)
+    assert "epsilon_high must be at least 1" in run("check", "mine.yaml", code=2)[1]

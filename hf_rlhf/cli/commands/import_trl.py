@@ -49,12 +49,14 @@ def import_trl(
         from hf_rlhf.config.from_trl.converting import convert
         from hf_rlhf.config.from_trl.reading import read_config
         from hf_rlhf.config.json_schema import HEADER
-        from hf_rlhf.config.recipe import resolve
+        from hf_rlhf.config.recipe import OfflineRecipe, resolve
 
         if output is not None and output.exists():
             raise UserError(f"{output} exists. Choose another --output, or delete it")
         made = convert(read_config(config.expanduser()), trainer, processes)
-        resolve(made.recipe, name=config.stem)
+        recipe = resolve(made.recipe, name=config.stem)
+        if not isinstance(recipe, OfflineRecipe):
+            made.notes += [("check refuses it", problem) for problem in recipe.algorithm().problems()]
     notes = [f"{name}: {reason}" for name, reason in made.notes]
     if as_json:
         print_json({"trainer": made.trainer, "recipe": made.recipe, "without_counterpart": dict(made.notes)})
