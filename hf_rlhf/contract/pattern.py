@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -98,7 +98,8 @@ class History:
 
     def values(self, name: str, entries: int = KEPT) -> list[float]:
         """Return the last values of a metric; empty if it was not logged."""
-        return [value for _, value in self.series[name].last][-entries:] if name in self.series else []
+        newest = islice(reversed(self.series[name].last), entries) if name in self.series else ()
+        return [value for _, value in newest][::-1]
 
     def mean(self, name: str, entries: int = ENTRIES) -> float:
         """Return the mean of the last values of a metric, NaN if it was not logged."""
