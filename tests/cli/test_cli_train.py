@@ -251,6 +251,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     assert errors.startswith("error: ")
     assert errors.count("error: ") == 1
     assert "Traceback" not in out + errors
+    assert out == "", "the plan comes after all that can be refused before the model loads"
     return errors
 
 
@@ -283,6 +284,31 @@ def test_what_cannot_run_is_one_error_before_the_model_loads(words, says, monkey
         words = [words[0], "--model", str(model), *data, *words[1:]]
     assert says in refused(monkeypatch, capsys, *words)
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["grpo", "dataset.prompt=question", "dataset.max_prompt_tokens=3", "rollout.max_new_tokens=8"],
+            "3 are allowed",
+        ),
+        (
+            ["sft", "dataset.columns={prompt: question, completion: answer}", "trainer.max_length=3"],
+            "has no usable row",
+        ),
+    ],
+    ids=["prompts", "rows"],
+)
+def test_lengths_are_refused_before_the_plan_is_printed_and_the_model_loads(
+    words, says, monkeypatch, capsys, place, tmp_path, tiny_model_path
+):
+    shutil.copytree(tiny_model_path, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    named = ["--model", str(tmp_path / "model"), "--dataset", str(place / "problems.jsonl")]
+    assert says in refused(
+        monkeypatch, capsys, words[0], *named, *words[1:], *["rollout.prompts=4"][: words[0] == "grpo"]
+    )
 
 
 def test_an_output_folder_in_use_is_refused(trained, place, monkeypatch, capsys):
