@@ -1,7 +1,7 @@
 """Picture of the quickstart in a terminal.
 
-`python -m benchmarks.terminal [--columns 96] [--rows 30]`: run it in tmux and draw docs/pictures/terminal.svg of its
-screen after a hundred steps, without fonts from elsewhere.
+`python -m benchmarks.terminal [--columns 96] [--rows 36]`: run it in tmux and draw docs/pictures/terminal.svg of its
+screen after 80 steps or a few more, without fonts from elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 FILE = Path(__file__).parents[1] / "docs" / "pictures" / "terminal.svg"
-AT = re.compile(r"\b1[0-4]\d/160\b")
+AT = re.compile(r"\b[89]\d/160\b")
 """Step at which the picture is taken."""
 
 
@@ -24,7 +24,8 @@ def screen(columns: int, rows: int, seconds: float = 600.0) -> str:
     """Run the quickstart and return a screen in the middle of it, with its escape sequences."""
     with tempfile.TemporaryDirectory() as folder:
         tmux = ["tmux", "-S", f"{folder}/tmux", "-f", "/dev/null"]
-        command = [sys.executable, "-m", "hf_rlhf", "train", "quickstart", "--output-dir", f"{folder}/quickstart"]
+        command = [sys.executable, "-m", "hf_rlhf", "train", "quickstart", "--show-completions", "25"]
+        command += ["--output-dir", f"{folder}/quickstart"]
         subprocess.run([*tmux, "new-session", "-d", "-x", str(columns), "-y", str(rows), *command], check=True)
         deadline = time.monotonic() + seconds
         try:
@@ -35,7 +36,7 @@ def screen(columns: int, rows: int, seconds: float = 600.0) -> str:
                 time.sleep(0.2)
         finally:
             subprocess.run([*tmux, "kill-server"], check=False)
-    raise TimeoutError(f"the quickstart did not come to step 100 within {seconds:.0f} s")
+    raise TimeoutError(f"the quickstart did not come to step 80 within {seconds:.0f} s")
 
 
 def picture(shot: str, columns: int, file: Path) -> None:
@@ -45,7 +46,7 @@ def picture(shot: str, columns: int, file: Path) -> None:
 
     out = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     out.print(Text.from_ansi(shot.rstrip("\n")))
-    svg = out.export_svg(title="hf-rlhf train quickstart", unique_id="terminal")
+    svg = out.export_svg(title="hf-rlhf train quickstart --show-completions 25", unique_id="terminal")
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL).replace(
         "Fira Code", "DejaVu Sans Mono, Menlo, Consolas"
     )
@@ -56,7 +57,7 @@ def main() -> None:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--columns", type=int, default=96)
-    parser.add_argument("--rows", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=36)
     options = parser.parse_args()
     picture(screen(options.columns, options.rows), options.columns, FILE)
 

@@ -22,6 +22,8 @@ class Activity:
     began: float
     """`time.monotonic()`."""
     thread: int
+    whole: bool
+    """True for one that consists of others, which says nothing while one of them goes on, in whatever thread."""
 
     @property
     def seconds(self) -> float:
@@ -30,9 +32,9 @@ class Activity:
 
 
 @contextmanager
-def doing(name: str) -> Iterator[None]:
+def doing(name: str, whole: bool = False) -> Iterator[None]:
     """Say inside, or in a decorated function, that this process does `name`. Activities nest; threads have their own."""
-    activity = Activity(name, time.monotonic(), threading.get_ident())
+    activity = Activity(name, time.monotonic(), threading.get_ident(), whole)
     _now.append(activity)
     try:
         yield
@@ -43,4 +45,5 @@ def doing(name: str) -> Iterator[None]:
 def current() -> tuple[Activity, ...]:
     """Return the innermost activity of each thread, the oldest first."""
     newest = {activity.thread: activity for activity in list(_now)}
-    return tuple(sorted(newest.values(), key=lambda activity: activity.began))
+    found = sorted(newest.values(), key=lambda activity: activity.began)
+    return tuple([activity for activity in found if not activity.whole] or found)

@@ -191,7 +191,7 @@ class RunTrainer(PushingTrainer):
         """Return whether the output folder has more than what this trainer's evaluation before training wrote."""
         return run_in(self.output_dir, but=(METRICS,)) or self.run_log.found_lines
 
-    @doing("training")
+    @doing("training", whole=True)
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
         folder, step = None, 0
         if resume_from_checkpoint:

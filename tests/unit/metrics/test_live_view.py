@@ -36,6 +36,12 @@ def test_the_innermost_activity_of_each_thread_is_current() -> None:
         thread.start()
         thread.join()
         assert seen == [["outer", "beside"]]
+    with doing("of parts", whole=True):
+        assert names() == ["of parts"]
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+        assert seen[1] == ["beside"]
     assert names() == []
 
 
