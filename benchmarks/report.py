@@ -24,7 +24,7 @@ BARS = {"bytes": 5_000_000, "open_s": 2.0, "errors": 0, "requests": 0, "share": 
 """The most that each may be."""
 READY = """new Promise((done) => {
   const asked = setInterval(() => {
-    if ("ready" in document.documentElement.dataset) {
+    if ("complete" in document.documentElement.dataset) {
       clearInterval(asked);
       requestAnimationFrame(() => requestAnimationFrame(done));
     }

@@ -49,10 +49,10 @@ def html_of(runs: list[RunData]) -> str:
         "runs": [run.name for run in runs],
         "curves": [curves.data_of(found) for found in numbers],
         "sections": curves.panels(runs, numbers),
-        "rollouts": [],
     }
     sections["curves"] = '<div class="controls" id="curve-controls"></div><div id="panels"></div>'
     if any(run.rollouts for run in runs):
         sections["completions"] = '<div class="controls" id="rollout-controls"></div><div id="rollouts"></div>'
-    room = MOST_BYTES - len(page.page(title, sections, "").encode())
-    return page.page(title, sections, fitted(data, [run.rollouts for run in runs], room))
+    curves_data = page.packed(data)
+    room = MOST_BYTES - len(page.page(title, sections, curves_data, "").encode())
+    return page.page(title, sections, curves_data, fitted([run.rollouts for run in runs], room))

@@ -52,8 +52,11 @@ def packed(data: Any) -> str:
     return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
-def page(title: str, sections: dict[str, str], data: str) -> str:
-    """Return the whole file. Its own scripts and styles alone may run, and nothing may be requested."""
+def page(title: str, sections: dict[str, str], data: str, rollouts: str) -> str:
+    """Return the whole file; `data` and `rollouts` are packed.
+
+    Its own scripts and styles alone may run, and nothing may be requested.
+    """
     script = (STATIC / "uplot.js").read_text("utf-8") + "\n" + (STATIC / "report.js").read_text("utf-8")
     style = (STATIC / "uplot.css").read_text("utf-8") + "\n" + (STATIC / "report.css").read_text("utf-8")
     policy = (
@@ -81,6 +84,7 @@ def page(title: str, sections: dict[str, str], data: str) -> str:
 {bodies}
 </main>
 <script type="text/plain" id="data">{data}</script>
+<script type="text/plain" id="rollout-data">{rollouts}</script>
 <script>{script}</script>
 </body>
 </html>

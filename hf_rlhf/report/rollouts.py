@@ -6,18 +6,32 @@ from typing import Any
 
 from hf_rlhf.report.page import packed
 
-LIMITS = ((4, None), (2, None), (1, None), (1, 2048), (1, 512), (1, 64), (0, 0))
-"""(groups of a step, tokens of a completion) to try in turn."""
+LIMITS = (
+    *((4, None), (3, None), (2, None), (1, None)),
+    *((1, 3072), (1, 1536), (1, 768), (1, 384), (1, 96)),
+)
+"""(groups of a step, tokens of a completion) to try in turn; numbers of tokens are divisible by 3, as base64 is cut there."""
+NUMBERS = ("advantage", "kl", "logp")
 
 
-def fitted(data: dict[str, Any], rollouts: list[list[dict[str, Any]]], room: int) -> str:
-    """Return `data` packed with the rollouts of each run under the first of `LIMITS` that keeps it within `room` bytes."""
+def fitted(rollouts: list[list[dict[str, Any]]], room: int) -> str:
+    """Return the rollouts of each run packed, under the first of `LIMITS` that keeps them within `room` bytes."""
+    by_token = 0.0
     for groups, tokens in LIMITS:
-        chosen = [[_cut(step, groups, tokens) for step in run] for run in rollouts] if groups else []
-        found = packed({**data, "rollouts": chosen})
-        if len(found) <= room:
-            break
-    return found
+        chosen = [[_cut(step, groups, tokens) for step in run] for run in rollouts]
+        count = _tokens(chosen)
+        if count * by_token < 1.2 * room:  # what is far too much need not be packed
+            found = packed(chosen)
+            if len(found) <= room:
+                return found
+            by_token = len(found) / max(count, 1)
+    return packed([])
+
+
+def _tokens(rollouts: list[list[dict[str, Any]]]) -> int:
+    return sum(
+        len(row["pieces"]) for run in rollouts for step in run for group in step["groups"] for row in group["rows"]
+    )
 
 
 def _cut(step: dict[str, Any], groups: int, tokens: int | None) -> dict[str, Any]:
@@ -28,6 +42,9 @@ def _cut(step: dict[str, Any], groups: int, tokens: int | None) -> dict[str, Any
 
 
 def _shortened(row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Return a row without the tokens after the first ones; numbers of the others are not read."""
+    """Return a row with its first tokens and their numbers."""
     left = len(row["pieces"]) - tokens
-    return row if left <= 0 else {**row, "pieces": row["pieces"][:tokens], "left_out": left}
+    if left <= 0:
+        return row
+    numbers = {name: {**row[name], "data": row[name]["data"][: tokens // 3 * 4]} for name in NUMBERS if row.get(name)}
+    return {**row, **numbers, "pieces": row["pieces"][:tokens], "left_out": left}

@@ -1,8 +1,11 @@
 "use strict";
 (async () => {
-  const bytes = Uint8Array.from(atob(document.getElementById("data").textContent), (c) => c.charCodeAt(0));
-  const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const data = await new Response(unpacked).json();
+  async function unpacked(id) {
+    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  }
+  const data = await unpacked("data");
+  data.rollouts = [];
 
   // Elements are made of text nodes alone: nothing in the data is ever read as markup.
   function make(tag, options = {}, ...children) {
@@ -192,15 +195,14 @@
     make("label", {}, "smoothing ", make("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: smoothing, oninput: (event) => { smoothing = +event.target.value; redraw(); } })),
     make("span", { class: "note" }, "drag to zoom all curves, double-click to go back"),
   );
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { redraw(); browse(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   let resizing;
   addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(() => places.forEach((place) => place.chart && place.chart.setSize({ width: place.clientWidth, height: 190 })), 120); });
 
   // Completions
 
   const HEATS = { advantage: "advantage", kl: "KL to the reference", logp: "log-prob" };
-  const state = { run: data.rollouts.findIndex((steps) => steps.length), step: 0, heat: "advantage", dropped: true };
-  if (document.getElementById("rollouts")) { state.step = Math.max(0, (data.rollouts[state.run] || []).length - 1); browse(); }
+  const state = { run: 0, step: 0, heat: "advantage", dropped: true };
 
   function decoded(numbers) {
     if (!numbers) return null;
@@ -290,4 +292,12 @@
     return make("span", { class: "scale" }, number(low), canvas, number(high));
   }
   document.documentElement.dataset.ready = "";
+
+  // The curves are on the screen before the completions, which may be megabytes, are read.
+  await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  data.rollouts = await unpacked("rollout-data");
+  state.run = Math.max(0, data.rollouts.findIndex((steps) => steps.length));
+  state.step = Math.max(0, (data.rollouts[state.run] || []).length - 1);
+  browse();
+  document.documentElement.dataset.complete = "";
 })();
