@@ -168,8 +168,8 @@ def show_result(
         out.print(_indented(table))
     folder = summary["output_dir"]
     out.print(Text(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s. In {escaped(folder)}:"), soft_wrap=True)
-    model, more = ("policy", ", completions/") if trained is None else ("model", "")
-    where = f"  the {model} (weights, tokenizer), recipe.yaml, summary.json,\n  metrics.jsonl{more}"
+    model, more = ("policy", ", completions/, evaluation/") if trained is None else ("model", "")
+    where = f"  the {model} (weights, tokenizer), recipe.yaml, summary.json,\n  metrics.jsonl{more}, report.html"
     out.print(Text(where), soft_wrap=True)
     show_next_steps(next_steps, out)
 

@@ -24,8 +24,9 @@ def run_in(folder: Path, but: tuple[str, ...] = ()) -> bool:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete a run's summary and checkpoints; training overwrites its other files."""
-    (folder / "summary.json").unlink(missing_ok=True)
+    """Delete a run's summary, report and checkpoints; training overwrites its other files."""
+    for name in ("summary.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint.is_dir() and checkpoint.name.removeprefix("checkpoint-").isdigit():
             shutil.rmtree(checkpoint)

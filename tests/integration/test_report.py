@@ -21,6 +21,7 @@ from hf_rlhf.metrics.row_file import RowFile
 from hf_rlhf.report import curves
 from hf_rlhf.report.build import FILE, MOST_BYTES, write_report
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.run_folder import remove_run
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.recording import quantized
 from tests.helpers import offline_runs as off
@@ -85,6 +86,12 @@ def test_a_report_that_fails_is_a_warning(run, model, monkeypatch, caplog, tmp_p
     assert [x for x in caplog.messages if "report.html was not written" in x and "ZeroDivisionError" in x]
     assert (tmp_path / "run" / "summary.json").exists()
     assert not list((tmp_path / "run").glob("report*"))
+
+
+def test_a_run_that_is_replaced_leaves_no_report_of_the_old_one(tmp_path):
+    (tmp_path / FILE).write_text("old")
+    remove_run(tmp_path)
+    assert not (tmp_path / FILE).exists()
 
 
 def test_a_folder_without_a_run_is_refused(run, tmp_path):
