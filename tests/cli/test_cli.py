@@ -98,9 +98,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     pandas.DataFrame(rows[:4]).to_parquet(tmp_path / "solutions.parquet")
     (tmp_path / "mine.yaml").write_text(load_recipe("grpo").dump())
-    for name in ("quickstart", "grpo", "rloo"):
+    for name, recipe in {"quickstart": "quickstart", "grpo": "grpo", "rloo": "rloo", "a": "grpo", "b": "rloo"}.items():
         (tmp_path / "outputs" / name).mkdir(parents=True)
-        (tmp_path / "outputs" / name / "recipe.yaml").write_text(load_recipe(name).dump())
+        (tmp_path / "outputs" / name / "recipe.yaml").write_text(load_recipe(recipe).dump())
+        (tmp_path / "outputs" / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
     (tmp_path / "rewards.py").write_text(
         "def brevity(completions, **_):\n    return [1.0 / len(c) for c in completions]\n"
     )
