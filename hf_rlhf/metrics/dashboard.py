@@ -27,7 +27,16 @@ NONE: Bounds = (None, None)
 OVERVIEW, EVALUATION, SAMPLES = "Overview", "Evaluation", "Samples"
 THROUGHPUT, HEALTH = "Throughput", "Health"
 ORDER = tuple(
-    dict.fromkeys((OVERVIEW, EVALUATION, *(b.axis.section for b in AXES.values()), THROUGHPUT, HEALTH, SAMPLES))
+    dict.fromkeys(
+        (
+            OVERVIEW,
+            EVALUATION,
+            *(b.axis.section for b in AXES.values() if not b.axis.watches),
+            THROUGHPUT,
+            HEALTH,
+            SAMPLES,
+        )
+    )
 )
 OF_AREA = {
     **{base.axis.metric_prefix.partition("/")[0]: base.axis.section for base in reversed(AXES.values())},

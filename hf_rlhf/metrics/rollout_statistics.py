@@ -108,11 +108,8 @@ def _read(found: Numbers) -> dict[str, float]:
     if not found:
         return {}
     tensors = list(found.values())
-    kind = tensors[0].device.type
-    if kind == "cpu":  # there is nothing to wait for
-        values = list(map(float, tensors))
-    else:
-        values = torch.stack([x.float() if kind == "mps" else x.double() for x in tensors]).tolist()
+    kind = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    values = torch.stack([x.to(kind) for x in tensors]).tolist()
     return {name: x for name, x in zip(found, values, strict=True) if x == x}
 
 

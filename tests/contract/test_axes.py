@@ -20,6 +20,7 @@ from tests.helpers.paths import ROOT
 
 SPELLED_OUT = {
     "hf_rlhf/axes.py": "AXES itself",
+    "hf_rlhf/config/from_trl/converting.py": "a recipe",
     "hf_rlhf/conformance/tensor_inputs.py": "how the kit calls each tensor function",
     "hf_rlhf/lab/choices.py": "a recipe",
     "hf_rlhf/metrics/catalog.py": "conditions under which the core logs a metric, some named as axes",

@@ -62,6 +62,10 @@ def ones(scored):
     return scored.mask
 
 
+def ended(scored):
+    return scored.finished.bool()
+
+
 def keep_all(scored):
     return scored.mask.sum(1) > -1
 

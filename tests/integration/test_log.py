@@ -24,6 +24,7 @@ from hf_rlhf.axes import PolicyLoss
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
 from hf_rlhf.metrics.trackers import guard
+from hf_rlhf.runtime.checkpoint_state import load_state, save_state
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import runs
 
@@ -234,11 +235,12 @@ def test_meters_average_sums_over_counts_and_numbers_over_entries_and_add_up_hea
     assert meters.read(accelerator) == {}
 
 
-def test_meters_go_on_from_their_state():
+def test_meters_go_on_from_their_state(tmp_path):
     one, other, accelerator = MetricAggregator(), MetricAggregator(), Accelerator(cpu=True)
     one.add("a", torch.tensor(1.0), torch.tensor(4.0))
     one.put("b", 1.0)
-    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    save_state(tmp_path, 0, {"meters": one.state_dict()})
+    other.load_state_dict(load_state(tmp_path, 0)["meters"])
     for meters in (one, other):
         meters.add("a", 2.0, 1.0)
         meters.put("b", 2.0)

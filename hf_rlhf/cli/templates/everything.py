@@ -49,6 +49,10 @@ class Everything(Plugin):
         """Yield reasons why this plugin cannot run or learn in `algorithm`, each with what to write instead."""
         return ()
 
+    def in_words(self) -> str:
+        """Return the plugin in a few words, for the plan's line on the algorithm."""
+        return self.name.replace("_", " ")
+
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield notes for the plan, such as settings that have no effect in `algorithm`."""
         return ()

@@ -121,10 +121,14 @@ def long_and_short() -> list[dict[str, Any]]:
     return [{**row, "completions": unended} for row in runs.problems(3)] + runs.problems(3, seed=4)
 
 
-def with_filter(name: str) -> Callable[[Path, Any], Parts]:
+def with_filter(name: str, **settings: Any) -> Callable[[Path, Any], Parts]:
     def make(folder: Path, resample: int) -> Parts:
         rewards = [{"use": "length", "unit": "tokens", "target": 1, "maximum": 99}]
-        return {"filters": [{"use": name, "resample": resample}], "data": long_and_short(), "rewards": rewards}
+        return {
+            "filters": [{"use": name, "resample": resample, **settings}],
+            "data": long_and_short(),
+            "rewards": rewards,
+        }
 
     return make
 
@@ -158,6 +162,9 @@ def kept(name: str, setting: str) -> Show:
 
 for rows_filter in ("overlong", "too_short"):
     EFFECTS[f"filters.{rows_filter}.resample"] = SettingEffect(0, 9, collected(with_filter(rows_filter)))
+EFFECTS["filters.function.resample"] = SettingEffect(
+    0, 9, collected(with_filter("function", function="tests.helpers.own_functions:ended"))
+)
 for whole_filter in ("duplicates", "opsm"):
     EFFECTS[f"filters.{whole_filter}.resample"] = SettingEffect(0, 1, refusals(whole_filter))
 EFFECTS["filters.overlong.max_tokens"] = SettingEffect(None, 3, kept("overlong", "max_tokens"))

@@ -267,7 +267,7 @@ def test_the_reference_left_out_is_what_the_kl_needs(more, reference):
 def test_rollout_and_advantages_must_be_chosen():
     found = problems({})
     assert set(found) == {"rollout", "advantages"}
-    assert "write `advantages: {use: NAME}`. There are: baseline, gae, gdpo" in found["advantages"]
+    assert "write `advantages: {use: NAME}`. There are: baseline, function, gae, gdpo" in found["advantages"]
 
 
 def test_all_problems_are_told_at_once_with_path_choices_and_fix():
