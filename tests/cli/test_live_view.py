@@ -131,7 +131,7 @@ def test_a_refused_run_leaves_only_its_message(run: Any) -> None:
 def test_terminals_without_colours_or_without_a_movable_cursor(
     variables: dict[str, str], drawn: bool, coloured: bool, run: Any
 ) -> None:
-    with terminal(run(steps=3), width=60, **variables) as seen:
+    with terminal(run(steps=3), width=60, height=80, **variables) as seen:  # the paths of a run may be long
         assert seen.end() == 0
         assert ("━" in seen.screen()) == drawn
         assert bool(re.search(r"\x1b\[[0-9;]*3[1-7]", seen.screen(colours=True))) == coloured

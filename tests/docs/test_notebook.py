@@ -14,6 +14,7 @@ from tests.helpers.paths import ROOT
 FILE = ROOT / "examples" / "quickstart.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_runs_learn(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

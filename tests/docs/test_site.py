@@ -98,6 +98,7 @@ def test_nothing_is_loaded_from_elsewhere(pages):
             )
 
 
+@pytest.mark.slow
 def test_every_page_is_short_fits_its_window_and_logs_no_error(built, pages):
     """At 1400 and 400 pixels, light and dark; wide tables and code scroll inside themselves."""
     wrong = []

@@ -339,7 +339,7 @@ def test_an_unknown_name_gets_the_nearest_and_all_choices():
         Host(disable="").get("advantages", "group_nrom")
     text = str(error.value)
     assert text.startswith(
-        "no advantages plugin named 'group_nrom'. Did you mean 'group_norm'? There are: baseline, gae, "
+        "no advantages plugin named 'group_nrom'. Did you mean 'group_norm'? There are: baseline, function, gae, "
     )
     with pytest.raises(PluginError, match=r"no axis named 'advantage'\. Did you mean 'advantages'"):
         Host(disable="").get("advantage", "gae")
