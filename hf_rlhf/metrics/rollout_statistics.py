@@ -108,8 +108,8 @@ def _read(found: Numbers) -> dict[str, float]:
     if not found:
         return {}
     tensors = list(found.values())
-    kind = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    values = torch.stack([x.to(kind) for x in tensors]).tolist()
+    kind = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32  # which MPS has
+    values = torch.stack([x if x.dtype == kind else x.to(kind) for x in tensors]).tolist()
     return {name: x for name, x in zip(found, values, strict=True) if x == x}
 
 
