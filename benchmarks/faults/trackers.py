@@ -41,6 +41,8 @@ def silent_later() -> Iterator[str]:
     own = {"id": "1", "name": "run", "project": {"name": "project", "entity": {"name": "me"}}}
 
     class Answer(BaseHTTPRequestHandler):
+        """Answer the requests until a run has started."""
+
         def do_POST(self) -> None:
             if started.is_set():
                 ended.wait()

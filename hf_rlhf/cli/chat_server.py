@@ -39,7 +39,7 @@ class Answering:
         return chat.one_bos(self.tokenizer, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer(self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Iterator[Chunk]:
-        """Yield an answer as it is sampled. What fails is said in its place: the conversation goes on."""
+        """Yield an answer as it is sampled, or the text of an error, after which the conversation goes on."""
         try:
             with self._one:
                 yield from self._sample(self.prompt(messages), settings)
@@ -91,6 +91,8 @@ def serving(answering: Answering) -> Iterator[str]:
     """Answer requests on a free port of this machine inside the block; its address is returned."""
 
     class Handler(BaseHTTPRequestHandler):
+        """Handle a request of the chat."""
+
         protocol_version = "HTTP/1.0"  # the end of the connection is the end of a stream
 
         def do_POST(self) -> None:

@@ -54,7 +54,7 @@ class RunData:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of summary.json; empty while the run goes on."""
+        """Return the content of summary.json; empty during the run."""
         file = self.folder / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -72,7 +72,7 @@ class RunData:
 
     @cached_property
     def findings(self) -> list[Finding]:
-        """Findings of the run's doctor; while it goes on, of one that reads its log now."""
+        """Return the findings in summary.json; during the run, those that its log gives now."""
         if "findings" in self.summary:
             return [Finding(**{**row, "overrides": tuple(row["overrides"])}) for row in self.summary["findings"]]
         return diagnose(self.folder, None if self.recipe is None else declared(self.recipe))

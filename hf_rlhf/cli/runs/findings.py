@@ -14,7 +14,7 @@ from hf_rlhf.runtime.plain_text import escaped
 
 
 def show_finding(out: Console) -> Callable[[Finding], None]:
-    """Return what prints a finding while the run goes on: since when, what is wrong, what to type."""
+    """Return a function that prints a finding during the run: the step, the problem and the overrides to type."""
 
     def show(finding: Finding) -> None:
         out.print(Text.assemble(("doctor ", "bold yellow"), escaped(_headline(finding))), soft_wrap=not out.is_terminal)
