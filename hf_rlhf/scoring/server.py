@@ -17,10 +17,11 @@ import signal
 import socket
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.batch import Rollouts
@@ -88,8 +89,14 @@ class ScoringQueue:
         return job
 
     def work(self) -> None:
-        """Score for inline sources in the calling thread until `stop`."""
-        _work(self._inline)
+        """Score for inline sources in the calling thread until `stop` or `interrupt`."""
+        _work(self._inline, lambda: self._stopping)
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: stop `work`, even where `KeyboardInterrupt` is lost, as in `__del__` and weakref callbacks."""
+        self._stopping = True
+        self._inline.put(None)  # which is reentrant
+        raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Refuse all requests, and stop `work` after the current one."""
@@ -124,8 +131,8 @@ class _Job:
             self.end(error)
 
 
-def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
+def _work(jobs: queue.SimpleQueue[_Job | None], is_stopping: Callable[[], bool] = lambda: False) -> None:
+    while not is_stopping() and (job := jobs.get()) is not None:
         job.run()
 
 
@@ -301,11 +308,11 @@ def serve(desk: ScoringQueue, app: Starlette, where: socket.socket, limits: Limi
             desk.stop()
 
     thread = threading.Thread(target=listen, name="hf_rlhf-serve")
-    with _interrupted_by_sigterm():
+    with _interrupted(desk):
         thread.start()
         try:
-            desk.work()
-        except KeyboardInterrupt:
+            with contextlib.suppress(KeyboardInterrupt):
+                desk.work()
             logger.info("stopped")
         finally:
             desk.stop()
@@ -314,9 +321,10 @@ def serve(desk: ScoringQueue, app: Starlette, where: socket.socket, limits: Limi
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _interrupted(desk: ScoringQueue) -> Iterator[None]:
+    before = {number: signal.signal(number, desk.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

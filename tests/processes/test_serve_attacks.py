@@ -286,3 +286,30 @@ def test_a_token_beyond_ascii_opens_the_server_to_remote(tmp_path, monkeypatch):
         assert asyncio.run(remote(rollouts(["0", "0"]))) == [1.0, 1.0]
     finally:
         served.stop()
+
+
+LOSES_SIGNALS = """
+import os, signal
+
+class Leaves:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{signal})
+
+def loses(completions, **columns):
+    Leaves()
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_arrives_where_exceptions_are_lost_stops_the_server(tmp_path, name):
+    (tmp_path / "loses.py").write_text(LOSES_SIGNALS.format(signal=name))
+    port = free_port()
+    process = start_serving(f"{tmp_path}/loses.py:loses", "--port", str(port))
+    try:
+        until_serving(f"http://127.0.0.1:{port}", process)
+        body = {"version": 1, "prompts": ["p"], "completions": ["c"]}
+        httpx.post(f"http://127.0.0.1:{port}/score", json=body, timeout=scaled(20), trust_env=False)
+        assert process.wait(timeout=scaled(20)) == 0
+    finally:
+        process.kill()
