@@ -22,22 +22,23 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from hf_rlhf.batch import Completions, Context as Context, Credit, Prompt as Prompt, Scored
+from hf_rlhf.batch import Context as Context, Credit, Prompt as Prompt, Scored
 from hf_rlhf.contract import chat as chat, outputs
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
 from hf_rlhf.contract.axis import Axis as Axis
-from hf_rlhf.contract.base import Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
+from hf_rlhf.contract.base import Count as Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
 from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel, HubTokenizer as HubTokenizer
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
 from hf_rlhf.contract.outputs import check_output as check_output
 from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pattern
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
+from hf_rlhf.contract.rollout_engine import RolloutEngine, Session as Session
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 from hf_rlhf.runtime.errors import did_you_mean as did_you_mean
 
@@ -52,43 +53,6 @@ if TYPE_CHECKING:
     from hf_rlhf.modeling.lm_head import at_least_float32 as at_least_float32
     from hf_rlhf.modeling.policy import Policy as Policy
     from hf_rlhf.modeling.token_batch import TokenBatch as TokenBatch
-
-
-@dataclass(kw_only=True)
-class RolloutEngine(Plugin, ABC):
-    """Sample completions. Axis `rollout`."""
-
-    axis = Axis(section="Rollouts", metric_prefix="rollout")
-
-    prompts: Count = 32
-    """Prompts per rollout, over all processes (verl: train_batch_size)."""
-    num_generations: Count = 8
-    """Completions per prompt, the group size G (verl: rollout.n)."""
-    temperature: Positive = 1.0
-    """Sampling temperature; log-probs are computed at it everywhere."""
-    skip_special_tokens: bool = True
-    """Hide special tokens from rewards. The final end-of-sequence token is always hidden."""
-
-    @property
-    def exact_logps(self) -> bool:
-        """True if it may report log-probs with `Completions.exact`."""
-        return False
-
-    @abstractmethod
-    def __call__(
-        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
-    ) -> Completions:
-        """Return `num_generations` completions of each prompt, rows of a prompt adjacent.
-
-        `temperature` replaces the setting for this call; 0 is greedy. Random numbers come from the global generators, which
-        the core seeds for the call. `policy.version` names the weights: an engine with a copy reloads them when it changes.
-        """
-
-    def wake(self, part: Literal["weights", "cache"]) -> None:
-        """Prepare for calls of a rollout or evaluation: first "weights", then "cache". `policy.version` stays till `sleep`."""
-
-    def sleep(self) -> None:
-        """Release what the engine holds on the device; called after those calls, even if one of them raised."""
 
 
 @dataclass(kw_only=True)

@@ -67,6 +67,8 @@ class Prompt:
     prompt: str | list[dict[str, Any]]
     columns: dict[str, Any] = field(default_factory=dict)
     opening: str = ""
+    max_new_tokens: int | None = None
+    """Most tokens of its completion; None: the engine's own bound."""
 
 
 @dataclass(kw_only=True)

@@ -197,7 +197,9 @@ class Generate(RolloutEngine):
         from ._decoding import Decoder
 
         group, eos = num_generations if temperature > 0 else 1, self._eos(policy)
-        decode = Decoder(model=policy.model, eos=eos, steps=self.max_new_tokens, device=policy.device)
+        own = [self.max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
+        steps = min(self.max_new_tokens, max(own))
+        decode = Decoder(model=policy.model, eos=eos, steps=steps, device=policy.device)
         reports = policy.wants_logps and temperature > 0
         sampler = self.sampler(prompts, group, temperature, policy.device, reports)
         ids: list[list[int]] = []

@@ -1,0 +1,77 @@
+"""Base class of the axis `rollout`, and the session in which an engine continues rows over several turns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hf_rlhf.batch import Completions, Prompt
+from hf_rlhf.contract.axis import Axis
+from hf_rlhf.contract.base import Count, Plugin, Positive
+
+if TYPE_CHECKING:
+    from hf_rlhf.modeling.policy import Policy
+
+
+@dataclass(kw_only=True)
+class RolloutEngine(Plugin, ABC):
+    """Sample completions. Axis `rollout`."""
+
+    axis = Axis(section="Rollouts", metric_prefix="rollout")
+
+    prompts: Count = 32
+    """Prompts per rollout, over all processes (verl: train_batch_size)."""
+    num_generations: Count = 8
+    """Completions per prompt, the group size G (verl: rollout.n)."""
+    temperature: Positive = 1.0
+    """Sampling temperature; log-probs are computed at it everywhere."""
+    skip_special_tokens: bool = True
+    """Hide special tokens from rewards. The final end-of-sequence token is always hidden."""
+
+    @property
+    def exact_logps(self) -> bool:
+        """True if it may report log-probs with `Completions.exact`."""
+        return False
+
+    @abstractmethod
+    def __call__(
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        """Return `num_generations` completions of each prompt, rows of a prompt adjacent.
+
+        `temperature` replaces the setting for this call; 0 is greedy. Random numbers come from the global generators, which
+        the core seeds for the call. `policy.version` names the weights: an engine with a copy reloads them when it changes.
+        """
+
+    @contextmanager
+    def session(self, policy: Policy, *, temperature: float | None = None) -> Iterator[Session]:
+        """Open a `Session` for the turns of one rollout's episodes. An engine that keeps keys and values of live rows returns
+        its own; the default calls the engine with all tokens so far."""
+        yield Session(self, policy, temperature)
+
+    def wake(self, part: Literal["weights", "cache"]) -> None:
+        """Prepare for calls of a rollout or evaluation: first "weights", then "cache". `policy.version` stays till `sleep`."""
+
+    def sleep(self) -> None:
+        """Release what the engine holds on the device; called after those calls, even if one of them raised."""
+
+
+class Session:
+    """Continue rows over several turns, by whole calls of the engine."""
+
+    def __init__(self, engine: RolloutEngine, policy: Policy, temperature: float | None):
+        self.engine, self.policy, self.temperature = engine, policy, temperature
+
+    def ask(self, rows: Sequence[int], prompts: Sequence[Prompt], num_generations: int = 1) -> Completions:
+        """Return `num_generations` continuations of each prompt, for the rows numbered `rows`, adjacent ones per prompt.
+
+        `Prompt.ids` are all tokens of a row so far; a continuation longer than its `Prompt.max_new_tokens` is cut by the core.
+        Random numbers come from the global generators, which the core seeds for each call.
+        """
+        return self.engine(self.policy, prompts, num_generations, temperature=self.temperature)
+
+    def drop(self, row: int) -> None:
+        """Forget a row, which is not asked again."""
