@@ -20,6 +20,7 @@ from hf_rlhf.axes import at_least_float32, attend
 
 from ._layouts import Heads, Prefill, Shared
 from ._sampling import Sampler
+from ._turns import Continued, Kept, Recorded, Segment, length_of
 
 CHECK = 4
 """Steps between two checks for finished rows."""
@@ -39,19 +40,33 @@ class Decoder:
     steps: int
     device: torch.device
 
-    def __call__(self, prompts: Sequence[Sequence[int]], group: int, sampler: Sampler, first_row: int = 0) -> Drawn:
-        """Sample `group` adjacent rows per prompt; the sampler gets them as rows `first_row`, `first_row` + 1, ..."""
-        with torch.inference_mode(), _kept_for_training(self.model):
-            return self._decode(prompts, group, sampler, first_row)
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group: int,
+        sampler: Sampler,
+        first_row: int = 0,
+        kept: Kept | None = None,
+    ) -> Drawn:
+        """Sample `group` adjacent rows per prompt; the sampler gets them as rows `first_row`, `first_row` + 1, ...
 
-    def _decode(self, prompts: Sequence[Sequence[int]], group: int, sampler: Sampler, first_row: int) -> Drawn:
+        With `kept`, keys and values of the rows are taken from it, and stay there.
+        """
+        with torch.inference_mode(), _kept_for_training(self.model):
+            return self._decode(prompts, group, sampler, first_row, kept)
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], group: int, sampler: Sampler, first_row: int, kept: Kept | None
+    ) -> Drawn:
         distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
         place = {ids: u for u, ids in enumerate(distinct)}
         of_row = [place[tuple(ids)] for ids in prompts for _ in range(group)]
         lengths = [len(ids) for ids in distinct]
-        heads, logits = self._prefill(distinct)
+        heads, logits = self._prefill(distinct, kept.begin(distinct, of_row) if kept else [])
         live = _Live(of_row, lengths, self.steps, first_row, self.device)
-        layout = Shared(heads, lengths, of_row)
+        layout = (Recorded if kept else Shared)(heads, lengths, of_row)
+        if kept:
+            kept.prompts(heads, distinct, of_row)
         del heads
         ends = torch.tensor(sorted(self.eos), device=self.device, dtype=torch.long)
         logits = logits.index_select(0, torch.tensor(of_row, device=self.device))
@@ -65,19 +80,27 @@ class Decoder:
                 layout.start()
                 logits = self._logits(live.tokens.unsqueeze(1), live.positions.unsqueeze(1), 1, **keywords)
                 live.take(sampler(logits[:, -1], live.rows, live.step))
-        return live.finish(ends)
+        drawn = live.finish(ends)
+        if isinstance(layout, Recorded) and kept:
+            kept.end(drawn[0], layout.finish())
+        return drawn
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Heads], Tensor]:
-        """Return keys and values of each layer, (K, N, d) over all prompts, and the logits (U, V) after each prompt."""
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], kept: Sequence[Sequence[Segment]]
+    ) -> tuple[list[Heads], Tensor]:
+        """Return keys and values of each layer, (K, N, d) over all prompts, and the logits (U, V) after each prompt.
+
+        `kept` has the keys and values of the first tokens of each prompt, or of none.
+        """
         layers: list[list[Heads]] = []
         logits = []
-        for part in _parts(prompts):
-            lengths = [len(ids) for ids in part]
-            layout = Prefill(lengths, self.device)
-            ids = torch.tensor([[token for prompt in part for token in prompt]], device=self.device)
-            positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(self.device)
+        new = [ids[length_of(kept[u]) if kept else 0 :] for u, ids in enumerate(prompts)]
+        for part in _parts(new):
+            lengths = [len(ids) for ids in prompts[part]]
+            layout = Continued(kept[part], lengths, self.device) if kept else Prefill(lengths, self.device)
+            ids = torch.tensor([[token for prompt in new[part] for token in prompt]], device=self.device)
             with attend(self.model, layout) as keywords:
-                logits.append(self._logits(ids, positions, layout.last, **keywords)[0])
+                logits.append(self._logits(ids, layout.positions.to(self.device), layout.last, **keywords)[0])
             if not layout.layers:
                 raise RuntimeError("its attention does not go through transformers' attention registry")
             layers.append(layout.layers)
@@ -180,17 +203,15 @@ class _Live:
         return ids, [row[:length] for row, length in zip(self._logps.T.tolist(), first, strict=True)]
 
 
-def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
     """Split prompts into batches of at most `PREFILL` tokens, or of one prompt."""
-    part: list[Sequence[int]] = []
-    tokens = 0
-    for ids in prompts:
-        if part and tokens + len(ids) > PREFILL:
-            yield part
-            part, tokens = [], 0
-        part.append(ids)
+    start = tokens = 0
+    for i, ids in enumerate(prompts):
+        if i > start and tokens + len(ids) > PREFILL:
+            yield slice(start, i)
+            start, tokens = i, 0
         tokens += len(ids)
-    yield part
+    yield slice(start, len(prompts))
 
 
 def copy_of(model: Any, dtype: torch.dtype) -> Any:

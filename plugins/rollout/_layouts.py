@@ -29,8 +29,9 @@ class Prefill:
     def __init__(self, lengths: Sequence[int], device: torch.device):
         self.layers: list[Heads] = []
         self.last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        self.positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
         self._device = device
-        self._buckets = [self._bucket(lengths, start, stop) for start, stop in _buckets(lengths)]
+        self._buckets = [self._bucket(lengths, start, stop) for start, stop in buckets(lengths)]
 
     def attend(
         self,
@@ -44,7 +45,7 @@ class Prefill:
         softcap: float | None,
     ) -> Tensor:
         """Attend as described in `hf_rlhf.modeling.attention.Layout`, with B = 1."""
-        key, value = _stored(key), _stored(value)
+        key, value = stored_heads(key), stored_heads(value)
         self.layers.append((key[0], value[0]))
         groups = query.size(1) // key.size(1)
         parts = []
@@ -72,7 +73,7 @@ class Prefill:
         return first, first + sum(sizes), padded.to(self._device), flat.to(self._device)
 
 
-def _buckets(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def buckets(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Split ascending lengths into ranges start:stop with bounded padding."""
     runs, start, tokens = [], 0, 0
     for i, length in enumerate(lengths):
@@ -89,8 +90,18 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, 
     plain = window is None or window >= length
     if softcap is None and plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    places = torch.arange(length, device=q.device)
+    return masked(q, k, v, scaling, within(places, window), softcap)
+
+
+def within(places: Tensor, window: int | None, columns: Tensor | None = None) -> Tensor:
+    """Return which of `columns` (P,), by default `places`, tokens at `places` (..., n) attend to: (..., n, P)."""
+    distance = places.unsqueeze(-1) - (places if columns is None else columns)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, scaling: float, seen: Tensor, softcap: float | None) -> Tensor:
+    """Attention of (u, H, n, d) to (u, H, P, d) where `seen`, which broadcasts to (u, H, n, P)."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
     scores = _capped(torch.matmul(q, k.transpose(2, 3)) * scaling, softcap)
@@ -111,7 +122,7 @@ def _weights(scores: Tensor, dtype: torch.dtype) -> Tensor:
     return scores.softmax(-1) if scores.dtype == dtype else scores.softmax(-1).to(dtype)
 
 
-def _stored(heads: Tensor) -> Tensor:
+def stored_heads(heads: Tensor) -> Tensor:
     """Convert to the dtype in which autocast multiplies, so that each number is cast once."""
     kind = heads.device.type
     return heads.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else heads
@@ -198,7 +209,7 @@ class Shared:
         stored = self._rows[layer]
         if not stored or stored[0].size(1) < self.steps:
             stored = self._rows[layer] = [
-                self._room(_stored(new), stored[i] if stored else None) for i, new in enumerate((key, value))
+                self._room(stored_heads(new), stored[i] if stored else None) for i, new in enumerate((key, value))
             ]
         for room, new in zip(stored, (key, value), strict=True):
             room[:, self.steps - 1].copy_(new.reshape(len(room), -1))

@@ -217,8 +217,8 @@ def test_greedy_decodes_one_row_per_prompt():
 
 
 def test_prompts_of_very_different_lengths_are_attended_to_apart():
-    assert _layouts._buckets([3, 3, 4, 50, 60]) == [(0, 3), (3, 5)]
-    assert _layouts._buckets([5]) == [(0, 1)]
+    assert _layouts.buckets([3, 3, 4, 50, 60]) == [(0, 3), (3, 5)]
+    assert _layouts.buckets([5]) == [(0, 1)]
 
 
 def test_rows_and_prompts_that_leave_change_no_other_row():
