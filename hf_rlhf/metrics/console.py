@@ -150,7 +150,7 @@ def show_result(
         table = Table(box=None, header_style="bold", pad_edge=False)
         for title in ("", "before", "after"):
             table.add_column(title, justify="right" if title else "left", no_wrap=not title)
-        for name in _listed(after):
+        for name in _listed(before, after):
             table.add_row(name, *(_with_interval(x, name) for x in (before, after)))
         out.print(_indented(table))
     pairs = list(zip(samples.get("before", []), samples.get("after", []), strict=False))[:4]
@@ -183,14 +183,21 @@ def show_next_steps(steps: Sequence[tuple[str, str]], out: Console) -> None:
         out.print(Text(f"      {purpose}"), soft_wrap=True)
 
 
-def _listed(metrics: dict[str, float]) -> list[str]:
-    """Return the names to print: not the ends of intervals; the loss and a plugin's own metrics where it has any."""
-    ends = {f"{name}{end}" for name in metrics for end in ("_low", "_high")}
-    named = [name for name in metrics if name not in ends]
+def _listed(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """Return the names to print: the loss and a plugin's own metrics where it has any; neither ends of intervals, nor errors that
+    did not occur, nor a second name of the same numbers (the reward of a verifier alone is the accuracy)."""
+    ends = {f"{name}{end}" for name in after for end in ("_low", "_high")}
+    named = [name for name in after if name not in ends]
     own = [name for name in named if "/" in name]
     if own and "loss" in named:
         return ["loss", *own]
-    return sorted(named, key=lambda name: "/" in name)  # accuracy, pass@k and maj@k first
+    shown: list[str] = []
+    for name in sorted(named, key=lambda name: "/" in name):  # accuracy, pass@k and maj@k first
+        values = before.get(name), after[name]
+        again = name.startswith("reward/") and any(values == (before.get(x), after[x]) for x in shown)
+        if not again and (any(values) or not name.startswith("health/")):
+            shown.append(name)
+    return shown
 
 
 def _with_interval(metrics: dict[str, float], name: str) -> str:

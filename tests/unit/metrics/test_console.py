@@ -78,7 +78,7 @@ def test_the_plan_is_readable_at_80_columns():
 
 SUMMARY = {
     "before": {"reward/total/mean": 0.3, "accuracy": 0.3, "rollout/length/mean": 3.0},
-    "after": {"reward/total/mean": 0.95, "accuracy": 0.95, "rollout/length/mean": 2.9, "maj@4": 1.0},
+    "after": {"reward/total/mean": 0.5, "accuracy": 0.95, "rollout/length/mean": 2.9, "maj@4": 1.0},
     "steps": 160,
     "seconds": 61.2,
     "output_dir": "outputs/quickstart",
@@ -99,10 +99,27 @@ def test_the_result_shows_before_beside_after_with_accuracy_first():
         ["before", "after"],
         ["accuracy", "0.3", "0.95"],
         ["maj@4", "-", "1"],
-        ["reward/total/mean", "0.3", "0.95"],
+        ["reward/total/mean", "0.3", "0.5"],
     ]
     assert ["37+58=", "94", "0", "95", "1"] in lines
     assert lines[-3:] == [["next:"], ["hf-rlhf", "show", "kl", "in_loss"], ["its", "settings"]]
+
+
+def test_the_result_says_nothing_twice_and_no_error_that_did_not_occur():
+    before = {"accuracy": 0.5, "reward/total/mean": 0.5, "reward/exact_match/mean": 0.5, "reward/length/mean": 0.0}
+    before |= {"health/reward_error": 0, "health/reward_timeout": 0, "rollout/truncated_frac": 0.0}
+    after = {
+        **before,
+        "accuracy": 0.9,
+        "reward/total/mean": 0.9,
+        "reward/exact_match/mean": 0.9,
+        "health/reward_timeout": 3,
+    }
+    out = plain()
+    show_result({**SUMMARY, "before": before, "after": after}, {}, out)
+    shown = [line.split()[0] for line in out.file.getvalue().splitlines() if line.startswith("  ")]
+    names = ["accuracy", "reward/length/mean", "health/reward_timeout", "rollout/truncated_frac"]
+    assert [name for name in shown if name in before] == names
 
 
 def test_the_result_is_readable_at_80_columns_whatever_the_texts():
