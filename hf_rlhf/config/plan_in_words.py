@@ -72,7 +72,10 @@ def _redrawn(rounds: int) -> str:
 
 def _kl(kl: KLPlacement) -> str:
     where = " and ".join(PLACES[place] for place in PLACES if place in kl.places) or "only measured"
-    facts = [kl.estimator.name, *(["per completion"] if kl.level == "sequence" else [])]
+    facts = [
+        kl.estimator.in_words() if kl.estimator.words else kl.estimator.name,
+        *(["per completion"] if kl.level == "sequence" else []),
+    ]
     if kl.places and hasattr(kl, "beta"):
         facts.insert(0, f"beta {kl.beta:g}")
     if kl.clamp is not None:

@@ -91,6 +91,11 @@ def read(name: str | None, overrides: Iterable[str]) -> Recipe:
     return recipe
 
 
+def rewards_of(algorithm: Algorithm) -> Literal["real", "none"]:
+    """Return the rewards of the world in which to study an algorithm: none if it has none."""
+    return "real" if algorithm.rewards else "none"
+
+
 def scaled(kls: Sequence[KLPlacement], beta: float | None) -> list[KLPlacement]:
     """Scale the KLs so that the largest beta is `beta`; None leaves them unchanged."""
     largest = beta_of(kls)

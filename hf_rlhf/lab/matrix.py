@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from hf_rlhf.axes import AdvantageEstimator, Aggregation, KLPlacement, PolicyLoss
-from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.recipe import load_plugin, read_recipe
-from hf_rlhf.lab.choices import BETA, aggregations, defaults, in_world, kl_choices, read, scaled, variants
+from hf_rlhf.lab.choices import BETA, aggregations, defaults, in_world, kl_choices, read, rewards_of, scaled, variants
 from hf_rlhf.lab.expectation import Values
 from hf_rlhf.lab.study import Lab, Row
 from hf_rlhf.lab.world import World
@@ -46,19 +46,22 @@ class Matrix:
     def recipes(self) -> Iterator[Row]:
         """Yield rows for every recipe's advantages, KLs, policy loss and aggregation, with exact critics."""
         for name in rollout_recipes():
-            row = self._lab(self.world, "exact", False).study(self.recipe(name))
+            row = self.recipe(name)
             row.recipe = name
             yield row
 
-    def recipe(self, name: str) -> Algorithm:
-        """Return a recipe's choices in the matrix's world."""
+    def recipe(self, name: str) -> Row:
+        """Return the row of a recipe's choices, in the matrix's world or one without rewards."""
         chosen = read(name, ()).algorithm()
-        return in_world(
-            self.world,
-            advantages=chosen.advantages,
-            kl=scaled(chosen.kl, self.beta),
-            policy_loss=chosen.policy_loss,
-            aggregation=aggregations(self.world, chosen.aggregation)[0],
+        world = dataclasses.replace(self.world, rewards=rewards_of(chosen))
+        return self._lab(world, "exact", False).study(
+            in_world(
+                world,
+                advantages=chosen.advantages,
+                kl=scaled(chosen.kl, self.beta),
+                policy_loss=chosen.policy_loss,
+                aggregation=aggregations(world, chosen.aggregation)[0],
+            )
         )
 
     def whole(self) -> Iterator[Row]:

@@ -153,9 +153,8 @@ class Objectives:
             "KL(ref||pi)": lambda: q.exp() * (q - p),
             "L1(pi, ref)": lambda: (p.exp() - q.exp()).abs(),
         }
-        visits = self._sampler.probability.detach() / self.world.prompts
         for name, terms in of_state.items():
-            yield f"per-state {name}", self.gradient((visits * now.of_states(terms().sum(2)).sum(2)).sum(1))
+            yield from self._per_state(name, now.of_states(terms().sum(2)))
         if self.off_policy:
             behind = (self._sampler.probability.detach() * -now.logps.sum(2)).sum(1) / self.world.prompts
             yield "KL(old||pi)", self.gradient(behind)
@@ -165,11 +164,20 @@ class Objectives:
         yield "E[(l - 1)/T]", self.gradient(now.mean((log_ratio - 1) / lengths))
         yield "E[(l - 1 - sg E[l])/T]", self.gradient(now.mean((log_ratio - 1 - mean) / lengths))
 
+    def _per_state(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the sum and the mean over each completion's states of `value` (K, n, T), with the visits held fixed."""
+        visits = self._sampler.probability.detach() / self.world.prompts
+        for weight, mark in ((torch.ones(()), ""), (1 / self.world.lengths, " / T")):
+            yield f"per-state {name}{mark}", self.gradient((visits * value.sum(2) * weight).sum(1))
+
     def _halves_of(self, placement: KLPlacement) -> Iterator[Candidate]:
         """Yield the halves of grad E[sum e]: the score half (e held fixed), the path half (the probability held fixed),
         and the own-token half, in which each token's e multiplies only the score of that token. If e stops gradients or
         contains a ratio, the halves do not add up to the gradient of its mean."""
         value, name = self._estimate(placement), placement.estimator.name
+        if "full_distribution" in placement.estimator.needs:  # no token is sampled in it
+            name = placement.estimator.in_words()
+            yield from (Candidate(*found) for found in self._per_state(name, value))
         by_token = value.dim() == 3
         total = value.sum(2) if by_token else value
         p, n = self.now.probability, self.world.prompts

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.recipe import Recipe
-from hf_rlhf.lab.choices import BETA, aggregations, beta_of, in_world, read, scaled
+from hf_rlhf.lab.choices import BETA, aggregations, beta_of, in_world, read, rewards_of, scaled
 from hf_rlhf.lab.expectation import Values
 from hf_rlhf.lab.study import Lab, Row
 from hf_rlhf.lab.world import World
@@ -36,7 +36,7 @@ def run(
     if algorithm is None or isinstance(algorithm, str):
         algorithm = read(algorithm, overrides)
     chosen = algorithm.algorithm() if isinstance(algorithm, Recipe) else algorithm
-    world = world or World()
+    world = world or World(rewards=rewards_of(chosen))
     kl = scaled(chosen.kl, beta)
     lab = Lab(world=world, beta=beta_of(kl), values=values, off_policy=off_policy)
     return [

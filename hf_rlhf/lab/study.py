@@ -124,8 +124,10 @@ class Row:
             return Verdict.UNKNOWN if self.is_gradient else Verdict.NOTHING
         if self.objective in ("c(pi) E[r]", "c(pi) (E[r] - beta KL(pi||ref))"):
             return Verdict.PARALLEL
-        if (self.reward_part, self.kl_part) == ("E[r]", "0" if self.beta is None else "KL(pi||ref)"):
-            return Verdict.GOAL if self.beta is None or self.kl_factor == self.reward_factor else Verdict.OTHER_BETA
+        goal = "0" if self.rewards == "none" else "E[r]"
+        if (self.reward_part, self.kl_part) == (goal, "0" if self.beta is None else "KL(pi||ref)"):
+            any_beta = self.beta is None or self.rewards == "none"
+            return Verdict.GOAL if any_beta or self.kl_factor == self.reward_factor else Verdict.OTHER_BETA
         return Verdict.OTHER if self.is_gradient else Verdict.FIXED
 
     def as_dict(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def lines(rows: Sequence[Row], world: World) -> Iterator[str]:
     if first.values:
         chosen += f", {first.values} values"
     yield chosen + (", rollouts of an older policy" if first.off_policy else "")
-    yield f"world: {describe_world(world)}, {world.rewards} rewards"
+    yield f"world: {describe_world(world)}, {'no' if world.rewards == 'none' else world.rewards} rewards"
     yield ""
     cells = [[column(row) for column in COLUMNS.values()] for row in rows]
     yield from aligned(list(COLUMNS), cells)

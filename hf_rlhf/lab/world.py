@@ -41,8 +41,8 @@ class World:
     """Prompts in each rollout, with separate policies."""
     group: int = 3
     """G, completions per prompt."""
-    rewards: Literal["real", "binary"] = "real"
-    """real: two sources, one real-valued in [0, 1] and one of 0 and 1; binary: one source of 0 and 1."""
+    rewards: Literal["real", "binary", "none"] = "real"
+    """real: two sources, one real-valued in [0, 1] and one of 0 and 1; binary: one source of 0 and 1; none: no source."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -127,6 +127,8 @@ class World:
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Unweighted scores (n,) of each reward source, by label."""
+        if self.rewards == "none":
+            return {}
         n = len(self.sequences)
         binary = (self.draw(n, stream=4) > 0).double()
         for p in range(self.prompts):  # each prompt has correct and wrong completions
@@ -144,7 +146,8 @@ class World:
     @cached_property
     def reward(self) -> Tensor:
         """Weighted total reward r, (n,)."""
-        return torch.stack([self.weights[label] * x for label, x in self.scores.items()]).sum(0)
+        total = self.mask.new_zeros(len(self.sequences))
+        return sum((self.weights[label] * x for label, x in self.scores.items()), start=total)
 
     # Rollouts
 

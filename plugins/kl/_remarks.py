@@ -51,6 +51,8 @@ def of_the_loss(kl: Any, algorithm: Algorithm) -> Iterator[str]:
         yield from _not_tried(kl)
         return
     name = tried.named(tried.loss)
+    if name is None and "full_distribution" in estimator.needs:  # no token is sampled in it
+        name = estimator.in_words()
     if not (sequence and name == KL) and not _has_partner(kl, algorithm, "reward", tried):
         other = "the KL" if name == KL else KL
         yield (

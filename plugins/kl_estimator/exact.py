@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import KLEstimator
 
+from ._distributions import OverDistributions, reverse
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(kw_only=True)
-class Exact(KLEstimator):
+class Exact(OverDistributions):
     """sum over V of p (log p - log p_ref): exact in each state; tokens with p = 0 contribute 0."""
 
     name = "exact"
-    needs = frozenset({"full_distribution"})
+    words = "exact"
 
-    def __call__(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
-        difference = (logps - ref_logps).masked_fill(logps == float("-inf"), 0.0)
-        return (logps.exp() * difference).sum(-1)
+    def divergence(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        return reverse(logps, ref_logps)
 
 
 @hookimpl

@@ -104,7 +104,7 @@ def lab(
     if recipe is not None and "=" in recipe:
         overrides.insert(0, recipe)
         recipe = None
-    _one(recipe, overrides, as_json, picture, World(**sizes), off_policy)
+    _one(recipe, overrides, as_json, picture, sizes, off_policy)
 
 
 def _everything(as_json: bool, picture: Path | None, seed: int) -> None:
@@ -151,15 +151,17 @@ def _one(
     overrides: list[str],
     as_json: bool,
     picture: Path | None,
-    world: World,
+    sizes: dict[str, Any],
     off_policy: bool,
 ) -> None:
-    from hf_rlhf.lab.choices import BETA, read
+    from hf_rlhf.lab.choices import BETA, read, rewards_of
     from hf_rlhf.lab.picture import of_one, save
     from hf_rlhf.lab.single import left_out, run
     from hf_rlhf.lab.table import lines
+    from hf_rlhf.lab.world import World
 
     chosen = read(recipe, overrides)
+    world = World(rewards=rewards_of(chosen.algorithm()), **sizes)
     own = any(word.startswith("kl.") and word.partition("=")[0].endswith(".beta") for word in overrides)
     with output_to_stderr(as_json):
         rows = run(chosen, world=world, beta=None if own else BETA, off_policy=off_policy)

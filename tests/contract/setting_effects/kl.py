@@ -22,13 +22,22 @@ def slope(folder: Path, name: str) -> Tensor:
     return torch.autograd.grad(load_plugin("kl_estimator", name)(logps, SLOPES.flip(1)).sum(), logps)[0]
 
 
-def of_distributions(folder: Path, name: str) -> Tensor:
-    p = torch.tensor([[0.7, 0.3]]).log()
-    return load_plugin("kl_estimator", name)(p, p.flip(1))
+def of_distributions(folder: Path, name: str, **settings: Any) -> Tensor:
+    p = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    return load_plugin("kl_estimator", name, **settings)(p, p.flip(1))
 
 
 EFFECTS["kl_estimator.k3_plus"] = SettingEffect("k3_plus", "k3", slope)
-EFFECTS["kl_estimator.exact"] = SettingEffect("exact", "k1", of_distributions)
+for estimator in ("exact", "forward", "jsd"):
+    EFFECTS[f"kl_estimator.{estimator}.top_k"] = SettingEffect(
+        None, 1, lambda folder, value, name=estimator: of_distributions(folder, name, top_k=value)
+    )
+EFFECTS["kl_estimator.jsd.beta"] = SettingEffect(
+    0.5, 0.1, lambda folder, value: of_distributions(folder, "jsd", beta=value)
+)
+EFFECTS["kl_estimator.jsd.normalize"] = SettingEffect(
+    False, True, lambda folder, value: of_distributions(folder, "jsd", normalize=value)
+)
 
 for kl_name in ("in_advantage", "in_loss", "in_reward", "monitor"):
     of_tensors("kl", kl_name, "clamp", None, 0.05)

@@ -7,13 +7,14 @@ Three tokens, at most three of them: 15 completions. The expectations that they 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hf_rlhf.batch import Scored
-from hf_rlhf.lab.study import Lab
+from hf_rlhf.lab.study import Lab, Verdict
 from hf_rlhf.lab.world import Policies, World
 from hf_rlhf.training.losses import at_last_token
 from tests.helpers.truths import (
@@ -125,7 +126,25 @@ def test_a_discounted_reward_to_go_is_the_gradient_of_the_discounted_return_only
 # The halves
 
 
-ESTIMATORS = ["abs", "exact", "k1", "k2", "k3"]
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    m = ((p.exp() + q.exp()) / 2).log()
+    return (p.exp() * (p - m) + q.exp() * (q - m)) / 2
+
+
+def most_likely(p: Tensor, q: Tensor) -> Tensor:
+    """The reverse KL between the probabilities of the reference's most likely token and of all others."""
+    best = q.argmax(2, keepdim=True)
+    a, b = (x.exp().gather(2, best.expand(*x.shape[:2], 1)) for x in (p, q.expand_as(p)))
+    return a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log()
+
+
+WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "exact": lambda p, q: p.exp() * (p - q),
+    "forward": lambda p, q: q.exp() * (q - p),
+    "jsd": jensen_shannon,
+}
+"""Estimators over whole distributions, and what they add up in each state."""
+ESTIMATORS = [*WHOLE, "abs", "k1", "k2", "k3"]
 
 
 @pytest.mark.proves(
@@ -133,6 +152,8 @@ ESTIMATORS = ["abs", "exact", "k1", "k2", "k3"]
     "kl.in_reward",
     "kl_estimator.abs",
     "kl_estimator.exact",
+    "kl_estimator.forward",
+    "kl_estimator.jsd",
     "kl_estimator.k1",
     "kl_estimator.k2",
     "kl_estimator.k3",
@@ -142,14 +163,14 @@ ESTIMATORS = ["abs", "exact", "k1", "k2", "k3"]
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_reward_and_loss_are_the_halves_of_the_gradient_of_the_estimates_mean(estimator: str, level: str):
-    if estimator == "exact" and level == "sequence":
+    if estimator in WHOLE and level == "sequence":
         assert "no sequence level" in " ".join(study(lab(), "reinforce", kl("in_loss", estimator, level)).refused)
         return
     t = truth(lab())
     placement = made("kl", {"use": "in_loss", "estimator": estimator, "level": level})
     k, n = t.now.probability.shape
-    if estimator == "exact":
-        value = t.now.of_states((t.now.log_probs.exp() * (t.now.log_probs - t.ref.log_probs)).sum(2)).sum(2)
+    if estimator in WHOLE:
+        value = t.now.of_states(WHOLE[estimator](t.now.log_probs, t.ref.log_probs).sum(2)).sum(2)
     else:
         ref_logps, mask = t.ref.logps.expand_as(t.now.logps), t.world.mask.repeat(k, 1)
         value = placement.measure(t.now.logps.flatten(0, 1), ref_logps.flatten(0, 1), mask)
@@ -181,6 +202,8 @@ TRUTHS: dict[str, tuple[str, list[str], str, Callable[[Truth], Tensor]]] = {
     "reward exact": ("in_reward", ["exact"], "token", lambda t: t.kl - t.reverse),
     "loss token": ("in_loss", ["k2", "k3_plus", "k1_is", "k3_is", "exact"], "token", lambda t: t.reverse),
     "loss sequence": ("in_loss", ["k2", "k3_plus", "k1_is", "k3_is"], "sequence", lambda t: t.kl),
+    "loss forward": ("in_loss", ["forward"], "token", lambda t: t.forward),
+    "loss jsd": ("in_loss", ["jsd"], "token", lambda t: t.per_state(jensen_shannon)),
     "loss k3 token": ("in_loss", ["k3"], "token", lambda t: t.forward),
     "loss k3 sequence": ("in_loss", ["k3"], "sequence", lambda t: t.kl_of_reference),
     "loss abs token": (
@@ -208,6 +231,8 @@ TRUTHS: dict[str, tuple[str, list[str], str, Callable[[Truth], Tensor]]] = {
     "kl.in_advantage",
     "kl_estimator.abs",
     "kl_estimator.exact",
+    "kl_estimator.forward",
+    "kl_estimator.jsd",
     "kl_estimator.k1",
     "kl_estimator.k1_is",
     "kl_estimator.k2",
@@ -268,6 +293,51 @@ def test_exact_in_the_advantage_has_no_gradient_and_is_refused():
     row = study(lab(), "reinforce", kl("in_advantage", "exact"))
     assert row.objective == "E[r]"
     assert "exact in the advantage has expected gradient 0" in " ".join(row.refused)
+
+
+# Distillation: no reward, the reference is a teacher
+
+
+DISTILLATION: dict[str, tuple[dict[str, Any], str, Callable[[Truth], Tensor]]] = {
+    "k1 as the advantage": (kl("in_advantage", "k1"), "per-state KL(pi||ref)", lambda t: t.reverse),
+    "k1 of the row as the advantage": (kl("in_advantage", "k1", "sequence"), "KL(pi||ref)", lambda t: t.kl),
+    "k1 in the reward": (K1, "KL(pi||ref)", lambda t: t.kl),
+    "reverse KL in the loss": (kl("in_loss", "exact"), "per-state KL(pi||ref)", lambda t: t.reverse),
+    "forward KL in the loss": (kl("in_loss", "forward"), "per-state KL(ref||pi)", lambda t: t.forward),
+    "jsd in the loss": (kl("in_loss", "jsd"), "per-state jsd 0.5", lambda t: t.per_state(jensen_shannon)),
+    "top 1 in the loss": (
+        {"use": "in_loss", "estimator": {"use": "exact", "top_k": 1}},
+        "per-state exact over the reference's top 1",
+        lambda t: t.per_state(most_likely),
+    ),
+}
+
+
+@pytest.mark.proves(
+    "kl_estimator.exact", "kl_estimator.forward", "kl_estimator.jsd", how="exact enumeration", tolerance="1e-9"
+)
+@pytest.mark.parametrize(("placement", "name", "want"), DISTILLATION.values(), ids=DISTILLATION)
+def test_without_a_reward_the_lab_names_the_divergence_that_falls(
+    placement: dict[str, Any], name: str, want: Callable[[Truth], Tensor]
+):
+    where = lab(rewards="none")
+    close(-ascent(where, "reinforce", placement) / BETA, want(truth(where)))
+    row = study(where, "reinforce", placement)
+    assert row.objective == f"- beta {name}"
+    assert row.relative_error < 1e-9
+    assert row.verdict is (Verdict.GOAL if name == "KL(pi||ref)" else Verdict.FIXED)
+
+
+def test_the_mean_over_a_rows_tokens_keeps_the_divergence_of_whole_distributions_and_not_k1s():
+    """The number of tokens of a row depends on the token that k1 is to judge."""
+    where, mean = lab(rewards="none"), {"aggregation": "seq_mean_token_mean"}
+    row = study(where, "reinforce", kl("in_loss", "exact"), **mean)
+    assert row.objective == "- beta per-state KL(pi||ref) / T"
+    t = truth(where)
+    of_state = t.now.of_states((t.now.log_probs.exp() * (t.now.log_probs - t.ref.log_probs)).sum(2)).sum(2)
+    want = t.gradient((t.old.probability.detach() * of_state / t.world.lengths).sum(1))
+    close(-ascent(where, "reinforce", kl("in_loss", "exact"), **mean) / BETA, want)
+    differs(-ascent(where, "reinforce", kl("in_advantage", "k1"), **mean) / BETA, want)
 
 
 # Off-policy

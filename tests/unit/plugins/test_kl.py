@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +111,134 @@ def test_exact_counts_a_token_that_the_policy_never_gives_as_0():
         torch.testing.assert_close(kl, (kept.exp() * (kept - reference[:, [0, 1, 3, 4]])).sum(1))
         (gradient,) = torch.autograd.grad(kl.sum(), p)
         assert gradient.isfinite().all()
+
+
+def estimate(name: str, p: torch.Tensor, q: torch.Tensor, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values (n,) and their gradient in the logits (n, V)."""
+    logits = p.clone().requires_grad_()
+    value = load_plugin("kl_estimator", name, **settings)(logits.log_softmax(-1), q)
+    return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+
+@pytest.mark.proves("kl_estimator.forward", how="closed form", tolerance="1e-12")
+def test_forward_is_the_kl_the_other_way_round_and_its_gradient_that_of_the_cross_entropy():
+    p, q = distributions()
+    value, gradient = estimate("forward", p, q)
+    torch.testing.assert_close(value, load_plugin("kl_estimator", "exact")(q, p), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, p.exp() - q.exp(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.proves("kl_estimator.jsd", how="closed form", tolerance="1e-12")
+@pytest.mark.parametrize("beta", [1e-6, 0.01, 0.1, 0.5, 0.9, 0.99, 1 - 1e-6])
+def test_jsd_is_the_mean_kl_to_the_mixture_and_its_gradient(beta: float):
+    p, q = distributions()
+    value, gradient = estimate("jsd", p, q, beta=beta)
+    m = (beta * q.exp() + (1 - beta) * p.exp()).log()
+    of_policy = (p.exp() * (p - m)).sum(1)
+    want = beta * (q.exp() * (q - m)).sum(1) + (1 - beta) * of_policy
+    torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-15)
+    slope = (1 - beta) * p.exp() * ((p - m) - of_policy[:, None])  # the mixture's own gradient cancels
+    torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-15)
+    normalized, its_gradient = estimate("jsd", p, q, beta=beta, normalize=True)
+    torch.testing.assert_close(normalized, want / (beta * (1 - beta)), rtol=1e-8, atol=0)
+    torch.testing.assert_close(its_gradient * beta * (1 - beta), gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("beta", "end"), [(0.0, "forward"), (1.0, "exact")])
+def test_jsd_ends_at_the_forward_and_the_reverse_kl_which_it_approaches_if_it_is_normalized(
+    beta: float, end: str, dtype: torch.dtype
+):
+    p, q = (x.to(dtype) for x in distributions())
+    value, gradient = estimate(end, p, q)
+    for settings in ({}, {"normalize": True}):
+        for got, want in zip(estimate("jsd", p, q, beta=beta, **settings), (value, gradient), strict=True):
+            assert torch.equal(got, want)
+    near = abs(beta - 1e-5)
+    for got, want in zip(estimate("jsd", p, q, beta=near, normalize=True), (value, gradient), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert bool((estimate("jsd", p, q, beta=near)[0] < 1e-3 * value).all()), "without it the value jumps at the end"
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.01, 0.3, 0.5, 1.0])
+def test_jsd_is_what_trl_computes(beta: float):
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    p, q = distributions()
+    logits = p.clone().requires_grad_()
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(logits[None], q[None], beta=beta, reduction="none").sum(-1)[0]
+    value, gradient = estimate("jsd", p, q, beta=beta)
+    torch.testing.assert_close(value, theirs.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(theirs.sum(), logits)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalize": True}])
+@pytest.mark.parametrize("beta", [0.001, 0.5, 0.999])
+def test_jsd_is_finite_where_one_side_or_both_exclude_a_token(beta: float, settings: dict[str, Any]):
+    p, q = distributions(n=2)
+    p[0, 1] = q[0, 1] = p[0, 2] = q[1, 3] = float("-inf")
+    value, gradient = estimate("jsd", p.log_softmax(-1), q.log_softmax(-1), beta=beta, **settings)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    mine, its = p.log_softmax(-1).exp(), q.log_softmax(-1).exp()
+    m = beta * its + (1 - beta) * mine
+    want = beta * torch.xlogy(its, its / m).nan_to_num() + (1 - beta) * torch.xlogy(mine, mine / m).nan_to_num()
+    torch.testing.assert_close(value * (beta * (1 - beta) if settings else 1), want.sum(1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e30])
+def test_jsd_does_not_overflow_far_from_the_reference(far: float):
+    p = torch.tensor([[0.0, -far], [-far, 0.0]]).log_softmax(-1)
+    for beta in (1e-3, 0.5, 1 - 1e-3):
+        value, gradient = estimate("jsd", p, p.flip(0), beta=beta)
+        entropy = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+        assert value.tolist() == pytest.approx([entropy] * 2, rel=1e-5)
+        assert gradient.isfinite().all()
+
+
+DIVERGENCES: list[tuple[str, dict[str, Any]]] = [
+    ("exact", {}),
+    ("forward", {}),
+    ("jsd", {"beta": 0.3}),
+    ("jsd", {"beta": 0.9, "normalize": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), DIVERGENCES)
+def test_over_the_top_k_it_is_a_lower_bound_that_rises_to_the_divergence(name: str, settings: dict[str, Any]):
+    p, q = distributions(n=50, vocabulary=12)
+    values = [estimate(name, p, q, top_k=k, **settings)[0] for k in (*range(1, 13), 40)]
+    for fewer, more in itertools.pairwise(values):
+        assert bool((fewer <= more + 1e-12).all())
+    whole, gradient = estimate(name, p, q, **settings)
+    assert torch.equal(values[-1], whole)
+    for k in (11, 12):  # a single token is left for the bucket, or none
+        for got, want in zip(estimate(name, p, q, top_k=k, **settings), (whole, gradient), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert bool((values[0] < whole).all())
+
+
+def test_the_top_k_are_the_references_and_the_others_share_one_bucket_without_a_gradient_between_them():
+    p = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log()
+    q = torch.tensor([[0.6, 0.25, 0.1, 0.05]], dtype=torch.float64).log()
+    value, gradient = estimate("exact", p, q, top_k=2)
+    want = 0.1 * math.log(0.1 / 0.6) + 0.2 * math.log(0.2 / 0.25) + 0.7 * math.log(0.7 / 0.15)
+    assert value.item() == pytest.approx(want, rel=1e-12)
+    assert (gradient[0, 2] / gradient[0, 3]).item() == pytest.approx(0.3 / 0.4, rel=1e-9), "the bucket keeps its shares"
+
+
+@pytest.mark.parametrize(("name", "settings"), DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bucket_that_rounding_empties_is_finite(name: str, settings: dict[str, Any], dtype: torch.dtype):
+    sure, even = torch.tensor([[0.0, -60.0, -70.0]], dtype=dtype), torch.zeros(1, 3, dtype=dtype).log_softmax(-1)
+    for p, q in ((sure, even), (even, sure), (sure, sure)):
+        for x in estimate(name, p.log_softmax(-1), q.log_softmax(-1), top_k=1, **settings):
+            assert x.isfinite().all()
+
+
+def test_near_the_ends_without_normalize_the_plan_says_that_the_divergence_jumps():
+    assert "jumps" in " ".join(load_plugin("kl_estimator", "jsd", beta=0.01).remarks(ANY))
+    for settings in ({"beta": 0.01, "normalize": True}, {"beta": 0.5}, {"beta": 0}, {"beta": 1}):
+        assert not list(load_plugin("kl_estimator", "jsd", **settings).remarks(ANY))
 
 
 @pytest.mark.parametrize("name", ["abs", "k2", "k3", "k3_plus", "k3_is"])
@@ -233,6 +363,15 @@ class Doubled(KLEstimator):
         return 2 * (logps - ref_logps)
 
 
+class Fourth(KLEstimator):
+    """l^4, whose gradient is that of no divergence."""
+
+    name = "fourth"
+
+    def __call__(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+        return (logps - ref_logps) ** 4
+
+
 class Renyi(KLEstimator):
     """Another divergence of whole distributions."""
 
@@ -352,7 +491,8 @@ def test_the_plan_names_the_gradient_that_is_expected(name: str, estimator: str,
 
 
 def test_what_a_stranger_brings_is_tried_and_not_looked_up():
-    assert "that of none of the known divergences" in remarks("in_loss", estimator=Renyi())
+    assert f"that of renyi{STATES}" in remarks("in_loss", estimator=Renyi())
+    assert "that of none of the known divergences" in remarks("in_loss", estimator=Fourth())
     assert "needs entropy, so its expected gradient is unknown" in remarks("in_loss", estimator=Guarded())
     assert "that of its mean minus that of doubled in the loss" in remarks("in_reward", estimator=Doubled())
 

@@ -106,6 +106,11 @@ def forward(p: Tensor, q: Tensor) -> Tensor:
     return reverse(q, p)
 
 
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    m = ((p.exp() + q.exp()) / 2).log()
+    return (reverse(p, m) + reverse(q, m)) / 2
+
+
 def distance(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() - q.exp()).abs().sum(1)
 
@@ -154,6 +159,7 @@ def test_exact_in_the_reward_lacks_the_reverse_kl_of_each_state(world: World):
 @pytest.mark.proves("kl_estimator.abs", "kl_estimator.exact", how="exact enumeration", tolerance="1e-12")
 @pytest.mark.proves("kl_estimator.k1_is", "kl_estimator.k3_is", how="exact enumeration", tolerance="1e-12")
 @pytest.mark.proves("kl_estimator.k2", "kl_estimator.k3", how="exact enumeration", tolerance="1e-12")
+@pytest.mark.proves("kl_estimator.forward", "kl_estimator.jsd", how="exact enumeration", tolerance="1e-12")
 @pytest.mark.proves("kl_estimator.k3_plus", "kl.in_loss", how="exact enumeration", tolerance="1e-12")
 @pytest.mark.parametrize(
     ("estimator", "divergence"),
@@ -162,9 +168,11 @@ def test_exact_in_the_reward_lacks_the_reverse_kl_of_each_state(world: World):
         ("k3_plus", reverse),
         ("k1_is", reverse),
         ("k3_is", reverse),
-        ("exact", reverse),
         ("k3", forward),
         ("abs", distance),
+        ("exact", reverse),
+        ("forward", forward),
+        ("jsd", jensen_shannon),
     ],
 )
 def test_by_token_in_the_loss_a_divergence_of_each_state_falls(world: World, estimator: str, divergence: Any):
@@ -214,9 +222,12 @@ def test_off_policy_the_ratio_keeps_the_gradient(estimator: str):
     close(world.descent("in_loss", estimator), world.by_state(reverse))
 
 
-def test_off_policy_exact_stays_exact_in_each_state():
+@pytest.mark.parametrize(
+    ("estimator", "divergence"), [("exact", reverse), ("forward", forward), ("jsd", jensen_shannon)]
+)
+def test_off_policy_whole_distributions_stay_exact_in_each_state(estimator: str, divergence: Any):
     world = World(stale=True)
-    close(world.descent("in_loss", "exact"), world.by_state(reverse))
+    close(world.descent("in_loss", estimator), world.by_state(divergence))
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3_plus", "k3", "abs"])
