@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from hf_rlhf.axes import AdvantageEstimator, Aggregation, KLPlacement, PolicyLoss
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.recipe import load_plugin, read_recipe
 from hf_rlhf.lab.choices import BETA, aggregations, defaults, in_world, kl_choices, read, rewards_of, scaled, variants
 from hf_rlhf.lab.expectation import Values
@@ -46,23 +47,25 @@ class Matrix:
     def recipes(self) -> Iterator[Row]:
         """Yield rows for every recipe's advantages, KLs, policy loss and aggregation, with exact critics."""
         for name in rollout_recipes():
-            row = self.recipe(name)
+            algorithm = self.recipe(name)
+            row = self._lab(self._world_of(algorithm), "exact", False).study(algorithm)
             row.recipe = name
             yield row
 
-    def recipe(self, name: str) -> Row:
-        """Return the row of a recipe's choices, in the matrix's world or one without rewards."""
+    def recipe(self, name: str) -> Algorithm:
+        """Return a recipe's choices in the matrix's world, or in one without rewards."""
         chosen = read(name, ()).algorithm()
-        world = dataclasses.replace(self.world, rewards=rewards_of(chosen))
-        return self._lab(world, "exact", False).study(
-            in_world(
-                world,
-                advantages=chosen.advantages,
-                kl=scaled(chosen.kl, self.beta),
-                policy_loss=chosen.policy_loss,
-                aggregation=aggregations(world, chosen.aggregation)[0],
-            )
+        world = self._world_of(chosen)
+        return in_world(
+            world,
+            advantages=chosen.advantages,
+            kl=scaled(chosen.kl, self.beta),
+            policy_loss=chosen.policy_loss,
+            aggregation=aggregations(world, chosen.aggregation)[0],
         )
+
+    def _world_of(self, algorithm: Algorithm) -> World:
+        return dataclasses.replace(self.world, rewards=rewards_of(algorithm))
 
     def whole(self) -> Iterator[Row]:
         """Yield rows for every estimator with default settings, every KL and every aggregation."""
