@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -37,15 +36,17 @@ from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
 from hf_rlhf.contract.outputs import check_output as check_output
 from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pattern
+from hf_rlhf.contract.prompt_sampler import PromptSampler
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
 from hf_rlhf.contract.rollout_engine import RolloutEngine, Session as Session
+from hf_rlhf.contract.update_rule import UpdateRule
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 from hf_rlhf.runtime.errors import did_you_mean as did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel
 
     from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
     from hf_rlhf.contract.optimizer_step import Step as Step
@@ -267,28 +268,6 @@ class Reference(Plugin, ABC):
 
 
 @dataclass(kw_only=True)
-class UpdateRule(Plugin, ABC):
-    """Build the optimizer. Axis `optimizer`."""
-
-    axis = Axis(section="Optimizer", metric_prefix="optimizer", default="trainer", outputs=outputs.OPTIMIZER)
-
-    @abstractmethod
-    def build(self, policy: torch.nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
-        """Return an optimizer of the policy and the critic's `groups`, or None for the one in TrainingArguments."""
-
-    def check_arguments(self, args: TrainingArguments) -> Iterable[str]:
-        """Yield reasons why this rule cannot run with these TrainingArguments, each with what to write instead."""
-        return ()
-
-    def hold(self, step: Step) -> None:
-        """Take the micro-batches and the loss of a step, between the backward and the optimizer's `step()`."""
-
-    def take_logs(self) -> dict[str, float]:
-        """Return metrics of the last optimizer step, equal on every process; logged under `optimizer/`."""
-        return {}
-
-
-@dataclass(kw_only=True)
 class Aggregation(Plugin, ABC):
     """Weight the tokens of an optimizer step. Axis `aggregation`."""
 
@@ -338,6 +317,7 @@ class Filter(Plugin, ABC):
 
 
 AXES: dict[str, type[Plugin]] = {
+    "sampler": PromptSampler,
     "rollout": RolloutEngine,
     "rewards": RewardSource,
     "kl": KLPlacement,

@@ -27,6 +27,7 @@ from hf_rlhf.axes import (
     OfflineTrainer,
     Pattern,
     Plugin,
+    PromptSampler,
     Reference,
     RewardSource,
     RolloutEngine,
@@ -43,6 +44,7 @@ from hf_rlhf.conformance import (
     offline_trainers,
     patterns,
     rewards,
+    samplers,
     tensor_inputs,
 )
 
@@ -197,6 +199,8 @@ def conformance(
         checks += common.controller_checks(plugin)
     elif isinstance(plugin, OfflineTrainer):
         checks += offline_trainers.offline_trainer_checks(plugin, tiny_policy(), rows)
+    elif isinstance(plugin, PromptSampler):
+        checks += samplers.sampler_checks(plugin)
     elif isinstance(plugin, Pattern):
         checks += patterns.pattern_checks(plugin)
     elif axis in tensor_inputs.OUTPUTS:

@@ -29,7 +29,7 @@ AXES_OF = {
     KL: ("kl",),
     POLICY: ("policy_loss", "loss_terms", "optimizer"),
     CRITIC: ("critic",),
-    ROLLOUTS: ("rollout", "rollout_correction", "filters"),
+    ROLLOUTS: ("sampler", "rollout", "rollout_correction", "filters"),
 }
 """Axes whose plugins' metrics are listed in a section of the core's."""
 

@@ -19,6 +19,7 @@ from hf_rlhf.axes import (
     LossTerm,
     Plugin,
     PolicyLoss,
+    PromptSampler,
     Reference,
     RewardSource,
     RolloutCorrection,
@@ -29,6 +30,7 @@ from hf_rlhf.axes import (
     axis_of,
 )
 from hf_rlhf.config.sections import Update
+from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import at_path, callable_text
 
 CORE_PROVIDES = frozenset(
@@ -55,6 +57,7 @@ FIXES = {
 class Algorithm:
     """One choice per axis."""
 
+    sampler: PromptSampler = field(default_factory=lambda: _default("sampler"))
     rollout: RolloutEngine
     rewards: list[RewardSource] = field(default_factory=list)
     kl: list[KLPlacement] = field(default_factory=list)
@@ -292,6 +295,11 @@ class Algorithm:
         for path, plugin in self.plugins():
             for problem in plugin.check(self):
                 yield f"{path}: {at_path(path, plugin, problem)}"
+
+
+def _default(axis: str) -> Any:
+    """Return the plugin of a recipe that leaves an axis out, with its default settings."""
+    return get_host().get(axis, str(AXES[axis].axis.default))()
 
 
 def _settings(plugin: Plugin) -> dict[str, Any]:

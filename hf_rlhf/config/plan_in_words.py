@@ -52,6 +52,8 @@ def _algorithm(a: Algorithm) -> Iterator[str]:
         label if source.weight == 1 else f"{source.weight:g} x {label}"
         for label, source in zip(a.labels(), a.rewards, strict=True)
     ]
+    if a.sampler.name != a.sampler.axis.default:
+        yield f"prompts: {a.sampler.in_words()}"
     yield f"reward {' + '.join(named)}" if named else "no reward"
     yield f"advantage: {a.advantages.in_words()}"
     yield f"loss: {a.policy_loss.in_words()}, {a.aggregation.in_words()}"

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from hf_rlhf.axes import KLController, Plugin
+from hf_rlhf.axes import KLController, Plugin, PromptSampler
 from hf_rlhf.runtime.checkpoint_state import plain
 from hf_rlhf.runtime.errors import CheckpointError
 
@@ -190,12 +190,20 @@ def has_memory(plugin: Plugin) -> bool:
     return any(type(each).observe is not Plugin.observe for each in with_nested(plugin))
 
 
+def observe(plugin: Plugin, statistics: Mapping[str, float]) -> None:
+    """Let a plugin observe a rollout: its statistics, or for a sampler rows and their scores."""
+    if isinstance(plugin, PromptSampler):
+        plugin.observe([0, 0, 1, 1, 2, 2], [1.0, 0.0, 1.0, 1.0, math.nan, math.nan])
+    else:
+        plugin.observe(statistics)
+
+
 def restored_pair(plugin: Plugin, history: Statistics) -> tuple[Plugin, Plugin]:
     """Return a copy that observed rollouts, and another one with the state of the first."""
     trained, fresh = duplicate(plugin), duplicate(plugin)
     for each, other in zip(with_nested(trained), with_nested(fresh), strict=True):
         for statistics in history:
-            each.observe(statistics)
+            observe(each, statistics)
         other.load_state_dict(through_a_file(each.state_dict()))
     return trained, fresh
 

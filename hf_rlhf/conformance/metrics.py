@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_rlhf.axes import AXES, AdvantageEstimator, Plugin, PolicyLoss
 from hf_rlhf.batch import Credit
-from hf_rlhf.conformance.common import Checks, Statistics, duplicate, with_nested
+from hf_rlhf.conformance.common import Checks, Statistics, duplicate, observe, with_nested
 from hf_rlhf.conformance.tensor_inputs import OUTPUTS, as_scored, ordinary_tensors
 from hf_rlhf.contract.metric import Metric, pattern
 from hf_rlhf.metrics.names import under
@@ -75,7 +75,7 @@ def _reports(plugin: Plugin, history: Statistics) -> None:
     own = duplicate(plugin)
     for statistics in ({}, *history):
         try:
-            own.observe(statistics) if statistics else None
+            observe(own, statistics) if statistics else None
         except KeyError as error:
             raise SkipTest(f"skipped: it reads the statistic {error}") from None
         numbers = own.report()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 class Algorithm(Protocol):
     """The chosen plugins of a recipe: one per axis, lists on the axes `rewards`, `kl`, `loss_terms` and `filters`."""
 
+    sampler: Any
     rollout: Any
     rewards: Any
     kl: Any

@@ -101,6 +101,8 @@ def _one(page: Page, recipe: Recipe, a: Algorithm) -> None:
 
     page.title(recipe.name)
     page.text(*_introduction([(recipe, a)]))
+    if a.sampler.name != a.sampler.axis.default:
+        choose("sampler")
     show("ratio", "p / p_old of each token")
     choose("kl", "reward")
     if a.rewards:

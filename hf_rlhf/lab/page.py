@@ -63,7 +63,7 @@ def page(sections: Mapping[str, Sequence[Row]], *, beta: float, seed: int, pictu
 def _recipes(rows: Iterable[Row]) -> Iterator[str]:
     yield (
         "## Recipes\n\nEach recipe's advantages, KLs, policy loss and aggregation, in the first optimizer step of a rollout; "
-        "the critic has exact values. Filters, loss terms and rollout corrections are left out."
+        "the critic has exact values. The sampler, filters, loss terms and rollout corrections are left out."
     )
     yield markdown(
         ["recipe", "advantages", "KL", "policy loss", "aggregation", *HEADER],

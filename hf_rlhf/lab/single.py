@@ -30,8 +30,8 @@ def run(
     values: the values of the critic, if one is needed.
     off_policy: sample rollouts from another policy than the updated one.
 
-    Rollouts, rewards, reference, critic and optimizer are the world's; filters, loss terms, rollout correction and all but
-    the first optimizer step of a rollout are ignored. Raises `UserError` and `RecipeError` for wrong choices.
+    Prompts, rollouts, rewards, reference, critic and optimizer are the world's; filters, loss terms, rollout correction and
+    all but the first optimizer step of a rollout are ignored. Raises `UserError` and `RecipeError` for wrong choices.
     """
     if algorithm is None or isinstance(algorithm, str):
         algorithm = read(algorithm, overrides)
@@ -54,5 +54,6 @@ def left_out(algorithm: Algorithm) -> list[str]:
     return [
         f"{path}={plugin.name}"
         for path, plugin in algorithm.plugins()
-        if path.split(".")[0] in ("filters", "loss_terms", "rollout_correction") and plugin.name != "none"
+        if plugin.name != plugin.axis.default
+        and (path == "sampler" or path.split(".")[0] in ("filters", "loss_terms", "rollout_correction"))
     ]

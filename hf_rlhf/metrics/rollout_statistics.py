@@ -51,6 +51,12 @@ def report_rewards(put: Put, table: dict[str, Tensor], weights: Mapping[str, flo
     return numbers
 
 
+def given_totals(table: dict[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Return each row's weighted total (N,) as the sources gave it, before clipping and normalization; NaN if none did."""
+    given = [weight * table.get(f"given:{x}", table[f"score:{x}"]).nan_to_num() for x, weight in weights.items()]
+    return sum(given, start=torch.zeros_like(table["total"])).where(table["valid"].bool(), torch.nan)
+
+
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """Return the correlation over the rows that have both numbers; 0 where one of them does not vary."""
     both = ~(x.isnan() | y.isnan())

@@ -33,6 +33,11 @@ def example(axis: str) -> str:
 
 
 @hookspec
+def sampler() -> list[type[axes.PromptSampler]]:  # type: ignore[empty-body]
+    """Samplers, which choose the prompts of each rollout. With rollouts ahead of the updates they observe scores late."""
+
+
+@hookspec
 def rollout() -> list[type[axes.RolloutEngine]]:  # type: ignore[empty-body]
     """Engines that sample completions."""
 

@@ -46,6 +46,7 @@ ADDED = {
     "rollout.skip_special_tokens": True,
     "model.chat_template_kwargs": {},
     "dataset.prompt_column": "prompt",
+    "sampler": {"use": "shuffled"},
 }
 """Dotted paths of settings that older checkpoints do not have, with what those were trained with."""
 

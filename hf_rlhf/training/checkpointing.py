@@ -104,9 +104,10 @@ class SavingTrainer(RunTrainer):
         plugins = {
             path: plain(plugin.state_dict(), f"{path}={plugin.name}: state_dict()")
             for path, plugin in self.algorithm.plugins()
+            if plugin is not self.algorithm.sampler
         }
         return super()._state() | {
-            "stream": self.stream.state_dict(),
+            "stream": plain(self.stream.state_dict(), f"sampler={self.algorithm.sampler.name}: state_dict()"),
             "buffer": None if used_up or self.buffer is None else self.buffer.state_dict(),
             "plugins": {path: state for path, state in plugins.items() if state},
             "meters": self.meters.state_dict(),

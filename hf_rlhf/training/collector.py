@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from hf_rlhf.batch import Completions, Credit, Prompt, Rollouts, Scored
 from hf_rlhf.config.algorithm import Algorithm, places
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics.aggregator import MetricAggregator
-from hf_rlhf.metrics.rollout_statistics import SCORED, report_credit, report_drift, report_rewards
+from hf_rlhf.metrics.rollout_statistics import SCORED, given_totals, report_credit, report_drift, report_rewards
 from hf_rlhf.modeling.policy import ActorCritic, Policy
 from hf_rlhf.runtime.background import run_in_thread
 from hf_rlhf.runtime.distributed import gather_rows
@@ -27,6 +27,7 @@ from hf_rlhf.scoring.answers import Answer, RewardError
 from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
+from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf.training.logprobs import Forwards
 from hf_rlhf.training.losses import at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
@@ -55,6 +56,8 @@ class Collector:
     seed: int
     tokens: float = 0.0
     """Completion tokens so far, over all processes."""
+    _seen: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
+    """Groups and scores of the rows of each round of this rollout."""
     unscored: int = 0
     """Consecutive rounds of prompts in which no reward source scored a row."""
 
@@ -71,6 +74,8 @@ class Collector:
         mark, _ = self.meters.mark(), self._betas()
         wanted, drawn = self.algorithm.rollout.prompts, 0
         parts: list[Collected] = []
+        self.stream.begin_rollout()
+        self._seen = []
         with self.engine_awake():
             for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
                 have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
@@ -84,6 +89,9 @@ class Collector:
         self.meters.put("rollout/prompts_drawn", drawn)
         report_drift(self.meters.put, collected.table)
         buffer = self._credit(index, collected)
+        if self.stream.observed:
+            drawn_as, scores = (torch.cat(column).tolist() for column in zip(*self._seen, strict=True))
+            self.stream.observe(drawn_as, scores)
         self._observe(self.meters.since(mark))
         return buffer
 
@@ -104,7 +112,8 @@ class Collector:
         observed = {name: x for name, x in statistics.items() if not name.startswith("time/")}
         observed |= self.meters.since_last_rollout(self.accelerator)
         for _, plugin in self.algorithm.plugins():
-            plugin.observe(observed)
+            if plugin is not self.algorithm.sampler:  # it observes rows and their scores
+                plugin.observe(observed)
         for title, beta in self._betas().items():
             self.meters.put(f"kl/{title}/beta", beta)
         for area, _, plugin in places(self.algorithm):
@@ -196,7 +205,7 @@ class Collector:
         """Sample `group` completions of each prompt; returns them also as reward sources see them."""
         with self.accelerator.autocast():
             completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
-        completions = self._checked(completions, len(prompts) * group, sampled=temperature is None)
+        check_completions(self.algorithm, completions, len(prompts) * group, sampled=temperature is None)
         names = sorted({name for prompt in prompts for name in prompt.columns})
         repeated = [prompt for prompt in prompts for _ in range(group)]
         return completions, Rollouts(
@@ -218,32 +227,6 @@ class Collector:
         ends = getattr(config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         return CompletionText(self.policy.tokenizer, self.algorithm.rollout.skip_special_tokens, ends)
-
-    def _checked(self, completions: Completions, rows: int, sampled: bool) -> Completions:
-        name = self.algorithm.rollout.name
-        if not isinstance(completions, Completions):
-            raise ValueError(f"rollout={name} must return Completions, got {type(completions).__name__}")
-        if len(completions.ids) != rows or len(completions.finish_reasons) != rows:
-            raise ValueError(f"rollout={name} must return {rows} completions, got {len(completions.ids)}")
-        empty = [i for i, ids in enumerate(completions.ids) if not ids]
-        if empty:
-            raise ValueError(
-                f"rollout={name} returned empty completions in rows {empty}. A completion holds at least one token; the "
-                "end-of-sequence token counts"
-            )
-        for what in ("masks", "logps"):
-            for i, values in enumerate(getattr(completions, what) or ()):
-                if len(values) != len(completions.ids[i]):
-                    raise ValueError(
-                        f"rollout={name} must return one of {what} per token, the end-of-sequence token included: row {i} has "
-                        f"{len(completions.ids[i])} tokens, got {len(values)}"
-                    )
-        if sampled and completions.logps is None and "sampler_logps" in self.algorithm.needs:
-            raise ValueError(
-                f"rollout={name} declares sampler_logps but returned no log-probs. Return them with every completion, or set "
-                "rollout_correction.use=none"
-            )
-        return completions
 
     def _sources(self) -> list[tuple[str, Any]]:
         return list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True))
@@ -301,6 +284,7 @@ class Collector:
         self.tokens += reported["rollout/tokens"]
         self._count_unscored(len(table["valid"]), reported[SCORED])
         self.recorder.saw(rollouts, collected)
+        self._seen.append((collected.table["group_ids"], given_totals(collected.table, weights)))
         return self.recorder.select(collected, collected.table["valid"].bool(), "no reward source scored it")
 
     def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:

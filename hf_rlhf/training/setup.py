@@ -16,11 +16,7 @@ from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
 from hf_rlhf.config.plan_in_words import Counts, in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
-from hf_rlhf.config.training_arguments import (
-    DEFAULTS,
-    check_arguments,
-    training_of,
-)
+from hf_rlhf.config.training_arguments import DEFAULTS, check_arguments, training_of
 from hf_rlhf.contract.base import nested_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
@@ -33,6 +29,7 @@ from hf_rlhf.data.model_loading import (
     prepare_tokenizer,
     zero_dropout,
 )
+from hf_rlhf.data.prompt_stream import order_problem
 from hf_rlhf.data.prompts import Prompts, StreamedPrompts, check_columns, load_prompts, prompt_room, read_columns
 from hf_rlhf.data.quantization import is_quantised, model_problems
 from hf_rlhf.modeling.policy import ActorCritic, Policy
@@ -275,6 +272,7 @@ def _check_dataset(algorithm: Algorithm, settings: Dataset, train: Any = None, e
     check_columns(columns, [plugin for _, plugin in algorithm.plugins()])
     if train is None and rows is not None and rows < algorithm.rollout.prompts:
         raise ValueError(f"rollout.prompts={algorithm.rollout.prompts} and the dataset has {rows} rows to train on")
+    _refuse(list(filter(None, [order_problem(algorithm.sampler, streamed=rows is None, shuffle=settings.shuffle)])))
     return rows, held_out, None
 
 
@@ -339,6 +337,8 @@ def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool)
         found.append(
             "evaluation.ema rolls out the policy's moving average and there is none: set update.ema=0.992, or drop it"
         )
+    streamed, shuffle = sections["dataset"].streaming, sections["dataset"].shuffle
+    found += filter(None, [order_problem(algorithm.sampler, streamed=streamed, shuffle=shuffle)])
     return found
 
 

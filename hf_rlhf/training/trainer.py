@@ -103,8 +103,7 @@ class RLHFTrainer(SavingTrainer):
         self._optimizer_given = optimizers[0] is not None
         declared = metrics_of(self.algorithm, parts.logging_settings)
         self.doctor = DoctorCallback(parts.record["recipe"] or self.algorithm.as_dict(), declared)
-        completions = parts.logging_settings.completions
-        self.run_log = RunLog(args.output_dir or "outputs", parts.record, keeps_all=completions == ALL)
+        self.run_log = RunLog(args.output_dir or "outputs", parts.record, parts.logging_settings.completions == ALL)
         trainer = weakref.proxy(self)
         around_step = StepCallback(lambda: trainer.phases.stepping(), lambda step: trainer._after_step(step))
         prepare(args)
@@ -126,8 +125,9 @@ class RLHFTrainer(SavingTrainer):
         self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)
         models = (self.actor_critic, None if reference is None else reference.own)
         self.phases = Phases.of(self.algorithm, *models, lambda: trainer.optimizer, self.ema, self.meters)
-        data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.stream = PromptStream(parts.train, seed=data_seed, shuffle=parts.dataset_settings.shuffle)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order: Any = {"shuffle": parts.dataset_settings.shuffle, "sampler": self.algorithm.sampler}
+        self.stream = PromptStream(parts.train, seed=seed, **order)
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
         self.collector = self._collector(reference)
         self._begin_run()

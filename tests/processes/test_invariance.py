@@ -11,6 +11,7 @@ import torch
 from tests.helpers import stepping
 from tests.helpers.paths import DATA
 
+FILTERS = [{"use": "zero_variance", "resample": 2}]
 AGGREGATIONS: list[Any] = [
     "token_mean",
     "seq_mean_token_mean",
@@ -75,9 +76,13 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
     specs["a process without rows"] = one_group_per_step
     texts = {"use": "ptx", "path": str(DATA / "texts.txt"), "rows": 3, "max_tokens": 64}
     specs["texts beside a critic"] = specification(tmp_path, {**FULL, "loss_terms": [texts]})
-    specs["filter"] = specification(tmp_path, {"filters": [{"use": "zero_variance", "resample": 2}]})
+    specs["filter"] = specification(tmp_path, {"filters": FILTERS})
     normalized = {"use": "length", "target": 1, "maximum": 9, "normalize": "mean_std"}
     specs["normalised rewards"] = specification(tmp_path, {"rewards": [normalized], "advantages": "reinforce"})
+    specs["prompts by difficulty"] = {
+        **specification(tmp_path, {"sampler": {"use": "difficulty", "warmup": 0}, "filters": FILTERS}),
+        "prompts": 9,
+    }
     both = stepping.finish(stepping.start(specs, tmp_path / "two", processes=2), tmp_path / "two")
     assert both.keys() == specs.keys()
     for name, spec in specs.items():

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rewards": [{"use": "length", "target": 1, "maximum": 9, "clip": [-0.9, 0.0], "normalize": "mean_std"}],
         "advantages": "reinforce",
     },
+    "by difficulty": {"sampler": {"use": "difficulty", "warmup": 1, "floor": 0.01}, "advantages": "reinforce"},
     "filtered": {"filters": [{"use": "zero_variance", "resample": 2}], "advantages": "leave_one_out"},
 }
 

@@ -239,6 +239,7 @@ def test_axes_left_out_have_defaults():
     plugins = resolve(raw).plugins
     names = {axis: plugin.name for axis, plugin in plugins.items() if not isinstance(plugin, list)}
     assert names == {
+        "sampler": "shuffled",
         "rollout": "generate",
         "advantages": "group_norm",
         "critic": "none",

@@ -231,6 +231,17 @@ def runs_loss_terms(plugin, tmp_path):
     ]
 
 
+def runs_sampler(plugin, tmp_path):
+    import random
+
+    plugin.rows_at_start = 4
+    assert sorted(plugin.next(4, 100, random.Random(0))) == [0, 1, 2, 3]
+    plugin.observe([0, 1], [0.4, float("nan")])
+    assert max(plugin.next(4, 100, random.Random(0))) == 3
+    plugin.observe([0, 1], [1.0, 0.0])
+    assert sorted(plugin.next(8, 100, random.Random(0))) == [*range(8)]
+
+
 def runs_filters(plugin, tmp_path):
     plugin.tokens = 3
     assert plugin(scored()).tolist() == [False, True]

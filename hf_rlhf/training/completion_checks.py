@@ -1,0 +1,36 @@
+"""Checks of what a rollout engine returned."""
+
+from __future__ import annotations
+
+from hf_rlhf.batch import Completions
+from hf_rlhf.config.algorithm import Algorithm
+
+
+def check_completions(algorithm: Algorithm, completions: Completions, rows: int, sampled: bool) -> None:
+    """Raise `ValueError` naming the engine unless it returned `rows` completions, each with what belongs to it.
+
+    `sampled`: at the temperature of the recipe, so that log-probs may be needed.
+    """
+    name = algorithm.rollout.name
+    if not isinstance(completions, Completions):
+        raise ValueError(f"rollout={name} must return Completions, got {type(completions).__name__}")
+    if len(completions.ids) != rows or len(completions.finish_reasons) != rows:
+        raise ValueError(f"rollout={name} must return {rows} completions, got {len(completions.ids)}")
+    empty = [i for i, ids in enumerate(completions.ids) if not ids]
+    if empty:
+        raise ValueError(
+            f"rollout={name} returned empty completions in rows {empty}. A completion holds at least one token; the "
+            "end-of-sequence token counts"
+        )
+    for what in ("masks", "logps"):
+        for i, values in enumerate(getattr(completions, what) or ()):
+            if len(values) != len(completions.ids[i]):
+                raise ValueError(
+                    f"rollout={name} must return one of {what} per token, the end-of-sequence token included: row {i} has "
+                    f"{len(completions.ids[i])} tokens, got {len(values)}"
+                )
+    if sampled and completions.logps is None and "sampler_logps" in algorithm.needs:
+        raise ValueError(
+            f"rollout={name} declares sampler_logps but returned no log-probs. Return them with every completion, or set "
+            "rollout_correction.use=none"
+        )
