@@ -55,14 +55,21 @@ class Difficulty(PromptSampler):
         """Return row number -> running pass rate."""
         return {row: sum(n for n, _ in seen) / sum(n for _, n in seen) for row, seen in self._passed.items()}
 
-    def next(self, count: int, rows: int, rng: Random) -> Sequence[int]:
+    def weights(self, rows: int) -> Any:
+        """Return the weight of each row, an array (rows,)."""
         import numpy as np
 
-        weights, late = np.ones(rows), np.zeros(rows)
+        weights = np.ones(rows)
         if self._rollouts >= self.warmup:
             for row, p in self.rates().items():
                 if row < rows:
                     weights[row] = self.floor + (1 - self.floor) * 4 * p * (1 - p)
+        return weights
+
+    def next(self, count: int, rows: int, rng: Random) -> Sequence[int]:
+        import numpy as np
+
+        weights, late = self.weights(rows), np.zeros(rows)
         late[[row for row in self._open if row < rows]] = 1
         # the smallest of exponential times with these rates: without replacement (Efraimidis and Spirakis, 2006)
         times = -np.log1p(-np.random.default_rng(rng.getrandbits(128)).random(rows)) / weights

@@ -66,12 +66,13 @@ def test_pass_rates_are_those_of_the_last_draws_of_a_prompt():
     assert plugin.report() == {"pass_rate": 0.625, "seen": 2, "always_frac": 0.0, "never_frac": 0.0}
 
 
-@pytest.mark.proves("sampler.difficulty", how="exact enumeration", tolerance="4 standard errors")
+@pytest.mark.proves("sampler.difficulty", how="closed form", tolerance="1e-12")
 @pytest.mark.parametrize("floor", [0.05, 0.5])
 def test_a_prompt_is_drawn_with_its_weight(floor):
     plugin = difficulty(floor=floor, window=1)
     plugin.observe([0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, [1.0] * 4 + [0.0] * 4 + [1, 0, 1, 0] + [1, 0, 0, 0])
     weights = [floor, floor, 1.0, floor + (1 - floor) * 0.75, 1.0]  # row 4 has not been seen
+    assert plugin.weights(5) == pytest.approx(weights, abs=1e-12)
     n, counts = 20_000, Counter[int]()
     for seed in range(n):
         counts.update(plugin.next(1, 5, random.Random(seed)))
