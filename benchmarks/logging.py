@@ -76,7 +76,7 @@ class Stopwatch:
 def install(watch: Stopwatch) -> None:
     """Instrument the parts in this process."""
     from hf_rlhf.config.algorithm import Algorithm
-    from hf_rlhf.metrics import trackers
+    from hf_rlhf.metrics import jsonl_log, trackers
     from hf_rlhf.metrics.aggregator import MetricAggregator
     from hf_rlhf.metrics.doctor_callback import DoctorCallback
     from hf_rlhf.metrics.jsonl_log import RunLog
@@ -92,7 +92,7 @@ def install(watch: Stopwatch) -> None:
         (RLHFTrainer, "_sample_completions"): (LOGGING, "rows of the completions table"),
         (RunLog, "on_log"): (LOGGING, "metrics.jsonl"),
         (DoctorCallback, "on_log"): (LOGGING, "the run doctor"),
-        (RunLog, "_parquet"): (LOGGING, "completions/*.parquet, in a thread"),
+        (jsonl_log, "write_table"): (LOGGING, "completions/*.parquet, in a thread"),
         (trackers.WandbTracker, "on_log"): (LOGGING, "Weights & Biases, table included"),
         **{
             (Recorder, name): (LOGGING, "rollouts recorded for the report")

@@ -183,8 +183,8 @@ class History:
 class Pattern(Plugin, ABC):
     """Find in a run's log that it goes wrong. Axis `doctor`: no recipe names its plugins, every run watches for all of them.
 
-    `-p no:doctor.NAME` turns one off. A pattern has no settings and no state: `find` is called after every entry of the log,
-    in a resumed run for the entries before it too, and a finding is shown once.
+    `-p no:doctor.NAME` turns one off. A pattern has no settings and no state: `find` is called after each of the first 50
+    entries of the log and then after every fifth, in a resumed run for the entries before it too, and a finding is shown once.
     """
 
     axis = Axis(section="Health", metric_prefix="doctor", watches=True)

@@ -21,10 +21,17 @@ from hf_rlhf.registry.host import get_host
 
 logger = logging.getLogger(__name__)
 AXIS = "doctor"
+NUMBER = (int, float)
+FIRST, EVERY = 50, 5
+"""Entries of the log after each of which patterns are looked for; then after every so many."""
 
 
 class Doctor:
-    """Patterns, and the history of one run that they are looked for in."""
+    """Patterns, and the history of one run that they are looked for in.
+
+    They are looked for after each of the first 50 entries of the log, then after every fifth, and after each that is not of an
+    optimizer step: an evaluation, or the end of training. That depends on the log alone, so that reading it later finds the same.
+    """
 
     def __init__(
         self, recipe: Mapping[str, Any], ranges: Mapping[str, Metric], patterns: Iterable[Pattern] | None = None
@@ -34,10 +41,23 @@ class Doctor:
         ranges = {name: metric for name, metric in ranges.items() if metric.healthy and name not in covered}
         self.history = History(recipe=recipe, ranges=ranges, sources=sources_of(recipe))
         self.findings: list[Finding] = []
+        self._entries = 0
+        self._unread: list[tuple[int, dict[str, Any]]] = []
+        """Entries that are not in the history yet."""
 
     def add(self, step: int, numbers: Mapping[str, Any]) -> list[Finding]:
         """Take an entry of the log and return what is found for the first time."""
-        self.history.add(step, {name: x for name, x in numbers.items() if _is_number(x)})
+        self._entries += 1
+        self._unread.append((step, dict(numbers)))
+        due = self._entries <= FIRST or self._entries % EVERY == 0 or "learning_rate" not in numbers
+        return self.look() if due else []
+
+    def look(self) -> list[Finding]:
+        """Look for the patterns in what was taken so far, and return what is found for the first time."""
+        for step, entry in self._unread:
+            numbers = {name: x for name, x in entry.items() if isinstance(x, NUMBER) and math.isfinite(x)}
+            self.history.add(step, numbers)
+        self._unread.clear()
         known = {(finding.pattern, finding.metric) for finding in self.findings}
         new = [each for pattern in list(self.patterns) for each in self._ask(pattern)]
         new = [finding for finding in new if (finding.pattern, finding.metric) not in known]
@@ -90,6 +110,7 @@ def diagnose(run_folder: Path, declared: Sequence[Named] | None = None) -> list[
     doctor = Doctor(recipe_of(run_folder), core_ranges() if declared is None else ranges_of(declared))
     for entry in entries_of(run_folder):
         doctor.add(int(entry.pop("step")), entry)
+    doctor.look()  # of a run that goes on, or died
     on = {pattern.name for pattern in doctor.patterns}
     known = {(finding.pattern, finding.metric) for finding in doctor.findings}
     kept = [x for x in _recorded(run_folder) if x.pattern in on and (x.pattern, x.metric) not in known]
@@ -134,7 +155,3 @@ def _recorded(run_folder: Path) -> list[Finding]:
     file = run_folder / "summary.json"
     rows = json.loads(file.read_text(encoding="utf-8")).get("findings") or [] if file.is_file() else []
     return [Finding(**{**row, "overrides": tuple(row["overrides"])}) for row in rows]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

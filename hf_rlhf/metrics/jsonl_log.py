@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import re
+import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,13 @@ from transformers import TrainerCallback
 from hf_rlhf.metrics.row_file import ARROW, as_text
 
 logger = logging.getLogger(__name__)
+NUMBER = (int, float)
 FOLDERS = ("completions", "rollouts", "evaluation")
 """Folders whose files belong to a step."""
+TABLES_EVERY_S = 1.0
+"""Seconds from one writing of tables to the next, so that short steps do not pay for it each."""
+Table = tuple[list[dict[str, Any]], int]
+"""(rows, step)."""
 
 
 class RunLog(TrainerCallback):
@@ -29,9 +36,10 @@ class RunLog(TrainerCallback):
     A resumed run drops what was written after its checkpoint, so that no step appears twice; a new run in the same folder
     overwrites both.
 
-    A line is in its file when `on_log` returns. A table is written in a thread during the next rollout, one at a time, and
-    is complete before that rollout's completions, a checkpoint, an evaluation, the end of training and of the process. A
-    killed process loses at most the newest table, never part of one. The next event raises what failed in the thread.
+    A line is in its file when `on_log` returns. Tables are written in a thread during the next rollout, and are complete before
+    that rollout's completions; of steps shorter than a second, those of a second together. Before a checkpoint, an evaluation,
+    the end of training and of the process all are complete. A killed process loses the newest tables of at most a second, or
+    one, and never part of a table. The next event raises what failed in the thread.
     """
 
     def __init__(self, output_dir: str | Path, record: dict[str, Any], keeps_all: bool = False):
@@ -43,6 +51,10 @@ class RunLog(TrainerCallback):
         self._completions: list[dict[str, Any]] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hf_rlhf-log")
         self._tables: list[Future[None]] = []
+        self._waiting: list[Table] = []
+        """Tables that no thread writes yet."""
+        self._written = -math.inf
+        weakref.finalize(self, _write_rest, self.output_dir, self._waiting)
         self._start: int | None = None
         self._evaluations: list[str] = []
         """Files of held-out rows that this log had written before training."""
@@ -61,11 +73,22 @@ class RunLog(TrainerCallback):
         """Wait for the tables being written; the next event raises their error."""
         wait(self._tables)
 
-    def flush(self) -> None:
+    def _raise_errors(self) -> None:
         """Wait for the tables being written. Raises their error, once."""
         tables, self._tables = self._tables, []
         for table in tables:
             table.result()
+
+    def flush(self) -> None:
+        """Finish every table. Raises the error of those that could not be written, once."""
+        self._write_tables()
+        self._raise_errors()
+
+    def _write_tables(self) -> None:
+        if self._waiting:
+            self._tables += [self._writer.submit(write_table, self.output_dir, *table) for table in self._waiting]
+            self._waiting.clear()
+            self._written = time.monotonic()
 
     def evaluation(self, step: int, prefix: str) -> Path:
         """Return the file for the held-out rows of an evaluation, whose metrics have this prefix."""
@@ -77,7 +100,9 @@ class RunLog(TrainerCallback):
         """Write every row of a rollout, whose first optimizer step is number `step`, in the thread."""
         self._wait()
         if rows:
-            self._tables.append(self._writer.submit(self._parquet, rows, step))
+            self._waiting.append((rows, step))
+        if time.monotonic() >= self._written + TABLES_EVERY_S:
+            self._write_tables()
 
     def write_sample(self) -> None:
         """Write the recorded groups, if there are new ones. A failure is a warning: they are for the report."""
@@ -101,6 +126,7 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what an earlier run, or the run after the checkpoint, left in the files."""
+        self._write_tables()
         self._wait()
         if not state.is_world_process_zero:
             return
@@ -124,11 +150,10 @@ class RunLog(TrainerCallback):
         rows, self._completions = self._completions, []
         if not state.is_world_process_zero:
             return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        numbers = {name: x for name, x in (logs or {}).items() if _is_number(x)}
+        numbers = {name: x for name, x in (logs or {}).items() if isinstance(x, NUMBER) and math.isfinite(x)}
         self._append(json.dumps({"step": state.global_step, **numbers}) + "\n", before=state.max_steps == 0)
         try:
-            self.flush()
+            self._raise_errors()
         finally:
             if not self.keeps_all:
                 self.write_rows(rows, state.global_step)
@@ -148,7 +173,7 @@ class RunLog(TrainerCallback):
         self.flush()
 
     def _append(self, line: str, before: bool) -> None:
-        with open(self.metrics, "ab", buffering=0) as file:
+        with self._opened() as file:
             end, rest = file.tell(), line.encode()
             if before and self._start is None:
                 self._start = end
@@ -160,18 +185,12 @@ class RunLog(TrainerCallback):
                     file.truncate(end)  # half a line would spoil the next
                 raise
 
-    def _parquet(self, rows: list[dict[str, Any]], step: int) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        folder = self.output_dir / "completions"
-        folder.mkdir(exist_ok=True)
-        schema = pa.schema([(name, getattr(pa, ARROW[_type(name, rows)])()) for name in rows[0]])
-        draft = folder / "unfinished.tmp"
-        content = pa.BufferOutputStream()  # a third faster than a file
-        pq.write_table(pa.Table.from_pylist(rows, schema), content, use_dictionary=False, write_statistics=False)
-        draft.write_bytes(content.getvalue())
-        draft.replace(folder / f"step_{step:06d}.parquet")
+    def _opened(self) -> IO[bytes]:
+        try:
+            return open(self.metrics, "ab", buffering=0)
+        except FileNotFoundError:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            return open(self.metrics, "ab", buffering=0)
 
     def _json(self, content: dict[str, Any], step: int) -> None:
         folder = self.output_dir / "rollouts"
@@ -179,6 +198,26 @@ class RunLog(TrainerCallback):
         draft = folder / "unfinished.tmp"
         draft.write_text(json.dumps(content, allow_nan=False, default=str), encoding="utf-8")
         draft.replace(folder / f"step_{step:06d}.json")
+
+
+def _write_rest(output_dir: Path, tables: list[Table]) -> None:
+    for table in tables:
+        write_table(output_dir, *table)
+
+
+def write_table(output_dir: Path, rows: list[dict[str, Any]], step: int) -> None:
+    """Write completions/step_*.parquet, which is there whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = output_dir / "completions"
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([(name, getattr(pa, ARROW[_type(name, rows)])()) for name in rows[0]])
+    draft = folder / "unfinished.tmp"
+    content = pa.BufferOutputStream()  # a third faster than a file
+    pq.write_table(pa.Table.from_pylist(rows, schema), content, use_dictionary=False, write_statistics=False)
+    draft.write_bytes(content.getvalue())
+    draft.replace(folder / f"step_{step:06d}.parquet")
 
 
 def _type(name: str, rows: list[dict[str, Any]]) -> type:
@@ -203,10 +242,6 @@ def completion_rows(
     columns["tokens"] = lengths.to(torch.int64).tolist()
     names = list(columns)
     return [{"step": step, **dict(zip(names, row, strict=True))} for row in zip(*columns.values(), strict=True)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _step(line: bytes) -> float:

@@ -363,14 +363,15 @@ class RunTrainer(PushingTrainer):
         """Log; a loss that is not finite stays in its entry. Entries, all of which Trainer keeps, share their names."""
         if "loss" in logs and self.is_in_train:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which keeps a NaN
-        if self.is_in_train:
-            self.border.again()  # what the entry holds is not of the next one, even if a callback fails
-        super().log({intern(name): x for name, x in logs.items()}, start_time)
+        try:
+            super().log({intern(name): x for name, x in logs.items()}, start_time)
+        finally:
+            if self.is_in_train:
+                self.border.again()  # what the entry holds is not of the next one, even if a callback fails
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save where the control says so; the border is kept after it."""
-        control = self.control
-        due = control.should_log or control.should_evaluate or control.should_save
+        """Log, evaluate and save where the control says so; the border is kept after it, as `log` does alone."""
+        due = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if due:
             self.border.again()

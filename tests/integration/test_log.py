@@ -52,7 +52,8 @@ def test_every_log_entry_is_a_line_with_its_step_and_its_finite_numbers(tmp_path
     assert {"reward/early/mean", "reward/total/mean", "policy/loss", "advantage/mean"} <= found[0].keys()
 
 
-def test_the_files_can_be_read_while_the_run_goes_on(tmp_path):
+def test_the_files_can_be_read_while_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_rlhf.metrics.jsonl_log.TABLES_EVERY_S", 0.0)
     seen = []
 
     class Read(TrainerCallback):

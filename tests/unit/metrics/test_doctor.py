@@ -100,6 +100,35 @@ def test_a_pattern_that_raises_is_left_out_with_a_warning(caplog):
     assert "doctor.broken failed and is left out" in said
 
 
+@dataclass(kw_only=True)
+class Counting(Pattern):
+    """Finds, at each step that it is looked for, that number of entries."""
+
+    name = "counting"
+
+    def find(self, history: History) -> Iterable[Finding]:
+        yield Finding(self.name, history.step, "", (), f"{len(history.values('learning_rate'))}")
+
+
+def test_patterns_are_looked_for_in_every_entry_at_first_then_in_every_fifth_and_in_those_of_no_step():
+    doctor = Doctor({}, {}, [Counting()])
+    for step in range(1, 64):
+        doctor.add(step, {"learning_rate": 0.1})
+    doctor.add(63, {"eval_accuracy": 0.5})
+    assert [(x.step, x.metric) for x in doctor.findings] == [(i, str(i)) for i in (*range(1, 51), 55, 60, 63)]
+
+
+def test_a_log_of_many_entries_is_read_later_as_it_was_live(tmp_path):
+    entries = [{**numbers, "learning_rate": 0.1} for numbers in [SPREAD] * 58 + [FLAT] * 8]
+    live = Doctor({}, {}, installed())
+    for step, entry in enumerate(entries, 1):
+        live.add(step, entry)
+    assert named(live.findings) == [("no_spread", 59)]
+    assert diagnose(written(tmp_path, entries)) == live.findings
+    written(tmp_path, entries[:63])  # killed before the next look
+    assert named(diagnose(tmp_path)) == [("no_spread", 59)]
+
+
 def test_numbers_that_are_none_or_not_finite_are_passed_over():
     doctor = Doctor({}, {}, [])
     doctor.add(1, {"loss": float("nan"), "note": "text", "kl/ref": 1.0})

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts
+from hf_rlhf.metrics import jsonl_log
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.trackers import guard
 from hf_rlhf.runtime.background import run_in_thread
@@ -296,21 +297,22 @@ def log_step(log: RunLog, step: int, text: str = "c") -> None:
     log.on_log(None, SimpleNamespace(**{**vars(STATE), "global_step": step}), None, logs={"loss": 0.5})
 
 
-def slowly(log: RunLog, gate: threading.Event, order: list[int]) -> None:
-    """Has `log` write no table until the gate is open."""
-    write = log._parquet
+def slowly(monkeypatch: pytest.MonkeyPatch, gate: threading.Event, order: list[int], every_s: float = 0.0) -> None:
+    """Has no log write a table until the gate is open."""
+    write = jsonl_log.write_table
 
-    def wait_and_write(table: list[dict[str, Any]], step: int) -> None:
+    def wait_and_write(output_dir: Path, table: list[dict[str, Any]], step: int) -> None:
         assert gate.wait(scaled(20))
-        write(table, step)
+        write(output_dir, table, step)
         order.append(step)
 
-    log._parquet = wait_and_write  # type: ignore[method-assign]
+    monkeypatch.setattr(jsonl_log, "write_table", wait_and_write)
+    monkeypatch.setattr(jsonl_log, "TABLES_EVERY_S", every_s)
 
 
-def test_a_line_is_there_at_once_and_its_table_when_the_next_completions_come(tmp_path):
+def test_a_line_is_there_at_once_and_its_table_when_the_next_completions_come(tmp_path, monkeypatch):
     log, gate, order = RunLog(tmp_path, {}), threading.Event(), []
-    slowly(log, gate, order)
+    slowly(monkeypatch, gate, order)
     log_step(log, 1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
     assert order == []
@@ -321,22 +323,36 @@ def test_a_line_is_there_at_once_and_its_table_when_the_next_completions_come(tm
     assert order == [1, 2]
 
 
-@pytest.mark.parametrize("event", ["on_save", "on_evaluate", "on_train_end", "on_train_begin"])
-def test_no_table_is_left_to_write_after(tmp_path, event):
+def test_tables_of_less_than_a_second_are_written_together(tmp_path, monkeypatch):
     log, gate, order = RunLog(tmp_path, {}), threading.Event(), []
-    slowly(log, gate, order)
-    log_step(log, 3)
+    slowly(monkeypatch, gate, order, every_s=100.0)
+    gate.set()
+    for step in (1, 2, 3):
+        log_step(log, step)
+    log._wait()
+    assert order == [1]
+    log._written -= 100.0
+    log_step(log, 4)
+    log._wait()
+    assert order == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("event", ["on_save", "on_evaluate", "on_train_end", "on_train_begin"])
+def test_no_table_is_left_to_write_after(tmp_path, event, monkeypatch):
+    log, gate, order = RunLog(tmp_path, {}), threading.Event(), []
+    slowly(monkeypatch, gate, order, every_s=100.0)
     threading.Timer(0.02, gate.set).start()
+    log_step(log, 2)
+    log_step(log, 3)
     getattr(log, event)(None, STATE, None)
-    assert order == [3]
+    assert order == [2, 3]
 
 
 def test_a_table_written_beside_has_the_same_bytes(tmp_path):
     beside_it, at_once = RunLog(tmp_path / "a", {}), RunLog(tmp_path / "b", {})
     log_step(beside_it, 3)
     beside_it.flush()
-    (tmp_path / "b").mkdir()
-    at_once._parquet(rows(), 3)
+    jsonl_log.write_table(at_once.output_dir, rows(), 3)
     path = Path("completions") / "step_000003.parquet"
     assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
 
