@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Messages = list[dict[str, Any]]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message with its reasoning."""
 TOOL_ROLES = ("tool", "ipython", "function")
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 _ESCAPE = re.compile(r"\\+[nrt]?")
 _OPEN_TAG = re.compile(r"(?:<[A-Za-z][\w.:-]*>|\[THINK\])\s*\Z")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
@@ -48,8 +48,10 @@ class Chat:
     """Content of a message that only calls tools."""
     parts: bool = False
     """Hand contents to the template as lists of one text part."""
-    mappings: bool = False
-    """Hand arguments of tool calls that are JSON texts to the template as mappings."""
+    arguments: Literal["mapping", "text"] | None = None
+    """Form in which the template gets the arguments of tool calls: a mapping, or its JSON text; None: as they are."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the template shows."""
 
     def text(self, conversation: Conversation) -> str:
         """Render a conversation. Raises `ChatError` with the template's words where it refuses, or naming the text it drops."""
@@ -67,6 +69,7 @@ class Chat:
                 chat_template=self.template,
                 add_generation_prompt=end == "answer",
                 continue_final_message=end == "open",
+                tools=self.tools,  # type: ignore[arg-type]  # list is invariant
                 **options,
                 **template_kwargs(self.tokenizer),
             )
@@ -78,8 +81,8 @@ class Chat:
         content = message["content"]
         content = self.empty if content is None else content
         formed = {**message, "content": [{"type": "text", "text": content}] if self.parts and content else content}
-        if self.mappings and message.get("tool_calls"):
-            formed["tool_calls"] = [_with_mapping(call) for call in message["tool_calls"]]
+        if self.arguments and message.get("tool_calls"):
+            formed["tool_calls"] = [_with_arguments(call, self.arguments) for call in message["tool_calls"]]
         return formed
 
 
@@ -89,12 +92,17 @@ FIX = (
 )
 
 
-def chat_of(tokenizer: PreTrainedTokenizerBase, *conversations: Conversation, training: bool = False) -> Chat:
+def chat_of(
+    tokenizer: PreTrainedTokenizerBase,
+    *conversations: Conversation,
+    training: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+) -> Chat:
     """Return the first rendering in which all conversations keep their text. Raises `ChatError` if there is none.
 
-    `training`: also try TRL's training version of the template, which keeps reasoning.
+    `training`: also try TRL's training version of the template, which keeps reasoning. `tools`: schemas that it shows.
     """
-    return _first(tokenizer, conversations, training)[0]
+    return _first(tokenizer, conversations, training, tools)[0]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, *conversations: Conversation, training: bool = False) -> list[str]:
@@ -103,12 +111,16 @@ def render(tokenizer: PreTrainedTokenizerBase, *conversations: Conversation, tra
 
 
 def _first(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], training: bool
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    training: bool,
+    tools: list[dict[str, Any]] | None = None,
 ) -> tuple[Chat, list[str]]:
     if not tokenizer.chat_template:
         raise ChatError("conversations need a tokenizer with a chat template. Set model.chat_template")
     problem: ChatError | None = None
     for chat in _candidates(tokenizer, conversations, training):
+        chat = replace(chat, tools=tools)
         try:
             return chat, [chat.text(conversation) for conversation in conversations]
         except ChatError as error:
@@ -143,11 +155,12 @@ def _candidates(
     yield Chat(tokenizer)
     if any(message.get("tool_calls") for messages, _ in conversations for message in messages):
         yield Chat(tokenizer, empty="")
-        yield Chat(tokenizer, empty="", mappings=True)
+        yield Chat(tokenizer, empty="", arguments="mapping")
+        yield Chat(tokenizer, empty="", arguments="text")
     yield Chat(tokenizer, empty="", parts=True)
     if training and (template := training_template(tokenizer)) is not None:
         yield Chat(tokenizer, template)
-        yield Chat(tokenizer, template, empty="", mappings=True)
+        yield Chat(tokenizer, template, empty="", arguments="mapping")
 
 
 def messages_of(given: Any, name: str) -> Messages:
@@ -211,9 +224,9 @@ def _lost(messages: Messages, text: str) -> str | None:
     place, so that a text occurs once for each message that has it.
     """
     pieces = [(place, piece) for place, message in enumerate(messages, start=1) for piece in _pieces(message)]
-    rest = _squeezed(text)
+    rest = squeezed(text)
     for place, piece in sorted(pieces, key=lambda piece: -len(piece[1])):
-        if (form := _squeezed(piece)) not in rest and (form := _squeezed(_EMPTY_THOUGHT.sub("", piece))) not in rest:
+        if (form := squeezed(piece)) not in rest and (form := squeezed(EMPTY_THOUGHT.sub("", piece))) not in rest:
             return f"part of message {place} ({messages[place - 1]['role']}): {piece.strip()!r:.80}"
         rest = rest.replace(form, "\0", 1)
     return None
@@ -224,24 +237,27 @@ def _pieces(message: Mapping[str, Any]) -> Iterator[str]:
     yield from _texts(message["content"])
     yield from dict.fromkeys(text for name in REASONING for text in _texts(message.get(name)))
     for call in message.get("tool_calls") or ():
-        function = _function(call)
+        function = function_of(call)
         yield from _texts(function.get("name"))
-        yield from _texts(_parsed(function.get("arguments")))
+        yield from _texts(parsed_arguments(function.get("arguments")))
 
 
-def _function(call: Any) -> Mapping[str, Any]:
+def function_of(call: Any) -> Mapping[str, Any]:
+    """Return the name and arguments of a tool call, which may be nested under `function`."""
     return call.get("function", call) if isinstance(call, Mapping) else {}
 
 
-def _parsed(arguments: Any) -> Any:
+def parsed_arguments(arguments: Any) -> Any:
+    """Return the arguments of a tool call, parsed where they are JSON text."""
     with contextlib.suppress(ValueError, TypeError):
         return json.loads(arguments)
     return arguments
 
 
-def _with_mapping(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = _function(call)
-    parsed = {**function, "arguments": _parsed(function.get("arguments"))}
+def _with_arguments(call: Mapping[str, Any], form: Literal["mapping", "text"]) -> dict[str, Any]:
+    function = function_of(call)
+    arguments = parsed_arguments(function.get("arguments"))
+    parsed = {**function, "arguments": arguments if form == "mapping" else json.dumps(arguments, ensure_ascii=False)}
     return {**call, "function": parsed} if "function" in call else parsed
 
 
@@ -256,6 +272,6 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _squeezed(text: str) -> str:
+def squeezed(text: str) -> str:
     """Return a text without whitespace and escapes, raw or as in JSON."""
     return "".join((_ESCAPE.sub("", text) if "\\" in text else text).split())
