@@ -10,14 +10,16 @@ state, positions that are counted from the first column) gets prompts of one len
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Interval
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Context, Count, Positive, RolloutEngine
+from hf_rlhf.axes import Context, Count, Positive, RolloutEngine, Session
 from hf_rlhf.batch import Completions
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from hf_rlhf.batch import Prompt
 
     from ._sampling import Sampler
+    from ._turns import Kept
 
 Row = TypeVar("Row")
 
@@ -140,18 +143,46 @@ class Generate(RolloutEngine):
         Log-probs are of the full distribution at the temperature, before top_p and others truncate it; greedy rows have
         none.
         """
-        import torch
+        temperature = self.temperature if temperature is None else temperature
+        return self._sample(policy, self._rounded(policy), prompts, num_generations, temperature)
+
+    @contextmanager
+    def session(self, policy: Policy, *, temperature: float | None = None) -> Iterator[Session]:
+        """Open a session in which the decode loop keeps keys and values of live rows, so that a turn prefills only what is new.
+
+        With `max_rows`, which bounds them, they are not kept.
+        """
+        from ._turns import Kept
 
         temperature = self.temperature if temperature is None else temperature
-        slow = self._needs_generate(policy, max(len(prompt.ids) for prompt in prompts) + self.max_new_tokens)
-        equal_lengths = slow and self._equal_lengths(policy)
-        if self.decode_dtype != "same":
-            from ._decoding import copy_of
+        kept = Kept() if self.max_rows is None else None
+        sample = partial(self._sample, policy, self._rounded(policy))
+        yield _KeepingSession(self, policy, temperature, sample, kept)
 
-            policy = replace(policy, model=copy_of(policy.model, getattr(torch, self.decode_dtype)))
+    def _rounded(self, policy: Policy) -> Policy:
+        """Return the policy that decodes."""
+        if self.decode_dtype == "same":
+            return policy
+        import torch
+
+        from ._decoding import copy_of
+
+        return replace(policy, model=copy_of(policy.model, getattr(torch, self.decode_dtype)))
+
+    def _sample(
+        self,
+        policy: Policy,
+        rounded: Policy,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        temperature: float,
+        kept: Kept | None = None,
+    ) -> Completions:
+        """Sample with the decode loop if it supports the policy, else with `model.generate`."""
+        slow = self._needs_generate(policy, max(len(prompt.ids) for prompt in prompts) + self.max_new_tokens)
         if not slow:
-            return self._decode(policy, prompts, num_generations, temperature)
-        return self._generate(policy, prompts, num_generations, temperature, equal_lengths)
+            return self._decode(rounded, prompts, num_generations, temperature, kept)
+        return self._generate(rounded, prompts, num_generations, temperature, self._equal_lengths(policy))
 
     def sampler(
         self,
@@ -191,7 +222,7 @@ class Generate(RolloutEngine):
         return Random(uniforms=uniforms, temperature=temperature, penalised=penalised, cuts=cuts, logps=logps)
 
     def _decode(
-        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, temperature: float, kept: Kept | None
     ) -> Completions:
         """Sample with the decode loop."""
         from ._decoding import Decoder
@@ -205,7 +236,7 @@ class Generate(RolloutEngine):
         ids: list[list[int]] = []
         logps: list[list[float]] = []
         for start, part in self._parts(prompts, group):
-            drawn, reported = decode([prompt.ids for prompt in part], group, sampler, start * group)
+            drawn, reported = decode([prompt.ids for prompt in part], group, sampler, start * group, kept)
             ids += drawn
             logps += reported or []
         if group < num_generations:
@@ -293,6 +324,30 @@ class Generate(RolloutEngine):
         own = policy.model.generation_config.eos_token_id
         found = {own} if isinstance(own, int) else set(own or ())
         return found | ({policy.tokenizer.eos_token_id} - {None})
+
+
+class _KeepingSession(Session):
+    """Session that names its rows to `kept`."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        policy: Policy,
+        temperature: float,
+        sample: Callable[..., Completions],
+        kept: Kept | None,
+    ):
+        super().__init__(engine, policy, temperature)
+        self.kept, self._sample, self._greedy = kept, sample, temperature == 0
+
+    def ask(self, rows: Sequence[int], prompts: Sequence[Prompt], num_generations: int = 1) -> Completions:
+        if self.kept:
+            self.kept.ask(rows[::num_generations] if self._greedy else rows)
+        return self._sample(prompts, num_generations, self.temperature, self.kept)
+
+    def drop(self, row: int) -> None:
+        if self.kept:
+            self.kept.rows.pop(row, None)
 
 
 @hookimpl
