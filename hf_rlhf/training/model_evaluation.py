@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -35,7 +35,8 @@ from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.early_checks import check_prompts
-from hf_rlhf.training.evaluation import Evaluated, evaluate
+from hf_rlhf.training.evaluation import Evaluated, evaluate, row_types
+from hf_rlhf.training.held_out_rows import kept_rows
 from hf_rlhf.training.model_checks import check_causal, check_vocabulary
 from hf_rlhf.training.setup import plugins_here
 from hf_rlhf.training.tag_checks import tag_problems
@@ -184,10 +185,15 @@ class Evaluator:
         check_prompts(made, algorithm, settings.chat_template_kwargs)
         subject.prompts = list(islice(made, self.recipe.evaluation.prompts))
 
-    def evaluate(self, subject: Subject, keep: Callable[[list[dict[str, Any]]], Any] = lambda rows: None) -> Evaluated:
-        """Load a prepared model and evaluate it. `keep` gets its rows, as `evaluate` of a run does."""
+    def evaluate(self, subject: Subject, rows: Path | None = None) -> Evaluated:
+        """Load a prepared model and evaluate it. `rows`: Parquet file for the rows of all processes."""
+        settings = self.recipe.evaluation
         with self._collector(subject) as collector:
-            return evaluate(collector, subject.prompts, self.recipe.evaluation, keep)
+            if rows is None:
+                return evaluate(collector, subject.prompts, settings)
+            types = row_types(collector.algorithm)
+            with kept_rows(rows, types, collector.accelerator, settings.num_generations) as keep:
+                return evaluate(collector, subject.prompts, settings, keep)
 
     @contextmanager
     def _collector(self, subject: Subject) -> Iterator[Collector]:

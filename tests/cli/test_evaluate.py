@@ -17,6 +17,7 @@ from hf_rlhf.cli.runs.run import train
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.data.addition_task import addition_dataset
 from hf_rlhf.training import model_evaluation
+from tests.helpers.processes import run_ranks
 from tests.helpers.runs import save_classifier
 
 SMALL = ["rollout.prompts=8", "rollout.num_generations=4", "evaluation.num_generations=4", "evaluation.prompts=24"]
@@ -125,6 +126,36 @@ def test_models_are_compared_on_the_same_prompts(run, made, tmp_path):
         assert sum(row["reward/exact_match"] for row in rows) / 96 == metrics["accuracy"]
         assert sum(row["tokens"] for row in rows) / 96 == metrics["rollout/length/mean"]
         assert all(eval(row["prompt"].rstrip("=")) == int(row["reference"]) for row in rows)
+
+
+TOGETHER = """
+import sys
+from hf_rlhf.cli import main
+sys.argv = ["hf-rlhf", "evaluate", *{words!r}]
+main.main()
+"""
+
+
+def test_two_processes_write_every_row_in_the_order_of_prompts(run, made, tmp_path):
+    words = [str(made["full"]), "evaluation.prompts=7", "evaluation.temperature=0"]
+    one, both = (run.json(*words, "--output", tmp_path / "one"), tmp_path / "both")
+    said, other = run_ranks(TOGETHER.format(words=[*words, "--json", "--output", str(both)]))
+    assert "evaluating" in said
+    assert other == ""
+    assert json.loads((both / "evaluation.json").read_text())["models"] == one["models"]
+    rows = pq.read_table(both / "full.parquet")
+    assert len(rows) == 7 * 4
+    assert rows.equals(pq.read_table(tmp_path / "one" / "full.parquet"))
+
+
+def test_rows_that_cannot_be_written_are_an_error_before_a_model_is_loaded(refused, made, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file" in refused(made["full"], "--output", tmp_path / "file" / "below")
+
+
+def test_rows_that_could_not_be_written_are_an_error(run, made, tmp_path):
+    (tmp_path / "out" / "full.parquet").mkdir(parents=True)
+    assert "rows of" in run(made["full"], "--output", tmp_path / "out", code=2)
 
 
 def test_the_table_has_a_column_per_model_and_per_difference(run, made):

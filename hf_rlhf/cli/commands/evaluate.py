@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +27,7 @@ READ = ("model", "dataset", "rollout", "rewards", "evaluation", "training")
 MEANT = {"num_generations": "evaluation.num_generations", "temperature": "evaluation.temperature"}
 """Flags that name another setting here than for training."""
 MODELS = ("--model", "--model_name_or_path")
+RESULT = "evaluation.json"
 
 
 def split_models(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -124,61 +124,75 @@ def evaluate(
         raise UserError("evaluate needs a model: name a run's folder, or a model with --recipe NAME")
     overrides = overrides_of(others, dataset, split, seed)
     folder = None if output is None else Path(output).expanduser()
-    if folder is not None:
-        if (folder / "evaluation.json").exists():
-            raise UserError(f"{folder} already contains an evaluation. Choose another --output")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("--output needs a single process, as each has rows of its own. Leave out one of the two")
-    first = int(os.environ.get("RANK", "0")) == 0
-    with output_to_stderr() if first else nullcontext():
-        if recipe is not None:
-            from hf_rlhf.config.outline import check_names
-
-            check_names(recipe, overrides)
+    if folder is not None and (folder / RESULT).exists():
+        raise UserError(f"{folder} already contains an evaluation. Choose another --output")
+    with output_to_stderr(_is_first()):
         compared = _compare(models, recipe, overrides, folder, trust_remote_code)
-    found = compared.as_dict()
-    if folder is not None:
-        (folder / "evaluation.json").write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
-    if first and as_json:
-        print_json(found)
-    elif first:
-        print(compared.title)
-        print_table(*compared.table())
-        if folder is not None:
-            print(f"\nrows of each model and evaluation.json: {folder}")
+    if _is_first():
+        _show(compared, folder, as_json)
     if compared.failed:
-        print(f"{compared.failed} rows could not be scored", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _is_first() -> bool:
+    """Return whether this is the first process of those that evaluate together."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _compare(
     models: Sequence[str], recipe: str | None, overrides: list[str], folder: Path | None, trust_remote_code: bool
 ) -> Comparison:
+    """Evaluate the models, with the rows of each in a file of `folder`."""
     from transformers.utils import logging as transformers_logging
 
-    from hf_rlhf.metrics.row_file import RowFile
+    from hf_rlhf.config.outline import check_names
     from hf_rlhf.training.comparison import Comparison
-    from hf_rlhf.training.evaluation import row_types
     from hf_rlhf.training.model_evaluation import Evaluator, find_subjects, recipe_of
 
     transformers_logging.disable_progress_bar()
+    if recipe is not None:
+        check_names(recipe, overrides)
     subjects = find_subjects(models)
     try:
         chosen = recipe_of(subjects, recipe, overrides)
         evaluator = Evaluator(recipe=chosen, trust_remote_code=trust_remote_code)
         for subject in subjects:
             evaluator.prepare(subject)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         compared = Comparison(recipe=chosen)
         for number, subject in enumerate(subjects, start=1):
-            print(f"evaluating {subject.word} ({number} of {len(subjects)})", file=sys.stderr)
-            if folder is None:
-                compared.add(subject, evaluator.evaluate(subject))
-                continue
-            file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', subject.label)}.parquet"
-            with RowFile(file, row_types(chosen.algorithm())) as rows:
-                compared.add(subject, evaluator.evaluate(subject, rows.add))
+            if _is_first():
+                print(f"evaluating {subject.word} ({number} of {len(subjects)})", file=sys.stderr)
+            compared.add(subject, evaluator.evaluate(subject, folder and folder / rows_file(subject.label)))
     except UserError:
         raise
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     return compared
+
+
+def rows_file(label: str) -> str:
+    """Return the name of the file with a model's rows."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.parquet"
+
+
+def _show(compared: Comparison, folder: Path | None, as_json: bool) -> None:
+    """Print the figures, and write them into the folder."""
+    found = compared.as_dict()
+    if folder is not None:
+        (folder / RESULT).write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
+        for subject, _ in compared.found:
+            if not (folder / rows_file(subject.label)).is_file():
+                raise UserError(
+                    f"the rows of {subject.word} could not be written into {folder}. Choose another --output"
+                )
+    if as_json:
+        print_json(found)
+    else:
+        print(compared.title)
+        print_table(*compared.table())
+        if folder is not None:
+            print(f"\nrows of each model and {RESULT}: {folder}")
+    if compared.failed:
+        print(f"{compared.failed} rows could not be scored", file=sys.stderr)
