@@ -13,7 +13,6 @@ benchmarks/results/logging.md.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import resource
@@ -23,12 +22,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from benchmarks.record import keep
+from benchmarks.record import measured
 
-RESULTS = Path(__file__).parent / "results"
 FIRST = 5
 LOGGING, PLUGINS, SCORING = "logging", "plugin layer", "scoring"
 BARS = {LOGGING: 0.02, PLUGINS: 0.005}
@@ -89,7 +86,7 @@ def install(watch: Stopwatch) -> None:
 
     parts = {
         (RLHFTrainer, "log"): (LOGGING, "Trainer's log and the progress on the terminal"),
-        (RLHFTrainer, "_sample_completions"): (LOGGING, "rows of the completions table"),
+        (Recorder, "keep"): (LOGGING, "rows of the completions table"),
         (RunLog, "on_log"): (LOGGING, "metrics.jsonl"),
         (DoctorCallback, "on_log"): (LOGGING, "the run doctor"),
         (jsonl_log, "write_table"): (LOGGING, "completions/*.parquet, in a thread"),
@@ -194,14 +191,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures and writes the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--json", type=Path, default=RESULTS / "logging.json")
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
-    found = measure(args.steps, args.overrides)
-    keep(args.json, "python -m benchmarks.logging", {**found, "overrides": args.overrides}, table(found))
-    print(table(found))
+    measured("logging", __doc__ or "", 80, measure, table)
 
 
 if __name__ == "__main__":

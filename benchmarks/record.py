@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
 WIDTH = 280
 DIGITS = 6
 
@@ -33,6 +36,25 @@ def keep(path: Path, command: str, found: dict[str, Any], page: str) -> None:
     """Write what was `found`, under its `head`, to `path`, and `page` beside it as Markdown."""
     write(path, {**head(command), **found})
     path.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+def measured(
+    name: str,
+    doc: str,
+    steps: int,
+    measure: Callable[[int, list[str]], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Return what `python -m benchmarks.NAME [--steps N] [--json PATH] [KEY=VALUE ...]` measures, kept and printed."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    found = measure(args.steps, args.overrides)
+    keep(args.json, f"python -m benchmarks.{name}", {**found, "overrides": args.overrides}, table(found))
+    print(table(found))
+    return found
 
 
 def rounded(value: Any) -> Any:

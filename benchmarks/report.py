@@ -10,15 +10,14 @@ table, to benchmarks/results/report.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.logging import FIRST, LOGGING, RESULTS, Stopwatch, install
-from benchmarks.record import keep
+from benchmarks.logging import FIRST, LOGGING, Stopwatch, install
+from benchmarks.record import measured
 
 BARS = {"bytes": 5_000_000, "open_s": 2.0, "errors": 0, "requests": 0, "share": 0.02}
 """The most that each may be."""
@@ -119,14 +118,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures, writes the results, and fails where a bar is missed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--json", type=Path, default=RESULTS / "report.json")
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
-    found = measure(args.steps, args.overrides)
-    keep(args.json, "python -m benchmarks.report", {**found, "overrides": args.overrides}, table(found))
-    print(table(found))
+    found = measured("report", __doc__ or "", 1000, measure, table)
     missed = [name for name, most in BARS.items() if found[name] > most]
     if missed:
         raise SystemExit(f"more than its bar: {', '.join(missed)}")

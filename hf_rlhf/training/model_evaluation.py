@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from hf_rlhf.axes import Context
 from hf_rlhf.batch import Prompt
 from hf_rlhf.config.algorithm import Algorithm, walk
 from hf_rlhf.config.hub_names import check_hub_names
@@ -28,7 +27,7 @@ from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.model_loading import ModelError, load_config, load_model, load_tokenizer, model_path
 from hf_rlhf.data.prompts import check_columns, load_prompts, prompt_room, read_columns, read_rows
 from hf_rlhf.metrics.aggregator import MetricAggregator
-from hf_rlhf.modeling.policy import ActorCritic, Policy
+from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.scoring.normalization import RewardNormalizer
@@ -38,7 +37,7 @@ from hf_rlhf.training.early_checks import check_prompts
 from hf_rlhf.training.evaluation import Evaluated, evaluate, row_types
 from hf_rlhf.training.held_out_rows import kept_rows
 from hf_rlhf.training.model_checks import check_causal, check_vocabulary
-from hf_rlhf.training.setup import plugins_here
+from hf_rlhf.training.plugin_setup import context_of, plugins_here, policy_of, set_up
 from hf_rlhf.training.tag_checks import tag_problems
 
 SHARED = ("rollout", "rewards", "dataset", "evaluation")
@@ -209,24 +208,14 @@ class Evaluator:
         check_causal(model)
         check_vocabulary(subject.tokenizer, model)
         actor_critic = ActorCritic(model, None, algorithm.rollout.temperature).to(args.device)
-        wants = "sampler_logps" in algorithm.needs or algorithm.samples_old_logps
-        policy = Policy(model=model, tokenizer=subject.tokenizer, device=args.device, wants_logps=wants)
+        policy = policy_of(model, subject.tokenizer, algorithm, args)
         policy.version = subject.path
-        context = Context(
-            device=args.device,
-            tokenizer=subject.tokenizer,
-            policy=model,
-            seed=args.seed,
-            process_index=args.process_index,
-            num_processes=args.world_size,
-            chat_template_kwargs=settings.chat_template_kwargs,
-        )
+        context = context_of(model, subject.tokenizer, settings, args)
         accelerator, scorer = Accelerator(cpu=args.use_cpu), None
         opened = list(plugins_here(algorithm, _measuring(algorithm)))
         try:
             for plugin in opened:
-                with accelerator.autocast() if plugin is algorithm.rollout else nullcontext():
-                    plugin.setup(context)
+                set_up(plugin, algorithm, context, accelerator.autocast())
             scorer = Scorer(list(zip(algorithm.labels(), algorithm.rewards, strict=True)), context)
             unused: Any = None
             yield Collector(

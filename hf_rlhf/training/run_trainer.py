@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,7 +46,7 @@ TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_to
 """Entries of an evaluation that are not metrics of the model."""
 
 
-class RunTrainer(PushingTrainer):
+class RunTrainer(PushingTrainer, ABC):
     """`transformers.Trainer` that writes the files of a run.
 
     `recipe.yaml` is written when training begins, `summary.json` and `report.html` with the model by `save_model`,
@@ -218,17 +219,17 @@ class RunTrainer(PushingTrainer):
         configure_padding(model, tokenizer)  # type: ignore[arg-type]
         return super()._inner_training_loop(*args, **kwargs)
 
+    @abstractmethod
     def _contents(self) -> Contents:
         """Return the fingerprints of what the run reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint that this run can resume from; raise `CheckpointError` for any other."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _last_step(self) -> int:
         """Return the number of optimizer steps of the whole run."""
-        raise NotImplementedError
 
     @doing("evaluation")
     def evaluate(

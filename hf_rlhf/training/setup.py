@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import Context, Plugin, check_output
+from hf_rlhf.axes import check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.optimizer_arguments import optimizer_problems
@@ -17,7 +17,6 @@ from hf_rlhf.config.plan_in_words import Counts, in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
 from hf_rlhf.config.training_arguments import DEFAULTS, check_arguments, training_of
-from hf_rlhf.contract.base import nested_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
 from hf_rlhf.data.model_loading import (
@@ -51,6 +50,7 @@ from hf_rlhf.training.model_checks import (
     known_model,
 )
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
+from hf_rlhf.training.plugin_setup import context_of, plugins_here, policy_of, set_up
 from hf_rlhf.training.resumable_settings import resumable_settings
 from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
 
@@ -72,10 +72,10 @@ class RunComponents:
     record: dict[str, Any]
     model: Any
     tokenizer: Any
-    train: Any
-    evaluation: Any
     room: int | None
     """Longest prompt in tokens that fits the model's context."""
+    train: Any = None
+    evaluation: Any = None
 
     @property
     def dataset_settings(self) -> Dataset:
@@ -121,47 +121,20 @@ class RunComponents:
 
     def policy(self, model: Any, args: TrainingArguments) -> Policy:
         """Return the policy as rollout engines get it."""
-        wants = "sampler_logps" in self.algorithm.needs or self.algorithm.samples_old_logps
-        return Policy(model=model, tokenizer=self.tokenizer, device=args.device, wants_logps=wants)
+        return policy_of(model, self.tokenizer, self.algorithm, args)
 
     def set_up(self, model: Any, args: TrainingArguments, autocast: AbstractContextManager[None]) -> Scorer:
         """Call `setup` of every plugin, that of the rollout engine in `autocast`, and start reward sources in their workers.
 
         Remarks that a plugin adds after its setup go into the plan.
         """
-        context = Context(
-            device=args.device,
-            tokenizer=self.tokenizer,
-            policy=model,
-            seed=args.seed,
-            process_index=args.process_index,
-            num_processes=args.world_size,
-            chat_template_kwargs=self.sections["model"].chat_template_kwargs,
-        )
+        context = context_of(model, self.tokenizer, self.sections["model"], args)
         for plugin in plugins_here(self.algorithm, self.algorithm.plugins()):
-            with autocast if plugin is self.algorithm.rollout else nullcontext():
-                plugin.setup(context)
+            set_up(plugin, self.algorithm, context, autocast)
         known = self.plan.remarks
         known += [remark for remark in plugin_remarks(self.algorithm) if remark not in known]
         self.record["plan"]["remarks"] = list(known)
         return Scorer(list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)), context)
-
-
-def close_plugins(algorithm: Algorithm) -> None:
-    """Call `close` of every plugin except the reward sources, which the scorer closes."""
-    for plugin in plugins_here(algorithm, algorithm.plugins()):
-        plugin.close()
-
-
-def plugins_here(algorithm: Algorithm, plugins: Iterable[tuple[str, Plugin]]) -> Iterator[Plugin]:
-    """Yield those of `plugins` that this process sets up: not the reward sources, but what is nested in them."""
-    own = {id(source) for source in algorithm.rewards}
-    elsewhere = {
-        id(x) for source in algorithm.rewards if source.workers in ("processes", "ray") for x in nested_of(source)
-    }
-    for _, plugin in plugins:
-        if id(plugin) not in own | elsewhere:
-            yield plugin
 
 
 def default_arguments(recipe: Algorithm | Recipe) -> TrainingArguments:
@@ -201,12 +174,11 @@ def setup_run(
     plan, record = describe(chosen, sections, args, lora, _misfits(model, model_settings, peft_config), named, known)
     record["run"] = resumable_settings(args, sections, peft_config, chosen)
     record["name"], record["recipe"] = (None, None) if named is None else (named.name, _as_run(named, model, args))
-    several = evaluation if isinstance(evaluation, dict) else None
-    if several is not None:
-        evaluation = None
+    several = isinstance(evaluation, dict)
+    if several:
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     check_hub_names(chosen.plugins())
-    _check_dataset(chosen, sections["dataset"], train, evaluation)
+    _check_dataset(chosen, sections["dataset"], train, None if several else evaluation)
     ask_for_repository(args)
 
     tokenizer = prepare_tokenizer(
@@ -217,27 +189,10 @@ def setup_run(
         model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code
     )
     room = prompt_room(config, sections["dataset"], chosen.rollout)
-    with doing("reading the dataset"):
-        prompts, held_out = load_prompts(
-            sections["dataset"], tokenizer, max_prompt_tokens=room, train=train, evaluation=evaluation
-        )
     parts = RunComponents(
-        algorithm=chosen,
-        sections=sections,
-        plan=plan,
-        record=record,
-        model=None,
-        tokenizer=tokenizer,
-        train=prompts,
-        evaluation=held_out,
-        room=room,
+        algorithm=chosen, sections=sections, plan=plan, record=record, model=None, tokenizer=tokenizer, room=room
     )
-    if several is not None:
-        parts.evaluation = parts.as_prompts(several)
-    for part in (prompts, *(parts.evaluation.values() if several is not None else [held_out])):
-        check_prompts(part, chosen, model_settings.chat_template_kwargs)
-    record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
-    longest = max((len(ids) for ids, _ in prompts.tokens), default=None) if isinstance(prompts, Prompts) else None
+    longest = _read_rows(parts, train, evaluation)
     plan.in_words = in_words(chosen, sections, args, model, lora, (*record["rows"].values(), longest))
     record["plan"]["in_words"] = plan.in_words
     if on_plan is not None:
@@ -251,6 +206,23 @@ def setup_run(
     parts.model = _adapted(model, peft_config, model_settings, args.seed) if lora else model
     warn_of_ragged_epochs(record["rows"]["train"], chosen.rollout.prompts, args)
     return parts
+
+
+def _read_rows(parts: RunComponents, train: Any, evaluation: Any) -> int | None:
+    """Load the prompts, and return the tokens of the longest one that is trained on, None for a stream."""
+    several = evaluation if isinstance(evaluation, dict) else None
+    given = {"train": train, "evaluation": None if several is not None else evaluation}
+    with doing("reading the dataset"):
+        parts.train, parts.evaluation = load_prompts(
+            parts.dataset_settings, parts.tokenizer, max_prompt_tokens=parts.room, **given
+        )
+    if several is not None:
+        parts.evaluation = parts.as_prompts(several)
+    for part in (parts.train, *(parts.evaluation.values() if several is not None else [parts.evaluation])):
+        check_prompts(part, parts.algorithm, parts.sections["model"].chat_template_kwargs)
+    parts.record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
+    tokens = parts.train.tokens if isinstance(parts.train, Prompts) else ()
+    return max((len(ids) for ids, _ in tokens), default=None)
 
 
 def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:

@@ -47,9 +47,10 @@ from hf_rlhf.training.losses import derivative, over_distributions, policy_terms
 from hf_rlhf.training.micro_batches import Batching
 from hf_rlhf.training.parallel import Parallel, gradients_are_finite
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
+from hf_rlhf.training.plugin_setup import close_plugins
 from hf_rlhf.training.recording import ALL, Recorder
 from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
-from hf_rlhf.training.setup import close_plugins, default_arguments, setup_run
+from hf_rlhf.training.setup import default_arguments, setup_run
 from hf_rlhf.training.update_rule import step_of
 
 
@@ -187,7 +188,7 @@ class RLHFTrainer(SavingTrainer):
             self.phases.sampling()
             self.collector.recorder.begin(index, self.state.max_steps)
             self.buffer = self.collector.collect(index)
-            self._sample_completions(self.buffer)
+            self.collector.recorder.keep(self.buffer, self.state.global_step, self.run_log)
         if self.buffer is None or self.buffer.index != index:
             raise CheckpointError(f"step {self.state.global_step} is in the middle of a rollout that was not saved")
         batching = self.collector.forwards.batching
@@ -293,9 +294,6 @@ class RLHFTrainer(SavingTrainer):
             )
         self.actor_critic.zero_grad()
         return torch.zeros_like(loss)
-
-    def _sample_completions(self, buffer: Buffer) -> None:
-        self.collector.recorder.keep(buffer, self.state.global_step, self.run_log)
 
     # The module that is trained, and its optimizer
 

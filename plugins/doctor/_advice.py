@@ -10,6 +10,15 @@ if TYPE_CHECKING:
 FACTOR = 3.0
 """Ratio of the learning rate to the one that is told to type."""
 
+LOW, HIGH = 0.8, 1.25
+"""Mean ratio of the probabilities of two policies that are nearly the same."""
+
+
+def apart(history: History, distance: str, most: float, ratio: str) -> int | None:
+    """Return the step since when two policies have a distance above `most`, or a mean ratio outside `LOW` to `HIGH`."""
+    steps = history.since(distance, lambda x: x > most), history.since(ratio, lambda x: not LOW <= x <= HIGH)
+    return min((step for step in steps if step is not None), default=None)
+
 
 def learning_rate(history: History, factor: float) -> tuple[str, ...]:
     """Return the override that multiplies the learning rate; nothing if the run has none."""

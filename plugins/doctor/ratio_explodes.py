@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Finding, History, Pattern
 
-from ._advice import lower_learning_rate, one_epoch
+from ._advice import HIGH, LOW, apart, lower_learning_rate, one_epoch
 
 KL, RATIO = "policy/approx_kl", "policy/ratio"
-MOST, LOW, HIGH = 0.1, 0.8, 1.25
+MOST = 0.1
 
 
 @dataclass(kw_only=True)
@@ -25,9 +25,8 @@ class RatioExplodes(Pattern):
     covers = frozenset({KL, RATIO})
 
     def find(self, history: History) -> Iterable[Finding]:
-        by_kl = history.since(KL, lambda kl: kl > MOST)
-        by_ratio = history.since(RATIO, lambda ratio: not LOW <= ratio <= HIGH)
-        if by_kl is None and by_ratio is None:
+        step = apart(history, KL, MOST, RATIO)
+        if step is None:
             return
         steps = 5 * history.steps_per_rollout
         text = (
@@ -35,7 +34,6 @@ class RatioExplodes(Pattern):
             f"{history.mean(RATIO, steps):.3g}) from the one that sampled it: most of the rollout is no longer its own. "
             "Take smaller or fewer steps per rollout."
         )
-        step = min(step for step in (by_kl, by_ratio) if step is not None)
         yield Finding(self.name, step, text, (*lower_learning_rate(history), *one_epoch(history)), KL)
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Finding, History, Pattern
 
+from ._advice import HIGH, LOW, apart
+
 GAP, RATIO = "rollout/logp_gap/mean", "rollout/is_ratio/mean"
-MOST, LOW, HIGH = 0.05, 0.8, 1.25
+MOST = 0.05
 
 
 @dataclass(kw_only=True)
@@ -23,15 +25,13 @@ class SamplerApart(Pattern):
     covers = frozenset({GAP, RATIO})
 
     def find(self, history: History) -> Iterable[Finding]:
-        by_gap = history.since(GAP, lambda gap: gap > MOST)
-        by_ratio = history.since(RATIO, lambda ratio: not LOW <= ratio <= HIGH)
-        if by_gap is None and by_ratio is None:
+        step = apart(history, GAP, MOST, RATIO)
+        if step is None:
             return
         text = (
             f"The log-probs of sampler and trainer differ by {history.mean(GAP):.2g} nats per token: other precision, "
             "temperature or old weights. Look at the engine, and correct for it."
         )
-        step = min(step for step in (by_gap, by_ratio) if step is not None)
         yield Finding(self.name, step, text, tuple(self._overrides(history)), GAP)
 
     def _overrides(self, history: History) -> Iterable[str]:

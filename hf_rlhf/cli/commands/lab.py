@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from hf_rlhf.lab.world import World
 
 
+TrustRegion = Annotated[
+    bool,
+    typer.Option(
+        "--trust-region", help="Show how far a policy may move before the surrogate of its old samples misleads."
+    ),
+]
+Staleness = Annotated[
+    bool,
+    typer.Option("--staleness", help="Show what policy losses and rollout corrections make of older samples."),
+]
+PictureFile = Annotated[Path | None, typer.Option("--picture", help="Also write a picture: a .svg, .png or .pdf.")]
+Length = Annotated[int | None, typer.Option("--length", help="Maximum tokens of a completion; 3 by default.")]
+
+
 @app.command(
     short_help="Show which objective the expected gradient of a recipe ascends.",
     epilog=examples(
@@ -49,24 +63,12 @@ def lab(
     everything: Annotated[
         bool, typer.Option("--all", help="Print the whole matrix as Markdown, as in the docs.")
     ] = False,
-    trust_region: Annotated[
-        bool,
-        typer.Option(
-            "--trust-region", help="Show how far a policy may move before the surrogate of its old samples misleads."
-        ),
-    ] = False,
-    staleness: Annotated[
-        bool,
-        typer.Option("--staleness", help="Show what policy losses and rollout corrections make of older samples."),
-    ] = False,
+    trust_region: TrustRegion = False,
+    staleness: Staleness = False,
     as_json: Json = False,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", help="Also write a picture: a .svg, .png or .pdf.")
-    ] = None,
+    picture: PictureFile = None,
     group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3 by default.")] = None,
-    length: Annotated[
-        int | None, typer.Option("--length", help="Maximum tokens of a completion; 3 by default.")
-    ] = None,
+    length: Length = None,
     off_policy: Annotated[
         bool, typer.Option("--off-policy", help="Sample rollouts from a different policy than the updated one.")
     ] = False,
@@ -87,24 +89,20 @@ def lab(
 
     torch.set_num_threads(1)  # the tensors are small
     sizes: dict[str, Any] = {n: x for n, x in {"group": group, "length": length, "seed": seed}.items() if x is not None}
+    given = [*([recipe] if recipe else []), *(words or [])]
+    options = [*(f"--{name}" for name in sizes if name != "seed"), *["--off-policy"] * off_policy]
     if everything:
-        given = [recipe, *(words or [])] if recipe else []
-        given += [f"--{name}" for name in sizes if name != "seed"] + ["--off-policy"] * off_policy
-        if given:
-            raise UserError(f"--all computes every combination and takes --seed only, got {given[0]}")
+        if beside := [*given, *options]:
+            raise UserError(f"--all computes every combination and takes --seed only, got {beside[0]}")
         _everything(as_json, picture, seed)
-        return
-    if trust_region or staleness:
-        if recipe or words or off_policy or group or picture or (trust_region and staleness):
+    elif trust_region or staleness:
+        if given or off_policy or group or picture or (trust_region and staleness):
             asked = "--trust-region" if trust_region else "--staleness"
             raise UserError(f"{asked} takes --length, --seed and --json only: it depends on no recipe")
         (_trust_region if trust_region else _staleness)(World(group=1 if trust_region else 2, **sizes), as_json)
-        return
-    overrides = list(words or [])
-    if recipe is not None and "=" in recipe:
-        overrides.insert(0, recipe)
-        recipe = None
-    _one(recipe, overrides, as_json, picture, sizes, off_policy)
+    else:
+        named = recipe if recipe and "=" not in recipe else None
+        _one(named, given[bool(named) :], as_json, picture, sizes, off_policy)
 
 
 def _everything(as_json: bool, picture: Path | None, seed: int) -> None:

@@ -19,6 +19,8 @@ from hf_rlhf.runtime.run_folder import only_run_in, run_in
 from hf_rlhf.runtime.signals import StoppedError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hf_rlhf.config.plan import Plan
     from hf_rlhf.config.recipe import Recipe
     from hf_rlhf.metrics.live_view import LiveView
@@ -141,7 +143,7 @@ def _train(
     """Train. `plan`: what was checked. The whole plan has a memory forecast of the loaded model and is printed after it."""
     from transformers.utils import logging as transformers_logging
 
-    from hf_rlhf.metrics.console import LiveProgress, show_lines, show_plan, show_result
+    from hf_rlhf.metrics.console import LiveProgress, show_lines, show_plan
     from hf_rlhf.metrics.live_view import OFFLINE_SHOWN, SHOWN
 
     transformers_logging.disable_progress_bar()
@@ -177,14 +179,7 @@ def _train(
         summary = trainer.summary
         assert summary is not None
         if first:
-            trained = recipe.trainer() if isinstance(recipe, OfflineRecipe) else None
-            steps = next_steps(recipe, summary["output_dir"], summary["plan"], trust_remote_code)
-            if trainer.doctor.findings:
-                out.print("\n[bold]findings of the doctor[/bold]")
-            show_findings(trainer.doctor.findings, str(folder / "recipe.yaml"), out)
-            show_result(summary, samples, out, trained, steps)
-            if trainer.pushed_to:
-                out.print(f"pushed to {trainer.pushed_to}", soft_wrap=True)
+            _show_end(trainer, recipe, samples, trust_remote_code, out)
         if unpushed is not None:
             raise unpushed
         if number:
@@ -192,6 +187,23 @@ def _train(
         return summary
     finally:
         trainer.close()
+
+
+def _show_end(
+    trainer: RunTrainer, recipe: Recipe, samples: dict[str, Any], trust_remote_code: bool, out: Console
+) -> None:
+    """Print what the doctor found, held-out metrics before and after, and what to type next."""
+    from hf_rlhf.metrics.console import show_result
+
+    summary = trainer.summary or {}
+    if trainer.doctor.findings:
+        out.print("\n[bold]findings of the doctor[/bold]")
+    show_findings(trainer.doctor.findings, f"{trainer.output_dir / 'recipe.yaml'}", out)
+    trained = recipe.trainer() if isinstance(recipe, OfflineRecipe) else None
+    steps = next_steps(recipe, summary["output_dir"], summary["plan"], trust_remote_code)
+    show_result(summary, samples, out, trained, steps)
+    if trainer.pushed_to:
+        out.print(f"pushed to {trainer.pushed_to}", soft_wrap=True)
 
 
 def build_trainer(

@@ -1,0 +1,58 @@
+"""Set up what samples and scores, for a run and for the evaluation of a saved model, and close it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from hf_rlhf.axes import Context, Plugin
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.contract.base import nested_of
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.modeling.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def policy_of(model: Any, tokenizer: Any, algorithm: Algorithm, args: TrainingArguments) -> Policy:
+    """Return the policy as rollout engines get it."""
+    wants = "sampler_logps" in algorithm.needs or algorithm.samples_old_logps
+    return Policy(model=model, tokenizer=tokenizer, device=args.device, wants_logps=wants)
+
+
+def context_of(model: Any, tokenizer: Any, settings: Model, args: TrainingArguments) -> Context:
+    """Return what plugins get in `setup`. `model`: the policy's; `settings`: the recipe's `model`."""
+    return Context(
+        device=args.device,
+        tokenizer=tokenizer,
+        policy=model,
+        seed=args.seed,
+        process_index=args.process_index,
+        num_processes=args.world_size,
+        chat_template_kwargs=settings.chat_template_kwargs,
+    )
+
+
+def set_up(plugin: Plugin, algorithm: Algorithm, context: Context, autocast: AbstractContextManager[None]) -> None:
+    """Call `setup` of a plugin, that of the rollout engine in `autocast`."""
+    with autocast if plugin is algorithm.rollout else nullcontext():
+        plugin.setup(context)
+
+
+def close_plugins(algorithm: Algorithm) -> None:
+    """Call `close` of every plugin except the reward sources, which the scorer closes."""
+    for plugin in plugins_here(algorithm, algorithm.plugins()):
+        plugin.close()
+
+
+def plugins_here(algorithm: Algorithm, plugins: Iterable[tuple[str, Plugin]]) -> Iterator[Plugin]:
+    """Yield those of `plugins` that this process sets up: not the reward sources, but what is nested in them."""
+    own = {id(source) for source in algorithm.rewards}
+    elsewhere = {
+        id(x) for source in algorithm.rewards if source.workers in ("processes", "ray") for x in nested_of(source)
+    }
+    for _, plugin in plugins:
+        if id(plugin) not in own | elsewhere:
+            yield plugin
