@@ -5,9 +5,9 @@ writes after `use:`; `needs` names its requirements, `provides` what it supplies
 typed with a class of this module is a nested plugin (`{use: ...}` in a recipe); `choice("k3")` gives it a default.
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), greedy (a greedy completion of each prompt),
-sampler_logps, old_logps, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a policy loss,
-once per rollout), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one), plain_weights
-(not quantized to 4 or 8 bits), double_backward (attention with second derivatives). Tensor functions (policy losses, KL
+sampler_logps, old_logps, old_entropy, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a
+policy loss), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one), plain_weights (not
+quantized to 4 or 8 bits), double_backward (attention with second derivatives). Tensor functions (policy losses, KL
 estimators, aggregations, loss terms) get each needed name that is not a positional argument as a keyword. Estimators and
 filters get theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with the log-probs of the
 whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
@@ -221,6 +221,8 @@ class PolicyLoss(Plugin, ABC):
     """True if a row whose advantages are all 0 has no gradient: the update then skips it."""
     token_level: ClassVar[bool] = False
     """True where a token's loss depends on its numbers alone: it is called on (1, c) tiles unless `update.fused_loss` is off."""
+    selects_per_step: ClassVar[bool] = False
+    """True if `select` is called for each optimizer step, on its rows; False: once per rollout, on all rows."""
 
     @abstractmethod
     def __call__(
@@ -229,7 +231,10 @@ class PolicyLoss(Plugin, ABC):
         """Map (B, T) each to the loss of each token (B, T), to be minimized, and metrics (B, T), averaged over the mask."""
 
     def select(self, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Map (N, T) each to (N, T), which calls get as `selected`: once per rollout if `needs` names it, whatever the split."""
+        """Map (N, T) each to (N, T), which calls get as `selected` if `needs` names it, whatever the split.
+
+        A loss that needs `old_entropy` gets it as a keyword.
+        """
         raise TypeError(f"policy_loss.{self.name} needs selected and does not define select")
 
 

@@ -34,6 +34,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         old_logps         (N, T) float or None  log-probs of the sampling policy, computed by the trainer
         ref_logps         (N, T) float or None  log-probs of the reference
         sampler_logps     (N, T) float or None  log-probs as the sampler reported them
+        old_entropy       (N, T) float or None  entropy of the distribution that each token was sampled from, in nats
         sum_sq_probs      (N, T) float or None  sum over V of p_v^2 where each token was sampled
         greedy            (N,) float or None    total score of the greedy completion of the row's prompt
         finished          (N,) bool or None     False where the completion was truncated
@@ -170,6 +171,7 @@ class Scored:
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     sampler_logps: Tensor | None = None
+    old_entropy: Tensor | None = None
     sum_sq_probs: Tensor | None = None
     greedy: Tensor | None = None
     finished: Tensor | None = None

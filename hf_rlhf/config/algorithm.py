@@ -36,7 +36,7 @@ from hf_rlhf.registry.settings_schema import at_path, callable_text
 CORE_PROVIDES = frozenset(
     {
         *("old_logps", "groups", "group_ids", "greedy", "scores", "total_score", "completion_ids", "advantages"),
-        *("selected", "entropy", "sum_sq_probs", "full_distribution", "double_backward", "adapter"),
+        *("selected", "entropy", "old_entropy", "sum_sq_probs", "full_distribution", "double_backward", "adapter"),
         "plain_weights",
     }
 )
@@ -144,7 +144,7 @@ class Algorithm:
         if several and "old_logps" in self.policy_loss.needs:
             readers.append(f"policy_loss ({self.steps_per_rollout} optimizer steps per rollout)")
         elif "selected" in self.policy_loss.needs:
-            readers.append("policy_loss (it selects tokens once per rollout)")
+            readers.append("policy_loss (it selects tokens before the updates)")
         return readers
 
     def kl_over_distributions(self, moment: str) -> list[tuple[str, KLPlacement]]:

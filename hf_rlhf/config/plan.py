@@ -165,8 +165,9 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
         plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
     if "ref_logps" in a.needs:
         plan.forwards.append(f"reference over {rows} rows, without gradient")
-    if "sum_sq_probs" in a.needs and not forward:
-        plan.forwards.append(f"policy over {rows} rows, without gradient: squared probabilities")
+    more = {"sum_sq_probs": "squared probabilities", "old_entropy": "entropy"}
+    if (read := [what for name, what in more.items() if name in a.needs]) and not forward:
+        plan.forwards.append(f"policy over {rows} rows, without gradient: {', '.join(read)}")
     if "greedy" in a.needs:
         plan.forwards.append(f"greedy completions of {a.rollout.prompts} prompts, and their rewards")
     for title, _ in a.kl_over_distributions("update"):

@@ -270,7 +270,7 @@ def _ignores_order(run: Run) -> None:
 
 def _ignores_off_mask(run: Run) -> None:
     t, noise = ordinary_tensors(), ordinary_tensors(seed=1)
-    names = ["values", "logps", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "entropy"]
+    names = ["values", "logps", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "entropy", "old_entropy"]
     off = t["mask"] == 0
     other = t | {name: torch.where(off, 1e4 * noise[name], t[name]) for name in names}
     why = "values off the mask changed (padding, tool tokens). Fill them before an exponential, and multiply by the mask last"
@@ -279,7 +279,10 @@ def _ignores_off_mask(run: Run) -> None:
 
 def _ignores_tool_tokens(run: Run) -> None:
     t = ordinary_tensors()
-    at, noise = 2, dict.fromkeys(("values", "logps", "old_logps", "ref_logps", "sampler_logps", "entropy"), -0.7)
+    at, noise = (
+        2,
+        dict.fromkeys(("values", "logps", "old_logps", "ref_logps", "sampler_logps", "entropy", "old_entropy"), -0.7),
+    )
     wide = widened(t, at, fill={**noise, "sum_sq_probs": 0.5})
     inside = t["completion_ids"][:, at - 1 : at] > 0
     wide["completion_ids"][:, at : at + 1] = torch.where(inside, 7, 0)

@@ -21,7 +21,17 @@ Run = Callable[[Tensors], Tensors]
 
 ALWAYS = ("mask", "token_rewards", "group_ids", "kl_penalties", "finished")
 """Fields of `Scored` that are always set."""
-FIELDS = ("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "greedy", "completion_ids", "advantages")
+FIELDS = (
+    "values",
+    "old_logps",
+    "ref_logps",
+    "sampler_logps",
+    "old_entropy",
+    "sum_sq_probs",
+    "greedy",
+    "completion_ids",
+    "advantages",
+)
 """Fields of `Scored` that are set for plugins that need them, besides the scores."""
 SOURCES = {"score": ("reward", 1.0), "style": ("style", 0.5)}
 """Tensor -> its reward source and weight."""
@@ -82,6 +92,7 @@ def draw_tensors(
         "completion_ids": (3 + 60 * draw(rows, length)).long() * (place < lengths[:, None]),
         "log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
         "ref_log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
+        "old_entropy": draw(rows, length),
     }
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
@@ -149,10 +160,11 @@ def _shape(out: Any) -> str:
 
 
 def with_selected(plugin: Any, t: Tensors) -> Tensors:
-    """Add what a policy loss selects once per rollout, if it does."""
+    """Add what a policy loss selects of a rollout or step, if it does."""
     if "selected" not in plugin.needs or "selected" in t:
         return t
-    return {**t, "selected": plugin.select(t["old_logps"], t["advantages"], t["mask"])}
+    extras = {"old_entropy": t["old_entropy"]} if "old_entropy" in plugin.needs else {}
+    return {**t, "selected": plugin.select(t["old_logps"], t["advantages"], t["mask"], **extras)}
 
 
 def _policy_loss(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:

@@ -24,11 +24,12 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.world import Policies, World
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.training.losses import DISTRIBUTION, at_last_token, measured, policy_terms
+from hf_rlhf.training.rollout_buffer import selection
 
 TRIED = 12
 """Number of rollouts in the trial of whether a plugin treats them separately."""
 
-OF_THE_POLICY = frozenset({"values", "greedy", "sum_sq_probs", "old_logps", "sampler_logps"})
+OF_THE_POLICY = frozenset({"values", "greedy", "sum_sq_probs", "old_entropy", "old_logps", "sampler_logps"})
 """Fields of `Scored` that depend on the policy, besides the KL in the rewards; estimators declare them in `needs`."""
 
 Values = Literal["exact", "arbitrary"]
@@ -96,6 +97,7 @@ class Expectation:
             "old_logps": self.sampler.logps,
             "sampler_logps": self.sampler.logps,
             "ref_logps": self.reference.logps.expand(k, n, world.length),
+            "old_entropy": self.sampler.of_states(self.sampler.entropy()),
             "sum_sq_probs": self.sampler.of_states((2 * self.sampler.log_probs).exp().sum(2)),
             "greedy": self.sampler.greedy,
             "finished": world.finished.expand(k, n),
@@ -233,9 +235,7 @@ class Expectation:
         if "selected" in algorithm.policy_loss.needs:
 
             def select(scored: Scored) -> Tensor:
-                assert scored.old_logps is not None
-                assert scored.advantages is not None
-                return algorithm.policy_loss.select(scored.old_logps, scored.advantages, scored.mask)
+                return selection(algorithm.policy_loss, vars(scored))
 
             scored = self.scored(torch.zeros_like(self.sampler.logps))
             inputs["selected"] = self._of_each_rollout(select, dataclasses.replace(scored, advantages=advantages))
@@ -258,7 +258,7 @@ class Expectation:
         mask = self.world.mask[rows]
         new = {
             "logps": now.log_probs[owner[:, None], self.world.state[rows], self.world.token[rows]] * mask,
-            "entropy": self._states(-(now.log_probs.exp() * now.log_probs).sum(2), owner, rows),
+            "entropy": self._states(now.entropy(), owner, rows),
         }
         for title, kl in _over_distributions(algorithm):
             new[f"{DISTRIBUTION}{title}"] = self._states(self._distance(kl, now.log_probs), owner, rows)
@@ -289,6 +289,7 @@ class Expectation:
             "old_logps": self._logps(sampler),
             "sampler_logps": self._logps(sampler),
             "ref_logps": self._logps(self.reference).repeat(k, 1),
+            "old_entropy": sampler.of_states(sampler.entropy()).detach().flatten(0, 1),
             "sum_sq_probs": sampler.of_states((2 * sampler.log_probs).exp().sum(2)).detach().flatten(0, 1),
             "completion_ids": world.token.repeat(k, 1),
             "total_score": world.reward.repeat(k),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.config.recipe import load_plugin
+from hf_rlhf.contract.base import nested_of
 from hf_rlhf.lab.choices import defaults, in_world
 from hf_rlhf.lab.expectation import Expectation
 from hf_rlhf.lab.world import Policies, World
@@ -60,7 +61,7 @@ def study(world: World, ages: Sequence[int] = AGES) -> Iterator[Aged]:
         level = f" {settings['level']}" if "level" in settings else ""
         yield _aged(world, pairs, "reinforce", settings["use"] + level, settings)
     for loss in defaults("policy_loss"):
-        if "old_logps" in loss.needs:
+        if "old_logps" in loss.needs and not any(nested_of(loss)):  # else the ratio is that of another loss
             yield _aged(world, pairs, loss.name, "", None)
 
 

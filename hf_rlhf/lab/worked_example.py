@@ -17,6 +17,7 @@ from hf_rlhf.batch import Credit, Scored
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.training.losses import DISTRIBUTION, POLICY_GETS, at_last_token, measured, policy_terms, value_term
+from hf_rlhf.training.rollout_buffer import selection
 
 SCORES = [1, 0, 0, 0, 1, 1, 0, 1]
 """Scores of the first reward source for four completions of one prompt and four of another."""
@@ -73,6 +74,7 @@ def inputs() -> dict[str, Tensor]:
         "ref_logps": logs(REFERENCE),
         "sampler_logps": logs(SAMPLER),
         "values": _padded([[v / 100 for v in row] for row in VALUES], 0.0),
+        "old_entropy": -(_both(old).exp() * _both(old)).sum(-1) * mask,
         "sum_sq_probs": (old.exp() ** 2 + (1 - old.exp()) ** 2) * mask,
         "greedy": torch.tensor(GREEDY, dtype=torch.float64).repeat_interleave(4),
         "score": torch.tensor(SCORES, dtype=torch.float64),
@@ -99,7 +101,7 @@ def work(algorithm: Algorithm) -> WorkedExample:
     if credit.returns is not None:
         batch["returns"] = credit.returns
     if "selected" in a.policy_loss.needs:
-        batch["selected"] = a.policy_loss.select(batch["old_logps"], advantages, part.mask)
+        batch["selected"] = selection(a.policy_loss, batch)
     left = _kept(a, replace(part, advantages=advantages), torch.arange(len(rows)), after=True)
     batch, rows = {name: x[left] for name, x in batch.items()}, rows[left]
     return _update(a, batch, rows, t, scored, total)
@@ -115,7 +117,16 @@ def _scored(a: Algorithm, t: dict[str, Tensor]) -> tuple[Scored, Tensor]:
     for title, kl in a.kl_in("reward"):
         penalty = kl.reward_penalty(_measured(a, title, kl, known))
         taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
-    optional = ("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs", "greedy", "finished")
+    optional = (
+        "values",
+        "old_logps",
+        "ref_logps",
+        "sampler_logps",
+        "old_entropy",
+        "sum_sq_probs",
+        "greedy",
+        "finished",
+    )
     scored = Scored(
         mask=mask,
         token_rewards=at_last_token(total, mask) - taken,
@@ -124,7 +135,7 @@ def _scored(a: Algorithm, t: dict[str, Tensor]) -> tuple[Scored, Tensor]:
         scores=scores,
         weights=weights,
         completion_ids=t["completion_ids"],
-        **{name: t[name] for name in optional},
+        **{name: t[name] for name in optional if name in t},
     )
     return scored, total
 

@@ -228,6 +228,10 @@ class Policies:
         """Return the expectation (K,) of (K, n) or (n,) over completions, averaged over the prompts."""
         return (self.probability * x).sum(1) / self.world.prompts
 
+    def entropy(self) -> Tensor:
+        """Return the entropy (K, S) of each state's distribution, in nats."""
+        return -(self.log_probs.exp() * self.log_probs).sum(2)
+
     def of_states(self, x: Tensor) -> Tensor:
         """Look up values (K, S) at the state of each token: (K, n, T), 0 in the padding."""
         return x[:, self.world.state] * self.world.mask

@@ -31,7 +31,7 @@ from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf.training.logprobs import Forwards
 from hf_rlhf.training.losses import at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
-from hf_rlhf.training.rollout_buffer import Buffer, Collected
+from hf_rlhf.training.rollout_buffer import SELECTS_BY, Buffer, Collected, selection
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -346,11 +346,8 @@ class Collector:
         if a.kl_in("advantage"):
             advantages = advantages - self._advantage_penalties(table)
         self._share(collected, "advantages", advantages)
-        if "selected" in a.policy_loss.needs:
-            inputs = {"old_logps": table["old_logps"], "advantages": advantages, "mask": table["mask"]}
-            selected = a.policy_loss.select(*inputs.values())
-            check_output("policy_loss", a.policy_loss, selected, table["mask"], method="select", inputs=inputs)
-            self._share(collected, "selected", selected)
+        if "selected" in a.policy_loss.needs and not a.policy_loss.selects_per_step:
+            self._share(collected, "selected", selection(a.policy_loss, table))
         self.recorder.credited(collected)
         collected = self._keep(collected, after_advantages=True)
         table, rows = collected.table, collected.rows
@@ -374,6 +371,7 @@ class Collector:
             mask=table["mask"].bool(),
             group_ids=table["group_ids"],
             total_score=table["total"],
+            table={name: table[name] for name in SELECTS_BY if name in table} if a.policy_loss.selects_per_step else {},
             extra={"texts": collected.texts, "numbers": self._numbers(collected)},
         )
 

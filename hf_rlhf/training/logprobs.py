@@ -22,6 +22,8 @@ from hf_rlhf.training.micro_batches import Batching
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+OLD = {"logps": "old_logps", "entropy": "old_entropy"}
+"""Statistics of the policy -> their names before the first update."""
 Forward = Callable[[TokenBatch], dict[str, Tensor]]
 
 
@@ -43,7 +45,8 @@ class Forwards:
         return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
 
     def __call__(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None) -> dict[str, Tensor]:
-        """Return name -> (n, T), 0 off the mask: old_logps, sum_sq_probs, values, ref_logps, KLs over whole distributions.
+        """Return name -> (n, T), 0 off the mask: old_logps, old_entropy, sum_sq_probs, values, ref_logps, and KLs over whole
+        distributions.
 
         `sampled` (n, T) are the sampler's log-probs, which serve as the old ones if `takes_old_logps`.
         """
@@ -55,6 +58,7 @@ class Forwards:
         wanted = {
             "logps": bool(a.readers_of_old_logps) and not taken,
             "values": "values" in a.needs,
+            "entropy": "old_entropy" in a.needs,
             "sum_sq_probs": "sum_sq_probs" in a.needs,
         }
         compared = a.kl_over_distributions("rollout")
@@ -72,7 +76,7 @@ class Forwards:
                 found = self._over_rows(act, rollouts, mask)
             if not wanted["logps"]:
                 found.pop("logps", None)
-            results |= {"old_logps" if name == "logps" else name: x for name, x in found.items()}
+            results |= {OLD.get(name, name): x for name, x in found.items()}
         if self.reference is not None:
             reference = self.reference
 

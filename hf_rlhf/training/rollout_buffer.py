@@ -6,7 +6,7 @@ the table, forwards from the rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,12 @@ from hf_rlhf.runtime.seeding import permutation
 from hf_rlhf.training.micro_batches import Batching
 
 OPTIONAL = (
-    *("values", "old_logps", "ref_logps", "sampler_logps", "sum_sq_probs"),
+    *("values", "old_logps", "ref_logps", "sampler_logps", "old_entropy", "sum_sq_probs"),
     *("greedy", "kl_penalties", "completion_ids", "advantages"),
 )
 """Fields of `Scored` that the table holds only if something needs them."""
+SELECTS_BY = ("old_logps", "advantages", "old_entropy")
+"""Columns of the table that policy losses select tokens by."""
 
 
 @dataclass(kw_only=True)
@@ -116,6 +118,8 @@ class Buffer:
     mask: Tensor
     group_ids: Tensor
     total_score: Tensor
+    table: dict[str, Tensor] = field(default_factory=dict)
+    """Columns of all rows, (N, T), that the policy loss selects tokens by in each step."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +130,8 @@ class Buffer:
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Buffer:
         """Restore a buffer from `state_dict` on `device`."""
         moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.items()}
-        moved["rows"] = {name: x.to(device) for name, x in state["rows"].items()}
+        for part in ("rows", "table"):
+            moved[part] = {name: x.to(device) for name, x in state.get(part, {}).items()}
         return cls(**moved)
 
     def step_rows(self, position: int, algorithm: Algorithm, seed: int) -> Tensor:
@@ -156,6 +161,9 @@ class Buffer:
             "weights": check_output("aggregation", aggregation, found, mask),
             "value_weights": mask / mask.sum().clamp(min=1),
         }
+        if self.table:
+            known = {name: x[step] for name, x in self.table.items()}
+            weights["selected"] = selection(algorithm.policy_loss, {**known, "mask": mask})
         for i, term in enumerate(algorithm.loss_terms):
             if not isinstance(term, TextTerm):
                 extras = algorithm.extras(term, available, frozenset())
@@ -191,6 +199,15 @@ class Buffer:
         zero = self.rows["mask"].new_zeros((1, 1))
         batch = batching.batch([[batching.pad]], [[batching.pad]], zero)
         return {**dict.fromkeys([*self.rows, *weights], zero), "total_score": zero[0], "batch": batch}
+
+
+def selection(loss: Any, table: Mapping[str, Tensor]) -> Tensor:
+    """Return what a policy loss selects of R rows, (R, T). `table` holds `mask` and those of `SELECTS_BY` that it reads."""
+    inputs = {name: table[name] for name in ("old_logps", "advantages", "mask")}
+    extras = {"old_entropy": table["old_entropy"]} if "old_entropy" in loss.needs else {}
+    selected = loss.select(*inputs.values(), **extras)
+    found: Tensor = check_output("policy_loss", loss, selected, table["mask"], method="select", inputs=inputs)
+    return found
 
 
 def text_micro_batches(

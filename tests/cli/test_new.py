@@ -35,6 +35,7 @@ for folder in folders:
 """
 NAMES = {axis: f"own_{axis}" for axis in AXES}
 RECIPE: dict[str, Any] = {
+    "sampler": NAMES["sampler"],
     "rollout": {"use": "generate", "prompts": 4, "num_generations": 4, "max_new_tokens": 6, "decode_dtype": "bfloat16"},
     "rewards": [{"use": NAMES["rewards"]}, {"use": "length", "target": 4, "weight": 0.1}],
     "kl": [

@@ -67,6 +67,7 @@ OTHERS = {
             "dppo_tv",
             "dro",
             "topr",
+            "token_entropy",
             "clip_cov",
             "kl_cov",
             "vespo",

@@ -1,6 +1,6 @@
-"""Begin with the first rows of the dataset and let others in as training goes on: a curriculum in their order.
+"""Begin with the first rows of the dataset and let others in with each rollout: a curriculum in the order of the rows.
 
-Try it: `hf-rlhf train quickstart 'sampler={use: first_rows, rows_at_start: 64}'`
+Try it: `hf-rlhf train quickstart 'sampler={use: first_rows, start: 64}'`
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ hf_rlhf_api = "1.0"
 
 @dataclass(kw_only=True)
 class FirstRows(PromptSampler):
-    """Draw from the first rows of the dataset, twice as many whenever the mean score of a rollout reaches 0.5."""
+    """Draw from the first `start` rows of the dataset, and from `more` after each rollout."""
 
     name = "first_rows"
 
-    rows_at_start: Count = 256
-    """Rows to draw from at the start."""
+    start: Count = 256
+    """Rows to draw from in the first rollout."""
+    more: Count = 8
+    """Further rows after each rollout."""
 
     def __post_init__(self) -> None:
-        self._open: int | None = None
+        self._rollouts = 0
 
     def next(self, count: int, rows: int, rng: Random) -> Sequence[int]:
-        among = min(rows, max(count, self._open or self.rows_at_start))
-        return rng.sample(range(among), count)
+        among = self.start + self.more * self._rollouts
+        return rng.sample(range(min(rows, max(count, among))), count)
 
     def observe(self, rows: Sequence[int], scores: Sequence[float]) -> None:  # type: ignore[override]
-        known = [score for score in scores if score == score]  # NaN where no reward source applied
-        if known and sum(known) / len(known) >= 0.5:
-            self._open = 2 * (self._open or self.rows_at_start)
+        """Take a rollout; a score belongs to the row of the dataset in the same place of `rows`."""
+        self._rollouts += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"open": self._open}
+        return {"rollouts": self._rollouts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._open = state.get("open")
+        self._rollouts = state.get("rollouts", 0)
 
 
 @hookimpl

@@ -83,6 +83,15 @@ for selecting in ("clip_cov", "kl_cov"):
     EFFECTS[f"policy_loss.{selecting}.fraction"] = SettingEffect(2e-4, 0.2, selection(selecting))
 
 
+def step_selection(folder: Path, fraction: float) -> Any:
+    t, plugin = draw_tensors(), load_plugin("policy_loss", "token_entropy", fraction=fraction)
+    return plugin.select(t["old_logps"], t["advantages"], t["mask"], old_entropy=t["old_entropy"])
+
+
+EFFECTS["policy_loss.token_entropy.fraction"] = SettingEffect(0.1, 0.5, step_selection)
+of_loss("token_entropy", "loss", "ppo_clip", {"use": "sapo", "tau_positive": 3.0})
+
+
 def after_a_rollout(axis: str, name: str, setting: str, show: Callable[[Any], Any], **seen: float) -> Show:
     """What a plugin gives after it observed `seen`."""
 

@@ -284,6 +284,7 @@ def test_the_lab_can_say_that_there_is_no_objective():
     "policy_loss.sapo",
     "policy_loss.surrogate",
     "policy_loss.dro",
+    "policy_loss.token_entropy",
     "policy_loss.topr",
     "policy_loss.trpo_penalty",
     "policy_loss.vespo",
@@ -292,9 +293,11 @@ def test_the_lab_can_say_that_there_is_no_objective():
 )
 def test_at_ratio_1_every_policy_loss_but_clip_cov_has_the_gradient_of_the_advantages():
     want = ascent(lab(), "leave_one_out")
-    for name in set(get_host().names("policy_loss")) - {"clip_cov", "function"}:
+    for name in set(get_host().names("policy_loss")) - {"clip_cov", "function", "token_entropy"}:
         close(ascent(lab(), "leave_one_out", policy_loss=name), want)
     differs(ascent(lab(), "leave_one_out", policy_loss="clip_cov"), want)
+    differs(ascent(lab(), "leave_one_out", policy_loss="token_entropy"), want)
+    close(ascent(lab(), "leave_one_out", policy_loss={"use": "token_entropy", "fraction": 1.0}), want)
 
 
 def test_off_policy_the_ratio_of_a_token_is_exact_for_completions_of_one_token_alone():

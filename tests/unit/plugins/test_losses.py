@@ -27,6 +27,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "topr": {},
     "vespo": {},
     "trpo_penalty": {},
+    "token_entropy": {},
 }
 PRODUCT: tuple[str, dict[str, Any]] = ("gspo", {"ratio": "product"})
 """Each of its tokens has the gradient of the row."""
@@ -55,7 +56,10 @@ def run(
         "selected": torch.zeros_like(mask) if selected is None else selected,
         "sampler_logps": old_logps,
         "total_score": advantages.sum(1),
+        "old_entropy": -old_logps.exp() * old_logps,
     }
+    if selected is None and plugin.selects_per_step:
+        known["selected"] = mask
     extras = {name: known[name] for name in plugin.needs - {"old_logps"}}
     loss, metrics = plugin(logps, old_logps, advantages, mask, **extras)
     (slope,) = torch.autograd.grad(loss.sum(), logps)
@@ -270,7 +274,7 @@ def steps(count: int, **others: Any) -> Any:
     return SimpleNamespace(steps_per_rollout=count, **others)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"reinforce", "surrogate"}))
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"reinforce", "surrogate", "token_entropy"}))
 def test_settings_that_cannot_bind_on_policy_are_remarked_on(name: str):
     plugin = load_plugin("policy_loss", name)
     assert "never bind" in next(iter(plugin.remarks(steps(1))))
@@ -286,7 +290,7 @@ def test_reinforce_off_policy_is_remarked_on():
 def test_only_reinforce_does_without_old_log_probs():
     needs = {name: load_plugin("policy_loss", name).needs for name in LOSSES}
     assert [name for name, needed in needs.items() if "old_logps" not in needed] == ["reinforce"]
-    assert {name for name, needed in needs.items() if "selected" in needed} == {"clip_cov", "kl_cov"}
+    assert {name for name, needed in needs.items() if "selected" in needed} == {"clip_cov", "kl_cov", "token_entropy"}
 
 
 @pytest.mark.parametrize(

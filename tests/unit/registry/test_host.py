@@ -234,12 +234,11 @@ def runs_loss_terms(plugin, tmp_path):
 def runs_sampler(plugin, tmp_path):
     import random
 
-    plugin.rows_at_start = 4
+    plugin.start, plugin.more = 4, 2
     assert sorted(plugin.next(4, 100, random.Random(0))) == [0, 1, 2, 3]
     plugin.observe([0, 1], [0.4, float("nan")])
-    assert max(plugin.next(4, 100, random.Random(0))) == 3
-    plugin.observe([0, 1], [1.0, 0.0])
-    assert sorted(plugin.next(8, 100, random.Random(0))) == [*range(8)]
+    assert sorted(plugin.next(6, 100, random.Random(0))) == [*range(6)]
+    assert sorted(plugin.next(5, 5, random.Random(0))) == [*range(5)]
 
 
 def runs_filters(plugin, tmp_path):
