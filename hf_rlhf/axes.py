@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from hf_rlhf.batch import Context as Context, Credit, Prompt as Prompt, Scored
+from hf_rlhf.batch import Context as Context, Credit, Prompt as Prompt, ReferenceRows as ReferenceRows, Scored
 from hf_rlhf.contract import chat as chat, outputs
 from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
 from hf_rlhf.contract.axis import Axis as Axis
@@ -37,6 +37,7 @@ from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials a
 from hf_rlhf.contract.outputs import check_output as check_output
 from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pattern
 from hf_rlhf.contract.prompt_sampler import PromptSampler
+from hf_rlhf.contract.reference import Reference
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
 from hf_rlhf.contract.rollout_engine import RolloutEngine, Session as Session
 from hf_rlhf.contract.update_rule import UpdateRule
@@ -108,6 +109,12 @@ class KLPlacement(Plugin, ABC):
     """`token`: the estimator sees each token's log-probs; `sequence`: their sums over the mask."""
     clamp: Positive | None = None
     """Clamp the estimator's value to [-clamp, clamp]; beyond it the gradient is 0. None: no limit."""
+    reference: Reference | None = None
+    """Reference of this KL alone, such as a teacher; the recipe's `reference` by default."""
+    when: dict[str, Any] | None = None
+    """Dataset column -> value or list of values: the KL is taken on rows that match all; by default on all rows."""
+    label: str | None = None
+    """Name in the logs; the placement's name by default."""
 
     def estimate(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, **needed: Tensor) -> Tensor:
         """Return the unclamped KL of R rows: (R, T), 0 off the mask, at level token; (R,) at level sequence."""
@@ -252,26 +259,6 @@ class RolloutCorrection(Plugin, ABC):
 
 
 @dataclass(kw_only=True)
-class Reference(Plugin, ABC):
-    """Reference model of the KL. Axis `reference`. One that `moves` is saved in every checkpoint."""
-
-    axis = Axis(section="Reference", metric_prefix="reference", outputs=outputs.REFERENCE)
-
-    provides: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
-    moves: ClassVar[bool] = False
-
-    @abstractmethod
-    def build(self, policy: PreTrainedModel) -> torch.nn.Module | None:
-        """Return the reference model, or None if the policy itself serves (see `active`)."""
-
-    def active(self, policy: PreTrainedModel) -> Any:
-        """Return a context in which the policy computes the reference's log-probs, if `build` returns None."""
-        raise TypeError(f"reference.{self.name} builds no model and does not define active")
-
-    def move(self, model: torch.nn.Module, policy: PreTrainedModel, step: int) -> None:
-        """Update the reference `model` after optimizer step `step` (from 1), if `moves` is True."""
-
-
 @dataclass(kw_only=True)
 class Aggregation(Plugin, ABC):
     """Weight the tokens of an optimizer step. Axis `aggregation`."""

@@ -23,6 +23,13 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         columns           name -> n values      every further column of the dataset
         group_ids         n of int              equal for the rows of one prompt
 
+    ReferenceRows (to references; B rows)
+        prompt_ids        B lists of int        of the prompt that the reference sees
+        completion_ids    B lists of int
+        mask              (B, T) float          1 on tokens the policy sampled, whose log-probs are wanted
+        temperature       float                 at which log-probs are taken
+        by_model          function              scores by the model that the reference built
+
     Scored (to advantage estimators and filters; N rows, gathered from every process)
         mask              (N, T) float          1 on tokens the policy sampled
         token_rewards     (N, T) float          reward at its token, after in-reward KL; 0 off the mask
@@ -50,7 +57,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -260,6 +267,18 @@ class Credit:
     def of(cls, answer: Tensor | Credit) -> Credit:
         """Return a `Credit` from what an estimator returned: advantages alone, or a `Credit`."""
         return answer if isinstance(answer, Credit) else cls(advantages=answer)
+
+
+@dataclass(kw_only=True)
+class ReferenceRows:
+    """B rows that a reference scores."""
+
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    mask: Tensor
+    temperature: float
+    by_model: Callable[[frozenset[str], int | None], dict[str, Any]]
+    """(needs, top_k) -> scores by the model that the reference built, as `Reference.score` returns them."""
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ from hf_rlhf.axes import (
     UpdateRule,
     axis_of,
 )
+from hf_rlhf.config.references import EARLY, ReferenceUse, reference_problems, references_of
 from hf_rlhf.config.sections import Update
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import at_path, callable_text
@@ -79,12 +80,28 @@ class Algorithm:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Union of the plugins' needs."""
-        return frozenset().union(*(plugin.needs for _, plugin in self.plugins()))
+        return frozenset().union(*(self.needs_of(path, plugin) for path, plugin in self.plugins()))
+
+    def needs_of(self, path: str, plugin: Plugin) -> frozenset[str]:
+        """Return what the core must provide to the plugin at a path: `ref_logps`, the recipe's, not to a KL with its own."""
+        axis, _, place = path.partition(".")
+        own = axis == "kl" and self.kl[int(place.partition(".")[0])].reference is not None
+        return plugin.needs - {"ref_logps"} if own else plugin.needs
 
     @cached_property
     def provides(self) -> frozenset[str]:
         """Quantities that the core and the plugins provide."""
-        return CORE_PROVIDES.union(*(plugin.provides for _, plugin in self.plugins()))
+        own = (
+            plugin.provides
+            for path, plugin in self.plugins()
+            if path == "reference" or axis_of(type(plugin)) != "reference"
+        )
+        return CORE_PROVIDES.union(*own)
+
+    @cached_property
+    def references(self) -> dict[str, ReferenceUse]:
+        """Key -> what is read of each distinct reference: the recipe's, and those of single KLs."""
+        return references_of(self)
 
     @cached_property
     def samples_old_logps(self) -> bool:
@@ -99,7 +116,7 @@ class Algorithm:
             self.policy_loss.zero_without_advantage
             and not others
             and not isinstance(self.critic, TrainedCritic)
-            and "ref_logps" not in self.needs
+            and not self.references
             and type(self.optimizer).hold is UpdateRule.hold
         )
 
@@ -149,12 +166,11 @@ class Algorithm:
 
     def kl_over_distributions(self, moment: str) -> list[tuple[str, KLPlacement]]:
         """Return (name in logs, placement) of KLs over whole distributions measured in the `rollout` or `update`."""
-        early = frozenset({"reward", "advantage"})
         return [
             (title, kl)
             for title, kl in self.titled("kl")
             if "full_distribution" in kl.estimator.needs
-            and (bool(kl.places & early) if moment == "rollout" else "loss" in kl.places or not kl.places & early)
+            and (bool(kl.places & EARLY) if moment == "rollout" else "loss" in kl.places or not kl.places & EARLY)
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,13 +203,14 @@ class Algorithm:
             *self._without_rewards(),
             *self._counts(),
             *self._rewards(),
+            *reference_problems(self),
             *self._own_checks(),
         ]
 
     def _missing(self) -> Iterator[str]:
         known = CORE_PROVIDES | FIXES.keys()
         for path, plugin in self.plugins():
-            for name in sorted(plugin.needs - self.provides):
+            for name in sorted(self.needs_of(path, plugin) - self.provides):
                 if name in known:
                     also = ", or leave the KL out with kl=[]" if name == "ref_logps" and path.startswith("kl") else ""
                     yield f"{path}={plugin.name} needs {name} and nothing provides them: {FIXES[name]}{also}"
@@ -357,7 +374,7 @@ def _titles(plugins: Sequence[Plugin]) -> list[str]:
     """Return the unique name in logs of each plugin of one axis, in their order."""
     found: list[str] = []
     for plugin in plugins:
-        label: str = (plugin.label if isinstance(plugin, RewardSource) else None) or plugin.name
+        label: str = (plugin.label if isinstance(plugin, RewardSource | KLPlacement) else None) or plugin.name
         numbered = (f"{label}_{n}" for n in count(2))
         found.append(label if label not in found else next(title for title in numbered if title not in found))
     return found

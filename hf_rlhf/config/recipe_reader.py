@@ -139,7 +139,8 @@ class RecipeReader:
     def reference(self, plugins: Mapping[str, Any], lora: bool) -> str:
         """Return the default reference: the policy before training if anything is measured against it."""
         made = [x for value in plugins.values() for x in (value if isinstance(value, list) else [value])]
-        if not any("ref_logps" in plugin.needs for plugin in made if plugin is not None):
+        read = (x for x in made if x is not None and getattr(x, "reference", None) is None)  # no KL with its own
+        if not any("ref_logps" in plugin.needs for plugin in read):
             return "none"
         return "adapter_off" if lora else "frozen"
 

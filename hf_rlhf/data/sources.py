@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_rlhf.axes import axis_of
 from hf_rlhf.runtime.errors import UserError, did_you_mean
 from hf_rlhf.runtime.hub import unavailable
 
@@ -131,7 +132,7 @@ def _complete(rows: list[Row]) -> list[Row]:
 
 def missing_columns(source: Any, columns: Collection[str]) -> list[str]:
     """Return `READER reads NAME` for each column that a reward source or another plugin reads and the dataset lacks."""
-    name = f"rewards.{source.name}"
+    name = f"{axis_of(type(source)) or 'rewards'}.{source.name}"
     reader, known = getattr(source, "reader", None) or name, {*columns, *getattr(source, "provided", ())}
     reads: list[tuple[str, Collection[str], Iterable[str]]] = [
         (reader, known, source.columns() if hasattr(source, "columns") else ())

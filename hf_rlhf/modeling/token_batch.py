@@ -38,13 +38,17 @@ class TokenBatch:
     ):
         self.prompt_ids, self.completion_ids, self.pad = prompt_ids, completion_ids, pad
         self.attention = attention
-        self.shape, self.device = tuple(mask.shape), mask.device
+        self.mask, self.shape, self.device = mask, tuple(mask.shape), mask.device
         rows, columns = mask.cpu().nonzero(as_tuple=True)
         self._places = rows, columns
         self._pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
         chosen = [completion_ids[i][j] for i, j in self._pairs]
         self.rows, self.columns = rows.to(self.device), columns.to(self.device)
         self.targets = torch.tensor(chosen, dtype=torch.long, device=self.device)
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return the same rows on another device."""
+        return TokenBatch(self.prompt_ids, self.completion_ids, self.mask.to(device), self.pad, self.attention)
 
     @property
     def tokens(self) -> int:
@@ -63,8 +67,8 @@ class TokenBatch:
         return input_ids.numel()
 
     def place(self, x: Tensor) -> Tensor:
-        """Scatter (n,) to (B, T), 0 elsewhere."""
-        return x.new_zeros(self.shape).index_put((self.rows, self.columns), x)
+        """Scatter (n, ...) to (B, T, ...), 0 elsewhere."""
+        return x.new_zeros((*self.shape, *x.shape[1:])).index_put((self.rows, self.columns), x)
 
     @cached_property
     def padded(self) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ class Scorer:
         self, label: str, rollouts: Rollouts, seed: tuple[int | str, ...], is_cancelled: Callable[[], bool]
     ) -> SourceResult:
         source, runner, started = self.sources[label], self._runners[label], time.perf_counter()
-        rows = [i for i in range(len(rollouts)) if applies(label, source.when, rollouts, i)]
+        rows = [i for i in range(len(rollouts)) if applies(f"reward {label!r}", source.when, rollouts, i)]
         parts = [[row] for row in rows] if source.rowwise else [rows] if rows else []
         asked, todo = SourceResult(answers=[math.nan] * len(rollouts)), parts
         for tries_left in range(source.retries, -1, -1):
@@ -189,13 +189,13 @@ def _copied(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else copy.deepcopy(value)
 
 
-def applies(label: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row: int) -> bool:
-    """Return whether a source with this `when` applies to a row."""
+def applies(who: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row: int) -> bool:
+    """Return whether a source, or a KL, with this `when` applies to a row."""
     for name, wanted in (when or {}).items():
         value = rollouts.column(name)[row]
         if isinstance(value, list | dict) or getattr(value, "shape", ()) != ():
             raise RewardError(
-                f"reward {label!r}: when={{{name}: ...}} needs scalar values, but row {row} has a {type(value).__name__}"
+                f"{who}: when={{{name}: ...}} needs scalar values, but row {row} has a {type(value).__name__}"
             )
         if value not in wanted if isinstance(wanted, list) else value != wanted:
             return False

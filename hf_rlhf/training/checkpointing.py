@@ -137,14 +137,10 @@ class SavingTrainer(RunTrainer):
         self.collector.tokens = self._tokens_logged = state["tokens"]
 
     def _beside(self) -> dict[str, nn.Module]:
-        """Return the modules that a checkpoint holds beside the policy: the critic, and a reference that moves."""
-        modules = {"critic": self.actor_critic.critic, "reference": self.moving_reference()}
+        """Return the modules that a checkpoint holds beside the policy: the critic, and references that move, by label."""
+        moving = {label: own for label, (_, own) in self.collector.forwards.references.moving().items()}
+        modules = {"critic": self.actor_critic.critic, **moving}
         return {name: module for name, module in modules.items() if module is not None}
-
-    def moving_reference(self) -> nn.Module | None:
-        """Return the reference's model if the recipe's reference moves."""
-        reference = self.collector.forwards.reference
-        return reference.own if reference is not None and self.algorithm.reference.moves else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the policy as plain transformers weights or an adapter; critic, a moving reference and the policy's average

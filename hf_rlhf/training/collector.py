@@ -29,7 +29,7 @@ from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf.training.logprobs import Forwards
-from hf_rlhf.training.losses import at_last_token, measured, penalty_of
+from hf_rlhf.training.losses import ROWS, at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
 from hf_rlhf.training.rollout_buffer import SELECTS_BY, Buffer, Collected, selection
 
@@ -259,7 +259,7 @@ class Collector:
         narrow |= {f"given:{x}": given[x].to(device, self.dtype) for x in scores if self.normalizer.changes(x)}
         if greedy is not None:
             narrow["greedy"] = greedy.to(device, self.dtype)
-        wide = {**rows, "token_rewards": token_rewards}
+        wide = {name: x for name, x in rows.items() if x.dim() == 2} | {"token_rewards": token_rewards}
         if "completion_ids" in self.algorithm.needs:
             wide["completion_ids"] = _padded(rollouts.completion_ids, torch.long).to(device)
         table = gather_rows(self.accelerator, wide, narrow)
@@ -292,7 +292,8 @@ class Collector:
         mask, known = rows["mask"], {**rows, "logps": rows["old_logps"]}
         taken = torch.zeros_like(mask)
         for title, kl in self.algorithm.kl_in("reward"):
-            penalty = penalty_of(kl, "reward", measured(self.algorithm, title, kl, known, mask, self.meters))
+            value = measured(self.algorithm, title, kl, known, mask, self.meters)
+            penalty = penalty_of(kl, "reward", value, known.get(f"{ROWS}{title}"))
             taken = taken + (penalty if penalty.dim() == 2 else at_last_token(penalty, mask))
         return taken
 
@@ -380,7 +381,8 @@ class Collector:
         mask, known = table["mask"], {**table, "logps": table["old_logps"]}
         taken = torch.zeros_like(mask)
         for title, kl in self.algorithm.kl_in("advantage"):
-            penalty = penalty_of(kl, "advantage", measured(self.algorithm, title, kl, known, mask, self.meters))
+            value = measured(self.algorithm, title, kl, known, mask, self.meters)
+            penalty = penalty_of(kl, "advantage", value, known.get(f"{ROWS}{title}"))
             taken = taken + (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * mask
         return taken
 

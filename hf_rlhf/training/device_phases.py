@@ -12,17 +12,19 @@ Gradients have no row: Trainer frees them after every optimizer step, so that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from hf_rlhf.config.references import base_label
 from hf_rlhf.modeling.offload import Keeper, keeper, tensors_of
 from hf_rlhf.runtime.peak_memory import MIB
 
 if TYPE_CHECKING:
+    from hf_rlhf.axes import Reference
     from hf_rlhf.config.algorithm import Algorithm
     from hf_rlhf.metrics.aggregator import MetricAggregator
     from hf_rlhf.modeling.ema import PolicyEMA
@@ -33,15 +35,16 @@ if TYPE_CHECKING:
 class Phases:
     """Load what a phase reads to the device, and offload the rest where `offload` is set."""
 
-    reference: Keeper
+    references: dict[str, Keeper]
+    """By the label of their models."""
     critic: Keeper
     update: Keeper
     """Optimizer state and the policy's average."""
-    compares_in_update: bool
-    """True if the update reads the reference."""
+    compared_in_update: frozenset[str]
+    """Labels of the references that the update runs."""
     blends_away: bool
-    """True if `reference.offload` changes the rounding of the reference's updates: an average computed in main memory
-    instead of on a device."""
+    """True if `offload` changes the rounding of the updates of a reference: an average computed in main memory instead of on
+    a device."""
     meters: MetricAggregator
 
     @classmethod
@@ -49,18 +52,18 @@ class Phases:
         cls,
         algorithm: Algorithm,
         actor_critic: ActorCritic,
-        reference: nn.Module | None,
+        references: dict[str, tuple[Reference, nn.Module | None]],
         optimizer: Callable[[], Any],
         average: PolicyEMA | None,
         meters: MetricAggregator,
     ) -> Phases:
-        """Return the phases of a run, and offload reference and critic where their `offload` is set. `reference` is the
-        reference's own model, if it has one; weights that it shares with the policy stay."""
+        """Return the phases of a run, and offload references and critic where their `offload` is set. `references`: label ->
+        reference and its own model, if it has one; weights that it shares with the policy stay."""
         critic, shared = actor_critic.critic, {id(x) for x in tensors_of(actor_critic.policy)()}
         everything = algorithm.update.offload
 
-        def own_weights() -> Iterator[Tensor]:
-            return (x for x in tensors_of(reference)() if id(x) not in shared)
+        def own_weights(model: nn.Module | None) -> Callable[[], Iterator[Tensor]]:
+            return lambda: (x for x in tensors_of(model)() if id(x) not in shared)
 
         def state() -> Iterator[Tensor]:
             own = None if everything or critic is None else {id(p) for p in critic.parameters()}
@@ -70,16 +73,20 @@ class Phases:
             if everything and average is not None:
                 yield from average.tensors()
 
-        compared, device = bool(algorithm.kl_over_distributions("update")), meters.device
-        moves_there = algorithm.reference.moves and compared
-        blends = algorithm.reference.moves and getattr(algorithm.reference, "mixing", None) != 1  # 1 copies
-        offload = [bool(getattr(part, "offload", False)) for part in (algorithm.reference, algorithm.critic)]
+        device = meters.device
+        uses = [use.reference.base for use in algorithm.references.values() if use.in_update]
+        compared = frozenset(base_label(algorithm, base) for base in uses)
+        # one that is mixed with the policy; a share of 1 copies
+        mixed = {x for x, (base, _) in references.items() if base.moves and getattr(base, "mixing", None) != 1}
         made = cls(
-            reference=keeper(own_weights, device, offload[0], changes=moves_there),
-            critic=keeper(tensors_of(critic), device, offload[1], changes=True),
-            update=keeper(state, device, offload[1] or everything, changes=True),
-            compares_in_update=compared,
-            blends_away=blends and device.type != "cpu" and not compared,
+            references={
+                label: keeper(own_weights(model), device, _offloads(base), changes=base.moves and label in compared)
+                for label, (base, model) in references.items()
+            },
+            critic=keeper(tensors_of(critic), device, _offloads(algorithm.critic), changes=True),
+            update=keeper(state, device, _offloads(algorithm.critic) or everything, changes=True),
+            compared_in_update=compared,
+            blends_away=device.type != "cpu" and bool(mixed - compared),
             meters=meters,
         )
         made.sampling()
@@ -87,34 +94,38 @@ class Phases:
 
     def sampling(self) -> None:
         """Enter the phase in which completions are sampled and scored."""
-        parts = (self.reference, self.critic, self.update)
+        parts = (*self.references.values(), self.critic, self.update)
         for part in parts:
             part.offload()
         if away := sum(part.offloaded_bytes() for part in parts):
             self.meters.peak("memory/offloaded", away / MIB)
 
-    def forward(self, *, critic: bool = False, reference: bool = False) -> ExitStack:
-        """Return a context with the critic or the reference on the device, to be read only."""
+    def forward(self, *, critic: bool = False, references: Iterable[str] = ()) -> ExitStack:
+        """Return a context with the critic or some references on the device, to be read only."""
         there = ExitStack()
-        for part, wanted in ((self.critic, critic), (self.reference, reference)):
-            if wanted:
-                there.enter_context(part.on_device(changed=False))
+        for part in ([self.critic] if critic else []) + [self.references[label] for label in references]:
+            there.enter_context(part.on_device(changed=False))
         return there
 
     def updating(self) -> None:
         """Enter the phase in which the policy is updated."""
         self.critic.load()
-        if self.compares_in_update:
-            self.reference.load()
+        for label in self.compared_in_update:
+            self.references[label].load()
 
     def stepping(self) -> None:
         """Enter the optimizer's step. What it reads stays until completions are sampled again."""
         self.update.load()
 
     def moved(self) -> None:
-        """Offload the reference again after it has moved."""
-        if not self.compares_in_update:
-            self.reference.offload()
+        """Offload references again after they have moved."""
+        for label, part in self.references.items():
+            if label not in self.compared_in_update:
+                part.offload()
+
+
+def _offloads(part: Any) -> bool:
+    return bool(getattr(part, "offload", False))
 
 
 def _leaves(kept: Any) -> Iterator[Tensor]:

@@ -64,7 +64,7 @@ def check_prompts(prompts: Any, algorithm: Algorithm, chat_template_kwargs: dict
                 finish_reasons=["stop"],
                 columns=columns,
             )
-            if applies(label, source.when, row, 0):
+            if applies(f"reward {label!r}", source.when, row, 0):
                 try:
                     check(prompt.prompt)
                 except ValueError as error:

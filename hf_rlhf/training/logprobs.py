@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from hf_rlhf.axes import check_output
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.references import RECIPE, keyed
+from hf_rlhf.modeling.lm_head import Measure
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.training.device_phases import Phases
-from hf_rlhf.training.losses import over_distributions
 from hf_rlhf.training.micro_batches import Batching
+from hf_rlhf.training.references import References, rows_of_kls
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,10 +35,15 @@ class Forwards:
 
     algorithm: Algorithm
     actor_critic: ActorCritic
-    reference: ReferencePolicy | None
+    references: References
     accelerator: Accelerator
     batching: Batching
     phases: Phases
+
+    @property
+    def reference(self) -> ReferencePolicy | None:
+        """The recipe's reference, if anything reads it."""
+        return self.references.scorers.get(RECIPE)
 
     @property
     def takes_old_logps(self) -> bool:
@@ -45,8 +52,8 @@ class Forwards:
         return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
 
     def __call__(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None) -> dict[str, Tensor]:
-        """Return name -> (n, T), 0 off the mask: old_logps, old_entropy, sum_sq_probs, values, ref_logps, and KLs over whole
-        distributions.
+        """Return name -> (n, T), 0 off the mask: old_logps, old_entropy, sum_sq_probs, values, ref_logps, KLs over whole
+        distributions; and (n, T, k) of a reference's likeliest tokens.
 
         `sampled` (n, T) are the sampler's log-probs, which serve as the old ones if `takes_old_logps`.
         """
@@ -61,41 +68,73 @@ class Forwards:
             "entropy": "old_entropy" in a.needs,
             "sum_sq_probs": "sum_sq_probs" in a.needs,
         }
-        compared = a.kl_over_distributions("rollout")
+        results |= rows_of_kls(a, rollouts, mask)
+        return results | self._run(rollouts, mask, wanted, [key for key, use in a.references.items() if use.in_rollout])
+
+    def _run(
+        self, rollouts: Rollouts, mask: Tensor, wanted: dict[str, bool], keys: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Run the policy for `wanted` and the references with these keys, those together with it that it is compared with."""
+        references = self.algorithm.references
+        compared = [key for key in keys if references[key].rollout]
+        results: dict[str, Tensor] = {}
         if any(wanted.values()) or compared:
 
             def act(batch: TokenBatch) -> dict[str, Tensor]:
-                measures = None
+                kept: dict[str, Tensor] = {}
+                measures: dict[str, Measure] = {}
                 with self.accelerator.autocast():
-                    if compared and self.reference is not None:
-                        measures = self.reference.measures(batch, over_distributions(compared, update=False))
-                    found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures)
-                    return found
+                    for key in compared:
+                        scores, of_key = self.references.score(key, batch, compared=True)
+                        kept, measures = kept | scores, measures | of_key
+                    found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures or None)
+                return kept | found
 
-            with self.phases.forward(critic=wanted["values"], reference=bool(compared)):
+            with self.phases.forward(critic=wanted["values"], references=self.references.labels(compared)):
                 found = self._over_rows(act, rollouts, mask)
             if not wanted["logps"]:
                 found.pop("logps", None)
             results |= {OLD.get(name, name): x for name, x in found.items()}
-        if self.reference is not None:
-            reference = self.reference
-
-            def refer(batch: TokenBatch) -> dict[str, Tensor]:
-                with self.accelerator.autocast():
-                    return {"ref_logps": reference(batch)}
-
-            with self.phases.forward(reference=True):
-                results |= self._over_rows(refer, rollouts, mask)
-            check_output("reference", a.reference, results["ref_logps"], mask, method="logps")
+        for key in keys:
+            if key not in compared:
+                results |= self._refer(key, rollouts, mask)
+        for key in keys:
+            if (name := keyed("ref_logps", key)) in results:
+                results[name] = self._known(key, results[name], rollouts, mask)
+                check_output("reference", references[key].reference, results[name], mask, method="logps")
         return results
 
+    def _refer(self, key: str, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
+        """Run one reference."""
+
+        def refer(batch: TokenBatch) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                return self.references.score(key, batch, compared=False)[0]
+
+        with self.phases.forward(references=self.references.labels([key])):
+            return self._over_rows(refer, rollouts, mask)
+
+    def _known(self, key: str, ref_logps: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
+        """Replace what a reference says of tokens that it does not know by the policy's own log-probs: no KL there."""
+        if not self.references.scorers[key].partial or not bool((unknown := ref_logps.isnan()).any()):
+            return ref_logps
+
+        def act(batch: TokenBatch) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                found: dict[str, Tensor] = self.actor_critic(batch)
+                return found
+
+        return ref_logps.where(~unknown, self._over_rows(act, rollouts, mask)["logps"])
+
     def _over_rows(self, forward: Forward, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
-        """Run `forward` over micro-batches and restore the order of rows: name -> (n, T)."""
+        """Run `forward` over micro-batches and restore the order of rows: name -> (n, T) or (n, T, k)."""
         prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
         results: dict[str, Tensor] = {}
         for part in self.batching.cut(range(len(rollouts)), prompts, completions):
             width = max(len(completions[i]) for i in part)
             rows = self.batching.batch([prompts[i] for i in part], [completions[i] for i in part], mask[part, :width])
             for name, x in forward(rows).items():
-                results.setdefault(name, torch.zeros_like(mask))[part, :width] = x.to(mask.dtype)
+                kind = mask.dtype if x.is_floating_point() else torch.int32
+                empty = mask.new_zeros((*mask.shape, *x.shape[2:]), dtype=kind)
+                results.setdefault(name, empty)[part, :width] = x.to(kind)
         return results

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_rlhf.axes import KLEstimator, KLPlacement, TextTerm, TrainedCritic, check_output
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.references import key_of, keyed
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.modeling.lm_head import Derivative
 
@@ -17,6 +18,8 @@ POLICY_GETS = frozenset({"old_logps"})
 ESTIMATOR_GETS = frozenset({"ref_logps"})
 DISTRIBUTION = "distribution:"
 """Prefix of the (B, T) tensors from KL estimators over whole distributions."""
+ROWS = "rows:"
+"""Prefix of the masks (B, T) of KLs that are taken on some rows only."""
 MEASURED = frozenset({"loss", "approx_kl", "ratio", "entropy", "grad_norm"})
 """Names under `policy/` that are measured for every policy loss."""
 
@@ -35,7 +38,9 @@ def derivative(a: Algorithm, inputs: dict[str, Any]) -> Derivative:
     """Return the derivative of each sampled token's loss by that token's numbers, used where `a.loss_is_fused`."""
     batch = inputs["batch"]
     flat = {
-        name: x[batch.rows, batch.columns] for name, x in inputs.items() if name != "batch" and x.shape == batch.shape
+        name: x[batch.rows, batch.columns]
+        for name, x in inputs.items()
+        if isinstance(x, Tensor) and x.shape == batch.shape
     }
 
     def of_tokens(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
@@ -55,7 +60,7 @@ def _terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Return the terms, everything known of each token, and the metrics of the policy loss."""
     logps, mask, weights = new["logps"], inputs["mask"], inputs["weights"]
-    known = {name: x for name, x in inputs.items() if name != "batch"} | new
+    known = {name: x for name, x in inputs.items() if isinstance(x, Tensor)} | new
     known.setdefault("old_logps", logps.detach())
     read = {name: x for name, x in known.items() if name != "values"}
 
@@ -66,7 +71,7 @@ def _terms(
         per_token = per_token * inputs["correction"]
     terms = {"policy/loss": (per_token * weights).sum()}
     for title, kl in a.kl_in("loss"):
-        penalty = penalty_of(kl, "loss", measured(a, title, kl, known, mask, meters))
+        penalty = penalty_of(kl, "loss", measured(a, title, kl, known, mask, meters), known.get(f"{ROWS}{title}"))
         weight = weights if penalty.dim() == 2 else one_token(weights, mask)
         terms[f"kl/{title}/loss"] = (penalty * weight).sum()
     for i, (title, term) in enumerate(a.titled("loss_terms")):
@@ -88,15 +93,17 @@ def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> d
 def measured(
     a: Algorithm, title: str, kl: KLPlacement, known: dict[str, Tensor], mask: Tensor, meters: MetricAggregator
 ) -> Tensor:
-    """Return a KL within its limit: (R, T), 0 off the mask, at level token, (R,) at level sequence. `known` holds logps,
-    ref_logps and what the estimator needs, or the result of an estimator over whole distributions.
+    """Return a KL within its limit: (R, T), 0 off the mask, at level token, (R,) at level sequence. `known` holds logps, those
+    of its reference and what the estimator needs, or the result of an estimator over whole distributions.
 
     Logs `kl/<title>/<estimator>`, summed over each row, and the share that the limit clips.
     """
+    mask = known.get(f"{ROWS}{title}", mask)
     if "full_distribution" in kl.estimator.needs:
         raw = known[f"{DISTRIBUTION}{title}"] * mask
     else:
-        raw = kl.estimate(known["logps"], known["ref_logps"], mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
+        reference = known[keyed("ref_logps", key_of(a, kl))]
+        raw = kl.estimate(known["logps"], reference, mask, **a.extras(kl.estimator, known, ESTIMATOR_GETS))
     value, rows = kl.limit(raw), (mask > 0).any(1).sum()
     meters.add(f"kl/{title}/{kl.estimator.name}", value.sum(), rows)
     if kl.clamp is not None:
@@ -120,13 +127,14 @@ def over_distributions(
     return {f"{DISTRIBUTION}{title}": (checked(kl.estimator), update and "loss" in kl.places) for title, kl in compared}
 
 
-def penalty_of(kl: KLPlacement, place: str, measured: Tensor) -> Tensor:
-    """Return the penalty of a measured KL, in its shape, at a place: reward, loss or advantage."""
+def penalty_of(kl: KLPlacement, place: str, measured: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the penalty of a measured KL, in its shape, at a place: reward, loss or advantage. `rows` (R, T): the mask of the
+    rows on which it is taken, if not all."""
     method = f"{place}_penalty"
     # an estimator's numbers that are not finite cost an optimizer step, but in a rollout the run
     inputs = {"kl": measured} if place == "loss" else {}
     penalty: Tensor = check_output("kl", kl, getattr(kl, method)(measured), measured, method=method, inputs=inputs)
-    return penalty
+    return penalty if rows is None else penalty * (rows if penalty.dim() == 2 else (rows > 0).any(1))
 
 
 def one_token(weights: Tensor, mask: Tensor) -> Tensor:

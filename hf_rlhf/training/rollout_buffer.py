@@ -98,7 +98,8 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].dim() == 1:
         return torch.cat(list(tensors))
     width = max(x.size(1) for x in tensors)
-    return torch.cat([functional.pad(x, (0, width - x.size(1))) for x in tensors])
+    wide = [functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, width - x.size(1))) for x in tensors]
+    return torch.cat(wide)
 
 
 @dataclass(kw_only=True)
@@ -106,8 +107,8 @@ class Buffer:
     """One rollout with its advantages.
 
     `rows` holds (n, T) tensors of this process: mask, advantages and, where they are needed, old_logps, ref_logps, values,
-    returns, correction, selected. `mask` (N, T) bool, `group_ids` (N,) and `total_score` (N,) are of all rows, `places` as
-    in `Collected`.
+    returns, correction, selected, and (n, T, k) of a reference's likeliest tokens. `mask` (N, T) bool, `group_ids` (N,) and
+    `total_score` (N,) are of all rows, `places` as in `Collected`.
     """
 
     index: int
@@ -198,7 +199,8 @@ class Buffer:
         """Return a micro-batch of one row without a sampled token."""
         zero = self.rows["mask"].new_zeros((1, 1))
         batch = batching.batch([[batching.pad]], [[batching.pad]], zero)
-        return {**dict.fromkeys([*self.rows, *weights], zero), "total_score": zero[0], "batch": batch}
+        zeros = {name: x.new_zeros((1, 1, *x.shape[2:])) for name, x in self.rows.items()}
+        return {**zeros, **dict.fromkeys(weights, zero), "total_score": zero[0], "batch": batch}
 
 
 def selection(loss: Any, table: Mapping[str, Tensor]) -> Tensor:

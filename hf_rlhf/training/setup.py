@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.optimizer_arguments import optimizer_problems
@@ -32,7 +31,6 @@ from hf_rlhf.data.prompt_stream import order_problem
 from hf_rlhf.data.prompts import Prompts, StreamedPrompts, check_columns, load_prompts, prompt_room, read_columns
 from hf_rlhf.data.quantization import is_quantised, model_problems
 from hf_rlhf.modeling.policy import ActorCritic, Policy
-from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.seeding import seeded
@@ -51,8 +49,9 @@ from hf_rlhf.training.model_checks import (
 )
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
 from hf_rlhf.training.plugin_setup import context_of, plugins_here, policy_of, set_up
+from hf_rlhf.training.references import References
 from hf_rlhf.training.resumable_settings import resumable_settings
-from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name
+from hf_rlhf.training.tag_checks import tag_problems, tag_problems_by_name, token_problems
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -102,8 +101,8 @@ class RunComponents:
         check_columns(read_columns(settings, rows)[0], [plugin for _, plugin in self.algorithm.plugins()])
         return load_prompts(settings, self.tokenizer, max_prompt_tokens=self.room, train=rows)[0]
 
-    def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, ReferencePolicy | None]:
-        """Build policy with critic, and the reference if there is one. New weights of the critic depend on the seed alone."""
+    def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, References]:
+        """Build policy with critic, and the references. New weights of the critic depend on the seed alone."""
         a = self.algorithm
         with seeded(args.seed, "critic"):
             critic = build_critic(a, model)
@@ -112,12 +111,7 @@ class RunComponents:
         actor_critic = ActorCritic(model, critic, a.rollout.temperature).to(args.device)
         check_trained(actor_critic, "policy and critic" if critic is not None else "the policy")
         check_causal(model)
-        if "ref_logps" not in a.needs:
-            return actor_critic, None
-        own = check_output("reference", a.reference, a.reference.build(model), None, method="build")
-        if own is not None:
-            own.to(args.device)
-        return actor_critic, ReferencePolicy(own, model, a.reference.active, a.rollout.temperature)
+        return actor_critic, References.build(a, model, args.device)
 
     def policy(self, model: Any, args: TrainingArguments) -> Policy:
         """Return the policy as rollout engines get it."""
@@ -184,7 +178,7 @@ def setup_run(
     tokenizer = prepare_tokenizer(
         _tokenizer_of(model, model_settings, trust_remote_code) if tokenizer is None else tokenizer, model_settings
     )
-    _refuse(tag_problems(chosen, tokenizer))
+    _refuse(tag_problems(chosen, tokenizer) + token_problems(chosen, tokenizer))
     config = getattr(model, "config", None) or load_config(
         model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code
     )

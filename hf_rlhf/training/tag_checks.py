@@ -1,14 +1,16 @@
-"""Check that rewards can see the special tokens that they ask for."""
+"""Check that rewards can see the special tokens that they ask for, and that references read the policy's tokens."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from hf_rlhf.axes import Reference
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.addition_task import BUILTIN
 from hf_rlhf.data.model_loading import ModelError, load_tokenizer
+from hf_rlhf.registry.settings_schema import at_path
 
 
 def tag_problems(algorithm: Algorithm, tokenizer: Any) -> list[str]:
@@ -30,6 +32,16 @@ def tag_problems(algorithm: Algorithm, tokenizer: Any) -> list[str]:
                 f"are hidden from rewards. {fix.capitalize()}"
             )
     return found
+
+
+def token_problems(algorithm: Algorithm, tokenizer: Any) -> list[str]:
+    """Return why references cannot score the policy's tokens, with the fix."""
+    return [
+        f"{path}={plugin.name}: {at_path(path, plugin, problem)}"
+        for path, plugin in algorithm.plugins()
+        if isinstance(plugin, Reference)
+        for problem in plugin.token_problems(tokenizer)
+    ]
 
 
 def tag_problems_by_name(algorithm: Algorithm, model: Model) -> list[str]:

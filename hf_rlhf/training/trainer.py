@@ -32,7 +32,6 @@ from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.notebook import notebook_view, show_in_notebook
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
-from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import CheckpointError
 from hf_rlhf.scoring.normalization import RewardNormalizer
@@ -43,12 +42,13 @@ from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.evaluation import Evaluated, evaluate, row_types
 from hf_rlhf.training.held_out_rows import kept_rows
 from hf_rlhf.training.logprobs import Forwards
-from hf_rlhf.training.losses import derivative, over_distributions, policy_terms, text_term, value_term
+from hf_rlhf.training.losses import derivative, policy_terms, text_term, value_term
 from hf_rlhf.training.micro_batches import Batching
 from hf_rlhf.training.parallel import Parallel, gradients_are_finite
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
 from hf_rlhf.training.plugin_setup import close_plugins
 from hf_rlhf.training.recording import ALL, Recorder
+from hf_rlhf.training.references import References
 from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
 from hf_rlhf.training.setup import default_arguments, setup_run
 from hf_rlhf.training.update_rule import step_of
@@ -121,30 +121,30 @@ class RLHFTrainer(SavingTrainer):
         check_accelerator(self.accelerator, self.args)
         self.parallel = Parallel(self.accelerator)
         self.end_tracking = install(self.callback_handler, self.args, self.run_log, self.doctor, parts.record)
-        self.actor_critic, reference = parts.build(self.model, self.args)
+        self.actor_critic, references = parts.build(self.model, self.args)
         decay = self.algorithm.update.ema
         self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)
-        models = (self.actor_critic, None if reference is None else reference.own)
+        models = (self.actor_critic, references.models)
         self.phases = Phases.of(self.algorithm, *models, lambda: trainer.optimizer, self.ema, self.meters)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order: Any = {"shuffle": parts.dataset_settings.shuffle, "sampler": self.algorithm.sampler}
         self.stream = PromptStream(parts.train, seed=seed, **order)
         self._finalizer = weakref.finalize(self, close_plugins, self.algorithm)
-        self.collector = self._collector(reference)
+        self.collector = self._collector(references)
         self._begin_run()
         self._health = HEALTH if self.algorithm.rewards else {x: 0.0 for x in HEALTH if "/reward_" not in x}
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
         self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
         show_in_notebook(self, view)
 
-    def _collector(self, reference: ReferencePolicy | None) -> Collector:
+    def _collector(self, references: References) -> Collector:
         """Build the collector of rollouts, and set up every plugin."""
         policy, completions = self.parts.policy(self.model, self.args), self.parts.logging_settings.completions
         pad, rows = policy.pad_token_id, self.args.per_device_train_batch_size
         forwards = Forwards(
             algorithm=self.algorithm,
             actor_critic=self.actor_critic,
-            reference=reference,
+            references=references,
             accelerator=self.accelerator,
             batching=Batching.of(self.algorithm, self.model, pad, rows),
             phases=self.phases,
@@ -240,17 +240,14 @@ class RLHFTrainer(SavingTrainer):
         if "text_term" in inputs:
             return text_term(a, model(inputs["batch"], entropy="entropy" in a.needs, temperature=1.0), inputs)
         critic = a.critic if with_critic and isinstance(a.critic, TrainedCritic) else None
-        reference, compared = self.collector.forwards.reference, a.kl_over_distributions("update")
-        measures = None
-        if compared and reference is not None:
-            with self.accelerator.autocast():
-                measures = reference.measures(inputs["batch"], over_distributions(compared, update=True))
+        with self.accelerator.autocast():
+            measures = self.collector.forwards.references.in_update(inputs)
         fused = torch.is_grad_enabled() and a.loss_is_fused
         new = model(
             inputs["batch"],
             entropy=entropy_is_exact(a, self.parts.logging_settings),
             values=critic is not None,
-            measures=measures,
+            measures=measures or None,
             derivative=derivative(a, inputs) if fused else None,
         )
         self.collector.recorder.note(inputs, new["logps"])
@@ -263,11 +260,9 @@ class RLHFTrainer(SavingTrainer):
         return sums
 
     def _after_step(self, step: int) -> None:
-        """Move the reference and the average, and collect what the update rule measured."""
+        """Move references and the average, and collect what the update rule measured."""
         self._weights_are_of(step)
-        if (model := self.moving_reference()) is not None:
-            policy: Any = self.model
-            self.algorithm.reference.move(model, policy, step)
+        if self.collector.forwards.references.move(self.model, step):
             self.phases.moved()
         if self.ema is not None:
             self.ema.update()

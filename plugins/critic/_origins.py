@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._tokenizers import split_difference, tokenizer_of
 from ..rewards._models.files import ModelFiles, Stored
 from ..rewards._models.heads import LINEAR, Headed, classifier
 
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIERS = ("SequenceClassification", "TokenClassification", "RewardModel")
 """Parts of architecture names of models with a score head."""
-PROBE = "The 2nd of 30 words isn't one:\n\n\tx = f(1.50) + [y_i];  naïve, Größe, 你好 — END"
-"""Text that tokenizers with the same vocabulary but different rules split differently."""
 
 
 def from_path(path: str) -> tuple[Any, nn.Module | None]:
@@ -126,13 +125,8 @@ def check_vocabulary(policy: Any, model: Any, origin: str) -> None:
 
 def check_tokenizer(own: PreTrainedTokenizerBase, path: str | None, revision: str | None, origin: str) -> None:
     """Check that the tokenizer at `path` agrees with `own`. Raises `ValueError` naming the first token that differs."""
-    from transformers import AutoTokenizer
-
-    try:
-        theirs: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-        if not set(theirs.get_vocab()) - set(theirs.all_special_tokens):  # some classes load without any files
-            raise OSError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    theirs = tokenizer_of(path, revision)
+    if theirs is None:
         logger.warning(
             "critic.init=%r: %s has no tokenizer, so only the vocabulary sizes were compared",
             origin,
@@ -158,12 +152,4 @@ def first_difference(own: Any, theirs: Any) -> str | None:
         token = min(differ, key=lambda token: (min(x[token] for x in (ours, its) if token in x), token))
         said = [f"{x[token]}" if token in x else "no token" for x in (ours, its)]
         return f"token {token!r} is {said[0]} in the policy's and {said[1]} there"
-    mine, other = (list(x(PROBE, add_special_tokens=False)["input_ids"]) for x in (own, theirs))
-    if mine == other:
-        return None
-    place = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
-    names = [
-        x.convert_ids_to_tokens(ids[place]) if place < len(ids) else "nothing"
-        for x, ids in ((own, mine), (theirs, other))
-    ]
-    return f"token {place} of {PROBE!r} is {names[0]!r} in the policy's and {names[1]!r} there"
+    return split_difference(own, theirs)

@@ -260,7 +260,7 @@ def test_so_are_those_that_a_checkpoint_holds_beside_the_policys(parts, named, t
     if "critic" in named:
         tensor = next(made.actor_critic.critic.parameters())
     elif "reference" in named:
-        tensor = next(made.moving_reference().parameters())
+        tensor = next(made.collector.forwards.references.moving()["reference"][1].parameters())
     elif "ema" in named:
         tensor = made.ema.tensors()[0]
     else:

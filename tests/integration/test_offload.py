@@ -324,7 +324,8 @@ def test_where_an_average_lies_matters_off_the_cpu_alone(reference, kl, device, 
     algorithm = runs.recipe(kl=[kl], reference=reference).algorithm()
     policy = ActorCritic(nn.Linear(2, 2), None, 1.0)
     made = device_phases.Phases.of(
-        algorithm, policy, None, lambda: None, None, SimpleNamespace(device=torch.device(device))
+        *(algorithm, policy, {"reference": (algorithm.reference, None)}),
+        *(lambda: None, None, SimpleNamespace(device=torch.device(device))),
     )
     assert made.blends_away is blends
 
@@ -347,9 +348,9 @@ def parts(offloaded: bool, reference: dict[str, Any], **more: Any) -> dict[str, 
 
 def weights(made: Any) -> Tensor:
     """Of policy, critic, average and a reference that moves."""
-    moving = made.moving_reference()
+    moving = [own for _, own in made.collector.forwards.references.moving().values()]
     found = [runs.parameters(made), *(x.flatten().double() for x in made.ema.tensors())]
-    return torch.cat([*found, *([] if moving is None else [runs.parameters(moving)])])
+    return torch.cat([*found, *map(runs.parameters, moving)])
 
 
 @pytest.fixture
@@ -451,7 +452,9 @@ def test_each_part_is_there_in_its_phases_and_away_in_the_others(kl, tmp_path, m
 
     def look(phase: str) -> None:
         held = made.phases
-        seen.setdefault(phase, set()).add(tuple(is_there(x) for x in (held.reference, held.critic, held.update)))
+        seen.setdefault(phase, set()).add(
+            tuple(is_there(x) for x in (held.references["reference"], held.critic, held.update))
+        )
         has = any(p.grad is not None for p in made.actor_critic.parameters())
         gradients.setdefault(phase, set()).add(has)
 
@@ -497,4 +500,4 @@ def test_a_frozen_reference_of_an_adapter_holds_the_base_once(tmp_path, main_mem
     reference = made.collector.forwards.reference.own
     assert all((id(p) in own) == ("lora_" not in name) for name, p in reference.named_parameters())
     adapter = sum(p.nbytes for name, p in reference.named_parameters() if "lora_" in name)
-    assert made.phases.reference.offloaded_bytes() == adapter + sum(x.nbytes for x in reference.buffers())
+    assert made.phases.references["reference"].offloaded_bytes() == adapter + sum(x.nbytes for x in reference.buffers())

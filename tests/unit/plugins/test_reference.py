@@ -216,7 +216,7 @@ def test_a_run_moves_its_reference_and_resumes_it_to_the_bit(
         )
         made.train(resume_from_checkpoint=resume, overwrite=not resume)
         made.close()
-        return runs.parameters(made), vector(made.moving_reference())
+        return runs.parameters(made), vector(made.collector.forwards.references.moving()["reference"][1])
 
     start = vector(runs.trainer(tmp_path, lora=lora).model)
     first = run(3)
