@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "advantages.mix": {"parts": ["group_norm", {"use": "reward_to_go", "gamma": 0.9}], "weights": [0.5, 0.5]},
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "max_tokens": 64},
     **every.OWN_FUNCTIONS,
+    "reference.model": {"path": "{folder}"},
     "rewards.function": {"function": f"{__file__}:count_fives"},
     "rewards.constraints": {"instructions": [{"id": "punctuation:no_comma"}]},
     "rewards.json_schema": {"schema": {"type": "integer"}},
@@ -61,6 +62,9 @@ def make(key: str, folder: Path) -> Plugin:
     policy, tokenizer = tiny_policy()
     if key == "rewards.reward_model":
         save_classifier(folder)
+    elif key == "reference.model":
+        for part in (policy, tokenizer):
+            part.save_pretrained(folder)
     elif key in ("rewards.process_reward_model", "rewards.token_reward_model"):
         classifiers.save_token_classifier(folder, num_labels=2 if "process" in key else 1)
     (folder / "texts.txt").write_text("\n".join(f"{i} and {i} make {2 * i}." for i in range(12)))

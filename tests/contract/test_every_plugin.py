@@ -15,7 +15,7 @@ from tests.helpers import every, stepping
 
 def specification(plugin: str, folder: Path, **training: Any) -> dict[str, Any]:
     """The plugin on scripted completions with tool tokens, in float64, with plain SGD."""
-    every.write_texts(folder)
+    every.write_files(folder)
     return {
         "output_dir": str(folder / "out"),
         "algorithm": every.choices(plugin, folder),

@@ -10,6 +10,7 @@ import pytest
 
 from hf_rlhf.axes import LISTS, Plugin
 from hf_rlhf.registry.host import Host
+from hf_rlhf.testing import tiny_policy
 
 PLUGINS = sorted(p.name for p in entry_points(group="hf_rlhf") if p.dist and p.dist.name == "hf_rlhf")
 """`axis.name` of each."""
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loss_terms.positive_nll": {"threshold": -0.5},
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "rows": 3, "max_tokens": 64, "coef": 0.1},
     "policy_loss.trpo_penalty": {"target": 1e-4},
+    "reference.model": {"path": "{folder}/teacher"},
     "reference.sync": {"every": 3, "mixing": 0.5},
     "reference.ema": {"decay": 0.5},
     "optimizer.trpo": {"max_kl": 0.001},
@@ -102,7 +104,9 @@ def by_what_is_kept() -> list[Any]:
     return found
 
 
-def write_texts(folder: Path) -> None:
-    """Texts for the loss term that brings its own."""
+def write_files(folder: Path) -> None:
+    """Texts for the loss term that brings its own, and another model for the reference that is one."""
     folder.mkdir(parents=True, exist_ok=True)
+    for part in tiny_policy(seed=1):
+        part.save_pretrained(folder / "teacher")
     (folder / "texts.txt").write_text("\n".join(f"{i} and {i} make {2 * i}." for i in range(12)) + "\n")

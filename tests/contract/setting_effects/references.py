@@ -1,0 +1,88 @@
+"""Settings of the references of single KLs, and of the reference that is another model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from hf_rlhf import load_plugin
+from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.references import References
+from tests.contract.setting_effects.base import EFFECTS, SettingEffect, after, logged, one_kl
+from tests.contract.setting_effects.critics import offloaded
+from tests.helpers import runs
+
+COPY = {"use": "sync", "every": 1}
+
+
+def nested(name: str, setting: str, value: Any) -> dict[str, Any]:
+    parts = one_kl(name, setting, value)
+    return parts | ({"reference": "none"} if setting == "reference" and value is not None else {})
+
+
+for kl_name in ("in_advantage", "in_loss", "in_reward", "monitor"):
+    for setting, values, show in (
+        ("reference", (None, COPY), logged if kl_name == "monitor" else after),
+        ("when", (None, {"answer": "none"}), logged if kl_name == "monitor" else after),
+        ("label", (None, "anchor"), logged),
+    ):
+        EFFECTS[f"kl.{kl_name}.{setting}"] = SettingEffect(
+            *values, show(lambda folder, value, n=kl_name, s=setting: nested(n, s, value))
+        )
+
+
+# Another model
+
+
+def saved(folder: Path, seed: int) -> str:
+    for part in tiny_policy(seed=seed):
+        part.save_pretrained(folder / str(seed))
+    return str(folder / str(seed))
+
+
+def built(folder: Path, seed: int = 1, **settings: Any) -> Any:
+    return load_plugin("reference", "model", path=saved(folder, seed), **settings).build(tiny_policy()[0])
+
+
+def adapted(folder: Path, adapter: str | None) -> Any:
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_policy(seed=1)[0], runs.adapter())
+    for p in model.parameters():
+        p.data.normal_()
+    model.save_pretrained(folder / "adapter")
+    return runs.parameters(built(folder, adapter=adapter and str(folder / adapter)))
+
+
+def revision(folder: Path, value: str | None) -> Any:
+    model = tiny_policy()[0]
+    with patch("transformers.AutoModelForCausalLM.from_pretrained", return_value=model) as load:
+        built(folder, revision=value)
+    return load.call_args.kwargs["revision"]
+
+
+def device(folder: Path, value: str | None) -> str:
+    reference = {"use": "model", "path": saved(folder, 1), "device": value}
+    made = References.build(runs.recipe(kl=["in_loss"], reference=reference).algorithm(), tiny_policy()[0], "cpu")
+    return made.models["reference"][1].device.type
+
+
+def kept(folder: Path, value: bool) -> Any:
+    chosen = {"use": "model", "path": saved(folder, 1), "offload": value}
+    return offloaded(lambda _: {"kl": ["in_loss"], "reference": chosen})(folder, value)
+
+
+EFFECTS |= {
+    "reference.model.path": SettingEffect(1, 2, lambda folder, value: runs.parameters(built(folder, value))),
+    "reference.model.revision": SettingEffect(None, "main", revision),
+    "reference.model.adapter": SettingEffect(None, "adapter", adapted),
+    "reference.model.dtype": SettingEffect(
+        "policy", "bfloat16", lambda folder, value: str(built(folder, dtype=value).dtype)
+    ),
+    "reference.model.device": SettingEffect(None, "meta", device),
+    "reference.model.offload": SettingEffect(False, True, kept),
+}
