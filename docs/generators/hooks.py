@@ -15,7 +15,7 @@ from hf_rlhf.axes import AXES, LISTS, NESTED
 from hf_rlhf.contract.base import Plugin
 from hf_rlhf.registry import hookspecs
 
-SEEN = ("Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "Scored", "Credit", "Context")
+SEEN = ("Prompt", "Completions", "Spans", "TokenScores", "Rollouts", "ReferenceRows", "Scored", "Credit", "Context")
 """Classes of hf_rlhf.batch, in the order of a step."""
 
 

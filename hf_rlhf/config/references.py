@@ -23,11 +23,11 @@ def keyed(name: str, key: str) -> str:
 
 @dataclass(kw_only=True)
 class ReferenceUse:
-    """What an algorithm reads of one reference."""
+    """Uses of one reference by an algorithm."""
 
     reference: Reference
     needs: frozenset[str] = frozenset()
-    """Of its scores, once per rollout: logps, top_logps."""
+    """Scores that are computed once per rollout: logps, top_logps."""
     top_k: int | None = None
     readers: list[str] = field(default_factory=list)
     """Titles of the KLs that are measured against it."""

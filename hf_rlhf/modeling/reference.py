@@ -16,7 +16,7 @@ from hf_rlhf.modeling.policy import ActorCritic, sampled_states
 from hf_rlhf.modeling.token_batch import TokenBatch
 
 LOGPS, DISTRIBUTIONS, TOP = "logps", "distributions", "top_logps"
-"""What a reference can be asked for; TOP gives `top_ids` as well."""
+"""Scores of a reference; TOP gives `top_ids` as well."""
 Needs = frozenset[str]
 Scores = dict[str, Any]
 Scorer = Callable[[TokenBatch, Callable[[Needs, int | None], Scores], Needs, int | None], Scores]
