@@ -92,8 +92,8 @@ def read(name: str | None, overrides: Iterable[str]) -> Recipe:
 
 
 def rewards_of(algorithm: Algorithm) -> Literal["real", "none"]:
-    """Return the rewards of the world in which to study an algorithm: none if it has none."""
-    return "real" if algorithm.rewards else "none"
+    """Return the rewards of the world in which to study an algorithm: none if it has none, or none with a weight."""
+    return "real" if any(source.weight for source in algorithm.rewards) else "none"
 
 
 def scaled(kls: Sequence[KLPlacement], beta: float | None) -> list[KLPlacement]:
