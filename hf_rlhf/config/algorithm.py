@@ -233,16 +233,17 @@ class Algorithm:
                 yield f"{axis}={plugin.name} provides {name} and nothing reads them: set {axis}.use=none"
 
     def _without_rewards(self) -> Iterator[str]:
-        if self.rewards:
+        if any(source.weight for source in self.rewards):
             return
-        if not any(kl.places for kl in self.kl):
+        if not any(kl.places for kl in self.kl) and not (self.rewards and self.loss_terms):
             logged = "".join(f", as kl.{i}={kl.name} is only logged" for i, kl in enumerate(self.kl))
             reference = "" if "ref_logps" in self.provides else " and reference.use=frozen"
+            without = "no reward has a weight" if self.rewards else "rewards is empty"
             yield (
-                f"rewards is empty and no KL enters the gradient{logged}: nothing to learn from. Set "
+                f"{without} and no KL enters the gradient{logged}: nothing to learn from. Set "
                 f"rewards=[{{use: exact_match}}], or a KL in the loss, reward or advantage: kl=[{{use: in_loss}}]{reference}"
             )
-        for path, plugin in self.plugins():
+        for path, plugin in self.plugins() if not self.rewards else ():
             if named := plugin.needs & NEEDS_OF_REWARDS:
                 yield (
                     f"{path}={plugin.name} needs {', '.join(sorted(named))} and rewards is empty: choose another, or set "

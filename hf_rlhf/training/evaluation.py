@@ -82,7 +82,8 @@ def evaluate(
 
     `keep` gets the rows of this process, as many at a time as are decoded together, with the columns of `row_types`.
     """
-    accelerator, group = collector.accelerator, settings.num_generations
+    accelerator, group, temperature = collector.accelerator, settings.num_generations, settings.temperature
+    temperature = collector.algorithm.rollout.temperature if temperature is None else temperature
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     names = _names(collector, group)
     sums = torch.zeros(len(prompts), len(names), 2, dtype=torch.float64)
@@ -96,7 +97,7 @@ def evaluate(
             seed = (collector.seed, "evaluate", accelerator.process_index, start)
             with seeded(*seed):
                 drawn = [prompts[i] for i in part]
-                _, rollouts = collector.roll_out(drawn, list(range(len(part))), group, settings.temperature)
+                _, rollouts = collector.roll_out(drawn, list(range(len(part))), group, temperature)
                 found, table = _score(collector, rollouts, group, seed)
             for i, values in zip(part, found, strict=True):
                 sums[i] = torch.tensor([values.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64)

@@ -17,6 +17,15 @@ FORMAT = {"use": "format", "pattern": "[ -O].*", "label": "early"}
 """A reward that about half of all texts get, sampled at random or scripted."""
 SCRIPTED = {"use": "scripted", "prompts": 4, "num_generations": 4}
 SAMPLED = {"use": "generate", "prompts": 4, "num_generations": 4, "max_new_tokens": 5}
+DISTILLED: dict[str, Any] = {
+    "rollout": {"use": "mixed", "column": "answer", "prompts": 4, "num_generations": 4, "max_new_tokens": 5},
+    "rewards": [],
+    "kl": [{"use": "in_loss", "estimator": "jsd", "beta": 1.0}],
+    "advantages": "reinforce",
+    "policy_loss": "reinforce",
+    "reference": "frozen",
+}
+"""Completions of both the policy and the dataset, compared with the policy's initial distributions."""
 BASE: dict[str, Any] = {
     "rollout": SCRIPTED,
     "rewards": [FORMAT],

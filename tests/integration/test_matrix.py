@@ -52,6 +52,7 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("rollout", "generate"): {"prompts": 4, "num_generations": 4, "max_new_tokens": 5},
+    ("rollout", "mixed"): {"prompts": 4, "num_generations": 4, "max_new_tokens": 5, "column": "answer"},
     ("rollout", "scripted"): {"prompts": 4, "num_generations": 4},
     ("rewards", "length"): {"target": 1, "maximum": 9, "unit": "words", "weight": -1.0},
     ("rewards", "format"): {"pattern": ".*[0-9].*"},
@@ -95,9 +96,13 @@ def parts(chosen: Combination, make: Callable[..., Any]) -> dict[str, Any]:
         nested = {"estimator": chosen["kl_estimator"], "level": chosen["level"]} if axis == "kl" else {}
         if axis == "kl" and chosen["kl"] not in (NOTHING, "monitor"):
             nested["controller"] = chosen["kl_controller"]
+        if axis == "rewards" and chosen["rollout"] == "mixed":  # which trains on no reward
+            nested["weight"] = 0.0
         plugins = [make(axis, name, *nested.items()) for name in names]
         made[axis] = plugins if axis in LISTS else next(iter(plugins), None)
-    made["rewards"].append(make("rewards", "format", ("pattern", "[ -O].*"), ("label", "companion")))
+    weight = 0.0 if chosen["rollout"] == "mixed" else 1.0
+    companion = {"pattern": "[ -O].*", "label": "companion", "weight": weight}
+    made["rewards"].append(make("rewards", "format", *companion.items()))
     return made
 
 
@@ -223,6 +228,7 @@ def test_a_combination_learns_over_two_steps_of_a_rollout(chosen: Combination, f
     assert torch.isfinite(runs.parameters(made)).all()
     first, second = runs.entries(made)
     few = chosen["filters"] == "overlong"  # it drops whatever is cut off, which may be all, or all that differ
+    few |= chosen["rollout"] == "mixed" and chosen["filters"] != NOTHING  # which find no difference without a reward
     assert few or not torch.equal(before, after), "the policy did not move"
     assert first["health/nonfinite_step"] == second["health/nonfinite_step"] == 0
     # opsm drops, and a loss without gradient where the advantages are 0 skips, the rows of a whole mini-batch

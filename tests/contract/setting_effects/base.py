@@ -354,12 +354,19 @@ EFFECTS["model.revision"] = SettingEffect(None, "v2", model_of_revision)
 # Rollouts
 
 
+ENGINES: dict[str, Parts] = {
+    "generate": {"rollout": runs.SAMPLED},
+    "scripted": {"rollout": runs.SCRIPTED},
+    "mixed": runs.DISTILLED,
+}
+
+
 def engine(name: str, setting: str) -> Callable[[Path, Any], Parts]:
-    base = runs.SAMPLED if name == "generate" else runs.SCRIPTED
-    return lambda folder, value: {"rollout": {**base, setting: value}}
+    base = ENGINES[name]
+    return lambda folder, value: {**base, "rollout": {**base["rollout"], setting: value}}
 
 
-for engine_name in ("generate", "scripted"):
+for engine_name in ENGINES:
     EFFECTS[f"rollout.{engine_name}.prompts"] = SettingEffect(4, 2, collected(engine(engine_name, "prompts")))
     EFFECTS[f"rollout.{engine_name}.num_generations"] = SettingEffect(
         4, 3, collected(engine(engine_name, "num_generations"))
@@ -370,16 +377,31 @@ def shown(name: str) -> Callable[[Path, Any], Any]:
     """The completions as rewards see them; scripted ones hold <unk>, sampled ones may."""
 
     def show(folder: Path, value: bool) -> Any:
-        data = [{**row, "completions": [[2, 5, 6]] * 8} for row in runs.problems()]
+        data = [{**row, "completions": [[2, 5, 6]] * 8, "answer": [2, 5, 6]} for row in runs.problems()]
         made = runs.trainer(folder, data=data, **engine(name, "skip_special_tokens")(folder, value))
         return made.collector.collect(0).extra["texts"]["completion"]
 
     return show
 
 
-for engine_name in ("generate", "scripted"):
+for engine_name in ENGINES:
     EFFECTS[f"rollout.{engine_name}.skip_special_tokens"] = SettingEffect(True, False, shown(engine_name))
 EFFECTS["rollout.scripted.temperature"] = SettingEffect(1.0, 0.7, after(engine("scripted", "temperature")))
+
+
+def mixed(setting: str) -> Callable[[Path, Any], Any]:
+    """The completions of a rollout that takes some from the dataset."""
+
+    def show(folder: Path, value: Any) -> Any:
+        data = [{**row, "question": row["prompt"]} for row in runs.problems()]
+        parts = {**runs.DISTILLED, "rollout": {**runs.DISTILLED["rollout"], setting: value}}
+        return runs.trainer(folder, data=data, **parts).collector.collect(0).extra["texts"]["completion"]
+
+    return show
+
+
+EFFECTS["rollout.mixed.share"] = SettingEffect(0.0, 1.0, mixed("share"))
+EFFECTS["rollout.mixed.column"] = SettingEffect("answer", "question", mixed("column"))
 EFFECTS["rollout.scripted.mask_column"] = SettingEffect(None, "masks", after(engine("scripted", "mask_column")))
 
 
@@ -400,12 +422,16 @@ def other_column(folder: Path, column: str) -> Parts:
 EFFECTS["rollout.scripted.column"] = SettingEffect("completions", "backwards", after(other_column))
 
 
-def samples(setting: str, value: Any, show: Callable[[Any, Callable[[], Any]], Any] | None = None) -> Any:
-    """The completions that `generate` samples, always with the same random numbers."""
+SAMPLERS: dict[str, Parts] = {"generate": {}, "mixed": {"share": 1.0}}
+"""Engines that sample, with settings by which they sample every row."""
+
+
+def samples(engine: str, setting: str, value: Any, show: Callable[[Any, Callable[[], Any]], Any] | None = None) -> Any:
+    """The completions that an engine samples, always with the same random numbers."""
     model, tokenizer = tiny_policy()
     policy = Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"))
     prompts = [Prompt(ids=[5, 6, 7][: 1 + i], prompt="") for i in range(3)]
-    chosen = load_plugin("rollout", "generate", **{"max_new_tokens": 12, setting: value})
+    chosen = load_plugin("rollout", engine, **{"max_new_tokens": 12, **SAMPLERS[engine], setting: value})
     with seeded(0, "effect"), torch.no_grad():
         return show(model, lambda: chosen(policy, prompts, 4)) if show else chosen(policy, prompts, 4).ids
 
@@ -418,8 +444,11 @@ CUTS = {
     "min_p": (0.0, 0.95),
     "repetition_penalty": (1.0, 9.0),
 }
-for setting, values in CUTS.items():
-    EFFECTS[f"rollout.generate.{setting}"] = SettingEffect(*values, lambda folder, value, s=setting: samples(s, value))
-EFFECTS["rollout.generate.max_rows"] = SettingEffect(
-    None, 4, lambda folder, value: max(samples("max_rows", value, forward_sizes), default=0)
-)
+for sampler in SAMPLERS:
+    for setting, values in CUTS.items():
+        EFFECTS[f"rollout.{sampler}.{setting}"] = SettingEffect(
+            *values, lambda folder, value, name=sampler, s=setting: samples(name, s, value)
+        )
+    EFFECTS[f"rollout.{sampler}.max_rows"] = SettingEffect(
+        None, 4, lambda folder, value, name=sampler: max(samples(name, "max_rows", value, forward_sizes), default=0)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from hf_rlhf.batch import Prompt
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.testing import tiny_policy
-from tests.contract.setting_effects.base import EFFECTS, SettingEffect, samples
+from tests.contract.setting_effects.base import EFFECTS, SAMPLERS, SettingEffect, samples
 
 
 class Suppress(LogitsProcessor):
@@ -28,17 +27,23 @@ DECODING = {
     "generation_kwargs": ({}, {"suppress_tokens": list(range(2, 50))}),
     "logits_processors": ([], [f"{__name__}:Suppress"]),
 }
-for setting, values in DECODING.items():
-    EFFECTS[f"rollout.generate.{setting}"] = SettingEffect(*values, lambda folder, value, s=setting: samples(s, value))
+for engine in SAMPLERS:
+    for setting, values in DECODING.items():
+        EFFECTS[f"rollout.{engine}.{setting}"] = SettingEffect(
+            *values, lambda folder, value, name=engine, s=setting: samples(name, s, value)
+        )
 
 
-def reported(folder: Path, dtype: str) -> Any:
+def reported(engine: str, dtype: str) -> Any:
     """The log-probs with which completions are drawn."""
     model, tokenizer = tiny_policy()
     policy = Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"), wants_logps=True)
-    engine = load_plugin("rollout", "generate", max_new_tokens=6, decode_dtype=dtype)
+    chosen = load_plugin("rollout", engine, max_new_tokens=6, decode_dtype=dtype)
     with seeded(0, "effect"), torch.no_grad():
-        return engine(policy, [Prompt(ids=[5, 6], prompt="")], 2).logps
+        return chosen(policy, [Prompt(ids=[5, 6], prompt="")], 2, temperature=1.0).logps
 
 
-EFFECTS["rollout.generate.decode_dtype"] = SettingEffect("same", "bfloat16", reported)
+for engine in SAMPLERS:
+    EFFECTS[f"rollout.{engine}.decode_dtype"] = SettingEffect(
+        "same", "bfloat16", lambda folder, value, name=engine: reported(name, value)
+    )
