@@ -253,7 +253,8 @@ def _learns(plugin: Critic, policy: Any) -> None:
 
 def reference_checks(plugin: Reference, policy: Make) -> Checks:
     """Yield the checks of a reference, for policies that `policy` makes."""
-    yield "updates of the policy do not change its log-probs", lambda: _stays(plugin, policy())
+    if not plugin.follows_policy:
+        yield "updates of the policy do not change its log-probs", lambda: _stays(plugin, policy())
     if plugin.moves:
         yield "it moves towards the policy, and moves nothing else", lambda: _moves(plugin, policy())
 
@@ -263,7 +264,8 @@ IDS = torch.tensor([[3, 5, 7, 9]])
 
 def _stays(plugin: Reference, policy: Any) -> None:
     own = plugin.build(policy)
-    if own is None and "ref_logps" not in plugin.provides:
+    asked = type(plugin).score is not Reference.score  # a server's, for instance
+    if own is None and (asked or "ref_logps" not in plugin.provides):
         return
 
     @torch.no_grad()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_rlhf.batch import ReferenceRows
+from hf_rlhf.batch import ReferenceRows, Rollouts
 from hf_rlhf.contract import outputs
 from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Plugin
@@ -27,6 +27,8 @@ class Reference(Plugin, ABC):
     scores: ClassVar[frozenset[str]] = frozenset({"logps", "top_logps", "distributions"})
     """Values of `needs` that `score` answers."""
     moves: ClassVar[bool] = False
+    follows_policy: ClassVar[bool] = False
+    """True if it is the policy at any moment, without a model of its own."""
 
     @property
     def base(self) -> Reference:
@@ -55,6 +57,16 @@ class Reference(Plugin, ABC):
 
     def move(self, model: torch.nn.Module, policy: PreTrainedModel, step: int) -> None:
         """Update the reference `model` after optimizer step `step` (from 1), if `moves` is True."""
+
+    def prompts(
+        self, rollouts: Rollouts, scores: Mapping[str, Sequence[float | None]] | None = None
+    ) -> list[list[int]] | None:
+        """Return the tokens of the prompts that it reads in place of the rows' own; None: it reads those.
+
+        Called once per rollout with all rows of this process, whole groups; after the rewards, with the score of each source and
+        the `total` of each row, if `needs` names scores.
+        """
+        return None
 
     def score(self, rows: ReferenceRows, needs: frozenset[str], top_k: int | None = None) -> dict[str, Any]:
         """Return what `needs` names of each sampled token of `rows`, without gradient, at `rows.temperature`.

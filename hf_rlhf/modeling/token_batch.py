@@ -46,6 +46,10 @@ class TokenBatch:
         self.rows, self.columns = rows.to(self.device), columns.to(self.device)
         self.targets = torch.tensor(chosen, dtype=torch.long, device=self.device)
 
+    def behind(self, prompt_ids: Sequence[Sequence[int]]) -> TokenBatch:
+        """Return the same completions behind other prompts."""
+        return TokenBatch(prompt_ids, self.completion_ids, self.mask, self.pad, self.attention)
+
     def to(self, device: torch.device) -> TokenBatch:
         """Return the same rows on another device."""
         return TokenBatch(self.prompt_ids, self.completion_ids, self.mask.to(device), self.pad, self.attention)

@@ -28,9 +28,10 @@ from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.completion_checks import check_completions
-from hf_rlhf.training.logprobs import Forwards
+from hf_rlhf.training.logprobs import Forwards, Prompts
 from hf_rlhf.training.losses import ROWS, at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
+from hf_rlhf.training.references import scores_of
 from hf_rlhf.training.rollout_buffer import SELECTS_BY, Buffer, Collected, selection
 
 if TYPE_CHECKING:
@@ -151,7 +152,9 @@ class Collector:
             assert sampled is not None
             rows["sampler_logps"] = sampled
         exact = sampled if completions.exact else None
-        with run_in_thread(lambda: self._forward(rollouts, rows["mask"], exact), self.accelerator.device) as forward:
+        behind = self.forwards.references.prompts(rollouts)
+        beside = run_in_thread(lambda: self._forward(rollouts, rows["mask"], exact, behind), self.accelerator.device)
+        with beside as forward:
             if any(source.runs_model for source in self.algorithm.rewards):
                 forward.result()  # two models at a time would need the memory of both
             asked, scored_at = {}, None
@@ -163,20 +166,27 @@ class Collector:
         rows |= known
         if scored_at is not None:
             self.meters.put("time/reward_wait_s", max(0.0, scored_at - known_at))
-        logged = self._logged(asked)
+        logged, answers = self._logged(asked), {label: found.answers for label, found in asked.items()}
+        if self.forwards.references.await_rewards:
+            late = self.forwards.references.prompts(rollouts, scores_of(answers, rollouts, self.weights()))
+            with self.meters.time("forward"):
+                rows |= self.forwards.after_rewards(rollouts, rows["mask"], late)
+            behind |= late
         if "greedy" in self.algorithm.needs:
             seed = (self.seed, "greedy", index, attempt, rank)
             with seeded(*seed):
                 greedy = self._greedy(mine, group_ids, seed)
         else:
             greedy = None
-        return self._table(rollouts, rows, {label: found.answers for label, found in asked.items()}, logged, greedy)
+        return self._table(rollouts, rows, answers, logged, greedy, behind)
 
-    def _forward(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None) -> tuple[dict[str, Tensor], float]:
+    def _forward(
+        self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None, behind: Prompts
+    ) -> tuple[dict[str, Tensor], float]:
         """Return what the forwards give, and when they finished. Runs in a thread beside the reward sources, which keep the main
         thread (they may use signals) and the global generators: nothing here draws from them."""
         with self.meters.time("forward"):
-            known = self.forwards(rollouts, mask, sampled)
+            known = self.forwards(rollouts, mask, sampled, behind)
         return known, time.perf_counter()
 
     def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int], seed: tuple[int | str, ...]) -> Tensor:
@@ -238,6 +248,7 @@ class Collector:
         answers: dict[str, list[Answer]],
         logged: dict[str, list[Any]],
         greedy: Tensor | None,
+        behind: Prompts,
     ) -> Collected:
         device, mask, weights, given = self.accelerator.device, rows["mask"], self.weights(), totals(answers, rollouts)
         answers = self.normalizer(answers, self.accelerator)
@@ -268,6 +279,7 @@ class Collector:
         collected = Collected(
             prompt_ids=rollouts.prompt_ids,
             completion_ids=rollouts.completion_ids,
+            prompts=behind,
             texts={
                 "prompt": rollouts.prompts,
                 "completion": rollouts.completions,
@@ -367,6 +379,7 @@ class Collector:
             index=index,
             prompt_ids=collected.prompt_ids,
             completion_ids=collected.completion_ids,
+            prompts=collected.prompts,
             rows=rows,
             places=collected.places,
             mask=table["mask"].bool(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 OLD = {"logps": "old_logps", "entropy": "old_entropy"}
 """Statistics of the policy -> their names before the first update."""
-Forward = Callable[[TokenBatch], dict[str, Tensor]]
+Forward = Callable[[TokenBatch, list[int]], dict[str, Tensor]]
+"""(micro-batch, its rows) -> name -> (B, T)."""
+Prompts = dict[str, list[list[int]]]
+"""Key of a reference -> the prompts that it reads in place of the rows' own."""
 
 
 @dataclass(kw_only=True)
@@ -51,7 +54,9 @@ class Forwards:
         whole = next(self.actor_critic.parameters()).dtype in (torch.float32, torch.float64)
         return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
 
-    def __call__(self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None, prompts: Prompts | None = None
+    ) -> dict[str, Tensor]:
         """Return name -> (n, T), 0 off the mask: old_logps, old_entropy, sum_sq_probs, values, ref_logps, KLs over whole
         distributions; and (n, T, k) of a reference's likeliest tokens.
 
@@ -69,23 +74,31 @@ class Forwards:
             "sum_sq_probs": "sum_sq_probs" in a.needs,
         }
         results |= rows_of_kls(a, rollouts, mask)
-        return results | self._run(rollouts, mask, wanted, [key for key, use in a.references.items() if use.in_rollout])
+        return results | self._run(rollouts, mask, wanted, prompts or {}, late=False)
+
+    def after_rewards(self, rollouts: Rollouts, mask: Tensor, prompts: Prompts) -> dict[str, Tensor]:
+        """Return the same of references whose prompts depend on the rewards."""
+        wanted = dict.fromkeys(("logps", "values", "entropy", "sum_sq_probs"), False)
+        return self._run(rollouts, mask, wanted, prompts, late=True)
 
     def _run(
-        self, rollouts: Rollouts, mask: Tensor, wanted: dict[str, bool], keys: Collection[str]
+        self, rollouts: Rollouts, mask: Tensor, wanted: dict[str, bool], prompts: Prompts, *, late: bool
     ) -> dict[str, Tensor]:
-        """Run the policy for `wanted` and the references with these keys, those together with it that it is compared with."""
+        """Run the policy for `wanted` and the references, those together with it that it is compared with. `late`: those that
+        need scores, else the others."""
         references = self.algorithm.references
+        keys = [key for key, use in references.items() if use.in_rollout and ("scores" in use.reference.needs) == late]
         compared = [key for key in keys if references[key].rollout]
         results: dict[str, Tensor] = {}
         if any(wanted.values()) or compared:
 
-            def act(batch: TokenBatch) -> dict[str, Tensor]:
+            def act(batch: TokenBatch, rows: list[int]) -> dict[str, Tensor]:
                 kept: dict[str, Tensor] = {}
                 measures: dict[str, Measure] = {}
                 with self.accelerator.autocast():
                     for key in compared:
-                        scores, of_key = self.references.score(key, batch, compared=True)
+                        own = batch if key not in prompts else batch.behind([prompts[key][row] for row in rows])
+                        scores, of_key = self.references.score(key, own, compared=True)
                         kept, measures = kept | scores, measures | of_key
                     found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures or None)
                 return kept | found
@@ -97,43 +110,48 @@ class Forwards:
             results |= {OLD.get(name, name): x for name, x in found.items()}
         for key in keys:
             if key not in compared:
-                results |= self._refer(key, rollouts, mask)
+                results |= self._refer(key, rollouts, mask, prompts.get(key))
         for key in keys:
             if (name := keyed("ref_logps", key)) in results:
                 results[name] = self._known(key, results[name], rollouts, mask)
                 check_output("reference", references[key].reference, results[name], mask, method="logps")
         return results
 
-    def _refer(self, key: str, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
+    def _refer(self, key: str, rollouts: Rollouts, mask: Tensor, prompts: list[list[int]] | None) -> dict[str, Tensor]:
         """Run one reference."""
 
-        def refer(batch: TokenBatch) -> dict[str, Tensor]:
+        def refer(batch: TokenBatch, rows: list[int]) -> dict[str, Tensor]:
             with self.accelerator.autocast():
                 return self.references.score(key, batch, compared=False)[0]
 
         with self.phases.forward(references=self.references.labels([key])):
-            return self._over_rows(refer, rollouts, mask)
+            return self._over_rows(refer, rollouts, mask, prompts)
 
     def _known(self, key: str, ref_logps: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
         """Replace what a reference says of tokens that it does not know by the policy's own log-probs: no KL there."""
         if not self.references.scorers[key].partial or not bool((unknown := ref_logps.isnan()).any()):
             return ref_logps
 
-        def act(batch: TokenBatch) -> dict[str, Tensor]:
+        def act(batch: TokenBatch, rows: list[int]) -> dict[str, Tensor]:
             with self.accelerator.autocast():
                 found: dict[str, Tensor] = self.actor_critic(batch)
                 return found
 
         return ref_logps.where(~unknown, self._over_rows(act, rollouts, mask)["logps"])
 
-    def _over_rows(self, forward: Forward, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:
-        """Run `forward` over micro-batches and restore the order of rows: name -> (n, T) or (n, T, k)."""
-        prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
+    def _over_rows(
+        self, forward: Forward, rollouts: Rollouts, mask: Tensor, prompts: list[list[int]] | None = None
+    ) -> dict[str, Tensor]:
+        """Run `forward` over micro-batches, behind other `prompts` if they are given, and restore the order of rows.
+
+        Returns name -> (n, T) or (n, T, k).
+        """
+        prompts, completions = prompts or rollouts.prompt_ids, rollouts.completion_ids
         results: dict[str, Tensor] = {}
         for part in self.batching.cut(range(len(rollouts)), prompts, completions):
             width = max(len(completions[i]) for i in part)
             rows = self.batching.batch([prompts[i] for i in part], [completions[i] for i in part], mask[part, :width])
-            for name, x in forward(rows).items():
+            for name, x in forward(rows, part).items():
                 kind = mask.dtype if x.is_floating_point() else torch.int32
                 empty = mask.new_zeros((*mask.shape, *x.shape[2:]), dtype=kind)
                 results.setdefault(name, empty)[part, :width] = x.to(kind)

@@ -15,7 +15,9 @@ from hf_rlhf.config.references import base_label, bases_of, keyed, top_k_of
 from hf_rlhf.modeling.lm_head import Measure
 from hf_rlhf.modeling.reference import DISTRIBUTIONS, ReferencePolicy, Scorer, measures_of, measures_of_top
 from hf_rlhf.modeling.token_batch import TokenBatch
-from hf_rlhf.scoring.scorer import applies
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.scoring.answers import Answer
+from hf_rlhf.scoring.scorer import applies, total, totals
 from hf_rlhf.training.losses import ROWS, over_distributions
 
 Models = dict[str, tuple[Reference, nn.Module | None]]
@@ -45,6 +47,36 @@ class References:
             asked = _asking(use.reference, heat)
             scorers[key] = ReferencePolicy(own, policy, base.active, heat, asked, use.reference.known_tokens)
         return cls(algorithm=a, scorers=scorers, models=models)
+
+    @property
+    def await_rewards(self) -> bool:
+        """True if the prompts of a reference depend on the rewards' scores."""
+        return any("scores" in use.reference.needs for use in self.algorithm.references.values())
+
+    def prompts(
+        self, rollouts: Rollouts, scores: dict[str, list[float | None]] | None = None
+    ) -> dict[str, list[list[int]]]:
+        """Return the prompts that references read in place of the rows' own, by key: of those that need the rewards' `scores` if
+        these are given, else of the others."""
+        found = {}
+        for key, use in self.algorithm.references.items():
+            if ("scores" in use.reference.needs) == (scores is not None):
+                made = use.reference.prompts(rollouts, scores)
+                if made is not None:
+                    self._check_room(key, made, rollouts)
+                    found[key] = made
+        return found
+
+    def _check_room(self, key: str, prompts: list[list[int]], rollouts: Rollouts) -> None:
+        config = getattr(self.scorers[key].module.policy, "config", None)
+        room = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+        longest = max((len(p) + len(c) for p, c in zip(prompts, rollouts.completion_ids, strict=True)), default=0)
+        if room is not None and longest > room:
+            name = self.algorithm.references[key].reference.name
+            raise UserError(
+                f"reference={name}: a prompt and its completion must fit into the model's context of {room} tokens, got "
+                f"{longest}. Shorten the contexts, or lower dataset.max_prompt_tokens"
+            )
 
     def labels(self, keys: Any) -> list[str]:
         """Return the labels of the models that the references with these keys run."""
@@ -117,6 +149,16 @@ def _asking(reference: Reference, temperature: float) -> Scorer:
         return reference.score(rows, needs, top_k)
 
     return score
+
+
+def scores_of(
+    answers: dict[str, list[Answer]], rollouts: Rollouts, weights: dict[str, float]
+) -> dict[str, list[float | None]]:
+    """Return the score of each source and the `total` of each row, None where none applies, as `Reference.prompts` gets them."""
+    found = totals(answers, rollouts)
+    sums, valid = total(found, weights, len(rollouts))
+    found["total"] = sums.masked_fill(~valid, torch.nan)
+    return {label: [None if x != x else x for x in scores.tolist()] for label, scores in found.items()}
 
 
 def rows_of_kls(a: Algorithm, rollouts: Rollouts, mask: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from hf_rlhf.axes import TextTerm, check_output
 from hf_rlhf.batch import Scored
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.references import keyed
 from hf_rlhf.runtime.seeding import permutation
 from hf_rlhf.training.micro_batches import Batching
 
@@ -42,6 +43,8 @@ class Collected:
     rows: dict[str, Tensor]
     table: dict[str, Tensor]
     places: Tensor
+    prompts: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Key of a reference -> the prompts that it reads in place of the rows' own."""
 
     def select(self, keep: Tensor) -> Collected:
         """Return the rows where `keep` (N,) is True, in table and rows."""
@@ -56,6 +59,7 @@ class Collected:
             rows={name: x.index_select(0, own) for name, x in self.rows.items()},
             table={name: x.index_select(0, kept) for name, x in self.table.items()},
             places=(keep.cumsum(0) - 1)[self.places[own]],
+            prompts={key: [ids[i] for i in index] for key, ids in self.prompts.items()},
         )
 
     @staticmethod
@@ -77,6 +81,7 @@ class Collected:
             rows={name: _join([part.rows[name] for part in parts]) for name in parts[0].rows},
             table={name: _join([part.table[name] for part in parts]) for name in parts[0].table},
             places=torch.cat([part.places + offset for part, offset in zip(parts, offsets, strict=False)]),
+            prompts={key: [x for part in parts for x in part.prompts[key]] for key in parts[0].prompts},
         )
 
     def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
@@ -121,6 +126,8 @@ class Buffer:
     total_score: Tensor
     table: dict[str, Tensor] = field(default_factory=dict)
     """Columns of all rows, (N, T), that the policy loss selects tokens by in each step."""
+    prompts: dict[str, list[list[int]]] = field(default_factory=dict)
+    """As in `Collected`."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,6 +200,8 @@ class Buffer:
         micro["row"] = index
         micro["total_score"] = self.total_score[self.places[index]].to(micro["mask"].dtype)
         micro["batch"] = batching.batch([self.prompt_ids[i] for i in rows], completions, micro["mask"])
+        for key, prompts in self.prompts.items():
+            micro[keyed("batch", key)] = micro["batch"].behind([prompts[i] for i in rows])
         return micro
 
     def _empty(self, weights: dict[str, Tensor], batching: Batching) -> dict[str, Any]:

@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "max_tokens": 64},
     **every.OWN_FUNCTIONS,
     "reference.model": {"path": "{folder}"},
+    "reference.with_context": {"context": "answer"},
     "rewards.function": {"function": f"{__file__}:count_fives"},
     "rewards.constraints": {"instructions": [{"id": "punctuation:no_comma"}]},
     "rewards.json_schema": {"schema": {"type": "integer"}},

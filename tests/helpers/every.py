@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "rows": 3, "max_tokens": 64, "coef": 0.1},
     "policy_loss.trpo_penalty": {"target": 1e-4},
     "reference.model": {"path": "{folder}/teacher"},
+    "reference.with_context": {"context": "answer"},
     "reference.sync": {"every": 3, "mixing": 0.5},
     "reference.ema": {"decay": 0.5},
     "optimizer.trpo": {"max_kl": 0.001},
@@ -70,6 +71,8 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
         case "critic":
             return {"advantages": "gae", "critic": chosen} if name != "none" else {}
         case "reference":
+            if name == "policy":
+                chosen = {"use": "with_context", "of": name, **SETTINGS["reference.with_context"]}
             return {**REFERENCE, "reference": chosen} if name != "none" else {}
         case "rewards" | "rollout" | "trainer" | "doctor":
             raise KeyError(plugin)

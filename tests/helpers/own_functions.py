@@ -76,3 +76,7 @@ def k2(logps, ref_logps):
 
 def twice(logps, advantages, mask):
     return 2 * loss(logps, advantages, mask)
+
+
+def context(rollouts):
+    return [f"think of {answer}" for answer in rollouts.column("answer")]

@@ -65,13 +65,14 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     training: dict[str, Any] | None = None,
     callbacks: list[Any] | None = None,
+    tokenizer: Any = None,
     **parts: Any,
 ) -> RLHFTrainer:
     """A trainer with plain SGD over `problems`, two optimizer steps unless `training` says otherwise.
 
     `policy` is what the trainer gets as its model: `tiny_policy`'s unless it or the recipe's `model` is given.
     """
-    own, tokenizer = tiny_policy(dtype=dtype)
+    own, its = tiny_policy(dtype=dtype)
     settings = {"max_steps": 2, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
     settings |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 64, "logging_steps": 1}
     args = TrainingArguments(
@@ -83,7 +84,7 @@ def trainer(
         args,
         train_dataset=problems() if data is None else data,
         eval_dataset=eval_data,
-        processing_class=tokenizer,
+        processing_class=tokenizer or its,
         callbacks=callbacks,
         peft_config=adapter() if lora else None,
     )

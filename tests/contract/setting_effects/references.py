@@ -86,3 +86,24 @@ EFFECTS |= {
     "reference.model.device": SettingEffect(None, "meta", device),
     "reference.model.offload": SettingEffect(False, True, kept),
 }
+
+
+# Another prompt
+
+
+def behind(folder: Path, **settings: Any) -> dict[str, Any]:
+    """Two optimizer steps of one rollout: the policy has left its copy in the second."""
+    chosen = {"use": "with_context", "context": "answer", **settings}
+    kl = {"use": "in_loss", "beta": 1.0, "estimator": "exact", "reference": chosen}
+    return {"kl": [kl], "update": {"mini_batches": 2}}
+
+
+for setting, values in {
+    "of": ("frozen", "policy"),
+    "context": ("answer", "tests.helpers.own_functions:context"),
+    "template": ("{prompt}\n\n{context}", "{context} {prompt}"),
+}.items():
+    EFFECTS[f"reference.with_context.{setting}"] = SettingEffect(
+        *values, after(lambda folder, value, s=setting: behind(folder, **{s: value}))
+    )
+EFFECTS["reference.policy"] = SettingEffect("policy", "frozen", after(lambda folder, value: behind(folder, of=value)))
