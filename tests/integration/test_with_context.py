@@ -187,7 +187,7 @@ def test_what_cannot_serve_is_refused(tmp_path):
     assert problems(behind("policy")) == ""
     with pytest.raises(UserError, match=r"template must contain \{prompt\} and \{context\}"):
         problems(behind(template="{prompt}"))
-    with pytest.raises(ValueError, match="there is no hnt|reads hnt.*Did you mean 'hint'"):
+    with pytest.raises(ValueError, match=r"there is no hnt|reads hnt.*Did you mean 'hint'"):
         runs.trainer(tmp_path, kl=[{**K2, "reference": behind(context="hnt")}], data=hinted())
     with pytest.raises(UserError, match="has no function"):
         problems(behind(context="tests.helpers.runs:nothing"))
