@@ -295,3 +295,5 @@ class Context:
     num_processes: int = 1
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """The recipe's `model.chat_template_kwargs`."""
+    prompt_tokens: int | None = None
+    """Tokens of the longest training prompt; None where it is not known."""

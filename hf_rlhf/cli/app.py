@@ -44,6 +44,7 @@ FIRST = (
     "doctor",
     "score",
     "serve-reward",
+    "serve-engine",
 )
 """Commands that help lists first, in this order."""
 

@@ -29,6 +29,7 @@ def add_commands() -> None:
         report,
         rewards,
         schema,
+        serve_engine,
         show,
         train,
     )

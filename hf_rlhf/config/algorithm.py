@@ -106,7 +106,13 @@ class Algorithm:
     @cached_property
     def samples_old_logps(self) -> bool:
         """True if log-probs reported by the rollout engine, in float32 or better, serve as the old ones."""
-        return bool(self.readers_of_old_logps) and self.rollout.exact_logps and "sampler_logps" not in self.needs
+        return bool(self.readers_of_old_logps) and self.rollout.exact_logps and not self.compares_sampler
+
+    @cached_property
+    def compares_sampler(self) -> bool:
+        """True if the sampler's log-probs are compared with the policy's: something reads both, or the sampler has a copy of the
+        weights."""
+        return "sampler_logps" in self.needs or (not self.rollout.local and "sampler_logps" in self.rollout.provides)
 
     @cached_property
     def skips_rows_without_advantage(self) -> bool:
@@ -158,6 +164,8 @@ class Algorithm:
             if "old_logps" in p.needs and not path.startswith("policy_loss") and (several or path not in own)
         ]
         readers += [f"kl.{kl.name} in the {place}" for place in ("reward", "advantage") for _, kl in self.kl_in(place)]
+        if self.compares_sampler and "sampler_logps" not in self.needs:
+            readers.append(f"the comparison with rollout={self.rollout.name}")
         if several and "old_logps" in self.policy_loss.needs:
             readers.append(f"policy_loss ({self.steps_per_rollout} optimizer steps per rollout)")
         elif "selected" in self.policy_loss.needs:

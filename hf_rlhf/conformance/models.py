@@ -11,7 +11,7 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from hf_rlhf.axes import Critic, Reference, RolloutEngine, TextTerm, UpdateRule
+from hf_rlhf.axes import Critic, Reference, RolloutEngine, TextTerm, UpdateRule, Weights
 from hf_rlhf.batch import Completions, Prompt
 from hf_rlhf.conformance.common import Checks, assert_equal, equal
 from hf_rlhf.conformance.metrics import check_declared, check_finite
@@ -37,6 +37,7 @@ def rollout_engine_checks(plugin: RolloutEngine, policy: Make, tokenizer: Any, p
     def run(model: Any, given: Sequence[Prompt], generations: int, temperature: float | None = None) -> Completions:
         own = Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"), wants_logps=wants)
         with torch.no_grad(), seeded("conformance", 0):
+            engine.load(Weights(policy=own, named=lambda: iter(model.state_dict().items())))
             out: Completions = engine(own, copy.deepcopy(given), generations, temperature=temperature)
             return out
 

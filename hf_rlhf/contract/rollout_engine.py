@@ -1,19 +1,37 @@
-"""Base class of the axis `rollout`, and the session in which an engine continues rows over several turns."""
+"""Base class of the axis `rollout`, the weights that an engine may take, and its session over several turns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hf_rlhf.batch import Completions, Prompt
 from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Count, Plugin, Positive
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_rlhf.contract.model_settings import Model
     from hf_rlhf.modeling.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The policy's weights, for an engine that samples from a copy of them."""
+
+    policy: Policy
+    named: Callable[[], Iterator[tuple[str, Tensor]]]
+    """Yields (name, whole tensor) of each parameter and persistent buffer. All processes iterate together; the tensors are the
+    policy's own."""
+
+    @property
+    def version(self) -> str:
+        """`Policy.version` of these weights."""
+        return self.policy.version
 
 
 @dataclass(kw_only=True)
@@ -21,6 +39,10 @@ class RolloutEngine(Plugin, ABC):
     """Sample completions. Axis `rollout`."""
 
     axis = Axis(section="Rollouts", metric_prefix="rollout")
+
+    local: ClassVar[bool] = True
+    """False if it samples from a copy of the weights, which it gets by `load`. Its log-probs, where it reports them, are then
+    compared with the policy's in every rollout."""
 
     prompts: Count = 32
     """Prompts per rollout, over all processes (verl: train_batch_size)."""
@@ -43,8 +65,23 @@ class RolloutEngine(Plugin, ABC):
         """Return `num_generations` completions of each prompt, rows of a prompt adjacent.
 
         `temperature` replaces the setting for this call; 0 is greedy. Random numbers come from the global generators, which
-        the core seeds for the call. `policy.version` names the weights: an engine with a copy reloads them when it changes.
+        the core seeds for the call. `policy.version` names the weights: those of the last `load`.
         """
+
+    def load(self, weights: Weights) -> None:
+        """Take the policy's weights, from which the calls that follow sample. Called on all processes together, between
+        `wake("weights")` and `wake("cache")`, whenever `Policy.version` has changed. An error on one process ends the run on all.
+        """
+
+    def serve_commands(
+        self, model: Model, dtype: str, prompt_tokens: int | None
+    ) -> list[tuple[dict[str, str], list[str]]]:
+        """Return how to start each of the engine's servers: environment variables, in which `$NAME` stands for the variable
+        NAME, and the arguments of Python. None by default: the engine has no server.
+
+        `model.path` is a folder or a name on the Hub. `prompt_tokens`: bound of the prompts, None if there is none.
+        """
+        return []
 
     @contextmanager
     def session(self, policy: Policy, *, temperature: float | None = None) -> Iterator[Session]:

@@ -218,6 +218,11 @@ class Prompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest prompt; None without prompts."""
+        return max((len(ids) for ids, _ in self.tokens), default=None)
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
@@ -232,6 +237,7 @@ class StreamedPrompts:
 
     rows: Iterable[Row]
     maker: _Maker
+    longest = None
 
     def __iter__(self) -> Iterator[Prompt]:
         for number, row in enumerate(self.rows, start=1):

@@ -36,8 +36,8 @@ RENAMED: tuple[tuple[str, str], ...] = (
     ("rollout/length/min", "completions/min_length"),
     ("rollout/length/max", "completions/max_length"),
     ("rollout/truncated_frac", "completions/clipped_ratio"),
-    ("rollout/logp_gap/mean", "sampling/sampling_logp_difference/mean"),
-    ("rollout/logp_gap/max", "sampling/sampling_logp_difference/max"),
+    ("rollout/sampler_gap/mean", "sampling/sampling_logp_difference/mean"),
+    ("rollout/sampler_gap/max", "sampling/sampling_logp_difference/max"),
     ("rollout/is_ratio/mean", "sampling/importance_sampling_ratio/mean"),
 )
 """(our name, TRL's name of the same number); both may follow `eval_`."""

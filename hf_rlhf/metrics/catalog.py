@@ -35,7 +35,7 @@ def _old(a: Algorithm) -> bool:
 
 
 def _compares(a: Algorithm) -> bool:
-    return "sampler_logps" in a.needs and bool(a.readers_of_old_logps)
+    return a.compares_sampler and bool(a.readers_of_old_logps)
 
 
 def _corrects(a: Algorithm) -> bool:
@@ -52,10 +52,8 @@ GIVEN: dict[str, Given] = {
         "with old and reference log-probs", lambda a: "ref_logps" in a.needs and bool(a.readers_of_old_logps)
     ),
     "old": Given("if something reads the old log-probs", _old),
-    "sampler": Given(
-        "if something reads the sampler's log-probs",
-        _compares,
-    ),
+    "sampler": Given("if something reads the sampler's log-probs, or it has a copy of the weights", _compares),
+    "copy": Given("where the sampler has a copy of the weights", lambda a: not a.rollout.local),
     "correction": Given("with a rollout correction", _corrects),
     "rewards": Given("with rewards", lambda a: bool(a.rewards)),
     "groups": Given("with several generations per prompt", lambda a: a.rollout.num_generations > 1),

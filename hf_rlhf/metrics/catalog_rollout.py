@@ -27,7 +27,7 @@ RUNNING: tuple[CoreMetric, ...] = (
     core(ROLLOUTS, "rollout/rows", "rows", "completions that filters kept"),
     core(
         ROLLOUTS,
-        "rollout/logp_gap/mean",
+        "rollout/sampler_gap/mean",
         "nats",
         "mean over tokens of the difference between the trainer's log-prob and the sampler's, without sign",
         "sampler",
@@ -35,7 +35,7 @@ RUNNING: tuple[CoreMetric, ...] = (
         unhealthy="Sampler and trainer are not the same model: other precision, temperature or stale weights; use a "
         "`rollout_correction` and look at the engine.",
     ),
-    core(ROLLOUTS, "rollout/logp_gap/max", "nats", "the largest", "sampler", summary="max"),
+    core(ROLLOUTS, "rollout/sampler_gap/max", "nats", "the largest", "sampler", summary="max"),
     core(
         ROLLOUTS,
         "rollout/is_ratio/mean",
@@ -43,7 +43,7 @@ RUNNING: tuple[CoreMetric, ...] = (
         "mean over tokens of what the rollout correction multiplies with",
         "correction",
         healthy=(0.8, 1.25),
-        unhealthy="As `rollout/logp_gap/mean`.",
+        unhealthy="As `rollout/sampler_gap/mean`.",
     ),
     core(ROLLOUTS, "rollout/is_ratio/zero_frac", "share of tokens", "where it is 0", "correction"),
     core(
@@ -62,6 +62,7 @@ RUNNING: tuple[CoreMetric, ...] = (
         unhealthy="Most of what is sampled is thrown away: choose other prompts or a milder filter.",
     ),
     core(THROUGHPUT, "time/rollout_s", "seconds", "sampling, per round"),
+    core(THROUGHPUT, "time/sync_s", "seconds", "sending the weights to the rollout engine", "copy"),
     core(THROUGHPUT, "time/forward_s", "seconds", "old log-probs, reference and values, per round"),
     core(
         THROUGHPUT,

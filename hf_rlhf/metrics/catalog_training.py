@@ -82,7 +82,7 @@ LEARNING: tuple[CoreMetric, ...] = (
         when="step",
         healthy=(None, 30.0),
         unhealthy="Growing without end: the policy leaves the reference; raise `beta` or lower the learning rate. Clearly "
-        "below 0: the sampler and the trainer disagree, see `rollout/logp_gap/mean`.",
+        "below 0: the sampler and the trainer disagree, see `rollout/sampler_gap/mean`.",
     ),
     core(
         KL,

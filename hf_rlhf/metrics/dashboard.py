@@ -224,7 +224,7 @@ def section_of(named: Named, offline: bool) -> str:
         return EVALUATION
     if named.plugin:
         return AXES[named.plugin.partition(".")[0]].axis.section
-    if named.name.startswith(("rollout/is_ratio", "rollout/logp_gap")):
+    if named.name.startswith(("rollout/is_ratio", "rollout/sampler_gap")):
         return AXES["rollout_correction"].axis.section
     area, slash, _ = named.name.partition("/")
     return OF_AREA[area] if slash else AXES["trainer" if offline else "optimizer"].axis.section

@@ -103,8 +103,8 @@ def report_drift(put: Put, table: dict[str, Tensor]) -> None:
         found["kl/rollout/token"] = k1 / mask.sum().clamp(min=1)
     if "old_logps" in table and "sampler_logps" in table:
         gap = ((table["old_logps"] - table["sampler_logps"]) * mask).abs()
-        found["rollout/logp_gap/mean"] = gap.sum() / mask.sum().clamp(min=1)
-        found["rollout/logp_gap/max"] = gap.max()
+        found["rollout/sampler_gap/mean"] = gap.sum() / mask.sum().clamp(min=1)
+        found["rollout/sampler_gap/max"] = gap.max()
     for name, number in _read(found).items():
         put(name, number)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.completion_checks import check_completions
+from hf_rlhf.training.engine_weights import AwakeEngine
 from hf_rlhf.training.logprobs import Forwards, Prompts
 from hf_rlhf.training.losses import ROWS, at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
@@ -96,16 +96,10 @@ class Collector:
         self._observe(self.meters.since(mark))
         return buffer
 
-    @contextmanager
-    def engine_awake(self) -> Iterator[None]:
-        """Wake the rollout engine for all calls of one rollout or evaluation, and let it sleep afterwards."""
-        engine = self.algorithm.rollout
-        try:
-            engine.wake("weights")
-            engine.wake("cache")
-            yield
-        finally:
-            engine.sleep()
+    @cached_property
+    def engine_awake(self) -> AwakeEngine:
+        """Wakes the rollout engine, with the policy's weights, for all calls of one rollout or evaluation."""
+        return AwakeEngine(self.algorithm.rollout, self.policy, self.accelerator, self.meters)
 
     def _observe(self, statistics: dict[str, float]) -> None:
         """Let every plugin observe the statistics of this rollout and of the updates before it. They are equal on every process,
@@ -148,7 +142,7 @@ class Collector:
         if completions.logps is not None:
             sampled = _padded(completions.logps, self.dtype).to(self.accelerator.device)
             sampled = sampled.masked_fill(rows["mask"] == 0, 0.0)
-        if "sampler_logps" in self.algorithm.needs:
+        if self.algorithm.compares_sampler:
             assert sampled is not None
             rows["sampler_logps"] = sampled
         exact = sampled if completions.exact else None

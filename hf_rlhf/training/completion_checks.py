@@ -29,7 +29,7 @@ def check_completions(algorithm: Algorithm, completions: Completions, rows: int,
                     f"rollout={name} must return one of {what} per token, the end-of-sequence token included: row {i} has "
                     f"{len(completions.ids[i])} tokens, got {len(values)}"
                 )
-    if sampled and completions.logps is None and "sampler_logps" in algorithm.needs:
+    if sampled and completions.logps is None and algorithm.compares_sampler:
         raise ValueError(
             f"rollout={name} declares sampler_logps but returned no log-probs. Return them with every completion, or set "
             "rollout_correction.use=none"

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 def policy_of(model: Any, tokenizer: Any, algorithm: Algorithm, args: TrainingArguments) -> Policy:
     """Return the policy as rollout engines get it."""
-    wants = "sampler_logps" in algorithm.needs or algorithm.samples_old_logps
+    wants = algorithm.compares_sampler or algorithm.samples_old_logps
     return Policy(model=model, tokenizer=tokenizer, device=args.device, wants_logps=wants)
 
 
-def context_of(model: Any, tokenizer: Any, settings: Model, args: TrainingArguments) -> Context:
-    """Return what plugins get in `setup`. `model`: the policy's; `settings`: the recipe's `model`."""
+def context_of(
+    model: Any, tokenizer: Any, settings: Model, args: TrainingArguments, longest: int | None = None
+) -> Context:
+    """Return what plugins get in `setup`. `model`: the policy's; `settings`: the recipe's `model`; `longest`: prompt, in
+    tokens."""
     return Context(
         device=args.device,
         tokenizer=tokenizer,
@@ -32,6 +35,7 @@ def context_of(model: Any, tokenizer: Any, settings: Model, args: TrainingArgume
         process_index=args.process_index,
         num_processes=args.world_size,
         chat_template_kwargs=settings.chat_template_kwargs,
+        prompt_tokens=longest,
     )
 
 

@@ -122,7 +122,8 @@ class RunComponents:
 
         Remarks that a plugin adds after its setup go into the plan.
         """
-        context = context_of(model, self.tokenizer, self.sections["model"], args)
+        longest = getattr(self.train, "longest", None)
+        context = context_of(model, self.tokenizer, self.sections["model"], args, longest)
         for plugin in plugins_here(self.algorithm, self.algorithm.plugins()):
             set_up(plugin, self.algorithm, context, autocast)
         known = self.plan.remarks
@@ -192,8 +193,8 @@ def setup_run(
     if on_plan is not None:
         if not lora:
             with suppress(Exception):  # a run does not depend on its forecast
-                known_by_now: dict[str, Any] = {"prompt_tokens": longest, "trust_remote_code": trust_remote_code}
-                estimate_memory(plan, chosen, args, sections, **known_by_now)
+                own: dict[str, Any] = {"prompt_tokens": longest, "trust_remote_code": trust_remote_code}
+                estimate_memory(plan, chosen, args, sections, **own)
         on_plan(plan)
     model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
     check_vocabulary(tokenizer, model)
@@ -215,8 +216,8 @@ def _read_rows(parts: RunComponents, train: Any, evaluation: Any) -> int | None:
     for part in (parts.train, *(parts.evaluation.values() if several is not None else [parts.evaluation])):
         check_prompts(part, parts.algorithm, parts.sections["model"].chat_template_kwargs)
     parts.record["rows"] = {"train": _count(parts.train), "evaluation": _count(parts.evaluation)}
-    tokens = parts.train.tokens if isinstance(parts.train, Prompts) else ()
-    return max((len(ids) for ids, _ in tokens), default=None)
+    found: int | None = parts.train.longest
+    return found
 
 
 def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:

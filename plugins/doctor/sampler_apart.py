@@ -10,7 +10,7 @@ from hf_rlhf.axes import Finding, History, Pattern
 
 from ._advice import HIGH, LOW, apart
 
-GAP, RATIO = "rollout/logp_gap/mean", "rollout/is_ratio/mean"
+GAP, RATIO = "rollout/sampler_gap/mean", "rollout/is_ratio/mean"
 MOST = 0.05
 
 

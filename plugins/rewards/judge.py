@@ -15,7 +15,8 @@ from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import Count, NonNegative, Positive, RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._http import HttpError, HttpReward, check_url, shown, together
+from .._http import HttpError, check_url, shown, together
+from ._http import HttpReward
 from ._judge.cache import Replies, Turns
 from ._judge.costs import Costs
 from ._judge.reply import (

@@ -14,7 +14,8 @@ from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import Count, RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 
-from ._http import HttpError, HttpReward, check_url, shown, together
+from .._http import HttpError, check_url, shown, together
+from ._http import HttpReward
 
 logger = logging.getLogger(__name__)
 

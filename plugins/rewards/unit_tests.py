@@ -16,7 +16,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import Context, Count, NonNegative, Positive, RewardSource
 from hf_rlhf.batch import Rollouts
 
-from ._http import check_url
+from .._http import check_url
 from ._sandbox.backend import MIB, Backend, Limits, SandboxError
 from ._sandbox.bubblewrap import Bubblewrap
 from ._sandbox.cases import cases_of, program_of

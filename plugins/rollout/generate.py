@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
-
-from annotated_types import Ge, Interval
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Context, Count, Positive, RolloutEngine, Session
+from hf_rlhf.axes import Context, Count, RolloutEngine, Session
 from hf_rlhf.batch import Completions
+
+from ._settings import SamplingEngine, end_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -35,26 +35,14 @@ Row = TypeVar("Row")
 
 
 @dataclass(kw_only=True)
-class Generate(RolloutEngine):
+class Generate(SamplingEngine):
     """Samples completions from the policy."""
 
     name = "generate"
     provides = frozenset({"sampler_logps"})
 
-    max_new_tokens: Count = 256
-    """Maximum tokens of a completion, the end-of-sequence token included."""
-    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Sample from the most likely tokens with this cumulative probability; 1 disables."""
-    top_k: Annotated[int, Ge(0)] = 0
-    """Sample from this many of the most likely tokens; 0 disables."""
-    min_p: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Exclude tokens less likely than this factor times the most likely one."""
-    repetition_penalty: Positive = 1.0
-    """Divides the scores of tokens that have occurred; 1 disables."""
     max_rows: Count | None = None
     """Maximum rows decoded at a time, in whole groups of one prompt; None: all."""
-    stop_strings: list[str] = field(default_factory=list)
-    """Texts that end a completion, like the end-of-sequence token; they are kept."""
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional fields of transformers' GenerationConfig."""
     logits_processors: list[str] = field(default_factory=list)
@@ -80,8 +68,7 @@ class Generate(RolloutEngine):
                 f"rollout.max_rows must be at least rollout.num_generations={self.num_generations}, as the completions of a "
                 f"prompt are decoded together, got {self.max_rows}. Raise it"
             )
-        if "" in self.stop_strings:
-            yield "rollout.stop_strings must not contain an empty text, which every completion contains. Remove it"
+        yield from super().check(algorithm)
         try:
             load_processors(self.logits_processors)
         except ValueError as error:
@@ -89,13 +76,7 @@ class Generate(RolloutEngine):
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield remarks on settings that change the sampling distribution."""
-        cut = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        for setting, off in cut.items():
-            if getattr(self, setting) != off:
-                yield (
-                    f"{setting}={getattr(self, setting)} samples from a distribution other than the policy's, so gradients "
-                    f"are biased; {setting}={off} is exact"
-                )
+        yield from super().remarks(algorithm)
         for setting in ("generation_kwargs", "logits_processors"):
             if getattr(self, setting):
                 yield (
@@ -227,7 +208,7 @@ class Generate(RolloutEngine):
         """Sample with the decode loop."""
         from ._decoding import Decoder
 
-        group, eos = num_generations if temperature > 0 else 1, self._eos(policy)
+        group, eos = num_generations if temperature > 0 else 1, end_tokens(policy)
         own = [self.max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
         steps = min(self.max_new_tokens, max(own))
         decode = Decoder(model=policy.model, eos=eos, steps=steps, device=policy.device)
@@ -263,7 +244,7 @@ class Generate(RolloutEngine):
         cuts = {"temperature": temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         generate = Generator(
             policy=policy,
-            eos=self._eos(policy),
+            eos=end_tokens(policy),
             settings={"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
             | (cuts if temperature > 0 else {})
             | self.generation_kwargs,
@@ -319,11 +300,6 @@ class Generate(RolloutEngine):
             "prompts of equal length are decoded together, one length after the other, since padding would change what the model "
             f"samples: the {self.prompts} prompts of a rollout take up to {self.prompts} times as long as one batch"
         )
-
-    def _eos(self, policy: Policy) -> set[int]:
-        own = policy.model.generation_config.eos_token_id
-        found = {own} if isinstance(own, int) else set(own or ())
-        return found | ({policy.tokenizer.eos_token_id} - {None})
 
 
 class _KeepingSession(Session):

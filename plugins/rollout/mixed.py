@@ -16,6 +16,7 @@ from hf_rlhf import hookimpl
 from hf_rlhf.axes import Fraction, Plugin, RolloutEngine, TrainedCritic
 from hf_rlhf.batch import Completions
 
+from ._settings import end_tokens
 from .generate import Generate
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Mixed(Generate):
                 "column with the completions"
             )
         ids = given[: self.max_new_tokens]
-        return ids, "stop" if ids[-1] in self._eos(policy) else "length"
+        return ids, "stop" if ids[-1] in end_tokens(policy) else "length"
 
 
 def _misled(algorithm: Algorithm) -> Iterator[str]:

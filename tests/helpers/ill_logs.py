@@ -52,7 +52,7 @@ LOGS: dict[str, Callable[[Mapping[str, Any]], Entries]] = {
     "dead_reward": dead,
     "rewards_at_war": at_war,
     "useless_critic": lambda recipe: [{"value/explained_var": -0.5}] * 15,
-    "sampler_apart": lambda recipe: [{"rollout/logp_gap/mean": 0.5}] * 5,
+    "sampler_apart": lambda recipe: [{"rollout/sampler_gap/mean": 0.5}] * 5,
     "nothing_moves": lambda recipe: [{"kl/ref": 0.0, "learning_rate": 1e-10}] * 15,
     "no_answer": no_answer,
     "out_of_range": lambda recipe: [{"value/clip_frac": 0.9, "health/empty_rollout": 1.0}] * 5,

@@ -46,15 +46,24 @@ class Request:
 
 
 class Server:
-    """Answers POST number i with `reply(body, i)`: a JSON value, or `Raw`."""
+    """Answers POST number i with `reply(body, i)`: a JSON value, or `Raw`; and GET with what `pages` has for its path."""
 
-    def __init__(self, reply: Callable[[Any, int], Any], port: int = 0) -> None:
+    def __init__(self, reply: Callable[[Any, int], Any], port: int = 0, pages: dict[str, Any] | None = None) -> None:
         self.requests: list[Request] = []
+        self.pages = pages or {}
         lock = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                answer = json.dumps(server.pages.get(path)).encode()
+                self.send_response(200 if path in server.pages else 404)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

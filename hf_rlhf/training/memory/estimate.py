@@ -108,7 +108,7 @@ def _phases(
     prefill = {"cache": 2.0 * prompts * cache, "layers": layer_bytes(model, half, min(prompts, PREFILL))}
     logits = 4 * rows * len(model.get_output_embeddings().weight) * (1 + (a.rollout.temperature != 1))
     decode = {"cache": (prompts + rows * room) * cache, "logits": logits}
-    rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values()))
+    rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values())) if a.rollout.local else {}
     yield "rollout", on_device() | rollout
     group = 1 if not shared or a.update.attention == "padded" or "double_backward" in a.needs else group
     batch = range(1, min(own, args.per_device_train_batch_size) + 1)  # whole groups, or a part of one

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from hf_rlhf import load_plugin
 from hf_rlhf.testing import rollouts
-from hf_rlhf_plugins.rewards._http import HttpError
+from hf_rlhf_plugins._http import HttpError
 from tests.contract.setting_effects.base import EFFECTS, SettingEffect
 from tests.helpers.servers import Raw, Server
 

@@ -229,7 +229,7 @@ MILD = {
     "dead_reward": {"reward/form/mean": 0.5, "reward/form/std": 0.01},
     "rewards_at_war": {"reward/exact_match/corr/form": -0.5},
     "useless_critic": {"value/explained_var": 0.0},
-    "sampler_apart": {"rollout/logp_gap/mean": 0.05, "rollout/is_ratio/mean": 1.25},
+    "sampler_apart": {"rollout/sampler_gap/mean": 0.05, "rollout/is_ratio/mean": 1.25},
     "nothing_moves": {"kl/ref": 1e-4, "learning_rate": 1e-8},
     "no_answer": {"reward/exact_match/mean": 1e-3},
     "out_of_range": {"value/clip_frac": 0.5},

@@ -16,8 +16,8 @@ from hf_rlhf.batch import Rollouts
 from hf_rlhf.config.recipe_yaml import RecipeError
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.testing import conformance, rollouts
-from hf_rlhf_plugins.rewards import _http
-from hf_rlhf_plugins.rewards._http import HttpError
+from hf_rlhf_plugins import _http
+from hf_rlhf_plugins._http import HttpError
 from hf_rlhf_plugins.rewards._judge.reply import UnreadableError
 from hf_rlhf_plugins.rewards.judge import Judge
 from tests.helpers.processes import free_port

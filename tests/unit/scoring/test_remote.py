@@ -18,8 +18,8 @@ from hf_rlhf import load_plugin
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.testing import conformance, rollouts
-from hf_rlhf_plugins.rewards import _http
-from hf_rlhf_plugins.rewards._http import HttpError
+from hf_rlhf_plugins import _http
+from hf_rlhf_plugins._http import HttpError
 from hf_rlhf_plugins.rewards.remote import Remote
 from tests.helpers.processes import free_port
 from tests.helpers.servers import Raw, Server

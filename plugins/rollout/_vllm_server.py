@@ -1,0 +1,179 @@
+"""Client of one vLLM server: token ids in; ids, log-probs, finish reasons and versions of the weights out.
+
+The server's own routes are used: `/inference/v1/generate`, and those of vLLM's development mode that hold the scheduler, call
+the workers and name the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .._http import Endpoint, HttpError, shown
+
+T = TypeVar("T")
+
+TRIES = 3
+"""Requests for a completion while its answer is incomplete, or from other weights than were sent."""
+GENERATE, RPC, VERSION = "/inference/v1/generate", "/collective_rpc", "/update_weight_version"
+DEVELOPMENT = ("/server_info", RPC, "/pause", "/resume", VERSION)
+"""Routes that only vLLM's development mode has."""
+EXTENSION = "hf_rlhf_vllm_worker.Worker"
+FACTS_SECONDS = 120.0
+"""Most seconds for an answer about the server, which looks at its machine first."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Weights that servers were told to load."""
+
+    folder: Path
+    version: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion."""
+
+    ids: list[int]
+    logps: list[float] | None
+    finish_reason: str
+
+
+class HalfAnswer(HttpError):
+    """Raised for an answer that lacks something."""
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of asynchronous work, also where an event loop is running already, as in a notebook."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(asyncio.run(work))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()
+
+
+@dataclass
+class Server:
+    """A vLLM server."""
+
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    """With the key, which no message contains."""
+    timeout: float
+    retries: int
+    max_wait: float
+    at_a_time: int | None
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        self._endpoints: dict[str, Endpoint] = {}
+        self._loads = 0
+        self._lock = threading.Lock()
+
+    async def post(self, path: str, **body: Any) -> Any:
+        """Post JSON; transient failures are retried. Raises `HttpError` with what the server said."""
+        with self._lock:
+            endpoint = self._endpoints.setdefault(
+                path, Endpoint(self.url + path, self.timeout, self.retries, self.max_wait, self.at_a_time)
+            )
+        return await endpoint.post(body, self.headers)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The server's own `routes`, `version` and `config`; the latter are empty where it has no route for them."""
+        import httpx
+
+        found: dict[str, Any] = {"routes": [], "version": "", "config": {}}
+        with httpx.Client(base_url=self.url, headers=dict(self.headers), timeout=FACTS_SECONDS) as client:
+            found["routes"] = list(client.get("/openapi.json").raise_for_status().json()["paths"])
+            if "/version" in found["routes"]:
+                found["version"] = client.get("/version").raise_for_status().json()["version"]
+            if "/server_info" in found["routes"]:
+                said = client.get("/server_info", params={"config_format": "json"}).raise_for_status().json()
+                found["config"] = said["vllm_config"]
+        return found
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what the worker extension says of the model."""
+        return dict((await self.post(RPC, method="hf_rlhf_describe"))["results"][0])
+
+    async def load(self, sent: Sent) -> None:
+        """Let the server load weights while it generates nothing; its cache of prefixes is emptied."""
+        await self.post("/pause?mode=wait")
+        try:
+            found = await self.post(RPC, method="hf_rlhf_load", args=[str(sent.folder)])
+            errors = [worker["error"] for worker in found["results"] if "error" in worker]
+            if errors:
+                raise HttpError(f"{self.url} cannot load the weights in {sent.folder}: {errors[0]}")
+            await self.post(VERSION, new_version=sent.version)
+        except BaseException:
+            with suppress(HttpError):
+                await self.post("/resume")
+            raise
+        await self.post("/resume")
+        self._loads += 1
+
+    async def complete(
+        self, ids: Sequence[int], sampling: Mapping[str, Any], sent: Sent, lock: asyncio.Lock
+    ) -> list[Row]:
+        """Return `n` completions of a prompt, sampled from the weights `sent`; weights that the server lost are sent again.
+
+        A server that was started again has the weights of its command line, which its version shows.
+        """
+        failed: HttpError | None = None
+        for _ in range(TRIES):
+            loads = self._loads
+            answer = await self.post(GENERATE, token_ids=list(ids), sampling_params=dict(sampling))
+            try:
+                rows, versions = self._rows(answer, sampling)
+            except HalfAnswer as error:
+                failed = error
+                continue
+            if versions == {sent.version}:
+                return rows
+            failed = HttpError(
+                f"{self.url} sampled from the weights {', '.join(sorted(versions))}, not from {sent.version}, which it was sent. "
+                "If another run uses this server, give each its own"
+            )
+            async with lock:
+                if self._loads == loads:
+                    await self.load(sent)
+        assert failed is not None
+        raise failed
+
+    def _rows(self, answer: Any, sampling: Mapping[str, Any]) -> tuple[list[Row], set[str]]:
+        """Return the completions in an answer, and the versions of the weights that they were sampled from."""
+        try:
+            choices, reports = answer["choices"], sampling.get("logprobs") is not None
+            rows = [
+                Row(
+                    [int(i) for i in choice["token_ids"]],
+                    [float(x["logprob"]) for x in choice["logprobs"]["content"]] if reports else None,
+                    str(choice["finish_reason"]),
+                )
+                for choice in sorted(choices, key=lambda choice: choice["index"])
+            ]
+            spans = [span for choice in choices for span in choice["weight_versions"]]
+            versions = {str(span["version"]) for span in spans}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise HalfAnswer(f"{self.url}: an incomplete answer ({error!r}): {shown(str(answer))}") from error
+        short = [row for row in rows if not row.ids or (row.logps is not None and len(row.logps) != len(row.ids))]
+        if len(rows) != sampling["n"] or short or not versions:
+            raise HalfAnswer(f"{self.url}: {len(rows)} of {sampling['n']} completions, {len(short)} of them incomplete")
+        reasons = {row.finish_reason for row in rows} - {"stop", "length"}
+        if reasons:
+            raise HalfAnswer(f"{self.url}: completions that ended by {', '.join(sorted(reasons))}")
+        return rows, versions

@@ -1,0 +1,276 @@
+"""Completions from vLLM servers, each in a process and an environment of its own, with the policy's weights in place.
+
+`hf-rlhf serve-engine RECIPE` prints the command that starts a server. Token ids go to it; ids, log-probs at the temperature,
+finish reasons and the version of the weights come back. Whenever the policy has moved, the first process writes its weights
+as safetensors into a folder that every server can read, and the servers load them in place. A completion from other weights
+than those is never used: a server that was started again gets them again. In each rollout the log-probs of server and trainer
+are compared (`rollout/sampler_gap`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+from annotated_types import Ge
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import Context, Count, Positive, RolloutEngine
+from hf_rlhf.batch import Completions
+
+from .._http import check_url, secret, together
+from ._settings import SamplingEngine, end_tokens
+
+if TYPE_CHECKING:
+    from hf_rlhf.axes import Algorithm, ModelSettings, Policy, Weights
+    from hf_rlhf.batch import Prompt
+
+    from ._vllm_server import Row, Sent, Server
+
+GAP = "rollout/sampler_gap/mean"
+
+
+@dataclass(kw_only=True)
+class Vllm(SamplingEngine):
+    """Samples completions with vLLM servers, to which the policy's weights are sent."""
+
+    name = "vllm"
+    local = False
+    needs = frozenset({"plain_weights"})
+
+    url: str | list[str] = "http://127.0.0.1:8000"
+    """URL of the server, or of several, which get prompts in turn."""
+    weights_folder: str | None = None
+    """Folder for the policy's weights, which every server can read; None: /dev/shm, or the folder for temporary files."""
+    max_sampler_gap: Positive | None = 0.05
+    """Ends the run if the log-probs of server and trainer differ by more, in nats, as a mean over a rollout's tokens. Applies if
+    both compute in float32, where they agree to about 1e-5; None: only log the difference."""
+    token_env: str | None = None
+    """Environment variable with the servers' API key, sent as `Authorization: Bearer ...`; None: no key."""
+    request_timeout: Positive = 600.0
+    """Seconds for one request: all completions of a prompt, or loading the weights."""
+    request_retries: Annotated[int, Ge(0)] = 12
+    """Maximum retries of a request after connection errors, timeouts, and status 408, 429 or 5xx, while a server starts again for
+    instance. Waits double from half a second, with jitter."""
+    max_wait: Positive = 30.0
+    """Maximum wait before a retry, in seconds."""
+    num_workers: Count | None = 256
+    """Concurrent requests of each process to each server; None: no limit."""
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            check_url("url", url)
+        if not self.urls or len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"url must name one server or several different ones, got {self.url}")
+        self._servers: list[Server] = []
+        self._sent: Sent | None = None
+        self._folders: list[Path] = []
+        self._context: int | None = None
+        self._process, self._processes, self._float32 = 0, 1, False
+        self._rounding: float | None = None
+        self._found: list[str] = []
+
+    @property
+    def urls(self) -> list[str]:
+        """URLs of the servers."""
+        return [self.url] if isinstance(self.url, str) else self.url
+
+    @property
+    def provides(self) -> frozenset[str]:  # type: ignore[override]
+        """`sampler_logps`, unless a setting truncates the distribution: the server's are then those of what is left."""
+        return frozenset() if self.cuts() else frozenset({"sampler_logps"})
+
+    def check(self, algorithm: Algorithm) -> Iterable[str]:
+        yield from super().check(algorithm)
+        try:
+            self._headers()
+        except ValueError as error:
+            yield str(error)
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        yield from super().remarks(algorithm)
+        if self.cuts():
+            yield f"{', '.join(self.cuts())}: log-probs of server and trainer cannot be compared"
+        yield from self._found
+
+    def setup(self, context: Context) -> None:
+        """Ask each server what it is. Raises `ValueError` with everything that does not fit, and the command that does."""
+        from ._vllm_checks import check_servers, computed_in
+
+        self._servers = self._made()
+        self._process, self._processes = context.process_index, context.num_processes
+        if context.policy is not None:
+            self._float32 = computed_in(context) == "float32"
+            self._context, self._found = check_servers(self._servers, context, self.max_new_tokens)
+
+    def _made(self) -> list[Server]:
+        from ._vllm_server import Server
+
+        limits = self.request_timeout, self.request_retries, self.max_wait, self.num_workers
+        headers = self._headers()
+        return [Server(url, headers, *limits) for url in self.urls]
+
+    def _headers(self) -> dict[str, str]:
+        return {} if self.token_env is None else {"Authorization": f"Bearer {secret('rollout.vllm', self.token_env)}"}
+
+    def load(self, weights: Weights) -> None:
+        """Write the weights from the first process, and let the servers load them; each is tried with one prompt."""
+        from ._vllm_server import Sent, wait_for
+
+        state = dict(weights.named())  # on every process
+        name = f"hf_rlhf-{hashlib.sha256(weights.version.encode()).hexdigest()[:16]}"
+        shared = Path("/dev/shm")
+        base = self.weights_folder or (shared if shared.is_dir() else tempfile.gettempdir())
+        self._sent = Sent(Path(base).absolute() / name, weights.version)
+        if self._process:
+            return
+        old, self._folders = self._folders, [self._sent.folder]
+        _save(weights.policy.model, self._sent.folder, state)
+        wait_for(together(server.load(self._sent) for server in self._servers))
+        self._try(weights.policy)
+        for folder in {*old} - {*self._folders}:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _try(self, policy: Policy) -> None:
+        """Compare log-probs for one prompt. In float32 they differ by rounding, which the first load measures."""
+        from ._vllm_checks import PROBE, probe
+
+        if not self._float32 or self.max_sampler_gap is None:
+            return
+        assert self._sent is not None
+        gap = probe(self._servers, policy, self._sent)
+        most = self.max_sampler_gap if self._rounding is None else max(PROBE, 10 * self._rounding)
+        if not gap <= most:
+            raise RuntimeError(
+                f"rollout=vllm: after the weights {self._sent.version} were loaded, log-probs of server and trainer differ by "
+                f"{gap:.3g} nats per token, more than {most:.3g}: the server did not load all of them, or computes another model"
+            )
+        self._rounding = gap if self._rounding is None else self._rounding
+
+    def close(self) -> None:
+        """Delete the weights."""
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def __call__(
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        """Sample completions (see `RolloutEngine`). Greedy rows have no log-probs."""
+        import torch
+
+        from ._vllm_server import wait_for
+
+        temperature = self.temperature if temperature is None else temperature
+        self._check_lengths(prompts)
+        greedy = temperature == 0
+        sampling = {
+            "n": 1 if greedy else num_generations,
+            "temperature": temperature,
+            "repetition_penalty": self.repetition_penalty,
+            "stop_token_ids": sorted(end_tokens(policy)),
+            "detokenize": bool(self.stop_strings),
+        }
+        if not greedy:
+            sampling |= {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+            sampling |= {} if self.cuts() else {"logprobs": 0}
+        if self.stop_strings:
+            sampling |= {"stop": self.stop_strings, "include_stop_str_in_output": True}
+        seeds = torch.randint(2**53, (len(prompts),)).tolist()
+        groups = wait_for(self._sample(prompts, sampling, seeds))
+        rows = [row for group in groups for row in group * (num_generations if greedy else 1)]
+        return Completions(
+            ids=[list(row.ids) for row in rows],
+            finish_reasons=[row.finish_reason for row in rows],
+            logps=[row.logps for row in rows] if "logprobs" in sampling else None,  # type: ignore[misc]
+        )
+
+    def _sample(
+        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int]
+    ) -> Coroutine[Any, Any, list[list[Row]]]:
+        """Return the completions of each prompt, from the servers in turn."""
+        assert self._sent is not None, "load was not called"
+        sent = self._sent
+
+        async def all_of_them() -> list[list[Row]]:
+            locks = [asyncio.Lock() for _ in self._servers]
+            calls = []
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                turn = (self._process + self._processes * i) % len(self._servers)
+                steps = min(self.max_new_tokens, prompt.max_new_tokens or self.max_new_tokens)
+                own = {**sampling, "seed": seed, "max_tokens": steps}
+                calls.append(self._servers[turn].complete(prompt.ids, own, sent, locks[turn]))
+            return await together(calls)
+
+        return all_of_them()
+
+    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+        longest = max(len(p.ids) + min(self.max_new_tokens, p.max_new_tokens or self.max_new_tokens) for p in prompts)
+        if self._context is not None and longest > self._context:
+            raise ValueError(
+                f"a prompt with its completion takes up to {longest} tokens, and the context of the vLLM server has "
+                f"{self._context}. Start it with --max-model-len {longest}, or lower rollout.max_new_tokens"
+            )
+
+    def observe(self, statistics: Mapping[str, float]) -> None:
+        """End the run if server and trainer are not the same model."""
+        gap, most = statistics.get(GAP), self.max_sampler_gap
+        if gap is not None and most is not None and self._float32 and gap > most:
+            raise RuntimeError(
+                f"rollout=vllm: the log-probs of server and trainer differ by {gap:.3g} nats per token, more than "
+                f"rollout.max_sampler_gap={most:g}: they do not compute the same model. Look at the server's log; "
+                "max_sampler_gap=null only logs it"
+            )
+
+    def serve_commands(
+        self, model: ModelSettings, dtype: str, prompt_tokens: int | None
+    ) -> list[tuple[dict[str, str], list[str]]]:
+        """Return variables and arguments of the command that starts each server, without the Python that runs it."""
+        from ._vllm_server import EXTENSION
+
+        worker = Path(__file__).parent / "_vllm_worker"
+        key = {} if self.token_env is None else {"VLLM_API_KEY": f"${self.token_env}"}
+        named = {"--tokenizer": model.tokenizer, "--revision": model.revision}
+        of_model = [word for flag, value in named.items() if value is not None for word in (flag, value)]
+        found = []
+        for url in self.urls:
+            parts = urlsplit(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            context = [] if prompt_tokens is None else ["--max-model-len", str(prompt_tokens + self.max_new_tokens)]
+            flags = ["--host", str(parts.hostname), "--port", str(port), "--dtype", dtype, *context]
+            needed = [
+                "--enable-scale-out",
+                "--logprobs-mode",
+                "processed_logprobs",
+                "--worker-extension-cls",
+                EXTENSION,
+            ]
+            variables = {"PYTHONPATH": str(worker), "VLLM_SERVER_DEV_MODE": "1", **key}
+            found.append(
+                (variables, ["-m", EXTENSION.partition(".")[0], "serve", str(model.path), *of_model, *flags, *needed])
+            )
+        return found
+
+
+def _save(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Save the model as transformers does, without a progress bar in every rollout."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@hookimpl
+def rollout() -> list[type[RolloutEngine]]:
+    return [Vllm]

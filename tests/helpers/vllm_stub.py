@@ -1,0 +1,123 @@
+"""A server that speaks as vLLM 0.32 does where the engine `vllm` asks it, and samples with transformers from what it loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_rlhf.batch import Context
+from hf_rlhf.testing import tiny_policy
+from tests.helpers.servers import Raw, Server
+
+GENERATE = "/inference/v1/generate"
+ROUTES = (GENERATE, "/collective_rpc", "/server_info", "/pause", "/resume", "/update_weight_version", "/version")
+MODEL = {"max_model_len": 256, "logprobs_mode": "processed_logprobs", "quantization": None, "dtype": "torch.float32"}
+EXTENSION = "hf_rlhf_vllm_worker.Worker"
+Trouble = Callable[[str, Any, int], Any]
+"""(route, body, how many requests this route has had) -> an answer in place of the server's, or None."""
+
+
+class Stub(Server):
+    """vLLM with the model in `folder`. `model`: fields of its model_config that differ; `routes`: those it has."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trouble: Trouble = lambda route, body, number: None,
+        *,
+        port: int = 0,
+        routes: tuple[str, ...] = ROUTES,
+        extension: str | None = EXTENSION,
+        **model: Any,
+    ) -> None:
+        if not (folder / "config.json").exists():
+            policy, tokenizer = tiny_policy()
+            policy.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        config = {"model_config": {**MODEL, **model}, "parallel_config": {"worker_extension_cls": extension}}
+        pages = {"/openapi.json": {"paths": {route: {} for route in routes}}, "/version": {"version": "0.32.0"}}
+        pages |= {"/server_info": {"vllm_config": config}} if "/server_info" in routes else {}
+        self.folder, self.trouble, self.counts, self._lock = (
+            folder,
+            trouble,
+            dict.fromkeys(ROUTES, 0),
+            threading.RLock(),
+        )
+        self.restart()
+        super().__init__(self._reply, port, pages)
+
+    def restart(self) -> None:
+        """Forget the weights that were loaded."""
+        with self._lock:
+            self.version, self.paused = "default", False
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+
+    def sent(self, route: str) -> list[Any]:
+        """The bodies of the requests to a route."""
+        return [request.body for request in self.requests if request.path.partition("?")[0] == route]
+
+    def _reply(self, body: Any, number: int) -> Any:
+        route = self.requests[number].path.partition("?")[0]
+        with self._lock:
+            self.counts[route] += 1
+            count = self.counts[route] - 1
+        instead = self.trouble(route, body, count)
+        if instead is not None:
+            return instead
+        with self._lock:
+            match route:
+                case "/pause" | "/resume":
+                    self.paused = route == "/pause"
+                case "/update_weight_version":
+                    self.version = body["new_version"]
+                case "/collective_rpc" if body["method"] == "hf_rlhf_describe":
+                    config = self.model.config
+                    return {"results": [{"vocabulary": config.vocab_size, "model_type": config.model_type}]}
+                case "/collective_rpc":
+                    assert self.paused, "weights are loaded while nothing is generated"
+                    self.model = AutoModelForCausalLM.from_pretrained(body["args"][0]).eval()
+                    return {"results": [{}]}
+                case _:
+                    assert not self.paused, "a completion is asked for while the server is held"
+                    return self._generate(body["token_ids"], body["sampling_params"])
+            return {}
+
+    @torch.no_grad()
+    def _generate(self, prompt: list[int], sampling: dict[str, Any]) -> Any:
+        if len(prompt) + sampling["max_tokens"] > 256:
+            return Raw(b'{"error": {"message": "longer than the maximum model length"}}', 400)
+        choices = []
+        for index in range(sampling["n"]):
+            draw, ids, logps = torch.Generator().manual_seed(sampling["seed"] + index), list(prompt), []
+            for _ in range(sampling["max_tokens"]):
+                logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1]
+                warm = (logits / (sampling["temperature"] or 1.0)).log_softmax(-1)
+                token = int(
+                    warm.argmax() if not sampling["temperature"] else torch.multinomial(warm.exp(), 1, generator=draw)
+                )
+                ids, logps = [*ids, token], [*logps, warm[token].item()]
+                if token in sampling["stop_token_ids"]:
+                    break
+            new = ids[len(prompt) :]
+            content = [{"token_id": i, "logprob": x} for i, x in zip(new, logps, strict=True)]
+            choices.append(
+                {
+                    "index": index,
+                    "token_ids": new,
+                    "finish_reason": "stop" if new[-1] in sampling["stop_token_ids"] else "length",
+                    "logprobs": {"content": content} if sampling.get("logprobs") is not None else None,
+                    "weight_versions": [{"version": self.version, "start": 0, "end": len(new)}],
+                }
+            )
+        return {"choices": choices}
+
+
+def context(**changes: Any) -> Context:
+    """Where an engine is set up: with `tiny_policy`."""
+    policy, tokenizer = tiny_policy()
+    return Context(**{"device": torch.device("cpu"), "tokenizer": tokenizer, "policy": policy, **changes})

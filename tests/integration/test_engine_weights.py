@@ -1,0 +1,167 @@
+"""Runs whose engine samples from a copy of the weights: it always has those of the policy, and what fails is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_rlhf_plugins import _http
+from hf_rlhf_plugins._http import HttpError
+from tests.helpers import runs
+from tests.helpers.runs import parameters
+from tests.helpers.servers import Raw
+from tests.helpers.vllm_stub import GENERATE, Stub
+
+PROMPTS = [{"prompt": f"{i}+1="} for i in range(6)]
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(_http, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def trainer(folder: Path, server: Stub, steps: int = 4, training: dict[str, Any] | None = None, **parts: Any) -> Any:
+    rollout = {**runs.SAMPLED, "use": "vllm", "url": server.url, "request_retries": 1, **parts.pop("rollout", {})}
+    settings = {"max_steps": steps, "learning_rate": 2.0, **(training or {})}
+    return runs.trainer(folder, rollout=rollout, training=settings, data=PROMPTS, eval_data=PROMPTS[:2], **parts)
+
+
+def versions(server: Stub, made: Any) -> list[str]:
+    """The versions that the server was sent, without the run's id."""
+    sent = [body["new_version"].partition(":") for body in server.sent("/update_weight_version")]
+    assert {run for run, _, _ in sent} == {made.run_id}
+    return [step for _, _, step in sent]
+
+
+def logged(made: Any, name: str) -> list[float]:
+    return [entry[name] for entry in made.state.log_history if name in entry]
+
+
+def test_weights_go_to_the_engine_when_they_have_changed_and_the_gap_is_logged_in_every_rollout(tmp_path):
+    average = {"update": {"mini_batches": 2, "ema": 0.9}, "evaluation": {"ema": True}}
+    with Stub(tmp_path / "model") as server:
+        made = trainer(tmp_path / "run", server, **average)
+        made.evaluate()
+        made.train()
+        made.evaluate()
+        made.close()
+        assert versions(server, made) == ["0", "0:ema", "0", "2", "4", "4:ema"]
+    assert len(logged(made, "rollout/sampler_gap/mean")) == 2, "one for each rollout"
+    assert max(logged(made, "rollout/sampler_gap/max")) < 1e-5
+    assert len(logged(made, "time/sync_s")) == 2
+
+
+def test_one_optimizer_step_per_rollout_compares_too(tmp_path):
+    with Stub(tmp_path / "model") as server:
+        made = trainer(tmp_path / "run", server, steps=2, update={"mini_batches": 1})
+        made.train()
+        made.close()
+    assert max(logged(made, "rollout/sampler_gap/max")) < 1e-5
+
+
+def test_a_resumed_run_sends_its_weights_and_ends_as_the_run_that_was_not_interrupted(tmp_path):
+    with Stub(tmp_path / "model") as server:
+        whole = trainer(tmp_path / "whole", server, steps=6)
+        whole.train()
+        whole.close()
+        first = trainer(tmp_path / "run", server, steps=4, training=SAVING)
+        first.train()
+        first.close()
+        server.restart()
+        server.requests.clear()
+        resumed = trainer(tmp_path / "run", server, steps=6, training=SAVING)
+        resumed.train(resume_from_checkpoint=True)
+        resumed.close()
+        assert versions(server, resumed) == ["4"]
+    assert torch.equal(parameters(whole), parameters(resumed))
+
+
+def test_a_server_that_is_gone_ends_the_run_with_a_checkpoint_that_goes_on_when_it_is_back(tmp_path):
+    with Stub(tmp_path / "model") as server:
+        whole = trainer(tmp_path / "whole", server)
+        whole.train()
+        whole.close()
+        failing = trainer(tmp_path / "run", server)
+        before = server.counts[GENERATE]
+        server.trouble = lambda route, body, number: Raw(status=503) if number > before + 6 else None
+        with pytest.raises(HttpError, match=r"HTTP 503: '' \(tried 2 times\)") as ended:
+            failing.train()
+        failing.close()
+        assert "checkpoint-2 is whole" in "".join(ended.value.__notes__)
+        server.trouble = lambda route, body, number: None
+        server.restart()
+        again = trainer(tmp_path / "run", server)
+        again.train(resume_from_checkpoint=True)
+        again.close()
+    assert torch.equal(parameters(whole), parameters(again))
+
+
+def test_a_server_that_is_started_again_in_mid_run_changes_nothing(tmp_path):
+    with Stub(tmp_path / "model") as server:
+        whole = trainer(tmp_path / "whole", server)
+        whole.train()
+        whole.close()
+        other = trainer(tmp_path / "run", server)
+        start = server.counts[GENERATE]
+
+        def falls(route: str, body: Any, number: int) -> Any:
+            if route == GENERATE and number in (start + 3, start + 8):
+                server.restart()
+                return Raw(drop=True)
+            return None
+
+        server.trouble = falls
+        other.train()
+        other.close()
+    assert torch.equal(parameters(whole), parameters(other))
+
+
+def test_an_engine_that_is_another_model_ends_the_run_before_the_update(tmp_path):
+    def tilted(route: str, body: Any, number: int) -> Any:
+        if route != GENERATE or number == 0:
+            return None
+        found = server._generate(body["token_ids"], body["sampling_params"])
+        for choice in found["choices"]:
+            for x in choice["logprobs"]["content"]:
+                x["logprob"] -= 0.2
+        return found
+
+    with Stub(tmp_path / "model", tilted) as server:
+        made = trainer(tmp_path / "run", server)
+        start = parameters(made).clone()
+        with pytest.raises(RuntimeError, match=r"differ by 0.2 nats per token, more than rollout.max_sampler_gap=0.05"):
+            made.train()
+        made.close()
+    assert torch.equal(parameters(made), start)
+    with Stub(tmp_path / "model", tilted) as server:
+        made = trainer(tmp_path / "logged", server, steps=2, rollout={"max_sampler_gap": None})
+        made.train()
+        made.close()
+    assert logged(made, "rollout/sampler_gap/mean") == [pytest.approx(0.2, abs=0.06)], (
+        "one prompt of four is not tilted"
+    )
+
+
+def test_under_autocast_the_gap_is_only_logged(tmp_path):
+    with Stub(tmp_path / "model", dtype="torch.bfloat16") as server:
+        made = trainer(tmp_path / "run", server, steps=2, training={"bf16": True}, rollout={"max_sampler_gap": 1e-6})
+        made.train()
+        made.close()
+    assert 1e-5 < logged(made, "rollout/sampler_gap/mean")[0] < 0.1
+
+
+def test_a_policy_with_an_adapter_and_truncated_sampling_with_a_correction_are_refused(tmp_path):
+    with Stub(tmp_path / "model") as server:
+        with pytest.raises(ValueError, match="the policy has an adapter, which is not sent to vLLM"):
+            trainer(tmp_path / "lora", server, lora=True)
+        with pytest.raises(ValueError, match="needs sampler_logps and nothing provides them"):
+            trainer(tmp_path / "cut", server, rollout={"top_p": 0.9}, rollout_correction="truncated")
+        corrected = trainer(tmp_path / "corrected", server, steps=2, rollout_correction="truncated")
+        corrected.train()
+        corrected.close()
+    assert logged(corrected, "rollout/is_ratio/mean") == [pytest.approx(1.0, abs=1e-5)]
