@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,8 +109,7 @@ def are_apart(folder: Path, rate: float) -> bool:
         return judged(body, number)
 
     outcome("judge", reply, requests_per_minute=rate)
-    times.sort()
-    return min(later - earlier for earlier, later in itertools.pairwise(times)) > 0.1
+    return max(times) - min(times) > 0.2 * (len(times) - 1)  # one that arrives late comes closer to the next
 
 
 EFFECTS["rewards.judge.cache"] = SettingEffect(False, True, replies)
