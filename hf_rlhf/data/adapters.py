@@ -109,6 +109,8 @@ def add_adapter(model: Any, config: Any, **options: Any) -> Any:
     tokens = config.trainable_token_indices
     for name, ids in tokens.items() if isinstance(tokens, dict) else [("the embedding", tokens or ())]:
         rows = _rows(model, name)
+        if rows == 0:
+            raise AdapterError(f"trainable_token_indices must name an embedding such as embed_tokens, got {name}")
         if ids and rows is not None and not 0 <= min(ids) <= max(ids) < rows:
             raise AdapterError(
                 f"trainable_token_indices must be at least 0 and below {rows}, the rows of {name}, got "
@@ -118,7 +120,7 @@ def add_adapter(model: Any, config: Any, **options: Any) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `merge` cares for it
             adapted = get_peft_model(model, config, **options)
-    except (ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:  # peft raises them all
+    except (ValueError, TypeError, NotImplementedError) as error:  # peft raises them all
         fix = " Set use_dora to false, or name linear layers in target_modules" if "use_dora" in str(error) else ""
         raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}{fix}") from error
     if problems := list(adapted_model_problems(adapted)):
@@ -127,10 +129,14 @@ def add_adapter(model: Any, config: Any, **options: Any) -> Any:
 
 
 def _rows(model: Any, name: str) -> int | None:
-    """Return the number of rows of the embedding, or of the module whose name ends so; None if there is none."""
+    """Return the number of rows of the embedding, or of the module whose name ends so: 0 if it has none, None if there is no
+    such module."""
     found = [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
     module = model.get_input_embeddings() if name == "the embedding" else next(iter(found), None)
-    return None if module is None else len(module.weight)
+    if module is None:
+        return None
+    weight = getattr(module, "weight", None)
+    return len(weight) if weight is not None and weight.dim() == 2 else 0
 
 
 def keep_zero_rows() -> None:

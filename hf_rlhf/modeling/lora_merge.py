@@ -132,9 +132,10 @@ def _dequantized(model: Any, weights: Mapping[str, Tensor]) -> Any:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     name = model.active_adapter
+    base = _copied(model, weights).unload()
     try:
-        base = _copied(model, weights).unload().dequantize()
-    except (NotImplementedError, ValueError, AttributeError) as error:
+        base = base.dequantize()
+    except (NotImplementedError, ValueError, AttributeError) as error:  # transformers' quantizers raise them all
         raise ValueError(f"the library cannot dequantize this base ({error}). Set model.save_merged=false") from error
     whole = get_peft_model(base, copy.deepcopy(model.peft_config[name]), adapter_name=name)
     adapter = get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=name)

@@ -174,6 +174,14 @@ def test_variants_that_change_the_base_or_its_graph_are_refused(config: dict[str
             {"trainable_token_indices": {"embed_tokens": [-1]}, "target_modules": ["q_proj"]},
             r"rows of embed_tokens, got \[-1\]",
         ),
+        (
+            {"trainable_token_indices": {"self_attn": [1]}, "target_modules": ["q_proj"]},
+            "must name an embedding such as embed_tokens, got self_attn",
+        ),
+        (
+            {"trainable_token_indices": {"input_layernorm": [1]}, "target_modules": ["q_proj"]},
+            "must name an embedding such as embed_tokens, got input_layernorm",
+        ),
         ({"target_modules": ["lm_head"], "trainable_token_indices": [5]}, "lm_head must have one adapter, got two"),
         (
             {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
