@@ -75,7 +75,7 @@ def upload(args: Any, folder: Path, push: Callable[[], T]) -> T:
         name = open_repository(args, silent=False) or name
         return answered(push, name)
     except Exception as error:  # whatever it is, the run is complete
-        later = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} . --exclude 'checkpoint-*'"
+        later = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} . --exclude 'checkpoint-*' --exclude '_*'"
         raise PushError(
             f"{first_line(error).removeprefix('push_to_hub: ')}. The run is complete in {folder}; push it later by `{later}`"
         ) from None

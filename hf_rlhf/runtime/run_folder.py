@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from hf_rlhf.runtime.errors import UserError
 
 METRICS = "metrics.jsonl"
+LOCK = "_lock"
+"""Locked while a run writes into its folder; Trainer pushes no file whose name begins so."""
 RUN_FILES = ("summary.json", METRICS, "recipe.yaml")
 PATIENCE_S = 3.0
 """Seconds to wait for a lock: child processes of a killed run hold it until they have ended too."""
@@ -42,7 +44,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.resolve() / ".lock", timeout=PATIENCE_S, is_singleton=True)
+    lock = FileLock(folder.resolve() / LOCK, timeout=PATIENCE_S, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:

@@ -20,6 +20,7 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from hf_rlhf.config.json_schema import HEADER
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe_yaml import write_yaml
 from hf_rlhf.data.fingerprints import Contents
@@ -204,7 +205,8 @@ class RunTrainer(PushingTrainer, ABC):
             self.record |= {name: manifest[name] for name in ("run_id", "begun") if name in manifest}
         elif self.state.global_step > 0:
             self._begin_run()  # Trainer counts from 0 again, from other weights
-        self._write("recipe.yaml", write_yaml(self.record["recipe"]) if self.record["recipe"] else None)
+        recipe = self.record["recipe"]
+        self._write("recipe.yaml", HEADER + write_yaml(recipe) if recipe else None)
         if folder is None or step < self._last_step():
             trained: TrainOutput = super().train(None if folder is None else str(folder), *args, **kwargs)
             return trained

@@ -16,7 +16,7 @@ import torch
 
 from hf_rlhf import __version__
 from hf_rlhf.cli import main
-from hf_rlhf.config.json_schema import recipe_schema
+from hf_rlhf.config.json_schema import HEADER, recipe_schema
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.config.recipe_yaml import read_yaml
 from tests.helpers.processes import ranks, warm
@@ -147,7 +147,7 @@ def test_the_resolved_recipe_is_a_recipe_of_the_same_algorithm(trained):
     assert again.algorithm().rewards[0].answer_after == "####"
     assert again.algorithm().rollout.prompts == 4
     assert again.training["max_steps"] == 3
-    assert again.dump() == text
+    assert HEADER + again.dump() == text
     jsonschema.validate(read_yaml(text, "recipe.yaml"), recipe_schema())
 
 

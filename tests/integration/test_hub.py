@@ -141,6 +141,7 @@ def test_a_command_pushes_a_run_whole(tmp_path):
             "metrics.jsonl",
         ):
             assert files[name] == (tmp_path / "out" / name).read_bytes()
+        assert not [path for path in files if "lock" in path or path.startswith(("_", "."))]
         assert hub.messages == ["Model save"]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.run_folder import LOCK
 from tests.helpers import offline_runs as off
 from tests.helpers import stage_runs as st
 
@@ -165,5 +166,5 @@ def test_a_stage_without_a_whole_checkpoint_begins_anew(done, again):
 def test_another_run_in_the_same_folder_is_refused(done, again):
     from filelock import FileLock
 
-    with FileLock(again / "out" / ".lock"), pytest.raises(UserError, match="another run is writing into"):
+    with FileLock(again / "out" / LOCK), pytest.raises(UserError, match="another run is writing into"):
         rerun(again, done)

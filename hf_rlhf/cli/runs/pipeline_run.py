@@ -23,6 +23,7 @@ from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.cli.runs.run import check, train, unused
 from hf_rlhf.config.algorithm import walk
 from hf_rlhf.config.hub_names import check_hub_names
+from hf_rlhf.config.json_schema import HEADER
 from hf_rlhf.config.pipeline import OUTPUT_OF, Pipeline, PipelineStage
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe
@@ -127,7 +128,7 @@ def _run_stages(staged: Pipeline, root: Path, options: dict[str, Any]) -> dict[s
     record.check(staged, states)
     _meet()  # every process has read the files that the first one is about to write
     if _first():
-        _write(root / "recipe.yaml", staged.dump())
+        _write(root / "recipe.yaml", HEADER + staged.dump())
     with _tracked_together(root):
         return _run_each(staged, root, record, states, options)
 
