@@ -33,6 +33,8 @@ from hf_rlhf.contract.algorithm_view import Algorithm as Algorithm
 from hf_rlhf.contract.axis import Axis as Axis
 from hf_rlhf.contract.base import Count as Count, Fraction as Fraction, NonNegative, Plugin, Positive, choice
 from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel, HubTokenizer as HubTokenizer
+from hf_rlhf.contract.environment import Environment, Message as Message, Model as Model, Outcome as Outcome
+from hf_rlhf.contract.environment import Over as Over, Task as Task, Turn as Turn
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
 from hf_rlhf.contract.outputs import check_output as check_output
 from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pattern
@@ -311,6 +313,7 @@ class Filter(Plugin, ABC):
 AXES: dict[str, type[Plugin]] = {
     "sampler": PromptSampler,
     "rollout": RolloutEngine,
+    "environment": Environment,
     "rewards": RewardSource,
     "kl": KLPlacement,
     "kl_estimator": KLEstimator,

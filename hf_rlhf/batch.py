@@ -5,10 +5,12 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
 
     Completions (from a rollout engine; rows of one prompt are adjacent)
         ids               n lists of int        completion tokens, the end-of-sequence token included
-        masks             n lists of 0/1        1 on tokens the policy sampled, 0 on tool output; None: all 1
+        masks             n lists of 0/1        1 on tokens the policy sampled, 0 on those of tools or an environment; None: all 1
         finish_reasons    n of "stop"/"length"  "length": truncated at max_new_tokens
         logps             n lists of float      log-probs as the sampler reports them, or None
         exact             bool                  logps equal the trainer's up to rounding: they are not computed again
+        columns           name -> n values      beside those of the dataset; an environment's are `episode/<name>`
+        episodes          n of int or None      the episode of each row; None: each row is one
 
     Rollouts (to reward sources; n rows), which return per row a number, None, or
         Spans             [(end, value), ...]   a reward for each step: `end` is the character offset after it
@@ -22,6 +24,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         finish_reasons    n of "stop"/"length"
         columns           name -> n values      every further column of the dataset
         group_ids         n of int              equal for the rows of one prompt
+        messages          n conversations       with an environment: the prompt and all that was said after it
 
     ReferenceRows (to references; B rows)
         prompt_ids        B lists of int        of the prompt that the reference sees
@@ -88,6 +91,8 @@ class Completions:
     finish_reasons: list[str]
     logps: list[list[float]] | None = None
     exact: bool = False
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    episodes: list[int] | None = None
 
 
 @dataclass
@@ -117,6 +122,7 @@ class Rollouts:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     group_ids: list[int] = field(default_factory=list)
     openings: list[str] = field(default_factory=list)
+    messages: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -133,6 +139,7 @@ class Rollouts:
             columns={name: [values[i] for i in rows] for name, values in self.columns.items()},
             group_ids=[self.group_ids[i] for i in rows] if self.group_ids else [],
             openings=[self.openings[i] for i in rows] if self.openings else [],
+            messages=[self.messages[i] for i in rows] if self.messages else [],
         )
 
     def turns(self) -> list[str]:

@@ -14,6 +14,7 @@ from hf_rlhf.axes import (
     AdvantageEstimator,
     Aggregation,
     Critic,
+    Environment,
     Filter,
     KLPlacement,
     LossTerm,
@@ -60,6 +61,7 @@ class Algorithm:
 
     sampler: PromptSampler = field(default_factory=lambda: _default("sampler"))
     rollout: RolloutEngine
+    environment: list[Environment] = field(default_factory=list)
     rewards: list[RewardSource] = field(default_factory=list)
     kl: list[KLPlacement] = field(default_factory=list)
     advantages: AdvantageEstimator

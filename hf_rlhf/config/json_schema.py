@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Union
 
 from hf_rlhf._version import __version__
-from hf_rlhf.axes import LISTS
+from hf_rlhf.axes import AXES, LISTS
 from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS
 from hf_rlhf.config.recipe_yaml import ALGORITHM_AXES, DEFAULTS, OFFLINE, STAGES, TOP_AXES
 from hf_rlhf.config.sections import SECTIONS
@@ -106,7 +106,9 @@ class _Schemas:
     def top(self, axis: str) -> Schema:
         """Write the schema of an axis that is a key of recipes."""
         if axis in LISTS:
-            return {"type": "array", "items": self.plugin(axis), "description": hookspecs.summary(axis)}
+            many = {"type": "array", "items": self.plugin(axis)}
+            given = {"anyOf": [many, self.plugin(axis)]} if AXES[axis].axis.bare else many
+            return {**given, "description": hookspecs.summary(axis)}
         default = DEFAULTS.get(axis)
         return _described(self.plugin(axis, default), hookspecs.summary(axis), default)
 

@@ -47,7 +47,8 @@ class RecipeReader:
         if given is MISSING:
             return self.refuse(axis, f"is missing; write `{axis}: {{use: NAME}}`. There are: {names}")
         if axis in LISTS:
-            return self.plugins(axis, given, axis)
+            bare = AXES[axis].axis.bare and not isinstance(given, list)
+            return self.plugins(axis, [given] if bare else given, axis)
         before = len(self.problems)
         made, text = self.plugin(axis, given, axis, DEFAULTS.get(axis))
         if meant and isinstance(given, Mapping) and "use" not in given and len(self.problems) > before:

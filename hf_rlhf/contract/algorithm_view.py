@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 
 class Algorithm(Protocol):
-    """The chosen plugins of a recipe: one per axis, lists on the axes `rewards`, `kl`, `loss_terms` and `filters`."""
+    """The chosen plugins of a recipe: one per axis, lists on the axes `environment`, `rewards`, `kl`, `loss_terms` and
+    `filters`."""
 
     sampler: Any
     rollout: Any
+    environment: Any
     rewards: Any
     kl: Any
     advantages: Any

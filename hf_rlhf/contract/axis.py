@@ -42,6 +42,8 @@ class Axis:
     the second plugin of a name is `<name>_2`. Empty: the metrics have the names that a trainer's library logs."""
     many: bool = False
     """True where a recipe has a list of plugins."""
+    bare: bool = False
+    """True where a recipe may write one plugin in place of a list of one."""
     default: str | tuple[()] | None = None
     """Plugin of a recipe that leaves the axis out, `()` for an empty list; None: the recipe must choose."""
     watches: bool = False

@@ -14,6 +14,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_rlhf.batch import Prompt
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.contract import chat
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
@@ -55,22 +56,25 @@ def load_prompts(
     return prompts(rows, "dataset"), None if held_out is None else prompts(held_out, "evaluation dataset")
 
 
-def prompt_room(config: Any, settings: Dataset, rollout: Any) -> int | None:
+def prompt_room(config: Any, settings: Dataset, algorithm: Algorithm) -> int | None:
     """Return the prompt tokens that the context of a model with this configuration leaves beside the longest completion.
 
     Raises `ValueError` if there are none, or fewer than `settings.max_prompt_tokens`.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = getattr(rollout, "max_new_tokens", None)
-    if context is None or longest is None:
+    bounds = {"rollout.max_new_tokens": getattr(algorithm.rollout, "max_new_tokens", None) or 0}
+    bounds |= {f"environment.{i}.max_tokens": e.max_tokens for i, e in enumerate(algorithm.environment)}
+    name = max(bounds, key=lambda bound: bounds[bound])
+    longest = bounds[name]
+    if context is None or not longest:
         return context
     if longest >= context:
         raise ValueError(
-            f"rollout.max_new_tokens={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
+            f"{name}={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
         )
     if settings.max_prompt_tokens is not None and settings.max_prompt_tokens > context - longest:
         raise ValueError(
-            f"dataset.max_prompt_tokens={settings.max_prompt_tokens} and rollout.max_new_tokens={longest} must fit together into "
+            f"dataset.max_prompt_tokens={settings.max_prompt_tokens} and {name}={longest} must fit together into "
             f"the model's context of {context} tokens: lower one of them"
         )
     return context - longest

@@ -56,6 +56,7 @@ GIVEN: dict[str, Given] = {
     "copy": Given("where the sampler has a copy of the weights", lambda a: not a.rollout.local),
     "correction": Given("with a rollout correction", _corrects),
     "rewards": Given("with rewards", lambda a: bool(a.rewards)),
+    "environment": Given("with an environment", lambda a: bool(a.environment)),
     "groups": Given("with several generations per prompt", lambda a: a.rollout.num_generations > 1),
     "critic": Given("with a critic that learns", _trained_critic),
     "value_clip": Given("with a critic that learns and `value_clip`", _value_clip),

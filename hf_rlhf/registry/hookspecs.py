@@ -43,6 +43,11 @@ def rollout() -> list[type[axes.RolloutEngine]]:  # type: ignore[empty-body]
 
 
 @hookspec
+def environment() -> list[type[axes.Environment]]:  # type: ignore[empty-body]
+    """Environments, which play episodes of several turns with the policy."""
+
+
+@hookspec
 def rewards() -> list[type[axes.RewardSource]]:  # type: ignore[empty-body]
     """Sources of rewards: one number per completion, or None where they do not apply."""
 

@@ -44,6 +44,7 @@ ADDED = {
     "training.per_device_train_batch_size": ANY,
     **{f"{section}.use_{kind}": False for section in ("model.lora", "peft") for kind in ("dora", "rslora")},
     "rollout.skip_special_tokens": True,
+    "environment": [],
     "model.chat_template_kwargs": {},
     "dataset.prompt_column": "prompt",
     "sampler": {"use": "shuffled"},

@@ -138,7 +138,10 @@ class Scorer:
         self, label: str, rollouts: Rollouts, seed: tuple[int | str, ...], is_cancelled: Callable[[], bool]
     ) -> SourceResult:
         source, runner, started = self.sources[label], self._runners[label], time.perf_counter()
-        rows = [i for i in range(len(rollouts)) if applies(f"reward {label!r}", source.when, rollouts, i)]
+        ended = unscored(rollouts)
+        rows = [
+            i for i in range(len(rollouts)) if i not in ended and applies(f"reward {label!r}", source.when, rollouts, i)
+        ]
         parts = [[row] for row in rows] if source.rowwise else [rows] if rows else []
         asked, todo = SourceResult(answers=[math.nan] * len(rollouts)), parts
         for tries_left in range(source.retries, -1, -1):
@@ -190,7 +193,7 @@ def _copied(value: Any) -> Any:
 
 
 def applies(who: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row: int) -> bool:
-    """Return whether a source, or a KL, with this `when` applies to a row."""
+    """Return whether a plugin with this `when` applies to a row; `who` is its name in errors."""
     for name, wanted in (when or {}).items():
         value = rollouts.column(name)[row]
         if isinstance(value, list | dict) or getattr(value, "shape", ()) != ():
@@ -200,6 +203,12 @@ def applies(who: str, when: Mapping[str, Any] | None, rollouts: Rollouts, row: i
         if value not in wanted if isinstance(wanted, list) else value != wanted:
             return False
     return True
+
+
+def unscored(rollouts: Rollouts) -> set[int]:
+    """Return the rows that no source scores: of episodes that ran out of turns or tokens, or whose environment failed."""
+    ends, rewards = rollouts.columns.get("episode/end", ()), rollouts.columns.get("episode/reward", ())
+    return {i for i, (end, given) in enumerate(zip(ends, rewards, strict=True)) if end != "played" and given is None}
 
 
 def _take(

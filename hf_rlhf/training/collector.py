@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.axes import KLController, TrainedCritic, check_output
-from hf_rlhf.batch import Completions, Credit, Prompt, Rollouts, Scored
+from hf_rlhf.batch import Credit, Prompt, Rollouts, Scored
 from hf_rlhf.config.algorithm import Algorithm, places
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics.aggregator import MetricAggregator
@@ -23,16 +23,16 @@ from hf_rlhf.runtime.background import run_in_thread
 from hf_rlhf.runtime.distributed import gather_rows
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.answers import Answer, RewardError
-from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
-from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf.training.engine_weights import AwakeEngine
+from hf_rlhf.training.environments.statistics import report_episodes
 from hf_rlhf.training.logprobs import Forwards, Prompts
 from hf_rlhf.training.losses import ROWS, at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
 from hf_rlhf.training.references import scores_of
 from hf_rlhf.training.rollout_buffer import SELECTS_BY, Buffer, Collected, selection
+from hf_rlhf.training.sampling import Place, Sampling
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -135,8 +135,11 @@ class Collector:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = prompts[rank::processes]
         group_ids = [first_group + rank + processes * i for i in range(len(mine))]
-        with self.meters.time("rollout"), seeded(self.seed, "rollout", index, attempt, rank):
-            completions, rollouts = self.roll_out(mine, group_ids, self.algorithm.rollout.num_generations)
+        where, group = (self.seed, "rollout", index, attempt), self.algorithm.rollout.num_generations
+        with self.meters.time("rollout"), seeded(*where, rank):
+            completions, rollouts = self.roll_out(mine, group_ids, group, place=where, process=(rank,))
+        if self.algorithm.environment:
+            report_episodes(self.meters, rollouts, self.roll_out.waited)
         rows = {"mask": _padded(rollouts.masks, self.dtype).to(self.accelerator.device)}
         sampled = None
         if completions.logps is not None:
@@ -167,9 +170,9 @@ class Collector:
                 rows |= self.forwards.after_rewards(rollouts, rows["mask"], late)
             behind |= late
         if "greedy" in self.algorithm.needs:
-            seed = (self.seed, "greedy", index, attempt, rank)
-            with seeded(*seed):
-                greedy = self._greedy(mine, group_ids, seed)
+            where = (self.seed, "greedy", index, attempt)
+            with seeded(*where, rank):
+                greedy = self._greedy(mine, group_ids, where, rank)
         else:
             greedy = None
         return self._table(rollouts, rows, answers, logged, greedy, behind)
@@ -183,12 +186,12 @@ class Collector:
             known = self.forwards(rollouts, mask, sampled, behind)
         return known, time.perf_counter()
 
-    def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int], seed: tuple[int | str, ...]) -> Tensor:
+    def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int], place: Place, rank: int) -> Tensor:
         """Return the total score (n,) of the greedy completion of each row's prompt; 0 where no source applies to it."""
         with self.meters.time("rollout"):
-            _, rollouts = self.roll_out(prompts, group_ids, 1, temperature=0.0)
+            _, rollouts = self.roll_out(prompts, group_ids, 1, 0.0, place, (rank,))
         with self.meters.time("reward", "rewards"):
-            asked = self.scorer.ask(rollouts, *seed, counts=False)
+            asked = self.scorer.ask(rollouts, *place, rank, counts=False)
             answers = self.normalizer({label: found.answers for label, found in asked.items()}, None)
             sums, _ = total(totals(answers, rollouts), self.weights(), len(rollouts))
         return sums.repeat_interleave(self.algorithm.rollout.num_generations)
@@ -203,34 +206,10 @@ class Collector:
                 self.meters.add(f"reward/{label}/{name}", sum(values), len(values))
         return {f"{label}/{name}": column for label, found in asked.items() for name, column in found.columns.items()}
 
-    def roll_out(
-        self, prompts: Sequence[Prompt], group_ids: list[int], group: int, temperature: float | None = None
-    ) -> tuple[Completions, Rollouts]:
-        """Sample `group` completions of each prompt; returns them also as reward sources see them."""
-        with self.accelerator.autocast():
-            completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
-        check_completions(self.algorithm, completions, len(prompts) * group, sampled=temperature is None)
-        names = sorted({name for prompt in prompts for name in prompt.columns})
-        repeated = [prompt for prompt in prompts for _ in range(group)]
-        return completions, Rollouts(
-            prompts=[prompt.prompt for prompt in repeated],
-            completions=self.text([prompt.ids for prompt in repeated], completions.ids),
-            prompt_ids=[list(prompt.ids) for prompt in repeated],
-            completion_ids=completions.ids,
-            masks=completions.masks or [[1] * len(ids) for ids in completions.ids],
-            finish_reasons=completions.finish_reasons,
-            columns={name: [prompt.columns.get(name) for prompt in repeated] for name in names},
-            group_ids=[i for i in group_ids for _ in range(group)],
-            openings=[prompt.opening for prompt in repeated],
-        )
-
     @cached_property
-    def text(self) -> CompletionText:
-        """Decoder of completions for rewards."""
-        config = getattr(self.policy.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        return CompletionText(self.policy.tokenizer, self.algorithm.rollout.skip_special_tokens, ends)
+    def roll_out(self) -> Sampling:
+        """Sampling of completions, for training and evaluation."""
+        return Sampling(algorithm=self.algorithm, policy=self.policy, accelerator=self.accelerator)
 
     def _sources(self) -> list[tuple[str, Any]]:
         return list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True))
@@ -249,7 +228,7 @@ class Collector:
         scores = totals(answers, rollouts)
         sums, valid = total(scores, weights, len(rollouts))
         valid &= torch.tensor([any(row) for row in rollouts.masks])
-        placed = [weights[label] * place(x, rollouts, self.text, mask.size(1)) for label, x in answers.items()]
+        placed = [weights[label] * place(x, rollouts, self.roll_out.text, mask.size(1)) for label, x in answers.items()]
         token_rewards = sum(placed, start=torch.zeros(mask.shape, dtype=torch.float64)).to(device, self.dtype)
         if self.algorithm.kl_in("reward"):
             rows["kl_penalties"] = self._kl_penalties(rows)

@@ -94,10 +94,11 @@ def evaluate(
     with collector.engine_awake():
         for start in range(0, len(mine), step):
             part = mine[start : start + step]
-            seed = (collector.seed, "evaluate", accelerator.process_index, start)
+            place, process = (collector.seed, "evaluate"), (accelerator.process_index, start)
+            seed = (*place, *process)
             with seeded(*seed):
                 drawn = [prompts[i] for i in part]
-                _, rollouts = collector.roll_out(drawn, list(range(len(part))), group, temperature)
+                _, rollouts = collector.roll_out(drawn, list(part), group, temperature, place, process)
                 found, table = _score(collector, rollouts, group, seed)
             for i, values in zip(part, found, strict=True):
                 sums[i] = torch.tensor([values.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64)

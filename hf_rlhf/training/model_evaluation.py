@@ -179,7 +179,7 @@ class Evaluator:
         subject.tokenizer = load_tokenizer(settings, self.trust_remote_code)
         if problems := tag_problems(algorithm, subject.tokenizer):
             raise UserError("\n".join(problems))
-        room = prompt_room(config, self.dataset, algorithm.rollout)
+        room = prompt_room(config, self.dataset, algorithm)
         made, _ = load_prompts(self.dataset, subject.tokenizer, max_prompt_tokens=room, train=self.rows)
         check_prompts(made, algorithm, settings.chat_template_kwargs)
         subject.prompts = list(islice(made, self.recipe.evaluation.prompts))

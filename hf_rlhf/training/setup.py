@@ -183,7 +183,7 @@ def setup_run(
     config = getattr(model, "config", None) or load_config(
         model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code
     )
-    room = prompt_room(config, sections["dataset"], chosen.rollout)
+    room = prompt_room(config, sections["dataset"], chosen)
     parts = RunComponents(
         algorithm=chosen, sections=sections, plan=plan, record=record, model=None, tokenizer=tokenizer, room=room
     )
@@ -335,7 +335,7 @@ def describe(
     problems += [*offload_problems(algorithm, args), *optimizer_problems(args)]
     if config is not None:
         try:
-            prompt_room(config, sections["dataset"], algorithm.rollout)
+            prompt_room(config, sections["dataset"], algorithm)
         except ValueError as error:
             problems.append(str(error))
     if not lora:

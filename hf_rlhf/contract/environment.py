@@ -1,0 +1,119 @@
+"""Base class of the axis `environment`: episodes in which the policy speaks more than once.
+
+The environment plays, and the policy is a function that it calls with the conversation so far. The core keeps the tokens: what
+the policy sampled is never made again from text, and what the environment says has mask 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from hf_rlhf.contract.axis import Axis
+from hf_rlhf.contract.base import Count, Plugin, Positive
+
+Message = dict[str, Any]
+"""A chat message: role, content and whatever else the chat template reads."""
+
+
+class Over(Exception):
+    """Raised by the policy's function where an episode has no turns or tokens left, or was given up."""
+
+
+class Model(Protocol):
+    """The policy, as an environment calls it. A plain `def play` calls it without `await`."""
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        agent: str = "policy",
+        train: bool = True,
+    ) -> Awaitable[Message]:
+        """Return the policy's answer to a conversation: a message with `finish_reason` and `turn`, its number from 0.
+
+        `max_tokens` can only lower the bounds of the recipe; a text in `stop` ends the turn and is kept. With `train=False`
+        the answer has mask 0. Raises `Over` where turns or tokens are used up.
+        """
+
+
+@dataclass(kw_only=True)
+class Task:
+    """What an episode begins with: a row of the dataset, and a seed."""
+
+    messages: list[Message]
+    """The prompt; a text is one message of the user."""
+    columns: dict[str, Any]
+    """The row's other columns."""
+    seed: int
+    """Depends on the run's seed, the rollout, the attempt, the group and the row in it, and on nothing else."""
+
+
+@dataclass(kw_only=True)
+class Turn:
+    """What the environment says of one turn of the policy."""
+
+    reward: float = 0.0
+    state: str | int | None = None
+    """Name of the state in which the policy spoke; None: what it had been told by then."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What the environment says of an episode."""
+
+    reward: float | dict[str, float] | None = None
+    """One number for the whole episode, or one for each agent; None: no score."""
+    turns: list[Turn] | None = None
+    """One for each turn of the policy, in place of `reward`."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Further values, which rewards read as `episode/<name>`."""
+
+
+@dataclass(kw_only=True)
+class Environment(Plugin, ABC):
+    """Play episodes with the policy. Axis `environment`, a list. A row that none takes is answered once."""
+
+    axis = Axis(section="Environment", metric_prefix="environment/<label>", many=True, bare=True, default=())
+
+    when: dict[str, Any] | None = None
+    """Dataset column -> value or list of values: the environment takes rows that match all; by default all rows. Of several
+    environments the first that takes a row plays it."""
+    max_turns: Count = 8
+    """Most turns of the policy in an episode."""
+    max_tokens: Count = 4096
+    """Most tokens of an episode after its prompt, those of the environment included; `rollout.max_new_tokens` bounds a turn."""
+    max_live: Count | None = None
+    """Most episodes of a process at a time; None: all of a rollout."""
+    timeout: Positive = 60.0
+    """Seconds that the environment may take between two turns. Then the episode is given up."""
+    on_error: Literal["raise", "none"] | float = "none"
+    """Result of an episode whose environment raised or took too long: raise to end the run, none for no score, or a reward."""
+
+    @property
+    def asynchronous(self) -> bool:
+        """Return whether `play` is awaited. Otherwise each episode runs in a thread of its own."""
+        return inspect.iscoroutinefunction(self.play)
+
+    @abstractmethod
+    def play(self, task: Task, model: Model) -> Any:
+        """Play one episode: `async def play`, which awaits `model`, or a plain `def play`, which runs in a thread.
+
+        Returns an `Outcome`, a reward, or None for no score. Episodes run at the same time: what belongs to one is a local
+        variable. Random numbers come from `task.seed`. An `Over` that is not caught ends the episode without a score.
+        """
+
+    @property
+    def reader(self) -> str:
+        """Return who reads the columns, for errors."""
+        return f"environment.{self.name}"
+
+    def columns(self) -> set[str]:
+        """Return the dataset columns that it reads besides those of `when`."""
+        return set()

@@ -1,0 +1,1 @@
+"""Episodes: environments that play with the policy, in lockstep around the rollout engine."""

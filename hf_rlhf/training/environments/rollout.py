@@ -1,0 +1,208 @@
+"""Roll out prompts through the environments of a recipe: episodes become rows of completions."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from hf_rlhf.axes import Session
+from hf_rlhf.batch import Completions, Prompt, Rollouts
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.contract.environment import Environment, Message, Task
+from hf_rlhf.data.transcript import Transcript, TranscriptRow
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.seeding import seed_of, seeded
+from hf_rlhf.scoring.runners.isolation import isolated
+from hf_rlhf.scoring.scorer import applies
+from hf_rlhf.training.completion_checks import check_completions
+from hf_rlhf.training.environments.episode import EnvironmentFailure, Episode, Question, Reply
+from hf_rlhf.training.environments.lockstep import Lockstep
+
+logger = logging.getLogger(__name__)
+FEW = 8
+"""Episodes of an environment from which on a rollout without one that succeeds ends the run."""
+
+
+@dataclass(kw_only=True)
+class Played:
+    """Rows of episodes, in the order of the prompts."""
+
+    completions: Completions
+    prompt_ids: list[list[int]]
+    messages: list[list[Message]]
+    waited: float
+    """Seconds in which the engine waited for environments."""
+
+
+@dataclass(kw_only=True)
+class Players:
+    """The environments of a recipe around its engine."""
+
+    algorithm: Algorithm
+    policy: Policy
+    autocast: Callable[[], AbstractContextManager[Any]]
+    _sampled: bool = True
+    """Whether the temperature is the recipe's."""
+    _turn: int = 0
+    _exact: bool = True
+    _reports: bool = True
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group_ids: Sequence[int],
+        group: int,
+        temperature: float | None,
+        place: tuple[int | str, ...],
+        process: tuple[int | str, ...],
+    ) -> Played:
+        """Play `group` episodes of each prompt.
+
+        A task's seed depends on `place`, its group and its row there; the engine's random numbers also on `process` and, after
+        the first, on the turn.
+        """
+        self._sampled, self._turn, self._exact, self._reports = temperature is None, 0, True, True
+        episodes = [
+            self._episode(prompt, i * group + k, number, (*place, number, k))
+            for i, (prompt, number) in enumerate(zip(prompts, group_ids, strict=True))
+            for k in range(group)
+        ]
+        with isolated(), self.algorithm.rollout.session(self.policy, temperature=temperature) as session:
+            table = Lockstep(lambda asked: self._decode(session, asked, (*place, *process)), session.drop)
+            table.play(episodes)
+        self._judge(episodes, table.trace)
+        return self._played(episodes, table.waited)
+
+    def _episode(self, prompt: Prompt, place: int, group: int, seed: tuple[int | str, ...]) -> Episode:
+        text = isinstance(prompt.prompt, str)
+        messages: Any = [{"role": "user", "content": prompt.prompt}] if text else copy.deepcopy(prompt.prompt)
+        taker = next((environment for environment in self.algorithm.environment if _takes(environment, prompt)), None)
+        task = Task(messages=messages, columns=copy.deepcopy(prompt.columns), seed=seed_of(*seed))
+        return Episode(
+            place=place,
+            group=group,
+            prompt=prompt,
+            environment=taker,
+            task=task,
+            transcript=self._transcript(prompt, messages, text),
+            turn_tokens=getattr(self.algorithm.rollout, "max_new_tokens", None),
+        )
+
+    def _transcript(self, prompt: Prompt, messages: list[Message], text: bool) -> Transcript:
+        return Transcript(tokenizer=self.policy.tokenizer, messages=messages, prompt_ids=prompt.ids, text=text)
+
+    def _decode(self, session: Session, asked: list[Question], seed: tuple[int | str, ...]) -> list[Reply]:
+        """Let the engine continue all questions; adjacent ones of a group with equal tokens are one prompt.
+
+        They are where every prompt then has equally many, as in the first turn; otherwise each question is a prompt of its own.
+        """
+        runs = [
+            list(run)
+            for _, run in groupby(asked, key=lambda q: (q.episode.group, q.prompt.ids, q.prompt.max_new_tokens))
+        ]
+        sizes = {len(run) for run in runs}
+        prompts, each = (
+            ([run[0].prompt for run in runs], sizes.pop()) if len(sizes) == 1 else ([q.prompt for q in asked], 1)
+        )
+        rows = [q.episode.place for q in asked]
+        with seeded(*seed, *(("turn", self._turn) if self._turn else ())), self.autocast():
+            found = session.ask(rows, prompts, each)
+        check_completions(self.algorithm, found, len(asked), self._sampled)
+        self._turn += 1
+        self._exact, self._reports = self._exact and found.exact, self._reports and found.logps is not None
+        if found.masks is not None and any(not all(mask) for mask in found.masks):
+            raise EnvironmentFailure(
+                f"rollout={self.algorithm.rollout.name} writes tokens of its own into completions (Completions.masks), which no turn of an "
+                "episode may have: choose another engine, or leave environment out"
+            )
+        logps: Sequence[list[float] | None] = found.logps or [None] * len(found.ids)
+        replies = zip(asked, found.ids, logps, found.finish_reasons, strict=True)
+        return [
+            Reply(ids=list(ids), logps=own, finish_reason=why).cut(q.prompt.max_new_tokens, q.stop, self._text)
+            for q, ids, own, why in replies
+        ]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _judge(self, episodes: Sequence[Episode], trace: str) -> None:
+        """Log failures, and end a run of whose episodes none succeeds. Raises `EnvironmentFailure`."""
+        for environment in self.algorithm.environment:
+            own = [episode for episode in episodes if episode.environment is environment]
+            failed = [episode for episode in own if episode.problem in ("error", "timeout")]
+            if not failed:
+                continue
+            logger.warning(
+                "environment=%s: %d of %d episodes failed: the first %s\n%s",
+                *(environment.name, len(failed), len(own), failed[0].reason, trace),
+            )
+            if len(failed) == len(own) >= FEW:
+                raise EnvironmentFailure(
+                    f"environment={environment.name}: all {len(own)} episodes failed: the first {failed[0].reason}. Mend the "
+                    "environment, or raise its timeout"
+                )
+
+    def _played(self, episodes: Sequence[Episode], waited: float) -> Played:
+        rows = [self._row(episode) for episode in episodes]
+        rewards = [episode.outcome.turns for episode in episodes]
+        columns: dict[str, list[Any]] = {
+            "episode/reward": [episode.outcome.reward for episode in episodes],
+            "episode/turn_rewards": [None if turns is None else [turn.reward for turn in turns] for turns in rewards],
+            "episode/turn_ends": [_ends(row.turns) for row in rows],
+            "episode/environment": [e.environment and e.environment.name for e in episodes],
+            "episode/end": [episode.problem or "played" for episode in episodes],
+        }
+        own = sorted({name for episode in episodes for name in episode.outcome.columns})
+        columns |= {f"episode/{name}": [episode.outcome.columns.get(name) for episode in episodes] for name in own}
+        return Played(
+            completions=Completions(
+                ids=[row.completion_ids for row in rows],
+                masks=[row.mask for row in rows],
+                finish_reasons=[episode.finish_reason for episode in episodes],
+                logps=[row.logps for row in rows] if self._reports else None,
+                exact=self._exact,
+                columns=columns,
+                episodes=list(range(len(episodes))),
+            ),
+            prompt_ids=[row.prompt_ids for row in rows],
+            messages=[row.messages for row in rows],
+            waited=waited,
+        )
+
+    def _row(self, episode: Episode) -> TranscriptRow:
+        """Return the row of an episode. One without a turn is a token with mask 0, which is not trained on."""
+        if (reply := episode.reply) is not None:
+            ids, logps = reply.ids, reply.logps or [0.0] * len(reply.ids)
+            mask, turns, said = [1] * len(ids), [0] * len(ids), [{"role": "assistant", "content": self._text(ids)}]
+        elif rows := episode.transcript.rows:
+            return rows[0]
+        else:
+            ids, mask, logps, turns, said = [self.policy.pad_token_id], [0], [0.0], [-1], []
+        return TranscriptRow(
+            prompt_ids=episode.prompt.ids,
+            completion_ids=ids,
+            mask=mask,
+            logps=logps,
+            turns=turns,
+            messages=[*episode.task.messages, *said],
+        )
+
+
+def _takes(environment: Environment, prompt: Prompt) -> bool:
+    """Return whether an environment plays the episodes of a prompt."""
+    columns = {name: [value] for name, value in prompt.columns.items()}
+    row = Rollouts(
+        prompts=[], completions=[], prompt_ids=[], completion_ids=[], masks=[], finish_reasons=[], columns=columns
+    )
+    return environment.when is None or applies(f"environment={environment.name}", environment.when, row, 0)
+
+
+def _ends(turns: Sequence[int]) -> list[int]:
+    """Return the place of the last token of each turn."""
+    last = {turn: place for place, turn in enumerate(turns) if turn >= 0}
+    return [last[turn] for turn in sorted(last)]

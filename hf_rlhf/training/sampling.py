@@ -1,0 +1,81 @@
+"""Completions of prompts, by the rollout engine alone or in episodes of environments, as reward sources see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from hf_rlhf.batch import Completions, Prompt, Rollouts
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.scoring.completion_text import CompletionText
+from hf_rlhf.training.completion_checks import check_completions
+from hf_rlhf.training.environments.rollout import Played, Players
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Place = tuple[int | str, ...]
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """Sample the completions of one process' prompts."""
+
+    algorithm: Algorithm
+    policy: Policy
+    accelerator: Accelerator
+    waited: float = 0.0
+    """Seconds of the last call in which the engine waited for environments."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group_ids: list[int],
+        group: int,
+        temperature: float | None = None,
+        place: Place = (),
+        process: Place = (),
+    ) -> tuple[Completions, Rollouts]:
+        """Sample `group` completions of each prompt; returns them also as reward sources see them.
+
+        `place` and `process` are the seeds of the call: what is the same on every process, and the rest.
+        """
+        played: Played | None = None
+        if self.algorithm.environment:
+            played = self._players(prompts, group_ids, group, temperature, place, process)
+            completions, self.waited = played.completions, played.waited
+        else:
+            with self.accelerator.autocast():
+                completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
+            check_completions(self.algorithm, completions, len(prompts) * group, sampled=temperature is None)
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        prompt_ids = [list(prompt.ids) for prompt in repeated] if played is None else played.prompt_ids
+        same = [ids == prompt.ids for ids, prompt in zip(prompt_ids, repeated, strict=True)]
+        return completions, Rollouts(
+            prompts=[prompt.prompt for prompt in repeated],
+            completions=self.text(prompt_ids, completions.ids),
+            prompt_ids=prompt_ids,
+            completion_ids=completions.ids,
+            masks=completions.masks or [[1] * len(ids) for ids in completions.ids],
+            finish_reasons=completions.finish_reasons,
+            columns={name: [prompt.columns.get(name) for prompt in repeated] for name in names} | completions.columns,
+            group_ids=[i for i in group_ids for _ in range(group)],
+            openings=[prompt.opening if own else "" for prompt, own in zip(repeated, same, strict=True)],
+            messages=[] if played is None else played.messages,
+        )
+
+    @cached_property
+    def text(self) -> CompletionText:
+        """Decoder of completions for rewards."""
+        config = getattr(self.policy.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return CompletionText(self.policy.tokenizer, self.algorithm.rollout.skip_special_tokens, ends)
+
+    @cached_property
+    def _players(self) -> Players:
+        return Players(algorithm=self.algorithm, policy=self.policy, autocast=self.accelerator.autocast)

@@ -1,0 +1,47 @@
+"""Reward of an episode, as its environment gave it: one number, or one at the end of each turn of the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_rlhf import hookimpl
+from hf_rlhf.axes import RewardSource
+from hf_rlhf.batch import Rollouts, TokenScores
+
+if TYPE_CHECKING:
+    from hf_rlhf.axes import Algorithm
+
+
+@dataclass(kw_only=True)
+class FromEpisode(RewardSource):
+    """The environment's reward, at the last token of each turn if it gave one per turn; no score where it gave none."""
+
+    name = "episode"
+    verifier = True
+
+    def check(self, algorithm: Algorithm) -> Iterable[str]:
+        """Yield an error for a recipe without an environment."""
+        if not algorithm.environment:
+            yield (
+                "reads what an environment says of its episodes, and the recipe has none: write environment=second_chance, or "
+                "leave it out"
+            )
+
+    def __call__(self, rollouts: Rollouts) -> list[float | TokenScores | None]:
+        names = ("episode/reward", "episode/turn_rewards", "episode/turn_ends")
+        columns = zip(rollouts.completion_ids, *map(rollouts.column, names), strict=True)
+        return [reward if turns is None else _placed(len(ids), turns, ends) for ids, reward, turns, ends in columns]
+
+
+def _placed(tokens: int, turns: list[float], ends: list[int]) -> TokenScores:
+    values = [0.0] * tokens
+    for end, reward in zip(ends, turns, strict=True):
+        values[end] = reward
+    return TokenScores(values)
+
+
+@hookimpl
+def rewards() -> list[type[RewardSource]]:
+    return [FromEpisode]

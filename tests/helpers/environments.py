@@ -1,0 +1,98 @@
+"""Environments and an engine for tests of episodes, without a trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_rlhf.axes import Environment, Model, RolloutEngine, Task
+from hf_rlhf.batch import Completions, Prompt
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.environments.rollout import Played, Players
+from tests.helpers.runs import recipe
+
+Play = Callable[[Task, Model], Awaitable[Any]]
+
+
+@dataclass(kw_only=True)
+class Played1(Environment):
+    """Plays by an async function."""
+
+    name = "played"
+
+    function: Play
+
+    async def play(self, task: Task, model: Model) -> Any:
+        return await self.function(task, model)
+
+
+@dataclass(kw_only=True)
+class Plain(Environment):
+    """Plays by a plain function, in a thread."""
+
+    name = "plain"
+
+    function: Callable[[Task, Any], Any]
+
+    def play(self, task: Task, model: Any) -> Any:
+        return self.function(task, model)
+
+
+@dataclass(kw_only=True)
+class Says(RolloutEngine):
+    """Says the same text at every call, or what `texts` has for the call's number, and notes what it was asked."""
+
+    name = "says"
+
+    max_new_tokens: int = 32
+    texts: tuple[str, ...] = ("hi",)
+    calls: list[tuple[list[str], int]] = field(default_factory=list)
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        text = self.texts[min(len(self.calls), len(self.texts) - 1)]
+        self.calls.append(([policy.tokenizer.decode(prompt.ids) for prompt in prompts], num_generations))
+        end = policy.tokenizer.eos_token_id
+        ids = [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        rows = len(prompts) * num_generations
+        logps = [[-float(i + 1) for i in range(len(ids))] for _ in range(rows)]
+        return Completions(
+            ids=[list(ids) for _ in range(rows)], finish_reasons=["stop"] * rows, logps=logps, exact=True
+        )
+
+
+def policy() -> Policy:
+    """The tiny policy as engines get it."""
+    model, tokenizer = tiny_policy()
+    return Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"), wants_logps=True)
+
+
+def play(
+    environments: Environment | list[Environment],
+    engine: RolloutEngine | None = None,
+    prompts: Sequence[str] = ("ab",),
+    group: int = 1,
+    columns: dict[str, Any] | None = None,
+    place: tuple[int | str, ...] = (0, "rollout", 0, 0),
+) -> Played:
+    """Episodes of environments: `group` of each prompt."""
+    own = policy()
+    given = [
+        Prompt(
+            ids=own.tokenizer(text, add_special_tokens=False)["input_ids"],
+            prompt=text,
+            columns={name: values[i] for name, values in (columns or {}).items()},
+        )
+        for i, text in enumerate(prompts)
+    ]
+    chosen = environments if isinstance(environments, list) else [environments]
+    algorithm = dataclasses.replace(recipe(rollout=engine or Says()).algorithm(), environment=chosen)
+    players = Players(algorithm=algorithm, policy=own, autocast=contextlib.nullcontext)
+    return players(given, list(range(len(given))), group, None, place, (0,))
