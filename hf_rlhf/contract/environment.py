@@ -45,7 +45,7 @@ class Model(Protocol):
 
 @dataclass(kw_only=True)
 class Task:
-    """What an episode begins with: a row of the dataset, and a seed."""
+    """Start of an episode: a row of the dataset, and a seed."""
 
     messages: list[Message]
     """The prompt; a text is one message of the user."""
@@ -57,7 +57,7 @@ class Task:
 
 @dataclass(kw_only=True)
 class Turn:
-    """What the environment says of one turn of the policy."""
+    """Reward and state of one turn of the policy."""
 
     reward: float = 0.0
     state: str | int | None = None
@@ -66,7 +66,7 @@ class Turn:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What the environment says of an episode."""
+    """Result of an episode: rewards and further values."""
 
     reward: float | dict[str, float] | None = None
     """One number for the whole episode, or one for each agent; None: no score."""

@@ -1,4 +1,4 @@
-"""One turn and no words of its own: GRPO through it is single-turn GRPO, to the bit."""
+"""One turn and no words of its own: GRPO through it is bit-identical to single-turn GRPO."""
 
 from __future__ import annotations
 

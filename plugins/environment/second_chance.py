@@ -26,7 +26,7 @@ class SecondChance(Environment):
     column: str = "answer"
     """Dataset column of the reference; numbers are compared as text, without whitespace around them."""
     says: str = "That is wrong. Try again: {prompt}"
-    """What the policy is told after a wrong answer, with the last message of the prompt in place of {prompt}."""
+    """Message to the policy after a wrong answer, with the last message of the prompt in place of {prompt}."""
 
     def columns(self) -> set[str]:
         return {self.column}

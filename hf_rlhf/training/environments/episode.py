@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(kw_only=True)
 class Reply:
-    """What the policy sampled."""
+    """Tokens that the policy sampled."""
 
     ids: list[int]
     logps: list[float] | None
@@ -60,7 +60,7 @@ class Episode:
     """An episode of one row, or a row that no environment takes (`environment` is None), which is answered once."""
 
     place: int
-    """Its place among the episodes of this process."""
+    """Place among the episodes of this process."""
     group: int
     prompt: Prompt
     environment: Environment | None
@@ -72,7 +72,7 @@ class Episode:
     finish_reason: str = "stop"
     outcome: Outcome = field(default_factory=Outcome)
     problem: str = ""
-    """Why it has no outcome: over, error or timeout; empty where it has one."""
+    """Reason for no outcome: over, error or timeout; empty where it has one."""
     reason: str = ""
     start: int = 0
     """Tokens of the first question."""

@@ -33,10 +33,10 @@ class Seat:
     since: float = field(default_factory=time.monotonic)
     """When the environment's turn began."""
     question: Question | None = None
-    """What it waits for; None while the environment works."""
+    """Question that it waits for; None while the environment works."""
     ended: bool = False
     reply: Any = None
-    """How its thread, or the event loop, gets the answer: a queue or a future."""
+    """Gives its thread, or the event loop, the answer: a queue or a future."""
     task: asyncio.Task[None] | None = None
 
     def ask(self, messages: Sequence[Message], options: dict[str, Any]) -> None:

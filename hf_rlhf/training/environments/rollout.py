@@ -47,7 +47,7 @@ class Players:
     policy: Policy
     autocast: Callable[[], AbstractContextManager[Any]]
     _sampled: bool = True
-    """Whether the temperature is the recipe's."""
+    """True at the temperature of the recipe."""
     _turn: int = 0
     _exact: bool = True
     _reports: bool = True
@@ -117,8 +117,8 @@ class Players:
         self._exact, self._reports = self._exact and found.exact, self._reports and found.logps is not None
         if found.masks is not None and any(not all(mask) for mask in found.masks):
             raise EnvironmentFailure(
-                f"rollout={self.algorithm.rollout.name} writes tokens of its own into completions (Completions.masks), which no turn of an "
-                "episode may have: choose another engine, or leave environment out"
+                f"rollout={self.algorithm.rollout.name} writes tokens of its own into completions (Completions.masks), which no "
+                "turn of an episode may have: choose another engine, or leave environment out"
             )
         logps: Sequence[list[float] | None] = found.logps or [None] * len(found.ids)
         replies = zip(asked, found.ids, logps, found.finish_reasons, strict=True)
