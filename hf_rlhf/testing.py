@@ -215,9 +215,14 @@ _rollouts = rollouts
 
 
 def _rollouts_for(plugin: RewardSource) -> Rollouts:
-    """Return small `Rollouts` with the columns that the source reads, the text 5 in each row."""
+    """Return small `Rollouts` with the columns that the source reads, the text 5 in each row, and those of episodes."""
     names = {"answer", *getattr(plugin, "columns", set)()}
-    return _rollouts(columns={name: ["5"] * 4 for name in sorted(names)})
+    episodes = {
+        "episode/reward": [1.0, 0.0, None, 0.5],
+        "episode/turn_rewards": [None] * 4,
+        "episode/turn_ends": [[0]] * 4,
+    }
+    return _rollouts(columns={**{name: ["5"] * 4 for name in sorted(names)}, **episodes})
 
 
 def _prompts() -> list[Prompt]:

@@ -18,6 +18,7 @@ class SecondChance(Environment):
     """The policy answers; an answer that differs from the row's reference may be tried again, for less."""
 
     name = "second_chance"
+    words = "up to {attempts} attempts, each further one worth {decay:g} of the one before"
 
     attempts: Count = 2
     """Most answers of an episode."""

@@ -37,6 +37,7 @@ NAMES = {axis: f"own_{axis}" for axis in AXES}
 RECIPE: dict[str, Any] = {
     "sampler": NAMES["sampler"],
     "rollout": {"use": "generate", "prompts": 4, "num_generations": 4, "max_new_tokens": 6, "decode_dtype": "bfloat16"},
+    "environment": {"use": NAMES["environment"], "max_tokens": 32},
     "rewards": [{"use": NAMES["rewards"]}, {"use": "length", "target": 4, "weight": 0.1}],
     "kl": [
         {"use": NAMES["kl"], "estimator": NAMES["kl_estimator"]},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_rlhf.axes import RewardSource
+from hf_rlhf.axes import Environment, RewardSource
 from hf_rlhf.config.offline_sections import OfflineDataset
 from hf_rlhf.config.sections import SECTIONS
 from hf_rlhf.conformance.common import equal
@@ -23,17 +23,21 @@ for module in pkgutil.iter_modules(setting_effects.__path__, f"{setting_effects.
     importlib.import_module(module.name)
 
 
-SHARED = {setting.name for setting in settings_of(RewardSource)}
-"""Settings of every reward source."""
+SHARED = {
+    axis: {setting.name for setting in settings_of(base)}
+    for axis, base in (("rewards", RewardSource), ("environment", Environment))
+}
+"""Settings of every reward source, and of every environment."""
 
 
 def expected() -> set[str]:
-    """`axis.name.setting`, `axis.name` where a plugin has no setting, `section.setting`, `rewards.setting` of every source."""
-    host, keys = get_host(), {f"rewards.{name}" for name in SHARED}
+    """`axis.name.setting`, `axis.name` where a plugin has no setting, `section.setting`, `rewards.setting` of every source, and
+    so of every environment."""
+    host, keys = get_host(), {f"{axis}.{name}" for axis, names in SHARED.items() for name in names}
     for point in entry_points(group="hf_rlhf"):
         if point.dist and point.dist.name == "hf_rlhf":
             settings = {setting.name for setting in settings_of(host.get(*point.name.split(".")))}
-            settings -= SHARED if point.name.startswith("rewards.") else set()
+            settings -= SHARED.get(point.name.split(".")[0], set())
             keys |= {f"{point.name}.{name}" for name in settings} or {point.name}
     for section, cls in {**SECTIONS, "model.lora": Lora, "offline.dataset": OfflineDataset}.items():
         keys |= {f"{section}.{setting.name}" for setting in settings_of(cls)}

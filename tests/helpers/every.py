@@ -70,6 +70,9 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
             return {"advantages": {"use": "baseline", "baseline": chosen}, **(CRITIC if name == "critic" else {})}
         case "critic":
             return {"advantages": "gae", "critic": chosen} if name != "none" else {}
+        case "environment":
+            engine = {"use": "scripted", "prompts": 4, "num_generations": 4}
+            return {"environment": [{"max_tokens": 32, **chosen}], "rollout": engine}
         case "reference":
             if name == "policy":
                 chosen = {"use": "with_context", "of": name, **SETTINGS["reference.with_context"]}

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from hf_rlhf import load_plugin
 from hf_rlhf.axes import Model, Outcome, Over, Task, Turn
+from hf_rlhf.batch import TokenScores
+from hf_rlhf.testing import rollouts
 from hf_rlhf.training.environments.episode import EnvironmentFailure
 from tests.helpers.environments import Plain, Played1, Says, play, policy
 
@@ -309,3 +312,33 @@ def test_one_reward_per_turn_is_kept_by_turn():
     columns = play(Played1(function=paid)).completions.columns
     assert columns["episode/turn_rewards"] == [[0.5, 2.0]]
     assert columns["episode/tries"] == [2]
+
+
+@pytest.mark.proves("rewards.episode", how="closed form", tolerance="0")
+def test_the_episodes_reward_is_the_environments_by_turn_or_whole_and_never_a_guess():
+    columns = {
+        "episode/reward": [0.75, None, None, 2.0],
+        "episode/turn_rewards": [None, [0.25, 1.0], None, [0.5]],
+        "episode/turn_ends": [[0], [0, 1], [], [0]],
+    }
+    rows = rollouts(columns=columns)
+    rows.completion_ids = [[4], [4, 5], [4], [4, 5, 6]]
+    found = load_plugin("rewards", "episode")(rows)
+    assert found == [0.75, TokenScores([0.25, 1.0]), None, TokenScores([0.5, 0.0, 0.0])]
+
+
+@pytest.mark.proves("environment.second_chance", how="closed form", tolerance="0")
+@pytest.mark.parametrize(
+    ("texts", "attempts", "rewards"),
+    [
+        (("x",), 2, [1.0]),
+        (("y", "x"), 2, [0.0, 0.5]),
+        (("y", "z"), 2, [0.0, 0.0]),
+        (("y", "z", "x"), 3, [0.0, 0.0, 0.25]),
+    ],
+)
+def test_attempt_k_is_worth_decay_to_the_k_if_it_is_right(texts, attempts, rewards):
+    chosen = load_plugin("environment", "second_chance", attempts=attempts, decay=0.5)
+    found = play(chosen, Says(texts=texts), columns={"answer": ["x"]}).completions.columns
+    assert found["episode/turn_rewards"] == [rewards]
+    assert found["episode/attempts"] == [len(rewards)]

@@ -1,0 +1,104 @@
+"""Settings of environments, in episodes with an engine that says the same at every call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_rlhf import load_plugin
+from hf_rlhf.axes import Model, Task
+from hf_rlhf.testing import rollouts
+from hf_rlhf.training.environments.episode import EnvironmentFailure
+from tests.contract.setting_effects.base import EFFECTS, SettingEffect
+from tests.helpers.environments import Played1, Says, play
+
+
+async def endless(task: Task, model: Model) -> float:
+    messages = list(task.messages)
+    while True:
+        messages += [await model(messages), {"role": "user", "content": "c"}]
+
+
+async def fails(task: Task, model: Model) -> float:
+    await model(task.messages)
+    raise RuntimeError
+
+
+async def slow(task: Task, model: Model) -> float:
+    await model(task.messages)
+    await asyncio.sleep(0.2)
+    return 1.0
+
+
+def rows(function: Callable[..., Any], setting: str) -> Callable[[Path, Any], Any]:
+    """What becomes of three episodes of a function."""
+
+    def show(folder: Path, value: Any) -> Any:
+        engine = Says()
+        try:
+            found = play(Played1(function=function, **{setting: value}), engine, group=3, columns={"kind": ["talk"]})
+        except EnvironmentFailure as error:
+            return str(error)
+        return found.completions.ids, found.completions.columns, [generations for _, generations in engine.calls]
+
+    return show
+
+
+EFFECTS |= {
+    "environment.when": SettingEffect({"kind": "talk"}, {"kind": "other"}, rows(endless, "when")),
+    "environment.max_turns": SettingEffect(8, 2, rows(endless, "max_turns")),
+    "environment.max_tokens": SettingEffect(4096, 9, rows(endless, "max_tokens")),
+    "environment.max_live": SettingEffect(None, 2, rows(endless, "max_live")),
+    "environment.timeout": SettingEffect(60.0, 0.05, rows(slow, "timeout")),
+    "environment.on_error": SettingEffect("none", "raise", rows(fails, "on_error")),
+}
+
+
+def second_chance(setting: str) -> Callable[[Path, Any], Any]:
+    """Rewards and conversation of an episode in which a later answer is right."""
+
+    def show(folder: Path, value: Any) -> Any:
+        columns = {"answer": ["x"], "other": ["y"]}
+        found = play(
+            load_plugin("environment", "second_chance", **{setting: value}),
+            Says(texts=("y", "z", "x")),
+            columns=columns,
+        )
+        return found.completions.columns, found.messages
+
+    return show
+
+
+for setting, first, second in (
+    ("attempts", 2, 3),
+    ("column", "answer", "other"),
+    ("says", "no {prompt}", "wrong"),
+):
+    EFFECTS[f"environment.second_chance.{setting}"] = SettingEffect(first, second, second_chance(setting))
+
+
+def decayed(folder: Path, decay: float) -> Any:
+    chosen = load_plugin("environment", "second_chance", attempts=3, decay=decay)
+    return play(chosen, Says(texts=("y", "z", "x")), columns={"answer": ["x"]}).completions.columns
+
+
+EFFECTS["environment.second_chance.decay"] = SettingEffect(0.5, 0.25, decayed)
+
+
+def turns(folder: Path, name: str) -> Any:
+    return play(load_plugin("environment", name), columns={"answer": ["x"]}).completions.columns["episode/turn_ends"]
+
+
+EFFECTS["environment.echo"] = SettingEffect("echo", "second_chance", turns)
+
+
+def scores(folder: Path, name: str) -> Any:
+    """Scores of rows that an environment gave other rewards than their text."""
+    columns = {"answer": ["no"] * 4, "episode/reward": [0.5] * 4}
+    columns |= {"episode/turn_rewards": [None] * 4, "episode/turn_ends": [[0]] * 4}
+    return load_plugin("rewards", name)(rollouts(columns=columns))
+
+
+EFFECTS["rewards.episode"] = SettingEffect("episode", "exact_match", scores)
