@@ -14,7 +14,7 @@ ECHO = [{"use": "echo", "max_tokens": 16}]
 TWICE = [{"use": "second_chance", "max_tokens": 32, "says": "no {prompt}"}]
 
 
-@pytest.mark.proves("environment.echo", how="bit-identical to single-turn GRPO", tolerance="0")
+@pytest.mark.proves("environment.echo", how="parity", tolerance="0")
 @pytest.mark.parametrize(
     "parts",
     [
@@ -48,7 +48,7 @@ def test_log_probs_of_sampler_and_trainer_agree_over_several_turns(tmp_path: Pat
     for entry in found:
         assert entry["environment/turns/mean"] > 1.5
         assert entry["environment/tokens/mean"] > 1
-        assert entry["rollout/logp_gap/max"] <= 2e-5
+        assert entry["rollout/sampler_gap/max"] <= 2e-5
 
 
 @pytest.mark.parametrize(
