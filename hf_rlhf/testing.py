@@ -217,7 +217,7 @@ _rollouts = rollouts
 def _rollouts_for(plugin: RewardSource) -> Rollouts:
     """Return small `Rollouts` with the columns that the source reads, the text 5 in each row, and those of episodes."""
     names = {"answer", *getattr(plugin, "columns", set)()}
-    episodes = {
+    episodes: dict[str, list[Any]] = {
         "episode/reward": [1.0, 0.0, None, 0.5],
         "episode/turn_rewards": [None] * 4,
         "episode/turn_ends": [[0]] * 4,
