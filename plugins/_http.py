@@ -88,9 +88,11 @@ class Endpoint:
         max_wait: float,
         at_a_time: int | None,
         per_minute: float | None = None,
+        largest: int | None = None,
     ) -> None:
-        self._settings = (url, timeout, retries, max_wait, at_a_time, per_minute)
-        self.url, self.timeout, self.retries, self.max_wait, self.at_a_time, self.per_minute = self._settings
+        self._settings = (url, timeout, retries, max_wait, at_a_time, per_minute, largest)
+        self.url, self.timeout, self.retries, self.max_wait, self.at_a_time, self.per_minute = self._settings[:6]
+        self.largest = largest or LARGEST
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self._lock = threading.Lock()
         self._next = 0.0
@@ -153,8 +155,8 @@ class Endpoint:
         received = bytearray()
         async for chunk in response.aiter_bytes():
             received += chunk
-            if len(received) > LARGEST:
-                raise HttpError(f"{self.url}: the answer exceeds {LARGEST >> 20} MiB")
+            if len(received) > self.largest:
+                raise HttpError(f"{self.url}: the answer exceeds {self.largest >> 20} MiB")
         return bytes(received)
 
     def _read(self, response: httpx.Response, received: bytes) -> Any:

@@ -23,7 +23,9 @@ read in its source.
 
 {table}
 
-There is no row 47, an inference server that is down: rollouts are generated in the training process.
+Row 47, an inference server that is down, slow, started again or answers half, is tried with [vLLM](vllm.md) and not here:
+tests/integration/test_engine_weights.py and tests/unit/plugins/test_vllm.py with a server that speaks as vLLM does,
+tests/engine/test_vllm.py with a real one that is killed.
 """
 
 

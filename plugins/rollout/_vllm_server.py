@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 TRIES = 3
 """Requests for a completion while its answer is incomplete, or from other weights than were sent."""
+LARGEST = 1 << 30
+"""Maximum bytes of an answer; a token takes about 130."""
 GENERATE, RPC, VERSION = "/inference/v1/generate", "/collective_rpc", "/update_weight_version"
 DEVELOPMENT = ("/server_info", RPC, "/pause", "/resume", VERSION)
 """Routes that only vLLM's development mode has."""
@@ -87,7 +89,8 @@ class Server:
         """Post JSON; transient failures are retried. Raises `HttpError` with what the server said."""
         with self._lock:
             endpoint = self._endpoints.setdefault(
-                path, Endpoint(self.url + path, self.timeout, self.retries, self.max_wait, self.at_a_time)
+                path,
+                Endpoint(self.url + path, self.timeout, self.retries, self.max_wait, self.at_a_time, largest=LARGEST),
             )
         return await endpoint.post(body, self.headers)
 

