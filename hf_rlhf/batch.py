@@ -8,6 +8,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         masks             n lists of 0/1        1 on tokens the policy sampled, 0 on those of tools or an environment; None: all 1
         finish_reasons    n of "stop"/"length"  "length": truncated at max_new_tokens
         logps             n lists of float      log-probs as the sampler reports them, or None
+        routed_experts    None                  reserved for the experts that the sampler's routers chose
         exact             bool                  logps equal the trainer's up to rounding: they are not computed again
         columns           name -> n values      beside those of the dataset; an environment's are `episode/<name>`
         episodes          n of int or None      the episode of each row; None: each row is one
@@ -90,6 +91,8 @@ class Completions:
     masks: list[list[int]] | None = None
     finish_reasons: list[str]
     logps: list[list[float]] | None = None
+    routed_experts: None = None
+    """Reserved: the experts that the sampler's routers chose. Must be None."""
     exact: bool = False
     columns: dict[str, list[Any]] = field(default_factory=dict)
     episodes: list[int] | None = None

@@ -39,6 +39,7 @@ CORE_PROVIDES = frozenset(
     {
         *("old_logps", "groups", "group_ids", "greedy", "scores", "total_score", "completion_ids", "advantages"),
         *("selected", "entropy", "old_entropy", "sum_sq_probs", "full_distribution", "double_backward", "adapter"),
+        *("router_logits", "routing_fractions"),
         "plain_weights",
     }
 )

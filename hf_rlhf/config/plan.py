@@ -165,7 +165,11 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
         plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
     if "ref_logps" in a.needs:
         plan.forwards.append(f"reference over {rows} rows, without gradient")
-    more = {"sum_sq_probs": "squared probabilities", "old_entropy": "entropy"}
+    more = {
+        "sum_sq_probs": "squared probabilities",
+        "old_entropy": "entropy",
+        "routing_fractions": "the experts of each token",
+    }
     if (read := [what for name, what in more.items() if name in a.needs]) and not forward:
         plan.forwards.append(f"policy over {rows} rows, without gradient: {', '.join(read)}")
     if "greedy" in a.needs:

@@ -37,6 +37,8 @@ SOURCES = {"score": ("reward", 1.0), "style": ("style", 0.5)}
 """Tensor -> its reward source and weight."""
 PLACES = frozenset({"reward", "loss", "advantage"})
 VOCABULARY = 5
+ROUTERS = (2, 3)
+"""Layers and experts."""
 
 
 def draw_tensors(
@@ -93,7 +95,10 @@ def draw_tensors(
         "log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
         "ref_log_probs": (2 * draw(rows, length, VOCABULARY)).log_softmax(-1),
         "old_entropy": draw(rows, length),
+        "router_logits": 2 * draw(rows, length, *ROUTERS),
     }
+    fractions = 2 * draw(*ROUTERS).softmax(-1)  # two experts per token
+    tensors["routing_fractions"] = fractions.expand(rows, length, *ROUTERS)
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
 

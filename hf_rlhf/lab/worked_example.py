@@ -85,8 +85,9 @@ def inputs() -> dict[str, Tensor]:
 
 
 def work(algorithm: Algorithm) -> WorkedExample:
-    """Compute one optimizer step on the example with the algorithm's plugins."""
-    t, a = inputs(), algorithm
+    """Compute one optimizer step on the example with the algorithm's plugins, but terms on experts: its policy has none."""
+    terms = [term for term in algorithm.loss_terms if "router_logits" not in term.needs]
+    t, a = inputs(), replace(algorithm, loss_terms=terms)
     scored, total = _scored(a, t)
     rows = _kept(a, scored, torch.arange(len(t["mask"])), after=False)
     part = _rows(scored, rows)

@@ -64,6 +64,7 @@ GIVEN: dict[str, Given] = {
     "kl_loss": Given("with that placement in the loss", lambda a: bool(a.kl_in("loss"))),
     "beta": Given("with a placement that has a `beta`", lambda a: any(hasattr(kl, "controller") for kl in a.kl)),
     "clamp": Given("if `clamp` of that placement is set", lambda a: any(kl.clamp is not None for kl in a.kl)),
+    "routing": Given("if something reads routing fractions", lambda a: "routing_fractions" in a.needs),
     "terms": Given("with that term", lambda a: bool(a.loss_terms)),
     "filters": Given("with that filter", lambda a: bool(a.filters)),
     "verifier": Given("with a verifier", lambda a: any(source.verifier for source in a.rewards)),

@@ -48,6 +48,22 @@ RUNNING: tuple[CoreMetric, ...] = (
     core(ROLLOUTS, "rollout/is_ratio/zero_frac", "share of tokens", "where it is 0", "correction"),
     core(
         ROLLOUTS,
+        "routing/max_load",
+        "times the mean",
+        "tokens that go to the busiest expert of any layer; 1 where all experts have as many",
+        "routing",
+        unhealthy="Grows: the router collapses onto few experts; raise `coef` of the loss term `router_balance`.",
+    ),
+    core(ROLLOUTS, "routing/min_load", "times the mean", "those of the idlest", "routing"),
+    core(
+        ROLLOUTS,
+        "routing/entropy",
+        "share of the most",
+        "entropy of the routing fractions, mean over layers; 1 where all experts have as many tokens",
+        "routing",
+    ),
+    core(
+        ROLLOUTS,
         "rollout/prompts_drawn",
         "prompts",
         "drawn for a rollout, those that resampling filters asked for included",

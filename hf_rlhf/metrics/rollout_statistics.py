@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.batch import Credit, Scored
+from hf_rlhf.modeling.router import ROUTED
 
 Put = Callable[[str, float], None]
 """(name, number that is equal on every process)."""
@@ -91,7 +92,7 @@ def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
 
 
 def report_drift(put: Put, table: dict[str, Tensor]) -> None:
-    """Log the mean k1 to the reference over the rollout and the gap between sampler and trainer, if both are known."""
+    """Log the mean k1 to the reference, the gap between sampler and trainer, and the loads of experts, where they are known."""
     mask = table["mask"]
     put("rollout/rows", len(mask))
     if not len(mask):
@@ -105,6 +106,12 @@ def report_drift(put: Put, table: dict[str, Tensor]) -> None:
         gap = ((table["old_logps"] - table["sampler_logps"]) * mask).abs()
         found["rollout/sampler_gap/mean"] = gap.sum() / mask.sum().clamp(min=1)
         found["rollout/sampler_gap/max"] = gap.max()
+    if ROUTED in table:
+        loads = table[ROUTED].sum(0)
+        loads = loads / loads.mean(1, keepdim=True)
+        found["routing/max_load"], found["routing/min_load"] = loads.max(), loads.min()
+        shares = loads / loads.size(1)
+        found["routing/entropy"] = -torch.special.xlogy(shares, shares).sum(1).mean() / math.log(loads.size(1))
     for name, number in _read(found).items():
         put(name, number)
 

@@ -105,18 +105,21 @@ class ActorCritic(nn.Module):
         entropy: bool = False,
         sum_sq_probs: bool = False,
         values: bool = False,
+        router_logits: bool = False,
         measures: Mapping[str, Measure] | None = None,
         derivative: Derivative | None = None,
         temperature: float | None = None,
     ) -> dict[str, Tensor]:
         """Return those of `logps`, `entropy` (nats), `sum_sq_probs`, `values` and the `measures` of whole distributions that are
-        wanted, each (B, T) and 0 off the mask. With a `derivative` (see `modeling.lm_head.score`) also `loss`, a scalar."""
+        wanted, each (B, T) and 0 off the mask, and `router_logits` (B, T, L, E), of L
+        routers for E experts. With a `derivative` (see `modeling.lm_head.score`) also `loss`, a scalar."""
         flat: dict[str, Tensor] = {}
         on_trunk = values and self.critic is not None and bool(getattr(self.critic, "on_trunk", False))
         states: Tensor | None = None
         distributions = logps or entropy or sum_sq_probs or bool(measures)
-        if distributions or on_trunk:
-            states, head = sampled_states(self.policy, batch)
+        routers: list[Tensor] | None = [] if router_logits else None
+        if distributions or on_trunk or router_logits:
+            states, head = sampled_states(self.policy, batch, routers)
             if distributions:
                 wanted = TokenStatistics(entropy=entropy, sum_sq_probs=sum_sq_probs)
                 heat = self.temperature if temperature is None else temperature
@@ -129,19 +132,22 @@ class ActorCritic(nn.Module):
                     "a value head needs a policy that is a trunk with a linear head. Set critic.use=separate"
                 )
             flat["values"] = at_least_float32(self.critic(batch, states if on_trunk else None))
+        flat |= {} if routers is None else {"router_logits": routers[0]}
         return {name: x if name == "loss" else batch.place(x) for name, x in flat.items()}
 
 
-def sampled_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def sampled_states(
+    model: Any, batch: TokenBatch, routers: list[Tensor] | None = None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return hidden states (n, H) at the token before each sampled one, and the function from them to logits (n, V).
 
-    For a model that is more than trunk and head: its logits (n, V), and the identity.
+    For a model that is more than trunk and head: its logits (n, V), and the identity. `routers` as in `TokenBatch.states`.
     """
     parts = _parts(model)
     if parts is None:
-        return batch.logits(model), lambda logits: logits
+        return batch.logits(model, routers), lambda logits: logits
     trunk, head = parts
-    return batch.states(trunk), head
+    return batch.states(trunk, routers), head
 
 
 def distributions(model: Any, batch: TokenBatch, temperature: float) -> Tensor:

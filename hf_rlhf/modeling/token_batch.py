@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_rlhf.modeling.attention import RecordingLayout, attend, attention_refusal, drops_attention, hidden_window
 from hf_rlhf.modeling.lm_head import at_least_float32
 from hf_rlhf.modeling.packing import FlexPacked, Packed
+from hf_rlhf.modeling.router import router_logits
 
 logger = logging.getLogger(__name__)
 
@@ -105,26 +106,39 @@ class TokenBatch:
         before = torch.where(columns == 0, lasts[rows], starts[rows] + columns - 1)
         return layout, before.to(self.device)
 
-    def states(self, trunk: nn.Module) -> Tensor:
-        """Return the trunk's last hidden states (n, H) at the token before each sampled one."""
+    def states(self, trunk: nn.Module, routers: list[Tensor] | None = None) -> Tensor:
+        """Return the trunk's last hidden states (n, H) at the token before each sampled one.
+
+        The logits (n, L, E) of its L routers there are added to `routers`, if it is given.
+        """
+        more = {} if routers is None else {"output_router_logits": True}
         if self.attention != "padded" and packs(trunk, self.attention):
             layout, before = self.packed
             with attend(trunk, layout) as keywords:
-                hidden = trunk(
-                    input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords
-                ).last_hidden_state
+                output = trunk(
+                    input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords, **more
+                )
         else:
             input_ids, before = self.padded
-            hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+            output = trunk(input_ids=input_ids, use_cache=False, **more)
+        if routers is not None:
+            routers.append(router_logits(trunk, output, before))
+        hidden: Tensor = output.last_hidden_state
         return hidden.flatten(0, 1).index_select(0, before)
 
-    def logits(self, model: Any) -> Tensor:
-        """Return the model's own logits (n, V) in float32 or better, for models that are more than trunk and head."""
+    def logits(self, model: Any, routers: list[Tensor] | None = None) -> Tensor:
+        """Return the model's own logits (n, V) in float32 or better, for models that are more than trunk and head; `routers` as
+        in `states`."""
         input_ids, before = self.padded
         length = input_ids.size(1)
         keep = length - int((before % length).min()) if len(before) else 1
         kwargs: dict[str, Any] = {"logits_to_keep": keep} if _accepts(model, "logits_to_keep") else {}
-        logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits
+        if routers is not None:
+            kwargs["output_router_logits"] = True
+        output = model(input_ids=input_ids, use_cache=False, **kwargs)
+        if routers is not None:
+            routers.append(router_logits(model, output, before))
+        logits = output.logits
         kept = before % length - (length - logits.size(1))
         return at_least_float32(logits[before // length, kept])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +17,34 @@ if TYPE_CHECKING:
 def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the rows of every process, in the order of the processes.
 
-    `wide` holds (n, T) and `narrow` (n,) tensors of this process, where n and T differ between processes; the result
-    holds (N, T) and (N,), with T the longest. Dtypes are kept. Three collectives.
+    `wide` holds (n, T) and `narrow` (n, ...) tensors of this process, where n and T differ between processes; the result
+    holds (N, T) and (N, ...), with T the longest. Dtypes are kept. Three collectives.
     """
     if accelerator.num_processes == 1:
         return {**wide, **narrow}
     first = next(iter(wide.values()))
     shapes = accelerator.gather(torch.tensor([list(first.shape)], device=accelerator.device)).tolist()
     n, t = max(s[0] for s in shapes), max(s[1] for s in shapes)
-    stacks = {
-        "wide": torch.stack(
-            [functional.pad(x.to(_number(wide)), (0, t - x.size(1), 0, n - x.size(0))) for x in wide.values()]
-        ),
-        "narrow": torch.stack([functional.pad(x.double(), (0, n - x.size(0))) for x in narrow.values()]),
-    }
+    stack = torch.stack(
+        [functional.pad(x.to(_number(wide)), (0, t - x.size(1), 0, n - x.size(0))) for x in wide.values()]
+    )
+    pieces = accelerator.gather(stack.to(accelerator.device).unsqueeze(0))
     gathered: dict[str, Tensor] = {}
-    for name, parts in (("wide", wide), ("narrow", narrow)):
-        pieces = accelerator.gather(stacks[name].to(accelerator.device).unsqueeze(0))
-        for k, (key, like) in enumerate(parts.items()):
-            rows = torch.cat([pieces[rank, k, : shapes[rank][0]] for rank in range(len(shapes))])
-            gathered[key] = rows.to(like.dtype)
+    for k, (key, like) in enumerate(wide.items()):
+        rows = torch.cat([pieces[rank, k, : shapes[rank][0]] for rank in range(len(shapes))])
+        gathered[key] = rows.to(like.dtype)
+    flat = torch.cat([_flat(x) for x in narrow.values()], 1)
+    pieces = accelerator.gather(functional.pad(flat, (0, 0, 0, n - len(flat))).to(accelerator.device).unsqueeze(0))
+    rows = torch.cat([pieces[rank, : shapes[rank][0]] for rank in range(len(shapes))])
+    parts = rows.split([math.prod(x.shape[1:]) for x in narrow.values()], 1)
+    for (key, like), part in zip(narrow.items(), parts, strict=True):
+        gathered[key] = part.reshape(-1, *like.shape[1:]).to(like.dtype)
     return gathered
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return (n, ...) as (n, k), in float64."""
+    return x.double().flatten(1) if x.dim() > 1 else x.double().unsqueeze(1)
 
 
 def _number(tensors: dict[str, Tensor]) -> torch.dtype:

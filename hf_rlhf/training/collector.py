@@ -19,6 +19,7 @@ from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.rollout_statistics import SCORED, given_totals, report_credit, report_drift, report_rewards
 from hf_rlhf.modeling.policy import ActorCritic, Policy
+from hf_rlhf.modeling.router import ROUTED
 from hf_rlhf.runtime.background import run_in_thread
 from hf_rlhf.runtime.distributed import gather_rows
 from hf_rlhf.runtime.seeding import seeded
@@ -31,7 +32,7 @@ from hf_rlhf.training.logprobs import Forwards, Prompts
 from hf_rlhf.training.losses import ROWS, at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
 from hf_rlhf.training.references import scores_of
-from hf_rlhf.training.rollout_buffer import SELECTS_BY, Buffer, Collected, selection
+from hf_rlhf.training.rollout_buffer import Buffer, Collected, kept_for_steps, selection
 from hf_rlhf.training.sampling import Place, Sampling
 
 if TYPE_CHECKING:
@@ -243,6 +244,8 @@ class Collector:
         narrow |= {f"given:{x}": given[x].to(device, self.dtype) for x in scores if self.normalizer.changes(x)}
         if greedy is not None:
             narrow["greedy"] = greedy.to(device, self.dtype)
+        if ROUTED in rows:
+            narrow[ROUTED] = rows.pop(ROUTED)
         wide = {name: x for name, x in rows.items() if x.dim() == 2} | {"token_rewards": token_rewards}
         if "completion_ids" in self.algorithm.needs:
             wide["completion_ids"] = _padded(rollouts.completion_ids, torch.long).to(device)
@@ -358,7 +361,7 @@ class Collector:
             mask=table["mask"].bool(),
             group_ids=table["group_ids"],
             total_score=table["total"],
-            table={name: table[name] for name in SELECTS_BY if name in table} if a.policy_loss.selects_per_step else {},
+            table={name: table[name] for name in kept_for_steps(a) if name in table},
             extra={"texts": collected.texts, "numbers": self._numbers(collected)},
         )
 

@@ -22,6 +22,10 @@ def check_completions(algorithm: Algorithm, completions: Completions, rows: int,
             f"rollout={name} returned empty completions in rows {empty}. A completion holds at least one token; the "
             "end-of-sequence token counts"
         )
+    if completions.routed_experts is not None:
+        raise ValueError(
+            f"rollout={name} returned routed_experts, which are reserved: no version reads them yet. Leave them out"
+        )
     for what in ("masks", "logps"):
         for i, values in enumerate(getattr(completions, what) or ()):
             if len(values) != len(completions.ids[i]):

@@ -16,6 +16,7 @@ from hf_rlhf.config.references import RECIPE, keyed
 from hf_rlhf.modeling.lm_head import Measure
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.reference import ReferencePolicy
+from hf_rlhf.modeling.router import ROUTED, experts_of_rows, experts_per_token
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.micro_batches import Batching
@@ -58,7 +59,8 @@ class Forwards:
         self, rollouts: Rollouts, mask: Tensor, sampled: Tensor | None = None, prompts: Prompts | None = None
     ) -> dict[str, Tensor]:
         """Return name -> (n, T), 0 off the mask: old_logps, old_entropy, sum_sq_probs, values, ref_logps, KLs over whole
-        distributions; and (n, T, k) of a reference's likeliest tokens.
+        distributions; (n, T, k) of a reference's likeliest tokens; and `ROUTED`, (n, L, E): the tokens of each row that go to
+        each of E experts of L routers.
 
         `sampled` (n, T) are the sampler's log-probs, which serve as the old ones if `takes_old_logps`.
         """
@@ -72,6 +74,7 @@ class Forwards:
             "values": "values" in a.needs,
             "entropy": "old_entropy" in a.needs,
             "sum_sq_probs": "sum_sq_probs" in a.needs,
+            "router_logits": "routing_fractions" in a.needs,
         }
         results |= rows_of_kls(a, rollouts, mask)
         return results | self._run(rollouts, mask, wanted, prompts or {}, late=False)
@@ -101,6 +104,10 @@ class Forwards:
                         scores, of_key = self.references.score(key, own, compared=True)
                         kept, measures = kept | scores, measures | of_key
                     found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures or None)
+                if "router_logits" in found:
+                    chosen = experts_per_token(self.actor_critic.policy.config)
+                    on = batch.place(torch.ones_like(batch.targets))
+                    found[ROUTED] = experts_of_rows(found.pop("router_logits"), on, chosen)
                 return kept | found
 
             with self.phases.forward(critic=wanted["values"], references=self.references.labels(compared)):
@@ -152,6 +159,9 @@ class Forwards:
             width = max(len(completions[i]) for i in part)
             rows = self.batching.batch([prompts[i] for i in part], [completions[i] for i in part], mask[part, :width])
             for name, x in forward(rows, part).items():
+                if name == ROUTED:
+                    results.setdefault(name, x.new_zeros((len(mask), *x.shape[1:])))[part] = x
+                    continue
                 kind = mask.dtype if x.is_floating_point() else torch.int32
                 empty = mask.new_zeros((*mask.shape, *x.shape[2:]), dtype=kind)
                 results.setdefault(name, empty)[part, :width] = x.to(kind)

@@ -8,18 +8,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.model_loading import ModelError, load_config
 from hf_rlhf.modeling.causality import future_seen
+from hf_rlhf.modeling.router import experts
+from hf_rlhf.registry.host import get_host
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+BALANCE = "router_balance"
+"""Loss term of every mixture of experts whose configuration has a coefficient for it."""
 UNDERFLOW = "small gradients, their squares and Adam's epsilon underflow in float16"
 FIX = "bfloat16, or float32 (training.bf16=true then computes in bfloat16)"
 OTHER_MODALITY = re.compile("image|video|audio")
@@ -64,6 +70,27 @@ def dtype_remarks(dtype: str | None, lora: bool, args: TrainingArguments, config
         f"training.learning_rate={args.learning_rate:g}, about the size of Adam's updates, weights with a standard deviation of "
         f"{std:g} lose {least:.1%} to {most:.1%} of them. Set model.dtype=float32 with training.bf16=true, which keeps them"
     )
+
+
+def with_router_balance(algorithm: Algorithm, config: Any) -> Algorithm:
+    """Return the algorithm with the load-balancing loss of a mixture of experts whose configuration has a coefficient.
+
+    The recipe's own term is left as it is; without the plugin (`-p no:loss_terms.router_balance`) nothing is added.
+    """
+    host = get_host()
+    named = any(term.name == BALANCE for term in algorithm.loss_terms)
+    if config is None or not experts(config) or named or BALANCE not in host.names("loss_terms"):
+        return algorithm
+    plugin: Any = host.get("loss_terms", BALANCE)
+    return replace(algorithm, loss_terms=[*algorithm.loss_terms, plugin()]) if plugin.coefficient(config) else algorithm
+
+
+def router_problems(algorithm: Algorithm, config: Any) -> Iterator[str]:
+    """Yield which plugins need the routers of a model that has none."""
+    if config is not None and not experts(config):
+        for path, plugin in algorithm.plugins():
+            if plugin.needs & {"router_logits", "routing_fractions"}:
+                yield f"{path}={plugin.name} needs a mixture of experts, and the model is dense: remove it"
 
 
 def lost_share(update: float, std: float, bits: int) -> float:

@@ -18,6 +18,7 @@ from hf_rlhf.axes import TextTerm, check_output
 from hf_rlhf.batch import Scored
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.references import keyed
+from hf_rlhf.modeling.router import ROUTED
 from hf_rlhf.runtime.seeding import permutation
 from hf_rlhf.training.micro_batches import Batching
 
@@ -125,7 +126,7 @@ class Buffer:
     group_ids: Tensor
     total_score: Tensor
     table: dict[str, Tensor] = field(default_factory=dict)
-    """Columns of all rows, (N, T), that the policy loss selects tokens by in each step."""
+    """Columns of all rows that are read in each step: those of `kept_for_steps`."""
     prompts: dict[str, list[list[int]]] = field(default_factory=dict)
     """As in `Collected`."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -169,8 +170,8 @@ class Buffer:
             "weights": check_output("aggregation", aggregation, found, mask),
             "value_weights": mask / mask.sum().clamp(min=1),
         }
-        if self.table:
-            known = {name: x[step] for name, x in self.table.items()}
+        known = {name: x[step] for name, x in self.table.items()}
+        if algorithm.policy_loss.selects_per_step:
             weights["selected"] = selection(algorithm.policy_loss, {**known, "mask": mask})
         for i, term in enumerate(algorithm.loss_terms):
             if not isinstance(term, TextTerm):
@@ -184,10 +185,15 @@ class Buffer:
         if algorithm.skips_rows_without_advantage:
             learned &= ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1)
         rows = [row for row, learns in enumerate(learned.tolist()) if learns]
-        if not rows:
-            return [self._empty(weights, batching)]
-        parts = batching.cut(rows, self.prompt_ids, self.completion_ids)
-        return [self._micro_batch(part, mine, weights, batching) for part in parts]
+        parts = batching.cut(rows, self.prompt_ids, self.completion_ids) if rows else []
+        micros = [self._micro_batch(part, mine, weights, batching) for part in parts] or [
+            self._empty(weights, batching)
+        ]
+        if ROUTED in known:
+            fractions = known[ROUTED].to(mask.dtype).sum(0) / mask.sum().clamp(min=1)
+            for micro in micros:  # a view of the same numbers for each token
+                micro["routing_fractions"] = fractions.expand(*micro["mask"].shape, *fractions.shape)
+        return micros
 
     def _micro_batch(
         self, rows: list[int], mine: Tensor, weights: dict[str, Tensor], batching: Batching
@@ -208,8 +214,13 @@ class Buffer:
         """Return a micro-batch of one row without a sampled token."""
         zero = self.rows["mask"].new_zeros((1, 1))
         batch = batching.batch([[batching.pad]], [[batching.pad]], zero)
-        zeros = {name: x.new_zeros((1, 1, *x.shape[2:])) for name, x in self.rows.items()}
-        return {**zeros, **dict.fromkeys(weights, zero), "total_score": zero[0], "batch": batch}
+        zeros = {name: x.new_zeros((1, 1, *x.shape[2:])) for name, x in (self.rows | weights).items()}
+        return {**zeros, "total_score": zero[0], "batch": batch}
+
+
+def kept_for_steps(algorithm: Algorithm) -> tuple[str, ...]:
+    """Return the columns of the table that the buffer keeps, for what is computed over the rows of each optimizer step."""
+    return (*(SELECTS_BY if algorithm.policy_loss.selects_per_step else ()), ROUTED)
 
 
 def selection(loss: Any, table: Mapping[str, Tensor]) -> Tensor:

@@ -29,6 +29,7 @@ from hf_rlhf.metrics.doctor import as_dict
 from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.modeling.policy import configure_padding
+from hf_rlhf.modeling.saved_form import load_converted
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.checkpoint_state import first_non_finite, save_state
@@ -383,6 +384,13 @@ class RunTrainer(PushingTrainer, ABC):
         """Load the best weights, which are not those of the last border."""
         self.border.forget()
         super()._load_best_model()
+        if self.state.best_model_checkpoint:
+            load_converted(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights by Trainer, and those that it skips."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_converted(self.model, Path(resume_from_checkpoint))
 
     def close(self) -> None:
         """Finish writing, end the runs of trackers, and release what the plugins hold."""

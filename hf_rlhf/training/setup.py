@@ -46,6 +46,8 @@ from hf_rlhf.training.model_checks import (
     dtype_problems,
     dtype_remarks,
     known_model,
+    router_problems,
+    with_router_balance,
 )
 from hf_rlhf.training.offload_checks import offload_problems, offload_remarks, policy_state
 from hf_rlhf.training.plugin_setup import context_of, plugins_here, policy_of, set_up
@@ -166,9 +168,8 @@ def setup_run(
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
     named = None if isinstance(recipe, Algorithm) else recipe
     known = known_model(model_settings, model, trust_remote_code)
-    plan, record = describe(chosen, sections, args, lora, _misfits(model, model_settings, peft_config), named, known)
-    record["run"] = resumable_settings(args, sections, peft_config, chosen)
-    record["name"], record["recipe"] = (None, None) if named is None else (named.name, _as_run(named, model, args))
+    chosen = with_router_balance(chosen, known[0])
+    plan, record = _described(chosen, sections, args, lora, model, peft_config, named, known)
     several = isinstance(evaluation, dict)
     if several:
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
@@ -183,6 +184,9 @@ def setup_run(
     config = getattr(model, "config", None) or load_config(
         model_settings.path, model_settings.revision, trust_remote_code=trust_remote_code
     )
+    if known[0] is None:  # it was not on this machine
+        chosen = with_router_balance(chosen, config)
+        plan, record = _described(chosen, sections, args, lora, model, peft_config, named, (config, known[1]))
     room = prompt_room(config, sections["dataset"], chosen)
     parts = RunComponents(
         algorithm=chosen, sections=sections, plan=plan, record=record, model=None, tokenizer=tokenizer, room=room
@@ -201,6 +205,24 @@ def setup_run(
     parts.model = _adapted(model, peft_config, model_settings, args.seed) if lora else model
     warn_of_ragged_epochs(record["rows"]["train"], chosen.rollout.prompts, args)
     return parts
+
+
+def _described(
+    algorithm: Algorithm,
+    sections: dict[str, Any],
+    args: TrainingArguments,
+    lora: bool,
+    model: Any,
+    peft_config: Any,
+    recipe: Recipe | None,
+    known: tuple[Any, str | None],
+) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan and the whole record of a run."""
+    refused = _misfits(model, sections["model"], peft_config)
+    plan, record = describe(algorithm, sections, args, lora, refused, recipe, known)
+    record["run"] = resumable_settings(args, sections, peft_config, algorithm)
+    record["name"], record["recipe"] = (None, None) if recipe is None else (recipe.name, _as_run(recipe, model, args))
+    return plan, record
 
 
 def _read_rows(parts: RunComponents, train: Any, evaluation: Any) -> int | None:
@@ -222,8 +244,9 @@ def _read_rows(parts: RunComponents, train: Any, evaluation: Any) -> int | None:
 
 def check_recipe(recipe: Recipe, args: TrainingArguments) -> Plan:
     """Return the plan of a recipe without loading a model. Raises `ValueError` with every reason for refusal."""
-    algorithm = recipe.algorithm()
-    known, hidden = known_model(recipe.model), tag_problems_by_name(algorithm, recipe.model)
+    known = known_model(recipe.model)
+    algorithm = with_router_balance(recipe.algorithm(), known[0])
+    hidden = tag_problems_by_name(algorithm, recipe.model)
     plan, _ = describe(algorithm, recipe.sections, args, recipe.model.lora is not None, hidden, recipe, known)
     rows = (None, None, None) if recipe.dataset.path is None else _check_dataset(algorithm, recipe.dataset)
     plan.in_words = in_words(algorithm, recipe.sections, args, None, recipe.model.lora is not None, rows)
@@ -333,6 +356,7 @@ def describe(
     ]
     problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
     problems += [*offload_problems(algorithm, args), *optimizer_problems(args)]
+    problems += router_problems(algorithm, config)
     if config is not None:
         try:
             prompt_room(config, sections["dataset"], algorithm)

@@ -247,6 +247,7 @@ class RLHFTrainer(SavingTrainer):
             inputs["batch"],
             entropy=entropy_is_exact(a, self.parts.logging_settings),
             values=critic is not None,
+            router_logits="router_logits" in a.needs,
             measures=measures or None,
             derivative=derivative(a, inputs) if fused else None,
         )

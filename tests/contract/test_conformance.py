@@ -41,6 +41,7 @@ def count_fives(rollouts: Rollouts) -> list[float]:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "advantages.mix": {"parts": ["group_norm", {"use": "reward_to_go", "gamma": 0.9}], "weights": [0.5, 0.5]},
+    "loss_terms.router_balance": {"coef": 0.1},
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "max_tokens": 64},
     **every.OWN_FUNCTIONS,
     "reference.model": {"path": "{folder}"},

@@ -20,6 +20,7 @@ def specification(plugin: str, folder: Path, **training: Any) -> dict[str, Any]:
         "output_dir": str(folder / "out"),
         "algorithm": every.choices(plugin, folder),
         "update": every.update(plugin),
+        "experts": every.needs_experts(plugin),
         "lora": every.needs_lora(plugin),
         "training": {"max_steps": 8, **training},
     }

@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loss_terms.adaptive_entropy": {"target": 10.0, "coef": 0.05},
     "loss_terms.positive_nll": {"threshold": -0.5},
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "rows": 3, "max_tokens": 64, "coef": 0.1},
+    "loss_terms.router_balance": {"coef": 0.1},
     "policy_loss.trpo_penalty": {"target": 1e-4},
     "reference.model": {"path": "{folder}/teacher"},
     "reference.with_context": {"context": "answer"},
@@ -85,6 +86,11 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
 def update(plugin: str) -> dict[str, int]:
     """Two mini-batches and two epochs, so that ratios leave 1."""
     return {"mini_batches": 2, "epochs": 2}
+
+
+def needs_experts(plugin: str) -> bool:
+    """Whether the policy has to be a mixture of experts."""
+    return plugin == "loss_terms.router_balance"
 
 
 def needs_lora(plugin: str) -> bool:

@@ -22,6 +22,34 @@ def byte_tokenizer(**options):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **options)
 
 
+def tiny_moe(vocab_size=258, kind="Mixtral", dtype=None, **options):
+    """A mixture of four experts, two per token, in three layers; `coef` is in its configuration by default."""
+    import torch
+    import transformers
+
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "router_aux_loss_coef": 0.001,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options})
+    config._experts_implementation = "eager"  # the others have no float64
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    return torch.nn.Module.to(model, dtype or torch.float32).eval()
+
+
 def tiny_llama(**options):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -21,6 +21,7 @@ from hf_rlhf import RLHFTrainer, load_plugin
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.sections import Update
 from hf_rlhf.testing import tiny_policy
+from tests.helpers.models import tiny_moe
 from tests.helpers.paths import environment
 from tests.helpers.processes import ranks, warm
 from tests.helpers.waits import scaled
@@ -90,6 +91,8 @@ def make_trainer(spec: dict[str, Any], callbacks: list[Any] | None = None) -> RL
     spec = {**DEFAULTS, **spec}
     torch.manual_seed(0)
     model, tokenizer = tiny_policy(seed=0, dtype=getattr(torch, spec["dtype"]))
+    if spec.get("experts"):
+        model = tiny_moe(len(tokenizer), dtype=getattr(torch, spec["dtype"]))
     algorithm = make_algorithm({**DEFAULTS["algorithm"], **spec["algorithm"]}, spec["update"])
     training = {
         "max_steps": 8,

@@ -13,7 +13,9 @@ from hf_rlhf.config.algorithm import places
 from hf_rlhf.contract.metric import Metric
 from hf_rlhf.metrics import CORE, EVALUATION, SECTIONS, Named, declared_by, metrics_of, pattern
 from hf_rlhf.registry.host import Host
+from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.trainer import RLHFTrainer
+from tests.helpers.models import tiny_moe
 from tests.helpers.runs import FORMAT, SAMPLED, entries, problems, trained, trainer
 
 NAMED = {"step"}
@@ -85,6 +87,12 @@ def test_a_run_with_everything_logs_what_is_declared(tmp_path):
     check_declared(full)
     logged = {name for entry in full.state.log_history for name in entry}
     assert {"eval_ema/pass@2", "eval_loose/maj@4", "plugin/adaptive_entropy/coef", "kl/in_loss/clamp_frac"} <= logged
+
+
+def test_a_mixture_of_experts_logs_what_is_declared(tmp_path):
+    made = trained(tmp_path, policy=tiny_moe(len(tiny_policy()[1])))
+    check_declared(made)
+    assert "routing/max_load" in {name for entry in made.state.log_history for name in entry}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -118,7 +118,7 @@ def _phases(
     logits = logits_tile(model, sampled)
     readers = ["reference"] * ("ref_logps" in a.needs) + ["critic"] * bool(critic)
     old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
-    if readers or old or a.needs & {"sum_sq_probs", "old_entropy"}:
+    if readers or old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"}:
         largest = sorted(readers, key=lambda part: sum(on_device(part).values()))[-1:]  # one after the other
         yield "forward", on_device(*largest) | {"forward": layer_bytes(model, half, tokens) + logits}
     if any("reward_model" in source.provides for source in a.rewards):

@@ -88,6 +88,16 @@ def step_selection(folder: Path, fraction: float) -> Any:
     return plugin.select(t["old_logps"], t["advantages"], t["mask"], old_entropy=t["old_entropy"])
 
 
+def balance(setting: str) -> Show:
+    def show(folder: Path, value: Any) -> Any:
+        t, term = draw_tensors(), load_plugin("loss_terms", "router_balance", **{"coef": 0.1, setting: value})
+        return term(t["logps"], t["mask"], router_logits=t["router_logits"], routing_fractions=t["routing_fractions"])
+
+    return show
+
+
+for setting, value, other in (("coef", 0.1, 0.2), ("pool", "layer", "model")):
+    EFFECTS[f"loss_terms.router_balance.{setting}"] = SettingEffect(value, other, balance(setting))
 EFFECTS["policy_loss.token_entropy.fraction"] = SettingEffect(0.1, 0.5, step_selection)
 of_loss("token_entropy", "loss", "ppo_clip", {"use": "sapo", "tau_positive": 3.0})
 

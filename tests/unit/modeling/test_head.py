@@ -368,6 +368,7 @@ def far_apart(seed: int, spread: float) -> dict[str, Tensor]:
         "advantages": advantages,
         "mask": mask,
         "selected": (rand() > 0.5).double() * mask,
+        "old_entropy": rand(),
         "sampler_logps": logps + spread * (2 * rand() - 1),
         "total_score": 2 * rand()[:, 0] - 1,
     }
