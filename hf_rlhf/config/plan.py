@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from hf_rlhf.axes import Plugin, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.plan_in_words import memory_in_words
 from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.config.references import base_label, top_k_of
 from hf_rlhf.config.training_arguments import WITHOUT_EFFECT, differences_from_recipe
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import at_path
@@ -126,11 +127,20 @@ def _models(plan: Plan, a: Algorithm, lora: bool, policy_state: bool) -> None:
     away = " and ".join(kept) if a.update.offload else ""
     state = f"; offloaded while completions are sampled and scored: {away}" if away else ""
     plan.models.append("policy: " + ("its adapter is trained, its base is frozen" if lora else "trained") + state)
-    if "ref_logps" in a.provides:
-        readers = ", ".join(f"kl.{kl.name} ({kl.estimator.name}, {kl.level})" for kl in a.kl)
-        moves = ", it moves and is saved with every checkpoint" if a.reference.moves else ""
-        plan.models.append(f"reference={a.reference.name}{_offloaded(a.reference)}{moves}: read by {readers}")
-    else:
+    shown: set[str] = set()
+    for key, use in a.references.items():
+        kls = [
+            f"kl.{kl.label or kl.name} ({kl.estimator.name}, {kl.level})"
+            for title, kl in a.titled("kl")
+            if title in use.readers
+        ]
+        base, label = use.reference.base, base_label(a, use.reference)
+        moves = ", it moves and is saved with every checkpoint" if base.moves else ""
+        shared = f", with the model of {label}" if label in shown else ""
+        readers = ", ".join(kls or [path for path, plugin in a.plugins() if "ref_logps" in plugin.needs])
+        plan.models.append(f"{_path(key)}={use.reference.name}{shared}{_offloaded(base)}{moves}: read by {readers}")
+        shown.add(label)
+    if not a.references:
         plan.skipped.append("reference model: no KL is measured")
     if isinstance(a.critic, TrainedCritic):
         plan.models.append(
@@ -141,6 +151,26 @@ def _models(plan: Plan, a: Algorithm, lora: bool, policy_state: bool) -> None:
     for label, source in zip(a.labels(), a.rewards, strict=True):
         if "reward_model" in source.provides:
             plan.models.append(f"reward model {label}{_offloaded(source)}: scores the completions")
+
+
+def _path(key: str) -> str:
+    """Return the path in a recipe of the reference with this key."""
+    return f"kl.{key}.reference" if key else "reference"
+
+
+def _reference_forwards(a: Algorithm, rows: int) -> Iterator[str]:
+    """Yield the forwards of the references."""
+    for key, use in a.references.items():
+        who = f"{_path(key)} over" if key else "reference over"
+        if use.in_rollout:
+            top = f", and its top {use.top_k} tokens" if use.top_k else ""
+            late = ", after the rewards, whose scores its prompts need" if "scores" in use.reference.needs else ""
+            yield f"{who} {rows} rows, without gradient{top}{late}"
+    for key, use in a.references.items():
+        whole = [f"kl.{title}" for title, kl in use.update if top_k_of(kl) is None]
+        if whole:
+            who = f"{_path(key)} over" if key else "reference over"
+            yield f"{who} {rows * a.update.epochs} rows in the update: whole distributions for {', '.join(whole)}"
 
 
 def _offloaded(plugin: Any) -> str:
@@ -163,8 +193,7 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
         plan.skipped.append("old log-probs: one optimizer step per rollout, so the update's own are the policy's")
     else:
         plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
-    if "ref_logps" in a.needs:
-        plan.forwards.append(f"reference over {rows} rows, without gradient")
+    plan.forwards += _reference_forwards(a, rows)
     more = {
         "sum_sq_probs": "squared probabilities",
         "old_entropy": "entropy",
@@ -174,10 +203,6 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
         plan.forwards.append(f"policy over {rows} rows, without gradient: {', '.join(read)}")
     if "greedy" in a.needs:
         plan.forwards.append(f"greedy completions of {a.rollout.prompts} prompts, and their rewards")
-    for title, _ in a.kl_over_distributions("update"):
-        plan.forwards.append(
-            f"reference over {rows * a.update.epochs} rows in the update: whole distributions for kl.{title}"
-        )
     if isinstance(a.critic, TrainedCritic):
         shared = a.critic.shares_forward
         what = f"values for advantages={a.advantages.name}"

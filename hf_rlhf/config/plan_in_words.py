@@ -82,8 +82,11 @@ def _kl(kl: KLPlacement) -> str:
         facts.insert(0, f"beta {kl.beta:g}")
     if kl.clamp is not None:
         facts.append(f"at most {kl.clamp:g}")
-    facts += [plugin.in_words() for name, plugin in _unusual(kl) if name != "estimator"]
-    return f"KL to the reference {where} ({', '.join(facts)})"
+    if kl.when:
+        facts.append("on rows with " + " and ".join(f"{name} {value}" for name, value in kl.when.items()))
+    facts += [plugin.in_words() for name, plugin in _unusual(kl) if name not in ("estimator", "reference")]
+    other = "the reference" if kl.reference is None else kl.reference.in_words()
+    return f"KL to {other} {where} ({', '.join(facts)})"
 
 
 def _unusual(plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
@@ -99,6 +102,7 @@ def model_in_words(a: Algorithm, settings: Model, name: str | None, adapter: boo
     parts = [_trained(settings, name, adapter)]
     if "ref_logps" in a.needs:
         parts.append(f"reference: {a.reference.in_words()}")
+    parts += [f"reference of kl.{key}: {use.reference.in_words()}" for key, use in a.references.items() if key]
     if isinstance(a.critic, TrainedCritic):
         parts.append(f"critic: {a.critic.in_words()}")
     for label, source in zip(a.labels(), a.rewards, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ Algorithm = Any
 """`hf_rlhf.config.algorithm.Algorithm`, which imports this module."""
 RECIPE = ""
 """Key of the recipe's reference; that of another is the title of the first KL that has it."""
+ROWS = "rows:"
+"""Prefix of the masks (B, T) of KLs that are taken on some rows only."""
 EARLY = frozenset({"reward", "advantage"})
 """Places where a KL enters before the first update."""
 
@@ -95,6 +97,28 @@ def bases_of(a: Algorithm) -> dict[str, Reference]:
 def base_label(a: Algorithm, reference: Reference) -> str:
     """Return the label of the model that a reference scores with."""
     return next(label for label, base in bases_of(a).items() if base == reference.base)
+
+
+def drifts(a: Algorithm) -> dict[str, tuple[str, str]]:
+    """Return title -> (name of its log-probs, name of the mask of its rows) of each KL with a reference of its own of which the
+    log-probs of sampled tokens are known, as those of the policy that rolled out."""
+    keys = {title: key_of(a, kl) for title, kl in a.titled("kl")} if a.readers_of_old_logps else {}
+    return {
+        title: (keyed("ref_logps", key), f"{ROWS}{title}")
+        for title, key in keys.items()
+        if key and "logps" in a.references[key].needs
+    }
+
+
+def statistics_for(a: Algorithm, path: str, observed: Mapping[str, float]) -> Mapping[str, float]:
+    """Return what the plugin at a path observes: below a KL with a reference of its own, `kl/rollout/*` are of that one."""
+    axis, _, place = path.partition(".")
+    title = a.titled("kl")[int(place.partition(".")[0])][0] if axis == "kl" else ""
+    if title not in drifts(a):
+        return observed
+    rest = {name: x for name, x in observed.items() if not name.startswith("kl/rollout/")}
+    own = {name: observed.get(f"kl/{title}/rollout/{name}") for name in ("sequence", "token")}
+    return rest | {f"kl/rollout/{name}": x for name, x in own.items() if x is not None}
 
 
 def reference_problems(a: Algorithm) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_rlhf.axes import AXES
 from hf_rlhf.config.algorithm import places
+from hf_rlhf.config.references import drifts
 from hf_rlhf.contract.metric import Metric, pattern
 from hf_rlhf.metrics.aliases import aliased, entropy_is_exact, named
 from hf_rlhf.metrics.catalog import EVAL, SECTIONS, CoreMetric
@@ -86,6 +87,8 @@ def _expanded(name: str, algorithm: Algorithm) -> Iterator[str]:
         yield from (name.replace("<label>", label) for label, source in sources if source.verifier)
     elif "<label>" in name:
         yield from (name.replace("<label>", label) for label in algorithm.labels())
+    elif "<kl>/rollout/" in name:
+        yield from (name.replace("<kl>", title) for title in drifts(algorithm))
     elif "<kl>" in name:
         for title, kl in algorithm.titled("kl"):
             if _has(name, kl):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hf_rlhf.config.references import bases_of, drifts
 from hf_rlhf.contract.metric import Metric
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _corrects(a: Algorithm) -> bool:
 
 
 def _offloads(a: Algorithm) -> bool:
-    return any(getattr(part, "offload", False) for part in (a.update, a.critic, a.reference))
+    return any(getattr(part, "offload", False) for part in (a.update, a.critic, *bases_of(a).values()))
 
 
 GIVEN: dict[str, Given] = {
@@ -51,6 +52,7 @@ GIVEN: dict[str, Given] = {
     "drift": Given(
         "with old and reference log-probs", lambda a: "ref_logps" in a.needs and bool(a.readers_of_old_logps)
     ),
+    "own_drift": Given("with a reference of that placement's own, and old log-probs", lambda a: bool(drifts(a))),
     "old": Given("if something reads the old log-probs", _old),
     "sampler": Given("if something reads the sampler's log-probs, or it has a copy of the weights", _compares),
     "copy": Given("where the sampler has a copy of the weights", lambda a: not a.rollout.local),

@@ -124,6 +124,14 @@ LEARNING: tuple[CoreMetric, ...] = (
         unhealthy="As `kl/ref`.",
     ),
     core(KL, "kl/rollout/token", "nats per token", "the same per token", "drift"),
+    core(
+        KL,
+        "kl/<kl>/rollout/sequence",
+        "nats per row",
+        "mean k1 to the placement's own reference, summed over each row, over the rows it is taken on",
+        "own_drift",
+    ),
+    core(KL, "kl/<kl>/rollout/token", "nats per token", "the same per token", "own_drift"),
     core(POLICY, "policy/loss", "loss", "the policy loss under the recipe's weights, per optimizer step", when="step"),
     core(
         POLICY,

@@ -91,8 +91,11 @@ def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
         put(name, number)
 
 
-def report_drift(put: Put, table: dict[str, Tensor]) -> None:
-    """Log the mean k1 to the reference, the gap between sampler and trainer, and the loads of experts, where they are known."""
+def report_drift(put: Put, table: dict[str, Tensor], own: Mapping[str, tuple[str, str]]) -> None:
+    """Log the mean k1 to the references over the rollout, the gap between sampler and trainer, and the loads of experts, where known.
+
+    `own`: title of a KL with a reference of its own -> names of its log-probs, and of the mask of the rows that it is taken on.
+    """
     mask = table["mask"]
     put("rollout/rows", len(mask))
     if not len(mask):
@@ -102,6 +105,11 @@ def report_drift(put: Put, table: dict[str, Tensor]) -> None:
         k1 = ((table["old_logps"] - table["ref_logps"]) * mask).sum()
         found["kl/rollout/sequence"] = k1 / len(mask)
         found["kl/rollout/token"] = k1 / mask.sum().clamp(min=1)
+    for title, (logps, rows) in own.items():
+        on = table.get(rows, mask)
+        k1 = ((table["old_logps"] - table[logps]) * on).sum()
+        found[f"kl/{title}/rollout/sequence"] = k1 / (on > 0).any(1).sum()  # NaN, which is not logged, without a row
+        found[f"kl/{title}/rollout/token"] = k1 / on.sum()
     if "old_logps" in table and "sampler_logps" in table:
         gap = ((table["old_logps"] - table["sampler_logps"]) * mask).abs()
         found["rollout/sampler_gap/mean"] = gap.sum() / mask.sum().clamp(min=1)

@@ -35,7 +35,7 @@ OWN_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\Z')
 """The end of a manifest: the SHA-256 of its text with zeros in this place."""
 REQUIRED = {"step": int, "processes": int, "resumable": bool, "algorithm": dict, "run": dict, "files": dict}
 
-FREE = re.compile(r"(update|critic|reference|rewards\.\d+)\.offload")
+FREE = re.compile(r"(update|critic|(kl\.\d+\.)?reference(\.of)?|rewards\.\d+)\.offload")
 """Dotted paths of settings that do not affect results, so that a resumed run may change them."""
 ANY = object()
 """Stands for a value that older checkpoints did not keep."""
@@ -294,13 +294,23 @@ def check_same_run(
         logger.warning("resuming %s with a change that was allowed: %s", folder, line)
     if not blends_away:
         return
-    before, now = (bool(run["algorithm"]["reference"].get("offload")) for run in (manifest, record))
+    before, now = (list(_offloads_references(run["algorithm"])) for run in (manifest, record))
     if before != now:
         logger.warning(
             "reference.offload was %s in %s and is %s now: a CPU may round the reference's average differently from this device, "
             "so the run may differ from the uninterrupted one by rounding",
-            *(str(before).lower(), folder, str(now).lower()),
+            *(_any_of(before), folder, _any_of(now)),
         )
+
+
+def _offloads_references(algorithm: dict[str, Any]) -> Iterator[bool]:
+    """Yield `offload` of the recipe's reference and of those of its KLs."""
+    for chosen in (algorithm["reference"], *(kl.get("reference") for kl in algorithm.get("kl", ()))):
+        yield bool(chosen and (chosen.get("offload") or (chosen.get("of") or {}).get("offload")))
+
+
+def _any_of(offload: list[bool]) -> str:
+    return str(any(offload)).lower()
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:

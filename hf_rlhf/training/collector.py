@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_rlhf.axes import KLController, TrainedCritic, check_output
 from hf_rlhf.batch import Credit, Prompt, Rollouts, Scored
 from hf_rlhf.config.algorithm import Algorithm, places
+from hf_rlhf.config.references import ROWS, drifts, statistics_for
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.rollout_statistics import SCORED, given_totals, report_credit, report_drift, report_rewards
@@ -29,7 +30,7 @@ from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.engine_weights import AwakeEngine
 from hf_rlhf.training.environments.statistics import report_episodes
 from hf_rlhf.training.logprobs import Forwards, Prompts
-from hf_rlhf.training.losses import ROWS, at_last_token, measured, penalty_of
+from hf_rlhf.training.losses import at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
 from hf_rlhf.training.references import scores_of
 from hf_rlhf.training.rollout_buffer import Buffer, Collected, kept_for_steps, selection
@@ -89,7 +90,7 @@ class Collector:
                 parts.append(self._keep(part))
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
-        report_drift(self.meters.put, collected.table)
+        report_drift(self.meters.put, collected.table, drifts(self.algorithm))
         buffer = self._credit(index, collected)
         if self.stream.observed:
             drawn_as, scores = (torch.cat(column).tolist() for column in zip(*self._seen, strict=True))
@@ -107,9 +108,9 @@ class Collector:
         so times are left out."""
         observed = {name: x for name, x in statistics.items() if not name.startswith("time/")}
         observed |= self.meters.since_last_rollout(self.accelerator)
-        for _, plugin in self.algorithm.plugins():
+        for path, plugin in self.algorithm.plugins():
             if plugin is not self.algorithm.sampler:  # it observes rows and their scores
-                plugin.observe(observed)
+                plugin.observe(statistics_for(self.algorithm, path, observed))
         for title, beta in self._betas().items():
             self.meters.put(f"kl/{title}/beta", beta)
         for area, _, plugin in places(self.algorithm):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_rlhf.axes import KLEstimator, KLPlacement, TextTerm, TrainedCritic, check_output
 from hf_rlhf.config.algorithm import Algorithm
-from hf_rlhf.config.references import key_of, keyed
+from hf_rlhf.config.references import ROWS, key_of, keyed
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.modeling.lm_head import Derivative
 
@@ -18,8 +18,6 @@ POLICY_GETS = frozenset({"old_logps"})
 ESTIMATOR_GETS = frozenset({"ref_logps"})
 DISTRIBUTION = "distribution:"
 """Prefix of the (B, T) tensors from KL estimators over whole distributions."""
-ROWS = "rows:"
-"""Prefix of the masks (B, T) of KLs that are taken on some rows only."""
 MEASURED = frozenset({"loss", "approx_kl", "ratio", "entropy", "grad_norm"})
 """Names under `policy/` that are measured for every policy loss."""
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from hf_rlhf.axes import Reference, check_output
 from hf_rlhf.batch import ReferenceRows, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
-from hf_rlhf.config.references import base_label, bases_of, keyed, top_k_of
+from hf_rlhf.config.references import ROWS, base_label, bases_of, keyed, top_k_of
 from hf_rlhf.modeling.lm_head import Measure
 from hf_rlhf.modeling.reference import DISTRIBUTIONS, ReferencePolicy, Scorer, measures_of, measures_of_top
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.scoring.answers import Answer
 from hf_rlhf.scoring.scorer import applies, total, totals
-from hf_rlhf.training.losses import ROWS, over_distributions
+from hf_rlhf.training.losses import over_distributions
 
 Models = dict[str, tuple[Reference, nn.Module | None]]
 """Label -> a reference and its own model, if it has one."""

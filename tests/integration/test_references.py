@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from hf_rlhf.config.plan import make_plan
 from hf_rlhf.config.recipe import resolve
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.metrics import metrics_of
 from hf_rlhf.modeling.policy import why_not_packed
 from hf_rlhf.testing import tiny_policy
+from hf_rlhf.training.memory.estimate import estimate
 from hf_rlhf_plugins.kl_estimator.exact import Exact
 from tests.helpers import runs
 
@@ -288,3 +292,71 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_a_model_loads(tmp_pa
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=r"the tokenizer of .* must be the policy's, but token 5 is .* distill across"):
         runs.trainer(tmp_path / "run", kl=[{**K2, "reference": {"use": "model", "path": str(path)}}])
+
+
+# The plan, the forecast and the metrics
+
+
+def test_the_plan_names_each_reference_with_its_readers_and_forwards(teacher):
+    other = {"use": "model", "path": teacher, "offload": True}
+    kls = [{**EXACT, "label": "learn", "reference": other}, {**IN_REWARD, "reference": other}, {"use": "monitor"}]
+    slow = {**K2, "label": "slow", "reference": {"use": "with_context", "of": "frozen", "context": "answer"}}
+    made = runs.recipe(kl=[*kls, slow], reference="frozen", update={"epochs": 2}).algorithm()
+    plan = make_plan(made, [])
+    assert [line for line in plan.models if "reference" in line] == [
+        "reference=frozen: read by kl.monitor (k1, token)",
+        "kl.learn.reference=model, offloaded but for its phases: read by kl.learn (exact, token), kl.in_reward (k1, token)",
+        "kl.slow.reference=with_context, with the model of reference: read by kl.slow (k2, token)",
+    ]
+    assert [line for line in plan.forwards if "reference" in line] == [
+        "reference over 16 rows, without gradient",
+        "kl.learn.reference over 16 rows, without gradient",
+        "kl.slow.reference over 16 rows, without gradient",
+        "kl.learn.reference over 32 rows in the update: whole distributions for kl.learn",
+    ]
+
+
+def test_the_forecast_counts_each_model_and_what_is_kept_of_it(teacher, tmp_path):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=4)
+    model, _ = tiny_policy()
+    sampled = {"rollout": runs.SAMPLED}
+    big = saved(tmp_path / "big", rows=1000)
+
+    def parts(*kls: Any, reference: Any = "none") -> dict[str, float]:
+        algorithm = runs.recipe(kl=list(kls), reference=reference, **sampled).algorithm()
+        return estimate(Model(), algorithm, args, model=model, prompt_tokens=8).phases["update"]
+
+    weights = parts()["weights"]
+    found = parts({**K2, "reference": "frozen"}, {**EXACT, "label": "big", "reference": {"use": "model", "path": big}})
+    assert found["reference.in_loss"] == pytest.approx(weights, rel=0.01)
+    assert found["reference.big"] > 1.5 * weights
+    assert found["reference.big"] == pytest.approx(
+        2 * parts({**EXACT, "reference": {"use": "model", "path": big, "dtype": "bfloat16"}})["reference.in_loss"],
+        rel=0.01,
+    )
+    policy = {"use": "with_context", "of": "policy", "context": "answer"}
+    assert not any("reference" in part for part in parts({**K2, "reference": policy}))
+    top = parts({**EXACT, "estimator": Top(top_k=7), "reference": "frozen"})
+    assert top["reference scores"] == 16 * 5 * 7 * 8 / 2**20
+
+
+def test_a_kl_with_its_own_reference_logs_and_adapts_to_its_own_distance(tmp_path, teacher):
+    adaptive = {"use": "adaptive", "target": 0.5, "horizon": 100}
+    kl = {**IN_REWARD, "controller": adaptive}
+    rest = {"training": {"max_steps": 4}}
+    outer = runs.entries(runs.trained(tmp_path / "1", kl=[kl], reference={"use": "model", "path": teacher}, **rest))
+    other = {"use": "model", "path": teacher}
+    made = runs.trained(tmp_path / "2", kl=[{**kl, "reference": other}, {"use": "monitor"}], reference="frozen", **rest)
+    for entry, due in zip(runs.entries(made), outer, strict=True):
+        assert entry.get("kl/in_reward/beta") == due.get("kl/in_reward/beta")
+        if "kl/rollout/sequence" in due:
+            assert entry["kl/in_reward/rollout/sequence"] == due["kl/rollout/sequence"]
+            assert entry["kl/in_reward/rollout/token"] == due["kl/rollout/token"]
+            assert entry["kl/rollout/sequence"] != due["kl/rollout/sequence"]
+    betas = [entry["kl/in_reward/beta"] for entry in outer if "kl/in_reward/beta" in entry]
+    assert len(set(betas)) == 2
+    declared = {named.name for named in metrics_of(made.algorithm)}
+    logged = {name for entry in runs.entries(made) for name in entry if name.startswith("kl/")}
+    assert logged == {name for name in declared if name.startswith("kl/")}

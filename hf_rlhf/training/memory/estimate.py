@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
-from hf_rlhf.axes import TrainedCritic, UpdateRule
+from hf_rlhf.axes import Reference, TrainedCritic, UpdateRule
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import add_adapter
@@ -24,6 +24,7 @@ from hf_rlhf.modeling.ema import average_bytes
 from hf_rlhf.modeling.lm_head import tokens_at_a_time
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.peak_memory import MIB
+from hf_rlhf.training.memory.references import compared_in_update, kept_scores, reference_models
 from hf_rlhf.training.offload_checks import optimizer_name
 
 PROMPT_TOKENS = 256
@@ -91,7 +92,10 @@ def _phases(
     whole = "adapter" not in a.critic.needs  # else an adapter on the policy's frozen weights
     critic = sum(p.nbytes for name, p in trunk if ("lora_" not in name if whole else p.requires_grad))
     half, group = bool(args.bf16), a.rollout.num_generations
-    held, gpu = list(_held(model, a, args, critic, notes)), args.device.type != "cpu"
+    references = reference_models(model, a, args, notes)
+    held, gpu = list(_held(model, a, args, critic, references, notes)), args.device.type != "cpu"
+    kept = kept_scores(a, -(-a.rollout.prompts // args.world_size) * group, length, max(4, model.dtype.itemsize))
+    held += [("reference scores", kept, [])] * any(use.top_k for use in a.references.values())
 
     def on_device(*read: str) -> Sizes:
         found: Sizes = dict.fromkeys((part for part, *_ in held), 0.0)
@@ -116,15 +120,16 @@ def _phases(
     most = a.update.max_tokens_per_micro_batch
     tokens, sampled = max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
     logits = logits_tile(model, sampled)
-    readers = ["reference"] * ("ref_logps" in a.needs) + ["critic"] * bool(critic)
+    readers = [*references, *["critic"] * bool(critic)]
     old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
     if readers or old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"}:
-        largest = sorted(readers, key=lambda part: sum(on_device(part).values()))[-1:]  # one after the other
-        yield "forward", on_device(*largest) | {"forward": layer_bytes(model, half, tokens) + logits}
+        of_each = [(on_device(), model), *((on_device(x), references.get(x, (None, model))[1]) for x in readers)]
+        forwards = [x | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled)} for x, m in of_each]
+        yield "forward", max(forwards, key=lambda sizes: sum(sizes.values()))  # one after the other
     if any("reward_model" in source.provides for source in a.rewards):
         notes.append("the phase reward is without what the forwards of reward models take")
         yield "reward", on_device("reward models")
-    models = ["critic", *["reference"] * bool(a.kl_over_distributions("update"))]
+    models = ["critic", *compared_in_update(a)]
     gradients = {"gradients": float(tensor_bytes(model, trainable=True) + critic)}
     step = on_device(*models, "optimizer", "average") | gradients
     backward = (step if a.steps_per_rollout > 1 else on_device(*models)) | gradients
@@ -133,7 +138,12 @@ def _phases(
 
 
 def _held(
-    model: Any, a: Algorithm, args: TrainingArguments, critic: int, notes: list[str]
+    model: Any,
+    a: Algorithm,
+    args: TrainingArguments,
+    critic: int,
+    references: dict[str, tuple[Reference, Any]],
+    notes: list[str],
 ) -> Iterator[tuple[str, float, list[Any]]]:
     """Yield parts with their bytes, and the choices of which one may `offload` them in phases that do not read them."""
     trained = tensor_bytes(model, trainable=True)
@@ -146,8 +156,10 @@ def _held(
                 yield "reward models", tensor_bytes(reward), [source]
             except UserError as error:
                 notes.append(f"without the reward model {label}: {error}")
-    if "ref_logps" in a.provides and "adapter" not in a.reference.needs:
-        yield "reference", trained, [a.reference]
+    for reference, (base, its) in references.items():
+        yield reference, trained if its is model else tensor_bytes(its), [base]
+    if any(use.reference.base is not use.reference for use in a.references.values()):
+        notes.append("prompts of references with a context of their own count as the rows' own")
     yield "critic", critic, [a.critic]
     if a.update.ema is not None:
         yield "average", average_bytes(model), [a.update]
