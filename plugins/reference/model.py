@@ -66,7 +66,7 @@ class OtherModel(Reference):
         if difference is not None:
             yield (
                 f"the tokenizer of {self.path} must be the policy's, but {difference}. Use a model of the policy's family, or "
-                "distill across tokenizers as docs/references.md describes"
+                "see docs/references.md for distillation across tokenizers"
             )
 
     def build(self, policy: PreTrainedModel) -> Module:

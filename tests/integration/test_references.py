@@ -290,7 +290,9 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_a_model_loads(tmp_pa
         file.unlink()
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=own.eos_token).save_pretrained(path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match=r"the tokenizer of .* must be the policy's, but token 5 is .* distill across"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer of .* must be the policy's, but token 5 is .* distillation across"
+    ):
         runs.trainer(tmp_path / "run", kl=[{**K2, "reference": {"use": "model", "path": str(path)}}])
 
 
