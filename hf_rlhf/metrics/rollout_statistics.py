@@ -92,7 +92,7 @@ def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
 
 
 def report_drift(put: Put, table: dict[str, Tensor], own: Mapping[str, tuple[str, str]]) -> None:
-    """Log the mean k1 to the references over the rollout, the gap between sampler and trainer, and the loads of experts, where known.
+    """Log the mean k1 to the references, the gap between sampler and trainer, and the loads of experts, where they are known.
 
     `own`: title of a KL with a reference of its own -> names of its log-probs, and of the mask of the rows that it is taken on.
     """
