@@ -101,7 +101,7 @@ def replies(folder: Path, kept: bool) -> Any:
 
 
 def are_apart(folder: Path, rate: float) -> bool:
-    """Whether no two of four requests come within a tenth of a second."""
+    """Return True if the requests are more than 0.2 s apart on average."""
     times: list[float] = []
 
     def reply(body: Any, number: int) -> Any:
