@@ -26,6 +26,16 @@ class Over(Exception):
 class Model(Protocol):
     """The policy, as an environment calls it. A plain `def play` calls it without `await`."""
 
+    @property
+    def url(self) -> str:
+        """Base URL of a server on this machine that speaks OpenAI's chat protocol, for an agent with a loop of its own.
+
+        It belongs to this episode. A request is a turn; `max_tokens`, `stop` and `tools` are honoured, other sampling arguments
+        are overridden by the recipe's and counted, `n` must be 1. Requests of one episode are answered one after the other. When
+        turns or tokens are used up, a request gets status 400, code context_length_exceeded; the error that the agent then raises
+        ends the episode as `Over` does.
+        """
+
     def __call__(
         self,
         messages: Sequence[Message],

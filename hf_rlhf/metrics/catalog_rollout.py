@@ -94,6 +94,13 @@ RUNNING: tuple[CoreMetric, ...] = (
         healthy=(None, 0.2),
         unhealthy="Episodes are cut off before they end: raise `max_turns` or `max_tokens` of the environment.",
     ),
+    core(
+        ROLLOUTS,
+        "environment/overridden",
+        "arguments",
+        "sampling arguments of agents' requests that differed from the recipe's, which is used",
+        "environment",
+    ),
     core(THROUGHPUT, "time/rollout_s", "seconds", "sampling, per round"),
     core(THROUGHPUT, "time/sync_s", "seconds", "sending the weights to the rollout engine", "copy"),
     core(

@@ -141,7 +141,7 @@ class Collector:
         with self.meters.time("rollout"), seeded(*where, rank):
             completions, rollouts = self.roll_out(mine, group_ids, group, place=where, process=(rank,))
         if self.algorithm.environment:
-            report_episodes(self.meters, rollouts, self.roll_out.waited)
+            report_episodes(self.meters, rollouts, self.roll_out.waited, self.roll_out.overridden)
         rows = {"mask": _padded(rollouts.masks, self.dtype).to(self.accelerator.device)}
         sampled = None
         if completions.logps is not None:

@@ -29,6 +29,8 @@ class Sampling:
     accelerator: Accelerator
     waited: float = 0.0
     """Seconds of the last call in which the engine waited for environments."""
+    overridden: int = 0
+    """Sampling arguments of agents' requests in the last call that differed from the recipe's."""
 
     def __call__(
         self,
@@ -46,7 +48,7 @@ class Sampling:
         played: Played | None = None
         if self.algorithm.environment:
             played = self._players(prompts, group_ids, group, temperature, place, process)
-            completions, self.waited = played.completions, played.waited
+            completions, self.waited, self.overridden = played.completions, played.waited, played.overridden
         else:
             with self.accelerator.autocast():
                 completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)

@@ -19,6 +19,7 @@ from typing import Any
 
 from hf_rlhf.contract.environment import Environment, Message, Over
 from hf_rlhf.runtime.plain_text import format_traceback
+from hf_rlhf.training.environments.endpoint import Endpoint
 from hf_rlhf.training.environments.episode import POLICY, EnvironmentFailure, Episode, Question, Reply
 
 Decode = Callable[[list[Question]], list[Reply]]
@@ -38,6 +39,8 @@ class Seat:
     reply: Any = None
     """Gives its thread, or the event loop, the answer: a queue or a future."""
     task: asyncio.Task[None] | None = None
+    told_over: bool = False
+    """True once a request to its URL got `Over`, which agents raise as errors of their own."""
 
     def ask(self, messages: Sequence[Message], options: dict[str, Any]) -> None:
         """Put a question to the policy. Raises `Over` for an episode that has ended."""
@@ -69,6 +72,34 @@ class Seat:
         return self.environment.name
 
 
+class _Model:
+    """The policy as an environment gets it: a function, and a server of OpenAI's chat protocol."""
+
+    def __init__(self, seat: Seat, ask: Callable[..., Any], wait: Callable[..., Message]):
+        """`ask` is what the environment calls; `wait` blocks, in any thread but the event loop's."""
+        self._seat, self._ask, self._wait = seat, ask, wait
+        self._url: str | None = None
+        self._one_at_a_time = threading.Lock()
+
+    def __call__(self, messages: Sequence[Message], **options: Any) -> Any:
+        return self._ask(messages, **options)
+
+    @property
+    def url(self) -> str:
+        """See `hf_rlhf.axes.Model`."""
+        if self._url is None:
+            self._url = self._seat.table.endpoint.open(self._requested)
+        return self._url
+
+    def _requested(self, messages: Sequence[Message], **options: Any) -> Message:
+        with self._one_at_a_time:
+            try:
+                return self._wait(messages, **options)
+            except Over:
+                self._seat.told_over = True
+                raise
+
+
 def _options(
     tools: Sequence[Any] | None = None,
     max_tokens: int | None = None,
@@ -95,6 +126,7 @@ class Lockstep:
         """Seconds in which the engine waited for environments."""
         self.trace = ""
         """Traceback of the first environment that raised."""
+        self.endpoint = Endpoint()
 
     def play(self, episodes: Sequence[Episode]) -> None:
         """Play all episodes to their ends. Raises what breaks an environment's contract, or its error with `on_error: raise`."""
@@ -202,14 +234,18 @@ class Lockstep:
 
     async def _awaited(self, seat: Seat) -> None:
         """Play an async episode."""
+        loop = asyncio.get_running_loop()
 
-        async def model(messages: Sequence[Message], **options: Any) -> Message:
-            seat.reply = asyncio.get_running_loop().create_future()
+        async def ask(messages: Sequence[Message], **options: Any) -> Message:
+            seat.reply = loop.create_future()
             seat.ask(messages, _options(**options))
             return await seat.reply
 
+        def wait(messages: Sequence[Message], **options: Any) -> Message:
+            return asyncio.run_coroutine_threadsafe(ask(messages, **options), loop).result()
+
         try:
-            given = await seat.environment.play(seat.episode.task, model)
+            given = await seat.environment.play(seat.episode.task, _Model(seat, ask, wait))
         except BaseException as error:
             self._failed(seat, error)
         else:
@@ -218,7 +254,7 @@ class Lockstep:
     def _in_thread(self, seat: Seat) -> None:
         """Play a plain episode."""
 
-        def model(messages: Sequence[Message], **options: Any) -> Message:
+        def ask(messages: Sequence[Message], **options: Any) -> Message:
             seat.ask(messages, _options(**options))
             message: Message | None = seat.reply.get()
             if message is None:
@@ -227,7 +263,7 @@ class Lockstep:
 
         play: Any = seat.environment.play  # whose model is called without `await`
         try:
-            given = play(seat.episode.task, model)
+            given = play(seat.episode.task, _Model(seat, ask, ask))
         except BaseException as error:
             self._failed(seat, error)
         else:
@@ -248,7 +284,7 @@ class Lockstep:
         with self._changed:
             if seat.ended:
                 return
-            if isinstance(error, Over):
+            if isinstance(error, Over) or seat.told_over:
                 self._end(seat, "over")
                 return
             text = f"raised {type(error).__name__}: {error}"
@@ -296,6 +332,7 @@ class Lockstep:
         for seat in left:
             if isinstance(seat.reply, queue.SimpleQueue):
                 seat.reply.put(None)
+        self.endpoint.close()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
 

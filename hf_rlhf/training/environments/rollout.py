@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -37,6 +38,8 @@ class Played:
     messages: list[list[Message]]
     waited: float
     """Seconds in which the engine waited for environments."""
+    overridden: int
+    """Sampling arguments of agents' requests that differed from the recipe's."""
 
 
 @dataclass(kw_only=True)
@@ -51,6 +54,7 @@ class Players:
     _turn: int = 0
     _exact: bool = True
     _reports: bool = True
+    _warned: set[str] = field(default_factory=set)
 
     def __call__(
         self,
@@ -76,7 +80,8 @@ class Players:
             table = Lockstep(lambda asked: self._decode(session, asked, (*place, *process)), session.drop)
             table.play(episodes)
         self._judge(episodes, table.trace)
-        return self._played(episodes, table.waited)
+        self._warn(table.endpoint.overridden)
+        return self._played(episodes, table)
 
     def _episode(self, prompt: Prompt, place: int, group: int, seed: tuple[int | str, ...]) -> Episode:
         text = isinstance(prompt.prompt, str)
@@ -147,7 +152,17 @@ class Players:
                     "environment, or raise its timeout"
                 )
 
-    def _played(self, episodes: Sequence[Episode], waited: float) -> Played:
+    def _warn(self, overridden: Counter[str]) -> None:
+        """Log, once per name, that agents ask for another way of sampling than the recipe's."""
+        new = sorted(overridden.keys() - self._warned)
+        self._warned |= overridden.keys()
+        if new:
+            logger.warning(
+                "agents set %s in their requests, which the recipe's sampling overrides (environment/overridden counts them)",
+                ", ".join(new),
+            )
+
+    def _played(self, episodes: Sequence[Episode], table: Lockstep) -> Played:
         rows = [self._row(episode) for episode in episodes]
         rewards = [episode.outcome.turns for episode in episodes]
         columns: dict[str, list[Any]] = {
@@ -171,7 +186,8 @@ class Players:
             ),
             prompt_ids=[row.prompt_ids for row in rows],
             messages=[row.messages for row in rows],
-            waited=waited,
+            waited=table.waited,
+            overridden=table.endpoint.overridden.total(),
         )
 
     def _row(self, episode: Episode) -> TranscriptRow:
