@@ -48,7 +48,7 @@ class Endpoint:
 
     def __init__(self) -> None:
         self.overridden: Counter[str] = Counter()
-        """How often requests set sampling arguments to what the recipe does not say, by name."""
+        """Number of requests that set a sampling argument to what the recipe does not say, by name."""
         self._asks: dict[str, Ask] = {}
         self._server: ThreadingHTTPServer | None = None
         self._lock = threading.Lock()
