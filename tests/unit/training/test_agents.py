@@ -41,12 +41,12 @@ def test_an_agent_talks_to_the_policy_over_its_url_and_tokens_are_kept(made, cap
     assert played.completions.columns["episode/reward"] == [1.0] * 4
     assert played.overridden == 4
     assert caplog.text.count("agents set temperature in their requests") == 1
-    direct = play(Played1(function=_directly), prompts=("ab", "ba"), group=2)
+    direct = play(Played1(function=directly), prompts=("ab", "ba"), group=2)
     assert (played.completions.ids, played.completions.masks) == (direct.completions.ids, direct.completions.masks)
     assert played.completions.logps == direct.completions.logps
 
 
-async def _directly(task: Task, model: Model) -> float:
+async def directly(task: Task, model: Model) -> float:
     first = await model(task.messages)
     second = await model([*task.messages, first, {"role": "user", "content": "ba"}], max_tokens=2)
     return float(second["finish_reason"] == "length")
