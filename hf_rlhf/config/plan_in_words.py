@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from hf_rlhf.axes import KLPlacement, Plugin, TrainedCritic
+from hf_rlhf.axes import Environment, KLPlacement, Plugin, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.model_settings import Model
 
@@ -54,6 +54,7 @@ def _algorithm(a: Algorithm) -> Iterator[str]:
     ]
     if a.sampler.name != a.sampler.axis.default:
         yield f"prompts: {a.sampler.in_words()}"
+    yield from (_environment(environment) for environment in a.environment)
     yield f"reward {' + '.join(named)}" if named else "no reward"
     yield f"advantage: {a.advantages.in_words()}"
     yield f"loss: {a.policy_loss.in_words()}, {a.aggregation.in_words()}"
@@ -66,6 +67,12 @@ def _algorithm(a: Algorithm) -> Iterator[str]:
         yield f"only the critic learns in the first {a.critic.warmup_steps} steps"
     if a.optimizer.words:
         yield a.optimizer.in_words()
+
+
+def _environment(environment: Environment) -> str:
+    rows = f" of rows with {environment.when}" if environment.when else ""
+    bounds = f"at most {_count(environment.max_turns, 'turn')} and {_count(environment.max_tokens, 'token')}"
+    return f"episodes{rows}: {environment.in_words()} ({bounds})"
 
 
 def _redrawn(rounds: int) -> str:

@@ -25,6 +25,15 @@ def test_the_quickstart_rises_from_a_weak_start_to_92_percent(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_second_chance_is_learned_by_name_alone(seed, tmp_path):
+    command = [sys.executable, "-m", "hf_rlhf", "train", "second_chance", "--seed", str(seed)]
+    subprocess.run([*command, "--output-dir", str(tmp_path / "run")], check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["reward/episode/mean"] <= 0.5
+    assert summary["after"]["reward/episode/mean"] >= 0.9
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", fits.RECIPES)
 def test_it_learns(name, seed):
     row = learning.run(name, seed)

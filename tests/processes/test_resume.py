@@ -125,7 +125,7 @@ def test_two_processes_resume_with_equal_bits(tmp_path):
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("name", ["recipe grpo", "recipe ppo", "filtered"])
+@pytest.mark.parametrize("name", ["recipe grpo", "recipe ppo", "recipe second_chance", "filtered"])
 def test_a_run_killed_with_sigkill_resumes_with_equal_bits(name, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 30}
     spec = specification(tmp_path / "killed", name)
