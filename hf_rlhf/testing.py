@@ -23,6 +23,7 @@ import torch
 
 from hf_rlhf.axes import (
     Critic,
+    Environment,
     KLController,
     OfflineTrainer,
     Pattern,
@@ -38,6 +39,7 @@ from hf_rlhf.axes import (
 from hf_rlhf.batch import Prompt, Rollouts, Scored
 from hf_rlhf.conformance import (
     common,
+    environments,
     invariances,
     metrics,
     models,
@@ -172,7 +174,7 @@ def conformance(
     plugin: any plugin with its settings; one that needs `setup` must have been set up.
     rollouts: for reward sources that read dataset columns, rows that have them; by default each column that `columns()`
         names holds the text 5.
-    prompts: for rollout engines that read dataset columns, prompts that have them.
+    prompts: for rollout engines and environments that read dataset columns, prompts that have them.
     policy: for rollout engines, critics, references and update rules, makes a fresh policy (a model).
     finite_differences: whether the gradient of a loss or KL estimator must equal finite differences; by default it must
         unless the plugin sets `stops_gradient = True`.
@@ -189,6 +191,8 @@ def conformance(
         checks += rewards.reward_checks(plugin, rollouts or _rollouts_for(plugin))
     elif isinstance(plugin, RolloutEngine):
         checks += models.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts())
+    elif isinstance(plugin, Environment):
+        checks += environments.environment_checks(plugin, make, tiny_policy()[1], prompts or _prompts())
     elif isinstance(plugin, Critic):
         checks += models.critic_checks(plugin, make)
     elif isinstance(plugin, Reference):
@@ -230,7 +234,9 @@ def _prompts() -> list[Prompt]:
     texts = {"2+3=": ["5", "The answer is 5."], "What is 17+4?": ["21", "#### 7"]}
     return [
         Prompt(
-            ids=[len(SPECIAL) + CHARACTERS.index(c) for c in text], prompt=text, columns={"completions": completions}
+            ids=[len(SPECIAL) + CHARACTERS.index(c) for c in text],
+            prompt=text,
+            columns={"completions": completions, "answer": "5"},
         )
         for text, completions in texts.items()
     ]

@@ -16,7 +16,7 @@ from hf_rlhf import load_plugin
 from hf_rlhf.axes import AXES, Context, Plugin
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.testing import conformance, rollouts, scored, tiny_policy
-from tests.contract.mutants import advantages, base, kl, losses, metrics, models, patterns, samplers
+from tests.contract.mutants import advantages, base, environments, kl, losses, metrics, models, patterns, samplers
 from tests.contract.mutants.base import FACTS, Estimator, Mutant
 from tests.contract.mutants.losses import HalfDetached, Loss
 from tests.contract.mutants.models import OtherColumn, Reward
@@ -31,6 +31,7 @@ MODULES = (
     models,
     patterns,
     samplers,
+    environments,
 )
 MUTANTS: list[Mutant] = [mutant for module in MODULES for mutant in module.MUTANTS]
 
@@ -189,7 +190,7 @@ def test_many_mutants_are_bugs_that_a_public_system_had():
 def test_a_right_plugin_has_nothing_to_answer_for():
     right = [Estimator(), Loss(), Reward(), models.Verifier(), models.Noise()]
     right += [models.OwnCritic(), advantages.Keep(), kl.Controller()]
-    right += [patterns.Flat(), samplers.Recent()]
+    right += [patterns.Flat(), samplers.Recent(), environments.Guess()]
     right += [losses.Weights(), losses.Correction(), losses.Term()]
     right.append(kl.Placement(estimator=kl.k2()))
     assert [(type(plugin).__name__, ask(plugin)) for plugin in right if ask(plugin)] == []

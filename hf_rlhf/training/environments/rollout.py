@@ -36,6 +36,8 @@ class Played:
     completions: Completions
     prompt_ids: list[list[int]]
     messages: list[list[Message]]
+    reasons: list[str]
+    """Reason of each episode that failed, else empty."""
     waited: float
     """Seconds in which the engine waited for environments."""
     overridden: int
@@ -186,6 +188,7 @@ class Players:
             ),
             prompt_ids=[row.prompt_ids for row in rows],
             messages=[row.messages for row in rows],
+            reasons=[episode.reason for episode in episodes],
             waited=table.waited,
             overridden=table.endpoint.overridden.total(),
         )
