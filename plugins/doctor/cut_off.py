@@ -33,6 +33,8 @@ class CutOff(Pattern):
                 " Where even long ones do not end, the policy does not write its end-of-sequence token: check the chat "
                 "template, or train it on demonstrations first."
             )
+        if not limit:
+            text += " There is no override to type: the recipe has no `rollout.max_new_tokens`."
         yield Finding(self.name, step, text, (f"rollout.max_new_tokens={2 * limit}",) if limit else (), METRIC)
 
 

@@ -30,10 +30,14 @@ class DeadReward(Pattern):
             return
         for label, source in paid.items():
             out = (f"rewards.{source.place}.weight=0",) if len(paid) > 1 else ()
+            alone = "" if out else " There is no override to type: it is the only source that pays."
             mean, std = f"reward/{label}/mean", f"reward/{label}/std"
             if mean not in history.series:
                 if len(history.values("rollout/rows", ROLLOUTS)) == ROLLOUTS:
-                    text = f"The reward {label} has scored no completion so far. Check its column and `when`, or leave it out."
+                    text = (
+                        f"The reward {label} has scored no completion so far. Check its column and `when`, or leave it "
+                        f"out.{alone}"
+                    )
                     yield Finding(self.name, 1, text, out, mean)
                 continue
             step = history.since(std, lambda spread: spread < NONE, ROLLOUTS)
@@ -42,7 +46,7 @@ class DeadReward(Pattern):
             if step is not None and not silent and value <= history.first(mean):
                 text = (
                     f"The reward {label} is {value:.3g} for every completion: it tells none from another. Check what it looks "
-                    "for, or leave it out."
+                    f"for, or leave it out.{alone}"
                 )
                 yield Finding(self.name, step, text, out, mean)
 

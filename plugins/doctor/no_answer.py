@@ -40,7 +40,10 @@ class NoAnswer(Pattern):
                     f"The verifier {label} has called no completion right in {ROLLOUTS} rollouts or more. Compare completions "
                     "with the reference answers: other form, wrong column, or a task beyond the policy."
                 )
-            yield Finding(self.name, step, text, self._overrides(history, source.place, answered), name)
+            overrides = self._overrides(history, source.place, answered)
+            if not overrides:
+                text += " There is no override to type: the prompts already have a template of yours."
+            yield Finding(self.name, step, text, overrides, name)
 
     def _overrides(self, history: History, place: int, answered: float) -> tuple[str, ...]:
         """Return what asks for an answer, or reads one in any form."""

@@ -40,7 +40,10 @@ class OutOfRange(Pattern):
             side, bound = ("below", low) if low is not None and now < low else ("above", high)
             unit = f" {metric.unit}" if metric.unit else ""
             text = f"{name} ({metric.meaning}) is {now:.3g}{unit}, {side} {bound:g}. {metric.unhealthy}"
-            yield Finding(self.name, step, text, self._overrides(history, metric), name)
+            overrides = self._overrides(history, metric)
+            if not overrides:
+                text += " There is no override to type: what helps depends on the cause."
+            yield Finding(self.name, step, text, overrides, name)
 
     def _overrides(self, history: History, metric: Metric) -> tuple[str, ...]:
         """Return the change of the learning rate that the metric's own advice names."""

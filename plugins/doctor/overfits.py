@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Finding, History, Pattern
 
+from ._advice import lower_learning_rate
+
 METRIC, TRAINED = "eval_loss", "loss"
 EVALUATIONS, RISE = 3, 0.05
 
@@ -36,7 +38,8 @@ class Overfits(Pattern):
             f"The held-out loss has risen from {best:.3g} (step {step}) to {logged[-1][1]:.3g}, and the loss is "
             f"{history.mean(TRAINED):.3g}: rows are learned by heart. Stop earlier, or use more rows."
         )
-        yield Finding(self.name, step, text, (f"training.max_steps={step}",) if step else (), METRIC)
+        overrides = (f"training.max_steps={step}",) if step else lower_learning_rate(history)
+        yield Finding(self.name, step, text, overrides, METRIC)
 
 
 @hookimpl

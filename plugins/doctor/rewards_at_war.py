@@ -32,11 +32,12 @@ class RewardsAtWar(Pattern):
                 f"The rewards {match[1]} and {match[2]} pull apart: over completions, their correlation is "
                 f"{history.mean(name):.2f}. What one pays for costs with the other; lower the weight of one, or drop it."
             )
-            weaker = min(
-                (history.sources[x] for x in match.groups() if x in history.sources), key=lambda x: abs(x.weight)
-            )
-            override = f"rewards.{weaker.place}.weight={weaker.weight / 4:.3g}"
-            yield Finding(self.name, step, text, (override,), name)
+            both = [history.sources[x] for x in match.groups() if x in history.sources]
+            weaker = sorted(both, key=lambda x: abs(x.weight))[:1]
+            overrides = tuple(f"rewards.{x.place}.weight={x.weight / 4:.3g}" for x in weaker)
+            if not overrides:
+                text += " There is no override to type: the recipe is not known."
+            yield Finding(self.name, step, text, overrides, name)
 
 
 @hookimpl

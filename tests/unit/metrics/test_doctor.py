@@ -287,6 +287,48 @@ def test_a_reward_for_length_that_never_pays_is_dead():
     assert [x.metric for x in findings(paying, entries, "dead_reward")] == ["reward/length/mean"]
 
 
+NO_OVERRIDE: dict[str, tuple[dict[str, Any], list[dict[str, float]], str]] = {
+    "cut_off": ({"rollout": {}}, [{"rollout/truncated_frac": 0.5}] * 5, "has no `rollout.max_new_tokens`"),
+    "dead_reward": (
+        {"rewards": [{"use": "format", "pattern": "x"}]},
+        [{"reward/format/mean": 0.5, "reward/format/std": 0.0}] * 10,
+        "the only source that pays",
+    ),
+    "out_of_range": ({}, [{"health/reward_error": 2.0}] * 5, "depends on the cause"),
+    "no_answer": (
+        {"rewards": [{"use": "exact_match", "column": None}], "dataset": {"prompt_template": "{prompt}"}},
+        [{"reward/exact_match/mean": 0.0, "reward/exact_match/answered_frac": 1.0}] * 10,
+        "a template of yours",
+    ),
+    "rewards_at_war": ({"rewards": []}, [{"reward/a/corr/b": -0.9}] * 5, "the recipe is not known"),
+}
+"""Pattern -> recipe, entries, and why no override mends it."""
+
+
+@pytest.mark.parametrize("pattern", NO_OVERRIDE)
+def test_a_finding_without_an_override_says_why(pattern):
+    changed, entries, why = NO_OVERRIDE[pattern]
+    (found,) = findings({**RECIPE, **changed}, entries, pattern)
+    assert found.overrides == ()
+    assert "There is no override to type: " in found.text
+    assert why in found.text
+
+
+@pytest.mark.parametrize("pattern", LOGS)
+def test_a_finding_has_an_override_or_says_why_there_is_none(pattern):
+    for found in findings(RECIPE, LOGS[pattern](RECIPE), pattern):
+        assert bool(found.overrides) != ("There is no override" in found.text)
+
+
+def test_rows_learned_by_heart_from_the_start_need_smaller_steps():
+    entries = [{"eval_loss": x, "loss": 0.1} for x in (1.0, 1.1, 1.2, 1.3)]
+    doctor = Doctor(RECIPE, {})
+    for step, entry in enumerate(entries):
+        doctor.add(step, entry)
+    (found,) = (x for x in doctor.findings if x.pattern == "overfits")
+    assert found.overrides == ("training.learning_rate=3.3e-07",)
+
+
 def test_a_source_of_weight_0_is_only_looked_at():
     silent = {**RECIPE, "rewards": [{**source, "weight": 0.0} for source in RECIPE["rewards"]]}
     assert findings(silent, LOGS["dead_reward"](RECIPE), "dead_reward") == []
