@@ -10,11 +10,12 @@ from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from hf_rlhf.config.plan import Plan, memory_rows
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
-from hf_rlhf.metrics.live_view import SHOWN, LiveView, Numbers, number
+from hf_rlhf.metrics.live_view import SHOWN, LiveView, Numbers, console, number
 from hf_rlhf.runtime.plain_text import escaped
 
 
@@ -107,6 +108,42 @@ class LiveProgress(TrainerCallback):
             self._said = time.monotonic()
             text = "  ".join(f"{label} {value}" for label, value, *_ in numbers.rows(0))
             self.view.out.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
+
+
+class TerminalProgress(LiveProgress, ProgressCallback):
+    """The live view of a trainer that is made in Python, in place of the bar of transformers: `remove_callback` of
+    `ProgressCallback` removes it too."""
+
+    def __init__(self, view: LiveView, shown: dict[str, str] = SHOWN):
+        ProgressCallback.__init__(self)
+        LiveProgress.__init__(self, view, shown)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the view."""
+        self.view.start()
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Draw no second bar."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the last numbers on the terminal."""
+        self.view.stop()
+
+
+def show_in_terminal(trainer: Any, shown: dict[str, str], quiet: bool) -> None:
+    """Let a trainer that is made show its runs by a live view instead of by transformers' own callbacks, on a terminal where
+    nothing shows them yet and unless `quiet`."""
+    callbacks = trainer.callback_handler.callbacks
+    view = LiveView(console(), shown)
+    if quiet or not view.draws or any(isinstance(each, LiveProgress) for each in callbacks):
+        return
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TerminalProgress(view, shown))
+    trainer.live_view = view
 
 
 def show_sample(row: dict[str, Any], step: int, out: Console) -> None:

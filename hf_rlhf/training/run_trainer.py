@@ -28,6 +28,7 @@ from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.doctor import as_dict
 from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog
+from hf_rlhf.metrics.live_view import LiveView
 from hf_rlhf.modeling.policy import configure_padding
 from hf_rlhf.modeling.saved_form import load_converted
 from hf_rlhf.runtime import checkpoint_manifest
@@ -79,6 +80,8 @@ class RunTrainer(PushingTrainer, ABC):
     _saves_checkpoint: bool = False
     _unlogged: Any = None
     """`loss` of the state that a resumed run starts from: the sum since the last entry of the log, and that entry's step."""
+    live_view: LiveView | None = None
+    """View on the terminal of a trainer that was made in Python."""
     _owns_folder: bool = False
     _writing: checkpoint_manifest.Writing | None = None
     _stop: StopOnSignal | None = None
@@ -143,6 +146,8 @@ class RunTrainer(PushingTrainer, ABC):
         self._allowed = tuple(allow_changed)
         with ExitStack() as guards:
             self._claim_folder(guards, fresh=not resume_from_checkpoint, overwrite=overwrite)
+            if self.live_view is not None:
+                guards.callback(self.live_view.stop)  # also after an error
             stop = guards.enter_context(self.stop_on_signal)
             self.record["contents"] = self._contents()
             self._writing = None

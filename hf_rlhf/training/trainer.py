@@ -27,8 +27,10 @@ from hf_rlhf.contract.outputs import noted
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics import aliased, entropy_is_exact, metrics_of
 from hf_rlhf.metrics.aggregator import HEALTH, MetricAggregator
+from hf_rlhf.metrics.console import show_in_terminal
 from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog
+from hf_rlhf.metrics.live_view import SHOWN
 from hf_rlhf.metrics.notebook import notebook_view, show_in_notebook
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.ema import PolicyEMA
@@ -90,7 +92,7 @@ class RLHFTrainer(SavingTrainer):
         trust_remote_code: bool = False,
         on_plan: Callable[[Plan], None] | None = None,
     ):
-        self.started, view = time.perf_counter(), notebook_view()
+        self.started, view, quiet = time.perf_counter(), notebook_view(), args is not None and args.disable_tqdm
         algorithm = load_recipe(algorithm) if isinstance(algorithm, str) else algorithm
         args = default_arguments(algorithm) if args is None else args
         parts = setup_run(
@@ -136,6 +138,7 @@ class RLHFTrainer(SavingTrainer):
         self._bad_steps, self._tokens_logged, self._logged_at = 0, 0.0, time.perf_counter()
         self._step_sums: set[str] = set()  # the terms of the loss, each a sum over one optimizer step
         show_in_notebook(self, view)
+        show_in_terminal(self, SHOWN, quiet or view is not None)
 
     def _collector(self, references: References) -> Collector:
         """Build the collector of rollouts, and set up every plugin."""
