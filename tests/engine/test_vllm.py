@@ -7,7 +7,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,10 @@ def test_stop_strings_end_completions_and_truncated_ones_hold_likely_tokens(tied
     engine.close()
 
 
-def run(folder: Path, server: Vllm, steps: int, callbacks: Any = (), **training: Any) -> Any:
-    overrides = ["rollout.use=vllm", f"rollout.url={server.url}", f"model.path={server.model}"]
+def run(
+    folder: Path, server: Vllm, steps: int, callbacks: Any = (), overrides: Sequence[str] = (), **training: Any
+) -> Any:
+    overrides = [*overrides, "rollout.use=vllm", f"rollout.url={server.url}", f"model.path={server.model}"]
     overrides += [f"training.max_steps={steps}", "training.save_strategy=no"]
     overrides += [f"training.{key}={value}" for key, value in training.items()]
     recipe = load_recipe("quickstart", overrides)
@@ -183,6 +185,12 @@ def test_grpo_learns(tmp_path, llama):
     assert sum(rewards[-4:]) / 4 > rewards[0] + 0.2
     assert max(logged(made, "rollout/sampler_gap/max")) < 10 * TOLERANCE
     assert len(logged(made, "rollout/sampler_gap/mean")) == 24
+
+
+def test_episodes_of_several_turns_agree_with_the_cache_of_prefixes(tmp_path, llama):
+    made = run(tmp_path, llama, 3, overrides=("environment=[second_chance]", "rewards=[episode]"), logging_steps=1)
+    assert min(logged(made, "environment/turns/mean")) > 1.2
+    assert max(logged(made, "rollout/sampler_gap/max")) < 10 * TOLERANCE
 
 
 class KillAt(TrainerCallback):

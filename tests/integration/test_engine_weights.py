@@ -64,6 +64,22 @@ def test_one_optimizer_step_per_rollout_compares_too(tmp_path):
     assert max(logged(made, "rollout/sampler_gap/max")) < 1e-5
 
 
+def test_episodes_of_several_turns_are_sampled_from_the_copy(tmp_path):
+    twice = [{"use": "second_chance", "max_tokens": 32, "says": "no {prompt}"}]
+    rows = [{**row, "answer": "5"} for row in PROMPTS]
+    with Stub(tmp_path / "model") as server:
+        rollout = {**runs.SAMPLED, "use": "vllm", "url": server.url, "max_new_tokens": 3}
+        made = runs.trainer(
+            tmp_path / "run", rollout=rollout, environment=twice, rewards=["episode", runs.FORMAT], data=rows
+        )
+        made.train()
+        made.close()
+        longest = max(len(body["token_ids"]) for body in server.sent(GENERATE)[1:])
+    assert longest > 8, "the second turn is asked for with the first one before it"
+    assert max(logged(made, "rollout/sampler_gap/max")) < 1e-5
+    assert logged(made, "environment/turns/mean")[0] > 1.5
+
+
 def test_a_resumed_run_sends_its_weights_and_ends_as_the_run_that_was_not_interrupted(tmp_path):
     with Stub(tmp_path / "model") as server:
         whole = trainer(tmp_path / "whole", server, steps=6)
