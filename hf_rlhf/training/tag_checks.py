@@ -45,11 +45,17 @@ def token_problems(algorithm: Algorithm, tokenizer: Any) -> list[str]:
 
 
 def tag_problems_by_name(algorithm: Algorithm, model: Model) -> list[str]:
-    """Return `tag_problems` with the tokenizer that the settings name; nothing if it is not on this machine."""
-    asking = any(source.patterns() for source in algorithm.rewards)
-    if not asking or model.path == BUILTIN or not (model.tokenizer or model.path):
+    """Return `tag_problems` and `token_problems` with the tokenizer that the settings name; nothing if it is not on this
+    machine."""
+    asking = any(source.patterns() for source in algorithm.rewards) and model.path != BUILTIN
+    compared = any(
+        isinstance(plugin, Reference) and type(plugin).token_problems is not Reference.token_problems
+        for _, plugin in algorithm.plugins()
+    )
+    if not (asking or compared) or not (model.tokenizer or model.path):
         return []
     try:
-        return tag_problems(algorithm, load_tokenizer(model, local_files_only=True))
+        tokenizer = load_tokenizer(model, local_files_only=True)
     except ModelError:
         return []
+    return tag_problems(algorithm, tokenizer) + token_problems(algorithm, tokenizer)

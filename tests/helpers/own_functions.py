@@ -80,3 +80,12 @@ def twice(logps, advantages, mask):
 
 def context(rollouts):
     return [f"think of {answer}" for answer in rollouts.column("answer")]
+
+
+def sibling(rollouts, scores):
+    """The best other completion of each row's group, where it is better than the row's own."""
+    found = []
+    for i, group in enumerate(rollouts.group_ids):
+        best = max((scores["total"][j], -j) for j, g in enumerate(rollouts.group_ids) if g == group)
+        found.append(rollouts.completions[-best[1]] if best[0] > scores["total"][i] else None)
+    return found
