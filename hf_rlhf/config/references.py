@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +120,14 @@ def statistics_for(a: Algorithm, path: str, observed: Mapping[str, float]) -> Ma
     rest = {name: x for name, x in observed.items() if not name.startswith("kl/rollout/")}
     own = {name: observed.get(f"kl/{title}/rollout/{name}") for name in ("sequence", "token")}
     return rest | {f"kl/rollout/{name}": x for name, x in own.items() if x is not None}
+
+
+def on_one_reference(kls: Sequence[KLPlacement]) -> list[KLPlacement]:
+    """Return KLs that are all taken on every row and measured against the recipe's reference, for a world that has only one."""
+    found = [copy(kl) for kl in kls]
+    for kl in found:
+        kl.reference = kl.when = None
+    return found
 
 
 def reference_problems(a: Algorithm) -> Iterator[str]:

@@ -14,6 +14,7 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.overrides import apply_overrides
 from hf_rlhf.config.recipe import Recipe, load_plugin, read_recipe, resolve
 from hf_rlhf.config.recipe_yaml import DEFAULTS
+from hf_rlhf.config.references import on_one_reference
 from hf_rlhf.lab.world import World
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import nested, setting_types, settings_of
@@ -59,7 +60,8 @@ def in_world(
 ) -> Algorithm:
     """Combine these plugins with the world's rollouts, rewards, reference and critic.
 
-    Parts that depend on a model or a dataset are replaced, so that only the chosen axes can be rejected. One optimizer step
+    Parts that depend on a model or a dataset are replaced, so that only the chosen axes can be rejected; the world's reference
+    stands for those of single KLs, which are taken on all rows. One optimizer step
     per rollout, no filters, no loss terms.
     """
     sources = [Lookup(label=label, weight=world.weights[label]) for label in world.scores]
@@ -72,7 +74,7 @@ def in_world(
             "rollout", "generate", prompts=world.prompts, num_generations=world.group, max_new_tokens=world.length
         ),
         "rewards": sources,
-        "kl": list(kl),
+        "kl": on_one_reference(kl),
         "advantages": advantages,
         "policy_loss": policy_loss or load_plugin("policy_loss", BARE["policy_loss"]["use"]),
     }

@@ -50,10 +50,17 @@ def run(
 
 
 def left_out(algorithm: Algorithm) -> list[str]:
-    """Return the parts of an algorithm that the lab ignores, such as `filters.0=zero_variance`."""
+    """Return the parts of an algorithm that the lab ignores, such as `filters.0=zero_variance`.
+
+    The world's reference stands for a recipe's only one; of several they are named.
+    """
+    several = len(algorithm.references) > 1
     return [
         f"{path}={plugin.name}"
         for path, plugin in algorithm.plugins()
-        if plugin.name != plugin.axis.default
-        and (path == "sampler" or path.split(".")[0] in ("filters", "loss_terms", "rollout_correction"))
+        if (
+            plugin.name != plugin.axis.default
+            and (path == "sampler" or path.split(".")[0] in ("filters", "loss_terms", "rollout_correction"))
+        )
+        or (several and path.startswith("kl.") and path.endswith(".reference"))
     ]

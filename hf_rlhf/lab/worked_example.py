@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_rlhf.axes import KLEstimator, KLPlacement, TextTerm, TrainedCritic
 from hf_rlhf.batch import Credit, Scored
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.references import on_one_reference
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.training.losses import DISTRIBUTION, POLICY_GETS, at_last_token, measured, policy_terms, value_term
 from hf_rlhf.training.rollout_buffer import selection
@@ -85,9 +86,10 @@ def inputs() -> dict[str, Tensor]:
 
 
 def work(algorithm: Algorithm) -> WorkedExample:
-    """Compute one optimizer step on the example with the algorithm's plugins, but terms on experts: its policy has none."""
+    """Compute one optimizer step on the example with the algorithm's plugins, but terms on experts: its policy has none. Its
+    one reference stands for those of all KLs."""
     terms = [term for term in algorithm.loss_terms if "router_logits" not in term.needs]
-    t, a = inputs(), replace(algorithm, loss_terms=terms)
+    t, a = inputs(), replace(algorithm, loss_terms=terms, kl=on_one_reference(algorithm.kl))
     scored, total = _scored(a, t)
     rows = _kept(a, scored, torch.arange(len(t["mask"])), after=False)
     part = _rows(scored, rows)

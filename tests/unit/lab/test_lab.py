@@ -12,11 +12,14 @@ from torch import Tensor
 
 from hf_rlhf.axes import AdvantageEstimator
 from hf_rlhf.batch import Credit, Scored
+from hf_rlhf.config.recipe import resolve
 from hf_rlhf.lab import World, run
 from hf_rlhf.lab.choices import aggregations, defaults, in_world, kl_choices, scaled, variants
 from hf_rlhf.lab.objectives import Candidate, fraction, nearest, parallel
+from hf_rlhf.lab.single import left_out
 from hf_rlhf.lab.study import WITNESSES, Lab, Verdict
 from hf_rlhf.lab.table import cosine, number
+from hf_rlhf.lab.worked_example import work
 from hf_rlhf.lab.world import Policies
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.errors import UserError
@@ -319,3 +322,19 @@ def test_the_witnesses_and_directions_of_the_lab_are_not_the_studied_policy():
     tables = lab().expectation.policies.tables
     assert all(not torch.allclose(tables[0], x) for x in tables[1 : WITNESSES + 1])
     assert ascent(lab(), "reinforce").shape == tables[:WITNESSES].shape
+
+
+def test_the_worlds_reference_stands_for_those_of_single_kls():
+    kls: list[dict[str, Any]] = [
+        {"use": "in_loss", "estimator": "exact"},
+        {"use": "in_reward"},
+        {"use": "in_advantage"},
+    ]
+    rest = {"rollout": "generate", "rewards": ["exact_match"], "advantages": "group_norm", "aggregation": "token_mean"}
+    own = [x | {"reference": y, "when": {"task": "a"}} for x, y in zip(kls, ("ema", "frozen", "sync"), strict=True)]
+    one, several = (resolve({**rest, "kl": x}).algorithm() for x in (kls, own))
+    rows, others = run(one), run(several)
+    assert [str(row) for row in rows] == [str(row) for row in others]
+    assert left_out(one) == []
+    assert left_out(several) == ["kl.0.reference=ema", "kl.1.reference=frozen", "kl.2.reference=sync"]
+    assert str(work(one)) == str(work(several))
