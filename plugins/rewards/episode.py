@@ -1,4 +1,4 @@
-"""Reward of an episode, as its environment gave it: one number, or one at the end of each turn of the policy."""
+"""Reward that the environment gave: of the episode, or of each turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FromEpisode(RewardSource):
-    """The environment's reward, at the last token of each turn if it gave one per turn; no score where it gave none."""
+    """Its number, or one at the end of each turn."""
 
     name = "episode"
     verifier = True
