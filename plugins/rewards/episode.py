@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FromEpisode(RewardSource):
-    """Its number, or one at the end of each turn."""
+    """The number of the episode, or one at the end of each turn."""
 
     name = "episode"
     verifier = True
