@@ -68,6 +68,8 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("rewards", "token_reward_model"): {"model": "{folder}/tokens"},
     ("rewards", "process_reward_model"): {"model": "{folder}/tokens"},
     ("advantages", "mix"): {"parts": [{"use": "leave_one_out"}, {"use": "reward_to_go"}], "weights": [0.5, 0.5]},
+    ("reference", "model"): {"path": "{folder}/teacher"},
+    ("reference", "with_context"): {"context": "answer"},
     ("loss_terms", "router_balance"): {"coef": 0.1},
     ("loss_terms", "ptx"): {"path": str(DATA / "texts.txt"), "rows": 2, "max_tokens": 64},
     ("optimizer", "trpo"): {"max_kl": 1e-3, "cg_iters": 3},
@@ -83,6 +85,8 @@ def plugin(axis: str, name: str, folder: Any = "", /, **settings: Any) -> Any:
         for key, value in SETTINGS.get((axis, name), {}).items()
         if key not in settings
     }
+    if axis == "environment":
+        chosen["max_tokens"] = 40
     if inner:
         chosen[axis if axis == "baseline" else "baseline"] = {"use": inner}
     return load_plugin(axis, name, **chosen, **settings)
@@ -205,6 +209,9 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("matrix")
     runs.save_classifier(made / "classifier")
     save_token_classifier(made / "tokens")
+    teacher, tokenizer = runs.tiny_policy(seed=1)
+    teacher.save_pretrained(made / "teacher")
+    tokenizer.save_pretrained(made / "teacher")
     (made / "reward.py").write_text(
         "def count_spaces(completions):\n    return [text.count(' ') for text in completions]\n"
     )
