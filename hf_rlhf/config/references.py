@@ -19,6 +19,10 @@ EARLY = frozenset({"reward", "advantage"})
 """Places where a KL enters before the first update."""
 
 
+BEHIND = "batch_behind:"
+"""Prefix, before a reference's key, of a micro-batch's rows behind that reference's prompts. The policy's own is `batch`."""
+
+
 def keyed(name: str, key: str) -> str:
     """Return the name of a tensor of the reference with this key: `ref_logps` is the recipe's."""
     return f"{name}:{key}" if key else name

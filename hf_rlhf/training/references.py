@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_rlhf.axes import Reference, check_output
 from hf_rlhf.batch import ReferenceRows, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
-from hf_rlhf.config.references import ROWS, base_label, bases_of, keyed, top_k_of
+from hf_rlhf.config.references import BEHIND, ROWS, base_label, bases_of, keyed, top_k_of
 from hf_rlhf.modeling.lm_head import Measure
 from hf_rlhf.modeling.reference import DISTRIBUTIONS, ReferencePolicy, Scorer, measures_of, measures_of_top
 from hf_rlhf.modeling.token_batch import TokenBatch
@@ -116,7 +116,7 @@ class References:
         they need whole."""
         measures: dict[str, Measure] = {}
         for key, use in self.algorithm.references.items():
-            batch = inputs.get(keyed("batch", key), inputs["batch"])
+            batch = inputs.get(f"{BEHIND}{key}", inputs["batch"])
             if whole := [(title, kl) for title, kl in use.update if top_k_of(kl) is None]:
                 measures |= self.scorers[key].measures(batch, over_distributions(whole, update=True))
             measures |= self._over_top(key, batch, inputs, use.update, update=True)

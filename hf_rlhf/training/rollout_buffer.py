@@ -17,7 +17,7 @@ from torch.nn import functional
 from hf_rlhf.axes import TextTerm, check_output
 from hf_rlhf.batch import Scored
 from hf_rlhf.config.algorithm import Algorithm
-from hf_rlhf.config.references import keyed
+from hf_rlhf.config.references import BEHIND
 from hf_rlhf.modeling.router import ROUTED
 from hf_rlhf.runtime.seeding import permutation
 from hf_rlhf.training.micro_batches import Batching
@@ -207,7 +207,7 @@ class Buffer:
         micro["total_score"] = self.total_score[self.places[index]].to(micro["mask"].dtype)
         micro["batch"] = batching.batch([self.prompt_ids[i] for i in rows], completions, micro["mask"])
         for key, prompts in self.prompts.items():
-            micro[keyed("batch", key)] = micro["batch"].behind([prompts[i] for i in rows])
+            micro[f"{BEHIND}{key}"] = micro["batch"].behind([prompts[i] for i in rows])
         return micro
 
     def _empty(self, weights: dict[str, Tensor], batching: Batching) -> dict[str, Any]:

@@ -373,3 +373,13 @@ def test_an_optimizer_given_beside_a_recipe_that_makes_its_own_is_refused(tmp_pa
     made.optimizer, made._optimizer_given = torch.optim.SGD(made.model.parameters(), lr=0.1), True
     with pytest.raises(ValueError, match="optimizer=trpo creates its own"):
         made.create_optimizer()
+
+
+def test_a_reference_behind_another_prompt_leaves_the_policys_own_rows_alone(tmp_path):
+    """The recipe's reference has no key of its own, and the first step's ratio is 1."""
+    chosen: dict[str, Any] = {"kl": [{"use": "in_reward"}], "update": {"mini_batches": 2}, "rollout": SAMPLED}
+    context = {"use": "with_context", "context": "answer"}
+    made = runs.trained(tmp_path, **chosen, reference=context, dtype=torch.float64)
+    first, second = runs.entries(made)
+    assert first["policy/ratio"] == pytest.approx(1, abs=1e-9)
+    assert abs(second["policy/ratio"] - 1) > 1e-8
