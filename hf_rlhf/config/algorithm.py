@@ -370,7 +370,7 @@ def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
 def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:
     """Yield (prefix of its metrics, axis, plugin) of every plugin of an algorithm, nested ones included.
 
-    Plugins of a list axis have the titles of `Algorithm.titled`.
+    Plugins of a list axis have the titles of `Algorithm.titled`. References of single KLs stand below `reference/`.
     """
     own: dict[str, list[Plugin]] = {axis: list(getattr(algorithm, axis)) if axis in LISTS else [] for axis in AXES}
     for path, plugin in algorithm.plugins():
@@ -379,7 +379,9 @@ def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:
             own[axis].append(plugin)
     for axis, plugins in own.items():
         for title, plugin in zip(_titles(plugins), plugins, strict=True):
-            yield AXES[axis].axis.metric_prefix.replace("<label>", title), axis, plugin
+            prefix = AXES[axis].axis.metric_prefix.replace("<label>", title)
+            nested = axis == "reference" and plugin is not algorithm.reference
+            yield f"{prefix}/{title}" if nested else prefix, axis, plugin
 
 
 def _titles(plugins: Sequence[Plugin]) -> list[str]:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from hf_rlhf import Metric
+from hf_rlhf.axes import Reference
+from hf_rlhf.batch import ReferenceRows
 from hf_rlhf.config.plan import make_plan
 from hf_rlhf.config.recipe import resolve
 from hf_rlhf.contract.model_settings import Model
@@ -362,3 +365,48 @@ def test_a_kl_with_its_own_reference_logs_and_adapts_to_its_own_distance(tmp_pat
     declared = {named.name for named in metrics_of(made.algorithm)}
     logged = {name for entry in runs.entries(made) for name in entry if name.startswith("kl/")}
     assert logged == {name for name in declared if name.startswith("kl/")}
+
+
+# A reference that is no model
+
+
+@dataclass(kw_only=True)
+class Server(Reference):
+    """Scores of token ids, as a server would give them: each token as likely as its id says."""
+
+    name = "server"
+    scores = frozenset({"logps", "top_logps"})
+    metrics = (Metric("calls", "calls", "requests so far"),)
+
+    def __post_init__(self) -> None:
+        self._calls = 0
+
+    def build(self, policy: Any) -> None:
+        return None
+
+    def score(self, rows: ReferenceRows, needs: frozenset[str], top_k: int | None = None) -> dict[str, Any]:
+        self._calls += 1
+        log_probs = torch.linspace(0, -3, 120).log_softmax(0)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in rows.completion_ids], batch_first=True)
+        found = {"logps": log_probs[ids] * rows.mask}
+        if top_k is not None:
+            size = (*rows.mask.shape, top_k)
+            found["top_logps"], found["top_ids"] = log_probs[:top_k].expand(size), torch.arange(top_k).expand(size)
+        return {name: x for name, x in found.items() if name in needs or name == "top_ids"}
+
+    def report(self) -> dict[str, float]:
+        return {"calls": float(self._calls)}
+
+
+def test_a_reference_may_score_rows_without_a_model(tmp_path):
+    kls = [{**K2, "reference": Server()}, {**EXACT, "label": "top", "estimator": Top(top_k=3), "reference": Server()}]
+    made = runs.trained(tmp_path / "1", kl=[*kls, {"use": "monitor"}], reference="frozen")
+    assert list(made.collector.forwards.references.scorers) == ["", "in_loss"]
+    (entry,) = [entry for entry in runs.entries(made) if "reference/server/calls" in entry]
+    assert entry["reference/server/calls"] == 1
+    assert entry["kl/in_loss/k2"] > 0
+    assert entry["kl/top/exact"] > 0
+    with pytest.raises(
+        ValueError, match=r"reads distributions of the reference, and kl\.0\.reference=server gives logps, top"
+    ):
+        runs.trainer(tmp_path / "2", kl=[{**EXACT, "reference": Server()}])

@@ -25,6 +25,8 @@ def reference_models(
         if "adapter" in base.needs or base.follows_policy or not _is_here(base, args):
             continue
         path, given = getattr(base, "path", None), getattr(base, "dtype", "policy")
+        if path is None and type(base).score is not Reference.score:  # a server's, for instance
+            continue
         if path is None:
             found[label] = base, model
             continue
