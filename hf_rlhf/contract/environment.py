@@ -10,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Count, Plugin, Positive
@@ -92,6 +92,9 @@ class Environment(Plugin, ABC):
 
     axis = Axis(section="Environment", metric_prefix="environment/<label>", many=True, bare=True, default=())
 
+    followers: ClassVar[tuple[Literal["user", "tool"], ...]] = ("user",)
+    """Roles of its messages after a turn of the policy: what the chat template writes before them must stay the same."""
+
     when: dict[str, Any] | None = None
     """Dataset column -> value or list of values: the environment takes rows that match all; by default all rows. Of several
     environments the first that takes a row plays it."""
@@ -127,3 +130,7 @@ class Environment(Plugin, ABC):
     def columns(self) -> set[str]:
         """Return the dataset columns that it reads besides those of `when`."""
         return set()
+
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """Return the JSON schemas of the tools that it offers, which the chat template must be able to show."""
+        return []

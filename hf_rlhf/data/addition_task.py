@@ -15,7 +15,7 @@ import shutil
 import string
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -98,11 +98,18 @@ def addition_model(warm_up: WarmUp | None = None) -> Path:
 
     Safe to call from several processes: one makes it and the others wait; an interrupted one leaves nothing behind.
     """
+    warm_up = warm_up or WarmUp()
+    return made_once("addition", warm_up, lambda tokenizer: _warm_up(warm_up, tokenizer))
+
+
+def made_once(
+    title: str, warm_up: WarmUp, make: Callable[[PreTrainedTokenizerFast], tuple[LlamaForCausalLM, dict[str, Any]]]
+) -> Path:
+    """Return the folder of a warmed-up model and its tokenizer; `make` returns the model, and what was measured."""
     from filelock import FileLock
 
-    warm_up = warm_up or WarmUp()
     home = cache_folder()
-    folder = home / f"addition-{_fingerprint(warm_up)}"
+    folder = home / f"{title}-{_fingerprint(warm_up)}"
     if folder.is_dir():
         return folder
     home.mkdir(parents=True, exist_ok=True)
@@ -112,8 +119,8 @@ def addition_model(warm_up: WarmUp | None = None) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=home))
         try:
             tokenizer = addition_tokenizer()
-            with doing("warming up the quickstart's model, once"):
-                model, measured = _warm_up(warm_up, tokenizer)
+            with doing(f"warming up the {title} model, once"):
+                model, measured = make(tokenizer)
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             (unfinished / "warm_up.json").write_text(json.dumps({**asdict(warm_up), **measured}, indent=2) + "\n")
@@ -137,26 +144,45 @@ def _warm_up(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> tuple[Llama
     """Fine-tune on noisy demonstrations until samples are right with probability `target`."""
     import torch
 
+    right = _sums(addition_dataset()[0])
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        problems = right[torch.randint(len(right), (warm_up.batch_size,), generator=generator)]
+        return _encode(tokenizer, _noisy(problems, warm_up.wrong, generator))
+
+    return fine_tune("addition", warm_up, tokenizer, draw, _encode(tokenizer, right[: warm_up.batch_size * 4]))
+
+
+def fine_tune(
+    title: str,
+    warm_up: WarmUp,
+    tokenizer: PreTrainedTokenizerFast,
+    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    fixed: tuple[Tensor, Tensor],
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Fine-tune a new model on drawn demonstrations until those of `fixed` have probability `target`.
+
+    Demonstrations are ids (P, L) and a mask (P, L) that is 1 on tokens that are learned.
+    """
+    import torch
+
     generator = torch.Generator().manual_seed(warm_up.seed)
-    with _one_thread(), torch.random.fork_rng(devices=[]), _progress(warm_up) as report:
+    with _one_thread(), torch.random.fork_rng(devices=[]), _progress(title, warm_up) as report:
         torch.manual_seed(warm_up.seed)
         model = _model(warm_up, tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=warm_up.learning_rate, betas=warm_up.betas)
-        right = _sums(addition_dataset()[0])
-        fixed = right[: warm_up.batch_size * 4]
         probability = 0.0
         for step in range(1, warm_up.max_steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = warm_up.learning_rate * min(1.0, step / warm_up.ramp)
-            problems = right[torch.randint(len(right), (warm_up.batch_size,), generator=generator)]
-            logps, mask = _answer_logps(model, _encode(tokenizer, _noisy(problems, warm_up.wrong, generator)))
+            logps, mask = _answer_logps(model, draw(generator))
             (-logps.sum() / mask.sum()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step % warm_up.check_every == 0:
                 with torch.no_grad():
-                    logps, _ = _answer_logps(model, _encode(tokenizer, fixed))
+                    logps, _ = _answer_logps(model, fixed)
                 probability = logps.sum(1).exp().mean().item()
                 report(probability)
             if probability >= warm_up.target:
@@ -164,7 +190,7 @@ def _warm_up(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> tuple[Llama
         else:
             if warm_up.target > 0:
                 raise RuntimeError(
-                    f"the warm-up of the addition model reached {probability:.0%} in {warm_up.max_steps} steps, "
+                    f"the warm-up of the {title} model reached {probability:.0%} in {warm_up.max_steps} steps, "
                     f"not {warm_up.target:.0%}"
                 )
     return model.eval(), {"steps": step, "probability": probability}
@@ -214,17 +240,26 @@ def _noisy(problems: Tensor, share: float, generator: torch.Generator) -> Tensor
 
 def _encode(tokenizer: PreTrainedTokenizerFast, problems: Tensor) -> tuple[Tensor, Tensor]:
     """Encode (P, 3) as ids (P, L), right-padded, and a mask (P, L) that is 1 on the answer and its end of sequence."""
+    return demonstrations(tokenizer, [[(f"{a}+{b}=", 0), (str(answer), 1)] for a, b, answer in problems.tolist()])
+
+
+def demonstrations(
+    tokenizer: PreTrainedTokenizerFast, given: Iterable[Sequence[tuple[str, int]]]
+) -> tuple[Tensor, Tensor]:
+    """Encode rows of texts, each with 1 if it is learned, with its end of sequence, as ids (P, L), right-padded, and masks."""
     import torch
 
     rows, masks = [], []
-    for a, b, answer in problems.tolist():
-        prompt = _ids(tokenizer, f"{a}+{b}=")
-        completion = [*_ids(tokenizer, str(answer)), tokenizer.eos_token_id]
-        rows.append([tokenizer.bos_token_id, *prompt, *completion])
-        masks.append([0] * (1 + len(prompt)) + [1] * len(completion))
+    for parts in given:
+        ids, mask = [tokenizer.bos_token_id], [0]
+        for text, learned in parts:
+            own = [*_ids(tokenizer, text), *([tokenizer.eos_token_id] if learned else [])]
+            ids, mask = ids + own, mask + [learned] * len(own)
+        rows.append(ids)
+        masks.append(mask)
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
-    return ids, torch.tensor([mask + [0] * (longest - len(mask)) for mask in masks], dtype=torch.float32)
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+    return padded, torch.tensor([mask + [0] * (longest - len(mask)) for mask in masks], dtype=torch.float32)
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -262,13 +297,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(warm_up: WarmUp) -> Iterator[Any]:
+def _progress(title: str, warm_up: WarmUp) -> Iterator[Any]:
     """Show a progress bar on a terminal, otherwise one line."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(file=sys.stderr)
-    title = "Warming up the addition model"
+    title = f"Warming up the {title} model"
     if not console.is_terminal:
         console.print(f"{title} (once; one to two minutes) ...")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[right]}"), TimeElapsedColumn())

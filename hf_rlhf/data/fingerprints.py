@@ -20,7 +20,7 @@ import xxhash
 
 from hf_rlhf.axes import Plugin
 from hf_rlhf.contract.model_settings import Model
-from hf_rlhf.data.addition_task import BUILTIN, addition_model
+from hf_rlhf.data.builtin_tasks import TASKS
 
 Contents = dict[str, dict[str, str]]
 """Dotted name -> what it is (`of`) and the hash of its content."""
@@ -101,13 +101,13 @@ def _note(found: Contents, name: str, of: str, digest: str | None) -> None:
 
 def _note_named(found: Contents, name: str, value: str, revision: str | None) -> None:
     """Add the fingerprint of what a setting names, if it names a file, a module's function, a folder or a model on the Hub."""
-    place = value.rpartition(":")[0] if re.fullmatch(r"[^\n]+:[A-Za-z_]\w*", value) and value != BUILTIN else value
+    place = value.rpartition(":")[0] if re.fullmatch(r"[^\n]+:[A-Za-z_]\w*", value) and value not in TASKS else value
     if place != value and not place.endswith(".py"):
         module = sys.modules.get(place)
         _note(found, name, value, None if module is None else _source(module))
         return
     try:
-        path = addition_model() if value == BUILTIN else Path(place).expanduser()
+        path = TASKS[value].model() if value in TASKS else Path(place).expanduser()
         is_file, is_folder = path.suffix != "" and path.is_file(), path.is_dir()
     except (OSError, ValueError):
         return  # a text that is no path

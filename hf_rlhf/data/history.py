@@ -59,17 +59,14 @@ def rewriting(
 def check_history(
     tokenizer: PreTrainedTokenizerBase, followers: Sequence[Follower] = ("user",), tools: Tools | None = None
 ) -> None:
-    """Refuse a chat template that rewrites earlier turns, for `history: extend`. Raises `ChatError` with the ways out."""
+    """Refuse a chat template that rewrites earlier turns. Raises `ChatError` with the way out."""
     if (found := rewriting(tokenizer, followers, tools)) is None:
         return
-    ways = ["history: as_rendered, which trains on turns as they are rendered, each such turn a row of its own"]
-    if (file := _keeping(tokenizer, followers, tools)) is not None:
-        ways.append(f"model.chat_template: {file}, TRL's version of the template, which keeps them")
-    else:
-        ways.append("model.chat_template with a template that keeps them")
+    file = _keeping(tokenizer, followers, tools)
+    way = f"{file}, TRL's version of it, which keeps them" if file is not None else "a template that keeps them"
     raise ChatError(
-        f"history: extend keeps the tokens of earlier turns, and the chat template rewrites them: {found}. "
-        f"Set {' or '.join(ways)}"
+        f"an episode keeps the tokens of earlier turns, and the chat template rewrites them: {found}. "
+        f"Set model.chat_template to {way}"
     )
 
 

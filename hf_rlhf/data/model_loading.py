@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.contract.model_settings import Lora, Model
 from hf_rlhf.data.adapters import config_problems, keep_zero_rows
-from hf_rlhf.data.addition_task import BUILTIN, addition_config, addition_model
+from hf_rlhf.data.addition_task import addition_config
+from hf_rlhf.data.builtin_tasks import TASKS
 from hf_rlhf.data.quantization import quantisation, ready
 from hf_rlhf.modeling.lora_merge import merge
 from hf_rlhf.runtime.errors import UserError
@@ -29,7 +30,7 @@ def load_config(path: str | None, revision: str | None = None, **options: Any) -
     """Return a model's configuration, for an adapter its base's. Raises `ModelError` if it cannot be had, as by `options`."""
     from transformers import AutoConfig
 
-    if path == BUILTIN:
+    if path in TASKS:
         return addition_config()
     local = path is not None and options.get("local_files_only")  # then the Hub is not asked either
     path = str(Path(path).expanduser()) if path is not None and local else model_path(path, revision=revision)
@@ -204,8 +205,8 @@ def model_path(path: str | None, kind: Kind = "model", revision: str | None = No
     """Return what transformers loads by a recipe's name of a model or tokenizer. Raises `ModelError` if nothing is there."""
     if path is None:
         raise ModelError("no model: set model.path (--model) to a folder, a name on the Hub, or builtin:addition")
-    if path == BUILTIN:
-        return str(addition_model())
+    if path in TASKS:
+        return str(TASKS[path].model())
     if problem := unavailable(path, kind, revision):
         raise ModelError(problem)
     folder = Path(path).expanduser()

@@ -17,7 +17,7 @@ from hf_rlhf.batch import Prompt
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.contract import chat
-from hf_rlhf.data.addition_task import BUILTIN, addition_dataset
+from hf_rlhf.data.builtin_tasks import TASKS
 from hf_rlhf.data.fingerprints import RowHash
 from hf_rlhf.data.sources import DatasetError, Row, Rows, load_rows, missing_columns
 
@@ -105,8 +105,8 @@ def read_rows(
     settings: Dataset, train: Rows | None = None, evaluation: Rows | None = None
 ) -> tuple[_Subset | Iterable[Row], _Subset | Iterable[Row] | None]:
     """Return the training rows and the evaluation rows: `evaluation`, `eval_path`, `eval_split`, or held-out rows."""
-    if train is None and settings.path == BUILTIN:
-        train, built_in = _addition(settings)
+    if train is None and settings.path in TASKS:
+        train, built_in = _built_in(settings)
         evaluation = built_in if evaluation is None and settings.eval_path is None else evaluation
     if train is None:
         train = _load(settings, settings.path, settings.split)
@@ -163,17 +163,17 @@ def _hold_out(
     return _Subset(rows, sorted(order[count:])), _Subset(rows, sorted(order[:count]))
 
 
-def _addition(settings: Dataset) -> tuple[Rows, Rows]:
+def _built_in(settings: Dataset) -> tuple[Rows, Rows]:
     for key, default in (("name", None), ("split", "train"), ("eval_split", None), ("streaming", False)):
         if getattr(settings, key) != default:
-            raise DatasetError(f"dataset.{key} does not apply to {BUILTIN}: remove it")
-    return addition_dataset()
+            raise DatasetError(f"dataset.{key} does not apply to {settings.path}: remove it")
+    return TASKS[str(settings.path)].rows()
 
 
 def _load(settings: Dataset, path: str | None, split: str) -> Rows:
     if path is None:
         raise DatasetError(
-            f"no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or {BUILTIN}"
+            f"no dataset: set dataset.path (--dataset) to a file, a folder, a name on the Hub, or {' or '.join(TASKS)}"
         )
     return load_rows(path, name=settings.name, split=split, streaming=settings.streaming)
 

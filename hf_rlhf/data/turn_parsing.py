@@ -78,7 +78,7 @@ def _bare(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def _known_response_template(template: str) -> dict[str, Any] | None:
     """Return TRL's response template for a chat template that it ships, or for its training version; None for others."""
     import trl
-    from trl.chat_template_utils import add_response_schema
+    from trl import add_response_schema
 
     folder = Path(trl.__file__).parent / "chat_templates"
     for file in folder.glob("*_training.jinja"):

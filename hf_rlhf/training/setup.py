@@ -37,6 +37,7 @@ from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.early_checks import check_prompts, warn_of_ragged_epochs
+from hf_rlhf.training.environments.template_checks import template_problems
 from hf_rlhf.training.hub_trainer import ask_for_repository
 from hf_rlhf.training.losses import build_critic
 from hf_rlhf.training.model_checks import (
@@ -192,6 +193,7 @@ def setup_run(
         algorithm=chosen, sections=sections, plan=plan, record=record, model=None, tokenizer=tokenizer, room=room
     )
     longest = _read_rows(parts, train, evaluation)
+    _refuse(template_problems(chosen, tokenizer, parts.train))
     plan.in_words = in_words(chosen, sections, args, model, lora, (*record["rows"].values(), longest))
     record["plan"]["in_words"] = plan.in_words
     if on_plan is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from hf_rlhf.axes import Reference
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.model_settings import Model
-from hf_rlhf.data.addition_task import BUILTIN
+from hf_rlhf.data.builtin_tasks import TASKS
 from hf_rlhf.data.model_loading import ModelError, load_tokenizer
 from hf_rlhf.registry.settings_schema import at_path
 
@@ -47,7 +47,7 @@ def token_problems(algorithm: Algorithm, tokenizer: Any) -> list[str]:
 def tag_problems_by_name(algorithm: Algorithm, model: Model) -> list[str]:
     """Return `tag_problems` and `token_problems` with the tokenizer that the settings name; nothing if it is not on this
     machine."""
-    asking = any(source.patterns() for source in algorithm.rewards) and model.path != BUILTIN
+    asking = any(source.patterns() for source in algorithm.rewards) and model.path not in TASKS
     compared = any(
         isinstance(plugin, Reference) and type(plugin).token_problems is not Reference.token_problems
         for _, plugin in algorithm.plugins()

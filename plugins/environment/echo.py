@@ -13,6 +13,7 @@ class Echo(Environment):
     """Asks the policy once; other reward sources score what it said."""
 
     name = "echo"
+    followers = ()
     words = "one turn"
 
     async def play(self, task: Task, model: Model) -> None:

@@ -46,6 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loss_terms.ptx": {"path": "{folder}/texts.txt", "max_tokens": 64},
     **every.OWN_FUNCTIONS,
     "reference.model": {"path": "{folder}"},
+    "environment.tools": {"tools": ["hf_rlhf.data.calculator_task:calc"], "workers": "inline"},
+    "environment.trl": {"factory": "tests.helpers.environments:Doubling"},
     "reference.with_context": {"context": "answer"},
     "rewards.function": {"function": f"{__file__}:count_fives"},
     "rewards.constraints": {"instructions": [{"id": "punctuation:no_comma"}]},

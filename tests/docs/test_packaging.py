@@ -109,6 +109,7 @@ def test_only_one_module_imports_what_trl_does_not_document():
     assert deep <= {ROOT / "hf_rlhf" / "training" / "offline" / "trl_compat.py"}
     assert {file.parent.name for file, names in users.items() if names} <= {
         "contract",
+        "data",
         "from_trl",
         "offline",
         "trainer",

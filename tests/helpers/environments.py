@@ -44,6 +44,21 @@ class Plain(Environment):
         return self.function(task, model)
 
 
+class Doubling:
+    """An environment as TRL documents them."""
+
+    def reset(self, **row: Any) -> None:
+        return None
+
+    def double(self, x: int) -> int:
+        """Double.
+
+        Args:
+            x: A number.
+        """
+        return 2 * x
+
+
 @dataclass(kw_only=True)
 class Says(RolloutEngine):
     """Says the same text at every call, or what `texts` has for the call's number, and notes what it was asked."""

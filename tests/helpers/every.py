@@ -22,6 +22,8 @@ OWN_FUNCTIONS = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "advantages.mix": {"parts": ["leave_one_out", "reward_to_go"], "weights": [0.5, 0.5]},
     **OWN_FUNCTIONS,
+    "environment.tools": {"tools": ["hf_rlhf.data.calculator_task:calc"], "workers": "inline"},
+    "environment.trl": {"factory": "tests.helpers.environments:Doubling"},
     "filters.overlong": {"max_tokens": 7},
     "filters.too_short": {"min_tokens": 3},
     "filters.opsm": {"delta": 0.01},

@@ -55,6 +55,8 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("rollout", "generate"): {"prompts": 4, "num_generations": 4, "max_new_tokens": 5},
     ("rollout", "mixed"): {"prompts": 4, "num_generations": 4, "max_new_tokens": 5, "column": "answer"},
     ("rollout", "scripted"): {"prompts": 4, "num_generations": 4},
+    ("environment", "tools"): every.SETTINGS["environment.tools"],
+    ("environment", "trl"): every.SETTINGS["environment.trl"],
     ("rewards", "length"): {"target": 1, "maximum": 9, "unit": "words", "weight": -1.0},
     ("rewards", "format"): {"pattern": ".*[0-9].*"},
     ("rewards", "math_answer"): {"workers": "inline"},

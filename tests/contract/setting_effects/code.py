@@ -86,7 +86,7 @@ def whether_it_runs(folder: Path, understood: bool) -> Any:
 
 @showing("image", None, "mine:1")
 def the_command(folder: Path, image: str | None) -> Any:
-    return load_plugin("rewards", "unit_tests", sandbox="docker", image=image)._backend.command(Limits(), "name")
+    return load_plugin("rewards", "unit_tests", sandbox="docker", image=image).backend.command(Limits(), "name")
 
 
 def of_runner(token_env: str | None, listening: bool = True) -> Any:

@@ -49,14 +49,14 @@ def test_templates_keep_reasoning_between_tool_calls(template):
 
 def test_the_refusal_says_the_ways_out():
     with pytest.raises(
-        ChatError, match=r"history: extend .*rewrites.*reasoning.*as_rendered.* or model.chat_template: "
+        ChatError, match=r"the chat template rewrites them: .*reasoning.*Set model.chat_template to /"
     ) as refused:
         check_history(episode_tokenizer("qwen3"))
-    file = str(refused.value).partition("model.chat_template: ")[2].partition(",")[0]
+    file = str(refused.value).partition("model.chat_template to ")[2].partition(",")[0]
     tokenizer = episode_tokenizer("qwen3")
     tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
     check_history(tokenizer)
-    with pytest.raises(ChatError, match=r"or model\.chat_template with a template that keeps them"):
+    with pytest.raises(ChatError, match=r"Set model\.chat_template to a template that keeps them"):
         check_history(episode_tokenizer("gptoss"))
 
 

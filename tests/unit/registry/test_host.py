@@ -19,6 +19,7 @@ from hf_rlhf.registry.host import Host, get_host, use_host
 from hf_rlhf.registry.settings_schema import describe
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.testing import conformance
+from tests.helpers import environments
 from tests.helpers.paths import ROOT
 
 SIGN = '''
@@ -140,6 +141,12 @@ def runs_rewards(plugin, tmp_path):
         finish_reasons=["stop"] * 3,
     )
     assert plugin(rollouts) == [1.0, 0.0, 0.0]
+
+
+def runs_environment(plugin, tmp_path):
+    played = environments.play(plugin, environments.Says(texts=("no", "yes")), columns={"answer": ["yes"]})
+    assert played.completions.columns["episode/turn_rewards"] == [[0.0, 0.5]]
+    assert [message["content"] for message in played.messages[0]] == ["ab", "no", "no ab", "yes"]
 
 
 def runs_kl(plugin, tmp_path):

@@ -1,0 +1,132 @@
+"""Settings of the environments with tools: what becomes of episodes in which the policy calls them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_rlhf import load_plugin
+from hf_rlhf.axes import Task
+from tests.contract.setting_effects.base import EFFECTS, SettingEffect
+from tests.helpers import environments
+from tests.helpers.environments import Doubling, Says
+
+COLUMNS = {"answer": ["yes", "no"], "other": ["6", "no"], "kind": ["a", "b"]}
+
+
+def seen(environment: Any, *texts: str) -> Any:
+    """Everything that becomes of two episodes, and what the engine was asked."""
+    engine = Says(texts=texts or ("no", "yes"))
+    try:
+        made = environments.play(environment, engine, prompts=("ab", "cd"), columns=COLUMNS).completions
+    finally:
+        environment.close()
+    columns = {name: values for name, values in made.columns.items() if name != "episode/environment"}
+    return made.ids, made.masks, columns, engine.calls
+
+
+def double(x: int) -> int:
+    """Double.
+
+    Args:
+        x: A number.
+    """
+    return 2 * x
+
+
+async def slow(seconds: float) -> str:
+    """Sleep.
+
+    Args:
+        seconds: How long.
+    """
+    await asyncio.sleep(seconds)
+    return "slept"
+
+
+def blocks(seconds: float) -> str:
+    """Block.
+
+    Args:
+        seconds: How long.
+    """
+    time.sleep(seconds)
+    return "blocked"
+
+
+class Silent(Doubling):
+    def double(self, x: int) -> str:
+        """Say nothing.
+
+        Args:
+            x: A number.
+        """
+        return ""
+
+
+def of(name: str, setting: str, first: Any, second: Any, *texts: str, **settings: Any) -> None:
+    def show(folder: Path, value: Any) -> Any:
+        return seen(load_plugin("environment", name, **{**settings, setting: value}), *texts)
+
+    EFFECTS[f"environment.{name}.{setting}"] = SettingEffect(first, second, show)
+
+
+CALL, INLINE = ("[double(3)]", "6"), {"tools": [double], "workers": "inline"}
+of("tools", "tools", [double], [slow], *CALL, workers="inline")
+of("tools", "python", None, {}, "[python(print(3))]", "6", **INLINE)
+of("tools", "answer", None, "other", *CALL, **INLINE)
+of("tools", "max_result", 4000, 3, "[double('abcdef')]", "6", **INLINE)
+of("tools", "tool_timeout", 20.0, 0.05, "[slow(0.3)]", "6", tools=[slow])
+of("trl", "factory", Doubling, Silent, *CALL)
+of("trl", "max_result", 4000, 3, "[double('abcdef')]", "6", factory=Doubling)
+
+
+def showing(setting: str, first: Any, second: Any) -> Any:
+    def take(show: Any) -> Any:
+        EFFECTS[f"environment.tools.{setting}"] = SettingEffect(first, second, show)
+        return show
+
+    return take
+
+
+@showing("workers", "processes", "inline")
+def who_runs_it(folder: Path, workers: str) -> Any:
+    (folder / "who.py").write_text(
+        'import os\ndef who() -> int:\n    """Tell the process."""\n    return os.getpid()\n'
+    )
+    plugin = load_plugin("environment", "tools", tools=[f"{folder}/who.py:who"], workers=workers)
+    return seen(plugin, "[who()]", "6")[0]
+
+
+@showing("num_workers", 1, 2)
+def how_many_run(folder: Path, num_workers: int) -> Any:
+    plugin = load_plugin("environment", "tools", tools=[blocks], num_workers=num_workers)
+    call = {"type": "function", "function": {"name": "blocks", "arguments": {"seconds": 0.2}}}
+    answers = [{"role": "assistant", "content": "", "tool_calls": [call] * 2}, {"role": "assistant", "content": ""}]
+
+    async def model(messages: Any, **options: Any) -> Any:
+        return answers.pop(0)
+
+    asyncio.run(plugin.play(Task(messages=[{"role": "user", "content": "q"}], columns={}, seed=0), model))
+    started = len(plugin._pool._started)
+    plugin.close()
+    return started
+
+
+@showing("retries", 2, 0)
+def how_often_it_is_tried(folder: Path, retries: int) -> Any:
+    tried = []
+
+    async def gone(x: int) -> int:
+        """Fail.
+
+        Args:
+            x: A number.
+        """
+        tried.append(x)
+        raise ConnectionError("gone")
+
+    seen(load_plugin("environment", "tools", tools=[gone], retries=retries), "[gone(1)]", "6")
+    return len(tried)
