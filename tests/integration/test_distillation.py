@@ -56,6 +56,7 @@ ESTIMATORS = [
 ]
 
 
+@pytest.mark.proves("rollout.mixed", how="closed form", tolerance="1e-12")
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 def test_a_step_over_the_datasets_completions_follows_the_divergence(tmp_path: Path, estimator: dict[str, Any]):
     data = runs.problems(count=4)
