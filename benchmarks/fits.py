@@ -42,6 +42,7 @@ RECIPES = (
         "sapo",
         "gpg",
     ),
+    *("opd", "opd_exact", "gkd", "grpo_opd"),
     *("maxrl", "gdpo", "ppo", "ppo_shared", "vapo", "orz", "r1_zero", "trpo", "christiano2017", "stiennon2020", "prm"),
 )
 
@@ -60,6 +61,9 @@ class Fit:
 CRITIC = ("critic.learning_rate=1e-3",)
 FITS: dict[str, Fit] = {
     "dr_grpo": Fit(overrides=(f"aggregation.length={LONGEST}",)),
+    "opd": Fit(overrides=(f"aggregation.length={LONGEST}",)),
+    "opd_exact": Fit(overrides=(f"aggregation.length={LONGEST}",)),
+    "gkd": Fit(overrides=("rollout.column=answer",)),
     "dapo": Fit(  # right answers are up to 4 tokens long: the penalty on length begins after them
         overrides=("rollout.max_new_tokens=6", "rewards.1.target=4", "rewards.1.maximum=6")
     ),
@@ -92,6 +96,8 @@ def fitted(name: str, seed: int, rollouts: int | None = None, overrides: tuple[s
     }
     raw["rewards"] = [_reward(reward) for reward in raw["rewards"]]
     raw["rewards"].append({"use": "exact_match", "column": "answer", "weight": 0.0, "label": RIGHT})
+    if raw.get("reference", {}).get("use") == "model":
+        raw["reference"]["path"] = "judge:teacher"
     update = raw.get("update", {})
     raw["update"] = {"mini_batches": min(update.get("mini_batches", 1), 4), "epochs": update.get("epochs", 1)}
     kept = {name: x for name, x in raw.get("training", {}).items() if name == "max_grad_norm"}

@@ -1,10 +1,11 @@
-"""Models that the learning benchmark needs besides the quickstart's: reward models of three kinds, and a policy that answers
-in two lines. Each is made once, in one to two minutes on one core, and kept in the quickstart's cache.
+"""Models that the learning benchmark needs besides the quickstart's: reward models of three kinds, a policy that answers in
+two lines, and a teacher. Each is made once, in one to two minutes on one core, and kept in the quickstart's cache.
 
     outcome   a sequence classifier, fitted to pairs of a right and a wrong answer by Bradley and Terry
     token     a token classifier, fitted to the same pairs by the sum of its scores over the answer
     process   a token classifier of two labels, fitted to whether each line of a two-line answer is right
     steps     the policy that the last one is for: `37+58=` is answered by `15\\n95`, the units' sum and the sum
+    teacher   the model that `hf-rlhf train quickstart` makes
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ MAKINGS = {
     "token": Making(kind="token", target=0.99),
     "process": Making(kind="process", target=0.88, start="steps"),
     "steps": Making(kind="steps", target=0.35),
+    "teacher": Making(kind="teacher", target=0.9),
 }
 
 
@@ -77,7 +79,7 @@ def judge(kind: str) -> Path:
         if not folder.is_dir():
             unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
             try:
-                _make(making, start, unfinished)
+                (_train_quickstart if kind == "teacher" else _make)(making, start, unfinished)
                 unfinished.chmod(0o755)
                 unfinished.rename(folder)
             finally:
@@ -139,6 +141,29 @@ def _make(making: Making, start: Path, folder: Path) -> None:
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "making.json").write_text(json.dumps({**asdict(making), "steps": step, "reached": reached}, indent=1))
+
+
+def _train_quickstart(making: Making, start: Path, folder: Path) -> None:
+    """Train the quickstart's recipe and save the policy. Raises `RuntimeError` where its answers miss the target."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    from hf_rlhf import RLHFTrainer, load_recipe
+    from hf_rlhf.config.training_arguments import DEFAULTS
+
+    recipe = load_recipe("quickstart")
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArguments(scratch, use_cpu=True, **{**DEFAULTS, **recipe.training, "seed": making.seed})
+        trainer = RLHFTrainer(None, recipe, args)
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train()
+            reached = trainer.evaluate()["eval_accuracy"]
+        finally:
+            trainer.close()
+        if reached < making.target:
+            raise RuntimeError(f"the teacher reached {reached:.3f}, not {making.target}")
+        trainer.save_model(str(folder))
+    (folder / "making.json").write_text(json.dumps({**asdict(making), "reached": reached}, indent=1))
 
 
 def _model(kind: str, start: Path) -> Any:

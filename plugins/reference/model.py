@@ -31,10 +31,10 @@ class OtherModel(Reference):
     """Log-probs of another model that shares the policy's tokens."""
 
     name = "model"
-    words = "the model {path}"
 
-    path: HubModel
-    """Folder or name on the Hub of a causal language model. One with another tokenizer than the policy's is rejected."""
+    path: HubModel | None = None
+    """Folder or name on the Hub of a causal language model, to be named before a run. One with another tokenizer than the
+    policy's is rejected."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     adapter: HubModel | None = None
@@ -53,11 +53,20 @@ class OtherModel(Reference):
     def known_tokens(self) -> int | None:
         return self._known
 
+    def in_words(self) -> str:
+        return "a model not named yet" if self.path is None else f"the model {self.path}"
+
     def check(self, algorithm: Algorithm) -> Iterable[str]:
         if self.device is not None and self.offload:
             yield f"offload moves it to the policy's device, and device={self.device} keeps it elsewhere. Set offload=false"
 
     def token_problems(self, tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+        if self.path is None:
+            yield (
+                "the other model must be named before a run, got no path. Set path=FOLDER or path=NAME on the Hub; for the "
+                "quickstart's task, `hf-rlhf train quickstart --output-dir teacher` makes the folder teacher"
+            )
+            return
         theirs = tokenizer_of(_path(self.path), self.revision)
         if theirs is None:
             logger.warning("reference.path=%r has no tokenizer, so its tokens are taken for the policy's", self.path)
@@ -72,6 +81,7 @@ class OtherModel(Reference):
     def build(self, policy: PreTrainedModel) -> Module:
         from transformers import AutoModelForCausalLM
 
+        assert self.path is not None, "the tokens are checked first"
         options: Any = {"dtype": policy.dtype if self.dtype == "policy" else self.dtype, "revision": self.revision}
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(_path(self.path), **options)

@@ -107,6 +107,12 @@ def k3_times_ratio(a, p, old, ref, sampler):
     return p / old * (ref / p - 1 + math.log(p / ref))
 
 
+def jensen_shannon(a, p, old, ref, sampler):
+    """Of the sampled token and all others."""
+    pairs = [(p, ref), (1 - p, 1 - ref)]
+    return sum((x * math.log(2 * x / (x + y)) + y * math.log(2 * y / (x + y))) / 2 for x, y in pairs)
+
+
 KL_AT_ROLLOUT = [[math.log(o / r) for o, r in zip(OLD[i], REFERENCE[i], strict=True)] for i in ROWS]
 """k1 of each token, within 10 of 0."""
 
@@ -168,6 +174,7 @@ def oracles():
     yield "cispo@open_instruct", dialect(spread(of_groups(centred)), corrected(weighed(1.272)), more=0.05 * kl)
     not_0 = sum(score != 0 for score in SCORES)
     gpg = spread([len(SCORES) / not_0 * x for x in of_groups(centred)])
+    yield "gkd@trl", dialect(spread([0.0] * len(SCORES)), jensen_shannon)
     yield "gpg@verl", dialect(gpg, lambda a, p, *_: -a * math.log(p))
     yield "dapo@verl", dialect(spread(of_groups(norm(stdev, 1e-6), long)), clip(0.2, 0.28, 10))
     ppo = whitened(minus_values(spread(SCORES)), stdev)
