@@ -42,7 +42,7 @@ RECIPES = (
         "sapo",
         "gpg",
     ),
-    *("opd", "opd_exact", "gkd", "grpo_opd"),
+    *("opd", "opd_exact", "gkd", "grpo_opd", "sdft"),
     *("maxrl", "gdpo", "ppo", "ppo_shared", "vapo", "orz", "r1_zero", "trpo", "christiano2017", "stiennon2020", "prm"),
 )
 
@@ -54,8 +54,13 @@ class Fit:
     learning_rate: float = 4e-4
     rollouts: int = 40
     overrides: tuple[str, ...] = ()
-    two_lines: bool = False
-    """Problems whose answers have two lines, and the policy that was warmed up on them."""
+    policy: str = BUILTIN
+    """The model that is trained."""
+
+    @property
+    def two_lines(self) -> bool:
+        """True for problems whose answers have two lines."""
+        return self.policy == "judge:steps"
 
 
 CRITIC = ("critic.learning_rate=1e-3",)
@@ -63,6 +68,14 @@ FITS: dict[str, Fit] = {
     "dr_grpo": Fit(overrides=(f"aggregation.length={LONGEST}",)),
     "opd": Fit(overrides=(f"aggregation.length={LONGEST}",)),
     "opd_exact": Fit(overrides=(f"aggregation.length={LONGEST}",)),
+    "sdft": Fit(
+        policy="judge:hinted",
+        overrides=(
+            f"aggregation.length={LONGEST}",
+            "reference.context=answer",
+            'reference.template="{context};{prompt}"',
+        ),
+    ),
     "gkd": Fit(overrides=("rollout.column=answer",)),
     "dapo": Fit(  # right answers are up to 4 tokens long: the penalty on length begins after them
         overrides=("rollout.max_new_tokens=6", "rewards.1.target=4", "rewards.1.maximum=6")
@@ -74,7 +87,7 @@ FITS: dict[str, Fit] = {
     "r1_zero": Fit(overrides=("reference.every=40",)),
     "stiennon2020": Fit(rollouts=20),
     "trpo": Fit(rollouts=12, overrides=("optimizer.max_kl=0.03", "optimizer.cg_iters=5")),
-    "prm": Fit(rollouts=25, overrides=CRITIC, two_lines=True),
+    "prm": Fit(rollouts=25, overrides=CRITIC, policy="judge:steps"),
 }
 
 
@@ -86,7 +99,7 @@ def fit_of(name: str) -> Fit:
 def fitted(name: str, seed: int, rollouts: int | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the recipe on the task as plain data; `judge:KIND` denotes the folder of a model of `benchmarks.judges`."""
     fit, raw = fit_of(name), read_recipe(name)
-    raw["model"] = {"path": "judge:steps" if fit.two_lines else BUILTIN}
+    raw["model"] = {"path": fit.policy}
     raw["dataset"] = {} if fit.two_lines else {"path": BUILTIN}
     group = min(raw["rollout"]["num_generations"], GROUP)
     raw["rollout"] |= {

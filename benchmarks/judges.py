@@ -1,10 +1,12 @@
 """Models that the learning benchmark needs besides the quickstart's: reward models of three kinds, a policy that answers in
-two lines, and a teacher. Each is made once, in one to two minutes on one core, and kept in the quickstart's cache.
+two lines, one that reads hints, and a teacher. Each is made once, in one to two minutes on one core, and kept in the
+quickstart's cache.
 
     outcome   a sequence classifier, fitted to pairs of a right and a wrong answer by Bradley and Terry
     token     a token classifier, fitted to the same pairs by the sum of its scores over the answer
     process   a token classifier of two labels, fitted to whether each line of a two-line answer is right
     steps     the policy that the last one is for: `37+58=` is answered by `15\\n95`, the units' sum and the sum
+    hinted    a policy that also knows `95;37+58=`, the problem behind its answer, and copies it
     teacher   the model that `hf-rlhf train quickstart` makes
 """
 
@@ -65,6 +67,7 @@ MAKINGS = {
     "token": Making(kind="token", target=0.99),
     "process": Making(kind="process", target=0.88, start="steps"),
     "steps": Making(kind="steps", target=0.35),
+    "hinted": Making(kind="hinted", target=0.9, wrong=0.6, max_steps=2000),
     "teacher": Making(kind="teacher", target=0.9),
 }
 
@@ -168,7 +171,7 @@ def _train_quickstart(making: Making, start: Path, folder: Path) -> None:
 
 def _model(kind: str, start: Path) -> Any:
     """Create a model with the warmed-up trunk and the head of a kind."""
-    if kind == "steps":
+    if kind in ("steps", "hinted"):
         return LlamaForCausalLM.from_pretrained(start)
     config = LlamaConfig.from_pretrained(start, num_labels=2 if kind == "process" else 1)
     cls: Any = LlamaForSequenceClassification if kind == "outcome" else LlamaForTokenClassification
@@ -232,6 +235,29 @@ def _policy_fit(
             for line, numbers in zip(lines(problem), ranges, strict=True)
         ]
         rows.append((problem["prompt"], "\n".join(given) + tokenizer.eos_token))
+    return _answers(model, tokenizer, rows)
+
+
+def _hinted_fit(
+    making: Making, model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[dict[str, str]], draw: random.Random
+) -> tuple[Tensor, float]:
+    """Next-token loss on answers, many of them random, and on as many copies of a hint; measured, on right hints, is the
+    latter's mean probability."""
+    hints = [str(draw.choice(SUMS)) if torch.is_grad_enabled() else problem["answer"] for problem in problems]
+    rows = [
+        (f"{hint};{problem['prompt']}", hint + tokenizer.eos_token)
+        for hint, problem in zip(hints, problems, strict=True)
+    ]
+    copied = _answers(model, tokenizer, rows)
+    answers = [str(draw.choice(SUMS)) if draw.random() < making.wrong else p["answer"] for p in problems]
+    plain = _answers(
+        model, tokenizer, [(p["prompt"], a + tokenizer.eos_token) for p, a in zip(problems, answers, strict=True)]
+    )
+    return copied[0] + plain[0], copied[1]
+
+
+def _answers(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[Tensor, float]:
+    """Return the mean loss of the answers' tokens, and the mean probability of an answer."""
     batch, mask = _batch(tokenizer, rows)
     logps = model(**batch).logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
     logps = logps * mask[:, 1:]
@@ -243,5 +269,6 @@ FITS: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "token": _pairs_fit,
     "process": _lines_fit,
     "steps": _policy_fit,
+    "hinted": _hinted_fit,
 }
 """Kind -> the loss on some problems, and the share that the model judges, or the probability that it answers, rightly."""

@@ -61,8 +61,8 @@ def run(name: str, seed: int, rollouts: int | None = None, overrides: tuple[str,
     watch = Watch(held_out[:WATCHED], raw["rollout"]["max_new_tokens"], steps, max(1, count // POINTS))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(output_dir=folder, use_cpu=True, **{**DEFAULTS, **recipe.training})
-        given = {"train_dataset": train} if fit_of(name).two_lines else {}
-        trainer = RLHFTrainer(None, recipe, args, callbacks=[watch], **given)
+        rows = {"train_dataset": train} if fit_of(name).two_lines else {}
+        trainer = RLHFTrainer(None, recipe, args, callbacks=[watch], **rows)
         trainer.remove_callback(PrinterCallback)
         began = time.process_time()
         try:
@@ -71,6 +71,8 @@ def run(name: str, seed: int, rollouts: int | None = None, overrides: tuple[str,
             trainer.close()
         seconds = time.process_time() - began - watch.seconds
         log = [entry for entry in trainer.state.log_history if "reward/total/mean" in entry]
+    held_out_right = [watch.curve[0]["right"], watch.curve[-1]["right"]]
+    given = raw["rollout"]["use"] == "mixed"  # right answers of the dataset are among its rollouts
     return {
         "recipe": name,
         "seed": seed,
@@ -79,9 +81,9 @@ def run(name: str, seed: int, rollouts: int | None = None, overrides: tuple[str,
         "steps": trainer.state.global_step,
         "learning_rate": raw["training"]["learning_rate"],
         "reward": tenths([entry["reward/total/mean"] for entry in log]),
-        "right": tenths([entry[f"reward/{RIGHT}/mean"] for entry in log]),
+        "right": held_out_right if given else tenths([entry[f"reward/{RIGHT}/mean"] for entry in log]),
         "kl": watch.curve[-1]["kl"],
-        "held_out": [watch.curve[0]["right"], watch.curve[-1]["right"]],
+        "held_out": held_out_right,
         "seconds": round(seconds, 1),
         "curve": watch.curve,
     }

@@ -103,7 +103,8 @@ are replaced by a rule for the sum. Recipes with a reward model get one that was
 
 {table(found["runs"])}
 
-*right*: fraction of correct answers in the rollouts. *gain*: last tenth minus first tenth. *own reward*: the recipe's reward,
+*right*: fraction of correct answers in the rollouts, of `gkd`, whose rollouts hold answers of the dataset, on held-out
+problems before and after the run. *gain*: last tenth minus first tenth. *own reward*: the recipe's reward,
 first → last tenth, if it is not the fraction of correct answers. *KL*: from the trained policy to the initial one on held-out
 problems, exact in each visited state, per completion. *seconds*: on one core, without models and measurements.
 ±: half of the 95% confidence interval of the mean over seeds (Student's t).

@@ -121,7 +121,7 @@ class Objectives:
 
     def of_kls(self, algorithm: Algorithm) -> list[Candidate]:
         """Return divergences, and the halves of the gradient of each KL of `algorithm`."""
-        found = list(self._of_kls)
+        found = list(self.divergences)
         for _, placement in algorithm.titled("kl"):
             key = f"{placement.estimator!r} {placement.level} {placement.clamp}"
             if placement.places and key not in self._halves:
@@ -130,7 +130,8 @@ class Objectives:
         return found
 
     @cached_property
-    def _of_kls(self) -> list[Candidate]:
+    def divergences(self) -> list[Candidate]:
+        """Divergences between the policy and the reference, and differences of two, whatever the algorithm."""
         kl, divergences = self.kl, dict(self._divergences())
         reverse, forward = divergences["per-state KL(pi||ref)"], divergences["per-state KL(ref||pi)"]
         named = {

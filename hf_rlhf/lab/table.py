@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from hf_rlhf.lab.distillation import Form, Gap
 from hf_rlhf.lab.staleness import Aged
 from hf_rlhf.lab.study import Row
 from hf_rlhf.lab.trust_region import Move
@@ -139,4 +140,25 @@ def of_ages(ages: Sequence[int], far: Sequence[float], found: Sequence[Aged]) ->
     yield (
         "reinforce with a rollout correction: old log-probs of the policy itself. The other losses: those of the sampler, to "
         "which their ratio is. Advantages leave_one_out, aggregation seq_mean_token_sum, default settings."
+    )
+
+
+def of_distillation(forms: Iterable[Form], gaps: Iterable[Gap]) -> Iterator[str]:
+    """Yield the tables of distillation in plain text, with a legend."""
+    header = ["distillation", "expected gradient of", "cosine", "bias", "cosine to KL(ref||pi)", "variance"]
+    numbers = [
+        [x.title, x.objective, cosine(x.cosine), number(x.bias), cosine(x.forward), number(x.variance)] for x in forms
+    ]
+    yield from aligned(header, numbers)
+    yield (
+        "cosine and bias: to the gradient of KL(pi||ref) of completions. per-state: the visited states are held fixed. variance: "
+        "of one completion's gradient, over the squared norm of that of KL(pi||ref). Advantages reinforce, aggregation "
+        "seq_mean_token_sum.\n"
+    )
+    header = ["in the loss", "top k", "nats per completion", "gap to the whole vocabulary", "cosine of the gradients"]
+    rows = [[x.estimator, str(x.top_k), number(x.value), number(x.gap), cosine(x.cosine)] for x in gaps]
+    yield from aligned(header, rows)
+    yield (
+        "The divergence between the probabilities of the reference's k most likely tokens and of all others as one event: a "
+        "lower bound."
     )

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from benchmarks import fits, learning
+from benchmarks.judges import judge
 
 pytestmark = pytest.mark.learning
 
@@ -38,7 +39,27 @@ def test_the_second_chance_is_learned_by_name_alone(seed, tmp_path):
 def test_it_learns(name, seed):
     row = learning.run(name, seed)
     assert row["right"][1] >= row["right"][0] + fits.MARGIN, f"right answers: {row['right']}"
-    assert row["reward"][1] > row["reward"][0], f"what it is rewarded for: {row['reward']}"
+    if any(reward.get("weight", 1) for reward in fits.fitted(name, seed)["rewards"]):
+        assert row["reward"][1] > row["reward"][0], f"what it is rewarded for: {row['reward']}"
+
+
+DISTILLED = [
+    *("--model", "builtin:addition", "--dataset", "builtin:addition", "--max-steps", "40"),
+    *("--learning-rate", "4e-4", "--lr-scheduler-type", "linear", "--warmup-steps", "0"),
+    *("rollout.prompts=32", "rollout.num_generations=8", "rollout.max_new_tokens=4", "aggregation.length=4"),
+    "rewards=[{use: exact_match, column: answer, weight: 0}]",
+]
+"""The quickstart's model and task, in a quarter of its steps; the reward only measures."""
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("name", "least"), [("opd_exact", 0.80), ("opd", 0.75)])
+def test_a_teacher_lifts_the_quickstarts_model_in_40_steps_without_a_reward(name, least, seed, tmp_path):
+    command = [sys.executable, "-m", "hf_rlhf", "train", name, *DISTILLED, f"reference.path={judge('teacher')}"]
+    subprocess.run([*command, "--seed", str(seed), "--output-dir", str(tmp_path / "run")], check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0.33 <= summary["before"]["accuracy"] <= 0.43
+    assert summary["after"]["accuracy"] >= least
 
 
 @pytest.mark.parametrize("penalty", learning.PENALTIES)

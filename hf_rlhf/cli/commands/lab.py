@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +12,6 @@ from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from hf_rlhf.lab.world import World
-
 
 TrustRegion = Annotated[
     bool,
@@ -26,6 +22,10 @@ TrustRegion = Annotated[
 Staleness = Annotated[
     bool,
     typer.Option("--staleness", help="Show what policy losses and rollout corrections make of older samples."),
+]
+Distillation = Annotated[
+    bool,
+    typer.Option("--distillation", help="Show what each form of distillation descends, its bias, and its variance."),
 ]
 PictureFile = Annotated[Path | None, typer.Option("--picture", help="Also write a picture: a .svg, .png or .pdf.")]
 Length = Annotated[int | None, typer.Option("--length", help="Maximum tokens of a completion; 3 by default.")]
@@ -40,6 +40,7 @@ Length = Annotated[int | None, typer.Option("--length", help="Maximum tokens of 
         "hf-rlhf lab grpo --group 2 --picture grpo.svg",
         "hf-rlhf lab --trust-region",
         "hf-rlhf lab --staleness",
+        "hf-rlhf lab --distillation",
         "hf-rlhf lab --all > lab.md    # the whole matrix: minutes",
     ),
 )
@@ -65,6 +66,7 @@ def lab(
     ] = False,
     trust_region: TrustRegion = False,
     staleness: Staleness = False,
+    distillation: Distillation = False,
     as_json: Json = False,
     picture: PictureFile = None,
     group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3 by default.")] = None,
@@ -85,8 +87,6 @@ def lab(
         require(picture)
     import torch
 
-    from hf_rlhf.lab.world import World
-
     torch.set_num_threads(1)  # the tensors are small
     sizes: dict[str, Any] = {n: x for n, x in {"group": group, "length": length, "seed": seed}.items() if x is not None}
     given = [*([recipe] if recipe else []), *(words or [])]
@@ -95,11 +95,10 @@ def lab(
         if beside := [*given, *options]:
             raise UserError(f"--all computes every combination and takes --seed only, got {beside[0]}")
         _everything(as_json, picture, seed)
-    elif trust_region or staleness:
-        if given or off_policy or group or picture or (trust_region and staleness):
-            asked = "--trust-region" if trust_region else "--staleness"
-            raise UserError(f"{asked} takes --length, --seed and --json only: it depends on no recipe")
-        (_trust_region if trust_region else _staleness)(World(group=1 if trust_region else 2, **sizes), as_json)
+    elif asked := [name for name, on in zip(THEORY, (trust_region, staleness, distillation), strict=True) if on]:
+        if given or off_policy or group or picture or len(asked) > 1:
+            raise UserError(f"{asked[0]} takes --length, --seed and --json only: it depends on no recipe")
+        THEORY[asked[0]](sizes, as_json)
     else:
         named = recipe if recipe and "=" not in recipe else None
         _one(named, given[bool(named) :], as_json, picture, sizes, off_policy)
@@ -120,11 +119,12 @@ def _everything(as_json: bool, picture: Path | None, seed: int) -> None:
         print(page(sections, beta=BETA, seed=seed, picture=picture.name if picture else None), end="")
 
 
-def _trust_region(world: World, as_json: bool) -> None:
+def _trust_region(sizes: dict[str, Any], as_json: bool) -> None:
     from hf_rlhf.lab.table import of_moves
     from hf_rlhf.lab.trust_region import moves
+    from hf_rlhf.lab.world import World
 
-    found = moves(world)
+    found = moves(World(group=1, **sizes))
     if as_json:
         print_json([vars(move) for move in found])
         return
@@ -132,16 +132,36 @@ def _trust_region(world: World, as_json: bool) -> None:
         print(line)
 
 
-def _staleness(world: World, as_json: bool) -> None:
+def _staleness(sizes: dict[str, Any], as_json: bool) -> None:
     from hf_rlhf.lab.staleness import AGES, distances, study
     from hf_rlhf.lab.table import of_ages
+    from hf_rlhf.lab.world import World
 
+    world = World(group=2, **sizes)
     found, far = list(study(world)), distances(world)
     if as_json:
         print_json({"ages": AGES, "total_variation": far, "choices": [vars(aged) for aged in found]})
         return
     for line in of_ages(AGES, far, found):
         print(line)
+
+
+def _distillation(sizes: dict[str, Any], as_json: bool) -> None:
+    from hf_rlhf.lab.distillation import LONGEST, TOKENS, forms, gaps
+    from hf_rlhf.lab.table import of_distillation
+    from hf_rlhf.lab.world import World
+
+    whole = list(forms(World(group=1, rewards="none", **sizes)))
+    top = list(gaps(World(**{"length": LONGEST, **sizes}, group=1, tokens=TOKENS, rewards="none")))
+    if as_json:
+        print_json({"forms": [vars(form) for form in whole], "top_k": [vars(gap) for gap in top]})
+        return
+    for line in of_distillation(whole, top):
+        print(line)
+
+
+THEORY = {"--trust-region": _trust_region, "--staleness": _staleness, "--distillation": _distillation}
+"""Option -> the study that depends on no recipe."""
 
 
 def _one(

@@ -6,6 +6,7 @@ Three tokens, at most three of them: 15 completions. The expectations that they 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.batch import Scored
+from hf_rlhf.lab.distillation import forms, gaps
 from hf_rlhf.lab.study import Lab, Verdict
 from hf_rlhf.lab.world import Policies, World
 from hf_rlhf.training.losses import at_last_token
@@ -360,3 +362,26 @@ def test_off_policy_k1_in_the_loss_drives_away_from_the_policy_that_rolled_out()
     towards_old = t.gradient(-(t.old.probability * t.now.logps.sum(2)).sum(1))
     for level in ("token", "sequence"):
         close(of_the_kl(where, kl("in_loss", "k1", level)), -towards_old)
+
+
+def test_the_table_of_distillation_says_what_is_exact_and_what_is_not():
+    found = {form.title.partition(" (")[0]: form for form in forms(World(group=1, rewards="none"))}
+    for title in ("k1 as the reward", "k1 of the row as the advantage"):
+        assert found[title].objective == "KL(pi||ref)"
+        assert found[title].bias < 1e-9
+    sampled, whole = found["k1 as the advantage"], found["exact in the loss"]
+    assert sampled.objective == whole.objective == found["k2 in the loss"].objective == "per-state KL(pi||ref)"
+    assert sampled.bias == pytest.approx(whole.bias, rel=1e-9)
+    assert 0.1 < whole.bias < 0.3
+    assert whole.variance < sampled.variance / 10, "the sampled token is what is noisy"
+    assert found["k3 in the loss"].objective == found["forward in the loss"].objective == "per-state KL(ref||pi)"
+
+
+def test_the_gap_of_the_top_k_closes_with_k():
+    found = list(gaps(World(tokens=5, length=2, group=1, rewards="none"), (1, 2, 3, 4)))
+    for name in ("exact", "forward", "jsd"):
+        of_name = [gap for gap in found if gap.estimator == name]
+        assert all(later.gap < earlier.gap for earlier, later in itertools.pairwise(of_name))
+        assert of_name[0].gap > 0.05
+        assert abs(of_name[-1].gap) < 1e-12, "one token is left for the bucket"
+        assert of_name[-1].cosine == pytest.approx(1, abs=1e-12)
