@@ -184,3 +184,20 @@ def test_the_command_is_registered_without_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert hf_rlhf.cli.commands.lab.lab.__doc__
+
+
+def test_distillation_prints_its_forms_and_the_gap_of_the_top_k():
+    shown = invoke("--distillation", "--length", "2")
+    assert "k1 as the reward" in shown
+    assert "per-state KL(pi||ref)" in shown
+    assert "gap to the whole vocabulary" in shown
+    found = json.loads(invoke("--distillation", "--length", "2", "--json"))
+    assert {"forms", "top_k"} == set(found)
+    assert all(gap["gap"] > 0 for gap in found["top_k"])
+
+
+@pytest.mark.parametrize("recipe", ["opd", "opd_exact", "sdft"])
+def test_a_recipe_without_rewards_is_studied_without_them(recipe: str):
+    shown = invoke(recipe, "--group", "2", "--length", "2")
+    assert "no rewards" in shown
+    assert "1/2 beta per-state KL(pi||ref)" in shown
