@@ -41,7 +41,7 @@ class Form:
 
     title: str
     objective: str
-    """What it is the gradient of, times -beta."""
+    """Divergence whose descent it is."""
     cosine: float
     """Cosine of the descent with that of KL(pi || ref)."""
     bias: float
@@ -54,7 +54,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Gap:
-    """What a divergence over the reference's top k leaves out."""
+    """A divergence over the reference's top k, and its distance to the whole."""
 
     estimator: str
     top_k: int

@@ -105,6 +105,8 @@ def _misled(algorithm: Algorithm) -> Iterator[str]:
                 f"rewards.{i}={source.name} would reward the policy for completions that it did not sample. Set "
                 f"rewards.{i}.weight=0"
             )
+    for i, environment in enumerate(algorithm.environment):
+        yield f"environment.{i}={environment.name} plays its episodes with the policy alone. Set environment=[]"
     if not algorithm.kl_in("loss"):
         yield "no KL in the loss learns from the dataset's completions. Set kl=[{use: in_loss, estimator: {use: jsd}}]"
     for i, kl in enumerate(algorithm.kl):

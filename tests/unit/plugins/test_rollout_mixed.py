@@ -97,6 +97,7 @@ def kl(**settings: Any) -> dict[str, Any]:
         (kl(controller="adaptive"), "kl.0.controller=adaptive reads the KL of sampled tokens"),
         ({"critic": "value_head", "advantages": "gae"}, "critic=value_head would learn"),
         ({"advantages": {"use": "baseline", "baseline": {"use": "constant", "value": 0.5}}}, "advantages=baseline"),
+        ({"environment": ["second_chance"]}, "environment.0=second_chance plays its episodes"),
         ({"policy_loss": "dro"}, "policy_loss=dro has a gradient without an advantage"),
     ],
 )
