@@ -26,7 +26,9 @@ class NoSpread(Pattern):
 
     def find(self, history: History) -> Iterable[Finding]:
         step = history.since(METRIC, lambda share: share > MOST)
-        if step is None or history.learned():
+        rewards = history.recipe.get("rewards") or []
+        only_measure = rewards and not any(reward.get("weight", 1) for reward in rewards)
+        if step is None or history.learned() or only_measure:
             return
         text = (
             f"{history.mean(METRIC):.0%} of the completions are in groups whose rewards are all equal (mean reward "

@@ -189,6 +189,11 @@ def flat(folder: Path, steps: int, **training: Any) -> Any:
     return runs.trainer(folder, rewards=[NEVER], update={"mini_batches": 1}, training=settings)
 
 
+def test_rewards_that_only_measure_need_no_spread(tmp_path):
+    distilled = {"rewards": [{**NEVER, "weight": 0}], "kl": [{"use": "in_loss", "estimator": "exact"}]}
+    assert "no_spread" not in found(tmp_path, Case({**distilled, "reference": "frozen"}, {}), mended=False)
+
+
 def said(caplog: Any) -> list[str]:
     return [x.getMessage().partition(",")[0] for x in caplog.records if x.name.endswith("doctor_callback")]
 
