@@ -161,5 +161,5 @@ def save(figure: Figure, path: Path) -> None:
     from PIL import Image
 
     drawn = BytesIO()
-    figure.savefig(drawn, dpi=130)
+    figure.savefig(drawn, dpi=114)
     Image.open(drawn).convert("RGB").quantize(8).save(path, optimize=True)
