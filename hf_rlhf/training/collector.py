@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.axes import KLController, TrainedCritic, check_output
-from hf_rlhf.batch import Credit, Prompt, Rollouts, Scored
+from hf_rlhf.batch import Completions, Credit, Prompt, Rollouts, Scored
 from hf_rlhf.config.algorithm import Algorithm, places
 from hf_rlhf.config.references import ROWS, drifts, statistics_for
 from hf_rlhf.data.prompt_stream import PromptStream
@@ -141,7 +141,7 @@ class Collector:
         with self.meters.time("rollout"), seeded(*where, rank):
             completions, rollouts = self.roll_out(mine, group_ids, group, place=where, process=(rank,))
         if self.algorithm.environment:
-            report_episodes(self.meters, rollouts, self.roll_out.waited, self.roll_out.overridden)
+            report_episodes(self.meters, rollouts, self.sampling.waited, self.sampling.overridden)
         rows = {"mask": _padded(rollouts.masks, self.dtype).to(self.accelerator.device)}
         sampled = None
         if completions.logps is not None:
@@ -209,8 +209,13 @@ class Collector:
         return {f"{label}/{name}": column for label, found in asked.items() for name, column in found.columns.items()}
 
     @cached_property
-    def roll_out(self) -> Sampling:
-        """Sampling of completions, for training and evaluation."""
+    def roll_out(self) -> Callable[..., tuple[Completions, Rollouts]]:
+        """Sample completions, for training and evaluation."""
+        return self.sampling
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """Sampling of completions, with its decoder."""
         return Sampling(algorithm=self.algorithm, policy=self.policy, accelerator=self.accelerator)
 
     def _sources(self) -> list[tuple[str, Any]]:
@@ -230,7 +235,7 @@ class Collector:
         scores = totals(answers, rollouts)
         sums, valid = total(scores, weights, len(rollouts))
         valid &= torch.tensor([any(row) for row in rollouts.masks])
-        placed = [weights[label] * place(x, rollouts, self.roll_out.text, mask.size(1)) for label, x in answers.items()]
+        placed = [weights[label] * place(x, rollouts, self.sampling.text, mask.size(1)) for label, x in answers.items()]
         token_rewards = sum(placed, start=torch.zeros(mask.shape, dtype=torch.float64)).to(device, self.dtype)
         if self.algorithm.kl_in("reward"):
             rows["kl_penalties"] = self._kl_penalties(rows)
