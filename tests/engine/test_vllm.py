@@ -14,12 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
 
 from hf_rlhf import RLHFTrainer, load_plugin, load_recipe
 from hf_rlhf.axes import Weights
 from hf_rlhf.batch import Context, Prompt
-from hf_rlhf.data.addition_task import addition_model, addition_tokenizer
+from hf_rlhf.data.addition_task import addition_config, addition_tokenizer
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.runtime.seeding import seeded
 from tests.helpers.paths import ROOT
@@ -31,26 +38,31 @@ pytestmark = pytest.mark.engine
 TOLERANCE = 2e-5
 
 
-def qwen(folder: Path) -> str:
-    """A Qwen3 with a tied head, random weights, and the tokenizer of the addition task."""
-    tokenizer = addition_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    heads = {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}
+def saved(model: Any, folder: Path) -> str:
+    """The folder of a model with random weights and the tokenizer of the addition task."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **special, **heads))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    addition_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def qwen(folder: Path) -> str:
+    """A Qwen3 with a tied head."""
+    tokenizer = addition_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    heads = {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}
+    return saved(Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **special, **heads)), folder)
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
-    """The quickstart's model, whose head is not tied."""
-    with serving(str(addition_model()), tmp_path_factory.mktemp("vllm") / "llama.log") as server:
+    """A Llama whose head is not tied, of the shape of the quickstart's model: its weights come with the first load."""
+    folder = tmp_path_factory.mktemp("vllm")
+    with serving(saved(LlamaForCausalLM(addition_config()), folder / "llama"), folder / "llama.log") as server:
         yield server
 
 
@@ -163,7 +175,7 @@ def test_stop_strings_end_completions_and_truncated_ones_hold_likely_tokens(tied
 def run(
     folder: Path, server: Vllm, steps: int, callbacks: Any = (), overrides: Sequence[str] = (), **training: Any
 ) -> Any:
-    overrides = [*overrides, "rollout.use=vllm", f"rollout.url={server.url}", f"model.path={server.model}"]
+    overrides = [*overrides, "rollout.use=vllm", f"rollout.url={server.url}", "model.path=builtin:addition"]
     overrides += [f"training.max_steps={steps}", "training.save_strategy=no"]
     overrides += [f"training.{key}={value}" for key, value in training.items()]
     recipe = load_recipe("quickstart", overrides)
@@ -188,7 +200,8 @@ def test_grpo_learns(tmp_path, llama):
 
 
 def test_episodes_of_several_turns_agree_with_the_cache_of_prefixes(tmp_path, llama):
-    made = run(tmp_path, llama, 3, overrides=("environment=[second_chance]", "rewards=[episode]"), logging_steps=1)
+    twice = 'environment=[{use: second_chance, max_tokens: 64, says: "no {prompt}"}]'
+    made = run(tmp_path, llama, 3, overrides=[twice, "rewards=[episode]"], logging_steps=1)
     assert min(logged(made, "environment/turns/mean")) > 1.2
     assert max(logged(made, "rollout/sampler_gap/max")) < 10 * TOLERANCE
 
