@@ -35,6 +35,15 @@ def test_the_second_chance_is_learned_by_name_alone(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_calculator_is_used_by_name_alone(seed, tmp_path):
+    command = [sys.executable, "-m", "hf_rlhf", "train", "calculator", "--seed", str(seed)]
+    subprocess.run([*command, "--output-dir", str(tmp_path / "run")], check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["accuracy"] < 0.3
+    assert summary["after"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", fits.RECIPES)
 def test_it_learns(name, seed):
     row = learning.run(name, seed)
