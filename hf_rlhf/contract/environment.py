@@ -70,8 +70,6 @@ class Turn:
     """Reward and state of one turn of the policy."""
 
     reward: float = 0.0
-    state: str | int | None = None
-    """Name of the state in which the policy spoke; None: what it had been told by then."""
 
 
 @dataclass(kw_only=True)
