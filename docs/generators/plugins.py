@@ -52,7 +52,9 @@ def reference() -> Iterator[str]:
 def _of_axis(host: Host, axis: str, base: type) -> Iterator[str]:
     for offer in own_plugins(host, axis):
         cls = host.get(offer.axis, f"{OWN_PACKAGE}/{offer.name}")
-        yield f"### {offer.axis}.{offer.name}\n\n{inspect.getdoc(cls)}"
+        file = _file(offer.module)
+        first, rest = (inspect.getdoc(cls) or "").partition("\n\n")[::2]
+        yield f"### {offer.axis}.{offer.name}\n\n{first} Source: [{file}](../{file}).\n\n{rest}".rstrip()
         yield inspect.getdoc(sys.modules[cls.__module__]) or ""
         said = [("Needs", _names(cls, "needs")), ("Provides", _names(cls, "provides"))]
         if any(names for _, names in said):
@@ -63,8 +65,6 @@ def _of_axis(host: Host, axis: str, base: type) -> Iterator[str]:
                 [code(each), metric.unit, metric.meaning] for each, metric in declared_by(cls, offer.axis).items()
             ]
             yield folded("Metrics", [table(["metric", "unit", "meaning"], logged)])
-        file = _file(offer.module)
-        yield f"From package `{offer.package}`, module `{offer.module}`: [{file}](../{file})."
 
 
 def _file(module: str) -> str:

@@ -10,8 +10,11 @@ are compared (`rollout/sampler_gap`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from ._vllm_server import Row, Sent, Server
 
 GAP = "rollout/sampler_gap/mean"
+PREFIX, OWNER = "hf_rlhf-", "owner"
+"""Beginning of the names of folders with weights, and the file in each that names the machine and process that wrote it."""
 
 
 @dataclass(kw_only=True)
@@ -126,12 +131,14 @@ class Vllm(SamplingEngine):
         from ._vllm_server import Sent, wait_for
 
         state = dict(weights.named())  # on every process
-        name = f"hf_rlhf-{hashlib.sha256(weights.version.encode()).hexdigest()[:16]}"
+        name = f"{PREFIX}{hashlib.sha256(weights.version.encode()).hexdigest()[:16]}"
         shared = Path("/dev/shm")
         base = self.weights_folder or (shared if shared.is_dir() else tempfile.gettempdir())
         self._sent = Sent(Path(base).absolute() / name, weights.version)
         if self._process:
             return
+        if not self._folders:
+            _remove_left(Path(base).absolute())
         old, self._folders = self._folders, [self._sent.folder]
         _save(weights.policy.model, self._sent.folder, state)
         wait_for(together(server.load(self._sent) for server in self._servers))
@@ -270,6 +277,26 @@ def _save(model: Any, folder: Path, state: dict[str, Any]) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+    (folder / OWNER).write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
+
+
+def _remove_left(base: Path) -> None:
+    """Remove the weights of runs on this machine that were killed: they take memory in /dev/shm."""
+    for owner in base.glob(f"{PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            host, pid = owner.read_text(encoding="utf-8").split()
+            if host == socket.gethostname() and not _is_running(int(pid)):
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @hookimpl

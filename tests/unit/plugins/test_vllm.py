@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -365,6 +368,22 @@ def test_folders_of_weights_are_deleted(tmp_path):
         assert first != second
         engine.close()
     assert not list((tmp_path / "weights").iterdir())
+
+
+def test_weights_of_a_run_that_was_killed_are_removed_by_the_next_one_and_no_others(tmp_path):
+    folder, own = tmp_path / "weights", policy()
+    gone, here = subprocess.Popen(["true"]), socket.gethostname()
+    gone.wait()
+    owners = {"killed": f"{here} {gone.pid}", "alive": f"{here} {os.getpid()}", "elsewhere": f"x{here} {gone.pid}"}
+    for name, owner in {**owners, "odd": "?"}.items():
+        (folder / f"hf_rlhf-{name}").mkdir(parents=True)
+        (folder / f"hf_rlhf-{name}" / "owner").write_text(owner)
+    (folder / "hf_rlhf-unmarked").mkdir()
+    with Stub(tmp_path / "model") as server:
+        engine = ready(server, own, weights_folder=str(folder))
+        engine.close()
+    left = {path.name.removeprefix("hf_rlhf-") for path in folder.iterdir()}
+    assert left == {"alive", "elsewhere", "odd", "unmarked"}
 
 
 def test_a_gap_beyond_the_bound_ends_the_run_in_float32_only(tmp_path):
