@@ -174,7 +174,7 @@ def conformance(
     plugin: any plugin with its settings; one that needs `setup` must have been set up.
     rollouts: for reward sources that read dataset columns, rows that have them; by default each column that `columns()`
         names holds the text 5.
-    prompts: for rollout engines and environments that read dataset columns, prompts that have them.
+    prompts: for rollout engines and environments that read dataset columns, prompts that have them; by default likewise.
     policy: for rollout engines, critics, references and update rules, makes a fresh policy (a model).
     finite_differences: whether the gradient of a loss or KL estimator must equal finite differences; by default it must
         unless the plugin sets `stops_gradient = True`.
@@ -190,9 +190,9 @@ def conformance(
     if isinstance(plugin, RewardSource):
         checks += rewards.reward_checks(plugin, rollouts or _rollouts_for(plugin))
     elif isinstance(plugin, RolloutEngine):
-        checks += models.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts())
+        checks += models.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts(plugin))
     elif isinstance(plugin, Environment):
-        checks += environments.environment_checks(plugin, make, tiny_policy()[1], prompts or _prompts())
+        checks += environments.environment_checks(plugin, make, tiny_policy()[1], prompts or _prompts(plugin))
     elif isinstance(plugin, Critic):
         checks += models.critic_checks(plugin, make)
     elif isinstance(plugin, Reference):
@@ -229,14 +229,16 @@ def _rollouts_for(plugin: RewardSource) -> Rollouts:
     return _rollouts(columns={**{name: ["5"] * 4 for name in sorted(names)}, **episodes})
 
 
-def _prompts() -> list[Prompt]:
-    """Return two prompts of different length, with the completions that `rollout=scripted` reads."""
+def _prompts(plugin: RolloutEngine | Environment) -> list[Prompt]:
+    """Return two prompts of different length, with the completions that `rollout=scripted` reads, and the text 5 in each other
+    column that the plugin reads."""
+    others = dict.fromkeys(sorted({"answer", *getattr(plugin, "columns", set)()}), "5")
     texts = {"2+3=": ["5", "The answer is 5."], "What is 17+4?": ["21", "#### 7"]}
     return [
         Prompt(
             ids=[len(SPECIAL) + CHARACTERS.index(c) for c in text],
             prompt=text,
-            columns={"completions": completions, "answer": "5"},
+            columns={**others, "completions": completions},
         )
         for text, completions in texts.items()
     ]

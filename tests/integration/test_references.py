@@ -113,6 +113,7 @@ def test_each_kl_is_measured_against_its_own_reference(tmp_path, teacher):
     assert abs(entry["kl/ref"]) < 1e-6
 
 
+@pytest.mark.proves("reference.model", how="closed form", tolerance="1e-12")
 def test_the_step_is_that_of_the_exact_gradient_of_both_kls(tmp_path, teacher):
     """Completions of one token: the estimator `exact` sums over the vocabulary, so that no sampling remains."""
     one = {"use": "generate", "prompts": 4, "num_generations": 2, "max_new_tokens": 1}

@@ -63,6 +63,7 @@ def test_its_log_probs_are_those_behind_the_prompt_with_the_hint(tmp_path):
             assert buffer.prompts["in_loss"][i] == tokenizer(asked).input_ids
 
 
+@pytest.mark.proves("reference.with_context", "reference.policy", how="closed form", tolerance="1e-12")
 def test_the_step_is_that_of_the_exact_gradient_to_the_policy_with_the_hint(tmp_path):
     """Completions of one token, `exact`, and the policy itself as the teacher: no sampling remains, and it has no gradient."""
     one = {"use": "generate", "prompts": 4, "num_generations": 2, "max_new_tokens": 1}
