@@ -59,6 +59,10 @@ class Tools(Environment):
     max_result: Count = 4000
     """Most characters of a result; the rest is left out, and the policy reads so."""
 
+    def in_words(self) -> str:
+        named = [x.rpartition(":")[2] if isinstance(x, str) else x.__name__ for x in self.tools]
+        return f"tools {', '.join([*named, *(['python'] if self.python else [])])}"
+
     def __post_init__(self) -> None:
         if not self.tools and self.python is None:
             raise ValueError("tools must name at least one function, such as [my.py:search], or set python, got []")

@@ -34,6 +34,7 @@ class OfTRL(Environment):
     """Plays a class whose methods are tools: the policy calls them until a turn without a call."""
 
     name = "trl"
+    words = "episodes of {factory}"
     followers = ("tool",)
 
     factory: str | Callable[[], Any] | dict[str, str | Callable[[], Any]]

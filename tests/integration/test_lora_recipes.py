@@ -47,6 +47,8 @@ def folder(tmp_path_factory):
     """A policy and reward models with its tokenizer, on disk."""
     made = tmp_path_factory.mktemp("lora")
     off.save_model(made / "model", dtype=torch.float32)
+    for part in runs.tiny_policy(seed=1):
+        part.save_pretrained(made / "teacher")
     runs.save_classifier(made / "reward_model")
     save_token_classifier(made / "token_reward_model")
     save_token_classifier(made / "process_reward_model")
@@ -61,8 +63,15 @@ def small(name: str, folder: Path, *words: str) -> Any:
             reward["model"] = str(folder / reward["use"])
         elif reward["use"] == "math_answer":
             reward["workers"] = "inline"
-    raw["rewards"].append(runs.FORMAT)
     raw["rollout"] |= {"prompts": 2, "num_generations": 4, "max_new_tokens": 6}
+    if raw["rollout"]["use"] == "mixed":  # which no reward may train
+        raw["rollout"]["column"] = "answer"
+    else:
+        raw["rewards"].append(runs.FORMAT)
+    if "context" in (raw.get("reference") or {}):
+        raw["reference"] |= {"context": "answer", "of": {"use": "sync", "mixing": 1.0}}  # factors are not mixed
+    elif (raw.get("reference") or {}).get("use") == "model":
+        raw["reference"]["path"] = str(folder / "teacher")
     raw["update"] = {"max_tokens_per_micro_batch": 512, "mini_batches": 1, "epochs": 1} | (
         {"ema": raw["update"]["ema"]} if "ema" in raw["update"] else {}
     )
@@ -104,7 +113,8 @@ def test_a_recipe_trains_the_adapter_and_the_critic_alone(name: str, folder: Pat
     assert isinstance(made.algorithm.critic, TrainedCritic) == any(name.startswith("critic.") for name in moved)
     reference = made.collector.forwards.reference
     if reference is not None:
-        assert (reference.own is None) != made.algorithm.reference.moves
+        has_own = made.algorithm.reference.moves or made.algorithm.reference.name == "model"
+        assert (reference.own is not None) == has_own
 
 
 @pytest.mark.parametrize("name", tiers(read(SEPARATE)))

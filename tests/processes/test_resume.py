@@ -17,6 +17,7 @@ from hf_rlhf.config.recipe import read_recipe
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.checkpoint_state import load_state
+from hf_rlhf.testing import tiny_policy
 from tests.helpers import stepping
 from tests.helpers.tiers import tiers
 from tests.helpers.waits import until
@@ -47,6 +48,9 @@ def recipe(name: str) -> dict[str, Any]:
     several = bool(load_recipe(name).raw["environment"])  # whose words have letters of the format
     rewards = [{"use": "length", "target": 3, "maximum": 24}] if several else REWARDS["rewards"]
     small += [f"rewards={json.dumps(rewards)}", "update.mini_batches=3", "update.epochs=1"]
+    if load_recipe(name).raw["rollout"]["use"] == "mixed":
+        small += ["rewards=[]", "rollout.column=answer"]
+    small += ["reference.context=answer"] if "context" in load_recipe(name).raw["reference"] else []
     small += ["critic.init=policy"] if load_recipe(name).raw["critic"].get("init") == "reward" else []
     raw = load_recipe(name, small).raw
     return {axis: raw[axis] for axis in AXES if axis in raw}
@@ -68,6 +72,11 @@ def kept(axes: dict[str, Any]) -> dict[str, Any]:
 
 def specification(folder: Path, name: str, **more: Any) -> dict[str, Any]:
     chosen = {**CASES, **RECIPES}[name]
+    reference = chosen.get("reference")
+    if isinstance(reference, dict) and reference["use"] == "model":
+        for part in tiny_policy(seed=1):
+            part.save_pretrained(folder / "teacher")
+        chosen = {**chosen, "reference": {**reference, "path": str(folder / "teacher")}}
     by_trpo = chosen.get("optimizer", {}).get("use") == "trpo"
     training = {
         "max_steps": 9,

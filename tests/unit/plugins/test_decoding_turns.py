@@ -155,7 +155,12 @@ def test_a_row_that_was_dropped_holds_nothing_and_a_rounded_copy_is_made_once(mo
 
 def test_what_model_generate_samples_is_asked_by_whole_calls():
     policy, prompts = policy_of(tiny("llama")), prompts_of(6)
-    with engine(generation_kwargs={"use_cache": True}).session(policy) as session:
-        first = session.ask([0, 1], prompts, 2)
-        assert [len(row) for row in session.ask([1], prompts_of(9)).ids] == [8]
+    made = engine(generation_kwargs={"use_cache": True})
+    with made.session(policy) as session:
+        with seeded("turn", 1):
+            first = session.ask([0, 1], prompts, 2)
+        with seeded("turn", 2):
+            second = session.ask([1], prompts_of(9))
+        with seeded("turn", 2):
+            assert second.ids == made(policy, prompts_of(9), 1).ids
     assert len(first.ids) == 2
