@@ -43,6 +43,8 @@ FAMILIES = {
     "groups": "Groups of completions per prompt, no critic",
     "critic": "With a critic",
     "single": "One completion per prompt, no critic",
+    "teacher": "Distillation from a teacher",
+    "turns": "Several turns, in an environment",
     "offline": "From a dataset, without rollouts",
     "pipeline": "Pipelines of several stages",
 }
@@ -53,11 +55,20 @@ def family(raw: Mapping[str, Any]) -> str:
     """Return the family of a recipe as written, without importing its plugins."""
     if STAGES in raw or OFFLINE in raw:
         return "pipeline" if STAGES in raw else "offline"
-    critic, rollout = raw.get("critic") or "none", raw.get("rollout")
-    if (critic.get("use", "none") if isinstance(critic, Mapping) else critic) != "none":
+    if raw.get("environment"):
+        return "turns"
+    rollout = raw.get("rollout")
+    if _use(raw, "reference") in ("model", "with_context"):
+        return "teacher"
+    if _use(raw, "critic") != "none":
         return "critic"
     several = rollout.get("num_generations", 2) if isinstance(rollout, Mapping) else 2
     return "single" if several == 1 else "groups"
+
+
+def _use(raw: Mapping[str, Any], axis: str) -> str:
+    given = raw.get(axis) or "none"
+    return str(given.get("use", "none") if isinstance(given, Mapping) else given)
 
 
 def unnamed(axis: str, meant: str, given: Mapping[str, Any], host: Host) -> str:

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 500
 """Connections at a time; further ones are closed at once."""
 
+LOOK_S = 0.5
+"""Longest wait without a look for signals: one that arrives just before a thread begins to wait does not wake it."""
+
 STOPPING = RequestError(503, "the server is stopping. Try again later")
 
 
@@ -132,7 +135,13 @@ class _Job:
 
 
 def _work(jobs: queue.SimpleQueue[_Job | None], is_stopping: Callable[[], bool] = lambda: False) -> None:
-    while not is_stopping() and (job := jobs.get()) is not None:
+    while not is_stopping():
+        try:
+            job = jobs.get(timeout=LOOK_S)
+        except queue.Empty:
+            continue
+        if job is None:
+            return
         job.run()
 
 

@@ -35,6 +35,8 @@ def test_recipes_are_listed_with_their_family_and_first_sentence_and_shown_as_th
         "dr_grpo": "groups",
         "dpo": "offline",
         "instructgpt": "pipeline",
+        "opd": "teacher",
+        "second_chance": "turns",
     }
     assert {name: families[name] for name in expected} == expected
     assert {recipe["name"]: recipe["family"] for recipe in json.loads(cli("recipes", "--json").stdout)} == families
