@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
     from hf_rlhf.contract.optimizer_step import Step as Step
     from hf_rlhf.modeling.attention import attend as attend, attention_refusal as attention_refusal
-    from hf_rlhf.modeling.lm_head import at_least_float32 as at_least_float32
+    from hf_rlhf.modeling.lm_head import at_least_float32 as at_least_float32, with_rest as with_rest
     from hf_rlhf.modeling.policy import Policy as Policy
     from hf_rlhf.modeling.token_batch import TokenBatch as TokenBatch
 
@@ -350,6 +350,7 @@ _WITH_TORCH = {
     "TokenBatch": "hf_rlhf.modeling.token_batch",
     **dict.fromkeys(("attend", "attention_refusal"), "hf_rlhf.modeling.attention"),
     "at_least_float32": "hf_rlhf.modeling.lm_head",
+    "with_rest": "hf_rlhf.modeling.lm_head",
 }
 
 

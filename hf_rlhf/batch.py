@@ -11,7 +11,6 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         routed_experts    None                  reserved for the experts that the sampler's routers chose
         exact             bool                  logps equal the trainer's up to rounding: they are not computed again
         columns           name -> n values      beside those of the dataset; an environment's are `episode/<name>`
-        episodes          n of int or None      the episode of each row; None: each row is one
 
     Rollouts (to reward sources; n rows), which return per row a number, None, or
         Spans             [(end, value), ...]   a reward for each step: `end` is the character offset after it
@@ -95,7 +94,6 @@ class Completions:
     """Reserved: the experts that the sampler's routers chose. Must be None."""
     exact: bool = False
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    episodes: list[int] | None = None
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Answering:
         return chat.one_bos(self.tokenizer, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer(self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Iterator[Chunk]:
-        """Yield an answer as it is sampled, or the text of an error, after which the conversation goes on."""
+        """Yield the answer piece by piece, or the text of an error; the conversation can continue after it."""
         try:
             with self._one:
                 yield from self._sample(self.prompt(messages), settings)

@@ -82,6 +82,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def with_rest(top: Tensor) -> Tensor:
+    """Append to log-probs (n, k) that of all other tokens, at least the log of the dtype's epsilon: (n, k + 1)."""
+    rest = -top.logsumexp(-1, keepdim=True).expm1()
+    return torch.cat([top, rest.clamp(min=torch.finfo(top.dtype).eps).log()], -1)
+
+
 def tokens_at_a_time(vocabulary: int) -> int:
     """Return the number of tokens per chunk of logits."""
     return max(TOKENS, LOGITS // vocabulary)

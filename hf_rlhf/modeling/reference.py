@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rlhf.modeling.lm_head import Measure, TokenStatistics, at_least_float32, tokens_at_a_time
+from hf_rlhf.modeling.lm_head import Measure, TokenStatistics, at_least_float32, tokens_at_a_time, with_rest
 from hf_rlhf.modeling.lm_head import score as score_tokens
 from hf_rlhf.modeling.policy import ActorCritic, sampled_states
 from hf_rlhf.modeling.token_batch import TokenBatch
@@ -194,9 +194,3 @@ def measures_of_top(
         return measure
 
     return {name: make(*chosen) for name, chosen in named.items()}
-
-
-def with_rest(top: Tensor) -> Tensor:
-    """Append to log-probs (n, k) that of all other tokens, at least the log of the dtype's epsilon: (n, k + 1)."""
-    rest = -top.logsumexp(-1, keepdim=True).expm1()
-    return torch.cat([top, rest.clamp(min=torch.finfo(top.dtype).eps).log()], -1)

@@ -94,7 +94,7 @@ class PushingTrainer(Trainer):
         return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint as `hub_strategy` says. An error of the Hub is logged, and training goes on."""
+        """Push a checkpoint according to `hub_strategy`. Errors of the Hub are logged, and training continues."""
         try:
             if self.hub_model_id is not None or not self.is_world_process_zero():
                 super()._push_from_checkpoint(checkpoint_folder)

@@ -171,8 +171,7 @@ def setup_run(
     known = known_model(model_settings, model, trust_remote_code)
     chosen = with_router_balance(chosen, known[0])
     plan, record = _described(chosen, sections, args, lora, model, peft_config, named, known)
-    several = isinstance(evaluation, dict)
-    if several:
+    if several := isinstance(evaluation, dict):
         sections["dataset"] = _replace(sections["dataset"], held_out=0)
     check_hub_names(chosen.plugins())
     _check_dataset(chosen, sections["dataset"], train, None if several else evaluation)
@@ -198,15 +197,21 @@ def setup_run(
     record["plan"]["in_words"] = plan.in_words
     if on_plan is not None:
         if not lora:
-            with suppress(Exception):  # a run does not depend on its forecast
-                own: dict[str, Any] = {"prompt_tokens": longest, "trust_remote_code": trust_remote_code}
-                estimate_memory(plan, chosen, args, sections, **own)
+            _forecast(plan, chosen, args, sections, prompt_tokens=longest, trust_remote_code=trust_remote_code)
         on_plan(plan)
     model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
     check_vocabulary(tokenizer, model)
     parts.model = _adapted(model, peft_config, model_settings, args.seed) if lora else model
     warn_of_ragged_epochs(record["rows"]["train"], chosen.rollout.prompts, args)
     return parts
+
+
+def _forecast(
+    plan: Plan, algorithm: Algorithm, args: TrainingArguments, sections: dict[str, Any], **known: Any
+) -> None:
+    """Add a memory forecast to the plan if there can be one: a run does not depend on it."""
+    with suppress(Exception):
+        estimate_memory(plan, algorithm, args, sections, **known)
 
 
 def _described(

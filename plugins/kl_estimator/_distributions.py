@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_rlhf.axes import Count, KLEstimator
+from hf_rlhf.axes import Count, KLEstimator, with_rest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,14 +37,6 @@ class OverDistributions(KLEstimator):
     @abstractmethod
     def divergence(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
         """Map log-probs (n, K) and (n, K) of K exclusive events to (n,)."""
-
-
-def with_rest(top: Tensor) -> Tensor:
-    """Append to log-probs (n, k) that of all other tokens, at least the log of the dtype's epsilon: (n, k + 1)."""
-    import torch
-
-    rest = -top.logsumexp(-1, keepdim=True).expm1()
-    return torch.cat([top, rest.clamp(min=torch.finfo(top.dtype).eps).log()], -1)
 
 
 def reverse(logps: Tensor, ref_logps: Tensor) -> Tensor:

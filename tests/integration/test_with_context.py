@@ -18,6 +18,10 @@ EXACT_IN_REWARD = {"use": "in_reward", "beta": 0.5, "estimator": "exact"}
 KLS = {"exact": EXACT, "k2": K2, "in_reward": {"use": "in_reward", "beta": 0.5}, "exact in_reward": EXACT_IN_REWARD}
 
 
+REST = {"update": {"mini_batches": 2, "epochs": 2}, "training": {"max_steps": 6}}
+UNHINTED = [row | {"hint": None} for row in runs.problems(4)]
+
+
 def hinted() -> list[dict[str, Any]]:
     return [row | {"hint": f"it is {row['answer']}" if i % 2 else None} for i, row in enumerate(runs.problems(4))]
 
@@ -27,18 +31,24 @@ def behind(of: Any = "frozen", context: Any = "hint", **more: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("kl", KLS.values(), ids=KLS)
-@pytest.mark.parametrize("of", ["frozen", "policy", {"use": "ema", "decay": 0.5}], ids=["frozen", "policy", "ema"])
+@pytest.mark.parametrize("of", ["frozen", {"use": "ema", "decay": 0.5}], ids=["frozen", "ema"])
 def test_without_a_context_it_is_the_reference_to_the_bit(tmp_path, kl, of):
-    """A row whose context is None keeps its prompt. The policy as its own reference has no other to compare with."""
-    rest = {"update": {"mini_batches": 2, "epochs": 2}, "training": {"max_steps": 6}}
-    rows = [row | {"hint": None} for row in runs.problems(4)]
-    found = runs.trained(tmp_path / "1", kl=[{**kl, "reference": behind(of)}], data=rows, **rest)
-    if of == "policy":
-        if kl["estimator" if "estimator" in kl else "use"] == "exact" and kl["use"] == "in_loss":
-            assert all(abs(entry["kl/in_loss/exact"]) < 1e-6 for entry in runs.entries(found))
-        return
-    plain = runs.trained(tmp_path / "2", kl=[{**kl, "reference": of}], data=rows, **rest)
+    """A row whose context is None keeps its prompt."""
+    found = runs.trained(tmp_path / "1", kl=[{**kl, "reference": behind(of)}], data=UNHINTED, **REST)
+    plain = runs.trained(tmp_path / "2", kl=[{**kl, "reference": of}], data=UNHINTED, **REST)
     assert torch.equal(runs.parameters(found), runs.parameters(plain))
+
+
+@pytest.mark.parametrize("kl", KLS.values(), ids=KLS)
+def test_the_policy_behind_its_own_prompt_is_at_no_distance(tmp_path, kl):
+    """In the first step of each rollout, and over whole distributions in the loss in every step."""
+    entries = runs.entries(runs.trained(tmp_path, kl=[{**kl, "reference": behind("policy")}], data=UNHINTED, **REST))
+    distance = f"kl/{kl['use']}/{kl.get('estimator', 'k1')}"
+    every = kl is EXACT
+    assert all(abs(entry[distance]) < 1e-6 for entry in (entries if every else entries[::4]))
+    assert every or kl["use"] == "in_reward" or abs(entries[3][distance]) > 1e-6, (
+        "the policy moves away from the rollout's"
+    )
 
 
 def test_its_log_probs_are_those_behind_the_prompt_with_the_hint(tmp_path):

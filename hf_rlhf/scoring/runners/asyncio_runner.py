@@ -11,6 +11,7 @@ from concurrent.futures import TimeoutError as Late
 from typing import Any
 
 from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.runtime.event_loop import run_loop
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, answered, call, cancelled, failed, late, never
 
 GRACE_S = 0.5
@@ -63,7 +64,7 @@ class Awaited:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(
-                    target=_serve, args=(self._loop,), name=f"hf_rlhf-reward-{self.label}", daemon=True
+                    target=run_loop, args=(self._loop,), name=f"hf_rlhf-reward-{self.label}", daemon=True
                 ).start()
             return self._loop
 
@@ -99,13 +100,3 @@ def _is_cancelled() -> bool:
     """Return True if the task was cancelled; a source may also raise `CancelledError` itself."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()

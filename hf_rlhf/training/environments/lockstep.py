@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_rlhf.contract.environment import Environment, Message, Over
+from hf_rlhf.runtime.event_loop import run_loop
 from hf_rlhf.runtime.plain_text import format_traceback
 from hf_rlhf.training.environments.endpoint import Endpoint
 from hf_rlhf.training.environments.episode import POLICY, EnvironmentFailure, Episode, Question, Reply
@@ -319,7 +320,7 @@ class Lockstep:
             return
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=_serve, args=(self._loop,), name="hf_rlhf-environments", daemon=True).start()
+            threading.Thread(target=run_loop, args=(self._loop,), name="hf_rlhf-environments", daemon=True).start()
         self._loop.call_soon_threadsafe(all_at_once)
 
     def _close(self) -> None:
@@ -340,14 +341,3 @@ class Lockstep:
 def _resolve(future: asyncio.Future[Message], message: Message) -> None:
     if not future.done():  # the episode was cancelled
         future.set_result(message)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run an event loop until it is stopped, and cancel what is left in it."""
-    try:
-        loop.run_forever()
-    finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()

@@ -184,7 +184,6 @@ class Players:
                 logps=[row.logps for row in rows] if self._reports else None,
                 exact=self._exact,
                 columns=columns,
-                episodes=list(range(len(episodes))),
             ),
             prompt_ids=[row.prompt_ids for row in rows],
             messages=[row.messages for row in rows],
