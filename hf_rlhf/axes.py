@@ -6,12 +6,12 @@ typed with a class of this module is a nested plugin (`{use: ...}` in a recipe);
 
 `needs` may hold: ref_logps, values, groups (at least two rows per prompt), greedy (a greedy completion of each prompt),
 sampler_logps, old_logps, old_entropy, sum_sq_probs, scores, total_score (of each row), group_ids, entropy, selected (by a
-policy loss), full_distribution, completion_ids, advantages (filters), adapter (the policy trains one), plain_weights (not
-quantized to 4 or 8 bits), double_backward (attention with second derivatives), and for loss terms on a mixture of experts
-router_logits and routing_fractions (of the optimizer step), (B, T, L, E) for L routers of E experts. Tensor functions
-(policy losses, KL estimators, aggregations, loss terms) get each needed name that is not a positional argument as a
-keyword. Estimators and filters get theirs as fields of `Scored`. A KL estimator that needs full_distribution is called with
-the log-probs of the whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
+policy loss), full_distribution, completion_ids, turns and states (of an environment), advantages (filters), adapter (the policy
+trains one), plain_weights (not quantized to 4 or 8 bits), double_backward (attention with second derivatives), and for loss
+terms on a mixture of experts router_logits and routing_fractions (of the optimizer step), (B, T, L, E) for L routers of E
+experts. Tensor functions (policy losses, KL estimators, aggregations, loss terms) get each needed name that is not a
+positional argument as a keyword. Estimators and filters get theirs as fields of `Scored`. A KL estimator that needs
+full_distribution is called with the log-probs of the whole vocabulary, (n, V) and (n, V) -> (n,), a chunk of tokens at a time.
 
 One that stops gradients on purpose, so that its gradient differs from finite differences, sets `stops_gradient = True`. One that
 is costly to start has `setup(context)` and `close()`; one with state, saved in checkpoints, `observe` and `(load_)state_dict`.

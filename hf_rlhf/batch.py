@@ -49,6 +49,9 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         greedy            (N,) float or None    total score of the greedy completion of the row's prompt
         finished          (N,) bool or None     False where the completion was truncated
         completion_ids    (N, T) int or None    completion tokens, tool tokens included; 0 in the padding
+        turns             (N, T) int or None    number of the turn that sampled each token, from 0; -1 off the mask
+        states            (N, T) int or None    number of the state in which that turn began; -1 off the mask. Within a group
+                                                equal for equal states
         advantages        (N, T) float or None  to filters that need them, which run after the estimator
 
     Credit (from advantage estimators that need values, or that log metrics of their own)
@@ -191,6 +194,8 @@ class Scored:
     greedy: Tensor | None = None
     finished: Tensor | None = None
     completion_ids: Tensor | None = None
+    turns: Tensor | None = None
+    states: Tensor | None = None
     advantages: Tensor | None = None
 
     def returns(self) -> Tensor:

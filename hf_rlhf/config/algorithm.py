@@ -43,7 +43,7 @@ CORE_PROVIDES = frozenset(
         "plain_weights",
     }
 )
-"""Quantities that the core computes on demand; values, ref_logps and sampler_logps come from plugins. Whether the policy has
+"""Quantities that the core computes on demand; the others of `FIXES` come from plugins. Whether the policy has
 an adapter and plain weights is checked with the model's settings (`hf_rlhf.training.setup`)."""
 
 NEEDS_OF_REWARDS = frozenset({"scores", "total_score", "greedy"})
@@ -52,6 +52,9 @@ NEEDS_OF_REWARDS = frozenset({"scores", "total_score", "greedy"})
 FIXES = {
     "values": "set critic.use=value_head or critic.use=separate, or choose an estimator without values",
     "ref_logps": "set reference.use=frozen (or adapter_off with a LoRA policy)",
+    **dict.fromkeys(
+        ("turns", "states"), "set environment=[{use: second_chance}] or another, or choose an estimator without turns"
+    ),
     "sampler_logps": "choose a rollout engine that reports log-probs, or set rollout_correction.use=none",
 }
 
@@ -221,11 +224,13 @@ class Algorithm:
     def _missing(self) -> Iterator[str]:
         known = CORE_PROVIDES | FIXES.keys()
         for path, plugin in self.plugins():
-            for name in sorted(self.needs_of(path, plugin) - self.provides):
-                if name in known:
-                    also = ", or leave the KL out with kl=[]" if name == "ref_logps" and path.startswith("kl") else ""
-                    yield f"{path}={plugin.name} needs {name} and nothing provides them: {FIXES[name]}{also}"
-                else:
+            missing = sorted(self.needs_of(path, plugin) - self.provides)
+            for fix in dict.fromkeys(FIXES[name] for name in missing if name in known):
+                names = " and ".join(name for name in missing if FIXES.get(name) == fix)
+                also = ", or leave the KL out with kl=[]" if names == "ref_logps" and path.startswith("kl") else ""
+                yield f"{path}={plugin.name} needs {names} and nothing provides them: {fix}{also}"
+            for name in missing:
+                if name not in known:
                     yield (
                         f"{path}={plugin.name} needs {name!r}, which this version does not provide; "
                         f"it provides: {', '.join(sorted(known))}"

@@ -30,6 +30,8 @@ FIELDS = (
     "sum_sq_probs",
     "greedy",
     "completion_ids",
+    "turns",
+    "states",
     "advantages",
 )
 """Fields of `Scored` that are set for plugins that need them, besides the scores."""
@@ -97,6 +99,10 @@ def draw_tensors(
         "old_entropy": draw(rows, length),
         "router_logits": 2 * draw(rows, length, *ROUTERS),
     }
+    starts = (mask[:, 1:] > mask[:, :-1]).cumsum(1)  # a turn ends where the mask does
+    tensors["turns"] = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1)
+    later = 1 + (2 * draw(rows, length)).long()  # a turn after the first begins in one of two states
+    tensors["states"] = later.gather(1, tensors["turns"]) * (tensors["turns"] > 0)
     fractions = 2 * draw(*ROUTERS).softmax(-1)  # two experts per token
     tensors["routing_fractions"] = fractions.expand(rows, length, *ROUTERS)
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
@@ -111,6 +117,8 @@ def as_scored(t: Tensors, needs: frozenset[str] | None = None) -> Scored:
     """Return the tensors as a `Scored`, with every field or with those that come with `needs`."""
     fields = [name for name in FIELDS if needs is None or name in needs]
     with_scores = needs is None or "scores" in needs
+    of_turns: Tensors = {name: t[name].masked_fill(t["mask"] == 0, -1) for name in ("turns", "states") if name in t}
+    t = {**t, **of_turns}
     return Scored(
         **{name: t[name] for name in (*ALWAYS, *fields) if name in t},
         scores={source: t[name] for name, (source, _) in SOURCES.items()} if with_scores else None,

@@ -70,6 +70,9 @@ class Turn:
     """Reward and state of one turn of the policy."""
 
     reward: float = 0.0
+    state: str | None = None
+    """Name of the state in which the turn began: estimators that compare turns take equal names of a prompt as the same state.
+    None: the conversation that the policy was asked with."""
 
 
 @dataclass(kw_only=True)
@@ -89,6 +92,7 @@ class Environment(Plugin, ABC):
     """Play episodes with the policy. Axis `environment`, a list. A row that none takes is answered once."""
 
     axis = Axis(section="Environment", metric_prefix="environment/<label>", many=True, bare=True, default=())
+    provides: ClassVar[frozenset[str]] = frozenset({"turns", "states"})
 
     followers: ClassVar[tuple[Literal["user", "tool"], ...]] = ("user",)
     """Roles of its messages after a turn of the policy: what the chat template writes before them must stay the same."""

@@ -7,6 +7,7 @@ mask 1 in the first row that holds it, and in no other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +201,12 @@ class Transcript:
         row.extend(ids, 0, [0.0] * len(ids), -1)
         row.messages, row.text, row.prefix, row.asked = [*before, *added], end.text + text, text, True
         return row
+
+
+def conversation_hash(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return a hash of a conversation that is equal for messages of equal normal form."""
+    normal = json.dumps([_normal(message) for message in messages], sort_keys=True, default=str)
+    return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def same_message(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -29,6 +29,7 @@ from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
 from hf_rlhf.training.engine_weights import AwakeEngine
 from hf_rlhf.training.environments.statistics import report_episodes
+from hf_rlhf.training.environments.turns import turn_columns
 from hf_rlhf.training.logprobs import Forwards, Prompts
 from hf_rlhf.training.losses import at_last_token, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
@@ -255,6 +256,8 @@ class Collector:
         wide = {name: x for name, x in rows.items() if x.dim() == 2} | {"token_rewards": token_rewards}
         if "completion_ids" in self.algorithm.needs:
             wide["completion_ids"] = _padded(rollouts.completion_ids, torch.long).to(device)
+        for name, numbers in turn_columns(rollouts, self.algorithm.needs).items():
+            wide[name] = _padded(numbers, torch.long).to(device)
         table = gather_rows(self.accelerator, wide, narrow)
         order = table["group_ids"].argsort(stable=True)
         own = torch.isin(table["group_ids"][order], narrow["group_ids"].unique())

@@ -27,6 +27,8 @@ OPTIONAL = (
     *("greedy", "kl_penalties", "completion_ids", "advantages"),
 )
 """Fields of `Scored` that the table holds only if something needs them."""
+OF_TURNS = ("turns", "states")
+"""Fields of `Scored` for turns, which the table holds with any number off the mask."""
 SELECTS_BY = ("old_logps", "advantages", "old_entropy")
 """Columns of the table that policy losses select tokens by."""
 
@@ -89,6 +91,7 @@ class Collected:
         """Return the table as estimators and filters see it."""
         table = self.table
         optional = {name: table[name] for name in OPTIONAL if name in table}
+        optional |= {name: table[name].masked_fill(table["mask"] == 0, -1) for name in OF_TURNS if name in table}
         return Scored(
             mask=table["mask"],
             token_rewards=table["token_rewards"],

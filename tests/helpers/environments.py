@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_rlhf.axes import Environment, Model, RolloutEngine, Task
-from hf_rlhf.batch import Completions, Prompt
+from hf_rlhf.axes import AdvantageEstimator, Environment, Model, RolloutEngine, Task
+from hf_rlhf.batch import Completions, Prompt, Scored
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.environments.rollout import Played, Players
@@ -42,6 +42,20 @@ class Plain(Environment):
 
     def play(self, task: Task, model: Any) -> Any:
         return self.function(task, model)
+
+
+@dataclass(kw_only=True)
+class ReadsTurns(AdvantageEstimator):
+    """Keeps what it was given."""
+
+    name = "reads_turns"
+    needs = frozenset({"turns", "states"})
+
+    seen: list[Any] = field(default_factory=list)
+
+    def __call__(self, scored: Scored) -> torch.Tensor:
+        self.seen.append(scored)
+        return scored.mask
 
 
 class Doubling:
@@ -95,6 +109,7 @@ def play(
     prompts: Sequence[str] = ("ab",),
     group: int = 1,
     columns: dict[str, Any] | None = None,
+    advantages: AdvantageEstimator | str = "group_norm",
     place: tuple[int | str, ...] = (0, "rollout", 0, 0),
 ) -> Played:
     """Episodes of environments: `group` of each prompt."""
@@ -108,6 +123,8 @@ def play(
         for i, text in enumerate(prompts)
     ]
     chosen = environments if isinstance(environments, list) else [environments]
-    algorithm = dataclasses.replace(recipe(rollout=engine or Says()).algorithm(), environment=chosen)
+    algorithm = dataclasses.replace(
+        recipe(rollout=engine or Says(), advantages=advantages).algorithm(), environment=chosen
+    )
     players = Players(algorithm=algorithm, policy=own, autocast=contextlib.nullcontext)
     return players(given, list(range(len(given))), group, None, place, (0,))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import runs
+from tests.helpers.environments import ReadsTurns
 
 ECHO = [{"use": "echo", "max_tokens": 16}]
 TWICE = [{"use": "second_chance", "max_tokens": 32, "says": "no {prompt}"}]
@@ -65,6 +66,24 @@ def test_log_probs_of_sampler_and_trainer_agree_over_several_turns(tmp_path: Pat
 def test_several_turns_train_with_everything_that_reads_masks(parts: dict[str, Any], tmp_path: Path) -> None:
     made = several_turns(tmp_path, **parts)
     assert len(runs.entries(made)) == 2
+
+
+def test_estimators_see_the_turn_and_the_state_of_each_sampled_token(tmp_path: Path) -> None:
+    reads = ReadsTurns()
+    several_turns(tmp_path, advantages=reads, filters=[{"use": "zero_variance", "resample": 2}])
+    scored = reads.seen[0]
+    turns, states, mask = scored.turns, scored.states, scored.mask
+    assert turns.dtype == states.dtype == torch.long
+    assert torch.equal(turns >= 0, mask > 0)
+    assert torch.equal(states >= 0, mask > 0)
+    begins = (mask > 0) & (torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0)
+    assert torch.equal(turns, (begins.cumsum(1) - 1).masked_fill(mask == 0, -1))
+    assert (turns.amax(1) == 1).any()
+    for group in scored.group_ids.unique():
+        own = (scored.group_ids == group) & (turns >= 0).any(1)
+        assert states[own][turns[own] == 0].unique().numel() == 1
+        later = states[own].masked_fill(turns[own] != 1, -1).amax(1)
+        assert not (later == states[own].gather(1, turns[own].clamp(min=0).argmin(1, keepdim=True)).squeeze(1)).any()
 
 
 def test_packed_and_padded_rows_of_several_turns_give_the_same_parameters(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_rlhf.batch import Prompt
 from hf_rlhf.contract.environment import Environment, Message, Outcome, Over, Task
-from hf_rlhf.data.transcript import Transcript
+from hf_rlhf.data.transcript import Transcript, conversation_hash
 
 POLICY = "policy"
 """The agent that the policy is."""
@@ -29,6 +29,8 @@ class Question:
     row: int = 0
     stop: Sequence[str] = ()
     train: bool = True
+    state: str = ""
+    """Hash of the conversation, if something reads the states of turns."""
 
 
 @dataclass(kw_only=True)
@@ -68,6 +70,10 @@ class Episode:
     transcript: Transcript
     turn_tokens: int | None
     """Most tokens of a turn: the engine's `max_new_tokens`."""
+    observes: bool = False
+    """True if something reads the states of turns."""
+    observed: list[str] = field(default_factory=list)
+    """Hash of the conversation with which each turn was asked for, if it `observes`."""
     turns: int = 0
     finish_reason: str = "stop"
     outcome: Outcome = field(default_factory=Outcome)
@@ -118,13 +124,15 @@ class Episode:
             opening=self.prompt.opening if first else "",
             max_new_tokens=most,
         )
-        return Question(episode=self, prompt=prompt, row=asked.row, stop=stop or (), train=train)
+        state = conversation_hash(messages) if self.observes else ""
+        return Question(episode=self, prompt=prompt, row=asked.row, stop=stop or (), train=train, state=state)
 
     def answer(self, question: Question, reply: Reply) -> Message:
         """Keep what was sampled, and return it as a message."""
         reason = reply.finish_reason
         message = self.transcript.answer(question.row, reply.ids, reply.logps, reason, train=question.train)
         message |= {"finish_reason": reason, "turn": self.turns}
+        self.observed.append(question.state)
         self.turns, self.finish_reason = self.turns + 1, reason
         return message
 
@@ -164,6 +172,14 @@ class Episode:
             self.finish_reason = "length"
         elif not isinstance(given, str):
             self.outcome = Outcome(reward=float(given))
+
+    @property
+    def states(self) -> list[str]:
+        """Return the state in which each turn began, as the environment names it, or else what was observed."""
+        if self.reply is not None:
+            return [""]
+        named = [turn.state for turn in self.outcome.turns] if self.outcome.turns else [None] * self.turns
+        return [seen if name is None else f"named {name}" for name, seen in zip(named, self.observed, strict=True)]
 
     @property
     def unscored(self) -> bool:

@@ -98,6 +98,7 @@ class Players:
             task=task,
             transcript=self._transcript(prompt, messages, text),
             turn_tokens=getattr(self.algorithm.rollout, "max_new_tokens", None),
+            observes="states" in self.algorithm.needs,
         )
 
     def _transcript(self, prompt: Prompt, messages: list[Message], text: bool) -> Transcript:
@@ -174,6 +175,8 @@ class Players:
             "episode/environment": [e.environment and e.environment.name for e in episodes],
             "episode/end": [episode.problem or "played" for episode in episodes],
         }
+        if "states" in self.algorithm.needs:
+            columns["episode/turn_states"] = [episode.states for episode in episodes]
         own = sorted({name for episode in episodes for name in episode.outcome.columns})
         columns |= {f"episode/{name}": [episode.outcome.columns.get(name) for episode in episodes] for name in own}
         return Played(

@@ -12,6 +12,7 @@ from hf_rlhf.axes import AdvantageEstimator, RolloutCorrection
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.plan import arithmetic, make_plan
 from tests.helpers import runs
+from tests.helpers.environments import ReadsTurns
 
 
 @dataclass(kw_only=True)
@@ -50,6 +51,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"kl": [{"use": "in_reward"}], "reference": "none"},
         "kl.0=in_reward needs ref_logps and nothing provides them",
         "set reference.use=frozen",
+    ),
+    "turns without an environment": (
+        {"advantages": ReadsTurns()},
+        "advantages=reads_turns needs states and turns and nothing provides them",
+        "set environment=[{use: second_chance}] or another, or choose an estimator without turns",
     ),
     "a correction without the sampler's log-probs": (
         {"rollout_correction": Ratio()},

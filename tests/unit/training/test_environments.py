@@ -16,7 +16,8 @@ from hf_rlhf.axes import Model, Outcome, Over, Task, Turn
 from hf_rlhf.batch import TokenScores
 from hf_rlhf.testing import rollouts
 from hf_rlhf.training.environments.episode import EnvironmentFailure
-from tests.helpers.environments import Plain, Played1, Says, play, policy
+from hf_rlhf.training.environments.turns import turn_columns
+from tests.helpers.environments import Plain, Played1, ReadsTurns, Says, play, policy
 
 
 def text(ids: list[int]) -> str:
@@ -312,6 +313,36 @@ def test_one_reward_per_turn_is_kept_by_turn():
     columns = play(Played1(function=paid)).completions.columns
     assert columns["episode/turn_rewards"] == [[0.5, 2.0]]
     assert columns["episode/tries"] == [2]
+
+
+def test_a_turn_begins_in_the_state_that_it_names_or_else_in_the_conversation_that_was_asked():
+    rows = itertools.count()
+
+    async def named(task: Task, model: Model) -> Outcome:
+        row, messages, turns = next(rows), list(task.messages), []
+        for k in range(2):
+            messages += [await model(messages), {"role": "user", "content": "c" if row < 2 else "d"}]
+            turns.append(Turn(state="door" if k == row == 0 else None))
+        return Outcome(turns=turns)
+
+    chosen = [Played1(function=named, when={"take": "yes"})]
+    columns = {"take": ["yes", "no"]}
+    silent = play(chosen, prompts=("ab", "c"), group=3, columns=columns)
+    assert "episode/turn_states" not in silent.completions.columns
+    rows = itertools.count()
+    found = play(chosen, prompts=("ab", "c"), group=3, columns=columns, advantages=ReadsTurns())
+    states = found.completions.columns["episode/turn_states"]
+    assert states[0][0] != states[1][0] == states[2][0]
+    assert states[0][1] == states[1][1] != states[2][1]
+    assert states[3] == states[4] == states[5] != states[0]
+    as_rows = rollouts(columns={**found.completions.columns})
+    as_rows.completion_ids, as_rows.group_ids = found.completions.ids, [0, 0, 0, 1, 1, 1]
+    assert found.completions.columns["episode/turn_ends"] == [[2, 6]] * 3 + [[2]] * 3
+    numbers = turn_columns(as_rows, {"turns", "states"})
+    assert numbers["turns"] == [[0, 0, 0, 1, 1, 1, 1]] * 3 + [[0, 0, 0]] * 3
+    assert [[row[0], row[-1]] for row in numbers["states"]] == [[0, 1], [2, 1], [2, 3], [0, 0], [0, 0], [0, 0]]
+    assert turn_columns(as_rows, {"turns"}) == {"turns": numbers["turns"]}
+    assert turn_columns(as_rows, {"values"}) == {}
 
 
 @pytest.mark.proves("rewards.episode", how="closed form", tolerance="0")
