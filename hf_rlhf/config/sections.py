@@ -67,8 +67,9 @@ class Update:
     no average."""
     attention: Literal["auto", "packed", "flex", "padded"] = "auto"
     """Layout of rows in the model. `packed`: without padding, a prompt's completions after one copy of it; `flex`: the same
-    through FlexAttention; `padded`: one prompt and completion per row. `auto`: `flex` on CUDA, `packed` elsewhere,
-    `padded` if the architecture does not support it or an update rule takes second derivatives."""
+    through FlexAttention; `padded`: one prompt and completion per row. `auto`: `flex` on CUDA, `packed` elsewhere or where
+    `flex` fails, `padded` if the architecture does not support it or an update rule takes second derivatives. Each is tried
+    once against padded rows, and a warning gives the reason for what is not used."""
     fused_loss: Literal["auto", "off"] = "auto"
     """`auto`: where policy loss and KL are `token_level`, differentiate them on the tiles of the language-model head, whose
     logits are then made once. `off`: call them on (B, T) tensors, and `backward()` differentiates what they return. Both

@@ -169,6 +169,7 @@ class FlexPacked(Packed):
             def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 return softcap * torch.tanh(score / softcap)
 
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms of queries give float32
         out = _flex(query.is_cuda)(
             query, key, value, score_mod=capped, block_mask=self._block_mask(window), scale=scaling, enable_gqa=True
         )

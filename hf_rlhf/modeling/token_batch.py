@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -155,12 +155,13 @@ _PACKS: WeakKeyDictionary[nn.Module, dict[Attention, str | None]] = WeakKeyDicti
 
 
 @contextmanager
-def _probing(model: Any) -> Iterator[None]:
-    """Run a model in evaluation mode without gradients or autocast, then restore its modes."""
+def _probing(model: Any, autocast: bool = False) -> Iterator[None]:
+    """Run a model in evaluation mode without gradients, then restore its modes. `autocast`: leave it as it is, else off."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+    kind = model.device.type
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(kind, enabled=autocast and torch.is_autocast_enabled(kind)):
             yield
     finally:
         for module in training:
@@ -179,32 +180,89 @@ def packs(trunk: nn.Module, attention: Attention = "packed") -> bool:
 
 
 def _why_not_packed(trunk: Any, attention: Attention) -> str | None:
-    """Return why the trunk does not support a layout: its configuration, or a difference between packed and padded rows."""
+    """Return why the trunk does not support a layout: its configuration, an error of its layers or of a compiler, or states or
+    gradients that differ from those of padded rows.
+
+    On an accelerator the rows span several blocks of FlexAttention, gradients are compared too, and FlexAttention is compiled
+    under the autocast that is on, so that a kernel that cannot be built there is found before the run begins.
+    """
     if (reason := attention_refusal(trunk)) is not None:
         return reason
     if drops_attention(trunk):
         return "its attention has dropout (model.dropout)"
-    vocabulary = len(trunk.get_input_embeddings().weight)
-    draw = [[(7 * i + 3 * j + 1) % vocabulary for j in range(n)] for i, n in enumerate((5, 3, 6, 1, 9))]
-    mask = _ones([6, 1, 9]).to(trunk.device)
-    rows = TokenBatch([draw[0], draw[0], draw[1]], [draw[2], draw[3], draw[4]], mask, 0, attention)
-    with _probing(trunk):
-        layout, before = rows.packed
-        noting = RecordingLayout(layout)
-        try:
-            with attend(trunk, noting) as keywords:
-                found = trunk(
-                    input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords
-                ).last_hidden_state[0, before]
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # whatever the model's own code raises
-            return f"its layers cannot ({type(error).__name__}: {str(error).splitlines()[0]})"
-        if (reason := hidden_window(trunk, noting.windows)) is not None:
-            return reason
-        input_ids, places = rows.padded
-        due = trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[places]
-    gap = ((found - due).abs().max() / due.abs().max()).item()
-    bound = 1e-4 if due.dtype in (torch.float32, torch.float64) else 0.1
-    return None if gap < bound else f"its states differ from those of padded rows by {gap:.1e} of the largest"
+    accelerated = _accelerated(trunk)
+    rows = _probe(trunk, attention, 270 if accelerated else 9)
+    (layout, before), (input_ids, places) = rows.packed, rows.padded
+    noting = RecordingLayout(layout)
+
+    def packed() -> Tensor:
+        with attend(trunk, noting) as keywords:
+            output = trunk(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords)
+        states: Tensor = output.last_hidden_state[0, before]
+        return states
+
+    def padded() -> Tensor:
+        states: Tensor = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[places]
+
+    with _probing(trunk, autocast=attention == "flex"):
+        pairs = {"states": (packed, padded)}
+        if accelerated:
+            size = int(input_ids.max()) + 1
+            pairs["gradients"] = (
+                lambda: _gradient(trunk, packed, layout.input_ids, size),
+                lambda: _gradient(trunk, padded, input_ids, size),
+            )
+        for what, (run, plain) in pairs.items():
+            try:
+                found = run()
+            except Exception as error:  # whatever the model's own code or a compiler raises
+                words = str(error).strip().splitlines() or ["no message"]
+                return f"its layers cannot ({type(error).__name__}: {words[0]})"
+            if (reason := hidden_window(trunk, noting.windows)) is not None:
+                return reason
+            due = plain()
+            gap = ((found - due).abs().max() / due.abs().max()).item()
+            if not gap < _rounding(due) * (3 if what == "gradients" else 1):
+                return f"its {what} differ from those of padded rows by {gap:.1e} of the largest"
+    return None
+
+
+def _accelerated(trunk: Any) -> bool:
+    return bool(trunk.device.type != "cpu")
+
+
+def _probe(trunk: Any, attention: Attention, longest: int) -> TokenBatch:
+    """Return three rows, two of them with one prompt, and the longest completion of about `longest` tokens."""
+    vocabulary, lengths = len(trunk.get_input_embeddings().weight), (5, 3, 6, 1, 9)
+    room = getattr(trunk.config, "max_position_embeddings", None) or longest
+    times = max(1, min(longest // 9, room // 12))
+    draw = [[(7 * i + 3 * j + 1) % vocabulary for j in range(n * times)] for i, n in enumerate(lengths)]
+    mask = _ones([len(ids) for ids in draw[2:]]).to(trunk.device)
+    return TokenBatch([draw[0], draw[0], draw[1]], draw[2:], mask, 0, attention)
+
+
+def _gradient(trunk: Any, states: Callable[[], Tensor], input_ids: Tensor, size: int) -> Tensor:
+    """Return the gradient of a weighted sum of states by the embeddings, summed over the places of each token (size, H)."""
+    embedded: list[Tensor] = []
+
+    def leaf(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    with torch.enable_grad(), trunk.get_input_embeddings().register_forward_hook(leaf):
+        out = states()
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+        (found,) = torch.autograd.grad((out * weights).sum(), embedded)
+    return found.new_zeros(size, found.size(-1)).index_add_(0, input_ids.flatten(), found.flatten(0, 1))
+
+
+def _rounding(states: Tensor) -> float:
+    """Return how far apart two ways to compute them may be, relative to the largest."""
+    kind = states.device.type
+    halved = states.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(kind)
+    matmul = getattr(getattr(torch.backends, kind, None), "matmul", None)
+    return 0.1 if halved or getattr(matmul, "fp32_precision", "") == "tf32" else 1e-4
 
 
 def _ones(lengths: Sequence[int]) -> Tensor:

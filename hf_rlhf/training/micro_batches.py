@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,14 @@ class Batching:
     attention: Attention = "packed"
 
     @classmethod
-    def of(cls, algorithm: Algorithm, model: Any, pad: int, max_rows: int) -> Batching:
-        """Return the recipe's limits for a model on its device. Raises as `choose_attention`."""
+    def of(
+        cls, algorithm: Algorithm, model: Any, pad: int, max_rows: int, autocast: AbstractContextManager[None]
+    ) -> Batching:
+        """Return the recipe's limits for a model on its device, which runs in `autocast`. Raises as `choose_attention`."""
         tokens = algorithm.update.max_tokens_per_micro_batch
-        return cls(pad=pad, max_rows=max_rows, max_tokens=tokens, attention=choose_attention(algorithm, model))
+        with autocast:
+            attention = choose_attention(algorithm, model)
+        return cls(pad=pad, max_rows=max_rows, max_tokens=tokens, attention=attention)
 
     def batch(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor) -> TokenBatch:
         """Return a `TokenBatch` of these rows; `mask` (B, T)."""

@@ -149,7 +149,7 @@ class RLHFTrainer(SavingTrainer):
             actor_critic=self.actor_critic,
             references=references,
             accelerator=self.accelerator,
-            batching=Batching.of(self.algorithm, self.model, pad, rows),
+            batching=Batching.of(self.algorithm, self.model, pad, rows, self.accelerator.autocast()),
             phases=self.phases,
         )
         scorer = self.parts.set_up(self.model, self.args, self.accelerator.autocast())

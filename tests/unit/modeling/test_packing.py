@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,12 @@ import transformers
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_rlhf.modeling import packing
+from hf_rlhf.modeling import packing, token_batch
 from hf_rlhf.modeling.attention import attend
 from hf_rlhf.modeling.packing import Packed, Span
 from hf_rlhf.modeling.policy import ActorCritic, why_not_packed
 from hf_rlhf.modeling.token_batch import Attention, TokenBatch, packs
-from hf_rlhf.training.micro_batches import Batching
+from hf_rlhf.training.micro_batches import Batching, choose_attention
 from tests.helpers import runs
 from tests.unit.modeling.test_policy import PAD, SMALL, build, mask_of, models, tolerance
 
@@ -396,6 +397,75 @@ def test_asking_for_packed_rows_where_they_cannot_be_is_an_error_at_the_start(na
         runs.trainer(tmp_path, policy=other(name), update={"attention": attention})
     made = runs.trainer(tmp_path, policy=other(name))
     assert made.collector.forwards.batching.attention == "padded"
+
+
+# What an accelerator is asked
+
+
+@pytest.mark.parametrize("name", models())
+def test_gradients_of_both_layouts_agree_where_they_are_compared(name, monkeypatch):
+    monkeypatch.setattr(token_batch, "_accelerated", lambda trunk: True)
+    assert token_batch._why_not_packed(build(name, torch.float32).base_model, "packed") is None
+
+
+def on_an_accelerator(model: Any) -> Any:
+    """The model, which then says that it lies on a GPU. Its own forwards stay on the CPU."""
+    assert why_not_packed(model) is None
+    model.__class__ = type("There", (type(model),), {"device": torch.device("cuda")})
+    return model
+
+
+def test_auto_takes_flex_attention_where_it_gives_what_padded_rows_give():
+    model = on_an_accelerator(build("llama", torch.float32))
+    assert choose_attention(runs.recipe().algorithm(), model) == "flex"
+
+
+class OutOfResources(Exception):
+    """As Triton's errors, no RuntimeError."""
+
+
+def cannot_be_compiled(*args: Any, **kwargs: Any) -> Tensor:
+    raise OutOfResources("out of resource: shared memory\nRequired: 164352")
+
+
+@pytest.mark.parametrize(
+    ("flex", "reason"),
+    [
+        (cannot_be_compiled, r"its layers cannot \(OutOfResources: out of resource: shared memory\)$"),
+        (lambda query, *args, **kwargs: query, "its states differ from those of padded rows by"),
+    ],
+    ids=["a kernel that cannot be built", "a kernel that is wrong"],
+)
+def test_auto_falls_back_from_flex_attention_and_says_why(flex, reason, monkeypatch, caplog):
+    model = on_an_accelerator(build("llama", torch.float32))
+    monkeypatch.setattr(packing, "_flex", lambda compiled: flex)
+    with caplog.at_level(logging.WARNING, "hf_rlhf.modeling.token_batch"):
+        assert choose_attention(runs.recipe().algorithm(), model) == "packed"
+        assert choose_attention(runs.recipe().algorithm(), model) == "packed"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert re.search(f"using packed rows without FlexAttention, which is slower: {reason}", said)
+    with pytest.raises(ValueError, match=r"update\.attention=flex is not supported"):
+        choose_attention(runs.recipe(update={"attention": "flex"}).algorithm(), model)
+
+
+def test_auto_falls_back_from_a_layout_whose_gradients_are_wrong(monkeypatch):
+    attend = Packed.attend
+
+    def no_gradient(self: Packed, module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(self, module, query.detach(), *args, **kwargs)
+
+    monkeypatch.setattr(Packed, "attend", no_gradient)
+    trunk = build("llama", torch.float32).base_model
+    assert token_batch._why_not_packed(trunk, "packed") is None
+    monkeypatch.setattr(token_batch, "_accelerated", lambda trunk: True)
+    assert "its gradients differ from those of padded rows" in str(token_batch._why_not_packed(trunk, "packed"))
+
+
+def test_flex_attention_runs_under_autocast_where_norms_leave_queries_in_float32():
+    model = build("qwen3", torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, due = (batch(attention).states(model.base_model) for attention in ("flex", "packed"))
+    assert (found - due).abs().max() < 0.05 * due.abs().max()
 
 
 # Micro-batches
