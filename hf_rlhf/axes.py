@@ -46,6 +46,8 @@ from hf_rlhf.contract.rollout_engine import RolloutEngine, Session as Session, W
 from hf_rlhf.contract.update_rule import UpdateRule
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 from hf_rlhf.runtime.errors import did_you_mean as did_you_mean
+from hf_rlhf.runtime.worker_pool import Lost as Lost, WorkerError as WorkerError, WorkerPool as WorkerPool
+from hf_rlhf.runtime.worker_process import worker_processes as worker_processes
 
 if TYPE_CHECKING:
     import torch

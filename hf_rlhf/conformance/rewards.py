@@ -14,7 +14,7 @@ from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
 from hf_rlhf.conformance.common import Checks, equal, generators_now, second_of_two_processes, through_a_file
 from hf_rlhf.conformance.metrics import check_declared, check_finite
-from hf_rlhf.scoring.runners.process_runner import packed
+from hf_rlhf.scoring.runners.process_runner import packed_source
 from hf_rlhf.scoring.runners.reward_call import finish
 from hf_rlhf.scoring.runners.worker_source import Served
 
@@ -111,7 +111,7 @@ def _scores_alone(plugin: RewardSource, given: Rollouts) -> None:
 
 def _can_be_sent(plugin: RewardSource, given: Rollouts) -> None:
     own = _scores(plugin, copy.deepcopy(given))
-    copied = Served(packed(plugin.name, plugin, None)).source
+    copied = Served(packed_source(plugin.name, plugin, None)).source
     try:
         assert _close(own, _scores(copied, copy.deepcopy(given))), "a copy made from its settings scores differently"
     finally:

@@ -8,16 +8,16 @@ from numbers import Integral
 from typing import Any
 
 from hf_rlhf.batch import Rollouts, Spans, TokenScores
-from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.worker_pool import WorkerError, WorkerStartError
 
 
-class RewardError(UserError, RuntimeError):
+class RewardError(WorkerError):
     """Error for a reward source that raised, or returned something other than one answer per row."""
 
     code = 1
 
 
-class RewardStartError(RewardError):
+class RewardStartError(RewardError, WorkerStartError):
     """Error for a reward source whose workers cannot be started."""
 
     code = 2

@@ -99,7 +99,7 @@ class Conversation:
             text = as_text(await self.call(name, arguments))
         except ToolUnavailable:
             raise
-        except Exception as error:  # the policy's mistake is what it observes
+        except (Exception, SystemExit) as error:  # the policy's mistake is what it observes
             self.failed += 1
             text = in_words(error)
         if len(text) > self.max_result:

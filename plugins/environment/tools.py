@@ -25,7 +25,7 @@ from .._functions import load_function
 from ..rewards._sandbox.settings import NOT_A_SANDBOX
 from ._calls import Conversation, ToolUnavailable, is_infrastructure, schema_of
 from ._python import PythonTool
-from ._workers import ToolTimeout, Workers
+from ._tool_processes import ToolPool, took_too_long
 
 if TYPE_CHECKING:
     from hf_rlhf.axes import Algorithm
@@ -140,7 +140,7 @@ class Tools(Environment):
             if is_infrastructure(error):
                 raise ToolUnavailable(f"tool {name!r}: {type(error).__name__}: {error}") from error
             raise
-        raise ToolTimeout(f"took longer than {self.tool_timeout:g} s and was ended")
+        raise took_too_long(self.tool_timeout)
 
     @cached_property
     def _functions(self) -> dict[str, Callable[..., Any]]:
@@ -156,9 +156,9 @@ class Tools(Environment):
         return self.tool_schemas()
 
     @cached_property
-    def _pool(self) -> Workers:
+    def _pool(self) -> ToolPool:
         given = dict(zip(self._functions, self.tools, strict=False))
-        return Workers(given, self.num_workers, self.tool_timeout)
+        return ToolPool(given, self.num_workers, self.tool_timeout)
 
 
 @hookimpl

@@ -31,7 +31,7 @@ from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import setting_types
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.scoring.answers import RewardStartError
-from hf_rlhf.scoring.runners.process_runner import packed
+from hf_rlhf.scoring.runners.process_runner import packed_source
 from hf_rlhf.testing import tiny_policy
 from tests.helpers.ill_logs import LOGS, findings
 from tests.helpers.paths import ROOT
@@ -226,7 +226,7 @@ def test_what_a_reward_source_tells_to_set_is_an_override_of_its_recipe():
     for made, setting in ((source, "rewards.1.workers=inline"), (load_plugin("rewards", "numeric"), "workers=inline")):
         made.when = {"task": threading.Lock()}  # cannot be pickled
         with pytest.raises(RewardStartError, match=f"set {setting}"):
-            packed("mine", made, None)
+            packed_source("mine", made, None)
 
 
 def test_a_wrong_key_would_be_found():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import Task
-from hf_rlhf_plugins.environment._calls import ToolUnavailable
-from hf_rlhf_plugins.environment._workers import ToolError, ToolTimeout, Workers
+from hf_rlhf_plugins.environment._calls import Observed, ToolUnavailable
+from hf_rlhf_plugins.environment._tool_processes import ToolPool
 from hf_rlhf_plugins.rewards._sandbox.bubblewrap import Bubblewrap
 
 FILE = """
@@ -31,20 +32,29 @@ def die(code: int) -> None:
 def gone(url: str) -> None:
     raise ConnectionError(url)
 
+def leave(code: int) -> None:
+    raise SystemExit(code)
+
 def wrong(word: str) -> None:
     raise ValueError(word)
 """
-NAMES = ("add", "sleep", "die", "gone", "wrong")
+NAMES = ("add", "sleep", "die", "gone", "leave", "wrong")
 
 
 @pytest.fixture
 def pool(tmp_path):
     file = tmp_path / "my_tools.py"
     file.write_text(FILE)
-    made = Workers({name: f"{file}:{name}" for name in NAMES}, count=2, seconds=2.0)
+    made = ToolPool({name: f"{file}:{name}" for name in NAMES}, count=2, seconds=2.0)
     yield made
+    running = pids(made)
     made.close()
-    assert not any(worker.alive for worker in made._started)
+    assert running
+    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+
+
+def pids(pool):
+    return [worker._process.pid for worker in pool._pool._workers]
 
 
 def call(pool, *given):
@@ -57,10 +67,11 @@ def call(pool, *given):
 def test_results_and_errors(pool):
     assert call(pool, ("add", {"a": 1, "b": 2}), ("add", {"a": 3, "b": 4})) == ["3", "7"]
     wrong, gone = call(pool, ("wrong", {"word": "x"}), ("gone", {"url": "x"}))
-    assert isinstance(wrong, ToolError)
+    assert isinstance(wrong, Observed)
     assert str(wrong) == "ValueError: x"
     assert isinstance(gone, ToolUnavailable)
-    assert len(pool._started) <= 2
+    assert str(call(pool, ("leave", {"code": 3}))[0]) == "SystemExit: 3"
+    assert len(pids(pool)) == 2
 
 
 def test_a_tool_that_blocks_is_ended_and_the_others_go_on(pool):
@@ -68,16 +79,15 @@ def test_a_tool_that_blocks_is_ended_and_the_others_go_on(pool):
     begin = time.monotonic()
     given = call(pool, ("sleep", {"seconds": 60}), ("sleep", {"seconds": 0}), ("add", {"a": 1, "b": 2}))
     assert time.monotonic() - begin < 30
-    assert isinstance(given[0], ToolTimeout)
+    assert str(given[0]) == "took longer than 2 s and was ended"
     assert given[2] == "3"
-    assert sum(worker.alive for worker in pool._started) == 1
     assert call(pool, ("add", {"a": 1, "b": 2})) == ["3"]
 
 
 def test_a_process_that_dies_is_the_infrastructure(pool):
     (given,) = call(pool, ("die", {"code": 3}))
     assert isinstance(given, ToolUnavailable)
-    assert "exit status 3" in str(given)
+    assert "exit code 3" in str(given)
     assert call(pool, ("add", {"a": 1, "b": 2})) == ["3"]
 
 
@@ -134,7 +144,7 @@ def test_functions_themselves_are_sent():
     def here(word: str) -> str:
         return f"{word} {os.getpid()}"
 
-    pool = Workers({"here": here}, count=1, seconds=30.0)
+    pool = ToolPool({"here": here}, count=1, seconds=30.0)
     try:
         (given,) = call(pool, ("here", {"word": "x"}))
         assert given.startswith("x ")
@@ -144,7 +154,7 @@ def test_functions_themselves_are_sent():
 
 
 def test_a_file_that_cannot_be_loaded_is_said(tmp_path):
-    pool = Workers({"f": f"{tmp_path}/none.py:f"}, count=1, seconds=30.0)
+    pool = ToolPool({"f": f"{tmp_path}/none.py:f"}, count=1, seconds=30.0)
     (given,) = call(pool, ("f", {}))
     pool.close()
     assert isinstance(given, ToolUnavailable)

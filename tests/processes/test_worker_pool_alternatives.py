@@ -1,4 +1,4 @@
-"""Faults that `hf_rlhf.scoring.runners.worker_pool` survives and the pools of pebble and loky do not.
+"""Faults that `hf_rlhf.runtime.worker_pool` survives and the pools of pebble and loky do not.
 
 The other half of each fact, that our pool survives the fault, is in `test_runners`.
 """

@@ -17,7 +17,8 @@ from typing import Protocol
 from hf_rlhf.axes import RewardSource
 from hf_rlhf.batch import Context
 from hf_rlhf.contract.reward_source import prepare_all
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, never
+from hf_rlhf.runtime.worker_pool import never
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
 
 __all__ = ["CallResult", "RewardCall", "Runner", "never", "runner_for"]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from hf_rlhf.contract.reward_source import RewardSource
 from hf_rlhf.runtime.event_loop import run_loop
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, answered, call, cancelled, failed, late, never
+from hf_rlhf.runtime.worker_pool import never
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, answered, call, cancelled, failed, late
 
 GRACE_S = 0.5
 """Seconds beyond the time limit before a loop blocked by a call is abandoned."""

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.runtime.worker_pool import never
 from hf_rlhf.scoring.runners.isolation import isolated
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, TimeUp, call, cancelled, late, logged, never
+from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, TimeUp, call, cancelled, late, logged
 
 REPEAT_S = 1.0
 """Seconds before a call that swallowed the interruption is interrupted again."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from hf_rlhf.batch import Context
 from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.runtime.worker_pool import READY, Events, WorkerDied
 from hf_rlhf.scoring.answers import RewardStartError
-from hf_rlhf.scoring.runners.process_runner import packed
+from hf_rlhf.scoring.runners.process_runner import RewardPool, packed_source
 from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
-from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerDied, WorkerPool, count_of
 
 
 class _Scorer:
@@ -25,7 +25,7 @@ class _Scorer:
         return True
 
     def run(self, state: bytes | None, unit: RewardCall) -> dict[str, Any]:
-        return self._served.run(state, unit).as_json()
+        return self._served.run(state, unit)
 
 
 class Actor:
@@ -58,7 +58,7 @@ class Actor:
         reference.future().add_done_callback(done)
 
 
-def actors(label: str, source: RewardSource, context: Context | None, requests: int = 1) -> WorkerPool:
+def actors(label: str, source: RewardSource, context: Context | None, requests: int = 1) -> RewardPool:
     """Create a pool of actors. Raises `RewardError` if Ray is not installed."""
     try:
         import ray
@@ -69,5 +69,5 @@ def actors(label: str, source: RewardSource, context: Context | None, requests: 
         ) from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
-    body = packed(label, source, context)
-    return WorkerPool(label, source, lambda events: Actor(events, body), count=count_of(source, requests))
+    body = packed_source(label, source, context)
+    return RewardPool(label, source, lambda events: Actor(events, body), requests)

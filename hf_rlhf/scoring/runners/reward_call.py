@@ -125,11 +125,6 @@ def late(seconds: float, why: str = "") -> CallResult:
     return CallResult(kind="timeout", reason=f"took over {seconds:g} s{why}")
 
 
-def never() -> bool:
-    """Return False: nobody cancels."""
-    return False
-
-
 def cancelled() -> CallResult:
     """Return the result of a call for which nobody waits any more."""
     return CallResult(kind="cancelled")

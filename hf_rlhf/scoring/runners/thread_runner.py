@@ -6,8 +6,9 @@ import queue
 import threading
 
 from hf_rlhf.contract.reward_source import RewardSource
+from hf_rlhf.runtime.worker_pool import READY, Events
+from hf_rlhf.scoring.runners.process_runner import RewardPool
 from hf_rlhf.scoring.runners.reward_call import RewardCall, call, failed
-from hf_rlhf.scoring.runners.worker_pool import READY, Events, WorkerPool, count_of
 
 
 class Thread:
@@ -38,7 +39,6 @@ class Thread:
             self._events.put((self, outcome))
 
 
-def threads(label: str, source: RewardSource, requests: int = 1) -> WorkerPool:
+def threads(label: str, source: RewardSource, requests: int = 1) -> RewardPool:
     """Create a pool of threads."""
-    count = count_of(source, requests)
-    return WorkerPool(label, source, lambda events: Thread(events, label, source), count=count, shared=True)
+    return RewardPool(label, source, lambda events: Thread(events, label, source), requests, shared=True)

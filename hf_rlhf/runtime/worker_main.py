@@ -1,14 +1,16 @@
-"""Worker process of `workers: processes`: frames of bytes in, lines of JSON out.
+"""Worker process: frames of bytes in, lines of JSON out.
 
-The first frame is JSON with import paths and limits, the second the source, then one per chunk of units: (state of the
-source or None, units). The output is {"ready": true} or {"broken": text}, then for each chunk {"ready": true} once it is
-read, and one result per unit.
+The first frame is JSON with import paths, limits and the class that runs units, the second what that class is made of, then
+one per chunk of units: (state or None, units). The output is {"ready": true} or {"broken": text}, then for each chunk
+{"ready": true} once it is read, and one result per unit. A unit may write {"ask": question} and read a frame with the answer.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pickle
 import queue
 import signal
 import struct
@@ -68,29 +70,37 @@ def main() -> None:
     sys.path[:] = header["path"]
     try:
         from hf_rlhf.runtime.plain_text import PlainStream, clean_all_logs
-        from hf_rlhf.scoring.runners.worker_source import Served
 
         clean_all_logs()
         sys.stdout = sys.stderr = PlainStream(sys.stderr)
         limit_memory(header["memory_mib"])
-        served = Served(body)
+        module, _, name = header["server"].partition(":")
+        served = getattr(importlib.import_module(module), name)(body)
     except BaseException as error:
         say({"broken": f"{type(error).__name__}: {error}"})
         raise
     say({"ready": True})
     chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=receive, args=(frames, chunks), daemon=True).start()
-    import pickle
+
+    def ask(question: Any) -> Any:
+        arm(None)
+        say({"ask": question})
+        answer = chunks.get()
+        if answer is None:
+            raise SystemExit("nobody is left to ask")
+        arm(header["timeout"])
+        return pickle.loads(answer)  # noqa: S301  (from the parent)
 
     while (chunk := chunks.get()) is not None:
         state, units = pickle.loads(chunk)  # noqa: S301  (from the parent)
         say({"ready": True})
         for unit in units:
             arm(header["timeout"])
-            outcome = served.run(state, unit)
+            outcome = served.run(state, unit, ask)
             arm(None)
             state = None
-            say(outcome.as_json())
+            say(outcome)
     served.close()
 
 

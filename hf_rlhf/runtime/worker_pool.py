@@ -1,4 +1,6 @@
-"""A pool of workers that loses one row to a call that hangs or dies, and replaces the worker.
+"""A pool of workers that loses one unit to a call that hangs or dies, and replaces the worker. Needs no torch.
+
+Rewards (a unit is a row), tools (a call) and environments (an episode) run in it.
 
 pebble and loky do not survive these faults (`tests/processes/test_worker_pool_alternatives.py` shows each):
 
@@ -13,23 +15,41 @@ Neither has threads that can be abandoned, or Ray actors, behind the same interf
 from __future__ import annotations
 
 import os
-import pickle
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from hf_rlhf.contract.reward_source import RewardSource
-from hf_rlhf.scoring.answers import RewardError, RewardStartError
-from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall, cancelled, late, never
+from hf_rlhf.runtime.errors import UserError
 
 START_S = 120.0
 """Seconds for a worker to start."""
 STARTS = 3
 """Number of consecutive failed starts after which the pool gives up."""
+
+
+class WorkerError(UserError, RuntimeError):
+    """Error for workers that cannot be used."""
+
+    code = 1
+
+
+class WorkerStartError(WorkerError):
+    """Error for workers that do not start."""
+
+    code = 2
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Result of a unit that was not run to its end."""
+
+    kind: Literal["error", "timeout", "cancelled"]
+    """error: its worker died; timeout: it took too long; cancelled: nobody waits for it, and it was not begun."""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,45 +69,65 @@ class WorkerDied:
 
 
 @dataclass(frozen=True)
+class WorkerAsks:
+    """Event: the unit of a worker asks its listener something, and waits for `Worker.reply`."""
+
+    question: Any
+
+
+@dataclass(frozen=True)
 class PoolClosed:
     """Event: the pool is closed."""
 
 
 CLOSED = PoolClosed()
-Event = WorkerReady | WorkerDied | PoolClosed | CallResult
-Events = queue.SimpleQueue[tuple[Any, Event]]
+Events = queue.SimpleQueue[tuple[Any, Any]]
 """Queue of (worker, event): READY, then a result per unit, in the order in which the worker got them."""
 
 
 class Worker(Protocol):
-    """Protocol of workers, which call a copy of the source and report to the pool's `Events`."""
+    """Protocol of workers, which run units and report to the pool's `Events`."""
 
-    def send(self, state: bytes, units: list[RewardCall]) -> None:
-        """Send units, preceded by the pickled state of the source. Called only when the worker has none left."""
+    def send(self, state: bytes, units: list[Any]) -> None:
+        """Send units, preceded by a pickled state. Called only when the worker has none left."""
 
     def stop(self, idle: bool = False) -> None:
-        """Kill the worker with its children, if possible; an idle one may close its source first."""
+        """Kill the worker with its children, if possible; an idle one may close what it runs first."""
 
 
-def count_of(source: RewardSource, requests: int = 1) -> int:
-    """Return the number of workers of a source: if a call gets all rows, one for each of the requests at a time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = source.num_workers or (min(32, cores + 4) if source.workers == "threads" else cores)
-    return count if source.rowwise else min(count, requests)
+class Listener(Protocol):
+    """Hears of the one unit of a `run`, in any thread; it must not block."""
+
+    def started(self, worker: Any) -> None:
+        """Note that a worker has begun the unit."""
+
+    def asked(self, worker: Any, question: Any) -> None:
+        """Note a question of the unit, to be answered by `worker.reply`, also later."""
+
+
+def never() -> bool:
+    """Return False: nobody cancels."""
+    return False
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(eq=False)
 class Batch:
     """Units of one `run`, and their results so far."""
 
-    units: list[RewardCall]
+    units: list[Any]
     state: bytes
-    """Pickled state of the source."""
+    """Pickled state of what runs them."""
     is_cancelled: Callable[[], bool]
+    listener: Listener | None
     todo: deque[int] = field(init=False)
     """Units that no worker has."""
-    found: dict[int, CallResult] = field(default_factory=dict)
-    error: RewardError | None = None
+    found: dict[int, Any] = field(default_factory=dict)
+    error: WorkerError | None = None
 
     def __post_init__(self) -> None:
         self.todo = deque(range(len(self.units)))
@@ -111,24 +151,27 @@ class WorkerState:
 
 
 class WorkerPool:
-    """Workers of one source, created by `start(events)`, each with at most `chunk` units at a time.
+    """Workers created by `start(events)`, each with at most `chunk` units at a time.
 
-    Threads may call `run` at the same time: one of them handles the events of all until its own units are done.
+    Threads may call `run` at the same time: one of them handles the events of all until its own units are done. `title` names
+    whose workers they are in errors, `kind` what they are, `advice` what to do about a unit that cannot be sent.
     """
 
-    inline = False
+    _error: ClassVar[type[WorkerError]] = WorkerError
+    _start_error: ClassVar[type[WorkerError]] = WorkerStartError
 
     def __init__(
         self,
-        label: str,
-        source: RewardSource,
+        title: str,
         start: Callable[[Events], Worker],
         *,
         count: int,
         chunk: int = 1,
-        shared: bool = False,
+        timeout: float | None = None,
+        kind: str = "processes",
+        advice: str = "",
     ) -> None:
-        self.label, self.source, self.shared = label, source, shared
+        self.title, self.timeout, self.kind, self.advice = title, timeout, kind, advice
         self._start, self._chunk = start, chunk
         self._events: Events = queue.SimpleQueue()
         self._lock, self._failed_starts, self._closed = threading.Lock(), 0, False
@@ -142,9 +185,20 @@ class WorkerPool:
             self.close()
             raise
 
-    def run(self, units: list[RewardCall], is_cancelled: Callable[[], bool] = never) -> list[CallResult]:
-        """Return one result per unit. Raises `RewardError` if workers do not start, or the pool is closed meanwhile."""
-        batch = Batch(units, pickle.dumps(self.source.state_dict()), is_cancelled)
+    def run(
+        self,
+        units: list[Any],
+        is_cancelled: Callable[[], bool] | None = None,
+        *,
+        state: bytes = b"",
+        listener: Listener | None = None,
+    ) -> list[Any]:
+        """Return one result per unit, `Lost` or what a worker reported.
+
+        Raises `WorkerError` if workers do not start, a unit cannot be sent, or the pool is closed meanwhile. With a `listener`
+        there is one unit.
+        """
+        batch = Batch(units, state, is_cancelled or never, listener)
         with self._lock:
             self._batches.append(batch)
         self._wake()
@@ -176,7 +230,7 @@ class WorkerPool:
             return not batch.is_done
 
     def wait(self) -> None:
-        """Wait until a worker is ready. Raises `RewardError` if none starts, or the pool is closed meanwhile."""
+        """Wait until a worker is ready. Raises `WorkerError` if none starts, or the pool is closed meanwhile."""
         while not any(held.ready for _, held in self._known()):
             self._take()
 
@@ -206,7 +260,7 @@ class WorkerPool:
     def _known(self) -> list[tuple[Any, WorkerState]]:
         with self._lock:
             if self._closed:
-                raise RewardError(f"reward {self.label!r} was closed")
+                raise self._error(f"{self.title} was closed")
             return list(self._workers.items())
 
     def _feed(self) -> None:
@@ -222,8 +276,10 @@ class WorkerPool:
             try:
                 worker.send(batch.state, [batch.units[i] for i in held.units])
                 held.since = time.monotonic()
-            except RewardError as error:
-                batch.error = error
+            except Exception as error:  # whatever pickle raises
+                reason = f"cannot send a row to a process: {type(error).__name__}: {error}"
+                batch.error = self._error(f"{self.title}: {reason}{self.advice}")
+                batch.error.__cause__ = error
                 held.units.clear()
                 self._wake()
 
@@ -238,7 +294,7 @@ class WorkerPool:
                 self._batches.rotate(-1)
                 batch = self._batches[-1]
                 if batch.todo and batch.is_cancelled():
-                    batch.found |= dict.fromkeys(batch.todo, cancelled())
+                    batch.found |= dict.fromkeys(batch.todo, Lost("cancelled"))
                     batch.todo.clear()
                     self._wake()
                 if batch.todo and batch.error is None:
@@ -255,28 +311,35 @@ class WorkerPool:
         except queue.Empty:
             now = time.monotonic()
             for worker in [worker for worker, limit in limits.items() if limit <= now]:
-                self._lose(worker, late(self.source.timeout or START_S))
+                self._lose(worker, Lost("timeout", f"took over {self.timeout or START_S:g} s"))
             return
         self._handle(worker, event)
 
-    def _handle(self, worker: Any, event: Event) -> None:
+    def _handle(self, worker: Any, event: Any) -> None:
         held = self._workers.get(worker)
         if held is None:  # a late event of an abandoned worker
             return
         if isinstance(event, WorkerReady):
             held.ready, self._failed_starts, held.since = True, 0, time.monotonic()
+            if held.units and held.batch is not None and held.batch.listener is not None:
+                held.batch.listener.started(worker)
         elif isinstance(event, WorkerDied):
-            self._lose(worker, CallResult(kind="error", reason=event.reason))
-        elif held.units and held.batch is not None and isinstance(event, CallResult):
+            self._lose(worker, Lost("error", event.reason))
+        elif not held.units or held.batch is None:
+            return
+        elif isinstance(event, WorkerAsks):
+            if held.batch.listener is not None:
+                held.batch.listener.asked(worker, event.question)
+        else:
             held.batch.found[held.units.popleft()] = event
             held.since = time.monotonic()
 
     def _until(self, held: WorkerState) -> float:
         if not held.ready:
             return held.since + START_S
-        return held.since + self.source.timeout if held.units and self.source.timeout else float("inf")
+        return held.since + self.timeout if held.units and self.timeout else float("inf")
 
-    def _lose(self, worker: Any, outcome: CallResult) -> None:
+    def _lose(self, worker: Any, outcome: Lost) -> None:
         """Stop a worker: its first unit gets this result, the others go to another worker."""
         held = self._remove(worker)
         worker.stop()
@@ -290,9 +353,7 @@ class WorkerPool:
             self._failed_starts += 1
             if self._failed_starts >= STARTS:
                 reason = outcome.reason if outcome.kind == "error" else f"no response after {START_S:g} s"
-                raise RewardStartError(
-                    f"reward {self.label!r}: its workers ({self.source.workers}) do not start: {reason}"
-                )
+                raise self._start_error(f"{self.title}: its workers ({self.kind}) do not start: {reason}")
 
     def _replace_busy(self, batch: Batch) -> None:
         with self._lock:
