@@ -57,6 +57,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
     Credit (from advantage estimators that need values, or that log metrics of their own)
         advantages        (N, T) float          0 off the mask
         returns           (N, T) float or None  the critic's targets; None where the estimator needs no values
+        value_mask        (N, T) float or None  1 on tokens at which the critic learns; None: those of the mask
         metrics           name -> float, or     logged as advantage/<name>, the mean over finite entries
                           (N,) or (N, T) tensor
 """
@@ -274,6 +275,7 @@ class Credit:
 
     advantages: Tensor
     returns: Tensor | None = None
+    value_mask: Tensor | None = None
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
 
     @classmethod

@@ -155,7 +155,8 @@ def _advantages(plugin: Any, t: Tensors, strict: bool = False) -> Tensors:
         assert returns is not None, (
             "it needs values and returns no returns. Give a Credit with returns, which the critic learns"
         )
-        return {"advantages": out.advantages, "returns": returns}
+        given = {} if out.value_mask is None else {"value_mask": out.value_mask}
+        return {"advantages": out.advantages, "returns": returns, **given}
     credit = Credit.of(out)
     assert credit.returns is None, "it gives returns without needing values, and nothing reads them"
     return {"advantages": credit.advantages}

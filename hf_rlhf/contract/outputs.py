@@ -164,8 +164,8 @@ def _named(dtype: Any) -> str:
 
 def _credit(value: Any) -> Any:
     credit = Credit.of(value)
-    returns = {} if credit.returns is None else {"returns": credit.returns}
-    return {"advantages": credit.advantages, **returns}, credit.metrics
+    critic = {"returns": credit.returns, "value_mask": credit.value_mask}
+    return {"advantages": credit.advantages, **{k: x for k, x in critic.items() if x is not None}}, credit.metrics
 
 
 def _pair(value: Any) -> Any:

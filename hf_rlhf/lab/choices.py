@@ -80,6 +80,8 @@ def in_world(
     }
     parts["aggregation"] = aggregation or load_plugin("aggregation", BARE["aggregation"]["use"])
     bare = Algorithm(**parts, reference=load_plugin("reference", "none"))
+    if world.turns > 1 or "turns" in bare.needs:
+        bare = dataclasses.replace(bare, environment=[load_plugin("environment", "echo")])
     critic = load_plugin("critic", "value_head" if "values" in bare.needs else "none")
     reference = load_plugin("reference", "frozen" if "ref_logps" in bare.needs else "none")
     return dataclasses.replace(bare, critic=critic, reference=reference)
@@ -119,7 +121,7 @@ def aggregations(world: World, own: Aggregation | None = None) -> list[Aggregati
     """Return all aggregations, `own` first with its settings; constant lengths are the world's longest completion."""
     made = [x for x in defaults("aggregation") if own is None or x.name != own.name]
     chosen = [own, *made] if own else made
-    return [dataclasses.replace(x, length=world.length) if hasattr(x, "length") else x for x in chosen]
+    return [dataclasses.replace(x, length=world.turns * world.length) if hasattr(x, "length") else x for x in chosen]
 
 
 # The matrix

@@ -88,20 +88,22 @@ class Expectation:
         """Concatenate all K x R rollouts with every field filled: K R N rows, with separate groups for each rollout."""
         world, n = self.world, len(self.world.sequences)
         k = len(self.sampler.tables)
-        given = at_last_token(world.reward, world.mask).expand(k, n, world.length)
+        given = world.token_rewards.expand(k, n, world.width)
         per_row = {
-            "mask": world.mask.expand(k, n, world.length),
+            "mask": world.mask.expand(k, n, world.width),
             "token_rewards": given - penalties,
             "kl_penalties": penalties,
             "values": self._values(given - penalties),
             "old_logps": self.sampler.logps,
             "sampler_logps": self.sampler.logps,
-            "ref_logps": self.reference.logps.expand(k, n, world.length),
+            "ref_logps": self.reference.logps.expand(k, n, world.width),
             "old_entropy": self.sampler.of_states(self.sampler.entropy()),
             "sum_sq_probs": self.sampler.of_states((2 * self.sampler.log_probs).exp().sum(2)),
             "greedy": self.sampler.greedy,
             "finished": world.finished.expand(k, n),
-            "completion_ids": world.token.expand(k, n, world.length),
+            "completion_ids": world.token.expand(k, n, world.width),
+            "turns": world.turn.expand(k, n, world.width),
+            "states": world.anchor.expand(k, n, world.width),
         }
         fields = {name: self._of_rows(x.detach()) for name, x in per_row.items()}
         rollouts = k * len(world.rollouts[0])
@@ -201,7 +203,7 @@ class Expectation:
     def kl_part(self, algorithm: Algorithm) -> Gradients:
         """Return the ascent direction of the KLs in the loss, which does not depend on advantages."""
         k, (rollouts, _) = len(self.policies.tables), self.world.rollouts
-        nothing = self.world.mask.new_zeros(k * rollouts.numel(), self.world.length)
+        nothing = self.world.mask.new_zeros(k * rollouts.numel(), self.world.width)
         return self._gradients(algorithm, nothing, "kl/")
 
     def _gradients(self, algorithm: Algorithm, advantages: Tensor, terms: str) -> Gradients:

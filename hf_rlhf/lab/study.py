@@ -111,6 +111,7 @@ class Row:
     prompts: int = 1
     group: int = 3
     length: int = 3
+    turns: int = 1
     tokens: int = 3
     beta: float | None = None
     off_policy: bool = False
@@ -253,6 +254,7 @@ class Lab:
             prompts=self.world.prompts,
             group=self.world.group,
             length=self.world.length,
+            turns=self.world.turns,
             tokens=self.world.tokens,
             beta=self.beta if kls else None,
             off_policy=self.off_policy,

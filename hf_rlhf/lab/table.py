@@ -66,8 +66,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 def describe_world(world: World) -> str:
     """Describe the enumeration in one sentence."""
     rollouts, orders = world.rollouts
+    turns = "" if world.turns == 1 else f" in each of up to {world.turns} turns"
     return (
-        f"{world.tokens} tokens, at most {world.length} of them, {len(world.sequences)} completions, "
+        f"{world.tokens} tokens, at most {world.length} of them{turns}, {len(world.sequences)} completions, "
         f"{len(rollouts)} rollouts ({int(orders.sum())} with their order) of {world.prompts} x {world.group} rows"
     )
 

@@ -81,6 +81,8 @@ def inputs() -> dict[str, Tensor]:
         "score": torch.tensor(SCORES, dtype=torch.float64),
         "further": LONG * (mask.sum(1) == 4),
         "finished": torch.ones(len(rows), dtype=torch.bool),
+        "turns": (places // 2).expand_as(mask).masked_fill(mask == 0, -1),  # two tokens each
+        "states": (places // 2).expand_as(mask).masked_fill(mask == 0, -1),
         "completion_ids": ((10 * (rows[:, None] + 1) + places) * mask).long(),
     }
 
@@ -101,8 +103,9 @@ def work(algorithm: Algorithm) -> WorkedExample:
         advantages = advantages - (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * part.mask
     batch = {name: x[rows] for name, x in t.items()}
     batch |= {"advantages": advantages, "total_score": total[rows]}
-    if credit.returns is not None:
-        batch["returns"] = credit.returns
+    for name in ("returns", "value_mask"):
+        if (found := getattr(credit, name)) is not None:
+            batch[name] = found
     if "selected" in a.policy_loss.needs:
         batch["selected"] = selection(a.policy_loss, batch)
     left = _kept(a, replace(part, advantages=advantages), torch.arange(len(rows)), after=True)
@@ -129,6 +132,8 @@ def _scored(a: Algorithm, t: dict[str, Tensor]) -> tuple[Scored, Tensor]:
         "sum_sq_probs",
         "greedy",
         "finished",
+        "turns",
+        "states",
     )
     scored = Scored(
         mask=mask,
@@ -150,7 +155,8 @@ def _update(
     if "sampler_logps" in a.rollout_correction.needs:
         batch["correction"] = a.rollout_correction(batch["old_logps"], batch["sampler_logps"], mask)
     batch["weights"] = a.aggregation(mask, **a.extras(a.aggregation, batch, frozenset()))
-    batch["value_weights"] = mask / mask.sum().clamp(min=1)
+    of_values = batch.get("value_mask", mask)
+    batch["value_weights"] = of_values / of_values.sum().clamp(min=1)
     for i, term in enumerate(a.loss_terms):
         if not isinstance(term, TextTerm):
             batch[f"term_weights:{i}"] = term.weights(mask, **a.extras(term, batch, frozenset()))

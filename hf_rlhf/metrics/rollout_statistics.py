@@ -84,6 +84,7 @@ def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
     found["advantage/max"] = advantages.masked_fill(~on, -far).max()
     found |= {f"advantage/{name}": _finite_mean(x, on) for name, x in credit.metrics.items()}
     if credit.returns is not None and scored.values is not None:
+        on = on if credit.value_mask is None else credit.value_mask > 0
         target, error = _variance(credit.returns, on), _variance(credit.returns - scored.values, on)
         found["value/explained_var"] = (1 - error / target).where(target > 0, torch.nan)
         found["value/mean"] = _mean(scored.values, on)

@@ -341,6 +341,8 @@ class Collector:
         advantages = credit.advantages
         if isinstance(a.critic, TrainedCritic) and credit.returns is not None:
             self._share(collected, "returns", credit.returns)
+            if credit.value_mask is not None:
+                self._share(collected, "value_mask", credit.value_mask)
         if a.kl_in("advantage"):
             advantages = advantages - self._advantage_penalties(table)
         self._share(collected, "advantages", advantages)

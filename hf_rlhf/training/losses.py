@@ -168,8 +168,9 @@ def _measure(
 def value_term(
     critic: TrainedCritic, values: Tensor, inputs: dict[str, Any], meters: MetricAggregator
 ) -> dict[str, Tensor]:
-    """Return coef x 0.5 x mean squared error over tokens, clipped as in PPO (arXiv:1707.06347; implementation detail 9)."""
-    mask, returns, old = inputs["mask"], inputs["returns"], inputs["values"]
+    """Return coef x 0.5 x mean squared error over the tokens at which the critic learns, clipped as in PPO (arXiv:1707.06347;
+    implementation detail 9)."""
+    mask, returns, old = inputs.get("value_mask", inputs["mask"]), inputs["returns"], inputs["values"]
     error = (values - returns) ** 2
     if critic.value_clip != "none":
         bounded = old + (values - old).clamp(-critic.value_clip, critic.value_clip)

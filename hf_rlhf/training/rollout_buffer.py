@@ -116,8 +116,8 @@ class Buffer:
     """One rollout with its advantages.
 
     `rows` holds (n, T) tensors of this process: mask, advantages and, where they are needed, old_logps, ref_logps, values,
-    returns, correction, selected, and (n, T, k) of a reference's likeliest tokens. `mask` (N, T) bool, `group_ids` (N,) and
-    `total_score` (N,) are of all rows, `places` as in `Collected`.
+    returns, value_mask, correction, selected, and (n, T, k) of a reference's likeliest tokens. `mask` (N, T) bool, `group_ids`
+    (N,) and `total_score` (N,) are of all rows, `places` as in `Collected`.
     """
 
     index: int
@@ -166,14 +166,15 @@ class Buffer:
         if len(step) == 0:
             return []
         mask = self.mask[step].to(self.rows["mask"].dtype)
+        known = {name: x[step] for name, x in self.table.items()}
+        of_values = known.get("value_mask", mask)
         available = {"group_ids": self.group_ids[step], "total_score": self.total_score[step].to(mask.dtype)}
         aggregation = algorithm.aggregation
         found = aggregation(mask, **algorithm.extras(aggregation, available, frozenset()))
         weights = {
             "weights": check_output("aggregation", aggregation, found, mask),
-            "value_weights": mask / mask.sum().clamp(min=1),
+            "value_weights": of_values / of_values.sum().clamp(min=1),
         }
-        known = {name: x[step] for name, x in self.table.items()}
         if algorithm.policy_loss.selects_per_step:
             weights["selected"] = selection(algorithm.policy_loss, {**known, "mask": mask})
         for i, term in enumerate(algorithm.loss_terms):
@@ -223,7 +224,7 @@ class Buffer:
 
 def kept_for_steps(algorithm: Algorithm) -> tuple[str, ...]:
     """Return the columns of the table that the buffer keeps, for what is computed over the rows of each optimizer step."""
-    return (*(SELECTS_BY if algorithm.policy_loss.selects_per_step else ()), ROUTED)
+    return (*(SELECTS_BY if algorithm.policy_loss.selects_per_step else ()), ROUTED, "value_mask")
 
 
 def selection(loss: Any, table: Mapping[str, Tensor]) -> Tensor:

@@ -52,7 +52,8 @@ class Mix(AdvantageEstimator):
         mixed = Credit(advantages=scored.mask * 0)
         for part, weight in zip(self.parts, self.weights, strict=True):
             credit = Credit.of(part(scored))
-            mixed.returns = credit.returns if mixed.returns is None else mixed.returns
+            if mixed.returns is None:
+                mixed.returns, mixed.value_mask = credit.returns, credit.value_mask
             mixed.advantages = mixed.advantages + weight * credit.advantages
             mixed.metrics |= credit.metrics
         return mixed

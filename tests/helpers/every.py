@@ -43,6 +43,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 CRITIC = {"critic": {"use": "value_head", "coef": 0.3}}
 REFERENCE = {"kl": [{"use": "in_loss", "beta": 0.2, "estimator": "k2"}], "reference": "frozen"}
+TURNS = {
+    "environment": [{"use": "second_chance", "max_tokens": 32}],
+    "rollout": {"use": "scripted", "prompts": 4, "num_generations": 4},
+}
+"""Episodes of two turns."""
 GAINS = {"rewards": [{"use": "length", "label": "short", "target": 1, "maximum": 9, "weight": -1}]}
 """Rewards that are not negative."""
 
@@ -66,7 +71,8 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
             return {
                 "advantages": chosen,
                 **GAINS,
-                **(CRITIC if name == "gae" else {}),
+                **(CRITIC if name in ("gae", "turn_gae") else {}),
+                **(TURNS if name in ("turn_gae", "turn_group_norm", "gigpo") else {}),
                 **({"reference": "frozen"} if name == "online_dpo" else {}),
             }
         case "baseline":

@@ -56,12 +56,15 @@ def test_log_probs_of_sampler_and_trainer_agree_over_several_turns(tmp_path: Pat
     "parts",
     [
         {"advantages": "gae", "critic": "value_head"},
+        {"advantages": "turn_gae", "critic": "value_head"},
+        {"advantages": "turn_group_norm", "kl": [{"use": "in_reward", "beta": 0.1}], "reference": "frozen"},
+        {"advantages": "gigpo"},
         {"kl": [{"use": "in_reward", "beta": 0.1}], "reference": "frozen"},
         {"filters": [{"use": "zero_variance", "resample": 2}]},
         {"update": {"attention": "padded"}},
         {"policy_loss": "gspo"},
     ],
-    ids=["critic", "kl", "resampled", "padded", "gspo"],
+    ids=["critic", "turn_gae", "turn_group_norm", "gigpo", "kl", "resampled", "padded", "gspo"],
 )
 def test_several_turns_train_with_everything_that_reads_masks(parts: dict[str, Any], tmp_path: Path) -> None:
     made = several_turns(tmp_path, **parts)
@@ -84,6 +87,20 @@ def test_estimators_see_the_turn_and_the_state_of_each_sampled_token(tmp_path: P
         assert states[own][turns[own] == 0].unique().numel() == 1
         later = states[own].masked_fill(turns[own] != 1, -1).amax(1)
         assert not (later == states[own].gather(1, turns[own].clamp(min=0).argmin(1, keepdim=True)).squeeze(1)).any()
+
+
+def test_the_critic_of_turn_gae_learns_at_the_first_token_of_each_turn(tmp_path: Path) -> None:
+    made = several_turns(tmp_path, advantages="turn_gae", critic="value_head", update={"mini_batches": 2})
+    buffer = made.collector.collect(0)
+    for position in range(2):
+        micros = buffer.slot(position, made.algorithm, 0, made.collector.forwards.batching)
+        weights = [row for micro in micros for row in micro["value_weights"].tolist()]
+        masks = [row for micro in micros for row in micro["mask"].tolist()]
+        first = [[float(m > before) for m, before in zip(row, [0.0, *row], strict=False)] for row in masks]
+        total = sum(map(sum, first))
+        assert total > len(first)
+        for own, at in zip(weights, first, strict=True):
+            assert own == pytest.approx([x / total for x in at])
 
 
 def test_packed_and_padded_rows_of_several_turns_give_the_same_parameters(tmp_path: Path) -> None:

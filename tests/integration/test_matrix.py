@@ -130,7 +130,7 @@ def pairs(chosen: Combination) -> set[Pair]:
 
 
 def mended(chosen: Combination, fixed: Combination) -> Combination:
-    """With the critic, reference and rollout that the other choices ask for, where they are not fixed."""
+    """With the critic, reference, environment and rollout that the other choices ask for, where they are not fixed."""
     drawn = random.Random(str(sorted(chosen.items())))
     plugins = [
         p for value in parts(chosen, make=cached).values() for p in (value if isinstance(value, list) else [value])
@@ -141,6 +141,8 @@ def mended(chosen: Combination, fixed: Combination) -> Combination:
         if axis not in fixed:
             some = [x for x in VALUES[axis] if x != "none"]
             chosen = {**chosen, axis: drawn.choice(some) if name in needs else "none"}
+    if "turns" in needs and chosen["environment"] == NOTHING and "environment" not in fixed:
+        chosen = {**chosen, "environment": drawn.choice([x for x in VALUES["environment"] if x != NOTHING])}
     if "sampler_logps" in needs and "rollout" not in fixed:
         chosen = {**chosen, "rollout": "generate"}
     return chosen

@@ -28,7 +28,13 @@ Distillation = Annotated[
     typer.Option("--distillation", help="Show what each form of distillation descends, its bias, and its variance."),
 ]
 PictureFile = Annotated[Path | None, typer.Option("--picture", help="Also write a picture: a .svg, .png or .pdf.")]
-Length = Annotated[int | None, typer.Option("--length", help="Maximum tokens of a completion; 3 by default.")]
+Length = Annotated[
+    int | None, typer.Option("--length", help="Maximum tokens of a completion, or of each turn; 3 by default.")
+]
+Turns = Annotated[
+    int | None,
+    typer.Option("--turns", help="Maximum turns of an episode; 1 by default. With 2, --length is 2 by default."),
+]
 
 
 @app.command(
@@ -38,6 +44,7 @@ Length = Annotated[int | None, typer.Option("--length", help="Maximum tokens of 
         "hf-rlhf lab advantages.use=leave_one_out kl.0.use=in_reward",
         "hf-rlhf lab ppo --length 2 --off-policy --json",
         "hf-rlhf lab grpo --group 2 --picture grpo.svg",
+        "hf-rlhf lab advantages.use=turn_gae --turns 2",
         "hf-rlhf lab --trust-region",
         "hf-rlhf lab --staleness",
         "hf-rlhf lab --distillation",
@@ -71,6 +78,7 @@ def lab(
     picture: PictureFile = None,
     group: Annotated[int | None, typer.Option("--group", help="Completions per prompt; 3 by default.")] = None,
     length: Length = None,
+    turns: Turns = None,
     off_policy: Annotated[
         bool, typer.Option("--off-policy", help="Sample rollouts from a different policy than the updated one.")
     ] = False,
@@ -88,7 +96,9 @@ def lab(
     import torch
 
     torch.set_num_threads(1)  # the tensors are small
-    sizes: dict[str, Any] = {n: x for n, x in {"group": group, "length": length, "seed": seed}.items() if x is not None}
+    length = 2 if length is None and turns and turns > 1 else length
+    wanted = {"group": group, "length": length, "turns": turns, "seed": seed}
+    sizes: dict[str, Any] = {name: x for name, x in wanted.items() if x is not None}
     given = [*([recipe] if recipe else []), *(words or [])]
     options = [*(f"--{name}" for name in sizes if name != "seed"), *["--off-policy"] * off_policy]
     if everything:
@@ -96,7 +106,7 @@ def lab(
             raise UserError(f"--all computes every combination and takes --seed only, got {beside[0]}")
         _everything(as_json, picture, seed)
     elif asked := [name for name, on in zip(THEORY, (trust_region, staleness, distillation), strict=True) if on]:
-        if given or off_policy or group or picture or len(asked) > 1:
+        if given or off_policy or group or turns or picture or len(asked) > 1:
             raise UserError(f"{asked[0]} takes --length, --seed and --json only: it depends on no recipe")
         THEORY[asked[0]](sizes, as_json)
     else:

@@ -30,12 +30,21 @@ ESTIMATORS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "leave_one_out": {"order": ("kl_first", "score_first")},
     "opo": {"leave_one_out": (False, True), "order": ("kl_first", "score_first")},
-    "optimal_token_baseline": {"leave_one_out": (False, True)},
+    "optimal_token_baseline": {"leave_one_out": (False, True), "align": ("position", "sampled")},
     "pass_at_k": {"normalise": ("none", "std"), "order": ("kl_first", "score_first")},
     "reinforce": {"gamma": (1.0, 0.9)},
     "reinforce_plus_plus": {"gamma": (1.0, 0.9), "ddof": (1, 0)},
     "reinforce_plus_plus_baseline": {"ddof": (1, 0), "order": ("kl_first", "score_first")},
     "reward_to_go": {"gamma": (1.0, 0.9)},
+    "turn_group_norm": {"eps": (1e-4, 1e-1), "scale": ("std", "none"), "order": ("kl_first", "score_first")},
+    "turn_gae": {"gamma": (1.0, 0.9), "lam": (0.95, 0.5)},
+    "gigpo": {
+        "eps": (1e-4, 1e-1),
+        "scale": ("std", "none"),
+        "order": ("kl_first", "score_first"),
+        "step_weight": (1.0, 0.5),
+        "gamma": (0.95, 1.0),
+    },
 }
 
 
