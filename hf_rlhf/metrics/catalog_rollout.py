@@ -38,6 +38,15 @@ RUNNING: tuple[CoreMetric, ...] = (
     core(ROLLOUTS, "rollout/sampler_gap/max", "nats", "the largest", "sampler", summary="max"),
     core(
         ROLLOUTS,
+        "rollout/sampler_gap/beyond_clip",
+        "share of rows",
+        "rows with a token whose probability is more than 1.2 or less than 0.8 times the sampler's, where PPO clips",
+        "sampler",
+        unhealthy="The gap, not the update, decides which tokens a clip to 0.2 would leave without gradient; use a "
+        "`rollout_correction`.",
+    ),
+    core(
+        ROLLOUTS,
         "rollout/is_ratio/mean",
         "ratio",
         "mean over tokens of what the rollout correction multiplies with",

@@ -16,6 +16,8 @@ Put = Callable[[str, float], None]
 """(name, number that is equal on every process)."""
 MISSING, SCORED = "missing:", "scored"
 """Names read with the metrics but logged under others, or not at all."""
+CLIP = 0.2
+"""Distance of a ratio from 1 at which PPO clips it."""
 Numbers = dict[str, Tensor]
 """Name -> number on the device, NaN if there is none to log."""
 
@@ -112,9 +114,10 @@ def report_drift(put: Put, table: dict[str, Tensor], own: Mapping[str, tuple[str
         found[f"kl/{title}/rollout/sequence"] = k1 / (on > 0).any(1).sum()  # NaN, which is not logged, without a row
         found[f"kl/{title}/rollout/token"] = k1 / on.sum()
     if "old_logps" in table and "sampler_logps" in table:
-        gap = ((table["old_logps"] - table["sampler_logps"]) * mask).abs()
-        found["rollout/sampler_gap/mean"] = gap.sum() / mask.sum().clamp(min=1)
-        found["rollout/sampler_gap/max"] = gap.max()
+        log_ratio = (table["old_logps"] - table["sampler_logps"]) * mask
+        found["rollout/sampler_gap/mean"] = log_ratio.abs().sum() / mask.sum().clamp(min=1)
+        found["rollout/sampler_gap/max"] = log_ratio.abs().max()
+        found["rollout/sampler_gap/beyond_clip"] = (log_ratio.expm1().abs() > CLIP).any(1).to(mask.dtype).mean()
     if ROUTED in table:
         loads = table[ROUTED].sum(0)
         loads = loads / loads.mean(1, keepdim=True)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 TRIED = "0.32"
 """Versions of vLLM that begin so were tried (docs/vllm.md)."""
-PROBE = 1e-3
-"""Largest mean difference of log-probs in the probe of a load after the first one, unless ten times the first one's is more."""
 PROBE_TOKENS = 16
 
 

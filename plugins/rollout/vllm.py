@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from annotated_types import Ge
 
-from hf_rlhf import hookimpl
+from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import Context, Count, Positive, RolloutEngine
 from hf_rlhf.batch import Completions
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_rlhf.batch import Prompt
 
     from ._vllm_server import Row, Sent, Server
+    from ._vllm_trust import Trust
 
 GAP = "rollout/sampler_gap/mean"
 PREFIX, OWNER = "hf_rlhf-", "owner"
@@ -49,14 +50,24 @@ class Vllm(SamplingEngine):
     name = "vllm"
     local = False
     needs = frozenset({"plain_weights"})
+    metrics = (
+        Metric(
+            "sampler_gap/limit",
+            "nats",
+            "largest mean difference of log-probs of server and trainer that does not end the run",
+            setting="max_sampler_gap",
+            optional=True,
+        ),
+    )
 
     url: str | list[str] = "http://127.0.0.1:8000"
     """URL of the server, or of several, which get prompts in turn."""
     weights_folder: str | None = None
     """Folder for the policy's weights, which every server can read; None: /dev/shm, or the folder for temporary files."""
     max_sampler_gap: Positive | None = 0.05
-    """Ends the run if the log-probs of server and trainer differ by more, in nats, as a mean over a rollout's tokens. Applies if
-    both compute in float32, where they agree to about 1e-5; None: only log the difference."""
+    """Ends the run if the log-probs of server and trainer differ by more, in nats, as a mean over a rollout's tokens: in float32,
+    where they agree to about 1e-5, over any, in half precision over the first one, and later by three times the first one's
+    difference. Mixtures of experts and 8-bit caches only warn. None: only log the difference."""
     token_env: str | None = None
     """Environment variable with the servers' API key, sent as `Authorization: Bearer ...`; None: no key."""
     request_timeout: Positive = 1800.0
@@ -79,8 +90,8 @@ class Vllm(SamplingEngine):
         self._sent: Sent | None = None
         self._folders: list[Path] = []
         self._context: int | None = None
-        self._process, self._processes, self._float32 = 0, 1, False
-        self._rounding: float | None = None
+        self._process, self._processes = 0, 1
+        self._trust: Trust | None = None
         self._found: list[str] = []
 
     @property
@@ -108,13 +119,16 @@ class Vllm(SamplingEngine):
 
     def setup(self, context: Context) -> None:
         """Ask each server what it is. Raises `ValueError` with everything that does not fit, and the command that does."""
-        from ._vllm_checks import check_servers, computed_in
+        from ._vllm_checks import check_servers
+        from ._vllm_trust import Trust, remark
 
         self._servers = self._made()
         self._process, self._processes = context.process_index, context.num_processes
         if context.policy is not None:
-            self._float32 = computed_in(context) == "float32"
             self._context, self._found = check_servers(self._servers, context, self.max_new_tokens)
+            if self.max_sampler_gap is not None:
+                self._trust = Trust.of(context, self.max_sampler_gap, self._servers)
+                self._found += [] if self.cuts() else remark(self._trust)
 
     def _made(self) -> list[Server]:
         from ._vllm_server import Server
@@ -147,20 +161,14 @@ class Vllm(SamplingEngine):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _try(self, policy: Policy) -> None:
-        """Compare log-probs for one prompt. In float32 they differ by rounding, which the first load measures."""
-        from ._vllm_checks import PROBE, probe
+        """Compare log-probs for one prompt."""
+        from ._vllm_checks import probe
 
-        if not self._float32 or self.max_sampler_gap is None:
-            return
-        assert self._sent is not None
-        gap = probe(self._servers, policy, self._sent)
-        most = self.max_sampler_gap if self._rounding is None else max(PROBE, 10 * self._rounding)
-        if not gap <= most:
-            raise RuntimeError(
-                f"rollout=vllm: after the weights {self._sent.version} were loaded, log-probs of server and trainer differ by "
-                f"{gap:.3g} nats per token, more than {most:.3g}: the server did not load all of them, or computes another model"
-            )
-        self._rounding = gap if self._rounding is None else self._rounding
+        if self._trust is not None:
+            assert self._sent is not None
+            with self._trust.computing():
+                gap = probe(self._servers, policy, self._sent)
+            self._trust.probed(gap, self._sent.version)
 
     def close(self) -> None:
         """Delete the weights."""
@@ -228,13 +236,12 @@ class Vllm(SamplingEngine):
 
     def observe(self, statistics: Mapping[str, float]) -> None:
         """End the run if server and trainer are not the same model."""
-        gap, most = statistics.get(GAP), self.max_sampler_gap
-        if gap is not None and most is not None and self._float32 and gap > most:
-            raise RuntimeError(
-                f"rollout=vllm: the log-probs of server and trainer differ by {gap:.3g} nats per token, more than "
-                f"rollout.max_sampler_gap={most:g}: they do not compute the same model. Look at the server's log; "
-                "max_sampler_gap=null only logs it"
-            )
+        if self._trust is not None and (gap := statistics.get(GAP)) is not None:
+            self._trust.rolled_out(gap)
+
+    def report(self) -> Mapping[str, float]:
+        """Return the bound of the next rollout's difference."""
+        return {} if self._trust is None or self._trust.limit is None else {"sampler_gap/limit": self._trust.limit}
 
     def serve_commands(
         self, model: ModelSettings, dtype: str, prompt_tokens: int | None

@@ -33,13 +33,15 @@ class Stub(Server):
         port: int = 0,
         routes: tuple[str, ...] = ROUTES,
         extension: str | None = EXTENSION,
+        cache_dtype: str = "auto",
         **model: Any,
     ) -> None:
         if not (folder / "config.json").exists():
             policy, tokenizer = tiny_policy()
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        config = {"model_config": {**MODEL, **model}, "parallel_config": {"worker_extension_cls": extension}}
+        config = {"model_config": {**MODEL, **model}, "cache_config": {"cache_dtype": cache_dtype}}
+        config |= {"parallel_config": {"worker_extension_cls": extension}}
         pages = {"/openapi.json": {"paths": {route: {} for route in routes}}, "/version": {"version": "0.32.0"}}
         pages |= {"/server_info": {"vllm_config": config}} if "/server_info" in routes else {}
         self.folder, self.trouble, self.counts, self._lock = (

@@ -161,14 +161,18 @@ def test_an_engine_that_is_another_model_ends_the_run_before_the_update(tmp_path
     assert logged(made, "rollout/sampler_gap/mean") == [pytest.approx(0.2, abs=0.06)], (
         "one prompt of four is not tilted"
     )
+    assert logged(made, "rollout/sampler_gap/beyond_clip")[0] > 0.7, "e^0.2 is 1.22"
 
 
-def test_under_autocast_the_gap_is_only_logged(tmp_path):
+def test_under_autocast_the_first_rollout_measures_the_gap_of_the_others(tmp_path):
     with Stub(tmp_path / "model", dtype="torch.bfloat16") as server:
-        made = trainer(tmp_path / "run", server, steps=2, training={"bf16": True}, rollout={"max_sampler_gap": 1e-6})
+        made = trainer(tmp_path / "run", server, training={"bf16": True, "logging_steps": 1})
         made.train()
         made.close()
-    assert 1e-5 < logged(made, "rollout/sampler_gap/mean")[0] < 0.1
+    first, limits = logged(made, "rollout/sampler_gap/mean")[0], logged(made, "rollout/sampler_gap/limit")
+    assert 1e-5 < first < 0.05
+    assert limits == pytest.approx([max(1e-3, 3 * first)] * len(limits))
+    assert logged(made, "rollout/sampler_gap/beyond_clip")[0] == 0.0
 
 
 def test_a_policy_with_an_adapter_and_truncated_sampling_with_a_correction_are_refused(tmp_path):

@@ -386,17 +386,57 @@ def test_weights_of_a_run_that_was_killed_are_removed_by_the_next_one_and_no_oth
     assert left == {"alive", "elsewhere", "odd", "unmarked"}
 
 
-def test_a_gap_beyond_the_bound_ends_the_run_in_float32_only(tmp_path):
+def gaps(engine: Any, *means: float) -> None:
+    for mean in means:
+        engine.observe({"rollout/sampler_gap/mean": mean})
+
+
+def test_a_gap_beyond_the_bound_ends_the_run_in_float32(tmp_path):
     with Stub(tmp_path / "model") as server:
         strict, loose = ready(server), ready(server, max_sampler_gap=None)
-        half_precision = load_plugin("rollout", "vllm", url=server.url, max_new_tokens=6)
-    for engine in (strict, loose, half_precision):
-        engine.observe({"rollout/sampler_gap/mean": 0.05})
+    for engine in (strict, loose):
+        gaps(engine, 0.05)
         engine.observe({})
-    loose.observe({"rollout/sampler_gap/mean": 1.0})
-    half_precision.observe({"rollout/sampler_gap/mean": 1.0})
+    gaps(loose, 1.0)
+    assert (loose.report(), strict.report()) == ({}, {"sampler_gap/limit": 0.05})
     with pytest.raises(RuntimeError, match=r"differ by 0.051 nats per token, more than rollout.max_sampler_gap=0.05"):
-        strict.observe({"rollout/sampler_gap/mean": 0.051})
+        gaps(strict, 0.051)
+
+
+@pytest.mark.parametrize(("first", "limit"), [(0.01, 0.03), (0.05, 0.15), (1e-6, 1e-3)])
+def test_in_half_precision_the_first_rollout_sets_the_limit_of_the_others(tmp_path, first, limit):
+    with Stub(tmp_path / "model", dtype="torch.bfloat16") as server:
+        engine = load_plugin("rollout", "vllm", url=server.url, max_new_tokens=6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            engine.setup(context())
+    assert engine.report() == {}
+    assert any("compared in half precision" in remark for remark in engine._found)
+    gaps(engine, first, limit)
+    assert engine.report() == {"sampler_gap/limit": pytest.approx(limit)}
+    with pytest.raises(RuntimeError, match="more than its limit, three times that of the first rollout"):
+        gaps(engine, 1.01 * limit)
+
+
+def test_in_half_precision_the_first_rollout_is_compared_with_the_setting(tmp_path):
+    with Stub(tmp_path / "model", dtype="torch.bfloat16") as server:
+        engine = load_plugin("rollout", "vllm", url=server.url, max_new_tokens=6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            engine.setup(context())
+    with pytest.raises(RuntimeError, match=r"more than rollout.max_sampler_gap=0.05"):
+        gaps(engine, 0.06)
+
+
+@pytest.mark.parametrize(("why", "said"), [("experts", "is a mixture of experts"), ("cache", "in 8 bits")])
+def test_mixtures_of_experts_and_8_bit_caches_only_warn(tmp_path, caplog, why, said):
+    model, _ = tiny_policy()
+    with Stub(tmp_path / "model", cache_dtype="fp8_e5m2" if why == "cache" else "auto") as server:
+        if why == "experts":
+            model.config.num_experts = 8
+        engine = load_plugin("rollout", "vllm", url=server.url, max_new_tokens=6)
+        engine.setup(context(policy=model))
+    gaps(engine, 0.01, 0.2, 0.3)
+    assert [said in remark for remark in engine._found] == [True]
+    assert len([x for x in caplog.records if said in x.getMessage()]) == 1, "once, not in every rollout"
 
 
 def test_the_module_for_vllms_environment_imports_torch_and_vllm_alone():
