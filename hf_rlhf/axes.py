@@ -36,6 +36,7 @@ from hf_rlhf.contract.base import Count as Count, Fraction as Fraction, NonNegat
 from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel, HubTokenizer as HubTokenizer
 from hf_rlhf.contract.environment import Environment, Message as Message, Model as Model, Outcome as Outcome
 from hf_rlhf.contract.environment import Over as Over, Task as Task, Turn as Turn
+from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
 from hf_rlhf.contract.outputs import check_output as check_output
 from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pattern
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
     from hf_rlhf.contract.optimizer_step import Step as Step
     from hf_rlhf.modeling.attention import attend as attend, attention_refusal as attention_refusal
     from hf_rlhf.modeling.lm_head import at_least_float32 as at_least_float32, with_rest as with_rest

@@ -36,9 +36,16 @@ class AwakeEngine:
                 with doing("weights to the engine"):
                     self._load()
             self.engine.wake("cache")
+            self._together()
             yield
+            self._together()
         finally:
             self.engine.sleep()
+
+    def _together(self) -> None:
+        """Wait for the other processes: servers that all of them ask are woken, and put to sleep, by one."""
+        if not self.engine.local:
+            self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:
         """Call `load` on all processes; each raises if it failed on one of them."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TRIED = "0.32"
 """Versions of vLLM that begin so were tried (docs/vllm.md)."""
 PROBE_TOKENS = 16
+"""Tokens of the probe's prompt and of its completion, where the servers' context holds both."""
 
 
 def computed_in(context: Context) -> str:
@@ -100,8 +101,10 @@ def _settings(config: dict[str, Any], context: Context, max_new_tokens: int) -> 
 def probe(servers: Sequence[Server], policy: Policy, sent: Sent) -> float:
     """Return by how much the log-probs of the worst server differ from the policy's, as a mean over a few sampled tokens."""
     vocabulary = policy.model.config.get_text_config().vocab_size
-    prompt = [(7919 * i + 1) % vocabulary for i in range(PROBE_TOKENS)]
-    sampling: dict[str, Any] = {"n": 1, "temperature": 1.0, "seed": 0, "max_tokens": PROBE_TOKENS}
+    contexts = [server.facts["config"].get("model_config", {}).get("max_model_len", 0) for server in servers]
+    tokens = min(PROBE_TOKENS, min(contexts) // 2)
+    prompt = [(7919 * i + 1) % vocabulary for i in range(tokens)]
+    sampling: dict[str, Any] = {"n": 1, "temperature": 1.0, "seed": 0, "max_tokens": tokens}
     sampling |= {"logprobs": 0, "stop_token_ids": [], "detokenize": False}
     found = wait_for(together(server.complete(prompt, sampling, sent, asyncio.Lock()) for server in servers))
     gaps = []

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._http import Endpoint, HttpError, shown
+
+if TYPE_CHECKING:
+    from ._vllm_child import Child
 
 T = TypeVar("T")
 
@@ -28,6 +32,8 @@ GENERATE, RPC, VERSION = "/inference/v1/generate", "/collective_rpc", "/update_w
 DEVELOPMENT = ("/server_info", RPC, "/pause", "/resume", VERSION)
 """Routes that only vLLM's development mode has."""
 EXTENSION = "hf_rlhf_vllm_worker.Worker"
+SECONDS = 0.5
+"""Seconds between two looks at a server that is starting."""
 FACTS_SECONDS = 120.0
 """Most seconds for an answer about the server, which looks at its machine first."""
 
@@ -67,6 +73,16 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
     return future.result()
 
 
+def answers(url: str) -> bool:
+    """Return whether the server at a URL of this machine is healthy."""
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 @dataclass
 class Server:
     """A vLLM server."""
@@ -78,6 +94,8 @@ class Server:
     retries: int
     max_wait: float
     at_a_time: int | None
+    child: Child | None = None
+    """The process, if this one started it."""
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
@@ -86,13 +104,31 @@ class Server:
         self._lock = threading.Lock()
 
     async def post(self, path: str, **body: Any) -> Any:
-        """Post JSON; transient failures are retried. Raises `HttpError` with what the server said."""
+        """Post JSON; transient failures are retried, once more when a child that ended answers again. Raises `HttpError` with
+        what the server said."""
         with self._lock:
             endpoint = self._endpoints.setdefault(
                 path,
                 Endpoint(self.url + path, self.timeout, self.retries, self.max_wait, self.at_a_time, largest=LARGEST),
             )
+        if self.child is None:
+            return await endpoint.post(body, self.headers)
+        starts = self.child.starts
+        try:
+            return await endpoint.post(body, self.headers)
+        except HttpError as error:
+            error.add_note(f"{self.url} is a server of this run. Its last lines:\n{self.child.tail()}")
+            if not await asyncio.to_thread(self.child.is_back, starts):
+                raise
         return await endpoint.post(body, self.headers)
+
+    def wait(self, seconds: float) -> None:
+        """Return when it answers. Raises `RuntimeError` if it does not in time."""
+        until = time.monotonic() + seconds
+        while not answers(self.url):
+            if time.monotonic() > until:
+                raise RuntimeError(f"rollout.serve: the vLLM server at {self.url} did not answer within {seconds:g} s")
+            time.sleep(SECONDS)
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from annotated_types import Ge
@@ -30,6 +30,7 @@ from hf_rlhf.batch import Completions
 
 from .._http import check_url, secret, together
 from ._settings import SamplingEngine, end_tokens
+from ._vllm_child import Children, Serve, served
 
 if TYPE_CHECKING:
     from hf_rlhf.axes import Algorithm, ModelSettings, Policy, Weights
@@ -68,6 +69,8 @@ class Vllm(SamplingEngine):
     """Ends the run if the log-probs of server and trainer differ by more, in nats, as a mean over a rollout's tokens: in float32,
     where they agree to about 1e-5, over any, in half precision over the first one, and later by three times the first one's
     difference. Mixtures of experts and 8-bit caches only warn. None: only log the difference."""
+    serve: Serve | None = None
+    """How the first process starts the servers itself and ends them with the run; None: they are there."""
     token_env: str | None = None
     """Environment variable with the servers' API key, sent as `Authorization: Bearer ...`; None: no key."""
     request_timeout: Positive = 1800.0
@@ -92,6 +95,8 @@ class Vllm(SamplingEngine):
         self._context: int | None = None
         self._process, self._processes = 0, 1
         self._trust: Trust | None = None
+        self._children: Children | None = None
+        self._sleepers: list[Server] = []
         self._found: list[str] = []
 
     @property
@@ -110,6 +115,7 @@ class Vllm(SamplingEngine):
             self._headers()
         except ValueError as error:
             yield str(error)
+        yield from () if self.serve is None else self.serve.problems(self.urls)
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         yield from super().remarks(algorithm)
@@ -118,17 +124,62 @@ class Vllm(SamplingEngine):
         yield from self._found
 
     def setup(self, context: Context) -> None:
-        """Ask each server what it is. Raises `ValueError` with everything that does not fit, and the command that does."""
+        """Start the servers if they are the run's own, and ask each what it is. Raises `ValueError` with everything that does not
+        fit, and the command that does."""
+        self._servers = self._made()
+        self._process, self._processes = context.process_index, context.num_processes
+        if context.policy is None:
+            return
+        try:
+            self._start(context)
+            self._compare(context)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, context: Context) -> None:
+        """Start the servers from the first process; the others wait for them."""
+        from ._vllm_checks import computed_in
+
+        if self.serve is None:
+            return
+        if self._process:
+            for server in self._servers:
+                server.wait(self.serve.timeout)
+            return
+        self._children = children = Children()
+        model = served(context, children.folder)
+        commands = self.serve_commands(model, computed_in(context), context.prompt_tokens)
+        children.start(self.serve, self.urls, commands)
+        for server, child in zip(self._servers, children.all, strict=True):
+            server.child = child
+
+    def _compare(self, context: Context) -> None:
+        """Compare the servers with the policy."""
         from ._vllm_checks import check_servers
         from ._vllm_trust import Trust, remark
 
-        self._servers = self._made()
-        self._process, self._processes = context.process_index, context.num_processes
-        if context.policy is not None:
-            self._context, self._found = check_servers(self._servers, context, self.max_new_tokens)
-            if self.max_sampler_gap is not None:
-                self._trust = Trust.of(context, self.max_sampler_gap, self._servers)
-                self._found += [] if self.cuts() else remark(self._trust)
+        self._context, self._found = check_servers(self._servers, context, self.max_new_tokens)
+        self._sleepers = [
+            x for x in self._servers if x.facts["config"].get("model_config", {}).get("enable_sleep_mode")
+        ]
+        if self.max_sampler_gap is not None:
+            self._trust = Trust.of(context, self.max_sampler_gap, self._servers)
+            self._found += [] if self.cuts() else remark(self._trust)
+
+    def wake(self, part: Literal["weights", "cache"]) -> None:
+        """Let servers in sleep mode, which may share the trainer's GPU, take memory for their weights, or for their cache."""
+        self._each("/wake_up?tags=" + {"weights": "weights", "cache": "kv_cache"}[part])
+
+    def sleep(self) -> None:
+        """Let servers in sleep mode move their weights into main memory and drop their cache."""
+        self._each("/sleep?level=1")
+
+    def _each(self, path: str) -> None:
+        from ._vllm_server import wait_for
+
+        if self._sleepers and not self._process:
+            wait_for(together(server.post(path) for server in self._sleepers))
 
     def _made(self) -> list[Server]:
         from ._vllm_server import Server
@@ -171,7 +222,10 @@ class Vllm(SamplingEngine):
             self._trust.probed(gap, self._sent.version)
 
     def close(self) -> None:
-        """Delete the weights."""
+        """Delete the weights, and end the servers that the run started."""
+        if self._children is not None:
+            self._children.close()
+            self._children = None
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -16,6 +16,7 @@ from tests.helpers.servers import Raw, Server
 
 GENERATE = "/inference/v1/generate"
 ROUTES = (GENERATE, "/collective_rpc", "/server_info", "/pause", "/resume", "/update_weight_version", "/version")
+ROUTES += ("/sleep", "/wake_up")
 MODEL = {"max_model_len": 256, "logprobs_mode": "processed_logprobs", "quantization": None, "dtype": "torch.float32"}
 EXTENSION = "hf_rlhf_vllm_worker.Worker"
 Trouble = Callable[[str, Any, int], Any]
@@ -42,7 +43,11 @@ class Stub(Server):
             tokenizer.save_pretrained(folder)
         config = {"model_config": {**MODEL, **model}, "cache_config": {"cache_dtype": cache_dtype}}
         config |= {"parallel_config": {"worker_extension_cls": extension}}
-        pages = {"/openapi.json": {"paths": {route: {} for route in routes}}, "/version": {"version": "0.32.0"}}
+        pages = {
+            "/openapi.json": {"paths": {route: {} for route in routes}},
+            "/version": {"version": "0.32.0"},
+            "/health": {},
+        }
         pages |= {"/server_info": {"vllm_config": config}} if "/server_info" in routes else {}
         self.folder, self.trouble, self.counts, self._lock = (
             folder,
@@ -75,6 +80,8 @@ class Stub(Server):
             match route:
                 case "/pause" | "/resume":
                     self.paused = route == "/pause"
+                case "/sleep" | "/wake_up":
+                    pass
                 case "/update_weight_version":
                     self.version = body["new_version"]
                 case "/collective_rpc" if body["method"] == "hf_rlhf_describe":

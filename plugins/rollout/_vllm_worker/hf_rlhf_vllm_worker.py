@@ -41,10 +41,26 @@ class Worker:
             dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
+def _end_with(parent: int) -> None:
+    """End this process, and all that it started, when its parent is gone: a training that was killed cannot end its server."""
+    import os
+    import signal
+    import time
+
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Run vLLM's command line."""
+    import os
     import sys
+    import threading
     from importlib import metadata
+
+    if parent := os.environ.pop("HF_RLHF_PARENT", ""):
+        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
 
     version = metadata.version
 

@@ -95,6 +95,15 @@ def at_once(folder: Path, value: int) -> int:
 EFFECTS["rollout.vllm.num_workers"] = SettingEffect(1, 4, at_once)
 
 
+def started(folder: Path, serve: Any) -> Any:
+    """Whether a server that is there is asked, or one is started where none may answer yet."""
+    with patch("hf_rlhf_plugins.rollout._vllm_child.GRACE", 0.0):
+        try:
+            return bool(outcome(folder, serve=serve))
+        except ValueError as error:
+            return str(error)
+
+
 def which(folder: Path, place: int) -> Any:
     """Whether each of two servers is asked."""
     with Stub(folder / "model") as other:
@@ -102,4 +111,7 @@ def which(folder: Path, place: int) -> Any:
         return bool(other.requests), bool(found[1])
 
 
+EFFECTS["rollout.vllm.serve"] = SettingEffect(
+    None, {"python": "/nowhere"}, lambda folder, serve: started(folder, serve)
+)
 EFFECTS["rollout.vllm.url"] = SettingEffect(0, 1, which)

@@ -6,6 +6,7 @@ import ast
 import os
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.testing import conformance, tiny_policy
 from hf_rlhf_plugins import _http
 from hf_rlhf_plugins._http import HttpError
+from hf_rlhf_plugins.rollout._vllm_child import Serve
 from tests.helpers.paths import ROOT
 from tests.helpers.servers import Raw
 from tests.helpers.vllm_stub import GENERATE, ROUTES, Stub, context
@@ -174,6 +176,47 @@ def test_the_key_comes_from_the_environment_and_goes_with_each_request(tmp_path,
     monkeypatch.delenv("SOME_KEY")
     with pytest.raises(ValueError, match="environment variable SOME_KEY is not set"):
         engine.setup(context())
+
+
+def test_servers_in_sleep_mode_wake_for_a_rollout_and_sleep_after_it(tmp_path):
+    own = policy()
+    with Stub(tmp_path / "model", enable_sleep_mode=True) as server, Stub(tmp_path / "model") as awake:
+        engine = load_plugin("rollout", "vllm", url=[server.url, awake.url], max_new_tokens=6)
+        engine.setup(context())
+        engine.wake("weights")
+        send(engine, own)
+        engine.wake("cache")
+        sample(engine, own)
+        engine.sleep()
+        asked = [request.path for request in server.requests if request.path != GENERATE]
+        assert not [request for request in awake.requests if "sleep" in request.path or "wake" in request.path]
+    loads = ["/pause?mode=wait", "/collective_rpc", "/update_weight_version", "/resume"]
+    assert asked[1:] == ["/wake_up?tags=weights", *loads, "/wake_up?tags=kv_cache", "/sleep?level=1"]
+
+
+@pytest.mark.parametrize(
+    ("url", "serve", "said"),
+    [
+        ("http://there:8000", {}, "url names http://there:8000"),
+        (["http://localhost:1", "http://localhost:2"], {"devices": [0, 1, 2]}, "as many for each of 2 servers, got 3"),
+        ("http://localhost:1", {"devices": []}, "got 0"),
+    ],
+)
+def test_servers_that_cannot_be_started_are_refused_by_the_plan(url, serve, said):
+    engine = load_plugin("rollout", "vllm", url=url, serve={"python": "p", **serve})
+    assert [said in problem for problem in engine.serve.problems(engine.urls)] == [True]
+
+
+def test_devices_are_shared_out_and_split_a_model_unless_the_arguments_say_how():
+    serve = Serve(python="p", devices=[4, 5, 6, 7], args=["--x"])
+    split = ["--tensor-parallel-size", "2", "--x"]
+    assert [serve.placed(i, 2) for i in (0, 1)] == [
+        ({"CUDA_VISIBLE_DEVICES": "4,5"}, split),
+        ({"CUDA_VISIBLE_DEVICES": "6,7"}, split),
+    ]
+    assert Serve(python="p", devices=[3]).placed(0, 1) == ({"CUDA_VISIBLE_DEVICES": "3"}, [])
+    assert Serve(python="p", devices=[1, 2], args=["-tp=1"]).placed(0, 1)[1] == ["-tp=1"]
+    assert Serve(python="p").placed(1, 2) == ({}, [])
 
 
 # Before the first rollout
@@ -446,5 +489,5 @@ def test_the_module_for_vllms_environment_imports_torch_and_vllm_alone():
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
         imported |= {name.partition(".")[0] for name in names}
-    assert imported <= {"__future__", "typing", "sys", "importlib", "torch", "vllm"}
+    assert imported <= {"torch", "vllm", *sys.stdlib_module_names}
     assert [x for x in path.parent.glob("*.py") if x.name not in ("__init__.py", path.name)] == []
