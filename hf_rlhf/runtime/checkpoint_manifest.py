@@ -35,7 +35,10 @@ OWN_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\Z')
 """The end of a manifest: the SHA-256 of its text with zeros in this place."""
 REQUIRED = {"step": int, "processes": int, "resumable": bool, "algorithm": dict, "run": dict, "files": dict}
 
-FREE = re.compile(r"(update|critic|(kl\.\d+\.)?reference(\.of)?|rewards\.\d+)\.offload")
+FREE = re.compile(
+    r"(update|critic|(kl\.\d+\.)?reference(\.of)?|rewards\.\d+)\.offload"
+    r"|rollout\.(url|serve|token_env|request_timeout|request_retries|max_wait|num_workers)"
+)
 """Dotted paths of settings that do not affect results, so that a resumed run may change them."""
 ANY = object()
 """Stands for a value that older checkpoints did not keep."""

@@ -23,14 +23,14 @@ from urllib.parse import urlsplit
 
 from hf_rlhf.axes import ModelSettings, Positive
 
-from ._vllm_server import SECONDS, answers
-
 if TYPE_CHECKING:
     from hf_rlhf.axes import Context
 
 logger = logging.getLogger(__name__)
 
 HERE = ("127.0.0.1", "localhost", "::1")
+SECONDS = 0.5
+"""Seconds between two looks at a server."""
 STARTS = 3
 """Consecutive starts without an answer after which a child is not started again."""
 GRACE = 10.0
@@ -46,7 +46,7 @@ PARENT = "HF_RLHF_PARENT"
 
 @dataclass(kw_only=True)
 class Serve:
-    """How a run starts its vLLM servers, on the machine of its first process."""
+    """VLLM servers that a run starts on the machine of its first process."""
 
     python: str
     """Python of the environment that vLLM is installed in."""
@@ -112,6 +112,16 @@ def served(context: Context, folder: Path) -> ModelSettings:
     )
 
 
+def answers(url: str) -> bool:
+    """Return whether the server at a URL of this machine is healthy."""
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 class Child:
     """A server that is started, kept and ended."""
 
@@ -121,7 +131,7 @@ class Child:
         self.starts = 0
         self._read = False
         self.problem: str | None = None
-        """Why it is not started again."""
+        """Reason for not starting it again."""
         self._closing, self._ready = threading.Event(), threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._keep, name="vLLM", daemon=True)

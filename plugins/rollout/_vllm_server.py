@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._http import Endpoint, HttpError, shown
+from ._vllm_child import SECONDS, answers
 
 if TYPE_CHECKING:
     from ._vllm_child import Child
@@ -32,8 +33,6 @@ GENERATE, RPC, VERSION = "/inference/v1/generate", "/collective_rpc", "/update_w
 DEVELOPMENT = ("/server_info", RPC, "/pause", "/resume", VERSION)
 """Routes that only vLLM's development mode has."""
 EXTENSION = "hf_rlhf_vllm_worker.Worker"
-SECONDS = 0.5
-"""Seconds between two looks at a server that is starting."""
 FACTS_SECONDS = 120.0
 """Most seconds for an answer about the server, which looks at its machine first."""
 
@@ -71,16 +70,6 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return future.result()
-
-
-def answers(url: str) -> bool:
-    """Return whether the server at a URL of this machine is healthy."""
-    import httpx
-
-    try:
-        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How far the log-probs of servers and trainer may be apart: at the probe of each load, and over a rollout.
+"""Bounds of the differences between log-probs of servers and trainer: at the probe of each load, and over a rollout.
 
 In float32 both are compared with the setting `max_sampler_gap`. In half precision rounding alone differs, by an amount that
 depends on the model: the first rollout, which follows a probe, is compared with the setting and measures it, and later ones
@@ -37,11 +37,11 @@ class Trust:
     """The setting `max_sampler_gap`."""
     device: str
     autocast: torch.dtype | None
-    """What the trainer's forwards compute in where it is not what the weights are in."""
+    """Dtype of the trainer's forwards where it is not that of the weights."""
     full_precision: bool
     """True if both compute in float32."""
     noisy: str | None = None
-    """Why the differences are more than rounding: they only warn then."""
+    """Reason for differences beyond rounding, which then only warn."""
     limit: float | None = field(default=None, init=False)
     """Bound of the next rollout, once it is known."""
     _first_probe: float | None = field(default=None, init=False)
