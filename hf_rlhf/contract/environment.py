@@ -10,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Count, Plugin, Positive
@@ -106,19 +106,39 @@ class Environment(Plugin, ABC):
     """Most tokens of an episode after its prompt, those of the environment included; `rollout.max_new_tokens` bounds a turn."""
     max_live: Count | None = None
     """Most episodes of a process at a time; None: all of a rollout."""
+    workers: Literal["inline", "processes"] = "inline"
+    """Where `play` runs: in this process, a plain one in a thread and an async one on an event loop; or in processes, of which
+    one that takes longer than `timeout` is killed with its children. A thread that hangs can only be abandoned."""
+    num_workers: Count = 8
+    """Most processes, each of which plays one episode at a time."""
     timeout: Positive = 60.0
     """Seconds that the environment may take between two turns. Then the episode is given up."""
     on_error: Literal["raise", "none"] | float = "none"
     """Result of an episode whose environment raised or took too long: raise to end the run, none for no score, or a reward."""
 
+    worker_pool = cast("Any", None)
+    """Processes in which it plays, while they run. Set by the host."""
+
     @property
     def asynchronous(self) -> bool:
-        """Return whether `play` is awaited. Otherwise each episode runs in a thread of its own."""
+        """Return whether `play` is awaited."""
         return inspect.iscoroutinefunction(self.play)
+
+    @property
+    def plays_in_processes(self) -> bool:
+        """Return whether `play` runs in processes."""
+        return self.workers == "processes"
+
+    @property
+    def most_live(self) -> int | None:
+        """Return the most episodes of a process of the run at a time."""
+        if not self.plays_in_processes:
+            return self.max_live
+        return min(self.num_workers, self.max_live or self.num_workers)
 
     @abstractmethod
     def play(self, task: Task, model: Model) -> Any:
-        """Play one episode: `async def play`, which awaits `model`, or a plain `def play`, which runs in a thread.
+        """Play one episode: `async def play`, which awaits `model`, or a plain `def play`, which calls it.
 
         Returns an `Outcome`, a reward, or None for no score. Episodes run at the same time: what belongs to one is a local
         variable. Random numbers come from `task.seed`. An `Over` that is not caught ends the episode without a score.

@@ -34,6 +34,7 @@ from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.early_checks import check_prompts
+from hf_rlhf.training.environments.workers import close_here
 from hf_rlhf.training.evaluation import Evaluated, evaluate, row_types
 from hf_rlhf.training.held_out_rows import kept_rows
 from hf_rlhf.training.model_checks import check_causal, check_vocabulary
@@ -235,7 +236,7 @@ class Evaluator:
             if scorer is not None:
                 scorer.close()
             for plugin in opened:
-                plugin.close()
+                close_here(plugin)
             del model, actor_critic, policy, context, scorer
             gc.collect()
             if torch.cuda.is_available():
@@ -244,7 +245,9 @@ class Evaluator:
 
 def _measuring(algorithm: Algorithm) -> list[tuple[str, Any]]:
     """Return the plugins that sample and score, with their dotted paths, nested ones included."""
-    return list(walk({"rollout": algorithm.rollout, "rewards": algorithm.rewards}))
+    return list(
+        walk({"rollout": algorithm.rollout, "environment": algorithm.environment, "rewards": algorithm.rewards})
+    )
 
 
 def prompt_keys(prompts: Sequence[Prompt]) -> list[str]:

@@ -11,6 +11,8 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.base import nested_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.training.environments.workers import close_here, set_up_here
+from hf_rlhf.training.environments.workers import elsewhere as in_their_processes
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -42,13 +44,13 @@ def context_of(
 def set_up(plugin: Plugin, algorithm: Algorithm, context: Context, autocast: AbstractContextManager[None]) -> None:
     """Call `setup` of a plugin, that of the rollout engine in `autocast`."""
     with autocast if plugin is algorithm.rollout else nullcontext():
-        plugin.setup(context)
+        set_up_here(plugin, context)
 
 
 def close_plugins(algorithm: Algorithm) -> None:
     """Call `close` of every plugin except the reward sources, which the scorer closes."""
     for plugin in plugins_here(algorithm, algorithm.plugins()):
-        plugin.close()
+        close_here(plugin)
 
 
 def plugins_here(algorithm: Algorithm, plugins: Iterable[tuple[str, Plugin]]) -> Iterator[Plugin]:
@@ -56,7 +58,7 @@ def plugins_here(algorithm: Algorithm, plugins: Iterable[tuple[str, Plugin]]) ->
     own = {id(source) for source in algorithm.rewards}
     elsewhere = {
         id(x) for source in algorithm.rewards if source.workers in ("processes", "ray") for x in nested_of(source)
-    }
+    } | in_their_processes(algorithm.environment)
     for _, plugin in plugins:
         if id(plugin) not in own | elsewhere:
             yield plugin

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from hf_rlhf.axes import AdvantageEstimator, Environment, Model, RolloutEngine, Task
-from hf_rlhf.batch import Completions, Prompt, Scored
+from hf_rlhf.batch import Completions, Context, Prompt, Scored
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.environments.rollout import Played, Players
+from hf_rlhf.training.environments.workers import close_here, set_up_here
 from tests.helpers.runs import recipe
 
 Play = Callable[[Task, Model], Awaitable[Any]]
@@ -128,3 +129,13 @@ def play(
     )
     players = Players(algorithm=algorithm, policy=own, autocast=contextlib.nullcontext)
     return players(given, list(range(len(given))), group, None, place, (0,))
+
+
+@contextlib.contextmanager
+def opened(environment: Environment) -> Iterator[Environment]:
+    """An environment that is set up, and closed after the block."""
+    set_up_here(environment, Context(device=torch.device("cpu"), policy=None, tokenizer=None))
+    try:
+        yield environment
+    finally:
+        close_here(environment)

@@ -1,27 +1,32 @@
 """Play episodes in lockstep: the engine decodes whenever every live episode waits for it, rows in order.
 
-Async environments share an event loop in a thread; each episode of a plain one has a thread of its own. The caller's thread
-decodes, so that its gradient mode, autocast and signals are the engine's. Who waits for whom is kept under one lock, and the
-caller is woken once per turn. An episode that takes longer than its environment's `timeout` between two turns is given up;
-a thread that hangs is abandoned, as are episodes whose event loop is blocked.
+Async environments share an event loop in a thread; each episode of a plain one has a thread of its own; with `workers:
+processes` each has a process. The caller's thread decodes, so that its gradient mode, autocast and signals are the engine's.
+Who waits for whom is kept under one lock, and the caller is woken once per turn. An episode that takes longer than its
+environment's `timeout` between two turns is given up; its process is killed, a thread that hangs is abandoned, as are
+episodes whose event loop is blocked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hf_rlhf.contract.environment import Environment, Message, Over
 from hf_rlhf.runtime.event_loop import run_loop
 from hf_rlhf.runtime.plain_text import format_traceback
+from hf_rlhf.runtime.worker_pool import Lost, WorkerError
 from hf_rlhf.training.environments.endpoint import Endpoint
 from hf_rlhf.training.environments.episode import POLICY, EnvironmentFailure, Episode, Question, Reply
+from hf_rlhf.training.environments.workers import outcome_of
 
 Decode = Callable[[list[Question]], list[Reply]]
 
@@ -37,14 +42,18 @@ class Seat:
     question: Question | None = None
     """Question that it waits for; None while the environment works."""
     ended: bool = False
-    reply: Any = None
-    """Gives its thread, or the event loop, the answer: a queue or a future."""
+    reply: Callable[[Message | None], None] | None = None
+    """Gives the answer to who asked last, or None for `Over`."""
     task: asyncio.Task[None] | None = None
+    worker: Any = None
+    """The process in which it plays."""
     told_over: bool = False
     """True once a request to its URL got `Over`, which agents raise as errors of their own."""
 
-    def ask(self, messages: Sequence[Message], options: dict[str, Any]) -> None:
-        """Put a question to the policy. Raises `Over` for an episode that has ended."""
+    def ask(
+        self, messages: Sequence[Message], options: dict[str, Any], reply: Callable[[Message | None], None]
+    ) -> None:
+        """Put a question to the policy, whose answer `reply` gets. Raises `Over` for an episode that has ended."""
         if self.ended:
             raise Over
         try:
@@ -59,7 +68,21 @@ class Seat:
         except Exception as error:  # not of the environment: tokens, templates, the contract
             self.table.stop(error)
             raise Over from error
+        self.reply = reply
         self.table.waits(self, question)
+
+    def wait(self, messages: Sequence[Message], **options: Any) -> Message:
+        """Put a question to the policy and wait for its answer, in any thread but the event loop's. Raises `Over`."""
+        box: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self.ask(messages, _options(**options), box.put)
+        if (message := box.get()) is None:
+            raise Over
+        return message
+
+    @property
+    def in_loop(self) -> bool:
+        """Return whether it plays on the event loop."""
+        return self.environment.asynchronous and not self.environment.plays_in_processes
 
     @property
     def environment(self) -> Environment:
@@ -157,6 +180,11 @@ class Lockstep:
             seat.question = question
             self._is_idle()
 
+    def recount(self) -> None:
+        """Look again at when episodes are over time."""
+        with self._changed:
+            self._changed.notify()
+
     def _is_idle(self) -> None:
         self._busy, self._heard = self._busy - 1, time.monotonic()
         if self._busy == 0:
@@ -167,7 +195,7 @@ class Lockstep:
         started, later = [], []
         for episode in todo:
             environment = episode.environment
-            most = None if environment is None else environment.max_live
+            most = None if environment is None else environment.most_live
             if most is not None and sum(s.episode.environment is environment for s in self._live.values()) >= most:
                 later.append(episode)
                 continue
@@ -180,10 +208,12 @@ class Lockstep:
         todo.extend(later)
         with self._changed:
             self._busy += len(started)
-        self._in_loop(self._begin, [(seat,) for seat in started if seat.environment.asynchronous])
+        self._in_loop(self._begin, [(seat,) for seat in started if seat.in_loop])
         for seat in started:
-            if not seat.environment.asynchronous:
-                seat.reply = queue.SimpleQueue()
+            if seat.environment.plays_in_processes:
+                seat.since = math.inf  # until its process begins
+                threading.Thread(target=self._in_worker, args=(seat,), name=f"hf_rlhf-{seat.name}", daemon=True).start()
+            elif not seat.in_loop:
                 threading.Thread(target=self._in_thread, args=(seat,), name=f"hf_rlhf-{seat.name}", daemon=True).start()
 
     def _wait(self) -> None:
@@ -198,13 +228,15 @@ class Lockstep:
                     self._end(seat, "timeout", f"took over {seat.environment.timeout:g} s between two turns")
                     if seat.task is not None and self._loop is not None:
                         self._loop.call_soon_threadsafe(seat.task.cancel)
+                    if seat.worker is not None:
+                        seat.worker.stop()
                 if self._busy:
-                    self._changed.wait(max(0.0, min(left.values(), default=0.0)))
+                    self._changed.wait(min(max(0.0, min(left.values(), default=0.0)), threading.TIMEOUT_MAX))
         self.waited += time.monotonic() - start
 
     def _since(self, seat: Seat) -> float:
         """Return when a seat's time began; those of the event loop wait for each other there."""
-        return seat.since if isinstance(seat.reply, queue.SimpleQueue) else max(seat.since, self._heard)
+        return max(seat.since, self._heard) if seat.in_loop else seat.since
 
     def _answer(self) -> None:
         """Let the policy answer every episode that waits."""
@@ -226,9 +258,11 @@ class Lockstep:
             for seat, _ in answers:
                 seat.question, seat.since = None, now
         for seat, message in answers:
-            if seat.task is None:
-                seat.reply.put(message)
-        self._in_loop(_resolve, [(seat.reply, message) for seat, message in answers if seat.task is not None])
+            if not seat.in_loop and seat.reply is not None:
+                seat.reply(message)
+        self._in_loop(
+            lambda reply, message: reply(message), [(seat.reply, message) for seat, message in answers if seat.in_loop]
+        )
 
     def _begin(self, seat: Seat) -> None:
         seat.task = asyncio.ensure_future(self._awaited(seat))
@@ -238,9 +272,9 @@ class Lockstep:
         loop = asyncio.get_running_loop()
 
         async def ask(messages: Sequence[Message], **options: Any) -> Message:
-            seat.reply = loop.create_future()
-            seat.ask(messages, _options(**options))
-            return await seat.reply
+            future: asyncio.Future[Message] = loop.create_future()
+            seat.ask(messages, _options(**options), partial(_resolve, future))
+            return await future
 
         def wait(messages: Sequence[Message], **options: Any) -> Message:
             return asyncio.run_coroutine_threadsafe(ask(messages, **options), loop).result()
@@ -254,21 +288,30 @@ class Lockstep:
 
     def _in_thread(self, seat: Seat) -> None:
         """Play a plain episode."""
-
-        def ask(messages: Sequence[Message], **options: Any) -> Message:
-            seat.ask(messages, _options(**options))
-            message: Message | None = seat.reply.get()
-            if message is None:
-                raise Over
-            return message
-
         play: Any = seat.environment.play  # whose model is called without `await`
         try:
-            given = play(seat.episode.task, _Model(seat, ask, ask))
+            given = play(seat.episode.task, _Model(seat, seat.wait, seat.wait))
         except BaseException as error:
             self._failed(seat, error)
         else:
             self._returned(seat, given)
+
+    def _in_worker(self, seat: Seat) -> None:
+        """Let a process play an episode."""
+        try:
+            (found,) = seat.environment.worker_pool.run([seat.episode.task], listener=_Listener(seat))
+        except WorkerError as error:
+            self.stop(error)
+            return
+        if isinstance(found, Lost):
+            self._failed(seat, None, found.reason)
+        elif "over" in found:
+            self._failed(seat, Over())
+        elif "error" in found:
+            self.trace = self.trace or found["trace"]
+            self._failed(seat, None, found["error"])
+        else:
+            self._returned(seat, outcome_of(found))
 
     def _returned(self, seat: Seat, given: Any) -> None:
         with self._changed:
@@ -281,15 +324,17 @@ class Lockstep:
             self._leave(seat)
             self._is_idle()
 
-    def _failed(self, seat: Seat, error: BaseException) -> None:
+    def _failed(self, seat: Seat, error: BaseException | None, text: str = "") -> None:
+        """End an episode with an error, or the text of one that was raised in a process."""
         with self._changed:
             if seat.ended:
                 return
             if isinstance(error, Over) or seat.told_over:
                 self._end(seat, "over")
                 return
-            text = f"raised {type(error).__name__}: {error}"
-            self.trace = self.trace or format_traceback(error)
+            if error is not None:
+                text = f"raised {type(error).__name__}: {error}"
+                self.trace = self.trace or format_traceback(error)
             self._end(seat, "error", text, error)
 
     def _end(self, seat: Seat, kind: str, reason: str = "", error: BaseException | None = None) -> None:
@@ -331,13 +376,37 @@ class Lockstep:
                 seat.ended = True
             self._live.clear()
         for seat in left:
-            if isinstance(seat.reply, queue.SimpleQueue):
-                seat.reply.put(None)
+            if seat.reply is not None and not seat.in_loop:
+                seat.reply(None)
+            if seat.worker is not None:
+                seat.worker.stop()
         self.endpoint.close()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
 
-def _resolve(future: asyncio.Future[Message], message: Message) -> None:
-    if not future.done():  # the episode was cancelled
+def _resolve(future: asyncio.Future[Message], message: Message | None) -> None:
+    if not future.done() and message is not None:  # the episode was not cancelled
         future.set_result(message)
+
+
+class _Listener:
+    """Hears of an episode in a process."""
+
+    def __init__(self, seat: Seat):
+        self._seat, self._model = seat, _Model(seat, seat.wait, seat.wait)
+
+    def started(self, worker: Any) -> None:
+        """Begin its time."""
+        self._seat.worker, self._seat.since = worker, time.monotonic()
+        self._seat.table.recount()
+
+    def asked(self, worker: Any, question: dict[str, Any]) -> None:
+        """Put a question of the environment to the policy."""
+        if "url" in question:
+            worker.reply(self._model.url)
+            return
+        try:
+            self._seat.ask(question["messages"], _options(**question["options"]), worker.reply)
+        except Over:
+            worker.reply(None)
