@@ -69,6 +69,10 @@ class Tools(Environment):
         if self.retries < 0:
             raise ValueError(f"retries must be 0 or more, got {self.retries}")
 
+    @property
+    def plays_in_processes(self) -> bool:
+        return False  # its functions do
+
     def columns(self) -> set[str]:
         return set() if self.answer is None else {self.answer}
 

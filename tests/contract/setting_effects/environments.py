@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from hf_rlhf.axes import Model, Task
 from hf_rlhf.testing import rollouts
 from hf_rlhf.training.environments.episode import EnvironmentFailure
 from tests.contract.setting_effects.base import EFFECTS, SettingEffect
-from tests.helpers.environments import Played1, Says, play
+from tests.helpers.environments import Played1, Says, opened, play
+from tests.helpers.talks import Talk
 
 
 async def endless(task: Task, model: Model) -> float:
@@ -54,6 +56,24 @@ EFFECTS |= {
     "environment.timeout": SettingEffect(60.0, 0.05, rows(slow, "timeout")),
     "environment.on_error": SettingEffect("none", "raise", rows(fails, "on_error")),
 }
+
+
+def in_processes(folder: Path, count: int) -> int:
+    """Episodes at a time."""
+    engine = Says(texts=("x", "yz"))
+    with opened(Talk(workers="processes", num_workers=count)) as environment:
+        play(environment, engine, ["a", "b"], columns={"does": ["", ""]})
+    return len(engine.calls[0][0])
+
+
+def own_process(folder: Path, workers: str) -> bool:
+    with opened(Talk(workers=workers, num_workers=1)) as environment:
+        found = play(environment, Says(texts=("x", "yz")), columns={"does": [""]})
+    return found.completions.columns["episode/pid"] == [os.getpid()]
+
+
+EFFECTS["environment.workers"] = SettingEffect("inline", "processes", own_process)
+EFFECTS["environment.num_workers"] = SettingEffect(1, 2, in_processes)
 
 
 def second_chance(setting: str) -> Callable[[Path, Any], Any]:

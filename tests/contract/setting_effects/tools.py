@@ -110,7 +110,7 @@ def how_many_run(folder: Path, num_workers: int) -> Any:
         return answers.pop(0)
 
     asyncio.run(plugin.play(Task(messages=[{"role": "user", "content": "q"}], columns={}, seed=0), model))
-    started = len(plugin._pool._started)
+    started = len(plugin._pool._pool._workers)
     plugin.close()
     return started
 
