@@ -107,7 +107,7 @@ class Environment(Plugin, ABC):
     max_live: Count | None = None
     """Most episodes of a process at a time; None: all of a rollout."""
     workers: Literal["inline", "processes"] = "inline"
-    """Where `play` runs: in this process, a plain one in a thread and an async one on an event loop; or in processes, of which
+    """Run `play` in this process, a plain one in a thread and an async one on an event loop; or in processes, of which
     one that takes longer than `timeout` is killed with its children. A thread that hangs can only be abandoned."""
     num_workers: Count = 8
     """Most processes, each of which plays one episode at a time."""
