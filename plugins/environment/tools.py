@@ -1,4 +1,4 @@
-"""Python functions as tools: the policy calls them in its turns, reads their results, and ends with a turn without a call.
+"""Python functions and MCP servers as tools: the policy calls them in its turns and reads their results, until it calls none.
 
 Functions have type hints and a docstring (transformers' `get_json_schema`); the chat template shows them to the policy, and
 its calls are read by the tokenizer's `response_template`, or TRL's for the families that it knows; other chat templates must
@@ -24,6 +24,7 @@ from hf_rlhf.axes import Context, Count, Environment, Model, Outcome, Positive, 
 from .._functions import load_function
 from ..rewards._sandbox.settings import NOT_A_SANDBOX
 from ._calls import Conversation, ToolUnavailable, is_infrastructure, schema_of
+from ._mcp import MCPServer
 from ._python import PythonTool
 from ._tool_processes import ToolPool, took_too_long
 
@@ -43,6 +44,9 @@ class Tools(Environment):
 
     tools: list[str | Callable[..., Any]] = field(default_factory=list)
     """`file.py:name`, `package.module:name`, or functions themselves. A recipe's functions are imported and run."""
+    mcp: list[str] = field(default_factory=list)
+    """MCP servers whose tools are offered as well: a URL (streamable HTTP), or a command that is started (stdio). All episodes
+    share a server."""
     python: PythonTool | None = None
     """A tool `python` as well, which runs a program in a sandbox: `python: {}`, or with settings of the sandbox."""
     answer: str | None = None
@@ -61,11 +65,14 @@ class Tools(Environment):
 
     def in_words(self) -> str:
         named = [x.rpartition(":")[2] if isinstance(x, str) else x.__name__ for x in self.tools]
-        return f"tools {', '.join([*named, *(['python'] if self.python else [])])}"
+        named += [f"of {place}" for place in self.mcp] + (["python"] if self.python else [])
+        return f"tools {', '.join(named)}"
 
     def __post_init__(self) -> None:
-        if not self.tools and self.python is None:
-            raise ValueError("tools must name at least one function, such as [my.py:search], or set python, got []")
+        if not (self.tools or self.mcp or self.python):
+            raise ValueError(
+                "tools must name at least one function, such as [my.py:search], or set mcp or python, got []"
+            )
         if self.retries < 0:
             raise ValueError(f"retries must be 0 or more, got {self.retries}")
 
@@ -90,16 +97,18 @@ class Tools(Environment):
             yield NOT_A_SANDBOX
 
     def setup(self, context: Context) -> None:
-        _ = self._functions
+        _ = self._schemas
 
     def close(self) -> None:
+        for server in self._servers:
+            server.close()
         if "_pool" in self.__dict__:
             self._pool.close()
             del self.__dict__["_pool"]
 
     def tool_schemas(self) -> list[dict[str, Any]]:
-        """Return the tools as JSON schemas. Raises `ValueError` for a function without type hints or a docstring."""
-        return [schema_of(function) for function in self._functions.values()]
+        """Return the tools as JSON schemas. Raises `ValueError` for what cannot be a tool, and servers that are not there."""
+        return self._schemas
 
     async def play(self, task: Task, model: Model) -> Outcome:
         said = Conversation(
@@ -107,7 +116,7 @@ class Tools(Environment):
             schemas=self._schemas,
             call=self._call,
             max_result=self.max_result,
-            names=list(self._functions),
+            names=[schema["function"]["name"] for schema in self._schemas],
         )
         ended = await said.play(model)
         columns = {"answer": said.answer, "calls": said.calls, "failed_calls": said.failed}
@@ -127,6 +136,11 @@ class Tools(Environment):
         raise AssertionError
 
     async def _once(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        if name in self._remote:
+            try:
+                return await self._remote[name].call(name, arguments, self.tool_timeout)
+            except TimeoutError:
+                raise took_too_long(self.tool_timeout) from None
         function = self._functions[name]
         if self.python is not None and name == "python":
             return await asyncio.to_thread(function, **arguments)
@@ -150,19 +164,33 @@ class Tools(Environment):
     def _functions(self) -> dict[str, Callable[..., Any]]:
         loaded = [load_function(given, "tool") if isinstance(given, str) else given for given in self.tools]
         loaded += [self.python.function()] if self.python is not None else []
-        names = [function.__name__ for function in loaded]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"tools must have different names, got {', '.join(twice)} twice")
-        return dict(zip(names, loaded, strict=True))
+        _check_different([function.__name__ for function in loaded])
+        return {function.__name__: function for function in loaded}
+
+    @cached_property
+    def _servers(self) -> list[MCPServer]:
+        return [MCPServer(place) for place in self.mcp]
+
+    @cached_property
+    def _remote(self) -> dict[str, MCPServer]:
+        return {schema["function"]["name"]: server for server in self._servers for schema in server.schemas()}
 
     @cached_property
     def _schemas(self) -> list[dict[str, Any]]:
-        return self.tool_schemas()
+        schemas = [schema_of(function) for function in self._functions.values()]
+        schemas += [schema for server in self._servers for schema in server.schemas()]
+        _check_different([schema["function"]["name"] for schema in schemas])
+        return schemas
 
     @cached_property
     def _pool(self) -> ToolPool:
         given = dict(zip(self._functions, self.tools, strict=False))
         return ToolPool(given, self.num_workers, self.tool_timeout)
+
+
+def _check_different(names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"tools must have different names, got {', '.join(twice)} twice")
 
 
 @hookimpl

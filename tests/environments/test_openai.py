@@ -1,10 +1,10 @@
-"""Agents of other packages, with the packages themselves, in the environment of `AGENTS_PYTHON`."""
+"""Agents that speak OpenAI's protocol, by its Python client itself."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -44,7 +44,7 @@ print(json.dumps([second.finish_reason, refused, [model.id for model in client.m
 
 
 def run(url: str, messages: list[dict[str, Any]], streams: bool) -> list[Any]:
-    command = [os.environ["AGENTS_PYTHON"], "-c", CLIENT, json.dumps([url, messages, streams])]
+    command = [sys.executable, "-c", CLIENT, json.dumps([url, messages, streams])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(60))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import Task
@@ -46,16 +49,6 @@ async def slow(seconds: float) -> str:
     return "slept"
 
 
-def blocks(seconds: float) -> str:
-    """Block.
-
-    Args:
-        seconds: How long.
-    """
-    time.sleep(seconds)
-    return "blocked"
-
-
 class Silent(Doubling):
     def double(self, x: int) -> str:
         """Say nothing.
@@ -83,6 +76,35 @@ of("trl", "factory", Doubling, Silent, *CALL)
 of("trl", "max_result", 4000, 3, "[double('abcdef')]", "6", factory=Doubling)
 
 
+def tools_of_servers(folder: Path, places: list[str]) -> Any:
+    """The tools, with a stand-in for the package `mcp`, whose servers have one that is named as their command."""
+
+    class Client:
+        def __init__(self, server: Any):
+            self.server = server
+
+        async def __aenter__(self) -> Any:
+            return self
+
+        async def __aexit__(self, *_: Any) -> None:
+            pass
+
+        async def list_tools(self) -> Any:
+            tool = SimpleNamespace(name=self.server.command, description="", input_schema={"type": "object"})
+            return SimpleNamespace(tools=[tool])
+
+    with pytest.MonkeyPatch.context() as patch:
+        fake = SimpleNamespace(Client=Client, StdioServerParameters=SimpleNamespace)
+        patch.setitem(sys.modules, "mcp", fake)
+        plugin = load_plugin("environment", "tools", tools=[double], mcp=places)
+        found = [schema["function"]["name"] for schema in plugin.tool_schemas()]
+        plugin.close()
+    return found
+
+
+EFFECTS["environment.tools.mcp"] = SettingEffect([], ["search"], tools_of_servers)
+
+
 def showing(setting: str, first: Any, second: Any) -> Any:
     def take(show: Any) -> Any:
         EFFECTS[f"environment.tools.{setting}"] = SettingEffect(first, second, show)
@@ -102,8 +124,9 @@ def who_runs_it(folder: Path, workers: str) -> Any:
 
 @showing("num_workers", 1, 2)
 def how_many_run(folder: Path, num_workers: int) -> Any:
-    plugin = load_plugin("environment", "tools", tools=[blocks], num_workers=num_workers)
-    call = {"type": "function", "function": {"name": "blocks", "arguments": {"seconds": 0.2}}}
+    (folder / "mine.py").write_text('def one() -> int:\n    """Count."""\n    return 1\n')
+    plugin = load_plugin("environment", "tools", tools=[f"{folder}/mine.py:one"], num_workers=num_workers)
+    call = {"type": "function", "function": {"name": "one", "arguments": {}}}
     answers = [{"role": "assistant", "content": "", "tool_calls": [call] * 2}, {"role": "assistant", "content": ""}]
 
     async def model(messages: Any, **options: Any) -> Any:
