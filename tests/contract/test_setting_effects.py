@@ -28,12 +28,14 @@ SHARED = {
     for axis, base in (("rewards", RewardSource), ("environment", Environment))
 }
 """Settings of every reward source, and of every environment."""
+OWN = {"environment.tools.workers", "environment.tools.num_workers"}
+"""Shared settings that mean something else for one plugin: its calls rather than its episodes."""
 
 
 def expected() -> set[str]:
     """`axis.name.setting`, `axis.name` where a plugin has no setting, `section.setting`, `rewards.setting` of every source, and
     so of every environment."""
-    host, keys = get_host(), {f"{axis}.{name}" for axis, names in SHARED.items() for name in names}
+    host, keys = get_host(), OWN | {f"{axis}.{name}" for axis, names in SHARED.items() for name in names}
     for point in entry_points(group="hf_rlhf"):
         if point.dist and point.dist.name == "hf_rlhf":
             settings = {setting.name for setting in settings_of(host.get(*point.name.split(".")))}
