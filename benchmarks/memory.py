@@ -73,7 +73,7 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     trim()
     own = {"model": model, "peft_config": peft_config, "prompt_tokens": PROMPT_TOKENS}
     phases = estimate(Model(), recipe.algorithm(), args, **own).phases
-    process = (resident() - tensor_bytes(model)) / MIB
+    process = (resident() - tensor_bytes(model)) / MIB if args.device.type == "cpu" else 0.0
     trainer = made()
     del model
     trim()
@@ -108,10 +108,9 @@ def make_run(case: dict[str, Any], folder: str, *, hidden: int, layers: int) -> 
     model, tokenizer = make_model(line), make_tokenizer(line.vocabulary)
     rows = [{"prompt": " ".join(f"w{4 + (7 * i + j) % 4000}" for j in range(PROMPT_TOKENS))} for i in range(64)]
     recipe = resolve({**BASE, **case.get("recipe", {})})
-    training = {"learning_rate": 1e-6, "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
-    args = TrainingArguments(
-        folder, use_cpu=True, report_to="none", disable_tqdm=True, **{**training, **case.get("training", {})}
-    )
+    training: dict[str, Any] = {"learning_rate": 1e-6, "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    training |= {"use_cpu": True, **case.get("training", {})}
+    args = TrainingArguments(folder, report_to="none", disable_tqdm=True, **training)
     peft_config = None
     if case.get("lora"):
         from peft import LoraConfig

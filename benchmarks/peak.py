@@ -13,8 +13,8 @@ from hf_rlhf.runtime.peak_memory import MIB, Phase, recorder
 
 
 @contextmanager
-def peak() -> Iterator[Phase]:
-    """Measure a phase of `hf_rlhf.runtime.peak_memory` on the CPU.
+def peak(device: str = "cpu") -> Iterator[Phase]:
+    """Measure a phase of `hf_rlhf.runtime.peak_memory` on a device.
 
     Freed memory is returned to the system first, so that the phase cannot reuse it.
     """
@@ -22,7 +22,7 @@ def peak() -> Iterator[Phase]:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    with recorder(torch.device("cpu")).phase() as phase:
+    with recorder(torch.device(device)).phase() as phase:
         yield phase
 
 

@@ -62,17 +62,17 @@ class Cycle:
     """One rollout with its updates."""
 
     seconds: float
-    """Processor time in seconds."""
+    """By the stopwatch's clock: processor time if it has no other."""
     wall: float
     phases: dict[str, float]
-    """name -> seconds of processor time."""
+    """name -> seconds of that clock."""
 
 
 class Stopwatch(TrainerCallback):
     """Collects cycles, and what is timed inside them by name."""
 
-    def __init__(self, steps_per_cycle: int):
-        self.steps_per_cycle = steps_per_cycle
+    def __init__(self, steps_per_cycle: int, clock: Callable[[], float] = time.process_time):
+        self.steps_per_cycle, self.clock = steps_per_cycle, clock
         self.cycles: list[Cycle] = []
         self._phases: dict[str, float] = {}
         self._began = self._step_began = (0.0, 0.0)
@@ -80,9 +80,9 @@ class Stopwatch(TrainerCallback):
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         """Add the time inside the block to a phase."""
-        began = time.process_time()
+        began = self.clock()
         yield
-        self._add(name, time.process_time() - began)
+        self._add(name, self.clock() - began)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function to add its calls to a phase."""
@@ -94,18 +94,18 @@ class Stopwatch(TrainerCallback):
         return wrapped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = _now()
+        self._began = self._now()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_began = _now()
+        self._step_began = self._now()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._add("optimizer", _now()[0] - self._step_began[0])
+        self._add("optimizer", self._now()[0] - self._step_began[0])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.steps_per_cycle:
             return
-        now = _now()
+        now = self._now()
         seconds, wall = (b - a for a, b in zip(self._began, now, strict=True))
         phases = {**self._phases, "rest": max(0.0, seconds - sum(self._phases.values()))}
         self.cycles.append(Cycle(seconds=seconds, wall=wall, phases=phases))
@@ -114,9 +114,8 @@ class Stopwatch(TrainerCallback):
     def _add(self, name: str, seconds: float) -> None:
         self._phases[name] = self._phases.get(name, 0.0) + seconds
 
-
-def _now() -> tuple[float, float]:
-    return time.process_time(), time.perf_counter()
+    def _now(self) -> tuple[float, float]:
+        return self.clock(), time.perf_counter()
 
 
 class Gradients(TrainerCallback):
@@ -160,8 +159,8 @@ class Run:
 # Ours
 
 
-def recipe(line: Line, engine: Any, tokens: int | None = TOKENS) -> Any:
-    """Our recipe for a line: what TRL computes by default, with exact entropy measured as TRL does."""
+def recipe(line: Line, engine: Any, tokens: int | None = TOKENS, **parts: Any) -> Any:
+    """Our recipe for a line: what TRL computes by default, with exact entropy measured as TRL does; `parts` replace its own."""
     from hf_rlhf import load_recipe
     from hf_rlhf.config.recipe import resolve
 
@@ -183,15 +182,22 @@ def recipe(line: Line, engine: Any, tokens: int | None = TOKENS) -> Any:
             "update": {"mini_batches": 1, "epochs": line.epochs, "max_tokens_per_micro_batch": tokens},
             "dataset": {"shuffle": False, "held_out": 0},
             "logging": {"completions": 0},
+            **parts,
         },
         name=line.name,
     )
 
 
 def our_trainer(
-    line: Line, folder: str, rows: list[dict[str, Any]], engine: Any, callback: TrainerCallback, **training: Any
+    line: Line,
+    folder: str,
+    rows: list[dict[str, Any]],
+    engine: Any,
+    callback: TrainerCallback,
+    parts: dict[str, Any] | None = None,
+    **training: Any,
 ) -> Any:
-    """`RLHFTrainer` for a line."""
+    """`RLHFTrainer` for a line; `parts` replace those of its recipe."""
     from transformers import TrainingArguments
 
     from hf_rlhf import RLHFTrainer
@@ -200,7 +206,7 @@ def our_trainer(
     tokenizer = make_tokenizer(line.vocabulary)
     trainer = RLHFTrainer(
         make_model(line),
-        recipe(line, engine),
+        recipe(line, engine, **(parts or {})),
         args,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -216,6 +222,17 @@ def run_ours(line: Line, cycles: int, folder: str) -> Run:
     engine = Forced.of(line)
     steps = cycles * line.epochs
     trainer = our_trainer(line, folder, dataset(line, cycles), engine, watch, max_steps=steps)
+    watch_ours(trainer, watch)
+    try:
+        with peak() as held:
+            trainer.train()
+        return Run(cycles=watch.cycles, peak_mib=mib(held), lengths=engine.lengths)
+    finally:
+        trainer.close()
+
+
+def watch_ours(trainer: Any, watch: Stopwatch) -> None:
+    """Time the phases that every run logs, by the stopwatch's clock."""
     logged = trainer.meters.time
 
     @contextmanager
@@ -223,13 +240,7 @@ def run_ours(line: Line, cycles: int, folder: str) -> Run:
         with watch.time(name), logged(name, *said):
             yield
 
-    trainer.meters.time = both  # the phases that every run logs, here in processor time
-    try:
-        with peak() as held:
-            trainer.train()
-        return Run(cycles=watch.cycles, peak_mib=mib(held), lengths=engine.lengths)
-    finally:
-        trainer.close()
+    trainer.meters.time = both
 
 
 def our_gradients(line: Line, folder: str) -> list[Tensor]:
@@ -254,20 +265,26 @@ def our_gradients(line: Line, folder: str) -> list[Tensor]:
 
 
 def their_trainer(
-    line: Line, folder: str, rows: list[dict[str, Any]], callback: TrainerCallback, **training: Any
+    line: Line,
+    folder: str,
+    rows: list[dict[str, Any]],
+    callback: TrainerCallback,
+    micro_batch: int = THEIR_ROWS,
+    **training: Any,
 ) -> Any:
-    """TRL's trainer for a line."""
+    """TRL's trainer for a line, with micro-batches of so many rows."""
     import trl
     from datasets import Dataset
 
     model, tokenizer = make_model(line), make_tokenizer(line.vocabulary)
-    if line.beta:  # TRL loads the reference from where the policy came from
+    if line.beta or training.get("use_vllm"):  # TRL loads the reference, and vLLM the policy, from where that came from
         model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         model.config._name_or_path = folder
     args = getattr(trl, f"{line.algorithm.upper()}Config")(
         folder,
-        per_device_train_batch_size=THEIR_ROWS,
-        gradient_accumulation_steps=line.rows // THEIR_ROWS,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=line.rows // micro_batch,
         num_generations=line.group,
         max_completion_length=line.longest,
         num_iterations=line.epochs,
@@ -297,14 +314,14 @@ def run_trl(line: Line, cycles: int, folder: str) -> Run:
     steps = cycles * line.epochs
     trainer = their_trainer(line, folder, dataset(line, cycles), watch, max_steps=steps)
     lengths: list[list[int]] = []
-    _force(trainer.model, line)
-    _watch(trainer, watch, lengths)
+    force(trainer.model, line)
+    watch_trl(trainer, watch, lengths)
     with peak() as held:
         trainer.train()
     return Run(cycles=watch.cycles, peak_mib=mib(held), lengths=lengths)
 
 
-def _force(model: Any, line: Line) -> None:
+def force(model: Any, line: Line) -> None:
     """Force the lengths of `generate`: the end of sequence is certain there, impossible before."""
     from transformers import LogitsProcessor
 
@@ -328,7 +345,7 @@ def _force(model: Any, line: Line) -> None:
     model.generate = forced
 
 
-def _watch(trainer: Any, watch: Stopwatch, lengths: list[list[int]]) -> None:
+def watch_trl(trainer: Any, watch: Stopwatch, lengths: list[list[int]]) -> None:
     """Time the phases of TRL's trainer and record the lengths of its completions."""
     generate, logps = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies
 

@@ -37,6 +37,8 @@ class Line:
     intermediate: int = 1024
     heads: int = 8
     kv_heads: int = 4
+    head_dim: int | None = None
+    """Numbers in a head of a Qwen3; None: the model is a Qwen2, whose heads divide `hidden`."""
     prompts: int = 4
     """Prompts per rollout."""
     group: int = 8
@@ -73,17 +75,18 @@ class Line:
     @property
     def kv_width(self) -> int:
         """Numbers in one token's keys in one layer."""
-        return self.hidden // self.heads * self.kv_heads
+        return (self.head_dim or self.hidden // self.heads) * self.kv_heads
 
 
 # The model and its tokenizer
 
 
 def make_model(line: Line, seed: int = 0) -> Any:
-    """Create a Qwen2 with tied embeddings in float32 and matrices scaled by 1.5, so that distributions are far from uniform."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """Create a Qwen2 or Qwen3 with tied embeddings in float32 and matrices scaled by 1.5: distributions are far from uniform."""
+    import transformers
 
-    config = Qwen2Config(
+    family = "Qwen3" if line.head_dim else "Qwen2"
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=line.vocabulary,
         hidden_size=line.hidden,
         intermediate_size=line.intermediate,
@@ -95,10 +98,11 @@ def make_model(line: Line, seed: int = 0) -> Any:
         pad_token_id=PAD,
         eos_token_id=EOS,
         bos_token_id=BOS,
+        **({"head_dim": line.head_dim} if line.head_dim else {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config).float()
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

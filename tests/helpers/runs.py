@@ -73,11 +73,10 @@ def trainer(
     `policy` is what the trainer gets as its model: `tiny_policy`'s unless it or the recipe's `model` is given.
     """
     own, its = tiny_policy(dtype=dtype)
-    settings = {"max_steps": 2, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
+    settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
+    settings |= {"use_cpu": True, "save_strategy": "no"}
     settings |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 64, "logging_steps": 1}
-    args = TrainingArguments(
-        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{**settings, **(training or {})}
-    )
+    args = TrainingArguments(str(folder), report_to="none", disable_tqdm=True, **{**settings, **(training or {})})
     made = RLHFTrainer(
         own if policy is None and "model" not in parts else policy,
         recipe(**parts),
