@@ -45,6 +45,7 @@ from hf_rlhf.contract.reference import Reference
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
 from hf_rlhf.contract.rollout_engine import RolloutEngine, Session as Session, Weights as Weights
 from hf_rlhf.contract.update_rule import UpdateRule
+from hf_rlhf.contract.weight_sync import EngineServer as EngineServer, WeightSync
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of
 from hf_rlhf.runtime.errors import did_you_mean as did_you_mean
 from hf_rlhf.runtime.worker_pool import Lost as Lost, WorkerError as WorkerError, WorkerPool as WorkerPool
@@ -316,6 +317,7 @@ class Filter(Plugin, ABC):
 AXES: dict[str, type[Plugin]] = {
     "sampler": PromptSampler,
     "rollout": RolloutEngine,
+    "sync": WeightSync,
     "environment": Environment,
     "rewards": RewardSource,
     "kl": KLPlacement,

@@ -35,6 +35,9 @@ LARGEST = 64 << 20
 class HttpError(RuntimeError):
     """Error for an invalid answer of a server; the message contains its URL and the answer."""
 
+    status: int | None = None
+    """HTTP status of an answer that was not retried."""
+
 
 class _TryAgain(Exception):
     """Transient failure that may be retried, with the seconds that the server asks to wait."""
@@ -164,7 +167,9 @@ class Endpoint:
         if response.status_code in (408, 429) or response.status_code >= 500:
             raise _TryAgain(f"HTTP {response.status_code}: {head}", _asked_wait(response.headers.get("Retry-After")))
         if not response.is_success:
-            raise HttpError(f"{self.url}: HTTP {response.status_code}: {head}")
+            error = HttpError(f"{self.url}: HTTP {response.status_code}: {head}")
+            error.status = response.status_code
+            raise error
         try:
             return json.loads(received, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:

@@ -43,6 +43,11 @@ def rollout() -> list[type[axes.RolloutEngine]]:  # type: ignore[empty-body]
 
 
 @hookspec
+def sync() -> list[type[axes.WeightSync]]:  # type: ignore[empty-body]
+    """Transports of weights to the servers of a rollout engine, nested in `rollout`."""
+
+
+@hookspec
 def environment() -> list[type[axes.Environment]]:  # type: ignore[empty-body]
     """Environments, which play episodes of several turns with the policy."""
 

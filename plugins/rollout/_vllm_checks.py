@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_rlhf.axes import Context
+from hf_rlhf.axes import Context, WeightSync
 
 from .._http import HttpError, together
-from ._vllm_server import DEVELOPMENT, EXTENSION, GENERATE, Sent, Server, wait_for
+from ._vllm_server import DEVELOPMENT, EXTENSION, GENERATE, LOAD_ADAPTER, Sent, Server, wait_for
 
 if TYPE_CHECKING:
     from hf_rlhf.axes import Policy
@@ -22,6 +22,12 @@ PROBE_TOKENS = 16
 """Tokens of the probe's prompt and of its completion, where the servers' context holds both."""
 
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank."""
+NO_ADAPTER = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
+"""Settings of peft's `LoraConfig` that vLLM does not know; without one it is empty or False."""
+
+
 def computed_in(context: Context) -> str:
     """Return the dtype in which the trainer computes, as vLLM names it."""
     device = context.device.type
@@ -30,13 +36,12 @@ def computed_in(context: Context) -> str:
     return str(next(context.policy.parameters()).dtype).removeprefix("torch.")  # type: ignore[union-attr]
 
 
-def check_servers(servers: Sequence[Server], context: Context, max_new_tokens: int) -> tuple[int, list[str]]:
+def check_servers(
+    servers: Sequence[Server], context: Context, max_new_tokens: int, sync: WeightSync
+) -> tuple[int, list[str]]:
     """Return the shortest context of the servers, in tokens, and remarks. Raises `ValueError` with all that does not fit."""
     found, remarks, lengths = [], [], []
-    if hasattr(context.policy, "peft_config"):
-        found.append(
-            "the policy has an adapter, which is not sent to vLLM: train all weights, or set rollout.use=generate"
-        )
+    found += _adapter_problems(context.policy, sync)
     if computed_in(context) == "float64":
         found.append("the policy computes in float64, which vLLM does not know: set model.dtype=float32")
     for server in servers:
@@ -50,6 +55,24 @@ def check_servers(servers: Sequence[Server], context: Context, max_new_tokens: i
         lines = "\n".join(f"  - {problem}" for problem in found)
         raise ValueError(f"rollout=vllm:\n{lines}\n`hf-rlhf serve-engine RECIPE` prints a command that fits")
     return min(lengths), remarks
+
+
+def _adapter_problems(policy: Any, sync: WeightSync) -> Iterator[str]:
+    for config in getattr(policy, "peft_config", {}).values():
+        if not sync.adapters:
+            yield f"the policy has an adapter, which rollout.sync={sync.name} does not send: set rollout.sync.use=folder"
+        for setting in (name for name in NO_ADAPTER if getattr(config, name, None)):
+            yield f"the policy's adapter has {setting}, which vLLM does not know: leave it out, or set rollout.use=generate"
+
+
+def _adapter_settings(facts: dict[str, Any], policy: Any) -> Iterator[str]:
+    rank = max((config.r for config in getattr(policy, "peft_config", {}).values()), default=0)
+    served = (facts["config"].get("lora_config") or {}).get("max_lora_rank", 0)
+    if served < rank:
+        most = next((x for x in LORA_RANKS if x >= rank), rank)
+        yield f"loads adapters up to rank {served}: start it with --enable-lora --max-lora-rank {most}"
+    elif rank and LOAD_ADAPTER not in facts["routes"]:
+        yield f"has no {LOAD_ADAPTER}: start it with the environment variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 
 
 def _problems(server: Server, context: Context, max_new_tokens: int) -> Iterator[str]:
@@ -68,6 +91,7 @@ def _problems(server: Server, context: Context, max_new_tokens: int) -> Iterator
     if not facts["config"]:
         return
     yield from _settings(facts["config"], context, max_new_tokens)
+    yield from _adapter_settings(facts, context.policy)
     if facts["config"]["parallel_config"].get("worker_extension_cls") != EXTENSION:
         yield f"cannot take weights: start it with --worker-extension-cls {EXTENSION}, and its folder on PYTHONPATH"
         return

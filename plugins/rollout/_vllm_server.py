@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,19 +30,25 @@ TRIES = 3
 LARGEST = 1 << 30
 """Maximum bytes of an answer; a token takes about 130."""
 GENERATE, RPC, VERSION = "/inference/v1/generate", "/collective_rpc", "/update_weight_version"
+LOAD_ADAPTER, ADAPTER = "/v1/load_lora_adapter", "hf_rlhf_policy"
+"""Route that loads an adapter, and the name that completions ask for it by."""
 DEVELOPMENT = ("/server_info", RPC, "/pause", "/resume", VERSION)
 """Routes that only vLLM's development mode has."""
 EXTENSION = "hf_rlhf_vllm_worker.Worker"
+NOT_FOUND = 404
 FACTS_SECONDS = 120.0
 """Most seconds for an answer about the server, which looks at its machine first."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Weights that servers were told to load."""
+    """Weights that servers were sent."""
 
-    folder: Path
     version: str
+    send: Callable[[Server], Awaitable[None]]
+    """Loads them into a server."""
+    adapter: bool = False
+    """True if they are those of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +94,18 @@ class Server:
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
-        self._endpoints: dict[str, Endpoint] = {}
+        self._endpoints: dict[tuple[str, int], Endpoint] = {}
         self._loads = 0
         self._lock = threading.Lock()
 
-    async def post(self, path: str, **body: Any) -> Any:
+    async def post(self, path: str, retries: int | None = None, **body: Any) -> Any:
         """Post JSON; transient failures are retried, once more when a child that ended answers again. Raises `HttpError` with
         what the server said."""
+        tries = self.retries if retries is None else retries
         with self._lock:
             endpoint = self._endpoints.setdefault(
-                path,
-                Endpoint(self.url + path, self.timeout, self.retries, self.max_wait, self.at_a_time, largest=LARGEST),
+                (path, tries),
+                Endpoint(self.url + path, self.timeout, tries, self.max_wait, self.at_a_time, largest=LARGEST),
             )
         if self.child is None:
             return await endpoint.post(body, self.headers)
@@ -136,16 +143,26 @@ class Server:
 
     async def describe(self) -> dict[str, Any]:
         """Return what the worker extension says of the model."""
-        return dict((await self.post(RPC, method="hf_rlhf_describe"))["results"][0])
+        return (await self.call("hf_rlhf_describe"))[0]
+
+    async def call(self, method: str, *arguments: Any, repeat: bool = True) -> list[dict[str, Any]]:
+        """Call a method of the worker extension (see `EngineServer`)."""
+        given = {"args": arguments} if arguments else {}
+        found = (await self.post(RPC, retries=None if repeat else 0, method=method, **given))["results"]
+        errors = [worker["error"] for worker in found if "error" in worker]
+        if errors:
+            raise HttpError(f"{self.url} cannot load the weights: {errors[0]}")
+        return list(found)
+
+    async def load_adapter(self, folder: Path) -> None:
+        """Load an adapter in place of the one before (see `EngineServer`)."""
+        await self.post(LOAD_ADAPTER, lora_name=ADAPTER, lora_path=str(folder), load_inplace=True)
 
     async def load(self, sent: Sent) -> None:
         """Let the server load weights while it generates nothing; its cache of prefixes is emptied."""
         await self.post("/pause?mode=wait")
         try:
-            found = await self.post(RPC, method="hf_rlhf_load", args=[str(sent.folder)])
-            errors = [worker["error"] for worker in found["results"] if "error" in worker]
-            if errors:
-                raise HttpError(f"{self.url} cannot load the weights in {sent.folder}: {errors[0]}")
+            await sent.send(self)
             await self.post(VERSION, new_version=sent.version)
         except BaseException:
             with suppress(HttpError):
@@ -162,14 +179,19 @@ class Server:
         A server that was started again has the weights of its command line, which its version shows.
         """
         failed: HttpError | None = None
+        model = {"model": ADAPTER} if sent.adapter else {}
         for _ in range(TRIES):
             loads = self._loads
-            answer = await self.post(GENERATE, token_ids=list(ids), sampling_params=dict(sampling))
             try:
+                answer = await self.post(GENERATE, token_ids=list(ids), sampling_params=dict(sampling), **model)
                 rows, versions = self._rows(answer, sampling)
             except HalfAnswer as error:
                 failed = error
                 continue
+            except HttpError as error:
+                if not (sent.adapter and error.status == NOT_FOUND):
+                    raise
+                rows, versions = [], {"of its command line, without the adapter"}
             if versions == {sent.version}:
                 return rows
             failed = HttpError(

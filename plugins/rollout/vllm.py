@@ -1,21 +1,14 @@
 """Completions from vLLM servers, each in a process and an environment of its own, with the policy's weights in place.
 
 `hf-rlhf serve-engine RECIPE` prints the command that starts a server. Token ids go to it; ids, log-probs at the temperature,
-finish reasons and the version of the weights come back. Whenever the policy has moved, the first process writes its weights
-as safetensors into a folder that every server can read, and the servers load them in place. A completion from other weights
-than those is never used: a server that was started again gets them again. In each rollout the log-probs of server and trainer
-are compared (`rollout/sampler_gap`).
+finish reasons and the version of the weights come back. Whenever the policy has moved, `sync` sends its weights, and the
+servers load them in place. A completion from other weights than those is never used: a server that was started again gets them
+again. In each rollout the log-probs of server and trainer are compared (`rollout/sampler_gap`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
-import os
-import shutil
-import socket
-import tempfile
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +18,7 @@ from urllib.parse import urlsplit
 from annotated_types import Ge
 
 from hf_rlhf import Metric, hookimpl
-from hf_rlhf.axes import Context, Count, Positive, RolloutEngine
+from hf_rlhf.axes import Context, Count, Positive, RolloutEngine, WeightSync, choice
 from hf_rlhf.batch import Completions
 
 from .._http import check_url, secret, together
@@ -40,8 +33,6 @@ if TYPE_CHECKING:
     from ._vllm_trust import Trust
 
 GAP = "rollout/sampler_gap/mean"
-PREFIX, OWNER = "hf_rlhf-", "owner"
-"""Beginning of the names of folders with weights, and the file in each that names the machine and process that wrote it."""
 
 
 @dataclass(kw_only=True)
@@ -63,8 +54,8 @@ class Vllm(SamplingEngine):
 
     url: str | list[str] = "http://127.0.0.1:8000"
     """URL of the server, or of several, which get prompts in turn."""
-    weights_folder: str | None = None
-    """Folder for the policy's weights, which every server can read; None: /dev/shm, or the folder for temporary files."""
+    sync: WeightSync = choice("folder")
+    """Transport of the policy's weights to the servers."""
     max_sampler_gap: Positive | None = 0.05
     """Ends the run if the log-probs of server and trainer differ by more, in nats, as a mean over a rollout's tokens: in float32,
     where they agree to about 1e-5, over any, in half precision over the first one, and later by three times the first one's
@@ -91,7 +82,6 @@ class Vllm(SamplingEngine):
             raise ValueError(f"url must name one server or several different ones, got {self.url}")
         self._servers: list[Server] = []
         self._sent: Sent | None = None
-        self._folders: list[Path] = []
         self._context: int | None = None
         self._process, self._processes = 0, 1
         self._trust: Trust | None = None
@@ -159,7 +149,7 @@ class Vllm(SamplingEngine):
         from ._vllm_checks import check_servers
         from ._vllm_trust import Trust, remark
 
-        self._context, self._found = check_servers(self._servers, context, self.max_new_tokens)
+        self._context, self._found = check_servers(self._servers, context, self.max_new_tokens, self.sync)
         self._sleepers = [
             x for x in self._servers if x.facts["config"].get("model_config", {}).get("enable_sleep_mode")
         ]
@@ -192,24 +182,16 @@ class Vllm(SamplingEngine):
         return {} if self.token_env is None else {"Authorization": f"Bearer {secret('rollout.vllm', self.token_env)}"}
 
     def load(self, weights: Weights) -> None:
-        """Write the weights from the first process, and let the servers load them; each is tried with one prompt."""
+        """Send the weights from the first process to every server; each is tried with one prompt."""
         from ._vllm_server import Sent, wait_for
 
-        state = dict(weights.named())  # on every process
-        name = f"{PREFIX}{hashlib.sha256(weights.version.encode()).hexdigest()[:16]}"
-        shared = Path("/dev/shm")
-        base = self.weights_folder or (shared if shared.is_dir() else tempfile.gettempdir())
-        self._sent = Sent(Path(base).absolute() / name, weights.version)
+        self.sync.collect(weights)
+        adapter = hasattr(weights.policy.model, "peft_config")
+        self._sent = Sent(weights.version, self.sync.send, adapter)
         if self._process:
             return
-        if not self._folders:
-            _remove_left(Path(base).absolute())
-        old, self._folders = self._folders, [self._sent.folder]
-        _save(weights.policy.model, self._sent.folder, state)
         wait_for(together(server.load(self._sent) for server in self._servers))
         self._try(weights.policy)
-        for folder in {*old} - {*self._folders}:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _try(self, policy: Policy) -> None:
         """Compare log-probs for one prompt."""
@@ -222,12 +204,10 @@ class Vllm(SamplingEngine):
             self._trust.probed(gap, self._sent.version)
 
     def close(self) -> None:
-        """Delete the weights, and end the servers that the run started."""
+        """End the servers that the run started."""
         if self._children is not None:
             self._children.close()
             self._children = None
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
@@ -301,12 +281,19 @@ class Vllm(SamplingEngine):
         self, model: ModelSettings, dtype: str, prompt_tokens: int | None
     ) -> list[tuple[dict[str, str], list[str]]]:
         """Return variables and arguments of the command that starts each server, without the Python that runs it."""
+        from ._vllm_checks import LORA_RANKS
         from ._vllm_server import EXTENSION
 
         worker = Path(__file__).parent / "_vllm_worker"
         key = {} if self.token_env is None else {"VLLM_API_KEY": f"${self.token_env}"}
         named = {"--tokenizer": model.tokenizer, "--revision": model.revision}
         of_model = [word for flag, value in named.items() if value is not None for word in (flag, value)]
+        of_sync, sync_flags = self.sync.serve_flags()
+        adapter = []
+        if model.lora is not None:
+            rank = next((rank for rank in LORA_RANKS if rank >= model.lora.r), model.lora.r)
+            adapter = ["--enable-lora", "--max-lora-rank", str(rank)]
+            of_sync = {**of_sync, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         found = []
         for url in self.urls:
             parts = urlsplit(url)
@@ -320,44 +307,10 @@ class Vllm(SamplingEngine):
                 "--worker-extension-cls",
                 EXTENSION,
             ]
-            variables = {"PYTHONPATH": str(worker), "VLLM_SERVER_DEV_MODE": "1", **key}
-            found.append(
-                (variables, ["-m", EXTENSION.partition(".")[0], "serve", str(model.path), *of_model, *flags, *needed])
-            )
+            variables = {"PYTHONPATH": str(worker), "VLLM_SERVER_DEV_MODE": "1", **key, **of_sync}
+            words = [str(model.path), *of_model, *flags, *needed, *sync_flags, *adapter]
+            found.append((variables, ["-m", EXTENSION.partition(".")[0], "serve", *words]))
         return found
-
-
-def _save(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Save the model as transformers does, without a progress bar in every rollout."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    (folder / OWNER).write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
-
-
-def _remove_left(base: Path) -> None:
-    """Remove the weights of runs on this machine that were killed: they take memory in /dev/shm."""
-    for owner in base.glob(f"{PREFIX}*/{OWNER}"):
-        with contextlib.suppress(OSError, ValueError):
-            host, pid = owner.read_text(encoding="utf-8").split()
-            if host == socket.gethostname() and not _is_running(int(pid)):
-                shutil.rmtree(owner.parent, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @hookimpl

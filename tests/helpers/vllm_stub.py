@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_rlhf.batch import Context
 from hf_rlhf.testing import tiny_policy
 from tests.helpers.servers import Raw, Server
 
-GENERATE = "/inference/v1/generate"
+GENERATE, LOAD_ADAPTER = "/inference/v1/generate", "/v1/load_lora_adapter"
 ROUTES = (GENERATE, "/collective_rpc", "/server_info", "/pause", "/resume", "/update_weight_version", "/version")
-ROUTES += ("/sleep", "/wake_up")
+ROUTES += ("/sleep", "/wake_up", LOAD_ADAPTER)
 MODEL = {"max_model_len": 256, "logprobs_mode": "processed_logprobs", "quantization": None, "dtype": "torch.float32"}
 EXTENSION = "hf_rlhf_vllm_worker.Worker"
 Trouble = Callable[[str, Any, int], Any]
@@ -35,6 +36,7 @@ class Stub(Server):
         routes: tuple[str, ...] = ROUTES,
         extension: str | None = EXTENSION,
         cache_dtype: str = "auto",
+        lora_rank: int | None = None,
         **model: Any,
     ) -> None:
         if not (folder / "config.json").exists():
@@ -43,6 +45,7 @@ class Stub(Server):
             tokenizer.save_pretrained(folder)
         config = {"model_config": {**MODEL, **model}, "cache_config": {"cache_dtype": cache_dtype}}
         config |= {"parallel_config": {"worker_extension_cls": extension}}
+        config |= {"lora_config": None if lora_rank is None else {"max_lora_rank": lora_rank}}
         pages = {
             "/openapi.json": {"paths": {route: {} for route in routes}},
             "/version": {"version": "0.32.0"},
@@ -63,6 +66,7 @@ class Stub(Server):
         with self._lock:
             self.version, self.paused = "default", False
             self.model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+            self.adapted = None
 
     def sent(self, route: str) -> list[Any]:
         """The bodies of the requests to a route."""
@@ -91,20 +95,28 @@ class Stub(Server):
                     assert self.paused, "weights are loaded while nothing is generated"
                     self.model = AutoModelForCausalLM.from_pretrained(body["args"][0]).eval()
                     return {"results": [{}]}
+                case "/v1/load_lora_adapter":
+                    assert self.paused, "weights are loaded while nothing is generated"
+                    assert self.adapted is None or body["load_inplace"]
+                    base = AutoModelForCausalLM.from_pretrained(self.folder)
+                    self.adapted = (body["lora_name"], PeftModel.from_pretrained(base, body["lora_path"]).eval())
                 case _:
                     assert not self.paused, "a completion is asked for while the server is held"
-                    return self._generate(body["token_ids"], body["sampling_params"])
+                    name, model = self.adapted or (None, self.model)
+                    if body.get("model") != name:
+                        return Raw(b'{"error": {"message": "The model does not exist."}}', 404)
+                    return self._generate(body["token_ids"], body["sampling_params"], model)
             return {}
 
     @torch.no_grad()
-    def _generate(self, prompt: list[int], sampling: dict[str, Any]) -> Any:
+    def _generate(self, prompt: list[int], sampling: dict[str, Any], model: Any = None) -> Any:
         if len(prompt) + sampling["max_tokens"] > 256:
             return Raw(b'{"error": {"message": "longer than the maximum model length"}}', 400)
-        choices = []
+        choices, model = [], model or self.model
         for index in range(sampling["n"]):
             draw, ids, logps = torch.Generator().manual_seed(sampling["seed"] + index), list(prompt), []
             for _ in range(sampling["max_tokens"]):
-                logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1]
+                logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
                 warm = (logits / (sampling["temperature"] or 1.0)).log_softmax(-1)
                 token = int(
                     warm.argmax() if not sampling["temperature"] else torch.multinomial(warm.exp(), 1, generator=draw)

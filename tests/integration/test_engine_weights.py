@@ -13,7 +13,7 @@ from hf_rlhf_plugins._http import HttpError
 from tests.helpers import runs
 from tests.helpers.runs import parameters
 from tests.helpers.servers import Raw
-from tests.helpers.vllm_stub import GENERATE, Stub
+from tests.helpers.vllm_stub import GENERATE, LOAD_ADAPTER, ROUTES, Stub
 
 PROMPTS = [{"prompt": f"{i}+1="} for i in range(6)]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -175,10 +175,38 @@ def test_under_autocast_the_first_rollout_measures_the_gap_of_the_others(tmp_pat
     assert logged(made, "rollout/sampler_gap/beyond_clip")[0] == 0.0
 
 
-def test_a_policy_with_an_adapter_and_truncated_sampling_with_a_correction_are_refused(tmp_path):
+def test_of_a_policy_with_an_adapter_the_adapter_alone_is_sent(tmp_path):
+    with Stub(tmp_path / "model", lora_rank=8) as server:
+        made = trainer(tmp_path / "run", server, lora=True)
+        made.train()
+        before = server.counts[LOAD_ADAPTER]
+        made.evaluate()
+        server.restart()
+        made.evaluate()
+        made.close()
+        assert not any("args" in body and body["method"] == "hf_rlhf_load" for body in server.sent("/collective_rpc"))
+        assert (before, server.counts[LOAD_ADAPTER]) == (2, 4), "each version once, and again after a restart"
+    assert max(logged(made, "rollout/sampler_gap/max")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("server", "said"),
+    [
+        ({}, "loads adapters up to rank 0: start it with --enable-lora --max-lora-rank 8"),
+        ({"lora_rank": 1}, "loads adapters up to rank 1: start it with --enable-lora --max-lora-rank 8"),
+        (
+            {"lora_rank": 8, "routes": ROUTES[:-1]},
+            "start it with the environment variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        ),
+    ],
+)
+def test_a_server_that_cannot_load_the_adapter_is_refused(tmp_path, server, said):
+    with Stub(tmp_path / "model", **server) as stub, pytest.raises(ValueError, match=said):
+        trainer(tmp_path / "run", stub, lora=True)
+
+
+def test_truncated_sampling_with_a_correction_is_refused(tmp_path):
     with Stub(tmp_path / "model") as server:
-        with pytest.raises(ValueError, match="the policy has an adapter, which is not sent to vLLM"):
-            trainer(tmp_path / "lora", server, lora=True)
         with pytest.raises(ValueError, match="needs sampler_logps and nothing provides them"):
             trainer(tmp_path / "cut", server, rollout={"top_p": 0.9}, rollout_correction="truncated")
         corrected = trainer(tmp_path / "corrected", server, steps=2, rollout_correction="truncated")

@@ -70,10 +70,10 @@ effect("max_wait", 30.0, 0.1, at_first(Raw(status=429, headers={"Retry-After": "
 
 
 def by_folder(folder: Path, name: str) -> Any:
-    return outcome(folder, weights_folder=str(folder / name))
+    return outcome(folder, sync={"use": "folder", "path": str(folder / name)})
 
 
-EFFECTS["rollout.vllm.weights_folder"] = SettingEffect("a", "b", by_folder)
+EFFECTS["rollout.vllm.sync"] = EFFECTS["sync.folder.path"] = SettingEffect("a", "b", by_folder)
 
 
 def at_once(folder: Path, value: int) -> int:

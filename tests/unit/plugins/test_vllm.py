@@ -52,7 +52,8 @@ def send(engine: Any, own: Policy, version: str | None = None) -> None:
 def ready(server: Stub, own: Policy | None = None, **settings: Any) -> Any:
     """An engine that is set up, and has sent weights if there is a policy."""
     engine = load_plugin("rollout", "vllm", **{"url": server.url, "max_new_tokens": 6, **settings})
-    engine.setup(context())
+    for plugin in (engine, engine.sync):
+        plugin.setup(context())
     if own is not None:
         send(engine, own)
     return engine
@@ -395,7 +396,7 @@ def test_weights_that_a_server_cannot_load_end_with_its_reason_and_let_it_go_on(
         engine = ready(server)
         refusal = {"results": [{}, {"error": "ValueError: no lm_head"}]}
         server.trouble = lambda route, body, number: refusal if route == "/collective_rpc" else None
-        with pytest.raises(HttpError, match=r"cannot load the weights in .*: ValueError: no lm_head"):
+        with pytest.raises(HttpError, match=r"cannot load the weights: ValueError: no lm_head"):
             send(engine, policy())
         assert server.paused is False
 
@@ -403,13 +404,13 @@ def test_weights_that_a_server_cannot_load_end_with_its_reason_and_let_it_go_on(
 def test_folders_of_weights_are_deleted(tmp_path):
     own = policy()
     with Stub(tmp_path / "model") as server:
-        engine = ready(server, own, weights_folder=str(tmp_path / "weights"))
+        engine = ready(server, own, sync={"use": "folder", "path": str(tmp_path / "weights")})
         first = set((tmp_path / "weights").iterdir())
         send(engine, own, "run:1")
         second = set((tmp_path / "weights").iterdir())
         assert len(first) == len(second) == 1
         assert first != second
-        engine.close()
+        engine.sync.close()
     assert not list((tmp_path / "weights").iterdir())
 
 
@@ -423,8 +424,8 @@ def test_weights_of_a_run_that_was_killed_are_removed_by_the_next_one_and_no_oth
         (folder / f"hf_rlhf-{name}" / "owner").write_text(owner)
     (folder / "hf_rlhf-unmarked").mkdir()
     with Stub(tmp_path / "model") as server:
-        engine = ready(server, own, weights_folder=str(folder))
-        engine.close()
+        engine = ready(server, own, sync={"use": "folder", "path": str(folder)})
+        engine.sync.close()
     left = {path.name.removeprefix("hf_rlhf-") for path in folder.iterdir()}
     assert left == {"alive", "elsewhere", "odd", "unmarked"}
 

@@ -131,6 +131,31 @@ def runs_rollout(plugin, tmp_path):
     assert others == [first, first]
 
 
+def runs_sync(plugin, tmp_path):
+    import asyncio
+
+    from hf_rlhf.axes import Weights
+    from hf_rlhf.modeling.policy import Policy
+    from hf_rlhf.testing import tiny_policy
+
+    class Server:
+        url = "http://127.0.0.1:8000"
+        called: tuple[str, ...] = ()
+
+        async def call(self, *said, repeat=True):
+            self.called = said
+            return []
+
+    model, tokenizer = tiny_policy()
+    policy, server = Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu")), Server()
+    plugin.path = str(tmp_path)
+    plugin.collect(Weights(policy=policy, named=lambda: iter(model.state_dict().items())))
+    asyncio.run(plugin.send(server))
+    assert server.called == ("hf_rlhf_load", str(tmp_path))
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name].float(), x.bfloat16().float()) for name, x in model.state_dict().items())
+
+
 def runs_rewards(plugin, tmp_path):
     rollouts = Rollouts(
         prompts=["p"] * 3,
