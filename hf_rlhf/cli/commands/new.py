@@ -216,7 +216,7 @@ def _with_imports(source: str, other: str) -> str:
     lines = {f"import {name}": name for name in sorted(plain)}
     for module, found in sorted(names.items()):
         if found:
-            ordered = sorted(found, key=lambda name: (not name.isupper(), name[0].islower(), name))
+            ordered = sorted(found, key=lambda name: (not name.isupper(), name[0].islower(), name.lower()))
             lines[f"from {module} import {', '.join(ordered)}"] = module
     standard = [line for line, name in lines.items() if name.partition(".")[0] in sys.stdlib_module_names]
     others = [line for line in lines if line not in standard]

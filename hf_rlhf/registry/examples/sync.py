@@ -1,7 +1,8 @@
 """Send weights through a shared folder in half precision: half the bytes to write and to read.
 
-Try it with a server that `hf-rlhf serve-engine quickstart rollout.use=vllm` starts:
-`hf-rlhf train quickstart 'rollout={use: vllm, sync: half_folder}'`
+Try it: `hf-rlhf train quickstart 'rollout={use: vllm, sync: half_folder}'`
+
+`hf-rlhf serve-engine` starts the server that it needs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 from hf_rlhf import hookimpl
-from hf_rlhf.axes import Context, EngineServer, Weights, WeightSync
+from hf_rlhf.axes import EngineServer, Weights, WeightSync
 
 hf_rlhf_api = "1.0"
 
@@ -26,22 +27,16 @@ class HalfFolder(WeightSync):
     path: str = str(Path(tempfile.gettempdir()) / "hf_rlhf_half_folder")
     """Folder that every server can read."""
 
-    def __post_init__(self) -> None:
-        self._first = True
-
-    def setup(self, context: Context) -> None:
-        """Note whether this process writes."""
-        self._first = context.process_index == 0
-
     def collect(self, weights: Weights) -> None:
-        """Write the weights from the first process."""
-        half = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in weights.named()}
-        if self._first:
-            weights.policy.model.save_pretrained(self.path, state_dict=half)
+        """Take the weights in half precision."""
+        self._half = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in weights.named()}
+        self._model = weights.policy.model
 
     async def send(self, server: EngineServer) -> None:
-        """Let a server load the folder."""
-        await server.call("hf_rlhf_load", self.path)
+        """Write a folder for a server, and let it load that."""
+        folder = str(Path(self.path) / server.url.rpartition(":")[2])
+        self._model.save_pretrained(folder, state_dict=self._half)
+        await server.call("hf_rlhf_load", folder)
 
 
 @hookimpl

@@ -151,8 +151,8 @@ def runs_sync(plugin, tmp_path):
     plugin.path = str(tmp_path)
     plugin.collect(Weights(policy=policy, named=lambda: iter(model.state_dict().items())))
     asyncio.run(plugin.send(server))
-    assert server.called == ("hf_rlhf_load", str(tmp_path))
-    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert server.called == ("hf_rlhf_load", str(tmp_path / "8000"))
+    loaded = type(model).from_pretrained(server.called[1]).state_dict()
     assert all(torch.equal(loaded[name].float(), x.bfloat16().float()) for name, x in model.state_dict().items())
 
 
