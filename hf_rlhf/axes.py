@@ -36,7 +36,7 @@ from hf_rlhf.contract.base import Count as Count, Fraction as Fraction, NonNegat
 from hf_rlhf.contract.base import HubDataset as HubDataset, HubModel as HubModel, HubTokenizer as HubTokenizer
 from hf_rlhf.contract.environment import Environment, Message as Message, Model as Model, Outcome as Outcome
 from hf_rlhf.contract.environment import Over as Over, Task as Task, Turn as Turn
-from hf_rlhf.contract.model_settings import Model as ModelSettings  # noqa: F401
+from hf_rlhf.contract.model_settings import Lora as LoraSettings, Model as ModelSettings  # noqa: F401
 from hf_rlhf.contract.offline_trainer import Footprint as Footprint, Materials as Materials, OfflineTrainer
 from hf_rlhf.contract.outputs import check_output as check_output
 from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pattern

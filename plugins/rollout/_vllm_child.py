@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from hf_rlhf.axes import ModelSettings, Positive
+from hf_rlhf.axes import LoraSettings, ModelSettings, Positive
 
 if TYPE_CHECKING:
     from hf_rlhf.axes import Context
@@ -107,8 +107,12 @@ def served(context: Context, folder: Path) -> ModelSettings:
         tokenizer.save_pretrained(folder)
         return ModelSettings(path=str(folder))
     known = Path(tokenizer.name_or_path).is_dir() or "/" in tokenizer.name_or_path
+    adapters = getattr(policy, "peft_config", {}).values()
     return ModelSettings(
-        path=path, revision=None if Path(path).is_dir() else commit, tokenizer=tokenizer.name_or_path if known else None
+        path=path,
+        revision=None if Path(path).is_dir() else commit,
+        tokenizer=tokenizer.name_or_path if known else None,
+        lora=LoraSettings(r=max(adapter.r for adapter in adapters)) if adapters else None,
     )
 
 
