@@ -40,8 +40,7 @@ def check_servers(
     servers: Sequence[Server], context: Context, max_new_tokens: int, sync: WeightSync
 ) -> tuple[int, list[str]]:
     """Return the shortest context of the servers, in tokens, and remarks. Raises `ValueError` with all that does not fit."""
-    found, remarks, lengths = [], [], []
-    found += _adapter_problems(context.policy, sync)
+    found, remarks, lengths = list(_adapter_problems(context.policy, sync)), [], []
     if computed_in(context) == "float64":
         found.append("the policy computes in float64, which vLLM does not know: set model.dtype=float32")
     for server in servers:

@@ -179,7 +179,7 @@ class Server:
         A server that was started again has the weights of its command line, which its version shows.
         """
         failed: HttpError | None = None
-        model = {"model": ADAPTER} if sent.adapter else {}
+        model: dict[str, Any] = {"model": ADAPTER} if sent.adapter else {}
         for _ in range(TRIES):
             loads = self._loads
             try:
