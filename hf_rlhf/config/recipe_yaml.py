@@ -58,7 +58,7 @@ def family(raw: Mapping[str, Any]) -> str:
     if raw.get("environment"):
         return "turns"
     rollout = raw.get("rollout")
-    if _use(raw, "reference") in ("model", "with_context"):
+    if _use(raw, "reference") in ("model", "remote", "with_context"):
         return "teacher"
     if _use(raw, "critic") != "none":
         return "critic"

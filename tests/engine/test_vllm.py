@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_rlhf import RLHFTrainer, load_plugin, load_recipe
 from hf_rlhf.axes import Weights
-from hf_rlhf.batch import Context, Prompt
+from hf_rlhf.batch import Context, Prompt, ReferenceRows
 from hf_rlhf.data.addition_task import addition_config, addition_tokenizer
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.runtime.seeding import seeded
@@ -226,6 +226,35 @@ def test_a_server_that_is_killed_and_started_again_in_mid_run_changes_nothing(tm
     whole = run(tmp_path / "whole", llama, 6)
     killed = run(tmp_path / "killed", llama, 6, [KillAt(llama, {3})])
     assert (parameters(whole) - parameters(killed)).abs().max() < 1e-6
+
+
+def test_a_served_teacher_scores_as_the_model_itself(tmp_path, tied):
+    engine, policy = loaded(tied)
+    send(engine, policy, 0)  # other tests left theirs
+    model = policy.model
+    plugin = load_plugin("reference", "remote", url=tied.url)
+    tokenizer = AutoTokenizer.from_pretrained(tied.model)
+    assert list(plugin.token_problems(tokenizer)) == []
+    plugin.setup(Context(device=torch.device("cpu"), tokenizer=tokenizer, policy=model, prompt_tokens=20))
+    torch.manual_seed(0)
+    prompts_, completions = (torch.randint(len(tokenizer), (8, n)).tolist() for n in (7, 30))
+    rows = ReferenceRows(
+        prompt_ids=prompts_, completion_ids=completions, mask=torch.ones(8, 30), temperature=1.0, by_model=dict
+    )
+    found = plugin.score(rows, frozenset({"logps", "top_logps"}), 8)
+    for i, (prompt, completion) in enumerate(zip(prompts_, completions, strict=True)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1)
+        due = logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        assert (found["logps"][i] - due).abs().max() < TOLERANCE
+        assert (found["top_logps"][i] - logps.topk(8).values).abs().max() < TOLERANCE
+        assert (logps.gather(1, found["top_ids"][i]) - found["top_logps"][i]).abs().max() < TOLERANCE
+    plugin = load_plugin("reference", "remote", url=tied.url)
+    plugin._top_k = 21
+    with pytest.raises(ValueError, match="start it with --max-logprobs 21"):
+        plugin.setup(Context(device=torch.device("cpu"), tokenizer=tokenizer, policy=model))
+    engine.close()
 
 
 def test_the_page_names_the_versions_that_were_tested():

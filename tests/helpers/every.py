@@ -106,8 +106,12 @@ def needs_lora(plugin: str) -> bool:
     return plugin == "reference.adapter_off"
 
 
-TRAINED = [plugin for plugin in PLUGINS if plugin.split(".")[0] not in ("rewards", "rollout", "trainer", "doctor")]
-"""The plugins that `choices` knows: all but those that make completions and score them, or train without any."""
+TRAINED = [
+    plugin
+    for plugin in PLUGINS
+    if plugin.split(".")[0] not in ("rewards", "rollout", "trainer", "doctor") and plugin != "reference.remote"
+]
+"""The plugins that `choices` knows: all but those that make completions and score them, train without any, or ask a server."""
 
 
 def by_what_is_kept() -> list[Any]:

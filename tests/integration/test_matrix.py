@@ -29,7 +29,12 @@ RULES = ("choice", "constraints", "json_schema", "language", "numeric", "regex",
 SERVED = ("judge", "remote", "unit_tests")
 """Rewards that ask another program, with tests of their own."""
 for point in sorted(entry_points(group="hf_rlhf"), key=lambda p: p.name):
-    alike = point.name in {*(f"rewards.{name}" for name in (*RULES, *SERVED)), *every.OWN_FUNCTIONS, "rollout.vllm"}
+    alike = point.name in {
+        *(f"rewards.{name}" for name in (*RULES, *SERVED)),
+        *every.OWN_FUNCTIONS,
+        "rollout.vllm",
+        "reference.remote",
+    }
     alike |= point.name == "reference.policy"  # which is refused but behind another prompt
     if point.dist and point.dist.name == "hf_rlhf" and point.name.split(".")[0] in REGISTERED and not alike:
         REGISTERED[point.name.split(".")[0]].append(point.name.split(".", 1)[1])

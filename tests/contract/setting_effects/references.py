@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,11 +10,15 @@ from unittest.mock import patch
 import torch
 
 from hf_rlhf import load_plugin
+from hf_rlhf.batch import ReferenceRows
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.references import References
+from hf_rlhf_plugins._http import HttpError
 from tests.contract.setting_effects.base import EFFECTS, SettingEffect, after, logged, one_kl
 from tests.contract.setting_effects.critics import offloaded
 from tests.helpers import runs
+from tests.helpers.servers import Raw
+from tests.helpers.vllm_teacher import Teacher
 
 COPY = {"use": "sync", "every": 1}
 
@@ -107,3 +112,73 @@ for setting, values in {
         *values, after(lambda folder, value, s=setting: behind(folder, **{s: value}))
     )
 EFFECTS["reference.policy"] = SettingEffect("policy", "frozen", after(lambda folder, value: behind(folder, of=value)))
+
+
+# A model that a server serves
+
+
+def served(folder: Path, trouble: Any = lambda route, body, number: None, **settings: Any) -> Any:
+    """What a server is asked for two rows and with which key, and their log-probs, or an error."""
+    environment = {"NO_PROXY": "127.0.0.1", "FIRST_KEY": "1", "SECOND_KEY": "2"}
+    with patch.dict("os.environ", environment), Teacher(*tiny_policy(seed=1), trouble) as server:
+        plugin = load_plugin("reference", "remote", **{"url": server.url, **settings})
+        rows = ReferenceRows(
+            prompt_ids=[[3], [4]], completion_ids=[[5], [6]], mask=torch.ones(2, 1), temperature=1.0, by_model=dict
+        )
+        try:
+            found: Any = plugin.score(rows, frozenset({"logps"}))["logps"].tolist()
+        except HttpError as error:
+            found = type(error).__name__
+        asked = {(x.body["model"], x.headers.get("authorization")) for x in server.requests}
+        return asked, found
+
+
+def of_remote(setting: str, first: Any, second: Any, trouble: Any = None, **others: Any) -> None:
+    def outcome(folder: Path, value: Any) -> Any:
+        return served(folder, trouble or (lambda route, body, number: None), **{**others, setting: value})
+
+    EFFECTS[f"reference.remote.{setting}"] = SettingEffect(first, second, outcome)
+
+
+def at_first(answer: Any) -> Any:
+    """The first row meets trouble: an answer, or seconds of silence."""
+
+    def trouble(route: str, body: Any, number: int) -> Any:
+        if number:
+            return None
+        return time.sleep(answer) if isinstance(answer, float) else answer
+
+    return trouble
+
+
+of_remote("model", "teacher", "other")
+of_remote("token_env", "FIRST_KEY", "SECOND_KEY")
+of_remote("request_timeout", 5.0, 0.2, at_first(0.8), request_retries=0)
+of_remote("request_retries", 0, 1, at_first(Raw(status=500)))
+of_remote("max_wait", 30.0, 0.1, at_first(Raw(status=429, headers={"Retry-After": "0.3"})))
+
+
+def rows_at_once(folder: Path, value: int) -> int:
+    """The most rows that were asked for at a time."""
+    now: list[int] = []
+    most = [0]
+
+    def slow(route: str, body: Any, number: int) -> None:
+        now.append(number)
+        most.append(len(now))
+        time.sleep(0.1)
+        now.remove(number)
+
+    served(folder, slow, num_workers=value)
+    return max(most)
+
+
+def which(folder: Path, place: int) -> bool:
+    """Whether the other one of two servers is asked."""
+    with Teacher(*tiny_policy(seed=1)) as other:
+        served(folder, **({"url": other.url} if place else {}))
+        return bool(other.requests)
+
+
+EFFECTS["reference.remote.num_workers"] = SettingEffect(1, 2, rows_at_once)
+EFFECTS["reference.remote.url"] = SettingEffect(0, 1, which)
