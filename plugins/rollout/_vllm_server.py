@@ -184,7 +184,7 @@ class Server:
             loads = self._loads
             try:
                 answer = await self.post(GENERATE, token_ids=list(ids), sampling_params=dict(sampling), **model)
-                rows, versions = self._rows(answer, sampling)
+                rows, versions = self.rows(answer, sampling)
             except HalfAnswer as error:
                 failed = error
                 continue
@@ -204,7 +204,7 @@ class Server:
         assert failed is not None
         raise failed
 
-    def _rows(self, answer: Any, sampling: Mapping[str, Any]) -> tuple[list[Row], set[str]]:
+    def rows(self, answer: Any, sampling: Mapping[str, Any]) -> tuple[list[Row], set[str]]:
         """Return the completions in an answer, and the versions of the weights that they were sampled from."""
         try:
             choices, reports = answer["choices"], sampling.get("logprobs") is not None

@@ -147,6 +147,7 @@ class Vllm(SamplingEngine):
     def _compare(self, context: Context) -> None:
         """Compare the servers with the policy."""
         from ._vllm_checks import check_servers
+        from ._vllm_repeats import trial
         from ._vllm_trust import Trust, remark
 
         self._context, self._found = check_servers(self._servers, context, self.max_new_tokens, self.sync)
@@ -156,6 +157,10 @@ class Vllm(SamplingEngine):
         if self.max_sampler_gap is not None:
             self._trust = Trust.of(context, self.max_sampler_gap, self._servers)
             self._found += [] if self.cuts() else remark(self._trust)
+        self._each("/wake_up")
+        if not self._process:
+            vocabulary = context.policy.config.get_text_config().vocab_size  # type: ignore[union-attr]
+            self._found.append(trial(self._servers, vocabulary, self._context))
 
     def wake(self, part: Literal["weights", "cache"]) -> None:
         """Let servers in sleep mode, which may share the trainer's GPU, take memory for their weights, or for their cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ROUTES = (GENERATE, "/collective_rpc", "/server_info", "/pause", "/resume", "/up
 ROUTES += ("/sleep", "/wake_up", LOAD_ADAPTER)
 MODEL = {"max_model_len": 256, "logprobs_mode": "processed_logprobs", "quantization": None, "dtype": "torch.float32"}
 EXTENSION = "hf_rlhf_vllm_worker.Worker"
+TRIAL = "hf_rlhf-trial"
 Trouble = Callable[[str, Any, int], Any]
 """(route, body, how many requests this route has had) -> an answer in place of the server's, or None."""
 
@@ -37,6 +39,7 @@ class Stub(Server):
         extension: str | None = EXTENSION,
         cache_dtype: str = "auto",
         lora_rank: int | None = None,
+        unsteady: float = 0.0,
         **model: Any,
     ) -> None:
         if not (folder / "config.json").exists():
@@ -52,6 +55,7 @@ class Stub(Server):
             "/health": {},
         }
         pages |= {"/server_info": {"vllm_config": config}} if "/server_info" in routes else {}
+        self.unsteady, self.trials = unsteady, 0
         self.folder, self.trouble, self.counts, self._lock = (
             folder,
             trouble,
@@ -69,17 +73,27 @@ class Stub(Server):
             self.adapted = None
 
     def sent(self, route: str) -> list[Any]:
-        """The bodies of the requests to a route."""
-        return [request.body for request in self.requests if request.path.partition("?")[0] == route]
+        """The bodies of the requests to a route, those of the setup's trial left out."""
+        return [
+            request.body
+            for request in self.requests
+            if request.path.partition("?")[0] == route and not str(request.body.get("request_id")).startswith(TRIAL)
+        ]
 
     def _reply(self, body: Any, number: int) -> Any:
         route = self.requests[number].path.partition("?")[0]
+        if str(body.get("request_id")).startswith(TRIAL):
+            self.trials += 1
+            return self._tried(body["sampling_params"]["seed"], self.trials)
         with self._lock:
             self.counts[route] += 1
             count = self.counts[route] - 1
         instead = self.trouble(route, body, count)
         if instead is not None:
             return instead
+        until = time.monotonic() + 5
+        while route == GENERATE and self.paused and time.monotonic() < until:
+            time.sleep(0.005)  # as vLLM lets requests wait
         with self._lock:
             match route:
                 case "/pause" | "/resume":
@@ -107,6 +121,12 @@ class Stub(Server):
                         return Raw(b'{"error": {"message": "The model does not exist."}}', 404)
                     return self._generate(body["token_ids"], body["sampling_params"], model)
             return {}
+
+    def _tried(self, seed: int, number: int) -> Any:
+        """Two rows of a prompt of the trial, as equal ones have equal seeds."""
+        choice = {"token_ids": [seed % 7], "finish_reason": "length", "weight_versions": [{"version": self.version}]}
+        logps = {"logprobs": {"content": [{"logprob": -1.0 - self.unsteady * number}]}}
+        return {"choices": [{**choice, **logps, "index": index} for index in (0, 1)]}
 
     @torch.no_grad()
     def _generate(self, prompt: list[int], sampling: dict[str, Any], model: Any = None) -> Any:
