@@ -4,14 +4,16 @@
     positions: prompt from 0, every completion from the prompt's length on
 
 Linear layers see each token once. A completion attends to its prompt and to itself; gradients of all completions of a
-prompt add up in it. Completions are truncated after the last token that predicts a sampled one.
+prompt add up in it. Completions are truncated after the last token that predicts a sampled one. `nested` rows, which belong to
+conversations, share whatever they begin with: a tree, each branch behind the one that it grows from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ MASK_ELEMENTS = 2**23
 """Largest mask of a bucket of several rows, in elements (32 MiB in float32)."""
 SPREAD = 0.7
 """Shortest row of a bucket as a share of its longest; limits the padding inside attention."""
+BRANCH = 8
+"""Fewest tokens that nested rows share in a branch of their own."""
 
 
 def by_prompt(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -31,24 +35,47 @@ def by_prompt(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return list(groups.values())
 
 
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of leading tokens that are equal, by comparing halves: lists are compared faster than tokens."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 @dataclass
 class Span:
-    """Tokens `start` to `stop` of the packed row, after the prompt `before` (None: they are a prompt)."""
+    """Tokens `start` to `stop` of the packed row, which follow those of `before` (None: they begin rows)."""
 
     start: int
     stop: int
     before: Span | None = None
 
+    def __post_init__(self) -> None:
+        self.depth: int = 0 if self.before is None else self.before.depth + self.before.size
+        """Number of tokens before it."""
+
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+    def path(self) -> Iterator[Span]:
+        """Yield what it follows, the nearest first."""
+        span = self.before
+        while span is not None:
+            yield span
+            span = span.before
 
 
 class Packed:
     """Pack rows of prompts and completions into one row of N tokens; a `Layout` of `hf_rlhf.modeling.attention`.
 
     `used[row]` is the number of completion tokens that enter; a row with `used` None is left out, with its prompt if no
-    other row needs it.
+    other row needs it. Spans lie in the order of a walk through the tree: what follows a span comes right after it.
     """
 
     def __init__(
@@ -57,31 +84,65 @@ class Packed:
         completions: Sequence[Sequence[int]],
         used: Sequence[int | None],
         device: torch.device,
+        nested: bool = False,
     ):
-        ids: list[int] = []
-        positions: list[int] = []
-        self.starts, self.lasts = [0] * len(prompts), [0] * len(prompts)
-        """Per row: index of its first completion token, and of its prompt's last token."""
+        self._ids: list[int] = []
+        self._positions: list[int] = []
+        self._tails: list[Span] = [Span(0, 0)] * len(prompts)
+        """The last span of each row."""
         self.prompts: list[Span] = []
         self.completions: list[Span] = []
+        if nested:
+            wholes = {i: [*prompts[i], *completions[i][:n]] for i, n in enumerate(used) if n is not None}
+            self._grow(sorted(wholes.items(), key=lambda row: row[1]), None)
+        else:
+            self._by_prompt(prompts, completions, used)
+        self.device = device
+        self.input_ids = torch.tensor([self._ids], device=device)
+        self.position_ids = torch.tensor([self._positions], device=device)
+
+    def _add(self, ids: Sequence[int], before: Span | None) -> Span:
+        span = Span(len(self._ids), len(self._ids) + len(ids), before)
+        self._ids += ids
+        self._positions += range(span.depth, span.depth + span.size)
+        (self.prompts if before is None else self.completions).append(span)
+        return span
+
+    def _by_prompt(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], used: Sequence[int | None]
+    ) -> None:
         for rows in by_prompt(prompts):
             rows = [row for row in rows if used[row] is not None]
             if not rows:
                 continue
-            prompt = Span(len(ids), len(ids) + len(prompts[rows[0]]))
-            self.prompts.append(prompt)
-            ids += prompts[rows[0]]
-            positions += range(prompt.size)
+            prompt = self._add(prompts[rows[0]], None)
             for row in rows:
                 count = used[row] or 0
-                self.starts[row], self.lasts[row] = len(ids), prompt.stop - 1
-                if count:
-                    self.completions.append(Span(len(ids), len(ids) + count, prompt))
-                ids += completions[row][:count]
-                positions += range(prompt.size, prompt.size + count)
-        self.device = device
-        self.input_ids = torch.tensor([ids], device=device)
-        self.position_ids = torch.tensor([positions], device=device)
+                self._tails[row] = self._add(completions[row][:count], prompt) if count else prompt
+
+    def _grow(self, rows: list[tuple[int, list[int]]], before: Span | None) -> None:
+        """Add sorted rows (number, tokens) behind the span that all of them begin with."""
+        depth = 0 if before is None else before.depth + before.size
+        shared = [common_length(one, other) for (_, one), (_, other) in pairwise(rows)]
+        starts = [0, *(i for i, size in enumerate(shared, 1) if size < depth + BRANCH), len(rows)]
+        for start, stop in pairwise(starts):
+            number, ids = rows[start]
+            if stop == start + 1:
+                self._tails[number] = self._add(ids[depth:], before) if len(ids) > depth or not before else before
+                continue
+            branch = self._add(ids[depth : min(shared[start : stop - 1])], before)
+            self._grow(rows[start:stop], branch)
+
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the index (n,) of the tokens at `positions` (n,) of rows (n,)."""
+        starts = torch.tensor([tail.start for tail in self._tails], dtype=torch.long)
+        depths = torch.tensor([tail.depth for tail in self._tails], dtype=torch.long)
+        found = starts[rows] + positions - depths[rows]
+        for i in (positions < depths[rows]).nonzero().flatten().tolist():
+            at = int(positions[i])
+            span = next(span for span in self._tails[int(rows[i])].path() if at >= span.depth)
+            found[i] = span.start + at - span.depth
+        return found
 
     def release(self) -> None:
         """Free the masks; they are built again if needed."""
@@ -126,26 +187,26 @@ class FlexPacked(Packed):
     """Packed rows through FlexAttention: one call over the packed row, with a block mask."""
 
     @cached_property
-    def _segments(self) -> tuple[Tensor, Tensor]:
-        """Prompt of each token (N,) and its completion (N,), 0 in prompts."""
-        prompt, completion = torch.zeros(2, self.input_ids.size(1), dtype=torch.long)
-        for i, span in enumerate(self.prompts):
-            prompt[span.start :] = i
-        for i, span in enumerate(self.completions, 1):
-            completion[span.start : span.stop] = i
-        return prompt.to(self.device), completion.to(self.device)
+    def _ends(self) -> Tensor:
+        """Index (N,) behind the last token that sees each token: the end of what grows from its span."""
+        ends = torch.zeros(self.input_ids.size(1), dtype=torch.long)
+        spans = sorted([*self.prompts, *self.completions], key=lambda span: span.start)
+        last = {id(span): span.stop for span in spans}
+        for span in reversed(spans):
+            ends[span.start : span.stop] = last[id(span)]
+            if span.before is not None:
+                last[id(span.before)] = max(last[id(span.before)], last[id(span)])
+        return ends.to(self.device)
 
     def _block_mask(self, window: int | None) -> object:
         from torch.nn.attention.flex_attention import create_block_mask
 
         masks = self.__dict__.setdefault("_block_masks", {})
         if window not in masks:
-            prompt, completion = self._segments
-            position, tokens = self.position_ids[0], self.input_ids.size(1)
+            ends, position, tokens = self._ends, self.position_ids[0], self.input_ids.size(1)
 
             def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                own = (completion[k] == 0) | (completion[k] == completion[q])
-                near = (prompt[q] == prompt[k]) & (q >= k) & own
+                near = (q >= k) & (q < ends[k])
                 return near if window is None else near & (position[q] - position[k] < window)
 
             masks[window] = create_block_mask(sees, None, None, tokens, tokens, device=self.device)
@@ -191,7 +252,7 @@ def _buckets(spans: Sequence[Span]) -> list[list[Span]]:
     buckets: list[list[Span]] = []
     before = 0
     for span in sorted(spans, key=lambda span: -span.size):
-        own = span.before.size if span.before else 0
+        own = span.depth
         if buckets:
             longest, before = buckets[-1][0].size, max(before, own)
             similar = span.size >= SPREAD * longest or span.size + 16 >= longest
@@ -204,12 +265,12 @@ def _buckets(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 class _Block:
-    """Pad spans to one length inside attention: queries (B, L), keys (B, P + L), where P is the longest prompt before
-    them, padded on the left."""
+    """Pad spans to one length inside attention: queries (B, L), keys (B, P + L), where P is the most tokens before
+    one of them, padded on the left."""
 
     def __init__(self, spans: list[Span], device: torch.device):
         self.spans, self.longest = spans, max(span.size for span in spans)
-        self.before = max(span.before.size if span.before else 0 for span in spans)
+        self.before = max(span.depth for span in spans)
         self.device = device
         rows, columns = len(spans), self.before + self.longest
         queries = torch.zeros(rows, self.longest, dtype=torch.long)
@@ -218,12 +279,11 @@ class _Block:
             own = torch.arange(span.start, span.stop)
             queries[i, : span.size] = own
             keys[i, self.before : self.before + span.size] = own
-            if span.before:
-                keys[i, self.before - span.before.size : self.before] = torch.arange(
-                    span.before.start, span.before.stop
-                )
+            for other in span.path():
+                at = self.before - span.depth + other.depth
+                keys[i, at : at + other.size] = torch.arange(other.start, other.stop)
         self.queries, self.keys = queries.flatten().to(device), keys.flatten().to(device)
-        self.prompts = [span.before.size if span.before else 0 for span in spans]
+        self.depths = [span.depth for span in spans]
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     @property
@@ -236,7 +296,7 @@ class _Block:
             q = torch.arange(self.longest, device=self.device)[:, None] + self.before
             k = torch.arange(self.before + self.longest, device=self.device)[None]
             sees = (k <= q) if window is None else (k <= q) & (q - k < window)
-            starts = torch.tensor([self.before - size for size in self.prompts], device=self.device)
+            starts = torch.tensor([self.before - size for size in self.depths], device=self.device)
             allowed = sees[None] & (k[None] >= starts[:, None, None])
             bias = torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill_(~allowed, float("-inf"))
             self._masks[window, dtype] = bias.unsqueeze(1)

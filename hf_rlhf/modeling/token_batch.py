@@ -21,12 +21,24 @@ from hf_rlhf.modeling.router import router_logits
 logger = logging.getLogger(__name__)
 
 Attention = Literal["packed", "flex", "padded"]
+Forks = Sequence[Sequence[tuple[int, list[int]]]]
+"""Of each row: (start, tokens) of what stands before its completion's token number `start`, in place of the row's tokens."""
+
+
+def pieces_of(
+    prompt: Sequence[int], length: int, forks: Sequence[tuple[int, list[int]]]
+) -> list[tuple[int, int, Sequence[int]]]:
+    """Return (start, stop, tokens before it) of each piece of a completion of `length` tokens."""
+    starts = [(0, prompt), *forks]
+    stops = [*(start for start, _ in forks), length]
+    return [(start, stop, ids) for (start, ids), stop in zip(starts, stops, strict=True) if start < stop]
 
 
 class TokenBatch:
     """B rows for a forward; `mask` (B, T) is 1 on completion tokens that were sampled.
 
-    `rows` (n,) and `columns` (n,) index the n sampled tokens in (B, T), `targets` (n,) are their ids.
+    `rows` (n,) and `columns` (n,) index the n sampled tokens in (B, T), `targets` (n,) are their ids. Forks enter the forward as
+    rows of their own (`pieces`); `nested` rows share what they begin with, be it longer or shorter than their prompts.
     """
 
     def __init__(
@@ -36,9 +48,12 @@ class TokenBatch:
         mask: Tensor,
         pad: int,
         attention: Attention = "packed",
+        forks: Forks | None = None,
+        nested: bool = False,
     ):
         self.prompt_ids, self.completion_ids, self.pad = prompt_ids, completion_ids, pad
-        self.attention = attention
+        self.attention, self.nested = attention, nested
+        self.forks = forks if forks is not None and any(forks) else None
         self.mask, self.shape, self.device = mask, tuple(mask.shape), mask.device
         rows, columns = mask.cpu().nonzero(as_tuple=True)
         self._places = rows, columns
@@ -48,12 +63,34 @@ class TokenBatch:
         self.targets = torch.tensor(chosen, dtype=torch.long, device=self.device)
 
     def behind(self, prompt_ids: Sequence[Sequence[int]]) -> TokenBatch:
-        """Return the same completions behind other prompts."""
-        return TokenBatch(prompt_ids, self.completion_ids, self.mask, self.pad, self.attention)
+        """Return the same completions behind other prompts, with which forks that begin with a row's prompt then begin."""
+        forks = None
+        if self.forks is not None:
+            rows = zip(self.prompt_ids, prompt_ids, self.forks, strict=True)
+            forks = [[(start, exchanged(own, new, ids)) for start, ids in cuts] for own, new, cuts in rows]
+        return TokenBatch(prompt_ids, self.completion_ids, self.mask, self.pad, self.attention, forks)
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the same rows on another device."""
-        return TokenBatch(self.prompt_ids, self.completion_ids, self.mask.to(device), self.pad, self.attention)
+        mask = self.mask.to(device)
+        return TokenBatch(
+            self.prompt_ids, self.completion_ids, mask, self.pad, self.attention, self.forks, self.nested
+        )
+
+    @cached_property
+    def pieces(self) -> TokenBatch:
+        """The rows as a forward gets them, each fork as a row of its own: the same sampled tokens in the same order."""
+        if self.forks is None:
+            return self
+        rows = zip(self.prompt_ids, self.completion_ids, self.forks, strict=True)
+        found = [(i, *piece) for i, (p, c, forks) in enumerate(rows) for piece in pieces_of(p, len(c), forks)]
+        mask = self.mask.new_zeros((len(found), max(stop - start for _, start, stop, _ in found)))
+        for k, (i, start, stop, _) in enumerate(found):
+            own = self.mask[i, start:stop]
+            mask[k, : len(own)] = own
+        completions = [self.completion_ids[i][start:stop] for i, start, stop, _ in found]
+        prompts = [ids for *_, ids in found]
+        return TokenBatch(prompts, completions, mask, self.pad, self.attention, nested=True)
 
     @property
     def tokens(self) -> int:
@@ -62,13 +99,15 @@ class TokenBatch:
 
     def release(self) -> None:
         """Free what attention keeps for the backward, once that is done."""
-        if "packed" in vars(self):
-            self.packed[0].release()
+        pieces = vars(self).get("pieces", self)
+        if "packed" in vars(pieces):
+            pieces.packed[0].release()
 
     @property
     def positions(self) -> int:
         """Number of tokens that pass through the trunk, padding included."""
-        input_ids = self.padded[0] if self.attention == "padded" else self.packed[0].input_ids
+        pieces = self.pieces
+        input_ids = pieces.padded[0] if self.attention == "padded" else pieces.packed[0].input_ids
         return input_ids.numel()
 
     def place(self, x: Tensor) -> Tensor:
@@ -101,10 +140,9 @@ class TokenBatch:
         if not self.tokens:
             used[0] = 0
         kind = FlexPacked if self.attention == "flex" else Packed
-        layout = kind(self.prompt_ids, self.completion_ids, used, self.device)
-        starts, lasts = torch.tensor(layout.starts), torch.tensor(layout.lasts)
-        before = torch.where(columns == 0, lasts[rows], starts[rows] + columns - 1)
-        return layout, before.to(self.device)
+        layout = kind(self.prompt_ids, self.completion_ids, used, self.device, self.nested)
+        lengths = torch.tensor([len(p) for p in self.prompt_ids], dtype=torch.long)
+        return layout, layout.places(rows, lengths[rows] + columns - 1).to(self.device)
 
     def states(self, trunk: nn.Module, routers: list[Tensor] | None = None) -> Tensor:
         """Return the trunk's last hidden states (n, H) at the token before each sampled one.
@@ -113,13 +151,13 @@ class TokenBatch:
         """
         more = {} if routers is None else {"output_router_logits": True}
         if self.attention != "padded" and packs(trunk, self.attention):
-            layout, before = self.packed
+            layout, before = self.pieces.packed
             with attend(trunk, layout) as keywords:
                 output = trunk(
                     input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **keywords, **more
                 )
         else:
-            input_ids, before = self.padded
+            input_ids, before = self.pieces.padded
             output = trunk(input_ids=input_ids, use_cache=False, **more)
         if routers is not None:
             routers.append(router_logits(trunk, output, before))
@@ -129,7 +167,7 @@ class TokenBatch:
     def logits(self, model: Any, routers: list[Tensor] | None = None) -> Tensor:
         """Return the model's own logits (n, V) in float32 or better, for models that are more than trunk and head; `routers` as
         in `states`."""
-        input_ids, before = self.padded
+        input_ids, before = self.pieces.padded
         length = input_ids.size(1)
         keep = length - int((before % length).min()) if len(before) else 1
         kwargs: dict[str, Any] = {"logits_to_keep": keep} if _accepts(model, "logits_to_keep") else {}
@@ -141,6 +179,11 @@ class TokenBatch:
         logits = output.logits
         kept = before % length - (length - logits.size(1))
         return at_least_float32(logits[before // length, kept])
+
+
+def exchanged(own: Sequence[int], new: Sequence[int], ids: list[int]) -> list[int]:
+    """Return tokens that begin with the prompt `own` with `new` in its place; others as they are."""
+    return [*new, *ids[len(own) :]] if ids[: len(own)] == list(own) else ids
 
 
 def _accepts(model: Any, argument: str) -> bool:

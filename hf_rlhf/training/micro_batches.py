@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_rlhf.config.algorithm import Algorithm
-from hf_rlhf.modeling.packing import by_prompt
+from hf_rlhf.modeling.packing import by_prompt, common_length
 from hf_rlhf.modeling.policy import why_not_packed
-from hf_rlhf.modeling.token_batch import Attention, TokenBatch
+from hf_rlhf.modeling.token_batch import Attention, Forks, TokenBatch, pieces_of
 
 
 def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
@@ -37,8 +37,8 @@ def choose_attention(algorithm: Algorithm, model: Any) -> Attention:
 class Batching:
     """Limits of one forward and backward.
 
-    Packed rows count their tokens and each prompt once; padded rows count their padding. A row longer than `max_tokens` is a
-    micro-batch of its own.
+    Packed rows count their tokens and each prompt once; padded rows count their padding. Each piece of a row with forks counts as
+    a row, in a micro-batch with the others. A row longer than `max_tokens` is a micro-batch of its own.
     """
 
     pad: int
@@ -56,41 +56,57 @@ class Batching:
             attention = choose_attention(algorithm, model)
         return cls(pad=pad, max_rows=max_rows, max_tokens=tokens, attention=attention)
 
-    def batch(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor) -> TokenBatch:
+    def batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        mask: Tensor,
+        forks: Forks | None = None,
+    ) -> TokenBatch:
         """Return a `TokenBatch` of these rows; `mask` (B, T)."""
-        return TokenBatch(prompts, completions, mask, self.pad, self.attention)
+        return TokenBatch(prompts, completions, mask, self.pad, self.attention, forks)
 
     def cut(
-        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        forks: Forks | None = None,
     ) -> list[list[int]]:
         """Split `rows`, indices of `prompts` and `completions`, into micro-batches."""
+        cuts = forks or [()] * len(prompts)
+        pieces = [pieces_of(p, len(c), own) for p, c, own in zip(prompts, completions, cuts, strict=True)]
+        counts = [len(own) for own in pieces]
         if self.attention == "padded":
-            return self._by_length(rows, [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
-        return self._by_prompt(rows, prompts, [len(c) for c in completions])
+            lengths = [max(len(ids) + stop - start for start, stop, ids in own) for own in pieces]
+            return self._by_length(rows, lengths, counts)
+        lengths = [len(c) + repeated(p, c, own) for p, c, own in zip(prompts, completions, pieces, strict=True)]
+        return self._by_prompt(rows, prompts, lengths, counts)
 
-    def _by_length(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    def _by_length(self, rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
         """Split shortest first, so that rows of one part have similar lengths."""
         parts: list[list[int]] = []
         for row in sorted(rows, key=lambda i: lengths[i]):
             part = parts[-1] if parts else []
-            fits = self.max_tokens is None or (len(part) + 1) * lengths[row] <= self.max_tokens
-            if part and len(part) < self.max_rows and fits:
+            count = sum(counts[i] for i in part) + counts[row]
+            fits = self.max_tokens is None or count * lengths[row] <= self.max_tokens
+            if part and count <= self.max_rows and fits:
                 part.append(row)
             else:
                 parts.append([row])
         return parts
 
     def _by_prompt(
-        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int], counts: Sequence[int]
     ) -> list[list[int]]:
         """Keep the rows of a prompt together where they fit, so that it is computed once."""
         parts: list[list[int]] = []
         used = 0
         for group in by_prompt([prompts[row] for row in rows]):
-            for piece in self._pieces([rows[i] for i in group], prompts, lengths):
+            for piece in self._pieces([rows[i] for i in group], prompts, lengths, counts):
                 cost = len(prompts[piece[0]]) + sum(lengths[row] for row in piece)
                 fits = self.max_tokens is None or used + cost <= self.max_tokens
-                if parts and len(parts[-1]) + len(piece) <= self.max_rows and fits:
+                if parts and sum(counts[row] for row in (*parts[-1], *piece)) <= self.max_rows and fits:
                     parts[-1] += piece
                     used += cost
                 else:
@@ -98,16 +114,31 @@ class Batching:
                     used = cost
         return parts
 
-    def _pieces(self, group: list[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
+    def _pieces(
+        self, group: list[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int], counts: Sequence[int]
+    ) -> list[list[int]]:
         """Split the rows of one prompt where they do not fit into one part."""
         pieces: list[list[int]] = []
         used = 0
         for row in group:
             fits = self.max_tokens is None or used + lengths[row] <= self.max_tokens
-            if pieces and len(pieces[-1]) < self.max_rows and fits:
+            if pieces and sum(counts[i] for i in pieces[-1]) + counts[row] <= self.max_rows and fits:
                 pieces[-1].append(row)
                 used += lengths[row]
             else:
                 pieces.append([row])
                 used = len(prompts[row]) + lengths[row]
         return pieces
+
+
+def repeated(
+    prompt: Sequence[int], completion: Sequence[int], pieces: Sequence[tuple[int, int, Sequence[int]]]
+) -> int:
+    """Return how many tokens the forks of a row add: those before a piece that neither the prompt nor the piece before has."""
+    added, last = 0, prompt
+    for start, stop, ids in pieces:
+        if ids is not prompt:
+            added += len(ids) - max(common_length(ids, prompt), common_length(ids, last))
+        if len(pieces) > 1:
+            last = [*ids, *completion[start:stop]]
+    return added
