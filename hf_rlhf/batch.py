@@ -10,6 +10,10 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         logps             n lists of float      log-probs as the sampler reports them, or None
         routed_experts    None                  reserved for the experts that the sampler's routers chose
         exact             bool                  logps equal the trainer's up to rounding: they are not computed again
+        forks             n lists of forks      (start, ids): from completion token `start` on, the context is `ids` and not what
+                                                stands before it; None: no row has one
+        episodes, agents  n of int              episode of each row, counted over prompts x G, and its agent; from environments,
+                                                where they are not one row each; None: they are
         columns           name -> n values      beside those of the dataset; an environment's are `episode/<name>`
 
     Rollouts (to reward sources; n rows), which return per row a number, None, or
@@ -23,7 +27,9 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         masks             n lists of 0/1
         finish_reasons    n of "stop"/"length"
         columns           name -> n values      every further column of the dataset
-        group_ids         n of int              equal for the rows of one prompt
+        forks             n lists of forks      as in Completions
+        group_ids         n of int              equal for the rows of one prompt, and of one agent in an environment of several
+        episode_ids       n of int              equal for the agents of one episode; else one per row
         messages          n conversations       with an environment: the prompt and all that was said after it
 
     ReferenceRows (to references; B rows)
@@ -36,7 +42,9 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
     Scored (to advantage estimators and filters; N rows, gathered from every process)
         mask              (N, T) float          1 on tokens the policy sampled
         token_rewards     (N, T) float          reward at its token, after in-reward KL; 0 off the mask
-        group_ids         (N,) int              equal for the rows of one prompt; groups may vary in size
+        group_ids         (N,) int              equal for the rows of one prompt and agent; groups may vary in size
+        episode_ids       (N,) int or None      equal for the agents of one episode, each of which has a row
+        agents            (N,) int or None      number of the row's agent, 0 where there is one
         kl_penalties      (N, T) float or None  what the KL in the reward subtracted from token_rewards
         values            (N, T) float or None  the critic's value of the state in which each token was sampled
         scores            name -> (N,) float    each reward source before its weight, NaN where it does not apply
@@ -74,6 +82,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Fork = tuple[int, list[int]]
+"""(start, ids): from completion token `start` on, the context is `ids` and not what stands before it."""
+
+
 @dataclass(kw_only=True)
 class Prompt:
     """One prompt: its tokens, the dataset's text or chat messages, the tag that it leaves open, and its row's other columns."""
@@ -97,6 +109,9 @@ class Completions:
     routed_experts: None = None
     """Reserved: the experts that the sampler's routers chose. Must be None."""
     exact: bool = False
+    forks: list[list[Fork]] | None = None
+    episodes: list[int] | None = None
+    agents: list[int] | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
@@ -128,6 +143,8 @@ class Rollouts:
     group_ids: list[int] = field(default_factory=list)
     openings: list[str] = field(default_factory=list)
     messages: list[list[dict[str, Any]]] = field(default_factory=list)
+    forks: list[list[Fork]] = field(default_factory=list)
+    episode_ids: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -145,6 +162,8 @@ class Rollouts:
             group_ids=[self.group_ids[i] for i in rows] if self.group_ids else [],
             openings=[self.openings[i] for i in rows] if self.openings else [],
             messages=[self.messages[i] for i in rows] if self.messages else [],
+            forks=[self.forks[i] for i in rows] if self.forks else [],
+            episode_ids=[self.episode_ids[i] for i in rows] if self.episode_ids else [],
         )
 
     def turns(self) -> list[str]:
@@ -183,6 +202,8 @@ class Scored:
     mask: Tensor
     token_rewards: Tensor
     group_ids: Tensor
+    episode_ids: Tensor | None = None
+    agents: Tensor | None = None
     kl_penalties: Tensor | None = None
     values: Tensor | None = None
     scores: dict[str, Tensor] | None = None

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 from hf_rlhf.contract.axis import Axis
 from hf_rlhf.contract.base import Count, Plugin, Positive
 
+POLICY = "policy"
+"""The agent of an environment that names none."""
 Message = dict[str, Any]
 """A chat message: role, content and whatever else the chat template reads."""
 
@@ -31,8 +33,8 @@ class Model(Protocol):
         """Base URL of a server on this machine that speaks OpenAI's chat protocol, for an agent with a loop of its own.
 
         It belongs to this episode. A request is a turn; `max_tokens`, `stop` and `tools` are honoured, other sampling arguments
-        are overridden by the recipe's and counted, `n` must be 1. Requests of one episode are answered one after the other. When
-        turns or tokens are used up, a request gets status 400, code context_length_exceeded; the error that the agent then raises
+        are overridden by the recipe's and counted, and each of `n` choices is a turn. Requests of one episode are answered one after
+        the other. When turns or tokens are used up, a request gets status 400, code context_length_exceeded; the error that the agent then raises
         ends the episode as `Over` does.
         """
 
@@ -48,7 +50,8 @@ class Model(Protocol):
     ) -> Awaitable[Message]:
         """Return the policy's answer to a conversation: a message with `finish_reason` and `turn`, its number from 0.
 
-        `max_tokens` can only lower the bounds of the recipe; a text in `stop` ends the turn and is kept. With `train=False`
+        Each `agent` has conversations of its own, and is one row of the episode. A conversation that is not one so far with messages
+        added is a fork: its tokens train in the same row, in their own context. `max_tokens` can only lower the bounds of the recipe; a text in `stop` ends the turn and is kept. With `train=False`
         the answer has mask 0. Raises `Over` where turns or tokens are used up.
         """
 
@@ -80,9 +83,9 @@ class Outcome:
     """Result of an episode: rewards and further values."""
 
     reward: float | dict[str, float] | None = None
-    """One number for the whole episode, or one for each agent; None: no score."""
+    """One number for every agent of the episode, or one for each agent by name; None, or an agent left out: no score."""
     turns: list[Turn] | None = None
-    """One for each turn of the policy, in place of `reward`."""
+    """One for each turn of the policy, those of all agents in the order of their numbers, in place of `reward`."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Further values, which rewards read as `episode/<name>`."""
 
@@ -96,14 +99,20 @@ class Environment(Plugin, ABC):
 
     followers: ClassVar[tuple[Literal["user", "tool"], ...]] = ("user",)
     """Roles of its messages after a turn of the policy: what the chat template writes before them must stay the same."""
+    agents: ClassVar[tuple[str, ...]] = (POLICY,)
+    """Names of the agents that the policy plays. Each is a row of the episode, unless it takes no turn that trains."""
 
     when: dict[str, Any] | None = None
     """Dataset column -> value or list of values: the environment takes rows that match all; by default all rows. Of several
     environments the first that takes a row plays it."""
     max_turns: Count = 8
-    """Most turns of the policy in an episode."""
+    """Most turns of the policy in an episode, those of all agents."""
     max_tokens: Count = 4096
-    """Most tokens of an episode after its prompt, those of the environment included; `rollout.max_new_tokens` bounds a turn."""
+    """Most tokens of a conversation after its agent's prompt, those of the environment included; `rollout.max_new_tokens` bounds
+    a turn."""
+    history: Literal["extend", "as_rendered"] = "extend"
+    """Earlier turns in the context of a later one: their tokens as sampled (extend), or what the chat template writes for them
+    (as_rendered). Where that differs, as where it drops reasoning, the turn is a fork, which costs a second prefill."""
     max_live: Count | None = None
     """Most episodes of a process at a time; None: all of a rollout."""
     workers: Literal["inline", "processes"] = "inline"
@@ -156,3 +165,8 @@ class Environment(Plugin, ABC):
     def tool_schemas(self) -> list[dict[str, Any]]:
         """Return the JSON schemas of the tools that it offers, which the chat template must be able to show."""
         return []
+
+
+def agents_of(environments: Iterable[Environment]) -> list[str]:
+    """Return the names of all agents, by number."""
+    return list(dict.fromkeys([*(name for environment in environments for name in environment.agents), POLICY]))

@@ -1,8 +1,8 @@
-"""The tokens of one episode: kept as they were sampled, and never made again from text.
+"""The tokens of one agent of an episode: kept as they were sampled, and never made again from text.
 
-A conversation that is one so far with messages added extends its row: the new messages are encoded once, with mask 0. Any
-other conversation is a fork, a row of its own in the same episode, whose prompt holds what went before: so a sampled token has
-mask 1 in the first row that holds it, and in no other.
+A conversation that is one so far with messages added extends it: the new messages are encoded once, with mask 0. Any other
+conversation is a fork. All turns are one row, in the order in which they were sampled: where the turn before is not what a turn
+goes on from, its fork holds the tokens that stand before it. So each sampled token is in the row once.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ class Ask(NamedTuple):
 
 @dataclass(kw_only=True)
 class TranscriptRow:
-    """One row of an episode, which ends with a sampled token."""
+    """The turns of one agent of an episode, which end with a sampled token."""
 
     prompt_ids: list[int]
-    """Tokens before the row's first turn."""
+    """Tokens before the first turn."""
     completion_ids: list[int]
     mask: list[int]
     """1 on tokens that train: sampled ones, but for those of turns with `train=False`."""
     logps: list[float]
     """Log-probs as the sampler reported them; 0 where it did not."""
     turns: list[int]
-    """Number of the episode's turn that sampled each token, from 0; -1 on the environment's."""
+    """Number of the turn that sampled each token, from 0; -1 on the environment's."""
     messages: Messages
+    """The conversation of the last turn, with its answer."""
+    forks: list[tuple[int, list[int]]] = field(default_factory=list)
+    """(start, tokens): from completion token `start` on, they stand before it, and not the tokens of the row."""
 
 
 class _End(NamedTuple):
@@ -72,24 +75,23 @@ class _Row:
     """Text of the tokens: rendered where that was encoded, decoded where it was sampled."""
     prefix: str
     """Text of the last messages up to the start of the turn."""
-    prompt: int = 0
-    """Number of tokens before the first turn."""
-    mask: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
     ends: list[_End] = field(default_factory=list)
     asked: bool = True
 
-    def extend(self, ids: Sequence[int], mask: int, logps: Sequence[float], turn: int) -> None:
-        self.ids += ids
-        self.mask += [mask] * len(ids)
-        self.logps += logps
-        self.turns += [turn] * len(ids)
+
+class _Turn(NamedTuple):
+    """A sampled turn: tokens `start` to `stop` of its conversation."""
+
+    row: _Row
+    start: int
+    stop: int
+    mask: int
+    logps: Sequence[float]
 
 
 @dataclass(kw_only=True)
 class Transcript:
-    """The rows of one episode. Raises `ChatError` where the chat template refuses a conversation or drops its text.
+    """The conversations of one agent of an episode. Raises `ChatError` where the chat template refuses one or drops its text.
 
     `history: extend` keeps sampled tokens in every later turn. `as_rendered` asks for each turn with the conversation as the
     template renders it: where it rewrites earlier turns, beyond whitespace, that is a fork.
@@ -110,7 +112,7 @@ class Transcript:
         self.messages = messages_of(self.messages, "the task")
         self._turns = turns_of(self.tokenizer, self.text)
         self._rows: list[_Row] = []
-        self._count = 0
+        self._sampled: list[_Turn] = []
         self._tools = _schemas(self.tools)
 
     def ask(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> Ask:
@@ -139,30 +141,50 @@ class Transcript:
         if not asked.asked:
             raise ValueError(f"row {row} was not asked for a turn")
         message = self._turns.message(ids, asked.ids, asked.prefix, asked.tools)
-        asked.extend(ids, int(train), [0.0] * len(ids) if logps is None else logps, self._count)
+        start, told = len(asked.ids), [0.0] * len(ids) if logps is None else logps
+        asked.ids += ids
+        self._sampled.append(_Turn(asked, start, len(asked.ids), int(train), told))
         asked.text += str(self.tokenizer.decode(list(ids), skip_special_tokens=self.text))
         asked.messages = [*asked.messages, message]
         asked.ends.append(_End(len(asked.messages), len(asked.ids), asked.text, list(ids)))
         asked.asked = False
-        self._count += 1
         return {**message, "finish_reason": finish_reason}
 
-    @property
-    def rows(self) -> list[TranscriptRow]:
-        """Return the rows with at least one turn, each up to its last sampled token."""
-        return [self._made(row) for row in self._rows if row.ends]
+    def as_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str | Messages:
+        """Return a conversation in the form of the task: a text, or messages."""
+        given = messages_of(messages, "the conversation")
+        return "".join(str(message["content"] or "") for message in given) if self.text else given
 
-    def _made(self, row: _Row) -> TranscriptRow:
-        last = row.ends[-1]
-        size = last.tokens - row.prompt
-        return TranscriptRow(
-            prompt_ids=row.ids[: row.prompt],
-            completion_ids=row.ids[row.prompt : last.tokens],
-            mask=row.mask[:size],
-            logps=row.logps[:size],
-            turns=row.turns[:size],
-            messages=row.messages[: last.messages],
+    @property
+    def trains(self) -> bool:
+        """Return whether a turn trains."""
+        return any(turn.mask for turn in self._sampled)
+
+    @property
+    def row(self) -> TranscriptRow | None:
+        """Return all turns up to the last sampled token; None if there is none."""
+        if not self._sampled:
+            return None
+        first = self._sampled[0]
+        found = TranscriptRow(
+            prompt_ids=first.row.ids[: first.start], completion_ids=[], mask=[], logps=[], turns=[], messages=[]
         )
+        before = found.prompt_ids
+        for number, turn in enumerate(self._sampled):
+            ids, new = turn.row.ids, list[int]()
+            if len(before) <= turn.start and ids[: len(before)] == before:
+                new = ids[len(before) : turn.start]
+            else:
+                found.forks.append((len(found.completion_ids), ids[: turn.start]))
+            size = turn.stop - turn.start
+            found.completion_ids += new + ids[turn.start : turn.stop]
+            found.mask += [0] * len(new) + [turn.mask] * size
+            found.logps += [0.0] * len(new) + [*turn.logps]
+            found.turns += [-1] * len(new) + [number] * size
+            before = ids[: turn.stop]
+        last = next(end for end in turn.row.ends if end.tokens == turn.stop)
+        found.messages = turn.row.messages[: last.messages]
+        return found
 
     def _find(self, messages: Messages, tools: Tools | None) -> tuple[_Row, _End] | None:
         """Return the row and its turn that the conversation continues: the latest turn, in the first row that has it."""
@@ -184,7 +206,7 @@ class Transcript:
             text, ids = self._turns.opening(messages, tools)
             if self.prompt_ids is not None and messages == self.messages and tools == self._tools:
                 ids = list(self.prompt_ids)
-        return _Row(tools=tools, messages=messages, ids=ids, text=text, prefix=text, prompt=len(ids))
+        return _Row(tools=tools, messages=messages, ids=ids, text=text, prefix=text)
 
     def _continue(self, messages: Messages, row: _Row, end: _End) -> _Row:
         before, added = row.messages[: end.messages], messages[end.messages :]
@@ -195,10 +217,8 @@ class Transcript:
                 return self._start(messages, row.tools, whole)
         if end is not row.ends[-1] or row.asked:
             ids = [*row.ids[: end.tokens], *ids]
-            return _Row(
-                tools=row.tools, messages=[*before, *added], ids=ids, text=end.text + text, prefix=text, prompt=len(ids)
-            )
-        row.extend(ids, 0, [0.0] * len(ids), -1)
+            return _Row(tools=row.tools, messages=[*before, *added], ids=ids, text=end.text + text, prefix=text)
+        row.ids += ids
         row.messages, row.text, row.prefix, row.asked = [*before, *added], end.text + text, text, True
         return row
 

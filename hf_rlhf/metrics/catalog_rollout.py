@@ -89,6 +89,13 @@ RUNNING: tuple[CoreMetric, ...] = (
     core(ROLLOUTS, "environment/turns/mean", "turns", "turns of the policy per episode", "environment"),
     core(
         ROLLOUTS,
+        "environment/forks/mean",
+        "forks",
+        "turns per episode whose conversation is not the one before with messages added; each costs a second prefill",
+        "environment",
+    ),
+    core(
+        ROLLOUTS,
         "environment/tokens/mean",
         "tokens",
         "tokens of the environment per episode, after the prompt and before the policy's last turn",

@@ -73,7 +73,11 @@ class ReferencePolicy:
         """Return what `Reference.score` does for the rows of `batch`."""
         if self._score is None:
             return self._by_model(batch, needs, top_k)
-        return self._score(batch, partial(self._by_model, batch), needs, top_k)
+        pieces = batch.pieces  # plugins see rows without forks
+        found = self._score(pieces, partial(self._by_model, pieces), needs, top_k)
+        if pieces is batch:
+            return found
+        return {name: x if callable(x) else batch.place(x[pieces.rows, pieces.columns]) for name, x in found.items()}
 
     def measures(self, batch: TokenBatch, named: Estimators) -> dict[str, Measure]:
         """Return the `measures` that `ActorCritic.forward` takes.

@@ -82,7 +82,7 @@ class Collector:
         self._seen = []
         with self.engine_awake():
             for attempt in range(1 + max((f.resample for f in self.algorithm.filters), default=0)):
-                have = sum((len(part.table["group_ids"].unique()) for part in parts), 0)
+                have = sum((len(part.table["prompt"].unique()) for part in parts), 0)
                 if have >= wanted:
                     break
                 prompts = self._draw(wanted - have)
@@ -175,7 +175,7 @@ class Collector:
         if "greedy" in self.algorithm.needs:
             where = (self.seed, "greedy", index, attempt)
             with seeded(*where, rank):
-                greedy = self._greedy(mine, group_ids, where, rank)
+                greedy = self._greedy(mine, group_ids, rollouts.group_ids, where, rank)
         else:
             greedy = None
         return self._table(rollouts, rows, answers, logged, greedy, behind)
@@ -189,15 +189,19 @@ class Collector:
             known = self.forwards(rollouts, mask, sampled, behind)
         return known, time.perf_counter()
 
-    def _greedy(self, prompts: Sequence[Prompt], group_ids: list[int], place: Place, rank: int) -> Tensor:
-        """Return the total score (n,) of the greedy completion of each row's prompt; 0 where no source applies to it."""
+    def _greedy(
+        self, prompts: Sequence[Prompt], numbers: list[int], group_ids: list[int], place: Place, rank: int
+    ) -> Tensor:
+        """Return the total score of the greedy completion for the group of each row (n,); 0 where no source applies to it."""
         with self.meters.time("rollout"):
-            _, rollouts = self.roll_out(prompts, group_ids, 1, 0.0, place, (rank,))
+            _, rollouts = self.roll_out(prompts, numbers, 1, 0.0, place, (rank,))
         with self.meters.time("reward", "rewards"):
             asked = self.scorer.ask(rollouts, *place, rank, counts=False)
             answers = self.normalizer({label: found.answers for label, found in asked.items()}, None)
             sums, _ = total(totals(answers, rollouts), self.weights(), len(rollouts))
-        return sums.repeat_interleave(self.algorithm.rollout.num_generations)
+        place_of = {group: i for i, group in enumerate(rollouts.group_ids)}
+        sums = torch.cat([sums, sums.new_zeros(1)])  # an agent that is not asked has no score
+        return sums[[place_of.get(group, -1) for group in group_ids]]
 
     def _logged(self, asked: dict[str, SourceResult]) -> dict[str, list[Any]]:
         """Return the columns that reward sources logged; their metrics and failures go to the meters."""
@@ -241,8 +245,12 @@ class Collector:
         if self.algorithm.kl_in("reward"):
             rows["kl_penalties"] = self._kl_penalties(rows)
             token_rewards = token_rewards - rows["kl_penalties"]
+        group_ids, agents = torch.tensor(rollouts.group_ids, device=device), self.sampling.agents
         narrow = {
-            "group_ids": torch.tensor(rollouts.group_ids, device=device),
+            "group_ids": group_ids,
+            "prompt": group_ids // agents,
+            "agents": group_ids % agents,
+            "episode_ids": torch.tensor(rollouts.episode_ids, device=device),
             "finished": torch.tensor([reason == "stop" for reason in rollouts.finish_reasons], device=device),
             "total": sums.to(device, self.dtype),
             "valid": valid.to(device),
@@ -260,7 +268,7 @@ class Collector:
             wide[name] = _padded(numbers, torch.long).to(device)
         table = gather_rows(self.accelerator, wide, narrow)
         order = table["group_ids"].argsort(stable=True)
-        own = torch.isin(table["group_ids"][order], narrow["group_ids"].unique())
+        own = torch.isin(table["group_ids"][order], group_ids.unique()).nonzero().flatten()
         collected = Collected(
             prompt_ids=rollouts.prompt_ids,
             completion_ids=rollouts.completion_ids,
@@ -274,14 +282,15 @@ class Collector:
             },
             rows=rows,
             table={name: x[order] for name, x in table.items()},
-            places=own.nonzero().flatten(),
+            places=torch.empty_like(own).index_copy(0, group_ids.argsort(stable=True), own),
+            forks=rollouts.forks,
         )
         reported = report_rewards(self.meters.put, collected.table, weights)
         self.scorer.count_answered(self.meters.add, rollouts, reported)
         self.tokens += reported["rollout/tokens"]
         self._count_unscored(len(table["valid"]), reported[SCORED])
         self.recorder.saw(rollouts, collected)
-        self._seen.append((collected.table["group_ids"], given_totals(collected.table, weights)))
+        self._seen.append((collected.table["prompt"], given_totals(collected.table, weights)))
         return self.recorder.select(collected, collected.table["valid"].bool(), "no reward source scored it")
 
     def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
@@ -317,8 +326,8 @@ class Collector:
         return part
 
     def _first_groups(self, collected: Collected, wanted: int) -> Collected:
-        groups = collected.table["group_ids"]
-        return self.recorder.select(collected, torch.isin(groups, groups.unique()[:wanted]), "more groups than needed")
+        prompts = collected.table["prompt"]
+        return self.recorder.select(collected, torch.isin(prompts, prompts.unique()[:wanted]), "more groups than needed")
 
     def weights(self) -> dict[str, float]:
         """Return label -> weight of each reward source."""
@@ -367,10 +376,12 @@ class Collector:
             prompt_ids=collected.prompt_ids,
             completion_ids=collected.completion_ids,
             prompts=collected.prompts,
+            forks=collected.forks,
             rows=rows,
             places=collected.places,
             mask=table["mask"].bool(),
             group_ids=table["group_ids"],
+            prompt=table["prompt"],
             total_score=table["total"],
             table={name: table[name] for name in kept_for_steps(a) if name in table},
             extra={"texts": collected.texts, "numbers": self._numbers(collected)},

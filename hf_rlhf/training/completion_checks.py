@@ -33,6 +33,17 @@ def check_completions(algorithm: Algorithm, completions: Completions, rows: int,
                     f"rollout={name} must return one of {what} per token, the end-of-sequence token included: row {i} has "
                     f"{len(completions.ids[i])} tokens, got {len(values)}"
                 )
+    if completions.episodes is not None or completions.agents is not None:
+        raise ValueError(
+            f"rollout={name} returned episodes or agents, which environments alone set. Return one row per completion"
+        )
+    for i, (ids, forks) in enumerate(zip(completions.ids, completions.forks or (), strict=True) if completions.forks else ()):
+        starts = [start for start, _ in forks]
+        if starts != sorted({start for start in starts if 0 <= start < len(ids)}) or not all(own for _, own in forks):
+            raise ValueError(
+                f"rollout={name} must return forks in the order of their starts, 0 to {len(ids) - 1} in row {i}, each with the "
+                f"tokens that stand before it: got starts {starts}"
+            )
     if sampled and completions.logps is None and algorithm.compares_sampler:
         raise ValueError(
             f"rollout={name} declares sampler_logps but returned no log-probs. Return them with every completion, or set "

@@ -80,7 +80,7 @@ def evaluate(
     where there are several), `pass@k` and `maj@k`. The random numbers are the same each time, so that two evaluations differ by
     the policy alone. Without reward sources, lengths alone.
 
-    `keep` gets the rows of this process, as many at a time as are decoded together, with the columns of `row_types`.
+    An episode of several agents counts once, by the agent that was asked first. `keep` gets the rows of this process, as many at a time as are decoded together, with the columns of `row_types`.
     """
     accelerator, group, temperature = collector.accelerator, settings.num_generations, settings.temperature
     temperature = collector.algorithm.rollout.temperature if temperature is None else temperature
@@ -99,7 +99,7 @@ def evaluate(
             with seeded(*seed):
                 drawn = [prompts[i] for i in part]
                 _, rollouts = collector.roll_out(drawn, list(part), group, temperature, place, process)
-                found, table = _score(collector, rollouts, group, seed)
+                found, table = _score(collector, _by_episode(rollouts), group, seed)
             for i, values in zip(part, found, strict=True):
                 sums[i] = torch.tensor([values.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64)
             samples += table[::group][: max(0, SAMPLES - len(samples))]
@@ -116,6 +116,13 @@ def row_types(algorithm: Algorithm) -> dict[str, type]:
     reference = {"reference": str} if reference_column(algorithm.rewards) is not None else {}
     texts: dict[str, type] = {"prompt": str, "completion": str, **reference}
     return {**texts, **(rewards if algorithm.rewards else {}), "tokens": int, "truncated": bool}
+
+
+def _by_episode(rollouts: Rollouts) -> Rollouts:
+    """Return one row of each episode: that of the agent that was asked first."""
+    ids = rollouts.episode_ids
+    first = [i for i, episode in enumerate(ids) if i == 0 or ids[i - 1] != episode]
+    return rollouts if len(first) == len(ids) else rollouts.select(first)
 
 
 def _powers(group: int) -> list[int]:

@@ -153,11 +153,16 @@ class Forwards:
 
         Returns name -> (n, T) or (n, T, k).
         """
-        prompts, completions = prompts or rollouts.prompt_ids, rollouts.completion_ids
+        own, completions, forks = rollouts.prompt_ids, rollouts.completion_ids, rollouts.forks or None
         results: dict[str, Tensor] = {}
-        for part in self.batching.cut(range(len(rollouts)), prompts, completions):
+        for part in self.batching.cut(range(len(rollouts)), prompts or own, completions, forks):
             width = max(len(completions[i]) for i in part)
-            rows = self.batching.batch([prompts[i] for i in part], [completions[i] for i in part], mask[part, :width])
+            cuts = None if forks is None else [forks[i] for i in part]
+            rows = self.batching.batch(
+                [own[i] for i in part], [completions[i] for i in part], mask[part, :width], cuts
+            )
+            if prompts is not None:
+                rows = rows.behind([prompts[i] for i in part])
             for name, x in forward(rows, part).items():
                 if name == ROUTED:
                     results.setdefault(name, x.new_zeros((len(mask), *x.shape[1:])))[part] = x

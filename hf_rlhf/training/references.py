@@ -68,11 +68,18 @@ class References:
         return found
 
     def _check_room(self, key: str, prompts: list[list[int]], rollouts: Rollouts) -> None:
+        name = self.algorithm.references[key].reference.name
+        for own, new, forks in zip(rollouts.prompt_ids, prompts, rollouts.forks, strict=False):
+            if new != own and any(ids[: len(own)] != own for _, ids in forks):
+                raise UserError(
+                    f"reference={name} puts a context into the prompt of a row, and this one has a turn (a fork) whose "
+                    "conversation does not begin with that prompt. Choose another reference, or an environment that only adds "
+                    "messages, with a chat template that keeps earlier turns (history=extend)"
+                )
         config = getattr(self.scorers[key].module.policy, "config", None)
         room = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(p) + len(c) for p, c in zip(prompts, rollouts.completion_ids, strict=True)), default=0)
         if room is not None and longest > room:
-            name = self.algorithm.references[key].reference.name
             raise UserError(
                 f"reference={name}: a prompt and its completion must fit into the model's context of {room} tokens, got "
                 f"{longest}. Shorten the contexts, or lower dataset.max_prompt_tokens"

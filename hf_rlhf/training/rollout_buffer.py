@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_rlhf.axes import TextTerm, check_output
-from hf_rlhf.batch import Scored
+from hf_rlhf.batch import Fork, Scored
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.references import BEHIND
 from hf_rlhf.modeling.router import ROUTED
@@ -48,6 +48,8 @@ class Collected:
     places: Tensor
     prompts: dict[str, list[list[int]]] = field(default_factory=dict)
     """Key of a reference -> the prompts that it reads in place of the rows' own."""
+    forks: list[list[Fork]] = field(default_factory=list)
+    """Of each row; empty if no row can have one."""
 
     def select(self, keep: Tensor) -> Collected:
         """Return the rows where `keep` (N,) is True, in table and rows."""
@@ -63,6 +65,7 @@ class Collected:
             table={name: x.index_select(0, kept) for name, x in self.table.items()},
             places=(keep.cumsum(0) - 1)[self.places[own]],
             prompts={key: [ids[i] for i in index] for key, ids in self.prompts.items()},
+            forks=[self.forks[i] for i in index] if self.forks else [],
         )
 
     @staticmethod
@@ -85,6 +88,7 @@ class Collected:
             table={name: _join([part.table[name] for part in parts]) for name in parts[0].table},
             places=torch.cat([part.places + offset for part, offset in zip(parts, offsets, strict=False)]),
             prompts={key: [x for part in parts for x in part.prompts[key]] for key in parts[0].prompts},
+            forks=[x for part in parts for x in part.forks],
         )
 
     def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
@@ -96,6 +100,8 @@ class Collected:
             mask=table["mask"],
             token_rewards=table["token_rewards"],
             group_ids=table["group_ids"],
+            episode_ids=table["episode_ids"],
+            agents=table["agents"],
             scores={label: table[f"score:{label}"] for label in labels},
             weights=weights,
             finished=table["finished"],
@@ -131,7 +137,10 @@ class Buffer:
     table: dict[str, Tensor] = field(default_factory=dict)
     """Columns of all rows that are read in each step: those of `kept_for_steps`."""
     prompts: dict[str, list[list[int]]] = field(default_factory=dict)
+    forks: list[list[Fork]] = field(default_factory=list)
     """As in `Collected`."""
+    prompt: Tensor | None = None
+    """Number of the prompt of each row (N,); None: `group_ids`."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,14 +156,15 @@ class Buffer:
         return cls(**moved)
 
     def step_rows(self, position: int, algorithm: Algorithm, seed: int) -> Tensor:
-        """Return the table rows (N_u,) of one optimizer step: whole groups, shuffled from the second epoch on."""
+        """Return the table rows (N_u,) of one optimizer step: all rows of some prompts, shuffled from the second epoch on."""
         epoch, mini_batch = divmod(position, algorithm.update.mini_batches)
-        groups = self.group_ids.unique()
+        of_row = self.group_ids if self.prompt is None else self.prompt
+        groups = of_row.unique()
         if epoch > 0:
             order = permutation(len(groups), seed, "epoch", self.index, epoch)
             groups = groups[torch.tensor(order, dtype=torch.long, device=groups.device)]
         chosen = groups.tensor_split(algorithm.update.mini_batches)[mini_batch]
-        return torch.isin(self.group_ids, chosen).nonzero().flatten()
+        return torch.isin(of_row, chosen).nonzero().flatten()
 
     def slot(self, position: int, algorithm: Algorithm, seed: int, batching: Batching) -> list[dict[str, Any]]:
         """Return the micro-batches of one optimizer step on this process, with the weights of the whole step.
@@ -189,7 +199,7 @@ class Buffer:
         if algorithm.skips_rows_without_advantage:
             learned &= ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1)
         rows = [row for row, learns in enumerate(learned.tolist()) if learns]
-        parts = batching.cut(rows, self.prompt_ids, self.completion_ids) if rows else []
+        parts = batching.cut(rows, self.prompt_ids, self.completion_ids, self.forks) if rows else []
         micros = [self._micro_batch(part, mine, weights, batching) for part in parts] or [
             self._empty(weights, batching)
         ]
@@ -209,7 +219,8 @@ class Buffer:
         micro |= {name: w[mine[index], :width] for name, w in weights.items()}
         micro["row"] = index
         micro["total_score"] = self.total_score[self.places[index]].to(micro["mask"].dtype)
-        micro["batch"] = batching.batch([self.prompt_ids[i] for i in rows], completions, micro["mask"])
+        forks = [self.forks[i] for i in rows] if self.forks else None
+        micro["batch"] = batching.batch([self.prompt_ids[i] for i in rows], completions, micro["mask"], forks)
         for key, prompts in self.prompts.items():
             micro[f"{BEHIND}{key}"] = micro["batch"].behind([prompts[i] for i in rows])
         return micro

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hf_rlhf.batch import Completions, Prompt, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.contract.environment import agents_of
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.training.completion_checks import check_completions
@@ -53,22 +54,31 @@ class Sampling:
             with self.accelerator.autocast():
                 completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
             check_completions(self.algorithm, completions, len(prompts) * group, sampled=temperature is None)
+        episodes, rows = completions.episodes or list(range(len(completions.ids))), range(len(completions.ids))
+        of_row = [prompts[episode // group] for episode in episodes]
+        numbers, agents = [group_ids[episode // group] for episode in episodes], completions.agents or [0] * len(rows)
         names = sorted({name for prompt in prompts for name in prompt.columns})
-        repeated = [prompt for prompt in prompts for _ in range(group)]
-        prompt_ids = [list(prompt.ids) for prompt in repeated] if played is None else played.prompt_ids
-        same = [ids == prompt.ids for ids, prompt in zip(prompt_ids, repeated, strict=True)]
+        prompt_ids = [list(prompt.ids) for prompt in of_row] if played is None else played.prompt_ids
+        same = [ids == prompt.ids for ids, prompt in zip(prompt_ids, of_row, strict=True)]
         return completions, Rollouts(
-            prompts=[prompt.prompt for prompt in repeated],
+            prompts=[prompt.prompt for prompt in of_row] if played is None else played.prompts,
             completions=self.text(prompt_ids, completions.ids),
             prompt_ids=prompt_ids,
             completion_ids=completions.ids,
             masks=completions.masks or [[1] * len(ids) for ids in completions.ids],
             finish_reasons=completions.finish_reasons,
-            columns={name: [prompt.columns.get(name) for prompt in repeated] for name in names} | completions.columns,
-            group_ids=[i for i in group_ids for _ in range(group)],
-            openings=[prompt.opening if own else "" for prompt, own in zip(repeated, same, strict=True)],
+            columns={name: [prompt.columns.get(name) for prompt in of_row] for name in names} | completions.columns,
+            group_ids=[number * self.agents + agent for number, agent in zip(numbers, agents, strict=True)],
+            openings=[prompt.opening if own else "" for prompt, own in zip(of_row, same, strict=True)],
             messages=[] if played is None else played.messages,
+            forks=completions.forks or [],
+            episode_ids=[number * group + episode % group for number, episode in zip(numbers, episodes, strict=True)],
         )
+
+    @cached_property
+    def agents(self) -> int:
+        """Number of agents of all environments."""
+        return len(agents_of(self.algorithm.environment))
 
     @cached_property
     def text(self) -> CompletionText:

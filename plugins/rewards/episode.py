@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FromEpisode(RewardSource):
-    """The number of the episode, or one at the end of each turn."""
+    """The number of the episode for the row's agent, or one at the end of each of its turns.
+
+    The reward of a turn that does not train counts for the turn before that does.
+    """
 
     name = "episode"
     verifier = True
@@ -31,14 +34,15 @@ class FromEpisode(RewardSource):
 
     def __call__(self, rollouts: Rollouts) -> list[float | TokenScores | None]:
         names = ("episode/reward", "episode/turn_rewards", "episode/turn_ends")
-        columns = zip(rollouts.completion_ids, *map(rollouts.column, names), strict=True)
-        return [reward if turns is None else _placed(len(ids), turns, ends) for ids, reward, turns, ends in columns]
+        columns = zip(rollouts.masks, *map(rollouts.column, names), strict=True)
+        return [reward if turns is None else _placed(mask, turns, ends) for mask, reward, turns, ends in columns]
 
 
-def _placed(tokens: int, turns: list[float], ends: list[int]) -> TokenScores:
-    values = [0.0] * tokens
+def _placed(mask: list[int], turns: list[float], ends: list[int]) -> TokenScores:
+    values = [0.0] * len(mask)
     for end, reward in zip(ends, turns, strict=True):
-        values[end] = reward
+        trained = next((place for place in range(end, -1, -1) if mask[place]), end)
+        values[trained] += reward
     return TokenScores(values)
 
 

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -79,21 +79,21 @@ class Endpoint:
         ask = self._asks.get(key)
         if ask is None:
             raise BadRequest("this episode has ended", "episode_over")
-        options = self._options(body)
+        options, count = self._options(body), body.get("n") or 1
         try:
-            message = ask(body["messages"], **options)
+            messages = [ask(body["messages"], **options) for _ in range(count)]
         except Over:
             raise BadRequest(
                 "the episode has no turns or tokens left (max_turns, max_tokens)", "context_length_exceeded"
             ) from None
-        return completion(message, str(body.get("model")))
+        return completion(messages, str(body.get("model")))
 
     def _options(self, body: Mapping[str, Any]) -> dict[str, Any]:
         messages, count = body.get("messages"), body.get("n")
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one message")
-        if count not in (None, 1):
-            raise BadRequest(f"n must be 1, got {count!r}: an episode has one answer to each conversation")
+        if count is not None and (type(count) is not int or count < 1):
+            raise BadRequest(f"n must be a whole number of at least 1, got {count!r}")
         form = body.get("response_format")
         if form not in (None, {"type": "text"}):
             raise BadRequest(f"response_format must be {{'type': 'text'}}, got {form!r:.80}: the policy samples freely")
@@ -111,8 +111,19 @@ class Endpoint:
         }
 
 
-def completion(message: Message, model: str) -> dict[str, Any]:
-    """Return a message of the policy as a chat completion; arguments of tool calls are JSON text there."""
+def completion(messages: Sequence[Message], model: str) -> dict[str, Any]:
+    """Return messages of the policy as the choices of a chat completion."""
+    return {
+        "id": f"chatcmpl-{secrets.token_hex(8)}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": i, **_choice(message), "logprobs": None} for i, message in enumerate(messages)],
+    }
+
+
+def _choice(message: Message) -> dict[str, Any]:
+    """Return a message, and how it ended; arguments of tool calls are JSON text there."""
     calls = [
         {
             "id": f"call_{message.get('turn', 0)}_{i}",
@@ -124,13 +135,7 @@ def completion(message: Message, model: str) -> dict[str, Any]:
     said = {"role": "assistant", "content": message.get("content")} | ({"tool_calls": calls} if calls else {})
     said |= {name: message[name] for name in ("reasoning_content",) if message.get(name)}
     reason = "tool_calls" if calls and message.get("finish_reason") == "stop" else message.get("finish_reason", "stop")
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(8)}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, "message": said, "finish_reason": reason, "logprobs": None}],
-    }
+    return {"message": said, "finish_reason": reason}
 
 
 def _as_text(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,16 +147,16 @@ def _as_text(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chunks(whole: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a completion as the events of a stream: the message at once, then the end."""
-    choice = whole["choices"][0]
-    delta = dict(choice["message"])
-    if "tool_calls" in delta:
-        delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
+    """Return a completion as the events of a stream: each choice's message at once, then its end."""
     shared = {name: whole[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    return [
-        shared | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]},
-        shared | {"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]},
-    ]
+    events = []
+    for choice in whole["choices"]:
+        delta, index = dict(choice["message"]), choice["index"]
+        if "tool_calls" in delta:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
+        for part, reason in ((delta, None), ({}, choice["finish_reason"])):
+            events.append(shared | {"choices": [{"index": index, "delta": part, "finish_reason": reason}]})
+    return events
 
 
 def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:

@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_rlhf.batch import Prompt
-from hf_rlhf.contract.environment import Environment, Message, Outcome, Over, Task
-from hf_rlhf.data.transcript import Transcript, conversation_hash
-
-POLICY = "policy"
-"""The agent that the policy is."""
+from hf_rlhf.contract.environment import POLICY, Environment, Message, Outcome, Over, Task
+from hf_rlhf.data.transcript import Transcript, TranscriptRow, conversation_hash
 
 
 class EnvironmentFailure(ValueError):
@@ -26,6 +23,7 @@ class Question:
 
     episode: Episode
     prompt: Prompt
+    agent: str = POLICY
     row: int = 0
     stop: Sequence[str] = ()
     train: bool = True
@@ -58,8 +56,23 @@ def _has(stop: Sequence[str], text: str) -> bool:
 
 
 @dataclass(kw_only=True)
+class Agent:
+    """One agent of an episode, which becomes a row."""
+
+    name: str
+    transcript: Transcript
+    prompt: str | list[Message]
+    """What it was asked first."""
+    start: int
+    """Tokens of its first question."""
+    turns: list[int] = field(default_factory=list)
+    """Numbers of its turns in the episode."""
+    finish_reason: str = "stop"
+
+
+@dataclass(kw_only=True)
 class Episode:
-    """An episode of one row, or a row that no environment takes (`environment` is None), which is answered once."""
+    """An episode, or a row that no environment takes (`environment` is None), which is answered once."""
 
     place: int
     """Place among the episodes of this process."""
@@ -67,21 +80,21 @@ class Episode:
     prompt: Prompt
     environment: Environment | None
     task: Task
-    transcript: Transcript
+    transcript: Callable[[], Transcript]
+    """Makes the transcript of an agent."""
     turn_tokens: int | None
     """Most tokens of a turn: the engine's `max_new_tokens`."""
     observes: bool = False
     """True if something reads the states of turns."""
     observed: list[str] = field(default_factory=list)
     """Hash of the conversation with which each turn was asked for, if it `observes`."""
+    agents: dict[str, Agent] = field(default_factory=dict)
+    """Agents that were asked, by name."""
     turns: int = 0
-    finish_reason: str = "stop"
     outcome: Outcome = field(default_factory=Outcome)
     problem: str = ""
     """Reason for no outcome: over, error or timeout; empty where it has one."""
     reason: str = ""
-    start: int = 0
-    """Tokens of the first question."""
     reply: Reply | None = None
     """The only answer of a row that no environment takes."""
 
@@ -96,27 +109,24 @@ class Episode:
     ) -> Question:
         """Return what the engine is to continue. Raises `Over` where nothing is left."""
         assert self.environment is not None
-        if agent != POLICY:
+        if agent not in self.environment.agents:
             raise EnvironmentFailure(
-                f"environment={self.environment.name} asks as agent={agent!r}: an episode has one agent in this version. Leave "
-                f"agent out, or play the other roles in the environment"
+                f"environment={self.environment.name} asks as agent={agent!r}, which must be one of its agents "
+                f"({', '.join(self.environment.agents)}). Name it in agents, or ask as one of them"
             )
         if self.turns >= self.environment.max_turns:
             raise Over
-        asked = self.transcript.ask(list(messages), tools)
-        if asked.row > 0:
-            raise EnvironmentFailure(
-                f"environment={self.environment.name}: turn {self.turns + 1} of an episode is asked with a conversation that is "
-                "not the one so far with messages added, which makes a second row of the episode. Estimators would count it "
-                "as an episode, so this version refuses it: only add messages"
-            )
-        if self.turns == 0:
-            self.start = len(asked.ids)
-        room = self.environment.max_tokens - (len(asked.ids) - self.start)
+        known = self.agents.get(agent)
+        transcript = self.transcript() if known is None else known.transcript
+        asked = transcript.ask(list(messages), tools)
+        first = asked.ids == self.prompt.ids
+        if known is None:
+            said = self.prompt.prompt if first or agent == POLICY else transcript.as_prompt(messages)
+            known = self.agents[agent] = Agent(name=agent, transcript=transcript, prompt=said, start=len(asked.ids))
+        room = self.environment.max_tokens - max(0, len(asked.ids) - known.start)
         if room < 1:
             raise Over
         most = min(x for x in (room, max_tokens, self.turn_tokens) if x is not None)
-        first = self.turns == 0 and asked.ids == self.prompt.ids
         prompt = Prompt(
             ids=asked.ids,
             prompt=self.prompt.prompt if first else list(messages),
@@ -125,43 +135,53 @@ class Episode:
             max_new_tokens=most,
         )
         state = conversation_hash(messages) if self.observes else ""
-        return Question(episode=self, prompt=prompt, row=asked.row, stop=stop or (), train=train, state=state)
+        return Question(
+            episode=self, prompt=prompt, agent=agent, row=asked.row, stop=stop or (), train=train, state=state
+        )
 
     def answer(self, question: Question, reply: Reply) -> Message:
         """Keep what was sampled, and return it as a message."""
-        reason = reply.finish_reason
-        message = self.transcript.answer(question.row, reply.ids, reply.logps, reason, train=question.train)
+        agent, reason = self.agents[question.agent], reply.finish_reason
+        message = agent.transcript.answer(question.row, reply.ids, reply.logps, reason, train=question.train)
         message |= {"finish_reason": reason, "turn": self.turns}
         self.observed.append(question.state)
-        self.turns, self.finish_reason = self.turns + 1, reason
+        agent.turns.append(self.turns)
+        agent.finish_reason = reason
+        self.turns += 1
         return message
+
+    def rows(self) -> list[tuple[Agent, TranscriptRow]]:
+        """Return its agents with their rows, in the order in which they were asked: those with a turn that trains, or else the
+        first with a turn."""
+        spoke = [agent for agent in self.agents.values() if agent.turns]
+        learners = [agent for agent in spoke if agent.transcript.trains] or spoke[:1]
+        made = ((agent, agent.transcript.row) for agent in learners)
+        return [(agent, row) for agent, row in made if row is not None]
 
     def end(self, given: Any) -> None:
         """Take what `play` returned. Raises `EnvironmentFailure` for anything but an outcome, a number or None."""
         assert self.environment is not None
         owner = f"environment={self.environment.name}"
         outcome = given if isinstance(given, Outcome) else Outcome(reward=given)
-        reward = outcome.reward
-        if isinstance(reward, dict):
-            if reward.keys() - {POLICY}:
-                raise EnvironmentFailure(
-                    f"{owner} must reward the agent {POLICY!r} alone in this version, got {sorted(reward)}"
-                )
-            reward = reward.get(POLICY)
-        if reward is not None:
-            try:
-                reward = float(reward)
-            except (TypeError, ValueError):
-                raise EnvironmentFailure(
-                    f"{owner}: play must return an Outcome, a number or None, got {given!r:.80}"
-                ) from None
+        given_rewards = outcome.reward if isinstance(outcome.reward, dict) else {"": outcome.reward}
+        if isinstance(outcome.reward, dict) and (unknown := given_rewards.keys() - set(self.environment.agents)):
+            raise EnvironmentFailure(
+                f"{owner} must reward its agents ({', '.join(self.environment.agents)}), got {sorted(map(str, unknown))}"
+            )
+        try:
+            rewards = {name: None if x is None else float(x) for name, x in given_rewards.items()}
+        except (TypeError, ValueError):
+            raise EnvironmentFailure(
+                f"{owner}: play must return an Outcome, a number or None, got {given!r:.80}"
+            ) from None
         if outcome.turns is not None and len(outcome.turns) != self.turns:
             raise EnvironmentFailure(
                 f"{owner}: Outcome.turns must have one Turn for each turn of the policy ({self.turns}), got {len(outcome.turns)}"
             )
-        numbers = [reward, *(turn.reward for turn in outcome.turns or ())]
+        numbers = [*rewards.values(), *(turn.reward for turn in outcome.turns or ())]
         if not all(x is None or math.isfinite(x) for x in numbers):
             raise EnvironmentFailure(f"{owner}: rewards must be finite numbers, or None for no score, got {numbers}")
+        reward: Any = rewards if isinstance(outcome.reward, dict) else rewards[""]
         self.outcome = Outcome(reward=reward, turns=outcome.turns, columns=dict(outcome.columns))
 
     def fail(self, kind: str, reason: str) -> None:
@@ -169,9 +189,15 @@ class Episode:
         assert self.environment is not None
         self.problem, self.reason, given = kind, reason, self.environment.on_error
         if kind == "over":
-            self.finish_reason = "length"
+            for agent in self.agents.values():
+                agent.finish_reason = "length"
         elif not isinstance(given, str):
             self.outcome = Outcome(reward=float(given))
+
+    def reward_of(self, agent: str) -> float | None:
+        """Return the reward of the whole episode for one agent."""
+        given = self.outcome.reward
+        return given.get(agent) if isinstance(given, dict) else given
 
     @property
     def states(self) -> list[str]:
@@ -180,8 +206,3 @@ class Episode:
             return [""]
         named = [turn.state for turn in self.outcome.turns] if self.outcome.turns else [None] * self.turns
         return [seen if name is None else f"named {name}" for name, seen in zip(named, self.observed, strict=True)]
-
-    @property
-    def unscored(self) -> bool:
-        """Return whether no reward source scores it."""
-        return bool(self.problem) and self.outcome.reward is None

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from hf_rlhf.contract.environment import Environment, Message, Over
+from hf_rlhf.contract.environment import POLICY, Environment, Message, Over
 from hf_rlhf.runtime.event_loop import run_loop
 from hf_rlhf.runtime.plain_text import format_traceback
 from hf_rlhf.runtime.worker_pool import Lost, WorkerError
 from hf_rlhf.training.environments.endpoint import Endpoint
-from hf_rlhf.training.environments.episode import POLICY, EnvironmentFailure, Episode, Question, Reply
+from hf_rlhf.training.environments.episode import EnvironmentFailure, Episode, Question, Reply
 from hf_rlhf.training.environments.workers import outcome_of
 
 Decode = Callable[[list[Question]], list[Reply]]
@@ -248,7 +248,7 @@ class Lockstep:
         answers: list[tuple[Seat, Message]] = []
         for seat, question, reply in zip(seats, questions, replies, strict=True):
             if seat.episode.environment is None:
-                seat.episode.reply, seat.episode.finish_reason = reply, reply.finish_reason
+                seat.episode.reply = reply
                 self._leave(seat)
             else:
                 answers.append((seat, seat.episode.answer(question, reply)))

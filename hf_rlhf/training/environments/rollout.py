@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
 from hf_rlhf.axes import Session
 from hf_rlhf.batch import Completions, Prompt, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
-from hf_rlhf.contract.environment import Environment, Message, Task
-from hf_rlhf.data.transcript import Transcript, TranscriptRow
+from hf_rlhf.contract.environment import POLICY, Environment, Message, Task, agents_of
+from hf_rlhf.data.transcript import History, Transcript, TranscriptRow
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.runtime.seeding import seed_of, seeded
 from hf_rlhf.scoring.runners.isolation import isolated
 from hf_rlhf.scoring.scorer import applies
 from hf_rlhf.training.completion_checks import check_completions
-from hf_rlhf.training.environments.episode import EnvironmentFailure, Episode, Question, Reply
+from hf_rlhf.training.environments.episode import Agent, EnvironmentFailure, Episode, Question, Reply
 from hf_rlhf.training.environments.lockstep import Lockstep
 
 logger = logging.getLogger(__name__)
+Numbers = defaultdict[int, defaultdict[tuple[str, int], int]]
+"""Episode -> agent and conversation -> number by which the engine knows it from turn to turn."""
 FEW = 8
 """Episodes of an environment from which on a rollout without one that succeeds ends the run."""
 
 
 @dataclass(kw_only=True)
 class Played:
-    """Rows of episodes, in the order of the prompts."""
+    """Rows of episodes, in the order of the prompts: one for each agent of an episode."""
 
     completions: Completions
+    prompts: list[str | list[Message]]
+    """What each row's agent was asked first."""
     prompt_ids: list[list[int]]
     messages: list[list[Message]]
     reasons: list[str]
-    """Reason of each episode that failed, else empty."""
+    """Reason of each row whose episode failed, else empty."""
     waited: float
     """Seconds in which the engine waited for environments."""
     overridden: int
@@ -78,8 +82,15 @@ class Players:
             for i, (prompt, number) in enumerate(zip(prompts, group_ids, strict=True))
             for k in range(group)
         ]
+        fresh = count().__next__
+        numbers: Numbers = defaultdict(lambda: defaultdict(fresh))
         with isolated(), self.algorithm.rollout.session(self.policy, temperature=temperature) as session:
-            table = Lockstep(lambda asked: self._decode(session, asked, (*place, *process)), session.drop)
+
+            def drop(episode: int) -> None:
+                for number in numbers.pop(episode, {}).values():
+                    session.drop(number)
+
+            table = Lockstep(lambda asked: self._decode(session, asked, numbers, (*place, *process)), drop)
             table.play(episodes)
         self._judge(episodes, table.trace)
         self._warn(table.endpoint.overridden)
@@ -96,15 +107,19 @@ class Players:
             prompt=prompt,
             environment=taker,
             task=task,
-            transcript=self._transcript(prompt, messages, text),
+            transcript=lambda: self._transcript(prompt, messages, text, taker.history if taker else "extend"),
             turn_tokens=getattr(self.algorithm.rollout, "max_new_tokens", None),
             observes="states" in self.algorithm.needs,
         )
 
-    def _transcript(self, prompt: Prompt, messages: list[Message], text: bool) -> Transcript:
-        return Transcript(tokenizer=self.policy.tokenizer, messages=messages, prompt_ids=prompt.ids, text=text)
+    def _transcript(self, prompt: Prompt, messages: list[Message], text: bool, history: History) -> Transcript:
+        return Transcript(
+            tokenizer=self.policy.tokenizer, messages=messages, prompt_ids=prompt.ids, text=text, history=history
+        )
 
-    def _decode(self, session: Session, asked: list[Question], seed: tuple[int | str, ...]) -> list[Reply]:
+    def _decode(
+        self, session: Session, asked: list[Question], numbers: Numbers, seed: tuple[int | str, ...]
+    ) -> list[Reply]:
         """Let the engine continue all questions; adjacent ones of a group with equal tokens are one prompt.
 
         They are where every prompt then has equally many, as in the first turn; otherwise each question is a prompt of its own.
@@ -117,7 +132,7 @@ class Players:
         prompts, each = (
             ([run[0].prompt for run in runs], sizes.pop()) if len(sizes) == 1 else ([q.prompt for q in asked], 1)
         )
-        rows = [q.episode.place for q in asked]
+        rows = [numbers[q.episode.place][q.agent, q.row] for q in asked]
         with seeded(*seed, *(("turn", self._turn) if self._turn else ())), self.autocast():
             found = session.ask(rows, prompts, each)
         check_completions(self.algorithm, found, len(asked), self._sampled)
@@ -166,52 +181,68 @@ class Players:
             )
 
     def _played(self, episodes: Sequence[Episode], table: Lockstep) -> Played:
-        rows = [self._row(episode) for episode in episodes]
-        rewards = [episode.outcome.turns for episode in episodes]
+        rows = [(episode, *row) for episode in episodes for row in self._rows(episode)]
+        turns = [None if e.outcome.turns is None else [e.outcome.turns[i] for i in agent.turns] for e, agent, _ in rows]
         columns: dict[str, list[Any]] = {
-            "episode/reward": [episode.outcome.reward for episode in episodes],
-            "episode/turn_rewards": [None if turns is None else [turn.reward for turn in turns] for turns in rewards],
-            "episode/turn_ends": [_ends(row.turns) for row in rows],
-            "episode/environment": [e.environment and e.environment.name for e in episodes],
-            "episode/end": [episode.problem or "played" for episode in episodes],
+            "episode/agent": [agent.name for _, agent, _ in rows],
+            "episode/reward": [episode.reward_of(agent.name) for episode, agent, _ in rows],
+            "episode/turn_rewards": [None if own is None else [turn.reward for turn in own] for own in turns],
+            "episode/turn_ends": [_ends(row.turns) for *_, row in rows],
+            "episode/environment": [e.environment and e.environment.name for e, *_ in rows],
+            "episode/end": [episode.problem or "played" for episode, *_ in rows],
         }
         if "states" in self.algorithm.needs:
-            columns["episode/turn_states"] = [episode.states for episode in episodes]
+            columns["episode/turn_states"] = [[e.states[i] for i in agent.turns] for e, agent, _ in rows]
         own = sorted({name for episode in episodes for name in episode.outcome.columns})
-        columns |= {f"episode/{name}": [episode.outcome.columns.get(name) for episode in episodes] for name in own}
+        columns |= {f"episode/{name}": [episode.outcome.columns.get(name) for episode, *_ in rows] for name in own}
+        agents = agents_of(self.algorithm.environment)
         return Played(
             completions=Completions(
-                ids=[row.completion_ids for row in rows],
-                masks=[row.mask for row in rows],
-                finish_reasons=[episode.finish_reason for episode in episodes],
-                logps=[row.logps for row in rows] if self._reports else None,
+                ids=[row.completion_ids for *_, row in rows],
+                masks=[row.mask for *_, row in rows],
+                finish_reasons=[agent.finish_reason for _, agent, _ in rows],
+                logps=[row.logps for *_, row in rows] if self._reports else None,
                 exact=self._exact,
+                forks=[row.forks for *_, row in rows],
+                episodes=[episode.place for episode, *_ in rows],
+                agents=[agents.index(agent.name) for _, agent, _ in rows],
                 columns=columns,
             ),
-            prompt_ids=[row.prompt_ids for row in rows],
-            messages=[row.messages for row in rows],
-            reasons=[episode.reason for episode in episodes],
+            prompts=[agent.prompt for _, agent, _ in rows],
+            prompt_ids=[row.prompt_ids for *_, row in rows],
+            messages=[row.messages for *_, row in rows],
+            reasons=[episode.reason for episode, *_ in rows],
             waited=table.waited,
             overridden=table.endpoint.overridden.total(),
         )
 
-    def _row(self, episode: Episode) -> TranscriptRow:
-        """Return the row of an episode. One without a turn is a token with mask 0, which is not trained on."""
+    def _rows(self, episode: Episode) -> list[tuple[Agent, TranscriptRow]]:
+        """Return the rows of an episode. One without a turn is a token with mask 0, which is not trained on."""
         if (reply := episode.reply) is not None:
-            ids, logps = reply.ids, reply.logps or [0.0] * len(reply.ids)
-            mask, turns, said = [1] * len(ids), [0] * len(ids), [{"role": "assistant", "content": self._text(ids)}]
-        elif rows := episode.transcript.rows:
-            return rows[0]
+            ids, logps, reason = reply.ids, reply.logps or [0.0] * len(reply.ids), reply.finish_reason
+            mask, turns, said = [1] * len(ids), [0], [{"role": "assistant", "content": self._text(ids)}]
+        elif rows := episode.rows():
+            return rows
         else:
-            ids, mask, logps, turns, said = [self.policy.pad_token_id], [0], [0.0], [-1], []
-        return TranscriptRow(
+            ids, mask, logps, turns, said = [self.policy.pad_token_id], [0], [0.0], [], []
+            reason = "length" if episode.problem == "over" else "stop"
+        agent = Agent(
+            name=POLICY,
+            transcript=episode.transcript(),
+            prompt=episode.prompt.prompt,
+            start=len(episode.prompt.ids),
+            turns=turns,
+            finish_reason=reason,
+        )
+        row = TranscriptRow(
             prompt_ids=episode.prompt.ids,
             completion_ids=ids,
             mask=mask,
             logps=logps,
-            turns=turns,
+            turns=[0 if turns else -1] * len(ids),
             messages=[*episode.task.messages, *said],
         )
+        return [(agent, row)]
 
 
 def _takes(environment: Environment, prompt: Prompt) -> bool:

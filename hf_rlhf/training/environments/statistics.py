@@ -11,16 +11,18 @@ def report_episodes(meters: MetricAggregator, rollouts: Rollouts, waited: float,
 
     `waited`: seconds of the engine; `overridden`: number of sampling arguments in agents' requests.
     """
-    rows = [i for i, name in enumerate(rollouts.columns["episode/environment"]) if name is not None]
-    turns, ends = rollouts.columns["episode/turn_ends"], rollouts.columns["episode/end"]
-    own = [rollouts.masks[i].count(0) if turns[i] else 0 for i in rows]
+    columns, ids = rollouts.columns, rollouts.episode_ids
+    rows = [i for i, name in enumerate(columns["episode/environment"]) if name is not None]
+    turns, ends = columns["episode/turn_ends"], columns["episode/end"]
+    episodes = len({ids[i] for i in rows})
     for name, numbers in (
         ("environment/turns/mean", [len(turns[i]) for i in rows]),
-        ("environment/tokens/mean", own),
-        ("environment/over_frac", [ends[i] == "over" for i in rows]),
+        ("environment/forks/mean", [len(rollouts.forks[i]) for i in rows]),
+        ("environment/tokens/mean", [rollouts.masks[i].count(0) if turns[i] else 0 for i in rows]),
+        ("environment/over_frac", {ids[i] for i in rows if ends[i] == "over"}),
     ):
-        meters.add(name, float(sum(numbers)), len(rows))
+        meters.add(name, float(len(numbers) if isinstance(numbers, set) else sum(numbers)), episodes)
     for kind in ("error", "timeout"):
-        meters.count(f"health/environment_{kind}", sum(ends[i] == kind for i in rows))
+        meters.count(f"health/environment_{kind}", len({ids[i] for i in rows if ends[i] == kind}))
     meters.count("environment/overridden", overridden)
     meters.put("time/environment_s", waited)

@@ -22,7 +22,8 @@ def template_problems(algorithm: Algorithm, tokenizer: PreTrainedTokenizerBase, 
         try:
             if schemas:
                 check_calls(tokenizer, schemas)
-            check_history(tokenizer, environment.followers, schemas)
+            if environment.history == "extend":
+                check_history(tokenizer, environment.followers, schemas)
         except ChatError as error:
             problems.append(f"environment={environment.name}: {error}")
     return problems

@@ -48,13 +48,12 @@ def play(tokenizer, conversation, tools=None, history="extend"):
 
 def trained(transcript):
     """The tokens that train, by turn."""
-    turns = {}
-    for row in transcript.rows:
-        assert len(row.completion_ids) == len(row.mask) == len(row.logps) == len(row.turns)
-        for token, mask, logp, turn in zip(row.completion_ids, row.mask, row.logps, row.turns, strict=True):
-            assert (mask == 1) == (turn >= 0) == (logp != 0)
-            if mask:
-                turns.setdefault(turn, []).append(token)
+    turns, row = {}, transcript.row
+    assert len(row.completion_ids) == len(row.mask) == len(row.logps) == len(row.turns)
+    for token, mask, logp, turn in zip(row.completion_ids, row.mask, row.logps, row.turns, strict=True):
+        assert (mask == 1) == (turn >= 0) == (logp != 0)
+        if mask:
+            turns.setdefault(turn, []).append(token)
     return [turns[number] for number in sorted(turns)]
 
 
@@ -73,7 +72,7 @@ def test_the_row_is_the_conversation_as_the_template_renders_it(template, conver
     for ids, text in asks:
         assert tokenizer.decode(ids) == text
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    (row,) = transcript.rows
+    row = transcript.row
     assert row.prompt_ids == asks[0][0]
     assert len(trained(transcript)) == len(asks)
     assert row.mask[0] == row.mask[-1] == 1
@@ -88,7 +87,7 @@ def test_tool_calls_and_results_are_rows_as_rendered(template, conversation):
     transcript, asks = play(tokenizer, conversation, [SEARCH])
     for ids, text in asks:
         assert tokenizer.decode(ids) == text
-    (row,) = transcript.rows
+    row = transcript.row
     assert [m["role"] for m in row.messages] == [m["role"] for m in conversation]
     assert row.messages[1]["tool_calls"] == conversation[1]["tool_calls"]
 
@@ -103,7 +102,7 @@ def test_reasoning_between_tool_calls_is_kept(template, field):
     transcript, asks = play(tokenizer, thinking(TOOLS, field), [SEARCH])
     for ids, text in asks:
         assert tokenizer.decode(ids) == text
-    (row,) = transcript.rows
+    row = transcript.row
     assert row.messages[1][field] == "Thought 1."
 
 
@@ -135,12 +134,12 @@ def test_the_first_turn_has_the_tokens_of_the_dataset():
 def test_rows_end_with_a_sampled_token():
     tokenizer = episode_tokenizer("qwen2_5")
     transcript = Transcript(tokenizer=tokenizer, messages=[user("hi")])
-    assert transcript.rows == []
+    assert transcript.row is None
     ask = transcript.ask([user("hi")])
     answer = transcript.answer(ask.row, turn_ids(tokenizer, [user("hi")], says("Yes."), None))
-    before = transcript.rows
+    before = transcript.row
     transcript.ask([user("hi"), answer, user("more")])  # never answered: turns or tokens are used up
-    assert transcript.rows == before
+    assert transcript.row == before
     with pytest.raises(ValueError, match="row 0 was not asked"):
         [transcript.answer(0, [1]) for _ in range(2)]
 
@@ -152,7 +151,7 @@ def test_turns_that_do_not_train_have_mask_0_and_keep_their_number():
     answer = transcript.answer(ask.row, [65, tokenizer.eos_token_id], [-1.0, -1.0], train=False)
     ask = transcript.ask([user("hi"), answer, user("more")])
     transcript.answer(ask.row, [66])
-    (row,) = transcript.rows
+    row = transcript.row
     assert (row.mask[:2], row.mask[-1]) == ([0, 0], 1)
     assert (row.turns[:3], row.turns[-1]) == ([0, 0, -1], 1)
 
@@ -171,8 +170,9 @@ def test_a_turn_cut_by_length_gets_the_closing_tokens_of_the_template(template):
         answer = transcript.answer(ask.row, sampled, finish_reason="length" if sampled is not ids else "stop")
         assert answer["content"] == "Hello there."
         asks.append(transcript.ask([user("hi"), answer, user("more")]).ids)
-        row = transcript._rows[0]
-        assert (sum(row.mask), row.mask[len(sampled) :]) == (len(sampled), [0] * (len(row.mask) - len(sampled)))
+        transcript.answer(0, [65])
+        row = transcript.row
+        assert (sum(row.mask), row.mask[: len(sampled)]) == (len(sampled) + 1, [1] * len(sampled))
     assert asks[0] == asks[1], "the closing token was sampled, or is the template's"
 
 
@@ -216,7 +216,7 @@ def test_as_rendered_asks_with_what_the_template_renders(template, conversation,
     for ids, text in asks:
         assert tokenizer.decode(ids) == text
     assert len(trained(transcript)) == len(asks)
-    assert (len(transcript.rows) > 1) == (template in REWRITE)
+    assert bool(transcript.row.forks) == (template in REWRITE)
     samples = [turn_ids(tokenizer, thoughts[:i], m, tools) for i, m in enumerate(thoughts) if m["role"] == "assistant"]
     if template in ("qwen2_5", "llama3_1", "qwen3_training"):
         assert trained(transcript) == samples
@@ -225,17 +225,19 @@ def test_as_rendered_asks_with_what_the_template_renders(template, conversation,
 def test_another_continuation_is_a_fork_with_the_tokens_kept():
     tokenizer = episode_tokenizer("qwen2_5")
     transcript, _ = play(tokenizer, PLAIN)
-    (row,) = transcript.rows
+    row = transcript.row
     said = row.messages[:2]
     fork = transcript.ask([*said, user("something else")])
     assert fork.row == 1
     size = row.turns.index(-1)
     assert fork.ids[: len(row.prompt_ids) + size] == row.prompt_ids + row.completion_ids[:size]
     transcript.answer(fork.row, [65, tokenizer.eos_token_id], [-1.0, -1.0])
-    first, second = transcript.rows
-    assert first == row
-    assert second.prompt_ids == fork.ids
-    assert (second.completion_ids, second.mask, second.turns) == ([65, tokenizer.eos_token_id], [1, 1], [3, 3])
+    after = transcript.row
+    old, new = len(row.completion_ids), [65, tokenizer.eos_token_id]
+    assert after.prompt_ids == row.prompt_ids
+    assert (after.completion_ids, after.mask[old:]) == (row.completion_ids + new, [1, 1])
+    assert (after.turns, after.forks) == ([*row.turns, 3, 3], [(old, fork.ids)])
+    assert [message["content"] for message in after.messages] == ["hi", "Hello there.", "something else", after.messages[-1]["content"]]
 
 
 def test_a_turn_asked_again_is_a_fork_and_other_tools_or_prompts_start_anew():

@@ -84,7 +84,7 @@ def test_sampling_arguments_are_overridden_and_counted(endpoint):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"messages": HELLO, "n": 2}, "n must be 1, got 2"),
+        ({"messages": HELLO, "n": 0}, "n must be a whole number of at least 1, got 0"),
         ({"messages": []}, "messages must be a list of at least one message"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
         ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format must be"),

@@ -253,7 +253,8 @@ def test_at_most_max_live_episodes_play_at_a_time():
         ("well", "must return an Outcome, a number or None, got 'well'"),
         (Outcome(turns=[Turn(), Turn()]), r"one Turn for each turn of the policy \(1\), got 2"),
         (float("nan"), "must be finite numbers"),
-        (Outcome(reward={"other": 1.0}), "must reward the agent 'policy' alone"),
+        (Outcome(reward={"other": 1.0}), r"must reward its agents \(policy\), got \['other'\]"),
+        (Outcome(reward={"policy": "much"}), "must return an Outcome, a number or None"),
     ],
 )
 def test_wrong_outcomes_end_the_run_naming_the_environment(given, words):
@@ -263,11 +264,6 @@ def test_wrong_outcomes_end_the_run_naming_the_environment(given, words):
 
     with pytest.raises(EnvironmentFailure, match=f"environment=played.*{words}"):
         play(Played1(function=wrong))
-
-
-async def rewrites(task: Task, model: Model) -> None:
-    await model(task.messages)
-    await model([{"role": "user", "content": "zz"}])
 
 
 async def side_by_side(task: Task, model: Model) -> None:
@@ -281,26 +277,25 @@ async def as_other(task: Task, model: Model) -> None:
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (rewrites, "which makes a second row of the episode"),
         (side_by_side, "asks the policy twice at a time"),
-        (as_other, "asks as agent='judge'"),
+        (as_other, r"asks as agent='judge', which must be one of its agents \(policy\)"),
     ],
 )
-def test_what_this_version_does_not_play_is_refused_by_name(function, words):
+def test_what_cannot_be_played_is_refused_by_name(function, words):
     with pytest.raises(EnvironmentFailure, match=words):
         play(Played1(function=function))
 
 
 async def catches(task: Task, model: Model) -> float:
     try:
-        await rewrites(task, model)
+        await as_other(task, model)
     except Exception:
         return 1.0
     return 0.0
 
 
 def test_an_environment_cannot_catch_the_refusal():
-    with pytest.raises(EnvironmentFailure, match="second row"):
+    with pytest.raises(EnvironmentFailure, match="agent='judge'"):
         play(Played1(function=catches))
 
 
@@ -354,6 +349,7 @@ def test_the_episodes_reward_is_the_environments_by_turn_or_whole_and_never_a_gu
     }
     rows = rollouts(columns=columns)
     rows.completion_ids = [[4], [4, 5], [4], [4, 5, 6]]
+    rows.masks = [[1] * len(ids) for ids in rows.completion_ids]
     found = load_plugin("rewards", "episode")(rows)
     assert found == [0.75, TokenScores([0.25, 1.0]), None, TokenScores([0.5, 0.0, 0.0])]
 
