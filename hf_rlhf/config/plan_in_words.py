@@ -72,7 +72,9 @@ def _algorithm(a: Algorithm) -> Iterator[str]:
 def _environment(environment: Environment) -> str:
     rows = f" of rows with {environment.when}" if environment.when else ""
     bounds = f"at most {_count(environment.max_turns, 'turn')} and {_count(environment.max_tokens, 'token')}"
-    rendered = "; where the chat template rewrites earlier turns, each turn is prefilled anew, here and in every forward"
+    rendered = (
+        "; each turn whose earlier turns the chat template rewrites is read whole again, here and in every forward"
+    )
     return f"episodes{rows}: {environment.in_words()} ({bounds}{rendered * (environment.history == 'as_rendered')})"
 
 

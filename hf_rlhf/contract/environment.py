@@ -32,10 +32,10 @@ class Model(Protocol):
     def url(self) -> str:
         """Base URL of a server on this machine that speaks OpenAI's chat protocol, for an agent with a loop of its own.
 
-        It belongs to this episode. A request is a turn; `max_tokens`, `stop` and `tools` are honoured, other sampling arguments
-        are overridden by the recipe's and counted, and each of `n` choices is a turn. Requests of one episode are answered one after
-        the other. When turns or tokens are used up, a request gets status 400, code context_length_exceeded; the error that the agent then raises
-        ends the episode as `Over` does.
+        It belongs to this episode. A request is a turn, or `n` of them; `max_tokens`, `stop` and `tools` are honoured, other
+        sampling arguments are overridden by the recipe's and counted. Requests of one episode are answered one after the other.
+        When turns or tokens are used up, a request gets status 400, code context_length_exceeded; the error that the agent then
+        raises ends the episode as `Over` does.
         """
 
     def __call__(
@@ -50,9 +50,10 @@ class Model(Protocol):
     ) -> Awaitable[Message]:
         """Return the policy's answer to a conversation: a message with `finish_reason` and `turn`, its number from 0.
 
-        Each `agent` has conversations of its own, and is one row of the episode. A conversation that is not one so far with messages
-        added is a fork: its tokens train in the same row, in their own context. `max_tokens` can only lower the bounds of the recipe; a text in `stop` ends the turn and is kept. With `train=False`
-        the answer has mask 0. Raises `Over` where turns or tokens are used up.
+        Each `agent` has conversations of its own, and is one row of the episode. A conversation that is not one so far with
+        messages added is a fork: its tokens train in the same row, in their own context. `max_tokens` can only lower the bounds
+        of the recipe; a text in `stop` ends the turn and is kept. With `train=False` the answer has mask 0. Raises `Over` where
+        turns or tokens are used up.
         """
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Attention = Literal["packed", "flex", "padded"]
 Forks = Sequence[Sequence[tuple[int, list[int]]]]
-"""Of each row: (start, tokens) of what stands before its completion's token number `start`, in place of the row's tokens."""
+"""For each row: (start, tokens) of what stands before its completion's token number `start`, in place of the row's tokens."""
 
 
 def pieces_of(
@@ -73,9 +73,7 @@ class TokenBatch:
     def to(self, device: torch.device) -> TokenBatch:
         """Return the same rows on another device."""
         mask = self.mask.to(device)
-        return TokenBatch(
-            self.prompt_ids, self.completion_ids, mask, self.pad, self.attention, self.forks, self.nested
-        )
+        return TokenBatch(self.prompt_ids, self.completion_ids, mask, self.pad, self.attention, self.forks, self.nested)
 
     @cached_property
     def pieces(self) -> TokenBatch:

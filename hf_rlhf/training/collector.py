@@ -327,7 +327,9 @@ class Collector:
 
     def _first_groups(self, collected: Collected, wanted: int) -> Collected:
         prompts = collected.table["prompt"]
-        return self.recorder.select(collected, torch.isin(prompts, prompts.unique()[:wanted]), "more groups than needed")
+        return self.recorder.select(
+            collected, torch.isin(prompts, prompts.unique()[:wanted]), "more groups than needed"
+        )
 
     def weights(self) -> dict[str, float]:
         """Return label -> weight of each reward source."""

@@ -37,7 +37,9 @@ def check_completions(algorithm: Algorithm, completions: Completions, rows: int,
         raise ValueError(
             f"rollout={name} returned episodes or agents, which environments alone set. Return one row per completion"
         )
-    for i, (ids, forks) in enumerate(zip(completions.ids, completions.forks or (), strict=True) if completions.forks else ()):
+    for i, (ids, forks) in enumerate(
+        zip(completions.ids, completions.forks or (), strict=True) if completions.forks else ()
+    ):
         starts = [start for start, _ in forks]
         if starts != sorted({start for start in starts if 0 <= start < len(ids)}) or not all(own for _, own in forks):
             raise ValueError(

@@ -80,7 +80,8 @@ def evaluate(
     where there are several), `pass@k` and `maj@k`. The random numbers are the same each time, so that two evaluations differ by
     the policy alone. Without reward sources, lengths alone.
 
-    An episode of several agents counts once, by the agent that was asked first. `keep` gets the rows of this process, as many at a time as are decoded together, with the columns of `row_types`.
+    An episode of several agents counts once, by the agent that was asked first. `keep` gets the rows of this process, as many at
+    a time as are decoded together, with the columns of `row_types`.
     """
     accelerator, group, temperature = collector.accelerator, settings.num_generations, settings.temperature
     temperature = collector.algorithm.rollout.temperature if temperature is None else temperature

@@ -158,9 +158,7 @@ class Forwards:
         for part in self.batching.cut(range(len(rollouts)), prompts or own, completions, forks):
             width = max(len(completions[i]) for i in part)
             cuts = None if forks is None else [forks[i] for i in part]
-            rows = self.batching.batch(
-                [own[i] for i in part], [completions[i] for i in part], mask[part, :width], cuts
-            )
+            rows = self.batching.batch([own[i] for i in part], [completions[i] for i in part], mask[part, :width], cuts)
             if prompts is not None:
                 rows = rows.behind([prompts[i] for i in part])
             for name, x in forward(rows, part).items():

@@ -131,9 +131,7 @@ class Batching:
         return pieces
 
 
-def repeated(
-    prompt: Sequence[int], completion: Sequence[int], pieces: Sequence[tuple[int, int, Sequence[int]]]
-) -> int:
+def repeated(prompt: Sequence[int], completion: Sequence[int], pieces: Sequence[tuple[int, int, Sequence[int]]]) -> int:
     """Return how many tokens the forks of a row add: those before a piece that neither the prompt nor the piece before has."""
     added, last = 0, prompt
     for start, stop, ids in pieces:

@@ -49,7 +49,7 @@ class Collected:
     prompts: dict[str, list[list[int]]] = field(default_factory=dict)
     """Key of a reference -> the prompts that it reads in place of the rows' own."""
     forks: list[list[Fork]] = field(default_factory=list)
-    """Of each row; empty if no row can have one."""
+    """Forks of each row; empty if no row can have one."""
 
     def select(self, keep: Tensor) -> Collected:
         """Return the rows where `keep` (N,) is True, in table and rows."""

@@ -16,6 +16,7 @@ from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.environments.rollout import Played, Players
 from hf_rlhf.training.environments.workers import close_here, set_up_here
+from tests.helpers.episodes import rendering
 from tests.helpers.runs import recipe
 
 Play = Callable[[Task, Model], Awaitable[Any]]
@@ -107,21 +108,24 @@ def policy() -> Policy:
 def play(
     environments: Environment | list[Environment],
     engine: RolloutEngine | None = None,
-    prompts: Sequence[str] = ("ab",),
+    prompts: Sequence[str | list[dict[str, Any]]] = ("ab",),
     group: int = 1,
     columns: dict[str, Any] | None = None,
     advantages: AdvantageEstimator | str = "group_norm",
     place: tuple[int | str, ...] = (0, "rollout", 0, 0),
+    tokenizer: Any = None,
 ) -> Played:
-    """Episodes of environments: `group` of each prompt."""
+    """Episodes of environments: `group` of each prompt, a text or, with a chat template, messages."""
     own = policy()
+    own.tokenizer = tokenizer or own.tokenizer
+    texts = [x if isinstance(x, str) else rendering(own.tokenizer, x, None) for x in prompts]
     given = [
         Prompt(
             ids=own.tokenizer(text, add_special_tokens=False)["input_ids"],
-            prompt=text,
+            prompt=prompt,
             columns={name: values[i] for name, values in (columns or {}).items()},
         )
-        for i, text in enumerate(prompts)
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
     chosen = environments if isinstance(environments, list) else [environments]
     algorithm = dataclasses.replace(

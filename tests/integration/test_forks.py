@@ -37,7 +37,9 @@ class Hashed(RolloutEngine):
             for k in range(num_generations):
                 seed = zlib.crc32(repr((prompt.ids, k)).encode())
                 text = "".join(ALPHABET[(seed >> 4 * i) % len(ALPHABET)] for i in range(1 + seed % 5))
-                ids.append([*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.tokenizer.eos_token_id])
+                ids.append(
+                    [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.tokenizer.eos_token_id]
+                )
         return Completions(ids=ids, finish_reasons=["stop"] * len(ids))
 
 
@@ -74,8 +76,18 @@ WHOLE: dict[str, dict[str, Any]] = {
         "policy_loss": "gmpo",
         "aggregation": "prompt_mean",
     },
-    "optimal baseline": {"advantages": "optimal_token_baseline", "policy_loss": "reinforce"},
-    "turns": {"advantages": "group_norm", "filters": [{"use": "zero_variance", "resample": 1}], "update": {"attention": "padded"}},
+    "optimal baseline": {
+        "advantages": {"use": "optimal_token_baseline", "align": "sampled"},
+        "policy_loss": "reinforce",
+    },
+    "turns": {"advantages": "turn_group_norm"},
+    "turns of a critic": {"advantages": "turn_gae", "critic": "value_head"},
+    "states": {"advantages": "gigpo"},
+    "padded": {
+        "advantages": "group_norm",
+        "filters": [{"use": "zero_variance", "resample": 1}],
+        "update": {"attention": "padded"},
+    },
 }
 
 
@@ -88,10 +100,11 @@ def test_cutting_an_episode_into_forks_changes_no_gradient(parts: dict[str, Any]
         folder, environment = tmp_path / str(cut), [talk(cut)]
         made.append(runs.trained(folder, rollout=rollout, environment=environment, dtype=torch.float64, **options))
     one, other = map(runs.parameters, made)
-    start = runs.parameters(runs.trainer(tmp_path / "start", dtype=torch.float64, rollout=rollout, environment=[talk(True)],
-                                         rewards=["episode"], **{k: v for k, v in parts.items() if k in ("critic", "advantages")}))  # fmt: skip
+    options = {name: x for name, x in parts.items() if name in ("critic", "advantages")} | {"rewards": ["episode"]}
+    new = runs.trainer(tmp_path / "start", rollout=rollout, environment=[talk(True)], dtype=torch.float64, **options)
+    start = runs.parameters(new)
     assert (one - start).norm() > 1e-3
-    assert (one - other).norm() / (one - start).norm() < 1e-9
+    assert (one - other).norm() / (one - start).norm() < 1e-6  # norms round each token's gradient to float32
     first, second = (runs.entries(x)[0] for x in made)
     assert (first["environment/forks/mean"], second["environment/forks/mean"] > 2) == (0, True)
     for name in ("loss", "reward/total/mean", "rollout/length/mean", "advantage/std"):
@@ -152,24 +165,36 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("environment", [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)], ids=["forks", "agents"])
+@pytest.mark.parametrize(
+    "environment",
+    [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)],
+    ids=["forks", "agents"],
+)
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_forks_and_agents_train_with_everything(parts: dict[str, Any], environment: Played1, tmp_path: Path) -> None:
     made = forked(tmp_path, environment=[environment], **parts)
     assert len(runs.entries(made)) == 2
 
 
-@pytest.mark.parametrize("environment", [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)], ids=["forks", "agents"])
-def test_the_split_into_micro_batches_and_their_layout_change_no_parameters(environment: Played1, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "environment",
+    [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)],
+    ids=["forks", "agents"],
+)
+def test_the_split_into_micro_batches_and_their_layout_change_no_parameters(
+    environment: Played1, tmp_path: Path
+) -> None:
     ways: list[dict[str, Any]] = [
         {},
-        {"update": {"attention": "padded"}},
-        {"update": {"max_tokens_per_micro_batch": 30}},
+        {"update": {"mini_batches": 2, "attention": "padded"}},
+        {"update": {"mini_batches": 2, "max_tokens_per_micro_batch": 30}},
         {"training": {"per_device_train_batch_size": 1}},
     ]
-    made = [forked(tmp_path / str(i), environment=[environment], dtype=torch.float64, **way) for i, way in enumerate(ways)]
+    made = [
+        forked(tmp_path / str(i), environment=[environment], dtype=torch.float64, **way) for i, way in enumerate(ways)
+    ]
     for other in made[1:]:
-        torch.testing.assert_close(runs.parameters(other), runs.parameters(made[0]), rtol=0, atol=1e-9)
+        torch.testing.assert_close(runs.parameters(other), runs.parameters(made[0]), rtol=0, atol=1e-7)
 
 
 @dataclass(kw_only=True)
@@ -188,7 +213,9 @@ class Seen(AdvantageEstimator):
 
 def test_groups_are_of_one_prompt_and_agent_and_episodes_tie_agents_together(tmp_path: Path) -> None:
     seen = Seen()
-    made = forked(tmp_path, environment=[Duel(function=duel, max_tokens=64)], advantages=seen, update={"mini_batches": 1})
+    made = forked(
+        tmp_path, environment=[Duel(function=duel, max_tokens=64)], advantages=seen, update={"mini_batches": 1}
+    )
     scored = seen.seen[0]
     assert scored.agents is not None
     assert scored.episode_ids is not None
@@ -210,15 +237,25 @@ def test_groups_are_of_one_prompt_and_agent_and_episodes_tie_agents_together(tmp
 def test_an_evaluation_counts_an_episode_once_by_the_agent_asked_first(tmp_path: Path) -> None:
     rollout = {**runs.SAMPLED, "max_new_tokens": 3}
     options: dict[str, Any] = {"evaluation": {"num_generations": 4}, "eval_data": runs.problems(3)}
-    made = runs.trainer(tmp_path, rollout=rollout, environment=[Duel(function=duel, max_tokens=64)], rewards=["episode"], **options)
+    made = runs.trainer(
+        tmp_path, rollout=rollout, environment=[Duel(function=duel, max_tokens=64)], rewards=["episode"], **options
+    )
     found = made.evaluate()
     assert {"eval_pass@2", "eval_pass@4", "eval_accuracy"} <= found.keys()
     assert 0 <= found["eval_accuracy"] <= found["eval_pass@2"] <= found["eval_pass@4"] <= 1
 
 
-@pytest.mark.parametrize("environment", [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)], ids=["forks", "agents"])
+@pytest.mark.parametrize(
+    "environment",
+    [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)],
+    ids=["forks", "agents"],
+)
 def test_a_run_resumes_bit_identically_between_the_steps_of_a_rollout(environment: Played1, tmp_path: Path) -> None:
-    parts: dict[str, Any] = {"environment": [environment], "kl": [{"use": "in_loss", "beta": 0.1}], "reference": "frozen"}
+    parts: dict[str, Any] = {
+        "environment": [environment],
+        "kl": [{"use": "in_loss", "beta": 0.1}],
+        "reference": "frozen",
+    }
     rollout = {**runs.SAMPLED, "max_new_tokens": 3}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     options: dict[str, Any] = {"rollout": rollout, "rewards": ["episode"], "training": settings, **parts}

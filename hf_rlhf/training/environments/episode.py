@@ -62,9 +62,9 @@ class Agent:
     name: str
     transcript: Transcript
     prompt: str | list[Message]
-    """What it was asked first."""
+    """The first question."""
     start: int
-    """Tokens of its first question."""
+    """Number of tokens of that question."""
     turns: list[int] = field(default_factory=list)
     """Numbers of its turns in the episode."""
     finish_reason: str = "stop"

@@ -37,7 +37,7 @@ class Played:
 
     completions: Completions
     prompts: list[str | list[Message]]
-    """What each row's agent was asked first."""
+    """First question of each row's agent."""
     prompt_ids: list[list[int]]
     messages: list[list[Message]]
     reasons: list[str]

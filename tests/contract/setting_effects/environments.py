@@ -14,6 +14,7 @@ from hf_rlhf.testing import rollouts
 from hf_rlhf.training.environments.episode import EnvironmentFailure
 from tests.contract.setting_effects.base import EFFECTS, SettingEffect
 from tests.helpers.environments import Played1, Says, opened, play
+from tests.helpers.episodes import episode_tokenizer, user
 from tests.helpers.talks import Talk
 
 
@@ -48,10 +49,22 @@ def rows(function: Callable[..., Any], setting: str) -> Callable[[Path, Any], An
     return show
 
 
+async def thinks(task: Task, model: Model) -> None:
+    await model([*task.messages, await model(task.messages), {"role": "user", "content": "again"}])
+
+
+def rendered(folder: Path, history: str) -> Any:
+    """Forks of a conversation whose chat template drops earlier thoughts."""
+    tokenizer = episode_tokenizer("qwen3")
+    engine, chosen = Says(texts=("<think>\nhm\n</think>\n\nyes",)), Played1(function=thinks, history=history)  # type: ignore[arg-type]
+    return play(chosen, engine, prompts=([user("hi")],), tokenizer=tokenizer).completions.forks
+
+
 EFFECTS |= {
     "environment.when": SettingEffect({"kind": "talk"}, {"kind": "other"}, rows(endless, "when")),
     "environment.max_turns": SettingEffect(8, 2, rows(endless, "max_turns")),
     "environment.max_tokens": SettingEffect(4096, 9, rows(endless, "max_tokens")),
+    "environment.history": SettingEffect("extend", "as_rendered", rendered),
     "environment.max_live": SettingEffect(None, 2, rows(endless, "max_live")),
     "environment.timeout": SettingEffect(60.0, 0.05, rows(slow, "timeout")),
     "environment.on_error": SettingEffect("none", "raise", rows(fails, "on_error")),

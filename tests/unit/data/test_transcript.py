@@ -237,7 +237,12 @@ def test_another_continuation_is_a_fork_with_the_tokens_kept():
     assert after.prompt_ids == row.prompt_ids
     assert (after.completion_ids, after.mask[old:]) == (row.completion_ids + new, [1, 1])
     assert (after.turns, after.forks) == ([*row.turns, 3, 3], [(old, fork.ids)])
-    assert [message["content"] for message in after.messages] == ["hi", "Hello there.", "something else", after.messages[-1]["content"]]
+    assert [message["content"] for message in after.messages] == [
+        "hi",
+        "Hello there.",
+        "something else",
+        after.messages[-1]["content"],
+    ]
 
 
 def test_a_turn_asked_again_is_a_fork_and_other_tools_or_prompts_start_anew():

@@ -67,7 +67,10 @@ def test_forks_have_the_log_probs_of_forwards_of_their_own(name: str, attention:
 @pytest.mark.parametrize("name", ["gpt2", "gemma2, norms, soft-capped, windowed"])
 def test_gradients_of_forks_are_those_of_forwards_of_their_own(name: str, attention: Attention) -> None:
     model = packing_model(name)
-    found, due = gradient(model, ActorCritic(model, None, 1.0)(batch(attention))["logps"]), gradient(model, apart(model))
+    found, due = (
+        gradient(model, ActorCritic(model, None, 1.0)(batch(attention))["logps"]),
+        gradient(model, apart(model)),
+    )
     assert distance(found, due) < (1e-12 if name == "gpt2" else 1e-6)
 
 
@@ -78,16 +81,16 @@ def test_a_row_cut_into_forks_has_the_log_probs_of_the_whole_row() -> None:
     forks = [(2, [*P, 20, 21, 60, 61, 62]), (4, [*P, 20, 21, 60, 61, 62, 22, 23, 63])]
     module = ActorCritic(model, None, 1.0)
     with torch.no_grad():
-        one, other = (
-            module(batch(rows=[row]))["logps"] for row in (whole, (P, [20, 21, 22, 23, 24], [1] * 5, forks))
-        )
+        one, other = (module(batch(rows=[row]))["logps"] for row in (whole, (P, [20, 21, 22, 23, 24], [1] * 5, forks)))
     torch.testing.assert_close(one[one != 0], other[0], rtol=0, atol=1e-12)
 
 
 def test_what_forks_begin_with_enters_a_packed_row_once() -> None:
     context = [*P, *range(60, 80)]
     rows: list[Row] = [(P, [20, 21, 22, 30 + i], [1] * 4, [(2, [*context, 20, 21])]) for i in range(3)]
-    assert batch(rows=rows).positions == len(context) + 3 + 3  # the rows' token 20, too few to share, and what all forks have
+    assert (
+        batch(rows=rows).positions == len(context) + 3 + 3
+    )  # the rows' token 20, too few to share, and what all forks have
     rows = [(P, [20 + i, 21, 22, 23], [1] * 4, [(2, [*context, 40 + i, 21])]) for i in range(3)]
     assert batch(rows=rows).positions == len(context) + 3 * (1 + 3)
 

@@ -123,9 +123,10 @@ def test_rewards_by_turn_go_to_the_agent_whose_turn_it_was() -> None:
     assert columns["episode/turn_ends"] == [[2, 7], [2]]
     assert [len(states) for states in columns["episode/turn_states"]] == [2, 1]
     assert columns["episode/turn_states"][0][0] == "named a"
-    assert load_plugin("rewards", "episode")(
-        _rows([[1, 1, 0, 1], [1]], [[0.5, 4.0], [2.0]], [[1, 3], [0]])
-    ) == [TokenScores([0.0, 0.5, 0.0, 4.0]), TokenScores([2.0])]
+    assert load_plugin("rewards", "episode")(_rows([[1, 1, 0, 1], [1]], [[0.5, 4.0], [2.0]], [[1, 3], [0]])) == [
+        TokenScores([0.0, 0.5, 0.0, 4.0]),
+        TokenScores([2.0]),
+    ]
 
 
 def _rows(masks: list[list[int]], rewards: list[list[float]], ends: list[list[int]]) -> Any:
