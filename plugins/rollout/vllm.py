@@ -164,6 +164,10 @@ class Vllm(SamplingEngine):
 
     def wake(self, part: Literal["weights", "cache"]) -> None:
         """Let servers in sleep mode, which may share the trainer's GPU, take memory for their weights, or for their cache."""
+        if self._sleepers:
+            import torch
+
+            torch.cuda.empty_cache()
         self._each("/wake_up?tags=" + {"weights": "weights", "cache": "kv_cache"}[part])
 
     def sleep(self) -> None:

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ PAGES = [
     *sorted((ROOT / "examples").glob("*/README.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md", "SECURITY.md")),
 ]
-BY_HAND = ("commands.md", "data.md", "reward_models.md", "writing_plugins.md")
+BY_HAND = ("commands.md", "data.md", "reward_models.md", "vllm.md", "vllm_placement.md", "writing_plugins.md")
 WRITTEN_BY_HAND = [ROOT / "README.md", *(ROOT / "docs" / name for name in BY_HAND)]
 TITLES = [page.name for page in WRITTEN_BY_HAND]
 
@@ -247,6 +248,17 @@ def test_every_command_of_a_page_runs_or_passes_the_check(page, workplace):
         assert result.exit_code == 0, f"hf-rlhf {shlex.join(words)}: {result.exception} {result.output}"
         if target:
             Path(target).write_text(result.stdout)
+
+
+def test_the_versions_that_go_together_are_those_that_are_installed_and_those_of_the_makefile():
+    from hf_rlhf_plugins.rollout._vllm_checks import TRIED
+
+    page = (ROOT / "docs" / "vllm_placement.md").read_text()
+    training = dict(re.findall(r"^\| training \| (\S+) \| (\S+) \|", page, re.MULTILINE))
+    assert training == {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
+    ((vllm, tried),) = re.findall(r"^\| server, on a CPU \| (vllm\S*) \| (\S+) \|", page, re.MULTILINE)
+    assert f"\nVLLM := {vllm}=={tried}\n" in (ROOT / "Makefile").read_text()
+    assert tried.startswith(f"{TRIED}.")
 
 
 def test_the_python_example_of_the_readme_runs(workplace, capsys):
