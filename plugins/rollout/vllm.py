@@ -61,7 +61,8 @@ class Vllm(SamplingEngine):
     where they agree to about 1e-5, over any, in half precision over the first one, and later by three times the first one's
     difference. Mixtures of experts and 8-bit caches only warn. None: only log the difference."""
     serve: Serve | None = None
-    """Servers that the first process starts and ends with the run; None: they are there."""
+    """Servers that the first process starts and ends with the run, as {python, devices, args, timeout} (docs/vllm_placement.md);
+    None: they are there."""
     token_env: str | None = None
     """Environment variable with the servers' API key, sent as `Authorization: Bearer ...`; None: no key."""
     request_timeout: Positive = 1800.0
