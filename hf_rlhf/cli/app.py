@@ -34,6 +34,7 @@ FIRST = (
     "check",
     "evaluate",
     "chat",
+    "play",
     "pipeline",
     "recipes",
     "plugins",

@@ -25,6 +25,7 @@ def add_commands() -> None:
         lab,
         new,
         pipeline,
+        play,
         plugins_check,
         report,
         rewards,

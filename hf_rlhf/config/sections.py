@@ -20,8 +20,8 @@ class Dataset:
     """The prompts. Every column other than the prompt reaches the rewards."""
 
     path: HubDataset | None = None
-    """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, `builtin:addition`, or
-    `builtin:calculator`."""
+    """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, `builtin:addition`,
+    `builtin:calculator`, or `builtin:guessing`."""
     name: str | None = None
     """Configuration name of a dataset on the Hub."""
     split: str = "train"

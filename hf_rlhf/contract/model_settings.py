@@ -38,8 +38,8 @@ class Model:
     """Model and tokenizer of the policy."""
 
     path: HubModel | None = None
-    """A folder, a name on the Hub, or a small model that is made on first use: `builtin:addition` of the quickstart, or
-    `builtin:calculator`."""
+    """A folder, a name on the Hub, or a small model that is made on first use: `builtin:addition` of the quickstart,
+    `builtin:calculator`, or `builtin:guessing`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     tokenizer: HubTokenizer | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset, addition_model
 from hf_rlhf.data.calculator_task import CALCULATOR, calculator_dataset, calculator_model
+from hf_rlhf.data.guessing_task import GUESSING, guessing_dataset, guessing_model
 
 Rows = list[dict[str, str]]
 
@@ -23,5 +24,6 @@ class BuiltinTask:
 TASKS = {
     BUILTIN: BuiltinTask(addition_model, addition_dataset),
     CALCULATOR: BuiltinTask(calculator_model, calculator_dataset),
+    GUESSING: BuiltinTask(guessing_model, guessing_dataset),
 }
 """Values of `model.path` and `dataset.path`."""

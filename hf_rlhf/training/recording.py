@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_rlhf.data.token_text import pieces_of
 from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
 from hf_rlhf.metrics.row_file import as_text
 from hf_rlhf.runtime.seeding import permutation
@@ -29,8 +30,6 @@ ROLLOUTS, GROUPS = 16, 4
 SHOWN = 16
 """Completions that trackers get of a rollout with `logging.completions: all`."""
 ALL = "all"
-LONGEST = 4
-"""Most tokens of a character."""
 
 
 def recorded(rollouts: int) -> list[int]:
@@ -117,40 +116,6 @@ def quantized(values: Sequence[float]) -> dict[str, Any]:
     scale = float(np.abs(x[known]).max(initial=0.0))
     q = np.where(known, np.round(np.where(known, x, 0.0) / (scale or 1.0) * 127), -128).astype(np.int8)
     return {"scale": float(f"{scale:.5g}"), "data": base64.b64encode(q.tobytes()).decode()}
-
-
-def pieces_of(tokenizer: Any, rows: list[list[int]]) -> list[list[str]]:
-    """Return the text that each token adds to its row; of a character of several tokens, the last one has it."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    ids = sorted({i for row in rows for i in row})
-    if not ids:
-        return [[] for _ in rows]
-    start = ids[0]
-    (before,) = tokenizer.batch_decode([[start]], **options)
-    after = tokenizer.batch_decode([[start, i] for i in ids], **options)  # a text's first space may be stripped
-    known = {i: text[len(before) :] for i, text in zip(ids, after, strict=True)}
-    first = dict(zip(ids, tokenizer.batch_decode([[i] for i in ids], **options), strict=True))
-    found = []
-    for row, whole in zip(rows, tokenizer.batch_decode(rows, **options), strict=True):
-        pieces = [first[row[0]], *(known[i] for i in row[1:])] if row else []
-        found.append(
-            pieces if "".join(pieces) == whole and "\ufffd" not in whole else _in_turn(tokenizer, row, options)
-        )
-    return found
-
-
-def _in_turn(tokenizer: Any, row: list[int], options: dict[str, Any]) -> list[str]:
-    """Decode token by token, each after the tokens of the last whole character."""
-    pieces: list[str] = []
-    start = own = 0  # first token of the last whole character, and of the one after it
-    for i in range(len(row)):
-        before, text = tokenizer.batch_decode([row[start:own], row[start : i + 1]], **options)
-        if text.endswith("\ufffd") and i + 1 < len(row) and i - own < LONGEST:
-            pieces.append("")
-        else:
-            pieces.append(text[len(before) :])
-            start, own = own, i + 1
-    return pieces
 
 
 class Recorder:

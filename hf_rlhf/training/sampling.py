@@ -32,6 +32,8 @@ class Sampling:
     """Seconds of the last call in which the engine waited for environments."""
     overridden: int = 0
     """Sampling arguments of agents' requests in the last call that differed from the recipe's."""
+    reasons: Sequence[str] = ()
+    """Reasons of the last call's episodes that failed, else empty texts."""
 
     def __call__(
         self,
@@ -50,6 +52,7 @@ class Sampling:
         if self.algorithm.environment:
             played = self._players(prompts, group_ids, group, temperature, place, process)
             completions, self.waited, self.overridden = played.completions, played.waited, played.overridden
+            self.reasons = played.reasons
         else:
             with self.accelerator.autocast():
                 completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)

@@ -129,7 +129,7 @@ def commands() -> dict[str, Any]:
 
 COMMANDS = commands()
 EXAMPLES = [line for command in COMMANDS.values() for line in examples_of(command)]
-PARSED_ALONE = ("serve-reward", "serve-engine", "pipeline", "dashboard", "evaluate", "chat")
+PARSED_ALONE = ("serve-reward", "serve-engine", "pipeline", "dashboard", "evaluate", "chat", "play")
 """Commands that run long: their examples are parsed, and what they name is looked at where that is cheap."""
 
 

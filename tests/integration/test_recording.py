@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hf_rlhf.training.recording import GROUPS, ROLLOUTS, pieces_of, quantized, recorded
+from hf_rlhf.data.token_text import pieces_of
+from hf_rlhf.training.recording import GROUPS, ROLLOUTS, quantized, recorded
 from tests.helpers import runs
 from tests.helpers.models import byte_tokenizer
 

@@ -22,7 +22,7 @@ from hf_rlhf.runtime.errors import UserError
 if TYPE_CHECKING:
     from hf_rlhf.training.comparison import Comparison
 
-READ = ("model", "dataset", "rollout", "rewards", "evaluation", "training")
+READ = ("model", "dataset", "rollout", "environment", "rewards", "evaluation", "training")
 """Keys of a recipe that an evaluation reads."""
 MEANT = {"num_generations": "evaluation.num_generations", "temperature": "evaluation.temperature"}
 """Flags that name another setting here than for training."""

@@ -1,0 +1,184 @@
+"""Play episodes of a recipe in the policy's place: what somebody types becomes the policy's tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
+from operator import eq
+from typing import Any
+
+from hf_rlhf.axes import RolloutEngine
+from hf_rlhf.batch import Completions, Prompt, Rollouts, Spans
+from hf_rlhf.config.algorithm import Algorithm, walk
+from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.data.model_loading import load_config, load_tokenizer
+from hf_rlhf.data.prompts import check_columns, load_prompts, prompt_room, read_columns
+from hf_rlhf.data.token_text import Span, pieces_of, spans_of
+from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.seeding import seeded
+from hf_rlhf.scoring.scorer import Scorer
+from hf_rlhf.training.early_checks import check_prompts
+from hf_rlhf.training.environments.template_checks import template_problems
+from hf_rlhf.training.plugin_setup import context_of, plugins_here, set_up
+from hf_rlhf.training.sampling import Sampling
+from hf_rlhf.training.tag_checks import tag_problems
+
+STREAMED = 1000
+"""Rows of a stream that can be played."""
+Say = Callable[[str], str]
+"""Gets the text that was added since the last turn, and returns the text of the next one."""
+
+
+@dataclass(kw_only=True)
+class TypedTurns(RolloutEngine):
+    """Asks `say` for each turn; its text and the end-of-sequence token are the sampled tokens."""
+
+    name = "typed"
+
+    max_new_tokens: int | None
+    say: Say
+    shown: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Of each turn of the episode: the tokens that it was asked with, by their number, and what was said."""
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        (prompt,), tokenizer = prompts, policy.tokenizer
+        (pieces,) = pieces_of(tokenizer, [prompt.ids])
+        said = self.say("".join(pieces[self._known(prompt.ids) :]))
+        ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        most = prompt.max_new_tokens or self.max_new_tokens
+        reason = "stop" if most is None or len(ids) <= most else "length"
+        self.shown.append((len(prompt.ids), [*prompt.ids, *ids[:most]]))
+        return Completions(ids=[ids[:most]], finish_reasons=[reason])
+
+    def _known(self, ids: list[int]) -> int:
+        """Return how many of the tokens an earlier turn has shown or said, in a conversation that this one continues."""
+        equal = [(asked, sum(takewhile(bool, map(eq, whole, ids)))) for asked, whole in self.shown]
+        return max((known for asked, known in equal if known >= asked), default=0)
+
+
+class _Typist(Policy):
+    """A policy without a model."""
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+@dataclass(kw_only=True)
+class PlayedRow:
+    """An episode that was played, as training would have it."""
+
+    prompt: Span
+    """The prompt; it has no mask, and 0 stands for that."""
+    spans: list[Span]
+    rollouts: Rollouts
+    """Its one row."""
+    rewards: dict[str, tuple[float, float | None]]
+    """Weight and score of each reward source; None where it gave none."""
+    reason: str
+    """Reason why no source scored it, else empty."""
+
+    @property
+    def total(self) -> float | None:
+        """Sum of the weighted scores before clips and normalization; None without any."""
+        given = [weight * score for weight, score in self.rewards.values() if score is not None]
+        return sum(given) if given else None
+
+
+@dataclass(kw_only=True)
+class Table:
+    """What a recipe needs for an episode, but for a model."""
+
+    recipe: Recipe
+    algorithm: Algorithm
+    prompts: Sequence[Prompt]
+    policy: Any
+    scorer: Scorer
+    sampling: Sampling
+    turns: TypedTurns
+
+    def play(self, row: int) -> PlayedRow:
+        """Play the episode of a prompt, by its number from 0."""
+        self.turns.shown.clear()
+        place = (self.recipe.training.get("seed", 42), "play", row)
+        with seeded(*place):
+            _, rollouts = self.sampling([self.prompts[row]], [row], 1, self.algorithm.rollout.temperature, place)
+            results = self.scorer.ask(rollouts, *place, counts=False)
+        tokenizer, ids = self.policy.tokenizer, rollouts.prompt_ids[0]
+        weights = {x: source.weight for x, source in zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)}
+        scores = {label: _number(result.answers[0]) for label, result in results.items()}
+        failures = [failure.reason for result in results.values() for failure in result.failures]
+        return PlayedRow(
+            prompt=Span(0, len(ids), "".join(pieces_of(tokenizer, [ids])[0])),
+            spans=spans_of(tokenizer, rollouts.completion_ids[0], rollouts.masks[0]),
+            rollouts=rollouts,
+            rewards={label: (weights[label], score) for label, score in scores.items()},
+            reason="; ".join([*self.sampling.reasons, *failures]),
+        )
+
+
+def _number(answer: Any) -> float | None:
+    """Return the score of a row: the sum over its steps or tokens; None where a source gave none."""
+    if isinstance(answer, float | int):
+        return None if math.isnan(answer) else float(answer)
+    return sum(value for _, value in answer.values) if isinstance(answer, Spans) else sum(answer.values)
+
+
+@contextmanager
+def opened(recipe: Recipe, say: Say, held_out: bool = False, trust_remote_code: bool = False) -> Iterator[Table]:
+    """Set up the environments and rewards of a recipe, without its model. Raises `ValueError` for what training refuses.
+
+    `held_out`: play the held-out rows in place of those that are trained on.
+    """
+    from accelerate import Accelerator
+
+    args, chosen = recipe.training_arguments(), recipe.algorithm()
+    turns = TypedTurns(
+        max_new_tokens=getattr(chosen.rollout, "max_new_tokens", None),
+        say=say,
+        temperature=chosen.rollout.temperature,
+        skip_special_tokens=chosen.rollout.skip_special_tokens,
+    )
+    if problems := chosen.problems():
+        raise UserError("this recipe is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    played = list(walk({"environment": chosen.environment, "rewards": chosen.rewards}))
+    check_columns(read_columns(recipe.dataset)[0], [plugin for _, plugin in played])
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code)
+    config = load_config(recipe.model.path, recipe.model.revision, trust_remote_code=trust_remote_code)
+    room = prompt_room(config, recipe.dataset, chosen)
+    rows = load_prompts(recipe.dataset, tokenizer, max_prompt_tokens=room)[held_out]
+    if rows is None:
+        raise UserError("no rows are held out of the dataset. Leave --held-out out")
+    check_prompts(rows, chosen, recipe.model.chat_template_kwargs)
+    if problems := [*tag_problems(chosen, tokenizer), *template_problems(chosen, tokenizer, rows)]:
+        raise UserError("\n".join(problems))
+    algorithm = replace(chosen, rollout=turns)
+    policy = _Typist(model=None, tokenizer=tokenizer, device=args.device)
+    context = context_of(None, tokenizer, recipe.model, args)
+    plugins, scorer = list(plugins_here(algorithm, played)), None
+    accelerator = Accelerator(cpu=args.use_cpu)
+    try:
+        for plugin in plugins:
+            set_up(plugin, algorithm, context, accelerator.autocast())
+        scorer = Scorer(list(zip(algorithm.labels(), algorithm.rewards, strict=True)), context)
+        scorer.wait()
+        yield Table(
+            recipe=recipe,
+            algorithm=algorithm,
+            prompts=rows if isinstance(rows, Sequence) else list(islice(rows, STREAMED)),
+            policy=policy,
+            scorer=scorer,
+            sampling=Sampling(algorithm=algorithm, policy=policy, accelerator=accelerator),
+            turns=turns,
+        )
+    finally:
+        if scorer is not None:
+            scorer.close()
+        for plugin in plugins:
+            plugin.close()
