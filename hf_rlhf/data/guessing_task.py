@@ -1,13 +1,14 @@
-"""The embedded task for hidden state: a number from 1 to 7 to guess, and a small model that knows how to name one.
+"""The embedded task for hidden state: a number from 1 to 7 to guess, and a small model that half listens to the answers.
 
 Every prompt reads `1-7?`, and the number is hidden in the column `secret`: all that a policy can learn is to search. A guess is
-answered by `>` or `<`. The model is warmed up on games of a player who does not listen, so that its samples find the number in
-three guesses in a bit over a third of the games; a policy that halves what is left always does.
+answered by `>` or `<`. The model is warmed up on games of a player of whose guesses half are any number, and the others any that
+fits the answers. A policy that halves what is left finds every number in three guesses.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ PROMPT = "1-7?"
 GUESSES = 3
 ROUNDS = 40
 """Training rows of each number; the held-out rows are a tenth of that."""
-WARM_UP = WarmUp(target=0.135)
+WARM_UP = WarmUp(layers=2, hidden_size=64, intermediate_size=192, wrong=0.5, target=0.4)
 
 
 def guessing_dataset() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -42,23 +43,30 @@ def guessing_model() -> Path:
 
 
 def _warm_up(tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Fine-tune until the first guesses have probability `target`, which is 1/7 where every sample is one of them."""
+    """Fine-tune until the one number that is left after `4>6<` and the like has probability `target`."""
     import torch
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        drawn = torch.randint(NUMBERS[0], NUMBERS[-1] + 1, (WARM_UP.batch_size, 1 + GUESSES), generator=generator)
-        return demonstrations(tokenizer, [_game(secret, guesses) for secret, *guesses in drawn.tolist()])
+        player = random.Random(int(torch.randint(2**31, (), generator=generator)))
 
-    first = demonstrations(tokenizer, [[(PROMPT, 0), (str(number), 1)] for number in NUMBERS])
-    return fine_tune("guessing", WARM_UP, tokenizer, draw, first)
+        def guess(low: int, high: int) -> int:
+            return player.choice(NUMBERS) if player.random() < WARM_UP.wrong else player.randint(low, high)
+
+        return demonstrations(tokenizer, [_game(player.choice(NUMBERS), guess) for _ in range(WARM_UP.batch_size)])
+
+    halved = [_game(secret, lambda low, high: (low + high) // 2) for secret in NUMBERS[::2]]
+    settled = [[*((text, 0) for text, _ in game[:-1]), game[-1]] for game in halved]
+    return fine_tune("guessing", WARM_UP, tokenizer, draw, demonstrations(tokenizer, settled))
 
 
-def _game(secret: int, guesses: list[int]) -> list[tuple[str, int]]:
-    """Return the texts of a game, each with 1 if the policy says it."""
-    texts = [(PROMPT, 0)]
-    for guess in guesses:
-        texts.append((str(guess), 1))
-        if guess == secret:
+def _game(secret: int, guess: Callable[[int, int], int]) -> list[tuple[str, int]]:
+    """Return the texts of a game, each with 1 if the policy says it. `guess` gets the least and the greatest number that fit."""
+    low, high, texts = NUMBERS[0], NUMBERS[-1], [(PROMPT, 0)]
+    for turn in range(GUESSES):
+        number = guess(low, high)
+        texts.append((str(number), 1))
+        if number == secret or turn == GUESSES - 1:
             break
-        texts.append((">" if guess < secret else "<", 0))
+        texts.append((">" if number < secret else "<", 0))
+        low, high = (max(low, number + 1), high) if number < secret else (low, min(high, number - 1))
     return texts

@@ -227,7 +227,12 @@ def brief(words: list[str]) -> list[str]:
     """A command that ends soon: what trains is checked, and what a server would serve is checked too."""
     if words[0] == "train":
         return without_training(words)
-    if words[0] in ("evaluate", "chat", "play", "serve-engine"):  # tests/cli/test_evaluate.py, _chat.py and _play.py run them
+    if words[0] in (
+        "evaluate",
+        "chat",
+        "play",
+        "serve-engine",
+    ):  # tests/cli/test_evaluate.py, _chat.py and _play.py run them
         return [*words, "--help"]
     return ["check", words[1]] if words[0] in ("serve-reward", "pipeline") else words
 

@@ -16,7 +16,7 @@ from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.plain_text import escaped
 
 if TYPE_CHECKING:
-    from hf_rlhf.training.environments.typed_policy import PlayedRow, Table
+    from hf_rlhf.training.typed_policy import PlayedRow, Table
 
 ASK = "> "
 SHOWN = ("episode/turn_ends", "episode/environment", "episode/end", "episode/reward", "episode/turn_rewards")
@@ -65,7 +65,7 @@ def play(
         raise UserError(
             f"the recipe {chosen.name} trains on a dataset, and its policy says nothing. Play one with rewards"
         )
-    from hf_rlhf.training.environments.typed_policy import opened
+    from hf_rlhf.training.typed_policy import opened
 
     out = sys.stdout  # while an environment plays, what is printed goes to stderr
 

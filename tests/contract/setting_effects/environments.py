@@ -120,6 +120,31 @@ def decayed(folder: Path, decay: float) -> Any:
 EFFECTS["environment.second_chance.decay"] = SettingEffect(0.5, 0.25, decayed)
 
 
+def guessing(setting: str) -> Callable[[Path, Any], Any]:
+    """Conversation of a game in which the policy guesses 5, then 3."""
+
+    def show(folder: Path, value: Any) -> Any:
+        columns = {"secret": ["3"], "other": ["7"]}
+        found = play(
+            load_plugin("environment", "guessing", **{setting: value}), Says(texts=("5", "3")), columns=columns
+        )
+        return found.messages
+
+    return show
+
+
+for setting, first, second in (("column", "secret", "other"), ("lower", "lower", "<")):
+    EFFECTS[f"environment.guessing.{setting}"] = SettingEffect(first, second, guessing(setting))
+
+
+def guessed_below(folder: Path, higher: str) -> Any:
+    chosen = load_plugin("environment", "guessing", higher=higher)
+    return play(chosen, Says(texts=("5", "7")), columns={"secret": ["7"]}).messages
+
+
+EFFECTS["environment.guessing.higher"] = SettingEffect("higher", ">", guessed_below)
+
+
 def turns(folder: Path, name: str) -> Any:
     return play(load_plugin("environment", name), columns={"answer": ["x"]}).completions.columns["episode/turn_ends"]
 

@@ -369,3 +369,26 @@ def test_attempt_k_is_worth_decay_to_the_k_if_it_is_right(texts, attempts, rewar
     found = play(chosen, Says(texts=texts), columns={"answer": ["x"]}).completions.columns
     assert found["episode/turn_rewards"] == [rewards]
     assert found["episode/attempts"] == [len(rewards)]
+
+
+@pytest.mark.proves("environment.guessing", how="exact enumeration", tolerance="0")
+@pytest.mark.parametrize("secret", range(1, 8))
+def test_halving_finds_every_number_in_three_guesses(secret: int) -> None:
+    """The texts are those of a player who halves what is left after each answer, from the answers alone."""
+    low, high, texts = 1, 7, []
+    while not texts or texts[-1] != str(secret):
+        texts.append(str((low + high) // 2))
+        low, high = (low, int(texts[-1]) - 1) if int(texts[-1]) > secret else (int(texts[-1]) + 1, high)
+    game = load_plugin("environment", "guessing", max_turns=3)
+    played = play(game, Says(texts=tuple(texts)), columns={"secret": [str(secret)]})
+    assert played.completions.columns["episode/reward"] == [1.0]
+    assert played.completions.columns["episode/guesses"] == [len(texts)] <= [3]
+    said = [message["content"] for message in played.messages[0] if message["role"] == "user"][1:]
+    assert said == [{True: "higher", False: "lower"}[int(guess) < secret] for guess in texts[:-1]]
+
+
+@pytest.mark.parametrize(("texts", "guesses"), [(("1", "2", "3"), 2), (("no idea",), 1), (("1", "it is 3"), 2)])
+def test_a_game_ends_with_its_turns_or_an_answer_without_a_number(texts: tuple[str, ...], guesses: int) -> None:
+    played = play(load_plugin("environment", "guessing", max_turns=2), Says(texts=texts), columns={"secret": ["3"]})
+    assert played.completions.columns["episode/guesses"] == [guesses]
+    assert played.completions.columns["episode/reward"] == [float("it is 3" in texts)]

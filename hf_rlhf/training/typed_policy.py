@@ -42,7 +42,7 @@ class TypedTurns(RolloutEngine):
     max_new_tokens: int | None
     say: Say
     shown: list[tuple[int, list[int]]] = field(default_factory=list)
-    """Of each turn of the episode: the tokens that it was asked with, by their number, and what was said."""
+    """For each turn of the episode, how many tokens it was asked with, and these with what was said."""
 
     def __call__(
         self, policy: Any, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
@@ -78,7 +78,7 @@ class PlayedRow:
     """The prompt; it has no mask, and 0 stands for that."""
     spans: list[Span]
     rollouts: Rollouts
-    """Its one row."""
+    """One row."""
     rewards: dict[str, tuple[float, float | None]]
     """Weight and score of each reward source; None where it gave none."""
     reason: str
@@ -93,7 +93,7 @@ class PlayedRow:
 
 @dataclass(kw_only=True)
 class Table:
-    """What a recipe needs for an episode, but for a model."""
+    """Environments, rewards and prompts of a recipe, set up without its model."""
 
     recipe: Recipe
     algorithm: Algorithm
