@@ -121,11 +121,10 @@ def _show(found: PlayedRow) -> None:
         for line in others:
             print(f"{'|':>23} {line}")
     columns = {name: values[0] for name, values in found.rollouts.columns.items()}
-    print(f"ended with {found.rollouts.finish_reasons[0]}{_ended(columns, found.reason)}")
-    if found.total is None:
-        print("reward     none" + (f": {escaped(found.reason)}" if found.reason else ""))
-    else:
-        print(f"reward     {found.total:g}")
+    ended = _ended(columns, found.reason)
+    print(f"ended with {found.rollouts.finish_reasons[0]}{ended}")
+    why = "" if ended or not found.reason else f": {escaped(found.reason)}"
+    print(f"reward     {'none' if found.total is None else f'{found.total:g}'}{why}")
     for label, (weight, score) in found.rewards.items():
         print(f"  {label}: {'none' if score is None else f'{score:g}'}{'' if weight == 1 else f', weight {weight:g}'}")
     if columns.get("episode/turn_rewards"):
