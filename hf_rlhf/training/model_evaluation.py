@@ -41,7 +41,7 @@ from hf_rlhf.training.model_checks import check_causal, check_vocabulary
 from hf_rlhf.training.plugin_setup import context_of, plugins_here, policy_of, set_up
 from hf_rlhf.training.tag_checks import tag_problems
 
-SHARED = ("rollout", "rewards", "dataset", "evaluation")
+SHARED = ("rollout", "environment", "rewards", "dataset", "evaluation")
 """Keys on which runs must agree to be evaluated by the recipe of the first."""
 WEIGHTS = ("config.json", "adapter_config.json")
 

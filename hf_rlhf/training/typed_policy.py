@@ -23,6 +23,7 @@ from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.early_checks import check_prompts
 from hf_rlhf.training.environments.template_checks import template_problems
+from hf_rlhf.training.environments.workers import close_here
 from hf_rlhf.training.plugin_setup import context_of, plugins_here, set_up
 from hf_rlhf.training.sampling import Sampling
 from hf_rlhf.training.tag_checks import tag_problems
@@ -132,36 +133,27 @@ def _number(answer: Any) -> float | None:
 
 @contextmanager
 def opened(recipe: Recipe, say: Say, held_out: bool = False, trust_remote_code: bool = False) -> Iterator[Table]:
-    """Set up the environments and rewards of a recipe, without its model. Raises `ValueError` for what training refuses.
+    """Set up the environments and rewards of a recipe, without its model. Raises `UserError` for what training refuses.
 
     `held_out`: play the held-out rows in place of those that are trained on.
     """
     from accelerate import Accelerator
 
     args, chosen = recipe.training_arguments(), recipe.algorithm()
+    try:
+        tokenizer, prompts = _checked(recipe, chosen, held_out, trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
     turns = TypedTurns(
         max_new_tokens=getattr(chosen.rollout, "max_new_tokens", None),
         say=say,
         temperature=chosen.rollout.temperature,
         skip_special_tokens=chosen.rollout.skip_special_tokens,
     )
-    if problems := chosen.problems():
-        raise UserError("this recipe is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    played = list(walk({"environment": chosen.environment, "rewards": chosen.rewards}))
-    check_columns(read_columns(recipe.dataset)[0], [plugin for _, plugin in played])
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code)
-    config = load_config(recipe.model.path, recipe.model.revision, trust_remote_code=trust_remote_code)
-    room = prompt_room(config, recipe.dataset, chosen)
-    rows = load_prompts(recipe.dataset, tokenizer, max_prompt_tokens=room)[held_out]
-    if rows is None:
-        raise UserError("no rows are held out of the dataset. Leave --held-out out")
-    check_prompts(rows, chosen, recipe.model.chat_template_kwargs)
-    if problems := [*tag_problems(chosen, tokenizer), *template_problems(chosen, tokenizer, rows)]:
-        raise UserError("\n".join(problems))
     algorithm = replace(chosen, rollout=turns)
     policy = _Typist(model=None, tokenizer=tokenizer, device=args.device)
     context = context_of(None, tokenizer, recipe.model, args)
-    plugins, scorer = list(plugins_here(algorithm, played)), None
+    plugins, scorer = list(plugins_here(algorithm, _playing(algorithm))), None
     accelerator = Accelerator(cpu=args.use_cpu)
     try:
         for plugin in plugins:
@@ -171,7 +163,7 @@ def opened(recipe: Recipe, say: Say, held_out: bool = False, trust_remote_code: 
         yield Table(
             recipe=recipe,
             algorithm=algorithm,
-            prompts=rows if isinstance(rows, Sequence) else list(islice(rows, STREAMED)),
+            prompts=prompts,
             policy=policy,
             scorer=scorer,
             sampling=Sampling(algorithm=algorithm, policy=policy, accelerator=accelerator),
@@ -181,4 +173,26 @@ def opened(recipe: Recipe, say: Say, held_out: bool = False, trust_remote_code: 
         if scorer is not None:
             scorer.close()
         for plugin in plugins:
-            plugin.close()
+            close_here(plugin)
+
+
+def _playing(algorithm: Algorithm) -> list[tuple[str, Any]]:
+    """Return the plugins that play and score, with their dotted paths, nested ones included."""
+    return list(walk({"environment": algorithm.environment, "rewards": algorithm.rewards}))
+
+
+def _checked(recipe: Recipe, algorithm: Algorithm, held_out: bool, trust: bool) -> tuple[Any, Sequence[Prompt]]:
+    """Return the tokenizer and the prompts. Raises `ValueError` or `UserError` for what cannot be played."""
+    if problems := algorithm.problems():
+        raise UserError("this recipe is refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    check_columns(read_columns(recipe.dataset)[0], [plugin for _, plugin in _playing(algorithm)])
+    tokenizer = load_tokenizer(recipe.model, trust)
+    config = load_config(recipe.model.path, recipe.model.revision, trust_remote_code=trust)
+    room = prompt_room(config, recipe.dataset, algorithm)
+    rows = load_prompts(recipe.dataset, tokenizer, max_prompt_tokens=room)[held_out]
+    if rows is None:
+        raise UserError("no rows are held out of the dataset. Leave --held-out out")
+    check_prompts(rows, algorithm, recipe.model.chat_template_kwargs)
+    if problems := [*tag_problems(algorithm, tokenizer), *template_problems(algorithm, tokenizer, rows)]:
+        raise UserError("\n".join(problems))
+    return tokenizer, rows if isinstance(rows, Sequence) else list(islice(rows, STREAMED))

@@ -163,7 +163,10 @@ def test_an_episode_without_an_outcome_says_why_and_prints_of_environments_go_to
         (["second_chance", "--row", "41"], "--row must be up to 36, the last row that can be played, got 41"),
         (["second_chance", "--held-out", "dataset.held_out=0"], "no rows are held out of the dataset"),
         (["dpo"], "the recipe dpo trains on a dataset"),
-        (["second_chance", "environment.0.column=nothing"], "there is no column"),
+        (
+            ["second_chance", "environment.0.column=nothing"],
+            "environment.second_chance reads nothing: the dataset has answer",
+        ),
         (["second_chance", "environment.0.max_tokens=500"], "leaves no room for a prompt"),
     ],
 )
@@ -177,9 +180,9 @@ def test_what_cannot_be_played_is_refused(play, given, problem):
 def test_an_episode_at_a_terminal(place):
     command = [sys.executable, "-m", "hf_rlhf", "play", "second_chance", "--model", "model", "--dataset", "rows.jsonl"]
     with terminal(["env", "-C", str(place), f"PYTHONPATH={ROOT}", *command], OMP_NUM_THREADS="1") as shown:
-        shown.wait_for("\n> ")
+        shown.wait_for("\n>")
         shown.tmux("send-keys", "no", "BSpace", "BSpace", "7", "Enter")
-        shown.wait_for("no ")
+        shown.wait_for("no 1+1=")
         shown.tmux("send-keys", "C-d")
         assert shown.end() == 2
         assert "> 7" in shown.screen()
