@@ -18,11 +18,11 @@ class Span(NamedTuple):
     text: str
 
 
-def spans_of(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[Span]:
+def spans_of(tokenizer: Any, ids: Sequence[int], mask: Sequence[float]) -> list[Span]:
     """Return a completion as runs of tokens with mask 1, which train, and mask 0, with special tokens in their texts."""
     (pieces,) = pieces_of(tokenizer, [list(ids)])
     runs = [[*run] for _, run in groupby(zip(pieces, mask, strict=True), key=lambda pair: pair[1])]
-    return [Span(run[0][1], len(run), "".join(piece for piece, _ in run)) for run in runs]
+    return [Span(int(run[0][1]), len(run), "".join(piece for piece, _ in run)) for run in runs]
 
 
 def pieces_of(tokenizer: Any, rows: list[list[int]]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,7 +148,10 @@ def show_in_terminal(trainer: Any, shown: dict[str, str], quiet: bool) -> None:
 
 
 def show_sample(row: dict[str, Any], step: int, out: Console) -> None:
-    """Print a completion with its rewards, prompt and reference; `row`: of the table of completions."""
+    """Print a completion with its rewards, prompt and reference; `row`: of the table of completions.
+
+    Of a conversation, what has mask 0 is dim.
+    """
     rewards = {name.removeprefix("reward/"): x for name, x in row.items() if name.startswith("reward/")}
     total = rewards.pop("total", None)
     parts = "" if len(rewards) < 2 else f" ({', '.join(f'{label} {number(x)}' for label, x in rewards.items())})"
@@ -156,17 +160,22 @@ def show_sample(row: dict[str, Any], step: int, out: Console) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name in ("prompt", "reference", "completion"):
+    for name in ("prompt", "reference", "conversation" if row.get("conversation") else "completion"):
         if row.get(name):
-            table.add_row(Text(name, style="dim"), Text(_excerpt(row[name])))
+            parts = json.loads(row[name]) if name == "conversation" else [{"mask": 1, "text": row[name]}]
+            table.add_row(Text(name, style="dim"), _excerpt([(x["text"], "" if x["mask"] else "dim") for x in parts]))
     out.print(_indented(table))
 
 
-def _excerpt(text: str, lines: int = 12, characters: int = 1200) -> str:
-    """Return the beginning of a text as plain text, its line ends kept, and say how much is left out."""
-    shown = "\n".join(text[:characters].split("\n")[:lines])
-    rest = len(text) - len(shown)
-    return escaped(shown, "\n") + (f"\n... {rest:,} more characters" if rest else "")
+def _excerpt(spans: Sequence[tuple[str, str]], lines: int = 12, characters: int = 1200) -> Text:
+    """Return the beginning of (text, style) as plain text, line ends kept, and say how much is left out."""
+    whole = "".join(text for text, _ in spans)
+    room = len("\n".join(whole[:characters].split("\n")[:lines]))
+    rest, shown = len(whole) - room, Text()
+    for text, style in spans:
+        shown.append(escaped(text[:room], "\n"), style)
+        room = max(0, room - len(text))
+    return shown.append(f"\n... {rest:,} more characters" if rest else "")
 
 
 def show_result(

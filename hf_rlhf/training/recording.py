@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rlhf.data.token_text import pieces_of
+from hf_rlhf.data.token_text import pieces_of, spans_of
 from hf_rlhf.metrics.jsonl_log import RunLog, completion_rows
 from hf_rlhf.metrics.row_file import as_text
 from hf_rlhf.runtime.seeding import permutation
@@ -206,6 +206,9 @@ class Recorder:
     def keep(self, buffer: Buffer, step: int, log: RunLog) -> None:
         """Give the completions of a rollout to the log, and start its sample. `step`: optimizer steps taken so far."""
         texts, numbers = buffer.extra.pop("texts"), buffer.extra.pop("numbers")
+        if self.algorithm.environment:
+            masks = buffer.rows["mask"][: self.limit].tolist()
+            texts |= {"conversation": [self._spans(*row) for row in zip(buffer.completion_ids, masks, strict=False)]}
         log.completions = completion_rows(
             step, texts, numbers, buffer.rows["advantages"], buffer.rows["mask"], self.limit
         )
@@ -230,9 +233,17 @@ class Recorder:
         sample, self._sample = self._sample, None
         return sample
 
+    def _spans(self, ids: list[int], mask: Sequence[float]) -> list[dict[str, Any]]:
+        """Return the runs of tokens that do and do not train, as the column `conversation` has them."""
+        return [{"mask": span.mask, "text": span.text} for span in spans_of(self.tokenizer, ids, mask[: len(ids)])]
+
     def _gathered(self, step: int) -> list[dict[str, Any]]:
         """Return every row of all processes, in the order of groups."""
-        own = [_as_table_row(step, row) for _, row in self._rows.values()]
+        rows = [row for _, row in self._rows.values()]
+        if self.algorithm.environment:
+            for row in rows:
+                row.texts["conversation"] = self._spans(row.ids, row.mask)
+        own = [_as_table_row(step, row) for row in rows]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 

@@ -122,6 +122,31 @@ def test_a_recorded_row_has_its_text_rewards_numbers_and_what_dropped_it(tmp_pat
     assert any(np.abs(numbers(row["kl"])).max() > 1e-3 for row in last)
 
 
+@pytest.mark.parametrize("completions", [8, "all"])
+def test_the_table_of_completions_shows_conversations_by_their_masks(completions, tmp_path):
+    made = runs.trained(
+        tmp_path,
+        rollout={**runs.SAMPLED, "max_new_tokens": 3},
+        environment=[{"use": "second_chance", "max_tokens": 32, "says": "no {prompt}"}],
+        rewards=["episode"],
+        logging={"completions": completions},
+    )
+    tables = [pq.read_table(file).to_pylist() for file in sorted((tmp_path / "completions").glob("*.parquet"))]
+    rows = [row for table in tables for row in table]
+    assert len(rows) >= 8
+    several = 0
+    for row in rows:
+        spans = json.loads(row["conversation"])
+        own = [span["text"] for span in spans if span["mask"]]
+        others = [span["text"] for span in spans if not span["mask"]]
+        assert [span["mask"] for span in spans] == [1, 0] * len(others) + [1] * (len(own) - len(others))
+        assert others in ([], [f"no {row['prompt']}"])
+        ids = made.processing_class("".join(own), add_special_tokens=False)["input_ids"]
+        assert len(ids) == row["tokens"]
+        several += len(own) > 1
+    assert several
+
+
 @pytest.mark.parametrize(
     "update", [{}, {"mini_batches": 2}, {"mini_batches": 2, "epochs": 2}], ids=["one", "two", "four"]
 )

@@ -215,6 +215,29 @@ def test_a_script_that_got_in_would_not_run(hostile, tmp_path):
 # What it shows
 
 
+def test_a_conversation_is_shown_whole_and_what_the_environment_said_has_no_number(model, tmp_path):
+    says = "environment=[{use: second_chance, max_tokens: 40, says: 'no {prompt}'}]"
+    own = [says, "rewards=[episode]", *SMALL, *TRAINING]
+    train(load_recipe("quickstart", [f"model.path={model}", *own]), str(tmp_path / "run"))
+    with browser() as tab:
+        opened(tab, tmp_path / "run" / FILE)
+        rows = tab.evaluate(ROWS_WITH_TURNS)
+        assert rows
+        for prompt, said, titles in rows:
+            assert said == f"no {prompt}"
+            assert titles == 0
+        assert (tab.errors, tab.requests) == ([], [])
+
+
+ROWS_WITH_TURNS = """[...document.querySelectorAll('#rollouts .group')].flatMap((group) =>
+  [...group.querySelectorAll('.row')].filter((row) => row.querySelector('.tool')).map((row) => {
+    const said = [...row.querySelectorAll('.tool')];
+    const text = said.map((x) => x.textContent).join('');
+    return [group.querySelector('.prompt').textContent, text, said.filter((x) => x.title).length];
+  }))"""
+"""[prompt, what has mask 0, how many of its tokens have a number] of each row of several turns."""
+
+
 def test_tokens_are_colored_by_the_number_that_is_chosen(run):
     with browser() as tab:
         opened(tab, run / FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import random
 import threading
@@ -184,6 +185,19 @@ def test_a_completion_is_shown_with_its_prompt_reference_and_rewards() -> None:
     ]
     assert "reference" not in sample(80)
     assert "reward" not in sample(80, reference="")
+
+
+def test_a_conversation_is_shown_in_place_of_the_completion_with_masked_text_dim() -> None:
+    spans = [{"mask": 1, "text": "5<eos>"}, {"mask": 0, "text": "no\n" + "again\n" * 20}, {"mask": 1, "text": "2<eos>"}]
+    row = {"prompt": "1+1=", "completion": "5no2", "conversation": json.dumps(spans)}
+    out = Console(file=io.StringIO(), width=60, highlight=False, force_terminal=True, color_system="standard")
+    show_sample(row, 7, out)
+    said = str(out.file.getvalue())  # type: ignore[attr-defined]
+    assert "5<eos>\x1b[2mno" in said
+    assert "completion  " not in said
+    assert "more characters" in said
+    assert "2<eos>" not in said
+    assert "5<eos>no" in sample(60, conversation=json.dumps(spans))
 
 
 def test_a_completion_cannot_garble_the_terminal() -> None:
