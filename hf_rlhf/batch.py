@@ -332,4 +332,4 @@ class Context:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """The recipe's `model.chat_template_kwargs`."""
     prompt_tokens: int | None = None
-    """Tokens of the longest training prompt; None where it is not known."""
+    """Tokens of the longest training prompt, or before the longest turn of an episode; None where it is not known."""

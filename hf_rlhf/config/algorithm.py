@@ -196,6 +196,21 @@ class Algorithm:
                 chosen[axis] = [_settings(p) for p in value] if axis in LISTS else _settings(value)
         return {**chosen, "update": asdict(self.update)}
 
+    @property
+    def completion_bounds(self) -> dict[str, int]:
+        """Map settings to the tokens that they allow a completion, which is an answer or a whole episode."""
+        episodes = {f"environment.{i}.max_tokens": e.max_tokens for i, e in enumerate(self.environment)}
+        answer = getattr(self.rollout, "max_new_tokens", None)
+        if answer is None or any(environment.when is None for environment in self.environment):
+            return episodes
+        return {"rollout.max_new_tokens": answer, **episodes}
+
+    def longest_turn(self, prompt: int | None) -> int | None:
+        """Return the most tokens before a turn of `rollout.max_new_tokens`, in episodes after a prompt of so many tokens."""
+        answer = getattr(self.rollout, "max_new_tokens", None)
+        longest = max(self.completion_bounds.values(), default=0)
+        return prompt if prompt is None or answer is None else prompt + max(0, longest - answer)
+
     def labels(self) -> list[str]:
         """Return the name of each reward source in logs and tables."""
         return [source.label or source.name for source in self.rewards]

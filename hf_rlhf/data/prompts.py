@@ -36,21 +36,23 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_tokens: int | None = None,
+    tool_tokens: int = 0,
     train: Rows | None = None,
     evaluation: Rows | None = None,
 ) -> tuple[Prompts | StreamedPrompts, Prompts | StreamedPrompts | None]:
     """Return the training prompts, and the evaluation prompts or None.
 
-    `max_prompt_tokens`: the room that the context leaves; `settings.max_prompt_tokens` can only lower it. `train` and
-    `evaluation` replace what `settings` would load.
+    `max_prompt_tokens`: the room that the context leaves, of which descriptions of tools take `tool_tokens` beside each
+    conversation; `settings.max_prompt_tokens` can only lower it. `train` and `evaluation` replace what `settings` would load.
     """
-    limits = [limit for limit in (settings.max_prompt_tokens, max_prompt_tokens) if limit is not None]
     rows, held_out = read_rows(settings, train, evaluation)
 
     def prompts(rows: _Subset | Iterable[Row], title: str) -> Prompts | StreamedPrompts:
         names = _columns(rows, title)
         _check_prompt(settings, names)
-        maker = _Maker(settings=settings, tokenizer=tokenizer, limit=min(limits, default=None), names=names)
+        maker = _Maker(
+            settings=settings, tokenizer=tokenizer, room=max_prompt_tokens, tool_tokens=tool_tokens, names=names
+        )
         return maker.prompts(rows, title)
 
     return prompts(rows, "dataset"), None if held_out is None else prompts(held_out, "evaluation dataset")
@@ -62,12 +64,11 @@ def prompt_room(config: Any, settings: Dataset, algorithm: Algorithm) -> int | N
     Raises `ValueError` if there are none, or fewer than `settings.max_prompt_tokens`.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    bounds = {"rollout.max_new_tokens": getattr(algorithm.rollout, "max_new_tokens", None) or 0}
-    bounds |= {f"environment.{i}.max_tokens": e.max_tokens for i, e in enumerate(algorithm.environment)}
+    bounds = algorithm.completion_bounds
+    if context is None or not bounds:
+        return context
     name = max(bounds, key=lambda bound: bounds[bound])
     longest = bounds[name]
-    if context is None or not longest:
-        return context
     if longest >= context:
         raise ValueError(
             f"{name}={longest} leaves no room for a prompt in the model's context of {context} tokens: lower it"
@@ -224,8 +225,9 @@ class Prompts(Sequence[Prompt]):
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest prompt; None without prompts."""
-        return max((len(ids) for ids, _ in self.tokens), default=None)
+        """Tokens of the longest prompt, with the tools that it shows; None without prompts."""
+        longest = max((len(ids) for ids, _ in self.tokens), default=None)
+        return None if longest is None else longest + self.maker.beside(self[0].prompt)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -247,7 +249,7 @@ class StreamedPrompts:
         for number, row in enumerate(self.rows, start=1):
             prompt = self.maker.form(row, number)
             ids, opening = self.maker.tokenize([prompt], [number])[0]
-            if not self.maker.too_long(ids, number):
+            if not self.maker.too_long(ids, number, prompt):
                 yield Prompt(ids=ids, prompt=prompt, columns=self.maker.columns(row), opening=opening)
 
 
@@ -257,7 +259,8 @@ class _Maker:
 
     settings: Dataset
     tokenizer: PreTrainedTokenizerBase
-    limit: int | None
+    room: int | None
+    tool_tokens: int
     names: set[str]
 
     def prompts(self, rows: _Subset | Iterable[Row], title: str) -> Prompts | StreamedPrompts:
@@ -274,13 +277,13 @@ class _Maker:
             )
             for row, made in zip(read, tokens[start:], strict=True):
                 running.add(row, made)
-        kept = [index for index in range(len(rows)) if not self.too_long(tokens[index][0], rows.number(index))]
+        first = self.form(rows[0], rows.number(0))
+        kept = [index for index in range(len(rows)) if not self.too_long(tokens[index][0], rows.number(index), first)]
+        allowed = f"{self.limit(first)} tokens{self._taken(first)}"
         if not kept:
-            raise DatasetError(f"all {len(rows)} prompts of the {title} are longer than {self.limit} tokens")
+            raise DatasetError(f"all {len(rows)} prompts of the {title} are longer than {allowed}")
         if len(kept) < len(rows):
-            logger.warning(
-                "%d of %d prompts are longer than %s tokens: dropped", len(rows) - len(kept), len(rows), self.limit
-            )
+            logger.warning("%d of %d prompts are longer than %s: dropped", len(rows) - len(kept), len(rows), allowed)
         subset, digest = _Subset(rows, kept), running.hexdigest()
         return Prompts(tokens=[tokens[index] for index in kept], rows=subset, maker=self, content=digest)
 
@@ -367,14 +370,27 @@ class _Maker:
             return False
         return True
 
-    def too_long(self, ids: list[int], number: int) -> bool:
-        if self.limit is None or len(ids) <= self.limit:
+    def beside(self, prompt: Any) -> int:
+        """Return the tokens that descriptions of tools take in a prompt: none in plain text, which shows no tools."""
+        return 0 if isinstance(prompt, str) else self.tool_tokens
+
+    def limit(self, prompt: Any) -> int | None:
+        """Return the most tokens of a prompt, without its tools."""
+        room = None if self.room is None else self.room - self.beside(prompt)
+        return min((x for x in (self.settings.max_prompt_tokens, room) if x is not None), default=None)
+
+    def _taken(self, prompt: Any) -> str:
+        return f" beside {taken} of the tools" if (taken := self.beside(prompt)) else ""
+
+    def too_long(self, ids: list[int], number: int, prompt: Any) -> bool:
+        limit = self.limit(prompt)
+        if limit is None or len(ids) <= limit:
             return False
         if self.settings.overlong_prompts == "error":
             raise DatasetError(
-                f"dataset: the prompt of row {number} has {len(ids)} tokens and {self.limit} are allowed (the first "
-                "row is 1): set dataset.overlong_prompts=drop, or allow more with dataset.max_prompt_tokens or a "
-                "smaller rollout.max_new_tokens"
+                f"dataset: the prompt of row {number} has {len(ids)} tokens and {limit} are allowed{self._taken(prompt)} (the "
+                "first row is 1): set dataset.overlong_prompts=drop, or allow more with dataset.max_prompt_tokens or a "
+                "smaller rollout.max_new_tokens or environment.0.max_tokens"
             )
         return True
 

@@ -162,8 +162,8 @@ def show_sample(row: dict[str, Any], step: int, out: Console) -> None:
     table.add_column(overflow="fold")
     for name in ("prompt", "reference", "conversation" if row.get("conversation") else "completion"):
         if row.get(name):
-            parts = json.loads(row[name]) if name == "conversation" else [{"mask": 1, "text": row[name]}]
-            table.add_row(Text(name, style="dim"), _excerpt([(x["text"], "" if x["mask"] else "dim") for x in parts]))
+            spans = json.loads(row[name]) if name == "conversation" else [{"mask": 1, "text": row[name]}]
+            table.add_row(Text(name, style="dim"), _excerpt([(x["text"], "" if x["mask"] else "dim") for x in spans]))
     out.print(_indented(table))
 
 

@@ -148,7 +148,7 @@ def rollouts_of(
     settings = rewards.dataset
     if places.prompt is not None:
         settings = replace(settings, prompt=places.prompt, prompt_template=None)
-    maker = _Maker(settings=settings, tokenizer=tokenizer, limit=None, names=names)  # type: ignore[arg-type]
+    maker = _Maker(settings=settings, tokenizer=tokenizer, room=None, tool_tokens=0, names=names)  # type: ignore[arg-type]
     prompts = [maker.form(row, number) for number, row in enumerate(rows, start=1)]
     completions = [completion_of(row[places.completion], number) for number, row in enumerate(rows)]
     reasons = [_reason(row.get(places.finish_reason), number) for number, row in enumerate(rows)]

@@ -34,6 +34,7 @@ from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.early_checks import check_prompts
+from hf_rlhf.training.environments.template_checks import tool_tokens
 from hf_rlhf.training.environments.workers import close_here
 from hf_rlhf.training.evaluation import Evaluated, evaluate, row_types
 from hf_rlhf.training.held_out_rows import kept_rows
@@ -181,7 +182,8 @@ class Evaluator:
         if problems := tag_problems(algorithm, subject.tokenizer):
             raise UserError("\n".join(problems))
         room = prompt_room(config, self.dataset, algorithm)
-        made, _ = load_prompts(self.dataset, subject.tokenizer, max_prompt_tokens=room, train=self.rows)
+        bounds: dict[str, Any] = {"max_prompt_tokens": room, "tool_tokens": tool_tokens(algorithm, subject.tokenizer)}
+        made, _ = load_prompts(self.dataset, subject.tokenizer, train=self.rows, **bounds)
         check_prompts(made, algorithm, settings.chat_template_kwargs)
         subject.prompts = list(islice(made, self.recipe.evaluation.prompts))
 

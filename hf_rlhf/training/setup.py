@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.config.algorithm import Algorithm
@@ -37,7 +37,7 @@ from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.runtime.versions import versions
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.early_checks import check_prompts, warn_of_ragged_epochs
-from hf_rlhf.training.environments.template_checks import template_problems
+from hf_rlhf.training.environments.template_checks import template_problems, tool_tokens
 from hf_rlhf.training.hub_trainer import ask_for_repository
 from hf_rlhf.training.losses import build_critic
 from hf_rlhf.training.model_checks import (
@@ -74,8 +74,8 @@ class RunComponents:
     record: dict[str, Any]
     model: Any
     tokenizer: Any
-    room: int | None
-    """Longest prompt in tokens that fits the model's context."""
+    room: dict[str, Any]
+    """`load_prompts`' bounds of prompts, in tokens."""
     train: Any = None
     evaluation: Any = None
 
@@ -100,9 +100,9 @@ class RunComponents:
             return {name: self.as_prompts(part) for name, part in rows.items()}
         if isinstance(rows, Prompts | StreamedPrompts):
             return rows
-        settings = _replace(self.dataset_settings, held_out=0)
+        settings = replace(self.dataset_settings, held_out=0)
         check_columns(read_columns(settings, rows)[0], [plugin for _, plugin in self.algorithm.plugins()])
-        return load_prompts(settings, self.tokenizer, max_prompt_tokens=self.room, train=rows)[0]
+        return load_prompts(settings, self.tokenizer, train=rows, **self.room)[0]
 
     def build(self, model: Any, args: TrainingArguments) -> tuple[ActorCritic, References]:
         """Build policy with critic, and the references. New weights of the critic depend on the seed alone."""
@@ -126,7 +126,7 @@ class RunComponents:
         Remarks that a plugin adds after its setup go into the plan.
         """
         longest = getattr(self.train, "longest", None)
-        context = context_of(model, self.tokenizer, self.sections["model"], args, longest)
+        context = context_of(model, self.tokenizer, self.sections["model"], args, self.algorithm.longest_turn(longest))
         for plugin in plugins_here(self.algorithm, self.algorithm.plugins()):
             set_up(plugin, self.algorithm, context, autocast)
         known = self.plan.remarks
@@ -163,16 +163,16 @@ def setup_run(
     sections = {k: cls() for k, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
     model_settings: Model = sections["model"]
     if isinstance(model, str):
-        sections["model"] = model_settings = _replace(model_settings, path=model)
+        sections["model"] = model_settings = replace(model_settings, path=model)
     if train is not None:  # given in Python: no row is taken from it for evaluation
-        sections["dataset"] = _replace(sections["dataset"], held_out=0)
+        sections["dataset"] = replace(sections["dataset"], held_out=0)
     lora = peft_config is not None or model_settings.lora is not None or hasattr(model, "peft_config")
     named = None if isinstance(recipe, Algorithm) else recipe
     known = known_model(model_settings, model, trust_remote_code)
     chosen = with_router_balance(chosen, known[0])
     plan, record = _described(chosen, sections, args, lora, model, peft_config, named, known)
     if several := isinstance(evaluation, dict):
-        sections["dataset"] = _replace(sections["dataset"], held_out=0)
+        sections["dataset"] = replace(sections["dataset"], held_out=0)
     check_hub_names(chosen.plugins())
     _check_dataset(chosen, sections["dataset"], train, None if several else evaluation)
     ask_for_repository(args)
@@ -187,7 +187,8 @@ def setup_run(
     if known[0] is None:  # it was not on this machine
         chosen = with_router_balance(chosen, config)
         plan, record = _described(chosen, sections, args, lora, model, peft_config, named, (config, known[1]))
-    room = prompt_room(config, sections["dataset"], chosen)
+    room = {"max_prompt_tokens": prompt_room(config, sections["dataset"], chosen)}
+    room["tool_tokens"] = tool_tokens(chosen, tokenizer)
     parts = RunComponents(
         algorithm=chosen, sections=sections, plan=plan, record=record, model=None, tokenizer=tokenizer, room=room
     )
@@ -237,9 +238,7 @@ def _read_rows(parts: RunComponents, train: Any, evaluation: Any) -> int | None:
     several = evaluation if isinstance(evaluation, dict) else None
     given = {"train": train, "evaluation": None if several is not None else evaluation}
     with doing("reading the dataset"):
-        parts.train, parts.evaluation = load_prompts(
-            parts.dataset_settings, parts.tokenizer, max_prompt_tokens=parts.room, **given
-        )
+        parts.train, parts.evaluation = load_prompts(parts.dataset_settings, parts.tokenizer, **parts.room, **given)
     if several is not None:
         parts.evaluation = parts.as_prompts(several)
     for part in (parts.train, *(parts.evaluation.values() if several is not None else [parts.evaluation])):
@@ -324,7 +323,7 @@ def _tokenizer_of(model: Any, settings: Model, trust_remote_code: bool) -> Any:
         raise ValueError(
             "the model has no name_or_path to load its tokenizer from. Pass the tokenizer as processing_class"
         )
-    return load_tokenizer(_replace(settings, path=path or settings.path), trust_remote_code)
+    return load_tokenizer(replace(settings, path=path or settings.path), trust_remote_code)
 
 
 def section_problems(algorithm: Algorithm, sections: dict[str, Any], lora: bool) -> list[str]:
@@ -412,7 +411,5 @@ def estimate_memory(
     own = {"model": whole, "peft_config": peft_config, "prompt_tokens": known, "trust_remote_code": trust_remote_code}
     found = estimate(sections["model"], algorithm, args, **own)
     plan.memory, plan.memory_notes = found.phases, found.notes
-
-
-def _replace(settings: Any, **changes: Any) -> Any:
-    return type(settings)(**{**vars(settings), **changes})
+    if found.phases and prompt_tokens is None and any(x.tool_schemas() for x in algorithm.environment):
+        plan.memory_notes.append("without the tools that prompts describe")

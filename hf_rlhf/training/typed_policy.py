@@ -22,7 +22,7 @@ from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.scorer import Scorer
 from hf_rlhf.training.early_checks import check_prompts
-from hf_rlhf.training.environments.template_checks import template_problems
+from hf_rlhf.training.environments.template_checks import template_problems, tool_tokens
 from hf_rlhf.training.environments.workers import close_here
 from hf_rlhf.training.plugin_setup import context_of, plugins_here, set_up
 from hf_rlhf.training.sampling import Sampling
@@ -68,7 +68,7 @@ class _Typist(Policy):
 
     @property
     def pad_token_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id)
 
 
 @dataclass(kw_only=True)
@@ -189,7 +189,8 @@ def _checked(recipe: Recipe, algorithm: Algorithm, held_out: bool, trust: bool) 
     tokenizer = load_tokenizer(recipe.model, trust)
     config = load_config(recipe.model.path, recipe.model.revision, trust_remote_code=trust)
     room = prompt_room(config, recipe.dataset, algorithm)
-    rows = load_prompts(recipe.dataset, tokenizer, max_prompt_tokens=room)[held_out]
+    tools = tool_tokens(algorithm, tokenizer)
+    rows = load_prompts(recipe.dataset, tokenizer, max_prompt_tokens=room, tool_tokens=tools)[held_out]
     if rows is None:
         raise UserError("no rows are held out of the dataset. Leave --held-out out")
     check_prompts(rows, algorithm, recipe.model.chat_template_kwargs)

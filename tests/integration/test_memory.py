@@ -363,6 +363,26 @@ def test_the_cache_has_room_for_completions_as_the_rollout_engine_gives_it():
         assert of_llama(made).phases["rollout"]["cache"] * peak_memory.MIB == tokens * cached
 
 
+def test_an_episode_is_as_long_as_its_environment_allows_and_as_many_tokens_are_sampled_as_its_turns():
+    """24 tokens of a turn at most; 100 of an episode, of which 2 turns sample 48."""
+    rollout = {**runs.SAMPLED, "max_new_tokens": 24}
+    play = [{"use": "second_chance", "max_tokens": 100, "max_turns": 2}]
+    whole = setting(rollout={**rollout, "max_new_tokens": 100})
+    for name, made in (("100", whole), ("24", setting(rollout=rollout))):
+        assert made["a"].completion_bounds == {"rollout.max_new_tokens": int(name)}
+        assert made["a"].longest_turn(20) == 20
+    made = setting(rollout=rollout, environment=play, rewards=["episode"])
+    assert made["a"].completion_bounds == {"environment.0.max_tokens": 100}
+    assert (made["a"].longest_turn(20), made["a"].longest_turn(None)) == (96, None)
+    found, longer, shorter = (of_llama(x).phases for x in (made, whole, setting(rollout=rollout)))
+    assert found["rollout"]["cache"] == longer["rollout"]["cache"] > shorter["rollout"]["cache"]
+    assert found["update"]["activations"] == longer["update"]["activations"] > shorter["update"]["activations"]
+    assert shorter["update"]["backward"] < found["update"]["backward"] <= longer["update"]["backward"]
+    some = setting(rollout=rollout, environment=[{**play[0], "when": {"answer": "5"}, "max_tokens": 8}])
+    assert some["a"].completion_bounds == {"rollout.max_new_tokens": 24, "environment.0.max_tokens": 8}
+    assert of_llama(some).phases == shorter
+
+
 def test_short_completions_leave_the_prefill_as_the_peak_of_a_rollout():
     made = setting(rollout={**runs.SAMPLED, "max_new_tokens": 2})
     found, tokens = of_llama(made).phases["rollout"], 20 * made["a"].rollout.prompts

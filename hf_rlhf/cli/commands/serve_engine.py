@@ -48,12 +48,13 @@ def serve_engine(
     overrides = list(takewhile(lambda word: not word.startswith("-"), given))
     flags = given[len(overrides) :]
     chosen = read(recipe, None, overrides, model, None, None, None)
-    engine, settings = chosen.algorithm().rollout, chosen.model
+    algorithm, settings = chosen.algorithm(), chosen.model
+    engine = algorithm.rollout
     if settings.path is None:
         raise UserError("no model: pass --model with a folder or a name on the Hub")
     dtype = next((name for flag, name in HALF.items() if chosen.training.get(flag)), settings.dtype)
     served = replace(settings, path=_served(settings.path))
-    commands = engine.serve_commands(served, dtype, chosen.dataset.max_prompt_tokens)
+    commands = engine.serve_commands(served, dtype, algorithm.longest_turn(chosen.dataset.max_prompt_tokens))
     if not commands:
         raise UserError(
             f"rollout={engine.name} has no server: it samples in the training's process. Set rollout.use=vllm"

@@ -64,7 +64,7 @@ def estimate(
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Return the forecast for a loaded model, or else the one that the settings name; notes if there is none."""
-    found, spared, length = Estimate(), (0.0, 0.0), getattr(a.rollout, "max_new_tokens", None)
+    found, spared, length = Estimate(), (0.0, 0.0), max(a.completion_bounds.values(), default=None)
     try:
         if length is None:
             raise ModelError(f"rollout={a.rollout.name} does not bound its completions")
@@ -107,6 +107,9 @@ def _phases(
     own = -(-a.rollout.prompts // args.world_size) * group
     rows = min(own, getattr(a.rollout, "max_rows", None) or own)
     prompts = (-(-rows // group) if shared else rows) * prompt
+    turn, bounds = getattr(a.rollout, "max_new_tokens", None) or length, a.completion_bounds
+    own_turns = [turn] * ("rollout.max_new_tokens" in bounds)
+    said = max(own_turns + [min(e.max_tokens, e.max_turns * turn) for e in a.environment])
     room = GROWTH << max(0, (length - 2).bit_length() - 5)  # the last token is not cached
     cache = cache_per_token(model, half)
     prefill = {"cache": 2.0 * prompts * cache, "layers": layer_bytes(model, half, min(prompts, PREFILL))}
@@ -116,7 +119,7 @@ def _phases(
     yield "rollout", on_device() | rollout
     group = 1 if not shared or a.update.attention == "padded" or "double_backward" in a.needs else group
     batch = range(1, min(own, args.per_device_train_batch_size) + 1)  # whole groups, or a part of one
-    sizes = [(-(-n // group) * prompt + n * length, n * length) for n in batch if n < group or n % group == 0]
+    sizes = [(-(-n // group) * prompt + n * length, n * said) for n in batch if n < group or n % group == 0]
     most = a.update.max_tokens_per_micro_batch
     tokens, sampled = max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
     logits = logits_tile(model, sampled)

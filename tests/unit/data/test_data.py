@@ -9,6 +9,7 @@ import pytest
 from hf_rlhf.config.sections import Dataset
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.data.prompts import check_columns, load_prompts, read_columns
+from tests.helpers.chats import chat_tokenizer
 
 ROWS = [{"prompt": f"say {i}", "answer": str(i)} for i in range(30)]
 
@@ -274,6 +275,22 @@ def test_longer_prompts_can_be_dropped_with_a_count(tokenizer, caplog):
     train, _ = load_prompts(settings, tokenizer, max_prompt_tokens=5, train=rows)
     assert [(len(prompt.ids), prompt.columns["answer"]) for prompt in train] == [(n, n) for n in range(1, 6)]
     assert "3 of 8 prompts are longer than 5 tokens: dropped" in caplog.text
+
+
+def test_tools_take_room_of_conversations_and_none_of_texts():
+    rows = [{"prompt": [{"role": "user", "content": "a" * length}]} for length in range(1, 9)]
+    settings, tokenizer = Dataset(held_out=0, overlong_prompts="drop"), chat_tokenizer("printing")
+    lengths = [len(prompt.ids) for prompt in load_prompts(settings, tokenizer, train=rows)[0]]
+    bounds = {"max_prompt_tokens": lengths[-1], "tool_tokens": 3}
+    fitting, _ = load_prompts(settings, tokenizer, train=rows, **bounds)
+    assert [len(prompt.ids) for prompt in fitting] == lengths[:5]
+    assert fitting.longest == lengths[-4] + 3
+    with pytest.raises(
+        ValueError, match=rf"has {lengths[5]} tokens and {lengths[4]} are allowed beside 3 of the tools"
+    ):
+        load_prompts(Dataset(held_out=0), tokenizer, train=rows, **bounds)
+    texts, _ = load_prompts(settings, tokenizer, train=[{"prompt": "a" * lengths[-1]}], **bounds)
+    assert texts.longest == lengths[-1]
 
 
 def test_places_without_a_dataset_are_named(tmp_path, tokenizer):

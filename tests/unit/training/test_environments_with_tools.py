@@ -14,7 +14,7 @@ from hf_rlhf import load_plugin
 from hf_rlhf.batch import Prompt
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.training.environments.rollout import Players
-from hf_rlhf.training.environments.template_checks import template_problems
+from hf_rlhf.training.environments.template_checks import template_problems, tool_tokens
 from tests.helpers.environments import Doubling, Says
 from tests.helpers.episodes import episode_tokenizer, user
 from tests.helpers.runs import recipe
@@ -84,3 +84,20 @@ def test_chat_templates_that_do_not_suit_are_refused(name, settings, template, w
     assert len(problems) == (words is not None)
     assert all(re.search(words, problem) for problem in problems)
     assert template_problems(algorithm, tokenizer, [Prompt(ids=[1], prompt="hi")]) == [], "plain text has no template"
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "llama3_1", "chatml"])
+def test_the_tokens_of_tools_are_what_they_add_to_a_prompt(template):
+    tokenizer = episode_tokenizer(template)
+    environment = load_plugin("environment", "tools", tools=[double], workers="inline")
+    algorithm = dataclasses.replace(recipe().algorithm(), environment=[environment])
+    message = [user("Twice 3?")]
+    sizes = [
+        len(tokenizer.apply_chat_template(message, tools=tools, add_generation_prompt=True, return_dict=False))
+        for tools in (None, environment.tool_schemas())
+    ]
+    assert tool_tokens(algorithm, tokenizer) == sizes[1] - sizes[0]
+    assert (sizes[1] == sizes[0]) == (template == "chatml")
+    assert tool_tokens(recipe().algorithm(), tokenizer) == 0
+    tokenizer.chat_template = None
+    assert tool_tokens(algorithm, tokenizer) == 0
