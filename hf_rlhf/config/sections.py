@@ -21,7 +21,7 @@ class Dataset:
 
     path: HubDataset | None = None
     """A JSON, JSONL, CSV or Parquet file, a folder saved by `datasets`, a name on the Hub, `builtin:addition`,
-    `builtin:calculator`, or `builtin:guessing`."""
+    `builtin:calculator`, `builtin:guessing`, or `builtin:nim`."""
     name: str | None = None
     """Configuration name of a dataset on the Hub."""
     split: str = "train"

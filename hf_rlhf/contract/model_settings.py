@@ -39,7 +39,7 @@ class Model:
 
     path: HubModel | None = None
     """A folder, a name on the Hub, or a small model that is made on first use: `builtin:addition` of the quickstart,
-    `builtin:calculator`, or `builtin:guessing`."""
+    `builtin:calculator`, `builtin:guessing`, or `builtin:nim`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     tokenizer: HubTokenizer | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from hf_rlhf.data.addition_task import BUILTIN, addition_dataset, addition_model
 from hf_rlhf.data.calculator_task import CALCULATOR, calculator_dataset, calculator_model
 from hf_rlhf.data.guessing_task import GUESSING, guessing_dataset, guessing_model
+from hf_rlhf.data.nim_task import NIM, nim_dataset, nim_model
 
 Rows = list[dict[str, str]]
 
@@ -25,5 +26,6 @@ TASKS = {
     BUILTIN: BuiltinTask(addition_model, addition_dataset),
     CALCULATOR: BuiltinTask(calculator_model, calculator_dataset),
     GUESSING: BuiltinTask(guessing_model, guessing_dataset),
+    NIM: BuiltinTask(nim_model, nim_dataset),
 }
 """Values of `model.path` and `dataset.path`."""

@@ -73,13 +73,12 @@ class _Typist(Policy):
 
 @dataclass(kw_only=True)
 class PlayedRow:
-    """An episode that was played, as training would have it."""
+    """A row of an episode that was played, as training would have it."""
 
-    prompt: Span
-    """The prompt; it has no mask, and 0 stands for that."""
-    spans: list[Span]
-    rollouts: Rollouts
-    """One row."""
+    parts: list[tuple[str, Span]]
+    """Titles and tokens: prompt, mask 1, mask 0, and fork for the context that follows in place of what stands before it."""
+    columns: dict[str, Any]
+    finish_reason: str
     rewards: dict[str, tuple[float, float | None]]
     """Weight and score of each reward source; None where it gave none."""
     reason: str
@@ -104,24 +103,43 @@ class Table:
     sampling: Sampling
     turns: TypedTurns
 
-    def play(self, row: int) -> PlayedRow:
-        """Play the episode of a prompt, by its number from 0."""
+    def play(self, row: int) -> list[PlayedRow]:
+        """Play the episode of a prompt, by its number from 0. Returns a row for each agent."""
         self.turns.shown.clear()
         place = (self.recipe.training.get("seed", 42), "play", row)
         with seeded(*place):
             _, rollouts = self.sampling([self.prompts[row]], [row], 1, self.algorithm.rollout.temperature, place)
             results = self.scorer.ask(rollouts, *place, counts=False)
-        tokenizer, ids = self.policy.tokenizer, rollouts.prompt_ids[0]
-        weights = {x: source.weight for x, source in zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)}
-        scores = {label: _number(result.answers[0]) for label, result in results.items()}
-        failures = [failure.reason for result in results.values() for failure in result.failures]
-        return PlayedRow(
-            prompt=Span(0, len(ids), "".join(pieces_of(tokenizer, [ids])[0])),
-            spans=spans_of(tokenizer, rollouts.completion_ids[0], rollouts.masks[0]),
-            rollouts=rollouts,
-            rewards={label: (weights[label], score) for label, score in scores.items()},
-            reason="; ".join([*self.sampling.reasons, *failures]),
-        )
+        weights = {x: y.weight for x, y in zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)}
+        return [
+            PlayedRow(
+                parts=self._parts(rollouts, i),
+                columns={name: values[i] for name, values in rollouts.columns.items()},
+                finish_reason=rollouts.finish_reasons[i],
+                rewards={label: (weights[label], _number(result.answers[i])) for label, result in results.items()},
+                reason="; ".join(
+                    reason
+                    for reason in (
+                        *self.sampling.reasons,
+                        *(failure.reason for x in results.values() for failure in x.failures if failure.row == i),
+                    )
+                    if reason
+                ),
+            )
+            for i in range(len(rollouts))
+        ]
+
+    def _parts(self, rollouts: Rollouts, row: int) -> list[tuple[str, Span]]:
+        tokenizer, ids, mask = self.policy.tokenizer, rollouts.completion_ids[row], rollouts.masks[row]
+        forks = rollouts.forks[row] if rollouts.forks else []
+        contexts = [(0, rollouts.prompt_ids[row]), *forks]
+        ends = [*(start for start, _ in forks), len(ids)]
+        parts: list[tuple[str, Span]] = []
+        for number, ((start, context), end) in enumerate(zip(contexts, ends, strict=True)):
+            text = "".join(pieces_of(tokenizer, [list(context)])[0])
+            parts.append(("fork" if number else "prompt", Span(0, len(context), text)))
+            parts += [(f"mask {span.mask}", span) for span in spans_of(tokenizer, ids[start:end], mask[start:end])]
+        return parts
 
 
 def _number(answer: Any) -> float | None:

@@ -133,6 +133,30 @@ def test_the_chat_templates_text_is_shown_and_a_line_end_can_be_typed(play):
     assert "reward     0.5" in row
 
 
+def test_both_agents_of_a_game_are_played_and_each_has_a_row(play, place):
+    (place / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "5:", "heap": "5", "opponent": "policy"}) for _ in ROWS)
+    )
+    code, out, _ = play(["1", "3", "1"], "self_play")
+    assert code == 0
+    assert out[1:7] == ["5:", "> 1", "4:", "> 3", "1:", "> 1"]
+    first, second = (out.index(f"the row in training of the agent {agent}") for agent in ("first", "second"))
+    assert out[first + 1 : first + 7] == [
+        "  prompt     2 tokens | 5:",
+        "  mask 1     2 tokens | 1<eos>",
+        "  mask 0     2 tokens | 1:",
+        "  mask 1     2 tokens | 1<eos>",
+        "ended with stop",
+        "reward     1",
+    ]
+    assert out[second + 1 : second + 5] == [
+        "  prompt     2 tokens | 4:",
+        "  mask 1     2 tokens | 3<eos>",
+        "ended with stop",
+        "reward     0",
+    ]
+
+
 def test_episodes_follow_each_other_and_an_unfinished_one_ends_the_command(play):
     code, out, err = play(["2", "9"], "second_chance", "--episodes", "2")
     assert code == 2

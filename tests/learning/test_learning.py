@@ -44,6 +44,17 @@ def test_the_calculator_is_used_by_name_alone(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("name", "start"), [("guessing", 0.65), ("self_play", 0.35)])
+def test_games_are_learned_by_name_alone(name, start, seed, tmp_path):
+    """Held out are a hidden number in as many guesses as halving needs, and games that a perfect first player wins."""
+    command = [sys.executable, "-m", "hf_rlhf", "train", name, "--seed", str(seed)]
+    subprocess.run([*command, "--output-dir", str(tmp_path / "run")], check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["accuracy"] <= start
+    assert summary["after"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", fits.RECIPES)
 def test_it_learns(name, seed):
     row = learning.run(name, seed)

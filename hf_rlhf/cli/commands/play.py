@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from hf_rlhf.training.typed_policy import PlayedRow, Table
 
 ASK = "> "
-SHOWN = ("episode/turn_ends", "episode/environment", "episode/end", "episode/reward", "episode/turn_rewards")
+SHOWN = (
+    "episode/agent",
+    "episode/turn_ends",
+    "episode/environment",
+    "episode/end",
+    "episode/reward",
+    "episode/turn_rewards",
+)
 """Columns of an episode that are shown in words of their own."""
 
 
@@ -84,7 +91,8 @@ def play(
             except EOFError:
                 print()
                 raise UserError("the input ended in the middle of an episode. Give a line for each turn") from None
-            _show(found)
+            for played in found:
+                _show(played, len(found) > 1)
 
 
 def _setting(table: Table) -> str:
@@ -112,17 +120,17 @@ def _typed(added: str) -> str:
     return said.replace("\\n", "\n")
 
 
-def _show(found: PlayedRow) -> None:
-    """Print a row: its tokens by their masks, how it ended, and its rewards."""
-    print("\nthe row in training")
-    for title, span in [("prompt", found.prompt), *((f"mask {span.mask}", span) for span in found.spans)]:
+def _show(found: PlayedRow, named: bool) -> None:
+    """Print a row: its tokens by their masks, how it ended, and its rewards. `named`: it is one of several agents."""
+    columns = found.columns
+    print("\nthe row in training" + (f" of the agent {columns['episode/agent']}" if named else ""))
+    for title, span in found.parts:
         first, *others = escaped(span.text, "\n").split("\n")
         print(f"  {title:6} {span.tokens:5} tokens | {first}")
         for line in others:
             print(f"{'|':>23} {line}")
-    columns = {name: values[0] for name, values in found.rollouts.columns.items()}
     ended = _ended(columns, found.reason)
-    print(f"ended with {found.rollouts.finish_reasons[0]}{ended}")
+    print(f"ended with {found.finish_reason}{ended}")
     why = "" if ended or not found.reason else f": {escaped(found.reason)}"
     print(f"reward     {'none' if found.total is None else f'{found.total:g}'}{why}")
     for label, (weight, score) in found.rewards.items():

@@ -145,6 +145,27 @@ def guessed_below(folder: Path, higher: str) -> Any:
 EFFECTS["environment.guessing.higher"] = SettingEffect("higher", ">", guessed_below)
 
 
+def nim(setting: str) -> Callable[[Path, Any], Any]:
+    """Games in which both agents take 1, then 3, and so on."""
+
+    def show(folder: Path, value: Any) -> Any:
+        columns = {"heap": ["6"], "other": ["2"]}
+        chosen = load_plugin("environment", "nim", **{setting: value})
+        found = play(chosen, Says(texts=("1", "3", "1")), columns=columns)
+        return found.messages, found.completions.columns
+
+    return show
+
+
+for setting, first, second in (
+    ("column", "heap", "other"),
+    ("most", 3, 2),
+    ("opponent", "policy", "perfect"),
+    ("says", "{heap}:", "left: {heap}"),
+):
+    EFFECTS[f"environment.nim.{setting}"] = SettingEffect(first, second, nim(setting))
+
+
 def turns(folder: Path, name: str) -> Any:
     return play(load_plugin("environment", name), columns={"answer": ["x"]}).completions.columns["episode/turn_ends"]
 

@@ -392,3 +392,38 @@ def test_a_game_ends_with_its_turns_or_an_answer_without_a_number(texts: tuple[s
     played = play(load_plugin("environment", "guessing", max_turns=2), Says(texts=texts), columns={"secret": ["3"]})
     assert played.completions.columns["episode/guesses"] == [guesses]
     assert played.completions.columns["episode/reward"] == [float("it is 3" in texts)]
+
+
+@pytest.mark.proves("environment.nim", how="exact enumeration", tolerance="0")
+@pytest.mark.parametrize("heap", range(1, 10))
+def test_a_perfect_player_wins_where_the_heap_is_no_multiple_of_four(heap: int) -> None:
+    """Backward induction over all heaps says who wins; moves are those of a first player who takes the rest modulo 4."""
+    wins = [False]
+    for size in range(1, heap + 1):
+        wins.append(any(not wins[size - taken] for taken in (1, 2, 3) if taken <= size))
+    assert wins[heap] == bool(heap % 4)
+    texts, left = [], heap
+    while left > 0:
+        texts.append(str(left % 4 or 1))
+        left -= left % 4 or 1
+        left -= left % 4 or 1
+    game = load_plugin("environment", "nim", opponent="perfect", max_turns=10)
+    found = play(game, Says(texts=tuple(texts)), prompts=(f"{heap}:",), columns={"heap": [str(heap)]})
+    assert found.completions.columns["episode/agent"] == ["first"]
+    assert found.completions.columns["episode/reward"] == [float(wins[heap])]
+
+
+@pytest.mark.parametrize(
+    ("texts", "rewards", "moves"),
+    [(("3", "2"), [0.0, 1.0], 2), (("3", "1", "1"), [1.0, 0.0], 3), (("3", "3"), [1.0, 0.0], 2), (("no",), [0.0], 1)],
+)
+def test_each_agent_sees_its_own_moves_and_an_answer_that_is_no_move_loses(texts, rewards, moves) -> None:
+    found = play(load_plugin("environment", "nim"), Says(texts=texts), prompts=("5:",), columns={"heap": ["5"]})
+    columns = found.completions.columns
+    assert columns["episode/agent"] == ["first", "second"][: len(rewards)]
+    assert columns["episode/reward"] == rewards
+    assert columns["episode/moves"] == [moves] * len(rewards)
+    said = [[message["content"] for message in talk] for talk in found.messages]
+    assert said[0][:2] == ["5:", texts[0]]
+    if len(said) > 1:
+        assert said[1] == ["2:", texts[1]]
