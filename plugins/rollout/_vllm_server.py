@@ -107,7 +107,7 @@ class Server:
                 (path, tries),
                 Endpoint(self.url + path, self.timeout, tries, self.max_wait, self.at_a_time, largest=LARGEST),
             )
-        if self.child is None:
+        if self.child is None or not tries:
             return await endpoint.post(body, self.headers)
         starts = self.child.starts
         try:
@@ -151,7 +151,9 @@ class Server:
         found = (await self.post(RPC, retries=None if repeat else 0, method=method, **given))["results"]
         errors = [worker["error"] for worker in found if "error" in worker]
         if errors:
-            raise HttpError(f"{self.url} cannot load the weights: {errors[0]}")
+            refused = HttpError(f"{self.url} cannot load the weights: {errors[0]}")
+            refused.status = 200
+            raise refused
         return list(found)
 
     async def load_adapter(self, folder: Path) -> None:
@@ -159,15 +161,23 @@ class Server:
         await self.post(LOAD_ADAPTER, lora_name=ADAPTER, lora_path=str(folder), load_inplace=True)
 
     async def load(self, sent: Sent) -> None:
-        """Let the server load weights while it generates nothing; its cache of prefixes is emptied."""
-        await self.post("/pause?mode=wait")
-        try:
-            await sent.send(self)
-            await self.post(VERSION, new_version=sent.version)
-        except BaseException:
-            with suppress(HttpError):
-                await self.post("/resume")
-            raise
+        """Let the server load weights while it generates nothing; its cache of prefixes is emptied.
+
+        A server that is started again meanwhile must not get the name of weights that it lost: naming them is not repeated, but
+        all of it.
+        """
+        for tries in range(TRIES):
+            await self.post("/pause?mode=wait")
+            try:
+                await sent.send(self)
+                await self.post(VERSION, retries=0, new_version=sent.version)
+            except BaseException as error:
+                with suppress(HttpError):
+                    await self.post("/resume", retries=0)
+                if not isinstance(error, HttpError) or error.status is not None or tries == TRIES - 1:
+                    raise
+            else:
+                break
         await self.post("/resume")
         self._loads += 1
 

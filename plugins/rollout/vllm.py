@@ -68,7 +68,7 @@ class Vllm(SamplingEngine):
     request_timeout: Positive = 1800.0
     """Seconds for one request: all completions of a prompt, until those that the server has before them are done as well, or
     loading the weights."""
-    request_retries: Annotated[int, Ge(0)] = 12
+    request_retries: Annotated[int, Ge(0)] = 20
     """Maximum retries of a request after connection errors, timeouts, and status 408, 429 or 5xx, while a server starts again for
     instance. Waits double from half a second, with jitter."""
     max_wait: Positive = 30.0
