@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import os
+import signal
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from hf_rlhf.axes import AdvantageEstimator, Environment, Model, RolloutEngine, Task
+from hf_rlhf.axes import AdvantageEstimator, Environment, Model, Outcome, RolloutEngine, Task
 from hf_rlhf.batch import Completions, Context, Prompt, Scored
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.environments.rollout import Played, Players
 from hf_rlhf.training.environments.workers import close_here, set_up_here
-from tests.helpers.episodes import rendering
+from tests.helpers.episodes import rendering, user
 from tests.helpers.runs import recipe
 
 Play = Callable[[Task, Model], Awaitable[Any]]
@@ -97,6 +101,74 @@ class Says(RolloutEngine):
         return Completions(
             ids=[list(ids) for _ in range(rows)], finish_reasons=["stop"] * rows, logps=logps, exact=True
         )
+
+
+ALPHABET = "0123456789 aA"
+
+
+@dataclass(kw_only=True)
+class Hashed(RolloutEngine):
+    """Says what depends on the tokens before it, and in the first turn on the number of the generation."""
+
+    name = "hashed"
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Completions:
+        ids = []
+        for prompt in prompts:
+            for k in range(num_generations):
+                seed = zlib.crc32(repr((prompt.ids, k)).encode())
+                text = "".join(ALPHABET[(seed >> 4 * i) % len(ALPHABET)] for i in range(1 + seed % 5))
+                ids.append(
+                    [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.tokenizer.eos_token_id]
+                )
+        return Completions(ids=ids, finish_reasons=["stop"] * len(ids))
+
+
+@dataclass(kw_only=True)
+class Forking(Environment):
+    """Forks of three kinds: another conversation, the way back, and a second answer to the same question.
+
+    The variable KILLED_AT_TURN ends the process like `kill -9` before so many turns of it.
+    """
+
+    name = "forking"
+
+    max_tokens: int = 64
+
+    async def play(self, task: Task, model: Model) -> float:
+        async def ask(messages: list[dict[str, Any]]) -> dict[str, Any]:
+            if next(TURNS) == int(os.environ.get("KILLED_AT_TURN", "-1")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return await model(messages)
+
+        first = await ask(task.messages)
+        await ask([user("zz " + first["content"])])
+        second = await ask([*task.messages, first, user("cd")])
+        last = await ask([*task.messages, first, user("cd")])
+        return float(len(str(second["content"])) + len(str(last["content"])))
+
+
+TURNS = itertools.count()
+
+
+@dataclass(kw_only=True)
+class Duel(Environment):
+    """Two agents, of which the second reads what the first said; some episodes have a third turn."""
+
+    name = "duel"
+    agents = ("first", "second")
+
+    max_tokens: int = 64
+
+    async def play(self, task: Task, model: Model) -> Outcome:
+        one = await model(task.messages, agent="first")
+        other = await model([user(f"he says {one['content']}")], agent="second")
+        if len(str(other["content"])) > 1:
+            await model([*task.messages, one, user("or " + str(other["content"]))], agent="first")
+        wins = str(one["content"]) < str(other["content"])
+        return Outcome(reward={"first": float(wins), "second": float(not wins)})
 
 
 def policy() -> Policy:

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ DEFAULTS: dict[str, Any] = {
 
 
 def make(axis: str, chosen: Any) -> Any:
-    """A plugin from a name or a mapping with `use`."""
+    """A plugin from a name, or `module:Class`, or a mapping with `use`."""
     settings = dict(chosen) if isinstance(chosen, dict) else {"use": chosen}
-    return load_plugin(axis, settings.pop("use"), **settings)
+    module, _, name = settings.pop("use").rpartition(":")
+    return getattr(import_module(module), name)(**settings) if module else load_plugin(axis, name, **settings)
 
 
 def make_algorithm(spec: dict[str, Any], update: dict[str, Any]) -> Algorithm:

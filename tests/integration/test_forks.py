@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from hf_rlhf.axes import AdvantageEstimator, Message, Model, Outcome, RolloutEngine, Task, Turn
-from hf_rlhf.batch import Completions, Prompt, Scored
+from hf_rlhf.axes import AdvantageEstimator, Environment, Model, Outcome, Task, Turn
+from hf_rlhf.batch import Scored
 from tests.helpers import runs
-from tests.helpers.environments import Played1
-
-ALPHABET = "0123456789 aA"
-
-
-def user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-@dataclass(kw_only=True)
-class Hashed(RolloutEngine):
-    """Says what depends on the tokens before it, and in the first turn on the number of the generation."""
-
-    name = "hashed"
-
-    def __call__(
-        self, policy: Any, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
-    ) -> Completions:
-        ids = []
-        for prompt in prompts:
-            for k in range(num_generations):
-                seed = zlib.crc32(repr((prompt.ids, k)).encode())
-                text = "".join(ALPHABET[(seed >> 4 * i) % len(ALPHABET)] for i in range(1 + seed % 5))
-                ids.append(
-                    [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.tokenizer.eos_token_id]
-                )
-        return Completions(ids=ids, finish_reasons=["stop"] * len(ids))
+from tests.helpers.environments import Duel, Forking, Hashed, Played1
+from tests.helpers.episodes import user
 
 
 def talk(cut: bool) -> Played1:
@@ -111,18 +85,9 @@ def test_cutting_an_episode_into_forks_changes_no_gradient(parts: dict[str, Any]
         assert first.get(name) == pytest.approx(second.get(name), rel=1e-9)
 
 
-async def leaves_and_returns(task: Task, model: Model) -> float:
-    """Forks of three kinds: another conversation, the way back, and a second answer to the same question."""
-    first = await model(task.messages)
-    await model([user("zz " + first["content"])])
-    second = await model([*task.messages, first, user("cd")])
-    last = await model([*task.messages, first, user("cd")])
-    return float(len(str(second["content"])) + len(str(last["content"])))
-
-
 def forked(folder: Path, **parts: Any) -> Any:
     rollout = {**runs.SAMPLED, "max_new_tokens": 3}
-    environment = parts.pop("environment", [Played1(function=leaves_and_returns, max_tokens=64)])
+    environment = parts.pop("environment", [Forking()])
     return runs.trained(folder, rollout=rollout, environment=environment, rewards=["episode", runs.FORMAT], **parts)
 
 
@@ -133,22 +98,6 @@ def test_log_probs_of_sampler_and_trainer_agree_over_forks(tmp_path: Path) -> No
     for entry in found:
         assert entry["environment/forks/mean"] == 3
         assert entry["rollout/sampler_gap/max"] <= 2e-5
-
-
-@dataclass(kw_only=True)
-class Duel(Played1):
-    """Two agents, of which the second reads what the first said."""
-
-    agents = ("first", "second")
-
-
-async def duel(task: Task, model: Model) -> Outcome:
-    one = await model(task.messages, agent="first")
-    other = await model([user(f"he says {one['content']}")], agent="second")
-    if len(str(other["content"])) > 1:
-        await model([*task.messages, one, user("or " + str(other["content"]))], agent="first")
-    wins = str(one["content"]) < str(other["content"])
-    return Outcome(reward={"first": float(wins), "second": float(not wins)})
 
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -167,22 +116,24 @@ PARTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "environment",
-    [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)],
+    [Forking(), Duel()],
     ids=["forks", "agents"],
 )
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
-def test_forks_and_agents_train_with_everything(parts: dict[str, Any], environment: Played1, tmp_path: Path) -> None:
+def test_forks_and_agents_train_with_everything(
+    parts: dict[str, Any], environment: Environment, tmp_path: Path
+) -> None:
     made = forked(tmp_path, environment=[environment], **parts)
     assert len(runs.entries(made)) == 2
 
 
 @pytest.mark.parametrize(
     "environment",
-    [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)],
+    [Forking(), Duel()],
     ids=["forks", "agents"],
 )
 def test_the_split_into_micro_batches_and_their_layout_change_no_parameters(
-    environment: Played1, tmp_path: Path
+    environment: Environment, tmp_path: Path
 ) -> None:
     ways: list[dict[str, Any]] = [
         {},
@@ -213,9 +164,7 @@ class Seen(AdvantageEstimator):
 
 def test_groups_are_of_one_prompt_and_agent_and_episodes_tie_agents_together(tmp_path: Path) -> None:
     seen = Seen()
-    made = forked(
-        tmp_path, environment=[Duel(function=duel, max_tokens=64)], advantages=seen, update={"mini_batches": 1}
-    )
+    made = forked(tmp_path, environment=[Duel()], advantages=seen, update={"mini_batches": 1})
     scored = seen.seen[0]
     assert scored.agents is not None
     assert scored.episode_ids is not None
@@ -237,9 +186,7 @@ def test_groups_are_of_one_prompt_and_agent_and_episodes_tie_agents_together(tmp
 def test_an_evaluation_counts_an_episode_once_by_the_agent_asked_first(tmp_path: Path) -> None:
     rollout = {**runs.SAMPLED, "max_new_tokens": 3}
     options: dict[str, Any] = {"evaluation": {"num_generations": 4}, "eval_data": runs.problems(3)}
-    made = runs.trainer(
-        tmp_path, rollout=rollout, environment=[Duel(function=duel, max_tokens=64)], rewards=["episode"], **options
-    )
+    made = runs.trainer(tmp_path, rollout=rollout, environment=[Duel()], rewards=["episode"], **options)
     found = made.evaluate()
     assert {"eval_pass@2", "eval_pass@4", "eval_accuracy"} <= found.keys()
     assert 0 <= found["eval_accuracy"] <= found["eval_pass@2"] <= found["eval_pass@4"] <= 1
@@ -247,10 +194,10 @@ def test_an_evaluation_counts_an_episode_once_by_the_agent_asked_first(tmp_path:
 
 @pytest.mark.parametrize(
     "environment",
-    [Played1(function=leaves_and_returns, max_tokens=64), Duel(function=duel, max_tokens=64)],
+    [Forking(), Duel()],
     ids=["forks", "agents"],
 )
-def test_a_run_resumes_bit_identically_between_the_steps_of_a_rollout(environment: Played1, tmp_path: Path) -> None:
+def test_a_run_resumes_bit_identically_between_the_steps_of_a_rollout(environment: Environment, tmp_path: Path) -> None:
     parts: dict[str, Any] = {
         "environment": [environment],
         "kl": [{"use": "in_loss", "beta": 0.1}],

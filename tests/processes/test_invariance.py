@@ -90,6 +90,25 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
         assert_same_movement(stepping.run(spec) - begin, both[name] - begin)
 
 
+@pytest.mark.parametrize("environment", ["Forking", "Duel"])
+def test_two_processes_give_the_parameters_of_one_over_forks_and_agents(environment, tmp_path):
+    """From equal rollouts: what the engine says depends on the tokens before it alone."""
+    own = "tests.helpers.environments"
+    episodes = {
+        "rollout": {"use": f"{own}:Hashed", "prompts": 4, "num_generations": 4},
+        "environment": [{"use": f"{own}:{environment}"}],
+        "rewards": ["episode"],
+        "advantages": {"use": "gae", "lam": 0.9},
+        "critic": {"use": "value_head", "coef": 0.3},
+        "kl": FULL["kl"],
+        "reference": "frozen",
+    }
+    spec = specification(tmp_path, episodes, per_device_train_batch_size=3)
+    both = stepping.finish(stepping.start({"run": spec}, tmp_path / "two", processes=2), tmp_path / "two")
+    begin = stepping.parameters(stepping.make_trainer(spec))
+    assert_same_movement(stepping.run(spec) - begin, both["run"] - begin)
+
+
 @pytest.mark.parametrize("axis", ["kl", "loss_terms"])
 def test_two_plugins_of_one_kind_add_up(axis, tmp_path):
     one = {"kl": {"use": "in_loss", "estimator": "k3"}, "loss_terms": {"use": "entropy"}}[axis]

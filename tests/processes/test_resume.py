@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -20,7 +21,7 @@ from hf_rlhf.runtime.checkpoint_state import load_state
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import stepping
 from tests.helpers.tiers import tiers
-from tests.helpers.waits import until
+from tests.helpers.waits import scaled, until
 
 SAMPLED = {"rollout": {"use": "generate", "prompts": 3, "num_generations": 4, "max_new_tokens": 6}}
 REWARDS = {"rewards": [{"use": "format", "pattern": ".*[a-f].*"}]}
@@ -39,6 +40,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "by difficulty": {"sampler": {"use": "difficulty", "warmup": 1, "floor": 0.01}, "advantages": "reinforce"},
     "filtered": {"filters": [{"use": "zero_variance", "resample": 2}], "advantages": "leave_one_out"},
+}
+EPISODES: dict[str, dict[str, Any]] = {
+    "forks": {
+        "environment": [{"use": "tests.helpers.environments:Forking"}],
+        "rewards": ["episode"],
+        "kl": [{"use": "in_loss", "estimator": "k3"}],
+        "reference": "frozen",
+    },
+    "agents": {
+        "environment": [{"use": "tests.helpers.environments:Duel"}],
+        "rewards": ["episode"],
+        "filters": [{"use": "zero_variance", "resample": 2}],
+    },
 }
 
 
@@ -71,7 +85,7 @@ def kept(axes: dict[str, Any]) -> dict[str, Any]:
 
 
 def specification(folder: Path, name: str, **more: Any) -> dict[str, Any]:
-    chosen = {**CASES, **RECIPES}[name]
+    chosen = {**CASES, **RECIPES, **EPISODES}[name]
     reference = chosen.get("reference")
     if isinstance(reference, dict) and reference["use"] == "model":
         for part in tiny_policy(seed=1):
@@ -151,6 +165,33 @@ def test_a_run_killed_with_sigkill_resumes_with_equal_bits(name, tmp_path):
     found = checkpoint_manifest.verify(checkpoint_manifest.newest(out))
     assert 0 < found["step"] < 30
     assert torch.equal(stepping.run(spec, resume=True), stepping.run(straight))
+
+
+def test_a_run_killed_in_the_middle_of_an_episode_resumes_with_equal_bits(tmp_path, monkeypatch):
+    """12 episodes of 4 turns make a rollout of 3 steps: turn 112 is in the middle of the third."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    made = [specification(tmp_path / folder, "forks") for folder in ("killed", "straight")]
+    for spec in made:
+        spec["training"] |= saving
+    killed, straight = made
+    with monkeypatch.context() as patch:
+        patch.setenv("KILLED_AT_TURN", "112")
+        (process,) = stepping.start({"run": killed}, tmp_path / "first")
+        assert process.wait(scaled(200)) == -signal.SIGKILL
+    out = Path(killed["output_dir"])
+    assert checkpoint_manifest.newest(out).name == "checkpoint-6"
+    stepping.finish(stepping.start({"killed": killed}, tmp_path / "again", resume=True), tmp_path / "again")
+    stepping.finish(stepping.start({"straight": straight}, tmp_path / "whole"), tmp_path / "whole")
+    both = [Path(spec["output_dir"]) / "checkpoint-9" / "model.safetensors" for spec in made]
+    assert len({hashlib.sha256(path.read_bytes()).hexdigest() for path in both}) == 1
+
+
+@pytest.mark.parametrize("name", EPISODES)
+def test_episodes_resume_within_a_rollout_with_equal_bits(name, tmp_path):
+    straight = stepping.run(specification(tmp_path / "straight", name))
+    spec = specification(tmp_path / "stopped", name)
+    assert not torch.equal(stepping.run(spec, stop=4), straight)
+    assert torch.equal(stepping.run(spec, resume=True), straight)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_taken(tmp_path, caplog):
