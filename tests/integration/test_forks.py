@@ -12,6 +12,8 @@ import torch
 
 from hf_rlhf.axes import AdvantageEstimator, Environment, Model, Outcome, Task, Turn
 from hf_rlhf.batch import Scored
+from hf_rlhf.modeling.token_batch import TokenBatch, pieces_of
+from hf_rlhf.runtime.errors import UserError
 from tests.helpers import runs
 from tests.helpers.environments import Duel, Forking, Hashed, Played1
 from tests.helpers.episodes import user
@@ -211,3 +213,42 @@ def test_a_run_resumes_bit_identically_between_the_steps_of_a_rollout(environmen
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     again.close()
     assert torch.equal(runs.parameters(whole), runs.parameters(again))
+
+
+async def asks_again(task: Task, model: Model) -> float:
+    """A fork that begins with the prompt: the same question once more, after a second turn."""
+    first = await model(task.messages)
+    await model([*task.messages, first, user("cd")])
+    await model(task.messages)
+    return float(len(str(first["content"])))
+
+
+HINTED: dict[str, Any] = {
+    "kl": [{"use": "in_loss", "beta": 0.1}],
+    "reference": {"use": "with_context", "of": "frozen", "context": "answer"},
+}
+
+
+def test_a_reference_with_context_reads_forks_behind_the_context(tmp_path: Path) -> None:
+    environment = Played1(function=asks_again, max_tokens=64)
+    rollout = {**runs.SAMPLED, "max_new_tokens": 3}
+    made = runs.trainer(tmp_path, rollout=rollout, environment=[environment], rewards=["episode"], **HINTED)
+    buffer = made.collector.collect(0)
+    (prompts,) = buffer.prompts.values()
+    found, mask = buffer.rows["ref_logps"], buffer.rows["mask"]
+    for i, (own, hinted) in enumerate(zip(buffer.prompt_ids, prompts, strict=True)):
+        assert own != hinted
+        assert len(buffer.forks[i]) == 1
+        completion = buffer.completion_ids[i]
+        for start, stop, before in pieces_of(own, len(completion), buffer.forks[i]):
+            context = [*hinted, *before[len(own) :]]
+            alone = TokenBatch([context], [completion[start:stop]], mask[i : i + 1, start:stop], 0)
+            with torch.no_grad():
+                due = made.actor_critic(alone)["logps"][0]
+            torch.testing.assert_close(found[i, start:stop], due, rtol=0, atol=2e-5)
+    made.close()
+
+
+def test_a_reference_with_context_refuses_a_fork_that_has_not_the_prompt(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reference=with_context puts a context into the prompt of a row"):
+        forked(tmp_path, **HINTED)
