@@ -11,6 +11,7 @@ import torch
 from hf_rlhf_plugins import _http
 from hf_rlhf_plugins._http import HttpError
 from tests.helpers import runs
+from tests.helpers.environments import Duel, Forking
 from tests.helpers.runs import parameters
 from tests.helpers.servers import Raw
 from tests.helpers.vllm_stub import GENERATE, LOAD_ADAPTER, ROUTES, Stub
@@ -78,6 +79,20 @@ def test_episodes_of_several_turns_are_sampled_from_the_copy(tmp_path):
     assert longest > 8, "the second turn is asked for with the first one before it"
     assert max(logged(made, "rollout/sampler_gap/max")) < 1e-5
     assert logged(made, "environment/turns/mean")[0] > 1.5
+
+
+@pytest.mark.parametrize("environment", [Forking(), Duel()], ids=["forks", "agents"])
+def test_forks_and_agents_are_sampled_from_the_copy(environment, tmp_path):
+    with Stub(tmp_path / "model") as server:
+        rollout = {**runs.SAMPLED, "use": "vllm", "url": server.url, "max_new_tokens": 3}
+        made = runs.trainer(
+            tmp_path / "run", rollout=rollout, environment=[environment], rewards=["episode"], data=PROMPTS
+        )
+        made.train()
+        made.close()
+    assert max(logged(made, "rollout/sampler_gap/max")) < 1e-5
+    assert logged(made, "environment/turns/mean")[0] > 1.9
+    assert logged(made, "environment/forks/mean")[0] == (3 if environment.name == "forking" else 0)
 
 
 def test_a_resumed_run_sends_its_weights_and_ends_as_the_run_that_was_not_interrupted(tmp_path):
