@@ -17,6 +17,7 @@ from hf_rlhf.runtime.errors import UserError
 from tests.helpers import runs
 from tests.helpers.environments import Duel, Forking, Hashed, Played1
 from tests.helpers.episodes import user
+from tests.integration.test_memory import of_llama, setting
 
 
 def talk(cut: bool) -> Played1:
@@ -252,3 +253,11 @@ def test_a_reference_with_context_reads_forks_behind_the_context(tmp_path: Path)
 def test_a_reference_with_context_refuses_a_fork_that_has_not_the_prompt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reference=with_context puts a context into the prompt of a row"):
         forked(tmp_path, **HINTED)
+
+
+def test_the_forecast_of_memory_says_that_it_counts_no_forks_and_no_further_agents() -> None:
+    words = "an episode counts as one row: its forks and further agents are not counted"
+    for environment, told in ((Forking(), False), (Forking(history="as_rendered"), True), (Duel(), True)):
+        found = of_llama(setting(rollout=runs.SAMPLED, environment=[environment]))
+        assert found.phases
+        assert (words in found.notes) == told

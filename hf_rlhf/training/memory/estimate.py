@@ -163,6 +163,8 @@ def _held(
         yield reference, trained if its is model else tensor_bytes(its), [base]
     if any(use.reference.base is not use.reference for use in a.references.values()):
         notes.append("prompts of references with a context of their own count as the rows' own")
+    if any(each.history == "as_rendered" or len(each.agents) > 1 for each in a.environment):
+        notes.append("an episode counts as one row: its forks and further agents are not counted")
     yield "critic", critic, [a.critic]
     if a.update.ema is not None:
         yield "average", average_bytes(model), [a.update]
