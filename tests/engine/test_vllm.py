@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pyarrow.parquet import read_table
 from transformers import (
     AutoModelForCausalLM,
@@ -66,25 +67,29 @@ def qwen(folder: Path) -> str:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
     """A Llama whose head is not tied, of the shape of the quickstart's model: its weights come with the first load."""
     folder = tmp_path_factory.mktemp("vllm")
-    with serving(saved(LlamaForCausalLM(addition_config()), folder / "llama"), folder / "llama.log") as server:
+    model = saved(LlamaForCausalLM(addition_config()), folder / "llama")
+    with serving(model, folder / "llama.log", "rollout.sync=gloo") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
     folder = tmp_path_factory.mktemp("vllm")
-    with serving(qwen(folder / "qwen"), folder / "qwen.log") as server:
+    with serving(qwen(folder / "qwen"), folder / "qwen.log", "rollout.sync=gloo", "model.lora={r: 4}") as server:
         yield server
 
 
-def loaded(server: Vllm, **settings: Any) -> tuple[Any, Policy]:
+def loaded(server: Vllm, lora: bool = False, **settings: Any) -> tuple[Any, Policy]:
     """The engine and the policy that the server was started with."""
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(server.model).eval(),
         AutoTokenizer.from_pretrained(server.model),
     )
     engine = load_plugin("rollout", "vllm", **{"url": server.url, "max_new_tokens": 40, **settings})
-    engine.setup(Context(device=torch.device("cpu"), tokenizer=tokenizer, policy=model, prompt_tokens=20))
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", use_rslora=True)).eval()
+    for plugin in (engine, engine.sync):
+        plugin.setup(Context(device=torch.device("cpu"), tokenizer=tokenizer, policy=model, prompt_tokens=20))
     return engine, Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"), wants_logps=True)
 
 
@@ -115,9 +120,16 @@ def gap(policy: Policy, out: Any, temperature: float) -> tuple[float, int]:
     return worst, sum(map(len, out.ids))
 
 
-@pytest.mark.parametrize("head", ["tied", "llama"])
-def test_log_probs_agree_before_and_after_ten_updates(head, request):
-    engine, policy = loaded(request.getfixturevalue(head))
+@pytest.mark.parametrize(
+    ("head", "settings"),
+    [
+        *((head, {"sync": sync}) for head in ("tied", "llama") for sync in ("folder", "gloo")),
+        ("tied", {"lora": True}),
+    ],
+    ids=str,
+)
+def test_log_probs_agree_before_and_after_ten_updates(head, settings, request):
+    engine, policy = loaded(request.getfixturevalue(head), **settings)
     for step in range(11):
         send(engine, policy, step)
         found = {
@@ -136,10 +148,12 @@ def test_log_probs_agree_before_and_after_ten_updates(head, request):
         torch.manual_seed(step)
         with torch.no_grad():
             for parameter in policy.model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
     stale, _ = gap(policy, sample(engine, policy, 1.0), 1.0)
     assert stale > 100 * TOLERANCE, "weights that were not sent are seen"
-    engine.close()
+    for plugin in (engine, engine.sync):
+        plugin.close()
 
 
 def test_equal_seeds_give_equal_tokens_and_greedy_ones_are_the_most_likely(tied):

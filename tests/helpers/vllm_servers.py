@@ -31,14 +31,14 @@ def python_of_vllm() -> str:
 class Vllm:
     """A vLLM server of a model, on a port that it keeps."""
 
-    def __init__(self, model: str, log: Path) -> None:
-        self.model, self.log, self.port = model, log, free_port()
+    def __init__(self, model: str, log: Path, *words: str) -> None:
+        self.model, self.log, self.port, self.words = model, log, free_port(), words
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         words = ["serve-engine", "quickstart", "rollout.use=vllm", f"rollout.url={self.url}", "--model", self.model]
-        words += ["--python", python_of_vllm(), "--run", *FLAGS]
+        words += [*self.words, "--python", python_of_vllm(), "--run", *FLAGS]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "hf_rlhf", *words],
@@ -69,9 +69,9 @@ class Vllm:
 
 
 @contextmanager
-def serving(model: str, log: Path) -> Iterator[Vllm]:
-    """A server that answers, while the context is open."""
-    server = Vllm(model, log)
+def serving(model: str, log: Path, *words: str) -> Iterator[Vllm]:
+    """A server that answers, while the context is open. `words`: overrides of the recipe that it is started for."""
+    server = Vllm(model, log, *words)
     server.start()
     try:
         server.wait()

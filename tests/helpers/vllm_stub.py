@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed import ProcessGroupGloo, TCPStore
 from transformers import AutoModelForCausalLM
 
 from hf_rlhf.batch import Context
@@ -70,7 +72,7 @@ class Stub(Server):
         with self._lock:
             self.version, self.paused = "default", False
             self.model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
-            self.adapted = None
+            self.adapted, self.connection, self.group = None, None, None
 
     def sent(self, route: str) -> list[Any]:
         """The bodies of the requests to a route, those of the setup's trial left out."""
@@ -104,7 +106,15 @@ class Stub(Server):
                     self.version = body["new_version"]
                 case "/collective_rpc" if body["method"] == "hf_rlhf_describe":
                     config = self.model.config
-                    return {"results": [{"vocabulary": config.vocab_size, "model_type": config.model_type}]}
+                    own = {"vocabulary": config.vocab_size, "model_type": config.model_type}
+                    return {"results": [{**own, "connection": self.connection, "workers": 1}]}
+                case "/collective_rpc" if body["method"] == "hf_rlhf_connect":
+                    self.connection, info = body["args"]
+                    store = TCPStore(info["address"], info["port"], info["world"], is_master=False)
+                    self.group = ProcessGroupGloo(store, 1, info["world"], timedelta(seconds=info["seconds"]))
+                    return {"results": [{}]}
+                case "/collective_rpc" if body["method"] == "hf_rlhf_receive":
+                    return {"results": [self._receive(*body["args"])]}
                 case "/collective_rpc":
                     assert self.paused, "weights are loaded while nothing is generated"
                     self.model = AutoModelForCausalLM.from_pretrained(body["args"][0]).eval()
@@ -127,6 +137,17 @@ class Stub(Server):
         choice = {"token_ids": [seed % 7], "finish_reason": "length", "weight_versions": [{"version": self.version}]}
         logps = {"logprobs": {"content": [{"logprob": -1.0 - self.unsteady * number}]}}
         return {"choices": [{**choice, **logps, "index": index} for index in (0, 1)]}
+
+    def _receive(self, connection: str, update: dict[str, Any]) -> dict[str, str]:
+        assert self.paused, "weights are loaded while nothing is generated"
+        if connection != self.connection:
+            return {"error": "another connection"}
+        state = {}
+        for name, dtype, shape in zip(update["names"], update["dtype_names"], update["shapes"], strict=True):
+            state[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            self.group.broadcast([state[name]]).wait()
+        unknown = self.model.load_state_dict(state, strict=False).unexpected_keys
+        return {"error": f"unknown: {unknown}"} if unknown else {}
 
     @torch.no_grad()
     def _generate(self, prompt: list[int], sampling: dict[str, Any], model: Any = None) -> Any:

