@@ -43,7 +43,8 @@ from hf_rlhf.contract.pattern import Finding as Finding, History as History, Pat
 from hf_rlhf.contract.prompt_sampler import PromptSampler
 from hf_rlhf.contract.reference import Reference
 from hf_rlhf.contract.reward_source import Answers as Answers, RewardSource
-from hf_rlhf.contract.rollout_engine import RolloutEngine, Session as Session, Weights as Weights
+from hf_rlhf.contract.rollout_engine import Pending as Pending, RolloutEngine
+from hf_rlhf.contract.rollout_engine import Session as Session, Weights as Weights
 from hf_rlhf.contract.update_rule import UpdateRule
 from hf_rlhf.contract.weight_sync import EngineServer as EngineServer, WeightSync
 from hf_rlhf.modeling.offload import Keeper as Keeper, keeper as keeper, tensors_of as tensors_of

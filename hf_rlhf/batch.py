@@ -73,7 +73,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -113,6 +113,19 @@ class Completions:
     episodes: list[int] | None = None
     agents: list[int] | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    versions: list[str] | None = None
+    """`Policy.version` of the weights that sampled each row; None stands for the policy's in all rows."""
+
+    def select(self, rows: slice) -> Completions:
+        """Return some adjacent rows."""
+        known = {name: getattr(self, name) for name in ("masks", "logps", "versions")}
+        return replace(
+            self,
+            ids=self.ids[rows],
+            finish_reasons=self.finish_reasons[rows],
+            columns={name: values[rows] for name, values in self.columns.items()},
+            **{name: values[rows] for name, values in known.items() if values is not None},
+        )
 
 
 @dataclass

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hf_rlhf.batch import Completions, Prompt
@@ -32,6 +33,27 @@ class Weights:
     def version(self) -> str:
         """`Policy.version` of these weights."""
         return self.policy.version
+
+
+class Pending:
+    """Completions that an engine was asked for. The default asks for them when they are waited for."""
+
+    def __init__(self, call: Callable[[], Completions], prompts: int):
+        self._call, self._prompts = call, prompts
+        self._whole: Completions | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Completions]]:
+        """Yield (number of a prompt, its completions) of each prompt, as they land."""
+        whole = self.result()
+        group = len(whole.ids) // self._prompts
+        for i in range(self._prompts):
+            yield i, whole.select(slice(i * group, (i + 1) * group))
+
+    def result(self) -> Completions:
+        """Return all completions, in the order of the prompts, when they have landed."""
+        if self._whole is None:
+            self._whole = self._call()
+        return self._whole
 
 
 @dataclass(kw_only=True)
@@ -67,6 +89,14 @@ class RolloutEngine(Plugin, ABC):
         `temperature` replaces the setting for this call; 0 is greedy. Random numbers come from the global generators, which
         the core seeds for the call. `policy.version` names the weights: those of the last `load`.
         """
+
+    def start(
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Pending:
+        """Ask for what a call returns, and return what waits for it. An engine that samples elsewhere overrides it and draws the
+        random numbers here; the default makes the call when it is waited for."""
+        call = partial(self, policy, prompts, num_generations, temperature=temperature)
+        return Pending(call, len(prompts))
 
     def load(self, weights: Weights) -> None:
         """Take the policy's weights, from which the calls that follow sample. Called on all processes together, between

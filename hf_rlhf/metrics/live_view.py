@@ -157,7 +157,8 @@ def duration(seconds: float) -> str:
 def activities() -> str:
     """Return what this process does now, with the time since it began."""
     found = current()
-    return ", ".join(f"{activity.name} {duration(activity.seconds)}" for activity in found[-2:])
+    parts = ((activity.name, activity.progress, duration(activity.seconds)) for activity in found[-2:])
+    return ", ".join(" ".join(filter(None, part)) for part in parts)
 
 
 class LiveView:

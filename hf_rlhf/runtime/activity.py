@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _now: list[Activity] = []
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Activity:
     """One activity that has begun."""
 
@@ -24,6 +24,8 @@ class Activity:
     thread: int
     whole: bool
     """True for one that consists of others, which says nothing while one of them goes on, in whatever thread."""
+    progress: str = field(default="", init=False)
+    """How much of it is done, such as 3/32."""
 
     @property
     def seconds(self) -> float:
@@ -40,6 +42,13 @@ def doing(name: str, whole: bool = False) -> Iterator[None]:
         yield
     finally:
         _now.remove(activity)
+
+
+def progress(done: int, of: int) -> None:
+    """Say how much of this thread's innermost activity is done."""
+    own = threading.get_ident()
+    if activity := next((activity for activity in reversed(_now) if activity.thread == own), None):
+        activity.progress = f"{done}/{of}"
 
 
 def current() -> tuple[Activity, ...]:

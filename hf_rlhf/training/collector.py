@@ -167,6 +167,8 @@ class Collector:
         if scored_at is not None:
             self.meters.put("time/reward_wait_s", max(0.0, scored_at - known_at))
         logged, answers = self._logged(asked), {label: found.answers for label, found in asked.items()}
+        if not self.algorithm.rollout.local and completions.versions:
+            logged["weights"] = completions.versions
         if self.forwards.references.await_rewards:
             late = self.forwards.references.prompts(rollouts, scores_of(answers, rollouts, self.weights()))
             with self.meters.time("forward"):

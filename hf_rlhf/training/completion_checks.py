@@ -6,10 +6,11 @@ from hf_rlhf.batch import Completions
 from hf_rlhf.config.algorithm import Algorithm
 
 
-def check_completions(algorithm: Algorithm, completions: Completions, rows: int, sampled: bool) -> None:
+def check_completions(algorithm: Algorithm, completions: Completions, rows: int, sampled: bool, version: str) -> None:
     """Raise `ValueError` naming the engine unless it returned `rows` completions, each with what belongs to it.
 
-    `sampled`: at the temperature of the recipe, so that log-probs may be needed.
+    `sampled`: at the temperature of the recipe, so that log-probs may be needed. `version`: the weights that they were asked
+    from, which are recorded in `Completions.versions`.
     """
     name = algorithm.rollout.name
     if not isinstance(completions, Completions):
@@ -50,4 +51,11 @@ def check_completions(algorithm: Algorithm, completions: Completions, rows: int,
         raise ValueError(
             f"rollout={name} declares sampler_logps but returned no log-probs. Return them with every completion, or set "
             "rollout_correction.use=none"
+        )
+    completions.versions = completions.versions or [version] * rows
+    others = sorted({*completions.versions} - {version})
+    if others or len(completions.versions) != rows:
+        raise ValueError(
+            f"rollout={name} must sample every row from the weights {version}, got {len(completions.versions)} rows from "
+            f"{', '.join(sorted({*completions.versions}))}. Take the weights of `load` before sampling"
         )

@@ -11,6 +11,7 @@ from hf_rlhf.batch import Completions, Prompt, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.environment import agents_of
 from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.runtime.activity import progress
 from hf_rlhf.scoring.completion_text import CompletionText
 from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf.training.environments.rollout import Played, Players
@@ -55,8 +56,12 @@ class Sampling:
             self.reasons = played.reasons
         else:
             with self.accelerator.autocast():
-                completions = self.algorithm.rollout(self.policy, prompts, group, temperature=temperature)
-            check_completions(self.algorithm, completions, len(prompts) * group, sampled=temperature is None)
+                pending = self.algorithm.rollout.start(self.policy, prompts, group, temperature=temperature)
+                for landed, _ in enumerate(pending, 1):
+                    progress(landed, len(prompts))
+                completions = pending.result()
+            sampled = temperature is None
+            check_completions(self.algorithm, completions, len(prompts) * group, sampled, self.policy.version)
         episodes, rows = completions.episodes or list(range(len(completions.ids))), range(len(completions.ids))
         of_row = [prompts[episode // group] for episode in episodes]
         numbers, agents = [group_ids[episode // group] for episode in episodes], completions.agents or [0] * len(rows)

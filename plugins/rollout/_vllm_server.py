@@ -64,8 +64,8 @@ class HalfAnswer(HttpError):
     """Raised for an answer that lacks something."""
 
 
-def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of asynchronous work, also where an event loop is running already, as in a notebook."""
+def begin(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run asynchronous work in a thread."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -75,7 +75,12 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return future.result()
+    return future
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of asynchronous work, also where an event loop is running already, as in a notebook."""
+    return begin(work).result()
 
 
 @dataclass

@@ -9,7 +9,7 @@ again. In each rollout the log-probs of server and trainer are compared (`rollou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,16 +19,16 @@ from annotated_types import Ge
 
 from hf_rlhf import Metric, hookimpl
 from hf_rlhf.axes import Context, Count, Positive, RolloutEngine, WeightSync, choice
-from hf_rlhf.batch import Completions
 
 from .._http import check_url, secret, together
 from ._settings import SamplingEngine, end_tokens
 from ._vllm_child import Children, Serve, served
 
 if TYPE_CHECKING:
-    from hf_rlhf.axes import Algorithm, ModelSettings, Policy, Weights
-    from hf_rlhf.batch import Prompt
+    from hf_rlhf.axes import Algorithm, ModelSettings, Pending, Policy, Weights
+    from hf_rlhf.batch import Completions, Prompt
 
+    from ._vllm_landing import Landed
     from ._vllm_server import Row, Sent, Server
     from ._vllm_trust import Trust
 
@@ -223,9 +223,15 @@ class Vllm(SamplingEngine):
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
         """Sample completions (see `RolloutEngine`). Greedy rows have no log-probs."""
+        return self.start(policy, prompts, num_generations, temperature=temperature).result()
+
+    def start(
+        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
+    ) -> Pending:
+        """Send the requests, and return what waits for the answers."""
         import torch
 
-        from ._vllm_server import wait_for
+        from ._vllm_landing import Landing
 
         temperature = self.temperature if temperature is None else temperature
         self._check_lengths(prompts)
@@ -243,32 +249,34 @@ class Vllm(SamplingEngine):
         if self.stop_strings:
             sampling |= {"stop": self.stop_strings, "include_stop_str_in_output": True}
         seeds = torch.randint(2**53, (len(prompts),)).tolist()
-        groups = wait_for(self._sample(prompts, sampling, seeds))
-        rows = [row for group in groups for row in group * (num_generations if greedy else 1)]
-        return Completions(
-            ids=[list(row.ids) for row in rows],
-            finish_reasons=[row.finish_reason for row in rows],
-            logps=[row.logps for row in rows] if "logprobs" in sampling else None,  # type: ignore[misc]
-        )
+        assert self._sent is not None, "load was not called"
+        version, copies, reports = self._sent.version, num_generations if greedy else 1, "logprobs" in sampling
+        return Landing(self._sample(prompts, sampling, seeds), len(prompts), version, copies, reports)
 
     def _sample(
         self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int]
-    ) -> Coroutine[Any, Any, list[list[Row]]]:
-        """Return the completions of each prompt, from the servers in turn."""
+    ) -> Callable[[Landed], Coroutine[Any, Any, list[list[Row]]]]:
+        """Return what asks the servers in turn for the completions of each prompt, and tells of each that lands."""
         assert self._sent is not None, "load was not called"
         sent = self._sent
 
-        async def all_of_them() -> list[list[Row]]:
+        async def all_of_them(landed: Landed) -> list[list[Row]]:
             locks = [asyncio.Lock() for _ in self._servers]
+
+            async def one(i: int, call: Coroutine[Any, Any, list[Row]]) -> list[Row]:
+                rows = await call
+                landed(i, rows)
+                return rows
+
             calls = []
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 turn = (self._process + self._processes * i) % len(self._servers)
                 steps = min(self.max_new_tokens, prompt.max_new_tokens or self.max_new_tokens)
                 own = {**sampling, "seed": seed, "max_tokens": steps}
-                calls.append(self._servers[turn].complete(prompt.ids, own, sent, locks[turn]))
+                calls.append(one(i, self._servers[turn].complete(prompt.ids, own, sent, locks[turn])))
             return await together(calls)
 
-        return all_of_them()
+        return all_of_them
 
     def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
         longest = max(len(p.ids) + min(self.max_new_tokens, p.max_new_tokens or self.max_new_tokens) for p in prompts)

@@ -135,7 +135,7 @@ class Players:
         rows = [numbers[q.episode.place][q.agent, q.row] for q in asked]
         with seeded(*seed, *(("turn", self._turn) if self._turn else ())), self.autocast():
             found = session.ask(rows, prompts, each)
-        check_completions(self.algorithm, found, len(asked), self._sampled)
+        check_completions(self.algorithm, found, len(asked), self._sampled, self.policy.version)
         self._turn += 1
         self._exact, self._reports = self._exact and found.exact, self._reports and found.logps is not None
         if found.masks is not None and any(not all(mask) for mask in found.masks):
@@ -207,6 +207,7 @@ class Players:
                 episodes=[episode.place for episode, *_ in rows],
                 agents=[agents.index(agent.name) for _, agent, _ in rows],
                 columns=columns,
+                versions=[self.policy.version] * len(rows),  # of every turn, which is checked
             ),
             prompts=[agent.prompt for _, agent, _ in rows],
             prompt_ids=[row.prompt_ids for *_, row in rows],
