@@ -73,7 +73,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -118,14 +118,9 @@ class Completions:
 
     def select(self, rows: slice) -> Completions:
         """Return some adjacent rows."""
-        known = {name: getattr(self, name) for name in ("masks", "logps", "versions")}
-        return replace(
-            self,
-            ids=self.ids[rows],
-            finish_reasons=self.finish_reasons[rows],
-            columns={name: values[rows] for name, values in self.columns.items()},
-            **{name: values[rows] for name, values in known.items() if values is not None},
-        )
+        lists = {part.name: getattr(self, part.name) for part in fields(self)}
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return replace(self, columns=columns, **{name: x[rows] for name, x in lists.items() if isinstance(x, list)})
 
 
 @dataclass

@@ -25,7 +25,7 @@ class Activity:
     whole: bool
     """True for one that consists of others, which says nothing while one of them goes on, in whatever thread."""
     progress: str = field(default="", init=False)
-    """How much of it is done, such as 3/32."""
+    """Share of it that is done, such as 3/32."""
 
     @property
     def seconds(self) -> float:

@@ -57,7 +57,7 @@ class Sampling:
         else:
             with self.accelerator.autocast():
                 pending = self.algorithm.rollout.start(self.policy, prompts, group, temperature=temperature)
-                for landed, _ in enumerate(pending, 1):
+                for landed, _ in enumerate([] if self.algorithm.rollout.local else pending, 1):
                     progress(landed, len(prompts))
                 completions = pending.result()
             sampled = temperature is None

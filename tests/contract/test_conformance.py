@@ -114,6 +114,8 @@ ELSEWHERE = {
     "rewards.remote": "unit/scoring/test_remote.py",
     "rewards.unit_tests": "processes/test_unit_tests.py",
     "rollout.vllm": "unit/plugins/test_vllm.py",
+    "sync.ipc": "unit/plugins/test_sync.py",
+    "sync.nccl": "unit/plugins/test_sync.py",
 }
 """What needs a server or rows with tests of their own conforms in a test of its own."""
 

@@ -86,7 +86,7 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
             if name == "policy":
                 chosen = {"use": "with_context", "of": name, **SETTINGS["reference.with_context"]}
             return {**REFERENCE, "reference": chosen} if name != "none" else {}
-        case "rewards" | "rollout" | "trainer" | "doctor":
+        case "rewards" | "rollout" | "sync" | "trainer" | "doctor":
             raise KeyError(plugin)
     return {axis: [chosen] if axis in LISTS else chosen}
 
@@ -109,7 +109,7 @@ def needs_lora(plugin: str) -> bool:
 TRAINED = [
     plugin
     for plugin in PLUGINS
-    if plugin.split(".")[0] not in ("rewards", "rollout", "trainer", "doctor") and plugin != "reference.remote"
+    if plugin.split(".")[0] not in ("rewards", "rollout", "sync", "trainer", "doctor") and plugin != "reference.remote"
 ]
 """The plugins that `choices` knows: all but those that make completions and score them, train without any, or ask a server."""
 

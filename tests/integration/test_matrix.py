@@ -22,7 +22,7 @@ from tests.helpers.models import tiny_moe
 from tests.helpers.paths import DATA
 from tests.helpers.tiers import slow
 
-ALGORITHM = [axis for axis in AXES if axis not in ("trainer", "doctor")]
+ALGORITHM = [axis for axis in AXES if axis not in ("sync", "trainer", "doctor")]
 REGISTERED: dict[str, list[str]] = {axis: [] for axis in ALGORITHM}
 RULES = ("choice", "constraints", "json_schema", "language", "numeric", "regex", "repetition", "missing_eos")
 """Rewards that are to the core what `exact_match` and `format` are: each is tried alone."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from hf_rlhf import load_plugin
 from hf_rlhf_plugins._http import HttpError
 from tests.contract.setting_effects.base import EFFECTS, SettingEffect
 from tests.helpers import runs
@@ -73,7 +74,23 @@ def by_folder(folder: Path, name: str) -> Any:
     return outcome(folder, sync={"use": "folder", "path": str(folder / name)})
 
 
-EFFECTS["rollout.vllm.sync"] = EFFECTS["sync.folder.path"] = SettingEffect("a", "b", by_folder)
+EFFECTS["sync.folder.path"] = SettingEffect("a", "b", by_folder)
+
+
+def by_transport(folder: Path, name: str) -> Any:
+    """What the workers are asked to do."""
+    with patch.dict("os.environ", ENVIRONMENT), Stub(folder / "model") as server:
+        made = runs.trainer(folder, rollout={**runs.SAMPLED, "use": "vllm", "url": server.url, "sync": name})
+        made.collector.collect(0)
+        made.close()
+        return [body["method"] for body in server.sent("/collective_rpc")]
+
+
+EFFECTS["rollout.vllm.sync"] = EFFECTS["sync.gloo"] = SettingEffect("gloo", "folder", by_transport)
+for name in ("nccl", "ipc"):
+    EFFECTS[f"sync.{name}"] = SettingEffect(
+        name, "gloo", lambda folder, value: load_plugin("sync", value).serve_flags()
+    )
 
 
 def at_once(folder: Path, value: int) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
+import contextlib
 import copy
 import json
+import pickle
 import sys
 from typing import Any
 
@@ -17,7 +20,7 @@ from hf_rlhf import load_plugin
 from hf_rlhf.axes import Weights
 from hf_rlhf.batch import Prompt
 from hf_rlhf.modeling.policy import Policy
-from hf_rlhf.testing import tiny_policy
+from hf_rlhf.testing import conformance, tiny_policy
 from hf_rlhf_plugins import _http
 from hf_rlhf_plugins.sync import _transfer, gloo
 from tests.helpers.paths import ROOT
@@ -61,8 +64,8 @@ def same(server: Stub, own: Policy) -> bool:
     return all(torch.equal(theirs[name], x) for name, x in own.model.state_dict().items())
 
 
-@pytest.mark.proves("sync.folder", how="identity", tolerance="0")
-@pytest.mark.proves("sync.gloo", how="identity", tolerance="0")
+@pytest.mark.proves("sync.folder", how="end to end", tolerance="exact")
+@pytest.mark.proves("sync.gloo", how="end to end", tolerance="exact")
 @pytest.mark.parametrize("sync", TRANSPORTS)
 def test_every_server_has_the_policys_weights_to_the_bit_after_each_load(tmp_path, sync):
     own = policy()
@@ -160,9 +163,79 @@ def test_a_tied_head_goes_once_and_half_precision_stays_half():
 
 
 @pytest.mark.parametrize("name", ["nccl", "ipc"])
+def test_transports_between_gpus_conform_before_they_are_set_up(name):
+    for fact in conformance(load_plugin("sync", name)):
+        fact()
+
+
+@pytest.mark.parametrize("name", ["nccl", "ipc"])
 def test_transports_between_gpus_are_refused_on_a_cpu_with_what_to_set(name):
     with pytest.raises(ValueError, match=rf"sync={name} .* the policy is on cpu. Set rollout.sync.use=folder"):
         load_plugin("sync", name).setup(context())
+
+
+class Workers:
+    """A server of one worker, whose calls are noted."""
+
+    url = "http://127.0.0.1:8000"
+
+    def __init__(self, workers: int = 1) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.workers = workers
+
+    async def call(self, method: str, *arguments: Any, repeat: bool = True) -> list[dict[str, Any]]:
+        self.calls.append((method, *arguments))
+        connected = [call[1] for call in self.calls if call[0] == "hf_rlhf_connect"]
+        return [{"connection": connected[-1] if connected else None, "workers": self.workers}] * self.workers
+
+
+def sent_from_a_gpu(name: str, monkeypatch: Any, own: Policy, workers: int = 1) -> tuple[Workers, list[Any]]:
+    """The calls to a server, and those of NCCL, of two loads; the policy's memory stands for that of a GPU."""
+    said: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Gpu", (), {"uuid": "GPU-1"}))
+    monkeypatch.setattr(torch.cuda.nccl, "unique_id", lambda: bytes(range(128)))
+    monkeypatch.setattr(torch.cuda.nccl, "init_rank", lambda *words: said.append(("init", *words)) or "group")
+    monkeypatch.setattr(torch.cuda.nccl, "all_reduce", lambda x, comms: said.append(("sum", x[0].shape, comms)))
+    monkeypatch.setattr(torch.cuda.nccl, "broadcast", lambda x, comms: said.append(("send", x[0].clone(), comms)))
+    monkeypatch.setattr("torch.multiprocessing.reductions.reduce_tensor", lambda x: ("rebuild", (x.data_ptr(),)))
+    made, server = load_plugin("sync", name), Workers(workers)
+    made._device = torch.device("cpu")
+    for _ in range(2):
+        made.collect(Weights(policy=own, named=lambda: iter(own.model.state_dict().items())))
+        asyncio.run(made.send(server))
+    return server, said
+
+
+@pytest.mark.proves("sync.nccl", how="invariance", tolerance="exact")
+def test_nccl_connects_once_and_broadcasts_every_tensor_in_the_order_that_it_announced(monkeypatch):
+    own = policy()
+    server, said = sent_from_a_gpu("nccl", monkeypatch, own, workers=2)
+    methods = [call[0] for call in server.calls]
+    assert methods == ["hf_rlhf_describe", "hf_rlhf_connect", "hf_rlhf_receive", "hf_rlhf_describe", "hf_rlhf_receive"]
+    info = server.calls[1][2]
+    assert (info["rank_offset"], info["world_size"]) == (1, 3)
+    assert base64.b64decode(info["nccl_unique_id_b64"]) == bytes(range(128))
+    assert said[:2] == [("init", 3, bytes(range(128)), 0), ("sum", (1,), ["group"])]
+    update, state = server.calls[2][2], own.model.state_dict()
+    tensors = [call[1] for call in said if call[0] == "send"]
+    assert len(tensors) == 2 * len(update["names"]) == 2 * len(state)
+    for name, dtype, shape, x in zip(update["names"], update["dtype_names"], update["shapes"], tensors, strict=False):
+        assert torch.equal(x, state[name])
+        assert (dtype, shape) == ("float32", list(state[name].shape))
+
+
+@pytest.mark.proves("sync.ipc", how="invariance", tolerance="exact")
+def test_ipc_hands_over_the_policys_own_memory(monkeypatch):
+    own = policy()
+    server, said = sent_from_a_gpu("ipc", monkeypatch, own)
+    update, state = server.calls[2][2], own.model.state_dict()
+    handles = pickle.loads(base64.b64decode(update["ipc_handles_pickled"]))
+    assert handles == [{"GPU-1": (state[name].data_ptr(),)} for name in update["names"]]
+    assert said == []
+    with pytest.raises(ValueError, match="a server of one worker on the training's GPU, got 2"):
+        sent_from_a_gpu("ipc", monkeypatch, own, workers=2)
 
 
 @pytest.mark.parametrize("name", ["gloo", "nccl", "ipc"])
