@@ -35,8 +35,10 @@ LARGEST = 64 << 20
 class HttpError(RuntimeError):
     """Error for an invalid answer of a server; the message contains its URL and the answer."""
 
-    status: int | None = None
-    """HTTP status of an answer that was not retried."""
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status of the answer, where one was read."""
 
 
 class _TryAgain(Exception):
@@ -167,13 +169,11 @@ class Endpoint:
         if response.status_code in (408, 429) or response.status_code >= 500:
             raise _TryAgain(f"HTTP {response.status_code}: {head}", _asked_wait(response.headers.get("Retry-After")))
         if not response.is_success:
-            error = HttpError(f"{self.url}: HTTP {response.status_code}: {head}")
-            error.status = response.status_code
-            raise error
+            raise HttpError(f"{self.url}: HTTP {response.status_code}: {head}", response.status_code)
         try:
             return json.loads(received, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
-            raise HttpError(f"{self.url}: the answer is not JSON ({error}): {head}") from error
+            raise HttpError(f"{self.url}: the answer is not JSON ({error}): {head}", response.status_code) from error
 
     def _until_turn(self) -> float:
         """Return the seconds until this request may be sent; requests of all threads are spaced evenly."""

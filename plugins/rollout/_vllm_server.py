@@ -35,7 +35,7 @@ LOAD_ADAPTER, ADAPTER = "/v1/load_lora_adapter", "hf_rlhf_policy"
 DEVELOPMENT = ("/server_info", RPC, "/pause", "/resume", VERSION)
 """Routes that only vLLM's development mode has."""
 EXTENSION = "hf_rlhf_vllm_worker.Worker"
-NOT_FOUND = 404
+OK, NOT_FOUND = 200, 404
 FACTS_SECONDS = 120.0
 """Most seconds for an answer about the server, which looks at its machine first."""
 
@@ -163,7 +163,11 @@ class Server:
 
     async def load_adapter(self, folder: Path) -> None:
         """Load an adapter in place of the one before (see `EngineServer`)."""
-        await self.post(LOAD_ADAPTER, lora_name=ADAPTER, lora_path=str(folder), load_inplace=True)
+        try:
+            await self.post(LOAD_ADAPTER, lora_name=ADAPTER, lora_path=str(folder), load_inplace=True)
+        except HttpError as error:
+            if error.status != OK:  # else the answer is a sentence
+                raise
 
     async def load(self, sent: Sent) -> None:
         """Let the server load weights while it generates nothing; its cache of prefixes is emptied.

@@ -124,6 +124,7 @@ class Stub(Server):
                     assert self.adapted is None or body["load_inplace"]
                     base = AutoModelForCausalLM.from_pretrained(self.folder)
                     self.adapted = (body["lora_name"], PeftModel.from_pretrained(base, body["lora_path"]).eval())
+                    return Raw(b"Success: LoRA adapter added successfully.", 200)
                 case _:
                     assert not self.paused, "a completion is asked for while the server is held"
                     name, model = self.adapted or (None, self.model)

@@ -143,7 +143,7 @@ def test_routed_experts_are_reserved(tmp_path):
     algorithm = runs.trainer(tmp_path).algorithm
     given: Any = Completions(ids=[[1]], finish_reasons=["stop"], routed_experts=[[[0, 1]]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="returned routed_experts, which are reserved"):
-        check_completions(algorithm, given, 1, sampled=False)
+        check_completions(algorithm, given, 1, sampled=False, version="run:0")
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import threading
 import time
 from typing import Any
 
@@ -508,3 +509,42 @@ def test_mixtures_of_experts_and_8_bit_caches_only_warn(tmp_path, caplog, why, s
     gaps(engine, 0.01, 0.2, 0.3)
     assert sum(said in remark for remark in engine._found) == 1
     assert len([x for x in caplog.records if said in x.getMessage()]) == 1, "once, not in every rollout"
+
+
+@pytest.mark.parametrize("temperature", [None, 0.0])
+def test_completions_land_prompt_by_prompt_while_others_are_sampled(tmp_path, temperature):
+    own = policy()
+    with Stub(tmp_path / "model") as server:
+        engine = ready(server, own)
+        whole = sample(engine, own, temperature=temperature)
+        held = threading.Event()
+        slow = PROMPTS[0].ids
+
+        def trouble(route: str, body: Any, number: int) -> Any:
+            if route == GENERATE and body["token_ids"] == slow:
+                held.wait(10)
+
+        server.trouble = trouble
+        with torch.no_grad(), seeded("sampled", 0):
+            pending = engine.start(own, PROMPTS, 2, temperature=temperature)
+        parts = iter(pending)
+        landed = dict([next(parts), next(parts)])
+        assert 0 not in landed, "the first prompt is still being sampled"
+        held.set()
+        landed |= dict(parts)
+        assert pending.result() == whole
+    for i, part in landed.items():
+        assert part == whole.select(slice(2 * i, 2 * i + 2))
+    assert whole.versions == ["run:0"] * 6
+
+
+def test_an_answer_that_never_lands_ends_the_wait_with_its_error(tmp_path):
+    own = policy()
+    with Stub(tmp_path / "model") as server:
+        engine = ready(server, own, request_retries=0)
+        server.trouble = at(GENERATE, {server.counts[GENERATE] + 1}, Raw(status=500, body=b"boom"))
+        pending = engine.start(own, PROMPTS, 2)
+        with pytest.raises(HttpError, match="boom"):
+            list(pending)
+        with pytest.raises(HttpError, match="boom"):
+            pending.result()
