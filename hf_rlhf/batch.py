@@ -118,9 +118,9 @@ class Completions:
 
     def select(self, rows: slice) -> Completions:
         """Return some adjacent rows."""
-        lists = {part.name: getattr(self, part.name) for part in fields(self)}
-        columns = {name: values[rows] for name, values in self.columns.items()}
-        return replace(self, columns=columns, **{name: x[rows] for name, x in lists.items() if isinstance(x, list)})
+        known = {part.name: getattr(self, part.name) for part in fields(self)}
+        parts: dict[str, Any] = {name: x[rows] for name, x in known.items() if isinstance(x, list)}
+        return replace(self, columns={name: x[rows] for name, x in self.columns.items()}, **parts)
 
 
 @dataclass

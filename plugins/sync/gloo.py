@@ -59,10 +59,11 @@ def join(store: Any, address: str, world: int, patience: timedelta) -> Any:
     """Return the group of this process, the first one, and a server's workers."""
     from torch.distributed import ProcessGroupGloo
 
-    options: Any = ProcessGroupGloo._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = patience
-    return ProcessGroupGloo(store, 0, world, options)
+    return gloo(store, 0, world, options)
 
 
 @hookimpl

@@ -161,18 +161,20 @@ def test_weights_of_185_megabytes_take_less_than_a_second(tmp_path):
     heads = {"num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True, "vocab_size": 16_384}
     model = saved(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)), tmp_path / "model")
     with serving(model, tmp_path / "log", "rollout.sync=gloo") as server:
+        found = {}
         for sync in ("folder", "gloo"):
             engine, policy = loaded(server, sync=sync)
             megabytes = sum(x.numel() * x.element_size() for x in policy.model.parameters()) / 1e6
-            seconds = []
-            for step in range(4):
-                start = time.perf_counter()
-                send(engine, policy, step)
-                seconds.append(round(time.perf_counter() - start, 2))
+            assert 184 <= megabytes <= 186
+            for probed in (True, False):
+                engine._trust = engine._trust if probed else None
+                for step in range(4):
+                    start = time.perf_counter()
+                    send(engine, policy, step)
+                    found.setdefault((sync, probed), []).append(round(time.perf_counter() - start, 2))
             engine.sync.close()
-            print(f"{sync}: {megabytes:.0f} MB in {seconds} s")
-            assert 184 <= megabytes <= 190
-            assert min(seconds) < 1.0
+        print(found)
+        assert max(min(found[sync, False]) for sync in ("folder", "gloo")) < 1.0, found
 
 
 def test_equal_seeds_give_equal_tokens_and_greedy_ones_are_the_most_likely(tied):

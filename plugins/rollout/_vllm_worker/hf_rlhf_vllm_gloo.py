@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 
 @dataclass
-class Init(WeightTransferInitInfo):  # type: ignore[misc]
+class Init(WeightTransferInitInfo):
     """Address at which the training waits, and the number of processes with it."""
 
     address: str
@@ -29,7 +29,7 @@ class Init(WeightTransferInitInfo):  # type: ignore[misc]
 
 
 @dataclass
-class Update(WeightTransferUpdateInfo):  # type: ignore[misc]
+class Update(WeightTransferUpdateInfo):
     """The tensors that come, in turn."""
 
     names: list[str]
@@ -37,7 +37,7 @@ class Update(WeightTransferUpdateInfo):  # type: ignore[misc]
     shapes: list[list[int]]
 
 
-class Gloo(WeightTransferEngine):  # type: ignore[misc]
+class Gloo(WeightTransferEngine):
     """Receive each tensor as a broadcast of rank 0, the training."""
 
     init_info_cls = Init
@@ -50,11 +50,12 @@ class Gloo(WeightTransferEngine):  # type: ignore[misc]
         store = TCPStore(init_info.address, init_info.port, init_info.world, is_master=False, timeout=patience)
         with socket.create_connection((init_info.address, init_info.port), init_info.seconds) as towards:
             address = towards.getsockname()[0]
-        options: Any = ProcessGroupGloo._Options()
-        options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=address)]
         options._timeout = patience
         own = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
-        self.group = ProcessGroupGloo(store, 1 + own, init_info.world, options)
+        self.group = gloo(store, 1 + own, init_info.world, options)
 
     def start_weight_update(self) -> None:
         """Begin to load."""
