@@ -110,6 +110,7 @@ def test_the_built_in_plugins_are_registered():
 
 ELSEWHERE = {
     "reference.remote": "unit/plugins/test_remote_reference.py",
+    "environment.verifiers": "environments/test_verifiers.py",
     "rewards.judge": "unit/scoring/test_judge.py",
     "rewards.remote": "unit/scoring/test_remote.py",
     "rewards.unit_tests": "processes/test_unit_tests.py",

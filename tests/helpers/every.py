@@ -53,7 +53,7 @@ GAINS = {"rewards": [{"use": "length", "label": "short", "target": 1, "maximum":
 
 
 def choices(plugin: str, folder: Path) -> dict[str, Any]:
-    """Axis choices of an algorithm that contains `axis.name`. Raises KeyError for rewards and rollouts, which are not here."""
+    """Axis choices of an algorithm that contains `axis.name`. Raises KeyError for what is not here."""
     axis, _, name = plugin.partition(".")
     settings = {k: x.format(folder=folder) if isinstance(x, str) else x for k, x in SETTINGS.get(plugin, {}).items()}
     chosen = {"use": name, **settings}
@@ -79,6 +79,8 @@ def choices(plugin: str, folder: Path) -> dict[str, Any]:
             return {"advantages": {"use": "baseline", "baseline": chosen}, **(CRITIC if name == "critic" else {})}
         case "critic":
             return {"advantages": "gae", "critic": chosen} if name != "none" else {}
+        case "environment" if name == "verifiers":
+            raise KeyError(plugin)
         case "environment":
             engine = {"use": "scripted", "prompts": 4, "num_generations": 4}
             return {"environment": [{"max_tokens": 32, **chosen}], "rollout": engine}

@@ -36,6 +36,7 @@ for point in sorted(entry_points(group="hf_rlhf"), key=lambda p: p.name):
         "reference.remote",
     }
     alike |= point.name == "reference.policy"  # which is refused but behind another prompt
+    alike |= point.name == "environment.verifiers"  # whose package is not here
     if point.dist and point.dist.name == "hf_rlhf" and point.name.split(".")[0] in REGISTERED and not alike:
         REGISTERED[point.name.split(".")[0]].append(point.name.split(".", 1)[1])
 

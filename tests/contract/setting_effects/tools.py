@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +104,50 @@ def tools_of_servers(folder: Path, places: list[str]) -> Any:
 
 
 EFFECTS["environment.tools.mcp"] = SettingEffect([], ["search"], tools_of_servers)
+
+
+class Verifiers:
+    """A stand-in for the package `verifiers`, whose tasks score their number plus one of the configuration."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.taskset = type("Taskset", (list,), {"bounded": True})([0, 1])
+
+    @asynccontextmanager
+    async def serving(self) -> Any:
+        yield
+
+    async def run_episode(self, task: int, context: Any) -> Any:
+        reward = task + self.config.get("more", 0) + len(self.config["taskset"]["id"])
+        return SimpleNamespace(ok=True, errors=[], traces=[SimpleNamespace(errors=[], reward=reward, metrics={})])
+
+
+def of_verifiers(setting: str, first: Any, second: Any) -> None:
+    def show(folder: Path, value: Any) -> Any:
+        v1 = SimpleNamespace(EvalClientConfig=SimpleNamespace, ModelContext=SimpleNamespace)
+        loaders = SimpleNamespace(load_environment=Verifiers, resolve_env_config=dict)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, fake in (
+                ("", SimpleNamespace(v1=v1)),
+                (".v1", v1),
+                (".v1.utils", v1),
+                (".v1.utils.loaders", loaders),
+            ):
+                patch.setitem(sys.modules, f"verifiers{name}", fake)
+            plugin = load_plugin("environment", "verifiers", **{"taskset": "a", setting: value})
+            columns, task = {"task": 0, "other": 1}, {"role": "user", "content": "q"}
+            try:
+                made = Task(messages=[task], columns=columns, seed=0)
+                return asyncio.run(plugin.play(made, SimpleNamespace(url="http://localhost"))).reward
+            finally:
+                plugin.close()
+
+    EFFECTS[f"environment.verifiers.{setting}"] = SettingEffect(first, second, show)
+
+
+of_verifiers("taskset", "a", "bb")
+of_verifiers("settings", {}, {"more": 1})
+of_verifiers("column", "task", "other")
 
 
 def showing(setting: str, first: Any, second: Any) -> Any:
