@@ -23,7 +23,7 @@ class Held:
         self._thread.start()
         try:
             self.value = self._ready.result(START_S)
-            """What the context gave."""
+            """Value of the context."""
         except BaseException:
             self.close()
             raise
