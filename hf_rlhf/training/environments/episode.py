@@ -12,6 +12,9 @@ from hf_rlhf.batch import Prompt
 from hf_rlhf.contract.environment import POLICY, Environment, Message, Outcome, Over, Task
 from hf_rlhf.data.transcript import Transcript, TranscriptRow, conversation_hash
 
+KEPT = {"agent", "reward", "turn_rewards", "turn_ends", "turn_states", "environment", "end"}
+"""Names of columns that the host writes for each row."""
+
 
 class EnvironmentFailure(ValueError):
     """Raised for an environment that breaks its contract, or that fails in every episode."""
@@ -181,6 +184,10 @@ class Episode:
         numbers = [*rewards.values(), *(turn.reward for turn in outcome.turns or ())]
         if not all(x is None or math.isfinite(x) for x in numbers):
             raise EnvironmentFailure(f"{owner}: rewards must be finite numbers, or None for no score, got {numbers}")
+        if taken := KEPT & outcome.columns.keys():
+            raise EnvironmentFailure(
+                f"{owner}: Outcome.columns must have other names than {', '.join(sorted(KEPT))}, got {', '.join(sorted(taken))}"
+            )
         reward: Any = rewards if isinstance(outcome.reward, dict) else rewards[""]
         self.outcome = Outcome(reward=reward, turns=outcome.turns, columns=dict(outcome.columns))
 

@@ -251,6 +251,7 @@ def test_at_most_max_live_episodes_play_at_a_time():
     ("given", "words"),
     [
         ("well", "must return an Outcome, a number or None, got 'well'"),
+        (Outcome(columns={"end": 1, "mine": 2}), "must have other names than .*, got end"),
         (Outcome(turns=[Turn(), Turn()]), r"one Turn for each turn of the policy \(1\), got 2"),
         (float("nan"), "must be finite numbers"),
         (Outcome(reward={"other": 1.0}), r"must reward its agents \(policy\), got \['other'\]"),
