@@ -36,7 +36,7 @@ more = [*messages, {"role": "assistant", "content": first.message.content}, {"ro
 second = ask(more, max_tokens=2)
 refused = ""
 try:
-    client.chat.completions.create(model="policy", messages=more, n=2)
+    client.chat.completions.create(model="policy", messages=more, n=0)
 except openai.BadRequestError as error:
     refused = error.body["message"]
 print(json.dumps([second.finish_reason, refused, [model.id for model in client.models.list()]]))
@@ -54,7 +54,7 @@ def run(url: str, messages: list[dict[str, Any]], streams: bool) -> list[Any]:
 def test_openais_client_plays_the_episode_that_an_environment_plays(streams):
     def plays(task: Task, model: Any) -> float:
         reason, refused, models = run(model.url, task.messages, streams)
-        assert refused.startswith("n must be 1")
+        assert refused.startswith("n must be")
         assert models == ["policy"]
         return float(reason == "length")
 
