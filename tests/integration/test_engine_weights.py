@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from hf_rlhf.batch import Completions
+from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf_plugins import _http
 from hf_rlhf_plugins._http import HttpError
 from tests.helpers import runs
@@ -228,3 +230,18 @@ def test_truncated_sampling_with_a_correction_is_refused(tmp_path):
         corrected.train()
         corrected.close()
     assert logged(corrected, "rollout/is_ratio/mean") == [pytest.approx(1.0, abs=1e-5)]
+
+
+def test_the_weights_of_each_row_are_recorded_and_others_than_were_asked_for_are_an_error(tmp_path):
+    algorithm = runs.trainer(tmp_path / "local").algorithm
+    local = Completions(ids=[[1], [2]], finish_reasons=["stop"] * 2)
+    check_completions(algorithm, local, 2, sampled=False, version="run:1")
+    assert local.versions == ["run:1"] * 2
+    stale = Completions(ids=[[1], [2]], finish_reasons=["stop"] * 2, versions=["run:1", "run:0"])
+    with pytest.raises(ValueError, match="must sample every row from the weights run:1, got 2 rows from run:0, run:1"):
+        check_completions(algorithm, stale, 2, sampled=False, version="run:1")
+    with Stub(tmp_path / "model") as server:
+        made = trainer(tmp_path / "run", server)
+        buffer = made.collector.collect(0)
+        made.close()
+    assert set(buffer.extra["texts"]["weights"]) == {f"{made.run_id}:0"}
