@@ -35,6 +35,7 @@ from hf_rlhf.scoring.runners.process_runner import packed_source
 from hf_rlhf.testing import tiny_policy
 from tests.helpers.ill_logs import LOGS, findings
 from tests.helpers.paths import ROOT
+from tests.helpers.tiers import tiers
 from tests.helpers.verifiers import rows
 
 VALUE = r"\[[^\]]*\]|\{[^}]*\}|[\w./-]*\w"
@@ -331,7 +332,7 @@ def teacher(name: str, folder: Any) -> list[str]:
     return [f'reference.path="{folder}"'] if from_another else []
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", tiers({name: read_recipe(name) for name in shipped()}))
 def test_what_a_run_tells_to_type_next_is_accepted(name, folder, monkeypatch):
     recipe = load_recipe(name, teacher(name, folder))
     (folder / "recipe.yaml").write_text(recipe.dump())
@@ -381,7 +382,7 @@ def watched(name: str) -> tuple[dict[str, Any], list[str]]:
     return dict(recipe.raw), found
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", tiers({name: read_recipe(name) for name in shipped()}))
 def test_what_a_finding_tells_to_type_is_accepted_one_by_one_and_together(name):
     raw, patterns = watched(name)
     assert patterns
