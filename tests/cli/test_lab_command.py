@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,14 @@ def test_the_command_prints_a_line_for_each_aggregation(tmp_path: Path):
     assert "Nearest candidates of unrecognized gradients:" in shown
     words = "".join(ElementTree.parse(tmp_path / "rloo.svg").getroot().itertext())
     assert "seq_mean_token_sum, cosine 1" in words
+
+
+def test_turns_are_of_two_tokens_unless_said_otherwise():
+    shown = invoke("advantages.use=turn_gae", "--turns", "2", "--group", "1")
+    assert "3 tokens, at most 2 of them in each of up to 2 turns, 31 completions" in shown
+    assert re.search(r"^seq_mean_token_sum +E\[r\] ", shown, re.MULTILINE)
+    (row, *_) = json.loads(invoke("multi_turn_grpo", "--turns", "2", "--length", "1", "--group", "2", "--json"))
+    assert (row["advantages"], row["turns"], row["length"], row["refused"]) == ("turn_group_norm", 2, 1, [])
 
 
 def test_axis_choices_need_no_recipe_and_json_is_a_list_of_objects():

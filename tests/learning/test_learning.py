@@ -55,6 +55,16 @@ def test_games_are_learned_by_name_alone(name, start, seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("name", "before", "after"), [("multi_turn_grpo", 0.6, 0.9), ("tool_ppo", 0.3, 0.9)])
+def test_recipes_with_credit_per_turn_learn_by_name_alone(name, before, after, seed, tmp_path):
+    command = [sys.executable, "-m", "hf_rlhf", "train", name, "--seed", str(seed)]
+    subprocess.run([*command, "--output-dir", str(tmp_path / "run")], check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["reward/episode/mean"] <= before
+    assert summary["after"]["reward/episode/mean"] >= after
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", fits.RECIPES)
 def test_it_learns(name, seed):
     row = learning.run(name, seed)
