@@ -28,6 +28,8 @@ MEANING: dict[str, str] = {
     "weight_decay": "Of policy and critic, by Trainer's rule which parameters decay.",
     "max_grad_norm": "Policy and critic are clipped each by its own norm. 0 turns clipping off.",
     "bf16": "Autocast, the same in rollout, forwards without gradient and update; the weights keep `model.dtype`.",
+    "fsdp": "Shards policy, critic and references over the processes (FSDP2); see [hardware.md](hardware.md#sharded).",
+    "fsdp_config": "`reshard_after_forward` and `activation_checkpointing`; other values are refused by name.",
     "gradient_checkpointing": "As in Trainer; for the policy. A separate critic keeps its activations.",
     "activation_checkpointing": "As in Trainer; for the policy. A separate critic keeps its activations.",
     "torch_empty_cache_steps": "Optimizer steps; the cache is emptied after each of that step's micro-batches.",

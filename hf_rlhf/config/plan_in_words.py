@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.axes import Environment, KLPlacement, Plugin, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.sharding import sharding_of
 from hf_rlhf.contract.model_settings import Model
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ def _steps(args: TrainingArguments, per_epoch: int | None) -> str:
 
 
 def _processes(args: TrainingArguments) -> list[str]:
-    return [f"over {args.world_size} processes"] if args.world_size > 1 else []
+    shared = ", each with a part of the weights" if sharding_of(args) is not None else ""
+    return [f"over {args.world_size} processes{shared}"] if args.world_size > 1 else []
 
 
 def _count(number: int, unit: str, plural: str = "s") -> str:

@@ -163,9 +163,12 @@ class RecipeReader:
             return dict(given)
         from transformers import TrainingArguments
 
-        kept = {}
+        kept: dict[str, Any] = {}
         for key, value in given.items():
             if key not in names:
+                continue
+            if key == "fsdp" and isinstance(value, bool):  # annotated as text, for transformers' own parser alone
+                kept[key] = value
                 continue
             try:
                 number = checked(TrainingArguments, key, value)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_rlhf.config.sharding import take_sharding
 from hf_rlhf.registry.discovery import source_of
 from hf_rlhf.runtime.errors import UserError
 
@@ -28,7 +29,6 @@ FORCED: dict[str, tuple[Any, str]] = {
 }
 """Argument -> (value it is set to, why)."""
 
-SHARDED = "sharded training is untested here; use one process per device (DistributedDataParallel)"
 OFFLINE_REFUSED: dict[str, str] = {
     "auto_find_batch_size": "a retry would repeat the rollout or change the batches of the plan; set "
     "per_device_train_batch_size (or update.max_tokens_per_micro_batch)",
@@ -36,8 +36,9 @@ OFFLINE_REFUSED: dict[str, str] = {
     "ignore_data_skip": "a resumed run continues exactly where it stopped",
     "fp16": "its loss scaler is untested here; use bf16",
     "fp16_full_eval": "evaluation uses the policy as it trains",
-    "fsdp": SHARDED,
-    "deepspeed": SHARDED,
+    "fsdp": "recipes without rollouts are not sharded; use one process per device (DistributedDataParallel)",
+    "deepspeed": "ZeRO-3 empties weights outside of each module's own forward, where the head in chunks reads them; set "
+    "training.fsdp=true, which shards as ZeRO-3 does (with fsdp_config={reshard_after_forward: false} as ZeRO-2)",
     "parallelism_config": "only data parallelism is tested here",
     "torch_compile": "compiled forward passes are untested here",
     "use_liger_kernel": "its fused losses are not the recipe's",
@@ -50,7 +51,7 @@ OFFLINE_REFUSED: dict[str, str] = {
 REFUSED: dict[str, str] = {
     "gradient_accumulation_steps": "it is derived: set update.mini_batches for the number of optimizer steps per rollout, "
     "per_device_train_batch_size or update.max_tokens_per_micro_batch for the size of a micro-batch",
-    **OFFLINE_REFUSED,
+    **{name: why for name, why in OFFLINE_REFUSED.items() if name != "fsdp"},
     "neftune_noise_alpha": "with noise in the update its log-probs differ from the rollout's",
     "train_sampling_strategy": "prompts come from PromptStream; see dataset.shuffle",
     "bf16_full_eval": "evaluation uses the policy as it trains",
@@ -78,7 +79,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "length_column_name": "rows of a prompt stay together; padded rows are sorted by their own lengths",
     "accelerator_config": "its dataloader settings are not read; the rest is Accelerate's",
     "use_cache": "rollouts use the cache and updates do not",
-    "fsdp_config": "`fsdp` is refused",
     "liger_kernel_config": "`use_liger_kernel` is refused",
     "do_train": "as in Trainer, it is for scripts",
     "do_eval": "as in Trainer, it is for scripts",
@@ -157,6 +157,8 @@ def training_arguments(
     """Return TrainingArguments from `training_keywords`. Raises `UserError` where transformers rejects them."""
     from transformers import TrainingArguments
 
+    if training.get("deepspeed") or own.get("deepspeed"):  # transformers would look for its package first
+        raise UserError(f"training.deepspeed is refused: {OFFLINE_REFUSED['deepspeed']}")
     try:
         args = TrainingArguments(**training_keywords(name, training, output_dir, own))
     except (ValueError, TypeError, ImportError) as error:
@@ -225,6 +227,7 @@ def check_arguments(args: Any, rollouts: bool = True) -> None:
             f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which is refused: start one process per GPU with "
             "`accelerate launch -m hf_rlhf train ...`, or select one GPU with CUDA_VISIBLE_DEVICES=0"
         )
+    refused += take_sharding(args) if rollouts else []
     if refused:
         raise ArgumentError("\n".join(refused))
     if not rollouts:
@@ -239,7 +242,9 @@ def check_accelerator(accelerator: Any, args: Any) -> None:
     """Raise `ArgumentError` where a launcher asks for the same through the environment."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise ArgumentError(f"the launcher asks for {kind}: {REFUSED['fsdp']}")
+        raise ArgumentError(
+            f"the launcher asks for {kind}: {OFFLINE_REFUSED['deepspeed' if kind == 'DEEPSPEED' else 'fsdp']}"
+        )
     if accelerator.mixed_precision == "fp16" or accelerator.scaler is not None:
         raise ArgumentError(f"the launcher asks for mixed precision fp16: {REFUSED['fp16']}")
     if args.gradient_accumulation_steps != 1:

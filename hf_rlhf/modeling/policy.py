@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_rlhf.modeling.ema import PolicyEMA
+    from hf_rlhf.modeling.sharding import WholeModel
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Policy:
     """The policy as rollout engines get it: unwrapped, in evaluation mode, with its tokenizer and device."""
 
     model: Any
+    """The plain model; that of a sharded policy has weights inside `gathered` alone."""
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     wants_logps: bool = False
@@ -41,6 +43,18 @@ class Policy:
     version: str = ""
     """`RUN_ID:step`, followed by `:ema` while `model` holds the moving average; empty outside a run. It changes whenever what
     `model` computes may have changed: an optimizer step, a loaded checkpoint, an evaluation of the average."""
+
+    whole: WholeModel | None = None
+    """The twin of a sharded policy; None where each process holds the whole one."""
+
+    @property
+    def own(self) -> Any:
+        """The model that trains, which may be sharded."""
+        return self.model if self.whole is None else self.whole.sharded
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Give `model` its weights inside the block, for all processes together."""
+        return nullcontext() if self.whole is None else self.whole.gathered()
 
     @property
     def pad_token_id(self) -> int:
@@ -52,7 +66,7 @@ class Policy:
         """Hold the moving average in place of the weights of `model`, under a version of its own."""
         version, self.version = self.version, f"{self.version}:ema"
         try:
-            with average.as_policy(self.model):
+            with average.as_policy(self.own):
                 yield
         finally:
             self.version = version
@@ -119,7 +133,7 @@ class ActorCritic(nn.Module):
         distributions = logps or entropy or sum_sq_probs or bool(measures)
         routers: list[Tensor] | None = [] if router_logits else None
         if distributions or on_trunk or router_logits:
-            states, head = sampled_states(self.policy, batch, routers)
+            states, head = self.states(batch, routers)
             if distributions:
                 wanted = TokenStatistics(entropy=entropy, sum_sq_probs=sum_sq_probs)
                 heat = self.temperature if temperature is None else temperature
@@ -134,6 +148,12 @@ class ActorCritic(nn.Module):
             flat["values"] = at_least_float32(self.critic(batch, states if on_trunk else None))
         flat |= {} if routers is None else {"router_logits": routers[0]}
         return {name: x if name == "loss" else batch.place(x) for name, x in flat.items()}
+
+    def states(
+        self, batch: TokenBatch, routers: list[Tensor] | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return `sampled_states` of the policy."""
+        return sampled_states(self.policy, batch, routers)
 
 
 def sampled_states(

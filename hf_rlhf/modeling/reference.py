@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_rlhf.modeling.lm_head import Measure, TokenStatistics, at_least_float32, tokens_at_a_time, with_rest
 from hf_rlhf.modeling.lm_head import score as score_tokens
-from hf_rlhf.modeling.policy import ActorCritic, sampled_states
+from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.token_batch import TokenBatch
 
 LOGPS, DISTRIBUTIONS, TOP = "logps", "distributions", "top_logps"
@@ -93,7 +93,7 @@ class ReferencePolicy:
         there = device if own is None else next(own.parameters()).device
         batch = batch if there == device else batch.to(there)
         with self._as_reference():
-            states, head = sampled_states(self.module.policy, batch)
+            states, head = self.module.states(batch)
             distributions = self._distributions(states, head, device)
             found: dict[str, Any] = {}
             if LOGPS in needs and not self._cut():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from hf_rlhf.modeling.ema import FOLDER, PolicyEMA
 from hf_rlhf.modeling.lora_merge import FOLDER as ADAPTER
 from hf_rlhf.modeling.lora_merge import drop_other_form, merged, save_merged
 from hf_rlhf.modeling.policy import ActorCritic
+from hf_rlhf.modeling.sharding import WholeModel
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.checkpoint_state import load_state, load_tensors, plain, save_tensors
 from hf_rlhf.runtime.errors import CheckpointError
@@ -43,6 +45,8 @@ class SavingTrainer(RunTrainer):
     buffer: Buffer | None
     ema: PolicyEMA | None = None
     """The moving average of the policy, if the recipe keeps one."""
+    whole: WholeModel | None = None
+    """The twin of a sharded policy."""
     parts: RunComponents
     phases: Phases
     _bad_steps: int
@@ -85,8 +89,15 @@ class SavingTrainer(RunTrainer):
         own = type(self.algorithm.optimizer).hold is UpdateRule.hold
         return super()._sizes() | ({} if own else {"optimizer": 0.0})
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        assert self.optimizer is not None
+        return parallel.optimizer_state(self.optimizer, self.args.should_save)
+
     def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of policy, critic, moving reference and the policy's average, by name."""
+        """Yield the tensors of policy, critic, moving reference and the policy's average, by name, whole ones one at a time."""
+        return ((name, parallel.whole(x)) for name, x in self._kept_weights())
+
+    def _kept_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from super()._saved_weights()
         for title, module in self._beside().items():
             yield from weights_of(title, module)
@@ -121,6 +132,8 @@ class SavingTrainer(RunTrainer):
         super()._load_optimizer_and_scheduler(checkpoint_folder)
         if checkpoint_folder is None:
             return
+        assert self.optimizer is not None
+        parallel.load_optimizer_shards(self.optimizer)
         rank = min(self.args.process_index, checkpoint_manifest.read_manifest(Path(checkpoint_folder))["processes"] - 1)
         state = load_state(Path(checkpoint_folder), rank)
         self._bad_steps, self._unlogged = state["bad_steps"], state.get("loss")
@@ -148,7 +161,8 @@ class SavingTrainer(RunTrainer):
         folder = Path(output_dir or self.output_dir)
         policy: Any = self.model
         whole = not self._saves_checkpoint and bool(self.parts.sections["model"].save_merged)
-        weights = parallel.state_dict(policy)  # on every process, as all that follows
+        keep = self.whole is None or self.args.should_save
+        weights = parallel.state_dict(policy, keep)  # on every process, as all that follows
         if whole and self.args.should_save:
             policy.save_pretrained(folder / ADAPTER, state_dict=weights)  # before the merge, which may fail
             self.model = merged(policy, weights)
@@ -156,16 +170,16 @@ class SavingTrainer(RunTrainer):
                 super()._save(output_dir)
             finally:
                 self.model = policy
-        else:
+        elif keep:
             super()._save(output_dir, weights)
         for name, module in self._beside().items():
-            weights = parallel.state_dict(module)
+            weights = parallel.state_dict(module, keep)
             if self.args.should_save:
                 save_tensors(folder / name, weights)
         if self.ema is not None:
             save = save_merged if whole else type(policy).save_pretrained
             with self.ema.as_policy(policy, exact=True):
-                weights = parallel.state_dict(policy)
+                weights = parallel.state_dict(policy, keep)
                 if self.args.should_save:
                     save(policy, folder / FOLDER, state_dict=weights)
         if not self.args.should_save:
@@ -178,16 +192,31 @@ class SavingTrainer(RunTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the policy's weights by Trainer, and what is saved beside them."""
-        policy: Any = self.model
-        adapters = set(getattr(policy, "peft_config", ()))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name in set(getattr(policy, "peft_config", ())) - adapters:
-            policy.delete_adapter(name)  # Trainer loads the average's folder as one more adapter
+        with self._whole_model():
+            policy: Any = self.model
+            adapters = set(getattr(policy, "peft_config", ()))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            for name in set(getattr(policy, "peft_config", ())) - adapters:
+                policy.delete_adapter(name)  # Trainer loads the average's folder as one more adapter
         self._load_beside(Path(resume_from_checkpoint))
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[None]:
+        """Let `model` be whole, to load weights into it, which a sharded policy then gets."""
+        if self.whole is None:
+            yield
+            return
+        own = self.model
+        try:
+            with self.whole.gathered(write=True) as self.model:
+                yield
+        finally:
+            self.model = own
 
     def _load_best_model(self) -> None:
         """Load the best policy by Trainer, and what was saved beside it."""
-        super()._load_best_model()
+        with self._whole_model():
+            super()._load_best_model()
         if self.state.best_model_checkpoint:
             self._load_beside(Path(self.state.best_model_checkpoint))
 
@@ -197,5 +226,5 @@ class SavingTrainer(RunTrainer):
         for name, module in self._beside().items():
             parallel.load_state_dict(module, load_tensors(folder / name))
         if self.ema is not None:
-            with self.ema.as_policy(self.model, exact=True):
+            with self.ema.as_policy(self.model, exact=True), self._whole_model():
                 super()._load_from_checkpoint(str(folder / FOLDER))

@@ -155,8 +155,8 @@ class Collector:
         behind = self.forwards.references.prompts(rollouts)
         beside = run_in_thread(lambda: self._forward(rollouts, rows["mask"], exact, behind), self.accelerator.device)
         with beside as forward:
-            if any(source.runs_model for source in self.algorithm.rewards):
-                forward.result()  # two models at a time would need the memory of both
+            if any(source.runs_model for source in self.algorithm.rewards) or self.forwards.parallel.roots:
+                forward.result()  # two models at a time would need the memory of both; shards are gathered in one order
             asked, scored_at = {}, None
             if self.algorithm.rewards:
                 with self.meters.time("reward", "rewards"), seeded(self.seed, "reward", index, attempt, rank):

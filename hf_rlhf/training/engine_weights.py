@@ -51,7 +51,7 @@ class AwakeEngine:
         """Call `load` on all processes; each raises if it failed on one of them."""
         failed, self.loaded, start = None, None, time.perf_counter()
         try:
-            self.engine.load(Weights(policy=self.policy, named=lambda: whole_parameters(self.policy.model)))
+            self.engine.load(Weights(policy=self.policy, named=lambda: whole_parameters(self.policy.own)))
         except Exception as error:
             failed = error
         said = [None if failed is None else str(failed)]

@@ -92,7 +92,7 @@ def evaluate(
     rows = collector.algorithm.rollout.prompts * collector.algorithm.rollout.num_generations
     step = max(1, rows // (group * accelerator.num_processes))  # as many rows at a time as in training
     collector.actor_critic.eval()
-    with collector.engine_awake():
+    with collector.engine_awake(), collector.sampling.gathered():
         for start in range(0, len(mine), step):
             part = mine[start : start + step]
             place, process = (collector.seed, "evaluate"), (accelerator.process_index, start)

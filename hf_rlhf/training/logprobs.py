@@ -20,6 +20,7 @@ from hf_rlhf.modeling.router import ROUTED, experts_of_rows, experts_per_token
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.micro_batches import Batching
+from hf_rlhf.training.parallel import Parallel
 from hf_rlhf.training.references import References, rows_of_kls
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Forwards:
     accelerator: Accelerator
     batching: Batching
     phases: Phases
+    parallel: Parallel
 
     @property
     def reference(self) -> ReferencePolicy | None:
@@ -100,7 +102,7 @@ class Forwards:
                 measures: dict[str, Measure] = {}
                 with self.accelerator.autocast():
                     for key in compared:
-                        own = batch if key not in prompts else batch.behind([prompts[key][row] for row in rows])
+                        own = batch if key not in prompts or not rows else batch.behind([prompts[key][i] for i in rows])
                         scores, of_key = self.references.score(key, own, compared=True)
                         kept, measures = kept | scores, measures | of_key
                     found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures or None)
@@ -122,6 +124,7 @@ class Forwards:
             if (name := keyed("ref_logps", key)) in results:
                 results[name] = self._known(key, results[name], rollouts, mask)
                 check_output("reference", references[key].reference, results[name], mask, method="logps")
+        self.parallel.reshard()
         return results
 
     def _refer(self, key: str, rollouts: Rollouts, mask: Tensor, prompts: list[list[int]] | None) -> dict[str, Tensor]:
@@ -136,7 +139,8 @@ class Forwards:
 
     def _known(self, key: str, ref_logps: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
         """Replace what a reference says of tokens that it does not know by the policy's own log-probs: no KL there."""
-        if not self.references.scorers[key].partial or not bool((unknown := ref_logps.isnan()).any()):
+        unknown = ref_logps.isnan()
+        if not self.references.scorers[key].partial or not self.parallel.most(int(unknown.any())):
             return ref_logps
 
         def act(batch: TokenBatch, rows: list[int]) -> dict[str, Tensor]:
@@ -155,7 +159,9 @@ class Forwards:
         """
         own, completions, forks = rollouts.prompt_ids, rollouts.completion_ids, rollouts.forks or None
         results: dict[str, Tensor] = {}
-        for part in self.batching.cut(range(len(rollouts)), prompts or own, completions, forks):
+        parts = self.batching.cut(range(len(rollouts)), prompts or own, completions, forks)
+        short = self.parallel.most(len(parts)) - len(parts)
+        for part in parts:
             width = max(len(completions[i]) for i in part)
             cuts = None if forks is None else [forks[i] for i in part]
             rows = self.batching.batch([own[i] for i in part], [completions[i] for i in part], mask[part, :width], cuts)
@@ -168,4 +174,6 @@ class Forwards:
                 kind = mask.dtype if x.is_floating_point() else torch.int32
                 empty = mask.new_zeros((*mask.shape, *x.shape[2:]), dtype=kind)
                 results.setdefault(name, empty)[part, :width] = x.to(kind)
+        for _ in range(short):
+            forward(self.batching.empty(mask), [])
         return results

@@ -66,6 +66,10 @@ class Batching:
         """Return a `TokenBatch` of these rows; `mask` (B, T)."""
         return TokenBatch(prompts, completions, mask, self.pad, self.attention, forks)
 
+    def empty(self, like: Tensor) -> TokenBatch:
+        """Return a row without a sampled token, on the device and in the dtype of `like`."""
+        return self.batch([[self.pad]], [[self.pad]], like.new_zeros((1, 1)))
+
     def cut(
         self,
         rows: Sequence[int],

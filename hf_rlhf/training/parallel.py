@@ -1,4 +1,4 @@
-"""Parallelism of policy and critic: replicated on each process, gradients averaged (DistributedDataParallel).
+"""Parallelism of policy and critic: replicated on each process, gradients averaged (DistributedDataParallel), or sharded (FSDP2).
 
 No other module depends on it: code that wraps a module, splits a step into micro-batches, reads a norm, or reads whole
 weights to save, merge or send them, calls this module.
@@ -8,14 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from hf_rlhf.config.sharding import Sharding
+from hf_rlhf.modeling.sharding import (
+    load_optimizer_shards,
+    load_whole,
+    local,
+    optimizer_state,
+    shard,
+    whole,
+    whole_parameters,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+__all__ = [
+    "Parallel",
+    "gradients_are_finite",
+    "load_optimizer_shards",
+    "load_state_dict",
+    "optimizer_state",
+    "state_dict",
+]
+__all__ += ["whole", "whole_parameters"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +45,33 @@ class Parallel:
     """Wrap, synchronize and clip a module on the processes of an `Accelerator`."""
 
     accelerator: Accelerator
+    sharding: Sharding | None = None
+    roots: list[Any] = field(default_factory=list)
+    """Sharded modules; empty where each process holds whole ones."""
+
+    def shard(self, root: nn.Module) -> None:
+        """Shard an `ActorCritic` over all processes."""
+        assert self.sharding is not None
+        shard(root, self.accelerator.device, self.sharding.reshard_after_forward)
+        self.roots.append(root)
+
+    def reshard(self) -> None:
+        """Free the whole weights that roots keep after a forward, for a backward that may not come."""
+        for root in self.roots:
+            root.reshard()
+
+    def most(self, count: int) -> int:
+        """Return the largest of the processes' counts where they are sharded, as all run as many forwards; else `count`."""
+        if self.sharding is None:
+            return count
+        found = torch.tensor(count, device=self.accelerator.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module whose backward averages gradients over processes."""
+        if self.sharding is not None:
+            return module
         wrapped: nn.Module = self.accelerator.prepare_model(module)
         return wrapped
 
@@ -41,36 +87,35 @@ class Parallel:
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
-        """Accumulate the gradients of one micro-batch; processes average them at the last one of a step."""
+        """Accumulate the gradients of one micro-batch; processes average them at the last one of a step, shards at each one."""
         self.accelerator.gradient_state._set_sync_gradients(last)
-        with nullcontext() if last else self.accelerator.no_sync(wrapped):
+        with nullcontext() if last or self.sharding is not None else self.accelerator.no_sync(wrapped):
             yield
 
     def clip_grad_norm(self, module: nn.Module, limit: float) -> Any:
         """Scale the module's gradients to at most this norm, and return the norm they had."""
-        return self.accelerator.clip_grad_norm_(module.parameters(), limit)
+        return whole(self.accelerator.clip_grad_norm_(module.parameters(), limit))
+
+    def gradients_are_finite(self, module: nn.Module) -> bool:
+        """Return whether every gradient of the module, on every process, is finite."""
+        return not self.most(int(not gradients_are_finite(module)))
 
 
 def gradients_are_finite(module: nn.Module) -> bool:
-    """Return whether every gradient of the module, the same on every process, is finite."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    """Return whether every gradient of the module, of a sharded one this process's part, is finite."""
+    gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
     wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     return not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all())
 
 
-def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, whole tensor) of every parameter and persistent buffer, by the names of `state_dict`, one at a time.
+def state_dict(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Return the `whole_parameters` by name, as `save_pretrained` and `load_state_dict` take them.
 
-    Every process iterates together. The tensors are the module's own: copy what is kept beyond the next optimizer step.
+    All processes call it together. Of a sharded module only those that `keep` get them.
     """
-    yield from module.state_dict().items()
-
-
-def state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return the `whole_parameters` by name, as `save_pretrained` and `load_state_dict` take them."""
-    return dict(whole_parameters(module))
+    return {name: x for name, x in whole_parameters(module) if keep}
 
 
 def load_state_dict(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load what `state_dict` returned, on any number of processes."""
-    module.load_state_dict(dict(tensors))
+    load_whole(module, tensors)

@@ -11,6 +11,7 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.base import nested_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.modeling.policy import Policy
+from hf_rlhf.modeling.sharding import WholeModel
 from hf_rlhf.training.environments.workers import close_here, set_up_here
 from hf_rlhf.training.environments.workers import elsewhere as in_their_processes
 
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def policy_of(model: Any, tokenizer: Any, algorithm: Algorithm, args: TrainingArguments) -> Policy:
-    """Return the policy as rollout engines get it."""
+def policy_of(
+    model: Any, tokenizer: Any, algorithm: Algorithm, args: TrainingArguments, whole: WholeModel | None = None
+) -> Policy:
+    """Return the policy as rollout engines get it. `whole`: its twin, if it is sharded."""
     wants = algorithm.compares_sampler or algorithm.samples_old_logps
-    return Policy(model=model, tokenizer=tokenizer, device=args.device, wants_logps=wants)
+    given = model if whole is None else whole.model
+    return Policy(model=given, tokenizer=tokenizer, device=args.device, wants_logps=wants, whole=whole)
 
 
 def context_of(

@@ -6,13 +6,14 @@ the table, forwards from the rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import TrainingArguments
 
 from hf_rlhf.axes import TextTerm, check_output
 from hf_rlhf.batch import Fork, Scored
@@ -166,11 +167,13 @@ class Buffer:
         chosen = groups.tensor_split(algorithm.update.mini_batches)[mini_batch]
         return torch.isin(of_row, chosen).nonzero().flatten()
 
-    def slot(self, position: int, algorithm: Algorithm, seed: int, batching: Batching) -> list[dict[str, Any]]:
+    def slot(
+        self, position: int, algorithm: Algorithm, seed: int, batching: Batching, most: Callable[[int], int] = int
+    ) -> list[dict[str, Any]]:
         """Return the micro-batches of one optimizer step on this process, with the weights of the whole step.
 
         Empty if no process has a row; one row without weight if only this process has none, since every process takes part
-        in the backward.
+        in the backward. `most` gives the number of micro-batches to fill up to, as that of `Parallel`.
         """
         step = self.step_rows(position, algorithm, seed)
         if len(step) == 0:
@@ -203,6 +206,7 @@ class Buffer:
         micros = [self._micro_batch(part, mine, weights, batching) for part in parts] or [
             self._empty(weights, batching)
         ]
+        micros += [self._empty(weights, batching) for _ in range(most(len(micros)) - len(micros))]
         if ROUTED in known:
             fractions = known[ROUTED].to(mask.dtype).sum(0) / mask.sum().clamp(min=1)
             for micro in micros:  # a view of the same numbers for each token
@@ -227,10 +231,9 @@ class Buffer:
 
     def _empty(self, weights: dict[str, Tensor], batching: Batching) -> dict[str, Any]:
         """Return a micro-batch of one row without a sampled token."""
-        zero = self.rows["mask"].new_zeros((1, 1))
-        batch = batching.batch([[batching.pad]], [[batching.pad]], zero)
+        batch = batching.empty(self.rows["mask"])
         zeros = {name: x.new_zeros((1, 1, *x.shape[2:])) for name, x in (self.rows | weights).items()}
-        return {**zeros, "total_score": zero[0], "batch": batch}
+        return {**zeros, "total_score": batch.mask[0], "batch": batch}
 
 
 def kept_for_steps(algorithm: Algorithm) -> tuple[str, ...]:
@@ -248,13 +251,14 @@ def selection(loss: Any, table: Mapping[str, Tensor]) -> Tensor:
 
 
 def text_micro_batches(
-    algorithm: Algorithm, step: int, share: slice, like: Tensor, batching: Batching
+    algorithm: Algorithm, step: int, share: slice, like: Tensor, batching: Batching, most: Callable[[int], int] = int
 ) -> list[dict[str, Any]]:
     """Return the micro-batches of the texts of every `TextTerm` for optimizer step number `step`.
 
-    `share` selects this process's texts; `like` has the device and dtype. Weights are over all texts of the step.
+    `share` selects this process's texts; `like` has the device and dtype. Weights are over all texts of the step. `most` as in
+    `Buffer.slot`.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for i, term in enumerate(algorithm.loss_terms):
         if not isinstance(term, TextTerm):
             continue
@@ -263,9 +267,33 @@ def text_micro_batches(
         mask = (torch.arange(int(counts.max()), device=like.device) < counts[:, None]).to(like.dtype)
         weights = check_output("loss_terms", term, term.weights(mask), mask, method="weights")
         prompts, rest = [ids[:1] for ids in texts], [ids[1:] for ids in texts]
-        for rows in batching.cut(range(len(texts))[share], prompts, rest):
+        parts = batching.cut(range(len(texts))[share], prompts, rest)
+        for rows in parts:
             width = max(len(texts[row]) for row in rows) - 1
             part = mask[rows, :width]
             batch = batching.batch([prompts[row] for row in rows], [rest[row] for row in rows], part)
             found.append({"text_term": i, "mask": part, "weights": weights[rows, :width], "batch": batch})
+        for _ in range(most(len(parts)) - len(parts)):
+            batch = batching.empty(like)
+            found.append({"text_term": i, "mask": batch.mask, "weights": batch.mask, "batch": batch})
     return found
+
+
+def micro_batches_of_step(
+    buffer: Buffer,
+    position: int,
+    step: int,
+    algorithm: Algorithm,
+    args: TrainingArguments,
+    batching: Batching,
+    most: Callable[[int], int],
+) -> list[dict[str, Any]]:
+    """Return the micro-batches of optimizer step number `step`, at `position` in its rollout: texts, then rows.
+
+    Empty if no process has a row. `most` as in `Buffer.slot`.
+    """
+    rows = buffer.slot(position, algorithm, args.seed, batching, most)
+    if not rows:
+        return []
+    share = slice(args.process_index, None, args.world_size)
+    return text_micro_batches(algorithm, step, share, buffer.rows["mask"], batching, most) + rows

@@ -345,13 +345,20 @@ class RunTrainer(PushingTrainer, ABC):
         """Save optimizer and schedule as Trainer does, hashed on the way, while the weights are hashed in a thread."""
         if self._writing is None:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            optimizer, schedule = self.optimizer, self.lr_scheduler
-            assert optimizer is not None
+            return
+        state = self._optimizer_state()
+        if self.args.should_save:
+            schedule = self.lr_scheduler
             assert schedule is not None
             self._writing.hash_written()
-            self._writing.save(OPTIMIZER_NAME, optimizer.state_dict())
+            self._writing.save(OPTIMIZER_NAME, state)
             self._writing.save(SCHEDULER_NAME, schedule.state_dict())
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state with whole tensors, on the processes that save. All processes call it together."""
+        optimizer = self.optimizer
+        assert optimizer is not None
+        return optimizer.state_dict()
 
     def _state(self) -> dict[str, Any]:
         """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers: here the loss that is not logged

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.batch import Completions, Prompt, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
@@ -51,11 +52,12 @@ class Sampling:
         """
         played: Played | None = None
         if self.algorithm.environment:
-            played = self._players(prompts, group_ids, group, temperature, place, process)
+            with self.gathered():
+                played = self._players(prompts, group_ids, group, temperature, place, process)
             completions, self.waited, self.overridden = played.completions, played.waited, played.overridden
             self.reasons = played.reasons
         else:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.gathered():
                 pending = self.algorithm.rollout.start(self.policy, prompts, group, temperature=temperature)
                 for landed, _ in enumerate([] if self.algorithm.rollout.local else pending, 1):
                     progress(landed, len(prompts))
@@ -82,6 +84,10 @@ class Sampling:
             forks=completions.forks or [],
             episode_ids=[number * group + episode % group for number, episode in zip(numbers, episodes, strict=True)],
         )
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Give a sharded policy its weights inside the block, for an engine that reads them."""
+        return self.policy.gathered() if self.algorithm.rollout.local else nullcontext()
 
     @cached_property
     def agents(self) -> int:

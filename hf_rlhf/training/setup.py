@@ -15,6 +15,7 @@ from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
 from hf_rlhf.config.plan_in_words import Counts, in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
+from hf_rlhf.config.sharding import process_problems, sharding_problems
 from hf_rlhf.config.training_arguments import DEFAULTS, check_arguments, training_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import adapted_model_problems, add_adapter, config_problems
@@ -31,6 +32,7 @@ from hf_rlhf.data.prompt_stream import order_problem
 from hf_rlhf.data.prompts import Prompts, StreamedPrompts, check_columns, load_prompts, prompt_room, read_columns
 from hf_rlhf.data.quantization import is_quantised, model_problems
 from hf_rlhf.modeling.policy import ActorCritic, Policy
+from hf_rlhf.modeling.sharding import WholeModel
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.seeding import seeded
@@ -116,9 +118,9 @@ class RunComponents:
         check_causal(model)
         return actor_critic, References.build(a, model, args.device)
 
-    def policy(self, model: Any, args: TrainingArguments) -> Policy:
-        """Return the policy as rollout engines get it."""
-        return policy_of(model, self.tokenizer, self.algorithm, args)
+    def policy(self, model: Any, args: TrainingArguments, whole: WholeModel | None) -> Policy:
+        """Return the policy as rollout engines get it. `whole`: its twin, if it is sharded."""
+        return policy_of(model, self.tokenizer, self.algorithm, args, whole)
 
     def set_up(self, model: Any, args: TrainingArguments, autocast: AbstractContextManager[None]) -> Scorer:
         """Call `setup` of every plugin, that of the rollout engine in `autocast`, and start reward sources in their workers.
@@ -171,6 +173,7 @@ def setup_run(
     known = known_model(model_settings, model, trust_remote_code)
     chosen = with_router_balance(chosen, known[0])
     plan, record = _described(chosen, sections, args, lora, model, peft_config, named, known)
+    _refuse(list(process_problems(args)))
     if several := isinstance(evaluation, dict):
         sections["dataset"] = replace(sections["dataset"], held_out=0)
     check_hub_names(chosen.plugins())
@@ -362,6 +365,7 @@ def describe(
     ]
     problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
     problems += [*offload_problems(algorithm, args), *optimizer_problems(args)]
+    problems += sharding_problems(algorithm, args, sections["model"])
     problems += router_problems(algorithm, config)
     if config is not None:
         try:

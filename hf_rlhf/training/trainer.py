@@ -22,6 +22,7 @@ from hf_rlhf.axes import TextTerm, TrainedCritic, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.recipe import Recipe, load_recipe
+from hf_rlhf.config.sharding import sharding_of
 from hf_rlhf.config.training_arguments import check_accelerator
 from hf_rlhf.contract.outputs import noted
 from hf_rlhf.data.prompt_stream import PromptStream
@@ -46,13 +47,14 @@ from hf_rlhf.training.held_out_rows import kept_rows
 from hf_rlhf.training.logprobs import Forwards
 from hf_rlhf.training.losses import derivative, policy_terms, text_term, value_term
 from hf_rlhf.training.micro_batches import Batching
-from hf_rlhf.training.parallel import Parallel, gradients_are_finite
+from hf_rlhf.training.parallel import Parallel
 from hf_rlhf.training.parameter_groups import check_given, critic_groups
 from hf_rlhf.training.plugin_setup import close_plugins
 from hf_rlhf.training.recording import ALL, Recorder
 from hf_rlhf.training.references import References
-from hf_rlhf.training.rollout_buffer import Buffer, text_micro_batches
+from hf_rlhf.training.rollout_buffer import Buffer, micro_batches_of_step
 from hf_rlhf.training.setup import default_arguments, setup_run
+from hf_rlhf.training.sharded_models import shard_models
 from hf_rlhf.training.update_rule import step_of
 
 
@@ -121,9 +123,10 @@ class RLHFTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         check_accelerator(self.accelerator, self.args)
-        self.parallel = Parallel(self.accelerator)
+        self.parallel = Parallel(self.accelerator, sharding_of(self.args))
         self.end_tracking = install(self.callback_handler, self.args, self.run_log, self.doctor, parts.record)
         self.actor_critic, references = parts.build(self.model, self.args)
+        self.whole = shard_models(self.parallel, self.algorithm, self.actor_critic, references)
         decay = self.algorithm.update.ema
         self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)
         models = (self.actor_critic, references.models)
@@ -142,17 +145,19 @@ class RLHFTrainer(SavingTrainer):
 
     def _collector(self, references: References) -> Collector:
         """Build the collector of rollouts, and set up every plugin."""
-        policy, completions = self.parts.policy(self.model, self.args), self.parts.logging_settings.completions
-        pad, rows = policy.pad_token_id, self.args.per_device_train_batch_size
+        policy = self.parts.policy(self.model, self.args, self.whole)
+        rows, logged = self.args.per_device_train_batch_size, self.parts.logging_settings.completions
         forwards = Forwards(
             algorithm=self.algorithm,
             actor_critic=self.actor_critic,
             references=references,
             accelerator=self.accelerator,
-            batching=Batching.of(self.algorithm, self.model, pad, rows, self.accelerator.autocast()),
+            batching=Batching.of(self.algorithm, self.model, policy.pad_token_id, rows, self.accelerator.autocast()),
             phases=self.phases,
+            parallel=self.parallel,
         )
-        scorer = self.parts.set_up(self.model, self.args, self.accelerator.autocast())
+        with policy.gathered():
+            scorer = self.parts.set_up(policy.model, self.args, self.accelerator.autocast())
         self._scorer_finalizer = weakref.finalize(self, scorer.close)
         return Collector(
             algorithm=self.algorithm,
@@ -164,7 +169,7 @@ class RLHFTrainer(SavingTrainer):
             accelerator=self.accelerator,
             stream=self.stream,
             meters=self.meters,
-            recorder=Recorder(self.algorithm, policy.tokenizer, self.accelerator, self.args.seed, completions),
+            recorder=Recorder(self.algorithm, policy.tokenizer, self.accelerator, self.args.seed, logged),
             seed=self.args.seed,
         )
 
@@ -195,11 +200,8 @@ class RLHFTrainer(SavingTrainer):
         if self.buffer is None or self.buffer.index != index:
             raise CheckpointError(f"step {self.state.global_step} is in the middle of a rollout that was not saved")
         batching = self.collector.forwards.batching
-        slot = self.buffer.slot(position, self.algorithm, self.args.seed, batching)
-        if slot:
-            share, like = slice(self.args.process_index, None, self.args.world_size), self.buffer.rows["mask"]
-            slot = text_micro_batches(self.algorithm, self.state.global_step, share, like, batching) + slot
-        return [slot], None
+        chosen = (position, self.state.global_step, self.algorithm, self.args, batching, self.parallel.most)
+        return [micro_batches_of_step(self.buffer, *chosen)], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run Trainer's own step on each micro-batch; processes average gradients at the last one."""
@@ -210,6 +212,7 @@ class RLHFTrainer(SavingTrainer):
                 with self.parallel.micro_batch(model, last=i == len(inputs) - 1):
                     loss += super().training_step(model, micro).to(loss.dtype)
                 micro["batch"].release()
+        self.parallel.reshard()
         if inputs:
             self._step_sums |= {
                 f"plugin/{title}/loss"
@@ -279,7 +282,7 @@ class RLHFTrainer(SavingTrainer):
         if isinstance(critic, TrainedCritic) and self.state.global_step < critic.warmup_steps:
             for parameter in self.actor_critic.policy.parameters():
                 parameter.grad = None
-        finite = gradients_are_finite(self.actor_critic)
+        finite = self.parallel.gradients_are_finite(self.actor_critic)
         self.meters.put("health/nonfinite_step", 0 if finite else 1)
         self._bad_steps = 0 if finite else self._bad_steps + 1
         said = noted((plugin for _, plugin in self.algorithm.plugins()), read_again=not finite)

@@ -132,7 +132,7 @@ def test_a_critic_from_the_policy_or_the_reward_model_names_no_model(fails, tmp_
         (["+actor_rollout_ref.rollout.n=5"], "rollout.num_generations=5"),
         (["critic.optim.lr=1e-5"], "critic.optim.lr -> critic.learning_rate=1e-5"),
         (["trainer.total_epochs=1"], "training.num_train_epochs=15"),
-        (["actor_rollout_ref.actor.fsdp_config.param_offload=true"], "FSDP and sequence parallelism are rejected"),
+        (["actor_rollout_ref.actor.fsdp_config.param_offload=true"], "FSDP2"),
         (["training.beta=0.1"], "kl.0.beta=0.04"),
         (["rollout.max_completion_length=9"], "rollout.max_new_tokens=512"),
     ],

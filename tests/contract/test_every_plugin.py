@@ -65,6 +65,27 @@ def test_two_processes_give_the_parameters_of_one(plugin, whole, on_two_processe
     assert_same(*whole(plugin), on_two_processes[plugin])
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The same with `training.fsdp`."""
+    folder = tmp_path_factory.mktemp("sharded")
+    chosen = {"per_device_train_batch_size": 3, "fsdp": True}
+    specs = {plugin: specification(plugin, folder, **chosen) for plugin in SHARDED}
+    return stepping.finish(stepping.start(specs, folder / "run", processes=2), folder / "run")
+
+
+SHARDED = [plugin for plugin in every.TRAINED if plugin != "optimizer.trpo"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", SHARDED)
+def test_shards_give_the_parameters_of_whole_models(plugin, whole, on_two_processes, sharded):
+    begin, _ = whole(plugin)
+    movement = (on_two_processes[plugin] - begin).norm()
+    assert movement > 1e-5, "nothing moved"
+    assert (on_two_processes[plugin] - sharded[plugin]).norm() <= 1e-12 * movement
+
+
 @pytest.mark.parametrize("plugin", every.by_what_is_kept())
 def test_resuming_inside_a_rollout_gives_equal_bits(plugin, tmp_path):
     def spec(folder: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_arguments_listed_without_effect_change_no_number(tmp_path):
         "do_predict": True,
         "resume_from_checkpoint": "nowhere",
     }
-    elsewhere = {"torch_compile_backend", "torch_compile_mode", "fsdp_config"}  # they come with what is refused
+    elsewhere = {"torch_compile_backend", "torch_compile_mode"}  # they come with what is refused
     assert odd.keys() | elsewhere == WITHOUT_EFFECT.keys()
     options: dict[str, Any] = {"rollout": SAMPLED, "eval_data": problems(4, seed=1)}
     plain = trained(tmp_path / "plain", training={"eval_strategy": "steps", "eval_steps": 1}, **options)

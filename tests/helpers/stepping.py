@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from hf_rlhf import RLHFTrainer, load_plugin
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.sections import Update
+from hf_rlhf.modeling.sharding import whole
 from hf_rlhf.testing import tiny_policy
 from tests.helpers.models import tiny_moe
 from tests.helpers.paths import environment
@@ -136,7 +137,7 @@ def lora(spec: dict[str, Any]) -> Any:
 
 def parameters(trainer: RLHFTrainer) -> torch.Tensor:
     """All parameters, the critic's included, in one vector."""
-    return torch.cat([p.detach().flatten().double() for p in trainer.actor_critic.parameters()])
+    return torch.cat([whole(p.detach()).flatten().double() for p in trainer.actor_critic.parameters()])
 
 
 def run(spec: dict[str, Any], resume: Any = None, stop: int | None = None) -> torch.Tensor:

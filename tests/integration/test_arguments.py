@@ -23,7 +23,6 @@ ASKED: dict[str, Any] = {
     "fp16": True,
     "fp16_full_eval": True,
     "bf16_full_eval": True,
-    "fsdp": "full_shard",
     "deepspeed": {"zero_optimization": {"stage": 2}},
     "parallelism_config": object(),
     "torch_compile": True,

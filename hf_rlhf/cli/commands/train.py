@@ -11,6 +11,7 @@ import typer
 from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.flags import FLAGS, TEXT, ShowCompletions
+from hf_rlhf.cli.launch import start_processes
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.config.mappings import meaning
 from hf_rlhf.metrics.live_view import LiveView
@@ -194,7 +195,8 @@ def check(
         "hf-rlhf train quickstart advantages.use=leave_one_out --learning_rate 1e-4",
         "hf-rlhf train mine.yaml --use_peft --report_to wandb --save_strategy steps --save_steps 50",
         "hf-rlhf train outputs/grpo/recipe.yaml --output-dir outputs/grpo --resume",
-        "accelerate launch --num_processes 2 -m hf_rlhf train quickstart    # a process per device",
+        "hf-rlhf train quickstart --nproc 2    # a process per device, as torchrun and accelerate launch start them",
+        "hf-rlhf train quickstart --nproc 2 --fsdp true    # each with a part of the weights",
     ),
 )
 def train(
@@ -229,6 +231,9 @@ def train(
     ] = False,
     show_completions: ShowCompletions = None,
     config: Config = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Number of processes to train in, one per device.")
+    ] = None,
     plugin: PluginOptions = None,
 ) -> None:
     """Train with a recipe.
@@ -237,6 +242,8 @@ def train(
 
     The last of these wins: defaults, environment variables (WANDB_NAME), the recipe, overrides KEY=VALUE in order, flags.
     """
+    if nproc is not None and nproc > 1:
+        start_processes(nproc)
     where: str | bool = resume
     if resume_from_checkpoint is not None:
         where = {"true": True, "false": False}.get(resume_from_checkpoint.lower(), resume_from_checkpoint)

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 from hf_rlhf.axes import Reference, TrainedCritic, UpdateRule
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.sharding import sharding_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import add_adapter
 from hf_rlhf.data.model_loading import ModelError, lora_config, without_weights
@@ -97,9 +98,13 @@ def _phases(
     kept = kept_scores(a, -(-a.rollout.prompts // args.world_size) * group, length, max(4, model.dtype.itemsize))
     held += [("reference scores", kept, [])] * any(use.top_k for use in a.references.values())
 
+    shards = args.world_size if sharding_of(args) is not None else 1
+    gathered = {"gathered weights": gathered_bytes(model)} if shards > 1 else {}
+
     def on_device(*read: str) -> Sizes:
         found: Sizes = dict.fromkeys((part for part, *_ in held), 0.0)
         for part, size, choices in held:
+            size /= shards if part in ("weights", "critic", "average", "optimizer", *references) else 1
             found[part] += size * (part in read or not (gpu and any(getattr(x, "offload", False) for x in choices)))
         return found
 
@@ -116,7 +121,8 @@ def _phases(
     logits = 4 * rows * len(model.get_output_embeddings().weight) * (1 + (a.rollout.temperature != 1))
     decode = {"cache": (prompts + rows * room) * cache, "logits": logits}
     rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values())) if a.rollout.local else {}
-    yield "rollout", on_device() | rollout
+    whole_policy = {"gathered weights": float(tensor_bytes(model))} if shards > 1 and a.rollout.local else {}
+    yield "rollout", on_device() | whole_policy | rollout
     group = 1 if not shared or a.update.attention == "padded" or "double_backward" in a.needs else group
     batch = range(1, min(own, args.per_device_train_batch_size) + 1)  # whole groups, or a part of one
     sizes = [(-(-n // group) * prompt + n * length, n * said) for n in batch if n < group or n % group == 0]
@@ -127,16 +133,18 @@ def _phases(
     old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
     if readers or old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"}:
         of_each = [(on_device(), model), *((on_device(x), references.get(x, (None, model))[1]) for x in readers)]
-        forwards = [x | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled)} for x, m in of_each]
+        forwards = [
+            x | gathered | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled)} for x, m in of_each
+        ]
         yield "forward", max(forwards, key=lambda sizes: sum(sizes.values()))  # one after the other
     if any("reward_model" in source.provides for source in a.rewards):
         notes.append("the phase reward is without what the forwards of reward models take")
         yield "reward", on_device("reward models")
     models = ["critic", *compared_in_update(a)]
-    gradients = {"gradients": float(tensor_bytes(model, trainable=True) + critic)}
+    gradients = {"gradients": float(tensor_bytes(model, trainable=True) + critic) / shards}
     step = on_device(*models, "optimizer", "average") | gradients
     backward = (step if a.steps_per_rollout > 1 else on_device(*models)) | gradients
-    backward |= micro_batch_bytes(model, args, tokens, 2 * logits, 1 + bool(critic))
+    backward |= gathered | micro_batch_bytes(model, args, tokens, 2 * logits, 1 + bool(critic))
     yield "update", max(backward, step, key=lambda sizes: sum(sizes.values()))
 
 
@@ -172,7 +180,7 @@ def _held(
         factor = optimizer_bytes(optimizer_name(args), 1, notes)
         yield "optimizer", factor * trained, [a.update]
         yield "optimizer", factor * critic, [a.update, a.critic]
-    yield "gradient buckets", (trained + critic) * (args.world_size > 1), []
+    yield "gradient buckets", (trained + critic) * (args.world_size > 1 and sharding_of(args) is None), []
 
 
 def with_adapter(model: Any, config: Any) -> Any:
@@ -187,6 +195,13 @@ def tensor_bytes(module: Any, *, trainable: bool = False) -> int:
     """Return the bytes of parameters and buffers, tied ones once; with `trainable` of the trained parameters."""
     buffers = () if trainable else module.buffers()
     return sum(x.nbytes for x in (*module.parameters(), *buffers) if x.requires_grad or not trainable)
+
+
+def gathered_bytes(model: Any) -> float:
+    """Return the bytes of a sharded model's weights that are whole at a time: what lies outside the layers, and two of these."""
+    kinds = {name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())}
+    layers = [tensor_bytes(m) for m in model.modules() if type(m).__name__ in kinds]
+    return float(tensor_bytes(model) - sum(layers) + 2 * max(layers, default=0))
 
 
 def optimizer_bytes(optim: str, trained: int, notes: list[str]) -> float:

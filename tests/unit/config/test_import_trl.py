@@ -186,9 +186,15 @@ def test_trl_s_defaults_are_written_out_and_accepted(trainer):
 
 
 def test_refused_arguments_are_listed_and_left_out():
-    given = {"fp16": True, "fsdp": "full_shard", "neftune_noise_alpha": 5.0, "dataloader_num_workers": 2, "bf16": False}
+    given = {
+        "fp16": True,
+        "debug": "underflow_overflow",
+        "neftune_noise_alpha": 5.0,
+        "dataloader_num_workers": 2,
+        "bf16": False,
+    }
     made = convert({**given, "reward_funcs": ["accuracy_reward"]}, "grpo")
-    assert dict(made.notes).keys() == {"fp16", "fsdp", "neftune_noise_alpha", "dataloader_num_workers"}
+    assert dict(made.notes).keys() == {"fp16", "debug", "neftune_noise_alpha", "dataloader_num_workers"}
     with pytest.raises(ArgumentError, match="fp16"):
         check_arguments(TrainingArguments("unused", use_cpu=True, fp16=True))
     check_arguments(resolve(made.recipe, name="x").training_arguments("unused"))
