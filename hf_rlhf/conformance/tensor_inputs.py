@@ -19,7 +19,7 @@ from hf_rlhf.conformance.common import with_nested
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]
 
-ALWAYS = ("mask", "token_rewards", "group_ids", "kl_penalties", "finished")
+ALWAYS = ("mask", "token_rewards", "group_ids", "episode_ids", "agents", "kl_penalties", "finished")
 """Fields of `Scored` that are always set."""
 FIELDS = (
     "values",
@@ -80,6 +80,8 @@ def draw_tensors(
         "token_rewards": total[:, None] * last - penalties,
         "kl_penalties": penalties,
         "group_ids": groups * 3 + 5,
+        "episode_ids": torch.arange(rows),
+        "agents": torch.zeros(rows, dtype=torch.long),
         "values": 2 * draw(rows, length) - 1,
         "score": score,
         "style": style,

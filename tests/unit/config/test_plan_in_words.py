@@ -27,7 +27,7 @@ from tests.helpers.paths import ROOT
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 NEUTRAL = {"critic": "none", "reference": "none", "rollout_correction": "none", "optimizer": "trainer"}
 """Choices that the line leaves out."""
-SILENT = {"rollout", "rewards", "kl", "kl_estimator", "doctor"}
+SILENT = {"rollout", "rewards", "kl", "kl_estimator", "doctor", "sync"}
 """Axes that it names otherwise, by numbers, labels and places, or that change no algorithm."""
 
 
