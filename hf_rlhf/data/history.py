@@ -66,7 +66,7 @@ def check_history(
     way = f"{file}, TRL's version of it, which keeps them" if file is not None else "a template that keeps them"
     raise ChatError(
         f"an episode keeps the tokens of earlier turns, and the chat template rewrites them: {found}. "
-        f"Set model.chat_template to {way}, or history=as_rendered, which makes a fork of each such turn"
+        f"Set model.chat_template to {way}, or environment.0.history=as_rendered, which makes a fork of each such turn"
     )
 
 

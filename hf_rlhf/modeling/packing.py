@@ -138,10 +138,12 @@ class Packed:
         starts = torch.tensor([tail.start for tail in self._tails], dtype=torch.long)
         depths = torch.tensor([tail.depth for tail in self._tails], dtype=torch.long)
         found = starts[rows] + positions - depths[rows]
-        for i in (positions < depths[rows]).nonzero().flatten().tolist():
-            at = int(positions[i])
-            span = next(span for span in self._tails[int(rows[i])].path() if at >= span.depth)
-            found[i] = span.start + at - span.depth
+        early = (positions < depths[rows]).nonzero().flatten()
+        above = [
+            next(span.start - span.depth for span in self._tails[row].path() if at >= span.depth)
+            for row, at in zip(rows[early].tolist(), positions[early].tolist(), strict=True)
+        ]
+        found[early] = positions[early] + torch.tensor(above, dtype=torch.long)
         return found
 
     def release(self) -> None:

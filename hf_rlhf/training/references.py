@@ -74,7 +74,7 @@ class References:
                 raise UserError(
                     f"reference={name} puts a context into the prompt of a row, and this one has a turn (a fork) whose "
                     "conversation does not begin with that prompt. Choose another reference, or an environment that only adds "
-                    "messages, with a chat template that keeps earlier turns (history=extend)"
+                    "messages, with a chat template that keeps earlier turns (environment.0.history=extend)"
                 )
         config = getattr(self.scorers[key].module.policy, "config", None)
         room = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -111,9 +111,11 @@ def needs_lora(plugin: str) -> bool:
 TRAINED = [
     plugin
     for plugin in PLUGINS
-    if plugin.split(".")[0] not in ("rewards", "rollout", "sync", "trainer", "doctor") and plugin != "reference.remote"
+    if plugin.split(".")[0] not in ("rewards", "rollout", "sync", "trainer", "doctor")
+    and plugin not in ("reference.remote", "environment.verifiers")
 ]
-"""The plugins that `choices` knows: all but those that make completions and score them, train without any, or ask a server."""
+"""The plugins that `choices` knows: all but those that make completions and score them, train without any, ask a server, or need
+a package that is not here."""
 
 
 def by_what_is_kept() -> list[Any]:

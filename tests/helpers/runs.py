@@ -35,8 +35,9 @@ BASE: dict[str, Any] = {
 }
 
 
-def problems(count: int = 6, seed: int = 0, completions: int = 8) -> list[dict[str, Any]]:
-    """Additions with scripted completions: the first is right, of the others about half start with an early letter."""
+def problems(count: int = 6, seed: int = 0, completions: int = 8, played: bool = False) -> list[dict[str, Any]]:
+    """Additions with scripted completions: the first is right, of the others about half start with an early letter. `played`:
+    with the columns that games read."""
     draw = random.Random(seed)
     made = []
     for _ in range(count):
@@ -46,7 +47,9 @@ def problems(count: int = 6, seed: int = 0, completions: int = 8) -> list[dict[s
             for _ in range(completions - 2)
         ]
         masks = [[1] + [draw.randint(0, 1) for _ in text] for text in texts]
-        made.append({"prompt": f"{a}+{b}=", "answer": str(a + b), "completions": texts, "masks": masks})
+        games = {"secret": "4", "heap": "5", "opponent": "self"}
+        row = {"prompt": f"{a}+{b}=", "answer": str(a + b), "completions": texts, "masks": masks}
+        made.append(row | games if played else row)
     return made
 
 

@@ -88,7 +88,7 @@ def stepped(recipe: Any, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
 
     settings = {**recipe.training_keywords(str(folder)), "save_strategy": "no", "report_to": "none"}
     args = TrainingArguments(**{**settings, "disable_tqdm": True, "lr_scheduler_type": "constant"})
-    made = RLHFTrainer(None, recipe, args, train_dataset=runs.problems(), processing_class=tiny_policy()[1])
+    made = RLHFTrainer(None, recipe, args, train_dataset=runs.problems(played=True), processing_class=tiny_policy()[1])
     made.remove_callback(PrinterCallback)
     before = copied(made.actor_critic)
     made.train()

@@ -279,7 +279,7 @@ def test_a_combination_learns_over_two_steps_of_a_rollout(chosen: Combination, f
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_scores_a_run(name: str, tmp_path: Path):
     rewards = [plugin("rewards", name), load_plugin("rewards", "length", target=1, maximum=9)]
-    data = [{**row, "pick": "A"} for row in runs.problems()]
+    data = [{**row, "pick": "A"} for row in runs.problems(played=True)]
     before = runs.parameters(runs.trainer(tmp_path / "before", rewards=rewards, data=data))
     made = runs.trained(tmp_path, rewards=rewards, data=data)
     assert not torch.equal(runs.parameters(made), before)

@@ -295,7 +295,7 @@ def test_numbers_are_read_once_per_shape(monkeypatch):
 
 def test_every_axis_says_what_its_plugins_return():
     without = {axis for axis, base in AXES.items() if not base.axis.outputs}
-    assert without == {"sampler", "rollout", "environment", "rewards", "trainer", "doctor"}, (
+    assert without == {"sampler", "rollout", "sync", "environment", "rewards", "trainer", "doctor"}, (
         "these return no tensors; their results are checked elsewhere"
     )
     checked = {case.axis for case in CASES.values()} | {"kl_controller", "critic", "reference", "optimizer"}

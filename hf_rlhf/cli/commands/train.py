@@ -195,8 +195,7 @@ def check(
         "hf-rlhf train quickstart advantages.use=leave_one_out --learning_rate 1e-4",
         "hf-rlhf train mine.yaml --use_peft --report_to wandb --save_strategy steps --save_steps 50",
         "hf-rlhf train outputs/grpo/recipe.yaml --output-dir outputs/grpo --resume",
-        "hf-rlhf train quickstart --nproc 2    # a process per device, as torchrun and accelerate launch start them",
-        "hf-rlhf train quickstart --nproc 2 --fsdp true    # each with a part of the weights",
+        "accelerate launch --num_processes 2 -m hf_rlhf train quickstart    # a process per device, as --nproc 2 starts them",
     ),
 )
 def train(

@@ -161,6 +161,7 @@ def test_forwards_neither_draw_nor_depend_on_the_default_dtype_and_have_no_gradi
         return known[0]
 
     spy.references = inner.references  # type: ignore[attr-defined]
+    spy.parallel = inner.parallel  # type: ignore[attr-defined]
     made.collector.forwards = spy
     with torch.enable_grad():
         made.collector.collect(0)
