@@ -253,7 +253,11 @@ def test_a_combination_learns_over_two_steps_of_a_rollout(chosen: Combination, f
     if chosen["loss_terms"] == "router_balance":
         options["policy"] = tiny_moe(len(runs.tiny_policy()[1]))
     made = runs.trainer(
-        tmp_path, **parts(chosen, lambda axis, name, *s: plugin(axis, name, folder, **dict(s))), update=steps, **options
+        tmp_path,
+        data=runs.problems(played=True),
+        **parts(chosen, lambda axis, name, *s: plugin(axis, name, folder, **dict(s))),
+        update=steps,
+        **options,
     )
     before = runs.parameters(made.actor_critic.policy)
     made.train()
@@ -279,7 +283,7 @@ def test_a_combination_learns_over_two_steps_of_a_rollout(chosen: Combination, f
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_scores_a_run(name: str, tmp_path: Path):
     rewards = [plugin("rewards", name), load_plugin("rewards", "length", target=1, maximum=9)]
-    data = [{**row, "pick": "A"} for row in runs.problems(played=True)]
+    data = [{**row, "pick": "A"} for row in runs.problems()]
     before = runs.parameters(runs.trainer(tmp_path / "before", rewards=rewards, data=data))
     made = runs.trained(tmp_path, rewards=rewards, data=data)
     assert not torch.equal(runs.parameters(made), before)
