@@ -72,7 +72,7 @@ class _Row:
     messages: Messages
     ids: list[int]
     text: str
-    """Text of the tokens: rendered where that was encoded, decoded where it was sampled."""
+    """Text of the tokens: rendered where that was encoded, decoded where it was sampled; with `as_rendered` alone."""
     prefix: str
     """Text of the last messages up to the start of the turn."""
     ends: list[_End] = field(default_factory=list)
@@ -144,7 +144,8 @@ class Transcript:
         start, told = len(asked.ids), [0.0] * len(ids) if logps is None else logps
         asked.ids += ids
         self._sampled.append(_Turn(asked, start, len(asked.ids), int(train), told))
-        asked.text += str(self.tokenizer.decode(list(ids), skip_special_tokens=self.text))
+        if self.history == "as_rendered":  # nothing else reads it
+            asked.text += str(self.tokenizer.decode(list(ids), skip_special_tokens=self.text))
         asked.messages = [*asked.messages, message]
         asked.ends.append(_End(len(asked.messages), len(asked.ids), asked.text, list(ids)))
         asked.asked = False

@@ -183,12 +183,13 @@ def _unit(source: RewardSource, rollouts: Rollouts, part: list[int], seed: tuple
     own = rollouts.select(part)
     for name in ("prompt_ids", "completion_ids", "masks"):
         setattr(own, name, [copy.copy(row) for row in getattr(own, name)])
-    own.prompts = [_copied(prompt) for prompt in own.prompts]
-    own.columns = {name: [_copied(value) for value in values] for name, values in own.columns.items()}
+    own.prompts = [copied(prompt) for prompt in own.prompts]
+    own.columns = {name: [copied(value) for value in values] for name, values in own.columns.items()}
     return RewardCall(rows=part, rollouts=own, seed=seed_of(*seed, part[0]) if seeds else None)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """Return a copy of a column's value."""
     return value if isinstance(value, str | int | float | None) else copy.deepcopy(value)
 
 

@@ -19,7 +19,7 @@ from hf_rlhf.data.transcript import History, Transcript, TranscriptRow
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.runtime.seeding import seed_of, seeded
 from hf_rlhf.scoring.runners.isolation import isolated
-from hf_rlhf.scoring.scorer import applies
+from hf_rlhf.scoring.scorer import applies, copied
 from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf.training.environments.episode import Agent, EnvironmentFailure, Episode, Question, Reply
 from hf_rlhf.training.environments.lockstep import Lockstep
@@ -100,7 +100,8 @@ class Players:
         text = isinstance(prompt.prompt, str)
         messages: Any = [{"role": "user", "content": prompt.prompt}] if text else copy.deepcopy(prompt.prompt)
         taker = next((environment for environment in self.algorithm.environment if _takes(environment, prompt)), None)
-        task = Task(messages=messages, columns=copy.deepcopy(prompt.columns), seed=seed_of(*seed))
+        columns = {name: copied(value) for name, value in prompt.columns.items()}
+        task = Task(messages=messages, columns=columns, seed=seed_of(*seed))
         return Episode(
             place=place,
             group=group,
@@ -248,11 +249,13 @@ class Players:
 
 def _takes(environment: Environment, prompt: Prompt) -> bool:
     """Return whether an environment plays the episodes of a prompt."""
+    if environment.when is None:
+        return True
     columns = {name: [value] for name, value in prompt.columns.items()}
     row = Rollouts(
         prompts=[], completions=[], prompt_ids=[], completion_ids=[], masks=[], finish_reasons=[], columns=columns
     )
-    return environment.when is None or applies(f"environment={environment.name}", environment.when, row, 0)
+    return applies(f"environment={environment.name}", environment.when, row, 0)
 
 
 def _ends(turns: Sequence[int]) -> list[int]:
