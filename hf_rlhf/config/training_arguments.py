@@ -38,7 +38,7 @@ OFFLINE_REFUSED: dict[str, str] = {
     "fp16_full_eval": "evaluation uses the policy as it trains",
     "fsdp": "recipes without rollouts are not sharded; use one process per device (DistributedDataParallel)",
     "deepspeed": "ZeRO-3 empties weights outside of each module's own forward, where the head in chunks reads them; set "
-    "training.fsdp=true, which shards as ZeRO-3 does (with fsdp_config={reshard_after_forward: false} as ZeRO-2)",
+    "training.fsdp=true, which shards as ZeRO-3 does (with training.fsdp_config={reshard_after_forward: false} as ZeRO-2)",
     "parallelism_config": "only data parallelism is tested here",
     "torch_compile": "compiled forward passes are untested here",
     "use_liger_kernel": "its fused losses are not the recipe's",

@@ -137,13 +137,18 @@ class Packed:
         """Return the index (n,) of the tokens at `positions` (n,) of rows (n,)."""
         starts = torch.tensor([tail.start for tail in self._tails], dtype=torch.long)
         depths = torch.tensor([tail.depth for tail in self._tails], dtype=torch.long)
-        found = starts[rows] + positions - depths[rows]
-        early = (positions < depths[rows]).nonzero().flatten()
-        above = [
-            next(span.start - span.depth for span in self._tails[row].path() if at >= span.depth)
-            for row, at in zip(rows[early].tolist(), positions[early].tolist(), strict=True)
-        ]
-        found[early] = positions[early] + torch.tensor(above, dtype=torch.long)
+        lasts = torch.tensor(
+            [0 if tail.before is None else tail.before.stop - 1 for tail in self._tails], dtype=torch.long
+        )
+        beyond = positions - depths[rows]
+        found = torch.where(beyond == -1, lasts[rows], starts[rows] + beyond)
+        early = (beyond < -1).nonzero().flatten()
+        if len(early):  # a token of an earlier branch
+            above = [
+                next(span.start - span.depth for span in self._tails[row].path() if at >= span.depth)
+                for row, at in zip(rows[early].tolist(), positions[early].tolist(), strict=True)
+            ]
+            found[early] = positions[early] + torch.tensor(above, dtype=torch.long)
         return found
 
     def release(self) -> None:

@@ -23,9 +23,11 @@ def open_workers(environment: Environment, context: Context | None) -> None:
         body = packed(fresh(environment), context)
     except Exception as error:
         reason = f"cannot send it to processes: {type(error).__name__}: {error}"
-        raise WorkerStartError(f"{title}: {reason}. Name functions as file.py:name, or set workers=inline") from error
+        raise WorkerStartError(
+            f"{title}: {reason}. Name functions as file.py:name, or set environment.0.workers=inline"
+        ) from error
     start = worker_processes(f"{PlayServer.__module__}:{PlayServer.__name__}", body, timeout=environment.timeout)
-    advice = ". Set workers=inline, or keep only plain data in the dataset's columns"
+    advice = ". Set environment.0.workers=inline, or keep only plain data in the dataset's columns"
     environment.worker_pool = WorkerPool(title, start, count=environment.most_live or 1, advice=advice)
 
 
