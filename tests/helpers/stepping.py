@@ -73,9 +73,8 @@ def rows(count: int, seed: int = 0, completions: int = 8) -> list[dict[str, Any]
             text[-1] = 1 if draw.random() < 0.7 else text[-1]  # the end-of-sequence token
         prompt = "".join(draw.choice("abcdef") for _ in range(1 + i % 5))
         row = {"prompt": prompt, "completions": texts, "masks": masks, "answer": draw.choice("abcdef")}
-        made.append(
-            {**row, "secret": "4", "heap": "5", "logps": [[-3 - 3 * draw.random() for _ in mask] for mask in masks]}
-        )
+        games = {"secret": "4", "heap": "5", "opponent": ("policy", "perfect")[i % 2]}
+        made.append({**row, **games, "logps": [[-3 - 3 * draw.random() for _ in mask] for mask in masks]})
     return made
 
 
