@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count
 from typing import Any
 
@@ -226,15 +226,17 @@ class Algorithm:
 
     def problems(self) -> list[str]:
         """Return reasons why this combination cannot run or learn, each with its fix; empty when it can."""
-        return [
-            *self._missing(),
-            *self._unused(),
-            *self._without_rewards(),
-            *self._counts(),
-            *self._rewards(),
-            *reference_problems(self),
-            *self._own_checks(),
-        ]
+        return list(self.each_problem())
+
+    def each_problem(self) -> Iterator[str]:
+        """Yield the reasons one by one."""
+        yield from self._missing()
+        yield from self._unused()
+        yield from self._without_rewards()
+        yield from self._counts()
+        yield from self._rewards()
+        yield from reference_problems(self)
+        yield from self._own_checks()
 
     def _missing(self) -> Iterator[str]:
         known = CORE_PROVIDES | FIXES.keys()
@@ -378,13 +380,20 @@ def walk(plugins: Mapping[str, Any]) -> Iterator[tuple[str, Plugin]]:
 
 def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
     yield path, plugin
-    for setting in fields(plugin):
-        value = getattr(plugin, setting.name)
-        place = f"{path}.{setting.name}"
-        children = [(f"{place}.{i}", x) for i, x in enumerate(value)] if isinstance(value, list) else [(place, value)]
-        for where, child in children:
-            if isinstance(child, Plugin):
-                yield from _with_nested(where, child)
+    for name in _names(type(plugin)):  # type: ignore[arg-type]  # of the class, which is hashable
+        value = getattr(plugin, name)
+        if isinstance(value, Plugin):
+            yield from _with_nested(f"{path}.{name}", value)
+        elif isinstance(value, list):
+            for i, child in enumerate(value):
+                if isinstance(child, Plugin):
+                    yield from _with_nested(f"{path}.{name}.{i}", child)
+
+
+@cache
+def _names(plugin: type[Plugin]) -> tuple[str, ...]:
+    """Return the names of a plugin's settings."""
+    return tuple(setting.name for setting in fields(plugin))
 
 
 def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:

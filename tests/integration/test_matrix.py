@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,18 @@ def cached(axis: str, name: str, *settings: tuple[str, str]) -> Any:
     return plugin(axis, name, **dict(settings))
 
 
+@functools.cache
+def needed(axis: str, name: str, *settings: tuple[str, str]) -> frozenset[str]:
+    """What a plugin and those in it need."""
+    return frozenset().union(*(p.needs for _, p in _with_nested("", cached(axis, name, *settings))))
+
+
+def algorithm(chosen: Combination) -> Algorithm:
+    return Algorithm(**parts(chosen, make=cached), update=Update(**{chosen["update"]: 2}))
+
+
 def refusals(chosen: Combination) -> list[str]:
-    return Algorithm(**parts(chosen, make=cached), update=Update(**{chosen["update"]: 2})).problems()
+    return algorithm(chosen).problems()
 
 
 def pairs(chosen: Combination) -> set[Pair]:
@@ -138,10 +148,8 @@ def pairs(chosen: Combination) -> set[Pair]:
 def mended(chosen: Combination, fixed: Combination) -> Combination:
     """With the critic, reference, environment and rollout that the other choices ask for, where they are not fixed."""
     drawn = random.Random(str(sorted(chosen.items())))
-    plugins = [
-        p for value in parts(chosen, make=cached).values() for p in (value if isinstance(value, list) else [value])
-    ]
-    needs = set().union(*(p.needs for one in plugins if one is not None for _, p in _with_nested("", one)))
+    held = [value if isinstance(value, list) else [value or ()] for value in parts(chosen, make=needed).values()]
+    needs = set().union(*itertools.chain(*held))
     provided = {"critic": "values", "reference": "ref_logps"}
     for axis, name in provided.items():
         if axis not in fixed:
@@ -154,21 +162,19 @@ def mended(chosen: Combination, fixed: Combination) -> Combination:
     return chosen
 
 
-def draws(fixed: Combination, count: int, seed: object) -> list[Combination]:
+def draws(fixed: Combination, count: int, seed: object) -> Iterator[Combination]:
     draw = random.Random(str(seed))
-    found = []
     for _ in range(count):
         chosen = {axis: fixed.get(axis) or draw.choice(names) for axis, names in VALUES.items()}
         if "loss_terms" not in fixed and draw.random() < 0.5:
             chosen["loss_terms"] = NOTHING
-        found.append(mended(chosen, fixed))
-    return found
+        yield mended(chosen, fixed)
 
 
 def can_run(chosen: Combination) -> bool:
     """Whether the combination is not refused and is sure to have the rewards that its estimator takes."""
     wild = chosen["advantages"] == "maxrl" and chosen["rewards"] in MAY_BE_NEGATIVE
-    return not wild and not refusals(chosen)
+    return not wild and next(algorithm(chosen).each_problem(), None) is None
 
 
 def cover() -> tuple[list[Combination], list[Pair]]:
@@ -209,8 +215,8 @@ def new_first(combinations: list[Combination]) -> list[Combination]:
 
 COVER, EXCLUDED = cover()
 COVER = new_first(COVER)
-SHARE = 160
-"""So many combinations, which hold most of the pairs, run in every test run, and the others in the slow tier: always the
+SHARE = 100
+"""So many combinations, which hold two thirds of the pairs, run in every test run, and the others in the slow tier: always the
 same ones, as the draws are seeded."""
 
 
@@ -299,7 +305,7 @@ def test_every_registered_plugin_is_in_every_test_run():
 
 def test_most_pairs_are_in_every_test_run():
     every, share = (set().union(*map(pairs, combinations)) for combinations in (COVER, COVER[:SHARE]))
-    assert len(share) > 0.85 * len(every)
+    assert len(share) > 2 / 3 * len(every)
 
 
 @pytest.mark.parametrize("pair", EXCLUDED, ids=lambda pair: "-".join(f"{axis}.{name}" for axis, name in pair))
