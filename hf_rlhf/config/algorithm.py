@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -30,6 +30,7 @@ from hf_rlhf.axes import (
     UpdateRule,
     axis_of,
 )
+from hf_rlhf.config.plugin_tree import walk
 from hf_rlhf.config.references import EARLY, ReferenceUse, reference_problems, references_of
 from hf_rlhf.config.sections import Update
 from hf_rlhf.registry.host import get_host
@@ -365,35 +366,6 @@ def _settings(plugin: Plugin) -> dict[str, Any]:
             value = callable_text(value)
         found[setting.name] = value
     return found
-
-
-def walk(plugins: Mapping[str, Any]) -> Iterator[tuple[str, Plugin]]:
-    """Yield the plugins of a mapping from axes with their dotted paths, nested ones included."""
-    for axis in AXES:
-        held = plugins.get(axis)
-        for path, plugin in (
-            [(f"{axis}.{i}", x) for i, x in enumerate(held)] if isinstance(held, list) else [(axis, held)]
-        ):
-            if plugin is not None:
-                yield from _with_nested(path, plugin)
-
-
-def _with_nested(path: str, plugin: Plugin) -> Iterator[tuple[str, Plugin]]:
-    yield path, plugin
-    for name in _names(type(plugin)):  # type: ignore[arg-type]  # of the class, which is hashable
-        value = getattr(plugin, name)
-        if isinstance(value, Plugin):
-            yield from _with_nested(f"{path}.{name}", value)
-        elif isinstance(value, list):
-            for i, child in enumerate(value):
-                if isinstance(child, Plugin):
-                    yield from _with_nested(f"{path}.{name}.{i}", child)
-
-
-@cache
-def _names(plugin: type[Plugin]) -> tuple[str, ...]:
-    """Return the names of a plugin's settings."""
-    return tuple(setting.name for setting in fields(plugin))
 
 
 def places(algorithm: Algorithm) -> Iterator[tuple[str, str, Plugin]]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from hf_rlhf import axes
 from hf_rlhf.axes import AXES, Plugin
-from hf_rlhf.config.algorithm import walk
 from hf_rlhf.config.hub_names import check_hub_names
+from hf_rlhf.config.plugin_tree import walk
 from hf_rlhf.config.recipe import load_recipe
 from hf_rlhf.registry.discovery import source_of
 from hf_rlhf.registry.host import Host, get_host, use_host

@@ -154,8 +154,8 @@ def scorer_of(
     import torch
 
     from hf_rlhf.batch import Context
-    from hf_rlhf.config.algorithm import walk
     from hf_rlhf.config.hub_names import check_hub_names
+    from hf_rlhf.config.plugin_tree import walk
     from hf_rlhf.scoring.scorer import Scorer
 
     check_hub_names(walk({"rewards": [source for _, source in sources]}))

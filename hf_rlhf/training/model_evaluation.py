@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from hf_rlhf.batch import Prompt
-from hf_rlhf.config.algorithm import Algorithm, walk
+from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.overrides import apply_overrides
+from hf_rlhf.config.plugin_tree import walk
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe, load_recipe, read_recipe, resolve
 from hf_rlhf.config.recipe_yaml import OFFLINE
 from hf_rlhf.config.training_arguments import check_arguments

@@ -12,7 +12,8 @@ from typing import Any
 
 from hf_rlhf.axes import RolloutEngine
 from hf_rlhf.batch import Completions, Prompt, Rollouts, Spans
-from hf_rlhf.config.algorithm import Algorithm, walk
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.plugin_tree import walk
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.data.model_loading import load_config, load_tokenizer
 from hf_rlhf.data.prompts import check_columns, load_prompts, prompt_room, read_columns

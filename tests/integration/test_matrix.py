@@ -15,7 +15,8 @@ import torch
 
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import AXES, LISTS, NESTED
-from hf_rlhf.config.algorithm import Algorithm, _with_nested
+from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.plugin_tree import with_nested
 from hf_rlhf.config.sections import Update
 from tests.helpers import every, runs
 from tests.helpers.models import tiny_moe
@@ -130,7 +131,7 @@ def cached(axis: str, name: str, *settings: tuple[str, str]) -> Any:
 @functools.cache
 def needed(axis: str, name: str, *settings: tuple[str, str]) -> frozenset[str]:
     """What a plugin and those in it need."""
-    return frozenset().union(*(p.needs for _, p in _with_nested("", cached(axis, name, *settings))))
+    return frozenset().union(*(p.needs for _, p in with_nested("", cached(axis, name, *settings))))
 
 
 def algorithm(chosen: Combination) -> Algorithm:

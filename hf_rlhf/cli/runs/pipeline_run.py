@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 from hf_rlhf.cli.runs.next_steps import next_steps
 from hf_rlhf.cli.runs.run import check, train, unused
-from hf_rlhf.config.algorithm import walk
 from hf_rlhf.config.hub_names import check_hub_names
 from hf_rlhf.config.json_schema import HEADER
 from hf_rlhf.config.pipeline import OUTPUT_OF, Pipeline, PipelineStage
 from hf_rlhf.config.plan import Plan
+from hf_rlhf.config.plugin_tree import walk
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe
 from hf_rlhf.metrics.live_view import LiveView, console
 from hf_rlhf.runtime import checkpoint_manifest
