@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Union
 
 from hf_rlhf._version import __version__
-from hf_rlhf.axes import AXES, LISTS
+from hf_rlhf.axes import LISTS
 from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS
 from hf_rlhf.config.recipe_yaml import ALGORITHM_AXES, DEFAULTS, OFFLINE, STAGES, TOP_AXES
 from hf_rlhf.config.sections import SECTIONS
@@ -107,8 +107,8 @@ class _Schemas:
         """Write the schema of an axis that is a key of recipes."""
         if axis in LISTS:
             many = {"type": "array", "items": self.plugin(axis)}
-            given = {"anyOf": [many, self.plugin(axis)]} if AXES[axis].axis.bare else many
-            return {**given, "description": hookspecs.summary(axis)}
+            one_or_many = {"if": {"type": "array"}, "then": many, "else": self.plugin(axis)}
+            return {**one_or_many, "description": hookspecs.summary(axis)}
         default = DEFAULTS.get(axis)
         return _described(self.plugin(axis, default), hookspecs.summary(axis), default)
 
@@ -127,7 +127,7 @@ class _Schemas:
                     {"enum": sorted({name for name in bare if bare.count(name) == 1})},
                     {"pattern": "|".join(f"^{_package(offer)}/{re.escape(offer.name)}$" for offer in offers) or "(?!)"},
                 ],
-                "description": f"Name of a {axis} plugin, or package/name.",
+                "description": f"Name of a plugin of the axis {axis}, or package/name.",
             }
             self.defs[key] = {  # before its plugins: one may hold another of its axis
                 "type": ["string", "object"],

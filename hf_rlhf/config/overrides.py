@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_rlhf.axes import AXES, LISTS
+from hf_rlhf.axes import LISTS
 from hf_rlhf.config.mappings import mapped
 from hf_rlhf.config.offline_sections import OFFLINE_SECTIONS
 from hf_rlhf.config.recipe_yaml import DEFAULTS, KEYS, OFFLINE, TOP_AXES, RecipeError, read_yaml, unknown_key
@@ -71,7 +71,7 @@ class _Writer:
         if keys[0] not in KEYS:
             raise UserError(f"a recipe has no key {keys[0]!r}.{unknown_key('.'.join(keys))} It has: {', '.join(KEYS)}")
         self._refuse_foreign(keys)
-        if len(keys) > 1 and keys[0] in AXES and AXES[keys[0]].axis.bare:
+        if len(keys) > 1 and keys[0] in LISTS:
             given, indexed = self.recipe.get(keys[0]), keys[1].isdecimal()
             if indexed and isinstance(given, Mapping | str):
                 self.recipe[keys[0]] = [given]
@@ -124,7 +124,7 @@ class _Writer:
         if axis not in TOP_AXES:
             return None
         default = None if axis in LISTS else DEFAULTS.get(axis)
-        many = axis in LISTS and not (AXES[axis].axis.bare and isinstance(node, Mapping | str))
+        many = axis in LISTS and not isinstance(node, Mapping | str)
         while True:
             if many:
                 if not rest:

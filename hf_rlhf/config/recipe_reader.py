@@ -47,8 +47,7 @@ class RecipeReader:
         if given is MISSING:
             return self.refuse(axis, f"is missing; write `{axis}: {{use: NAME}}`. There are: {names}")
         if axis in LISTS:
-            bare = AXES[axis].axis.bare and not isinstance(given, list)
-            return self.plugins(axis, [given] if bare else given, axis)
+            return self.plugins(axis, given, axis)
         before = len(self.problems)
         made, text = self.plugin(axis, given, axis, DEFAULTS.get(axis))
         if meant and isinstance(given, Mapping) and "use" not in given and len(self.problems) > before:
@@ -57,10 +56,12 @@ class RecipeReader:
         return made, text
 
     def plugins(self, axis: str, given: Any, path: str) -> tuple[Any, Any]:
-        """Read a list of plugins."""
+        """Read a list of plugins, or one in place of a list of one."""
+        if isinstance(given, str | Mapping | Plugin):
+            given = [given]
         if not isinstance(given, list):
             return self.refuse(
-                path, f"takes a list, `[]` for none and `[{{use: NAME}}]` for one; got {plain_text(given)}"
+                path, f"takes a list, `[]` for none and `{{use: NAME}}` for one; got {plain_text(given)}"
             )
         made = [self.plugin(axis, item, f"{path}.{place}") for place, item in enumerate(given)]
         return [plugin for plugin, _ in made], [text for _, text in made]
@@ -71,7 +72,7 @@ class RecipeReader:
             if isinstance(given, AXES[axis]):
                 self.given.append(given)
                 return given, _as_plain(given)
-            return self.refuse(path, f"takes a {axis} plugin; got {given!r}")
+            return self.refuse(path, f"takes a plugin of the axis {axis}; got {given!r}")
         if isinstance(given, str):
             given = {"use": given}
         use = given.get("use", default) if isinstance(given, Mapping) else None

@@ -41,9 +41,7 @@ class Axis:
     """Prefix of its plugins' own metrics. `<label>` stands for the label of a reward source, otherwise for the plugin's name;
     the second plugin of a name is `<name>_2`. Empty: the metrics have the names that a trainer's library logs."""
     many: bool = False
-    """True where a recipe has a list of plugins."""
-    bare: bool = False
-    """True where a recipe may write one plugin in place of a list of one."""
+    """True where a recipe has a list of plugins; it may write one in place of a list of one."""
     default: str | tuple[()] | None = None
     """Plugin of a recipe that leaves the axis out, `()` for an empty list; None: the recipe must choose."""
     watches: bool = False

@@ -57,7 +57,7 @@ class Model(Protocol):
         """
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Task:
     """Start of an episode: a row of the dataset, and a seed."""
 
@@ -69,7 +69,7 @@ class Task:
     """Depends on the run's seed, the rollout, the attempt, the group and the row in it, and on nothing else."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Turn:
     """Reward and state of one turn of the policy."""
 
@@ -79,7 +79,7 @@ class Turn:
     None: the conversation that the policy was asked with."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Outcome:
     """Result of an episode: rewards and further values."""
 
@@ -95,7 +95,7 @@ class Outcome:
 class Environment(Plugin, ABC):
     """Play episodes with the policy. Axis `environment`, a list. A row that none takes is answered once."""
 
-    axis = Axis(section="Environment", metric_prefix="environment/<label>", many=True, bare=True, default=())
+    axis = Axis(section="Environment", metric_prefix="environment/<label>", many=True, default=())
     provides: ClassVar[frozenset[str]] = frozenset({"turns", "states"})
 
     followers: ClassVar[tuple[Literal["user", "tool"], ...]] = ("user",)

@@ -322,7 +322,9 @@ class Host:
             wrong = _misfit(cls, offer.axis)
             if wrong:
                 label = getattr(cls, "__name__", repr(cls))
-                raise PluginError(f"{offer.source}: {label} in {offer.module} is not a {offer.axis} plugin: {wrong}")
+                raise PluginError(
+                    f"{offer.source}: {label} in {offer.module} is not a plugin of the axis {offer.axis}: {wrong}"
+                )
         return list(classes)
 
 

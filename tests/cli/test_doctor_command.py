@@ -85,6 +85,8 @@ def test_a_pattern_is_turned_off_and_one_of_a_file_is_added(tmp_path, capsys):
     assert call("doctor", run, "-p", tmp_path / "mine.py") == 3
     assert "one_length, since step 5: All completions have 4 tokens." in capsys.readouterr().out
     ill = written(tmp_path / "ill", LOGS["cut_off"](RECIPE))
+    assert call("doctor", ill, "-p", tmp_path / "mine.py") == 3
+    assert f"check {ill / 'recipe.yaml'} -p {tmp_path / 'mine.py'} " in capsys.readouterr().out
     assert call("doctor", ill, "-p", "no:doctor.cut_off", "-p", "no:doctor.out_of_range") == 0
 
 

@@ -48,9 +48,10 @@ def doctor(
         from hf_rlhf.metrics.live_view import console
 
         out = console()
+        options = [word for option in plugin or () for word in ("-p", option)]
         for folder, findings in found.items():
             print(f"{folder}: {'nothing found' if not findings else ''}".rstrip())
-            show_findings(findings, str(folder / "recipe.yaml"), out)
+            show_findings(findings, [str(folder / "recipe.yaml"), *options], out)
     if any(found.values()):
         raise typer.Exit(FOUND)
 

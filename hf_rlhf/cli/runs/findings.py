@@ -24,8 +24,8 @@ def show_finding(out: Console) -> Callable[[Finding], None]:
     return show
 
 
-def show_findings(findings: Sequence[Finding], recipe: str, out: Console) -> None:
-    """Print all findings of a run, each with the command that checks its overrides; `recipe`: its name or file."""
+def show_findings(findings: Sequence[Finding], recipe: Sequence[str], out: Console) -> None:
+    """Print all findings of a run, each with the command that checks its overrides; `recipe`: its file, and options."""
     for finding in findings:
         text = Padding(Text(escaped(_headline(finding))), (0, 0, 0, 2), expand=False)
         out.print(text, soft_wrap=not out.is_terminal)
@@ -33,9 +33,9 @@ def show_findings(findings: Sequence[Finding], recipe: str, out: Console) -> Non
             out.print(Text(escaped(f"      {command(finding, recipe)}")), soft_wrap=True)
 
 
-def command(finding: Finding, recipe: str) -> str:
+def command(finding: Finding, recipe: Sequence[str]) -> str:
     """Return the command line that shows what a finding's overrides would do."""
-    return shlex.join(["hf-rlhf", "check", recipe, *finding.overrides])
+    return shlex.join(["hf-rlhf", "check", *recipe, *finding.overrides])
 
 
 def _headline(finding: Finding) -> str:

@@ -26,7 +26,7 @@ def next_steps(
     recipe: Recipe, folder: str | Path, plan: dict[str, Any], trusted: bool = False
 ) -> list[tuple[str, str]]:
     """Return (command, its purpose) after a run of `recipe` in `folder`; `plan`: its plugins."""
-    folder, own = str(folder), _options(plan)
+    folder, own = str(folder), plugin_options(plan)
     file = str(Path(folder) / "recipe.yaml")
     found = []
     if isinstance(recipe, OfflineRecipe):
@@ -44,7 +44,7 @@ def next_steps(
     return [(shlex.join(["hf-rlhf", *words]), purpose) for words, purpose in found]
 
 
-def _options(plan: dict[str, Any]) -> list[str]:
+def plugin_options(plan: dict[str, Any]) -> list[str]:
     """Return `-p FILE` for each file that the run took a plugin from."""
     return [word for file in plugin_files(plan) for word in ("-p", file)]
 

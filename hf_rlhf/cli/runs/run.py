@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.cli.runs.findings import show_finding, show_findings
-from hf_rlhf.cli.runs.next_steps import next_steps
+from hf_rlhf.cli.runs.next_steps import next_steps, plugin_options
 from hf_rlhf.config.recipe import OfflineRecipe
 from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.checkpoint_manifest import newest
@@ -198,7 +198,9 @@ def _show_end(
     summary = trainer.summary or {}
     if trainer.doctor.findings:
         out.print("\n[bold]findings of the doctor[/bold]")
-    show_findings(trainer.doctor.findings, f"{trainer.output_dir / 'recipe.yaml'}", out)
+    show_findings(
+        trainer.doctor.findings, [f"{trainer.output_dir / 'recipe.yaml'}", *plugin_options(summary["plan"])], out
+    )
     trained = recipe.trainer() if isinstance(recipe, OfflineRecipe) else None
     steps = next_steps(recipe, summary["output_dir"], summary["plan"], trust_remote_code)
     show_result(summary, samples, out, trained, steps)

@@ -26,7 +26,7 @@ STAGED = {"stages": {"a": "sft"}}
 NO_SETTING = "Additional properties are not allowed"
 WRONG = [
     (GRPO, {"reward": []}, "$", NO_SETTING),
-    (GRPO, {"rewards": {"use": "exact_match"}}, "$.rewards", "is not of type 'array'"),
+    (GRPO, {"rewards": 3}, "$.rewards", "3 is not of type 'string', 'object'"),
     (GRPO, {"rewards": [{"use": "exact_mach"}]}, "$.rewards[0].use", "'exact_mach' is not valid"),
     (GRPO, {"rewards": ["exact_mach"]}, "$.rewards[0]", "'exact_mach' is not valid"),
     (GRPO, {"rewards": [{"use": "exact_match", "colum": "a"}]}, "$.rewards[0]", NO_SETTING),

@@ -224,12 +224,13 @@ def test_a_recipe_becomes_plugins_sections_and_the_whole_of_itself():
     assert again.sections == recipe.sections
 
 
-def test_a_plugin_may_be_just_a_name():
+def test_a_plugin_may_be_just_a_name_and_a_list_just_one_plugin():
     raw = small()
-    raw |= {"advantages": "leave_one_out", "rewards": ["exact_match"]}
-    raw["kl"] = [{"use": "in_loss", "estimator": "k2"}]
+    raw |= {"advantages": "leave_one_out", "rewards": "exact_match"}
+    raw["kl"] = {"use": "in_loss", "estimator": "k2"}
     recipe = resolve(raw)
     assert recipe.raw["advantages"]["use"] == "leave_one_out"
+    assert [source["use"] for source in recipe.raw["rewards"]] == ["exact_match"]
     assert recipe.plugins["kl"][0].estimator.name == "k2"
 
 
@@ -281,7 +282,7 @@ def test_all_problems_are_told_at_once_with_path_choices_and_fix():
         "kl": [{"use": "in_loss", "estimator": {"use": "k4"}, "level": "tokn", "beta": "many"}],
         "update": {"epochs": 0, "mini_batches": True},
         "model": {"path": {"a": 1}, "lora": {"rank": 1}},
-        "filters": {"use": "zero_variance"},
+        "filters": 3,
         "critic": None,
         "training": {"learnin_rate": 1, "learning_rate": math.nan, "max_steps": "ten"},
     }
@@ -306,7 +307,7 @@ def test_all_problems_are_told_at_once_with_path_choices_and_fix():
         "    OpenRLHF: ds.lora.rank, ds.lora.alpha, ds.lora.dropout, ds.lora.target_modules -> "
         "model.lora={r: 64, alpha: 64, dropout: 0.0, target_modules: all-linear}\n  It has: r, alpha, dropout, "
         "target_modules, target_parameters, modules_to_save, trainable_token_indices, use_dora, use_rslora",
-        "filters": "takes a list, `[]` for none and `[{use: NAME}]` for one; got {'use': 'zero_variance'}",
+        "filters": "takes a list, `[]` for none and `{use: NAME}` for one; got 3",
         "critic": "takes `{use: NAME, ...}` or just a name; got null. There are: none, separate, value_head",
         "training.learnin_rate": "transformers.TrainingArguments has no such setting. Did you mean 'learning_rate'?",
         "training.learning_rate": "got nan; takes number (default 5e-05)",
@@ -402,7 +403,7 @@ def test_load_plugin_checks_settings_and_fills_nested_plugins():
     with pytest.raises(RecipeError) as error:
         load_plugin("kl", "in_loss", beta=-1, estimater="k2")
     assert [path for path, _ in error.value.problems] == ["kl.estimater", "kl.beta"]
-    with pytest.raises(RecipeError, match="takes a kl_estimator plugin"):
+    with pytest.raises(RecipeError, match="takes a plugin of the axis kl_estimator"):
         load_plugin("kl", "in_loss", estimator=load_plugin("advantages", "gae"))
     with pytest.raises(UserError, match="no kl plugin named 'in_los'"):
         load_plugin("kl", "in_los")
@@ -468,7 +469,7 @@ def test_null_and_quoted_text_are_yaml_where_text_is_taken(text, value):
         ("rollout.temperature=[1, 2", "rollout.temperature: got '[1, 2'; takes number > 0; the value, line 1"),
         ("dataset.held_out=`x`", "dataset.held_out: got '`x`'; takes whole number >= 0"),
         ("training.max_steps=*x", "training.max_steps: got '*x'; takes whole number"),
-        ("kl=@x", "kl: takes a list"),
+        ("kl=@x", "kl.0: no kl plugin named '@x'"),
         ("kl=[{use: a", "kl: the value, line 1"),
         ("advantages=@x", "no advantages plugin named '@x'"),
     ],
