@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 from hf_rlhf.contract.axis import Axis
@@ -132,7 +133,7 @@ class Environment(Plugin, ABC):
     @property
     def asynchronous(self) -> bool:
         """Return whether `play` is awaited."""
-        return inspect.iscoroutinefunction(self.play)
+        return _is_async(type(self).play)
 
     @property
     def plays_in_processes(self) -> bool:
@@ -166,6 +167,11 @@ class Environment(Plugin, ABC):
     def tool_schemas(self) -> list[dict[str, Any]]:
         """Return the JSON schemas of the tools that it offers, which the chat template must be able to show."""
         return []
+
+
+@cache
+def _is_async(play: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(play)
 
 
 def agents_of(environments: Iterable[Environment]) -> list[str]:

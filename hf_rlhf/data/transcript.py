@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -107,6 +107,8 @@ class Transcript:
     history: History = "extend"
     tools: Sequence[Any] | None = None
     """Tools of every turn that names none: functions with type hints and docstrings, or JSON schemas."""
+    opening: Callable[[], str] | None = None
+    """Gives the text of the task's messages, once for all transcripts of a prompt."""
 
     def __post_init__(self) -> None:
         self.messages = messages_of(self.messages, "the task")
@@ -201,12 +203,11 @@ class Transcript:
         return best
 
     def _start(self, messages: Messages, tools: Tools | None, text: str | None = None) -> _Row:
-        if text is not None:
-            ids = self._turns.encode(text)
-        else:
-            text, ids = self._turns.opening(messages, tools)
-            if self.prompt_ids is not None and messages == self.messages and tools == self._tools:
-                ids = list(self.prompt_ids)
+        is_task = text is None and messages == self.messages and tools == self._tools
+        if text is None:
+            text = self.opening() if is_task and self.opening else self._turns.opening(messages, tools)
+        known = self.prompt_ids if is_task else None
+        ids = self._turns.encode(text) if known is None else list(known)
         return _Row(tools=tools, messages=messages, ids=ids, text=text, prefix=text)
 
     def _continue(self, messages: Messages, row: _Row, end: _End) -> _Row:

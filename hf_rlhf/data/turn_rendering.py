@@ -25,12 +25,11 @@ class ChatTurns:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def opening(self, messages: Messages, tools: Tools | None) -> tuple[str, list[int]]:
-        """Return a whole conversation up to the start of the assistant's turn, as text and tokens."""
+    def opening(self, messages: Messages, tools: Tools | None) -> str:
+        """Return the text of a whole conversation up to the start of the assistant's turn."""
         end: Literal["open", "answer"] = "open" if messages[-1]["role"] == "assistant" else "answer"
         conversation = Conversation(messages, end)
-        text = chat_of(self.tokenizer, conversation, tools=tools).text(conversation)
-        return text, self.encode(text)
+        return chat_of(self.tokenizer, conversation, tools=tools).text(conversation)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a whole rendered conversation."""
@@ -97,9 +96,8 @@ class TextTurns:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def opening(self, messages: Messages, tools: Tools | None) -> tuple[str, list[int]]:
-        text = _joined(messages)
-        return text, one_bos(self.tokenizer, self.tokenizer(text)["input_ids"])
+    def opening(self, messages: Messages, tools: Tools | None) -> str:
+        return _joined(messages)
 
     def encode(self, text: str) -> list[int]:
         return one_bos(self.tokenizer, self.tokenizer(text)["input_ids"])

@@ -49,6 +49,8 @@ class Seat:
     """The process in which it plays."""
     told_over: bool = False
     """True once a request to its URL got `Over`, which agents raise as errors of their own."""
+    in_loop: bool = False
+    """True if it plays on the event loop."""
 
     def ask(
         self, messages: Sequence[Message], options: dict[str, Any], reply: Callable[[Message | None], None]
@@ -78,11 +80,6 @@ class Seat:
         if (message := box.get()) is None:
             raise Over
         return message
-
-    @property
-    def in_loop(self) -> bool:
-        """Return whether it plays on the event loop."""
-        return self.environment.asynchronous and not self.environment.plays_in_processes
 
     @property
     def environment(self) -> Environment:
@@ -203,6 +200,7 @@ class Lockstep:
             if environment is None:
                 seat.question = Question(episode=episode, prompt=episode.prompt)
             else:
+                seat.in_loop = environment.asynchronous and not environment.plays_in_processes
                 started.append(seat)
         todo.clear()
         todo.extend(later)

@@ -8,14 +8,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import count, groupby
 from typing import Any
 
 from hf_rlhf.axes import Session
 from hf_rlhf.batch import Completions, Prompt, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.contract.chat import messages_of
 from hf_rlhf.contract.environment import POLICY, Environment, Message, Task, agents_of
-from hf_rlhf.data.transcript import History, Transcript, TranscriptRow
+from hf_rlhf.data.transcript import Transcript, TranscriptRow
+from hf_rlhf.data.turn_rendering import turns_of
 from hf_rlhf.modeling.policy import Policy
 from hf_rlhf.runtime.seeding import seed_of, seeded
 from hf_rlhf.scoring.runners.isolation import isolated
@@ -77,8 +80,9 @@ class Players:
         the first, on the turn.
         """
         self._sampled, self._turn, self._exact, self._reports = temperature is None, 0, True, True
+        openings = [cache(partial(self._opening, prompt)) for prompt in prompts]
         episodes = [
-            self._episode(prompt, i * group + k, number, (*place, number, k))
+            self._episode(prompt, i * group + k, number, (*place, number, k), openings[i])
             for i, (prompt, number) in enumerate(zip(prompts, group_ids, strict=True))
             for k in range(group)
         ]
@@ -96,9 +100,10 @@ class Players:
         self._warn(table.endpoint.overridden)
         return self._played(episodes, table)
 
-    def _episode(self, prompt: Prompt, place: int, group: int, seed: tuple[int | str, ...]) -> Episode:
-        text = isinstance(prompt.prompt, str)
-        messages: Any = [{"role": "user", "content": prompt.prompt}] if text else copy.deepcopy(prompt.prompt)
+    def _episode(
+        self, prompt: Prompt, place: int, group: int, seed: tuple[int | str, ...], opening: Callable[[], str]
+    ) -> Episode:
+        messages = _messages(prompt)
         taker = next((environment for environment in self.algorithm.environment if _takes(environment, prompt)), None)
         columns = {name: copied(value) for name, value in prompt.columns.items()}
         task = Task(messages=messages, columns=columns, seed=seed_of(*seed))
@@ -108,15 +113,22 @@ class Players:
             prompt=prompt,
             environment=taker,
             task=task,
-            transcript=lambda: self._transcript(prompt, messages, text, taker.history if taker else "extend"),
+            transcript=lambda: Transcript(
+                tokenizer=self.policy.tokenizer,
+                messages=messages,
+                prompt_ids=prompt.ids,
+                text=isinstance(prompt.prompt, str),
+                history=taker.history if taker else "extend",
+                opening=opening,
+            ),
             turn_tokens=getattr(self.algorithm.rollout, "max_new_tokens", None),
             observes="states" in self.algorithm.needs,
         )
 
-    def _transcript(self, prompt: Prompt, messages: list[Message], text: bool, history: History) -> Transcript:
-        return Transcript(
-            tokenizer=self.policy.tokenizer, messages=messages, prompt_ids=prompt.ids, text=text, history=history
-        )
+    def _opening(self, prompt: Prompt) -> str:
+        """Return the text of a prompt."""
+        messages = messages_of(_messages(prompt), "the task")
+        return turns_of(self.policy.tokenizer, isinstance(prompt.prompt, str)).opening(messages, None)
 
     def _decode(
         self, session: Session, asked: list[Question], numbers: Numbers, seed: tuple[int | str, ...]
@@ -245,6 +257,13 @@ class Players:
             messages=[*episode.task.messages, *said],
         )
         return [(agent, row)]
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    """Return a prompt's conversation; a text is one message of the user."""
+    if isinstance(prompt.prompt, str):
+        return [{"role": "user", "content": prompt.prompt}]
+    return copy.deepcopy(prompt.prompt)
 
 
 def _takes(environment: Environment, prompt: Prompt) -> bool:
