@@ -206,6 +206,11 @@ class Algorithm:
             return episodes
         return {"rollout.max_new_tokens": answer, **episodes}
 
+    @property
+    def agents(self) -> int:
+        """Most rows of an episode: one for each agent."""
+        return max((len(environment.agents) for environment in self.environment), default=1)
+
     def longest_turn(self, prompt: int | None) -> int | None:
         """Return the most tokens before a turn of `rollout.max_new_tokens`, in episodes after a prompt of so many tokens."""
         answer = getattr(self.rollout, "max_new_tokens", None)

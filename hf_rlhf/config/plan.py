@@ -178,7 +178,7 @@ def _offloaded(plugin: Any) -> str:
 
 
 def _forwards(plan: Plan, a: Algorithm) -> None:
-    rows = a.rollout.prompts * a.rollout.num_generations
+    rows = a.rollout.prompts * a.rollout.num_generations * a.agents
     forward = bool(a.readers_of_old_logps) and not a.samples_old_logps
     if a.samples_old_logps:
         plan.skipped.append(
@@ -240,6 +240,7 @@ def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -
         ("rollout.prompts", str(prompts), "verl train_batch_size; TRL generation_batch_size / num_generations"),
         ("rollout.num_generations", str(group), "verl rollout.n; TRL num_generations"),
         ("rows per rollout", str(prompts * group), "TRL generation_batch_size"),
+        *([("rows of an episode", f"up to {a.agents}", "one for each agent")] if a.agents > 1 else []),
         ("processes", str(processes), "data-parallel size"),
         ("rows per process", f"about {prompts * group / processes:g}", "a group stays on one process"),
         ("update.mini_batches", str(steps), "verl train_batch_size / ppo_mini_batch_size; TRL steps_per_generation"),

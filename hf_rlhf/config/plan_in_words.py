@@ -74,7 +74,8 @@ def _environment(environment: Environment) -> str:
     rows = f" of rows with {environment.when}" if environment.when else ""
     bounds = f"at most {_count(environment.max_turns, 'turn')} and {_count(environment.max_tokens, 'token')}"
     rendered = (
-        "; each turn whose earlier turns the chat template rewrites is read whole again, here and in every forward"
+        "; each turn whose earlier turns the chat template rewrites is read whole again, here and in every forward: up to "
+        f"{_count(environment.max_turns - 1, 'fork')}"
     )
     return f"episodes{rows}: {environment.in_words()} ({bounds}{rendered * (environment.history == 'as_rendered')})"
 
@@ -154,6 +155,8 @@ def batch_in_words(a: Algorithm, args: TrainingArguments, rows: int | None) -> s
     longest = getattr(a.rollout, "max_new_tokens", None)
     length = f" of up to {longest:,} tokens" if longest else ""
     parts = [f"{prompts} prompts x {_count(group, 'completion')}{length} = {prompts * group:,} per rollout"]
+    if a.agents > 1:
+        parts.append(f"each of up to {a.agents} agents = {prompts * group * a.agents:,} rows")
     if a.steps_per_rollout == 1:
         parts.append("1 optimizer step each")
     else:

@@ -255,9 +255,22 @@ def test_a_reference_with_context_refuses_a_fork_that_has_not_the_prompt(tmp_pat
         forked(tmp_path, **HINTED)
 
 
-def test_the_forecast_of_memory_says_that_it_counts_no_forks_and_no_further_agents() -> None:
-    words = "an episode counts as one row: its forks and further agents are not counted"
-    for environment, told in ((Forking(), False), (Forking(history="as_rendered"), True), (Duel(), True)):
-        found = of_llama(setting(rollout=runs.SAMPLED, environment=[environment]))
-        assert found.phases
-        assert (words in found.notes) == told
+def test_the_forecast_of_memory_counts_agents_and_the_forks_of_as_rendered() -> None:
+    """Of 4 x 4 episodes of at most 64 tokens after 20: two agents are two rows; three turns, each read whole, are 2 rows."""
+    many = {"training": {"per_device_train_batch_size": 96}}
+    plain, agents, rendered, padded = (
+        of_llama(setting(rollout=runs.SAMPLED, environment=[environment], **parts)).phases["update"]["activations"]
+        for environment, parts in (
+            (Forking(), many),
+            (Duel(), many),
+            (Forking(history="as_rendered", max_turns=3), many),
+            (Forking(history="as_rendered", max_turns=3), many | {"update": {"attention": "padded"}}),
+        )
+    )
+    assert agents == 2 * plain
+    assert rendered / plain == pytest.approx((4 * 20 + 16 * 2 * 64) / (4 * 20 + 16 * 64))
+    assert padded / plain == pytest.approx(16 * 3 * (20 + 64) / (4 * 20 + 16 * 64))
+    few = setting(rollout=runs.SAMPLED, environment=[Duel()])
+    one = setting(rollout=runs.SAMPLED, environment=[Forking()])
+    caches = [of_llama(made).phases["rollout"]["cache"] for made in (one, few)]
+    assert caches[1] > caches[0]

@@ -95,7 +95,9 @@ def _phases(
     half, group = bool(args.bf16), a.rollout.num_generations
     references = reference_models(model, a, args, notes)
     held, gpu = list(_held(model, a, args, critic, references, notes)), args.device.type != "cpu"
-    kept = kept_scores(a, -(-a.rollout.prompts // args.world_size) * group, length, max(4, model.dtype.itemsize))
+    whole_row = conversation(a, length)[1]
+    own = -(-a.rollout.prompts // args.world_size) * group
+    kept = kept_scores(a, own * a.agents, length, max(4, model.dtype.itemsize))
     held += [("reference scores", kept, [])] * any(use.top_k for use in a.references.values())
 
     shards = args.world_size if sharding_of(args) is not None else 1
@@ -109,7 +111,6 @@ def _phases(
         return found
 
     shared = attention_refusal(model) is None
-    own = -(-a.rollout.prompts // args.world_size) * group
     rows = min(own, getattr(a.rollout, "max_rows", None) or own)
     prompts = (-(-rows // group) if shared else rows) * prompt
     turn, bounds = getattr(a.rollout, "max_new_tokens", None) or length, a.completion_bounds
@@ -119,15 +120,12 @@ def _phases(
     cache = cache_per_token(model, half)
     prefill = {"cache": 2.0 * prompts * cache, "layers": layer_bytes(model, half, min(prompts, PREFILL))}
     logits = 4 * rows * len(model.get_output_embeddings().weight) * (1 + (a.rollout.temperature != 1))
-    decode = {"cache": (prompts + rows * room) * cache, "logits": logits}
+    others = own * (a.agents * whole_row - length)
+    decode = {"cache": (prompts + rows * room + others) * cache, "logits": logits}
     rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values())) if a.rollout.local else {}
     whole_policy = {"gathered weights": float(tensor_bytes(model))} if shards > 1 and a.rollout.local else {}
     yield "rollout", on_device() | whole_policy | rollout
-    group = 1 if not shared or a.update.attention == "padded" or "double_backward" in a.needs else group
-    batch = range(1, min(own, args.per_device_train_batch_size) + 1)  # whole groups, or a part of one
-    sizes = [(-(-n // group) * prompt + n * length, n * said) for n in batch if n < group or n % group == 0]
-    most = a.update.max_tokens_per_micro_batch
-    tokens, sampled = max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
+    tokens, sampled = _micro_batch(a, args, own * a.agents, prompt, length, said, shared)
     logits = logits_tile(model, sampled)
     readers = [*references, *["critic"] * bool(critic)]
     old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
@@ -146,6 +144,19 @@ def _phases(
     backward = (step if a.steps_per_rollout > 1 else on_device(*models)) | gradients
     backward |= gathered | micro_batch_bytes(model, args, tokens, 2 * logits, 1 + bool(critic))
     yield "update", max(backward, step, key=lambda sizes: sum(sizes.values()))
+
+
+def _micro_batch(
+    a: Algorithm, args: TrainingArguments, rows: int, prompt: int, length: int, said: int, shared: bool
+) -> tuple[int, int]:
+    """Return the most tokens of a micro-batch of the update, and how many of them are sampled: whole groups, or a part of one."""
+    pieces, whole_row = conversation(a, length)
+    group, most = a.rollout.num_generations, a.update.max_tokens_per_micro_batch
+    if not shared or a.update.attention == "padded" or "double_backward" in a.needs:
+        group, whole_row = 1, pieces * length + (pieces - 1) * prompt
+    batch = range(1, min(rows, max(1, args.per_device_train_batch_size // pieces)) + 1)
+    sizes = [(-(-n // group) * prompt + n * whole_row, n * said) for n in batch if n < group or n % group == 0]
+    return max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
 
 
 def _held(
@@ -171,8 +182,6 @@ def _held(
         yield reference, trained if its is model else tensor_bytes(its), [base]
     if any(use.reference.base is not use.reference for use in a.references.values()):
         notes.append("prompts of references with a context of their own count as the rows' own")
-    if any(each.history == "as_rendered" or len(each.agents) > 1 for each in a.environment):
-        notes.append("an episode counts as one row: its forks and further agents are not counted")
     yield "critic", critic, [a.critic]
     if a.update.ema is not None:
         yield "average", average_bytes(model), [a.update]
@@ -181,6 +190,16 @@ def _held(
         yield "optimizer", factor * trained, [a.update]
         yield "optimizer", factor * critic, [a.update, a.critic]
     yield "gradient buckets", (trained + critic) * (args.world_size > 1 and sharding_of(args) is None), []
+
+
+def conversation(a: Algorithm, length: int) -> tuple[int, int]:
+    """Return how many pieces a row has at most, and how many tokens after the prompt.
+
+    With `history: as_rendered` each turn after the first is a fork, which repeats a conversation that has grown evenly. Forks
+    that an environment makes by itself are not known before.
+    """
+    pieces = max((e.max_turns for e in a.environment if e.history == "as_rendered"), default=1)
+    return pieces, length * (pieces + 1) // 2
 
 
 def with_adapter(model: Any, config: Any) -> Any:

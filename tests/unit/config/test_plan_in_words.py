@@ -174,6 +174,10 @@ def test_the_arithmetic_of_batches_is_right() -> None:
         "8 prompts x 8 completions of up to 512 tokens = 64 per rollout; 1 optimizer step each; micro-batches of at most 16; "
         "over 2 processes; 5 steps in all"
     )
+    games = load_recipe("self_play").algorithm()
+    assert "16 prompts x 8 completions of up to 2 tokens = 128 per rollout; each of up to 2 agents = 256 rows" in (
+        batch_in_words(games, arguments(), None)
+    )
     assert offline_batch_in_words(arguments(gradient_accumulation_steps=2, world_size=2), False, 1000) == (
         "64 rows x 2 micro-batches x 2 processes = 256 per optimizer step; 3 epochs of the dataset = 12 steps"
     )
