@@ -48,11 +48,14 @@ ADDED = {
     **{f"{section}.use_{kind}": False for section in ("model.lora", "peft") for kind in ("dora", "rslora")},
     "rollout.skip_special_tokens": True,
     "environment": [],
+    "environment.N.history": "extend",
+    "environment.N.workers": "inline",
+    "environment.N.num_workers": 8,
     "model.chat_template_kwargs": {},
     "dataset.prompt_column": "prompt",
     "sampler": {"use": "shuffled"},
 }
-"""Dotted paths of settings that older checkpoints do not have, with what those were trained with."""
+"""Dotted paths of settings that older checkpoints do not have, with what those were trained with; N is any number."""
 
 
 LEAST_FREE = 1 << 16
@@ -322,10 +325,14 @@ def differences(saved: Any, now: Any, path: str = "") -> list[str]:
         return []
     if isinstance(saved, dict) and isinstance(now, dict):
         paths = {k: f"{path}.{k}".lstrip(".") for k in (*saved, *now)}
-        return [d for k, at in paths.items() for d in differences(saved.get(k, ADDED.get(at)), now.get(k), at)]
+        return [d for k, at in paths.items() for d in differences(saved.get(k, _added(at)), now.get(k), at)]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         return [d for i, (a, b) in enumerate(zip(saved, now, strict=True)) for d in differences(a, b, f"{path}.{i}")]
     return [] if saved is ANY or saved == now else [f"{path}: {saved!r} in the checkpoint, {now!r} now"]
+
+
+def _added(path: str) -> Any:
+    return ADDED.get(re.sub(r"\.\d+(?=\.)", ".N", path))
 
 
 def changed_contents(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -133,3 +133,12 @@ def test_what_was_left_in_the_folder_of_a_checkpoint_is_not_part_of_the_next_one
     (folder / "rng_state_7.pth").write_bytes(b"of another number of processes")
     assert not (sealed(tmp_path, 1) / "rng_state_7.pth").exists()
     shutil.rmtree(folder)
+
+
+def test_what_older_checkpoints_do_not_keep_of_an_environment_has_the_meaning_that_it_had() -> None:
+    old = {"environment": [{"use": "echo", "max_turns": 8}, {"use": "echo", "max_turns": 8}]}
+    added = {"history": "extend", "workers": "inline", "num_workers": 8}
+    new = {"environment": [each | added for each in old["environment"]]}
+    assert manifests.differences(old, new) == []
+    new["environment"][1]["history"] = "as_rendered"
+    assert manifests.differences(old, new) == ["environment.1.history: 'extend' in the checkpoint, 'as_rendered' now"]
