@@ -46,6 +46,7 @@ from hf_rlhf.conformance import (
     offline_trainers,
     patterns,
     rewards,
+    rollout_engines,
     samplers,
     tensor_inputs,
 )
@@ -190,7 +191,7 @@ def conformance(
     if isinstance(plugin, RewardSource):
         checks += rewards.reward_checks(plugin, rollouts or _rollouts_for(plugin))
     elif isinstance(plugin, RolloutEngine):
-        checks += models.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts(plugin))
+        checks += rollout_engines.rollout_engine_checks(plugin, make, tiny_policy()[1], prompts or _prompts(plugin))
     elif isinstance(plugin, Environment):
         checks += environments.environment_checks(plugin, make, tiny_policy()[1], prompts or _prompts(plugin))
     elif isinstance(plugin, Critic):

@@ -113,6 +113,7 @@ FACTS = {
     "answer": "answer() returns text or None",
     "completions": "it returns the requested number of completions per prompt, none empty",
     "model": "it does not change the model",
+    "starts": "what it starts is what a call returns",
     "repeats": "equal random states give equal completions",
     "greedy": "greedy completions depend on the prompt alone, and are adjacent",
     "values": "it returns one finite value per sampled token",

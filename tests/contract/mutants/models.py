@@ -6,12 +6,13 @@ import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_rlhf.axes import Critic, Reference, RewardSource, RolloutEngine, TrainedCritic, UpdateRule
+from hf_rlhf.axes import Critic, Pending, Reference, RewardSource, RolloutEngine, TrainedCritic, UpdateRule
 from hf_rlhf.batch import Completions, Rollouts, Spans, TokenScores
 from hf_rlhf.modeling.token_batch import TokenBatch
 from tests.contract.mutants.base import Mutant
@@ -228,6 +229,17 @@ class EmptyRow(Noise):
         return []
 
 
+class OutOfOrder(Noise):
+    """Hands out the completions of one prompt as another's."""
+
+    def start(self, policy: Any, prompts: Sequence[Any], num_generations: int, **kwargs: Any) -> Pending:
+        class Mixed(Pending):
+            def __iter__(self) -> Any:
+                return ((len(prompts) - 1 - i, part) for i, part in super().__iter__())
+
+        return Mixed(partial(self, policy, prompts, num_generations, **kwargs), len(prompts))
+
+
 class WithoutEos(Noise):
     """Reports a log-prob less than it has tokens: masks and log-probs fall out of step (huggingface/trl#5144)."""
 
@@ -442,6 +454,7 @@ MUTANTS = [
     Mutant(NumberAnswer, "answer", "must be text or None"),
     Mutant(Vouching, "exact", "differ from a forward of the policy"),
     Mutant(OwnCount, "completions", "not its own setting"),
+    Mutant(OutOfOrder, "starts", "whose completions are"),
     Mutant(EmptyRow, "completions", "is empty"),
     Mutant(WithoutEos, "completions", "logps must have one number per completion token"),
     Mutant(Training, "model", "in training mode"),
