@@ -59,8 +59,8 @@ class Folder(WeightSync):
         self._adapter = hasattr(model, "peft_config")
         self._written = self.base / f"{PREFIX}{hashlib.sha256(weights.version.encode()).hexdigest()[:16]}"
         if self._first:
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+            for folder in filter(None, (old, self._written)):
+                shutil.rmtree(folder, ignore_errors=True)
             _save(model, self._written, state)
 
     async def send(self, server: EngineServer) -> None:

@@ -36,7 +36,7 @@ from tests.helpers.paths import ROOT, environment
 from tests.helpers.processes import ended_well, warm
 from tests.helpers.runs import parameters
 from tests.helpers.vllm_servers import Vllm, python_of_vllm, serving
-from tests.helpers.waits import until
+from tests.helpers.waits import scaled, until
 
 pytestmark = pytest.mark.engine
 
@@ -129,7 +129,12 @@ def gap(policy: Policy, out: Any, temperature: float) -> tuple[float, int]:
     ids=str,
 )
 def test_log_probs_agree_before_and_after_ten_updates(head, settings, request):
-    engine, policy = loaded(request.getfixturevalue(head), **settings)
+    server = request.getfixturevalue(head)
+    if "lora" in settings:  # which leaves the base as it is: other tests left theirs
+        base, whole = loaded(server)
+        send(base, whole, 0)
+        base.sync.close()
+    engine, policy = loaded(server, **settings)
     for step in range(11):
         send(engine, policy, step)
         found = {
@@ -156,8 +161,7 @@ def test_log_probs_agree_before_and_after_ten_updates(head, settings, request):
         plugin.close()
 
 
-def test_weights_of_185_megabytes_take_about_a_second(tmp_path):
-    """A bound for a machine that is busy with other tests; docs/vllm.md has figures."""
+def test_weights_of_185_megabytes_take_less_than_a_second(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8}
     heads = {"num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True, "vocab_size": 16_384}
     model = saved(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)), tmp_path / "model")
@@ -174,8 +178,7 @@ def test_weights_of_185_megabytes_take_about_a_second(tmp_path):
                     send(engine, policy, step)
                     found.setdefault((sync, probed), []).append(round(time.perf_counter() - start, 2))
             engine.sync.close()
-        print(found)
-        assert max(min(found[sync, False]) for sync in ("folder", "gloo")) < 4.0, found
+        assert max(min(found[sync, False]) for sync in ("folder", "gloo")) < scaled(1.0), found
 
 
 def test_equal_seeds_give_equal_tokens_and_greedy_ones_are_the_most_likely(tied):
@@ -222,7 +225,7 @@ def test_stop_strings_end_completions_and_truncated_ones_hold_likely_tokens(tied
 def run(
     folder: Path, server: Vllm, steps: int, callbacks: Any = (), overrides: Sequence[str] = (), **training: Any
 ) -> Any:
-    overrides = [*overrides, "rollout.use=vllm", f"rollout.url={server.url}", "model.path=builtin:addition"]
+    overrides = ["rollout.use=vllm", f"rollout.url={server.url}", "model.path=builtin:addition", *overrides]
     overrides += [f"training.max_steps={steps}", "training.save_strategy=no"]
     overrides += [f"training.{key}={value}" for key, value in training.items()]
     recipe = load_recipe("quickstart", overrides)
@@ -298,6 +301,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Vllm) -> tuple[Any, l
 
 def test_a_server_that_is_killed_and_started_again_in_mid_run_changes_nothing(tmp_path, llama, whole):
     made = run(tmp_path, llama, STEPS, [KillAt(llama, moments(1))], EVERYTHING)
+    assert texts(tmp_path) == whole[1]
+    assert (whole[0] - parameters(made)).abs().max() < 1e-6
+
+
+def test_two_servers_that_get_the_weights_over_gloo_give_the_run_of_one(tmp_path, llama, whole):
+    with serving(llama.model, tmp_path / "other.log", "rollout.sync=gloo") as other:
+        made = run(
+            tmp_path, llama, STEPS, (), [*EVERYTHING, f"rollout.url=[{llama.url}, {other.url}]", "rollout.sync=gloo"]
+        )
     assert texts(tmp_path) == whole[1]
     assert (whole[0] - parameters(made)).abs().max() < 1e-6
 
