@@ -53,8 +53,8 @@ class Model(Protocol):
 
         Each `agent` has conversations of its own, and is one row of the episode. A conversation that is not one so far with
         messages added is a fork: its tokens train in the same row, in their own context. `max_tokens` can only lower the bounds
-        of the recipe; a text in `stop` ends the turn and is kept. With `train=False` the answer has mask 0. Raises `Over` where
-        turns or tokens are used up.
+        of the recipe; a text in `stop` ends the turn and is kept. With `train=False` the answer has mask 0. Several questions may
+        be asked at a time, as with `asyncio.gather`. Raises `Over` where turns or tokens are used up.
         """
 
 

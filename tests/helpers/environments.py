@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -169,6 +170,28 @@ class Duel(Environment):
             await model([*task.messages, one, user("or " + str(other["content"]))], agent="first")
         wins = str(one["content"]) < str(other["content"])
         return Outcome(reward={"first": float(wins), "second": float(not wins)})
+
+
+@dataclass(kw_only=True)
+class AtOnce(Environment):
+    """Two agents answer at the same time, then each hears what the other said."""
+
+    name = "at_once"
+    agents = ("first", "second")
+
+    max_tokens: int = 64
+
+    async def play(self, task: Task, model: Model) -> Outcome:
+        async def speak(agent: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            await asyncio.sleep(0)
+            return [*messages, await model(messages, agent=agent)]
+
+        one, other = await asyncio.gather(speak("first", task.messages), speak("second", [user("z")]))
+        heard = [*one, user(other[-1]["content"])], [*other, user(one[-1]["content"])]
+        async with asyncio.TaskGroup() as group:
+            for agent, messages in zip(self.agents, heard, strict=True):
+                group.create_task(speak(agent, messages))
+        return Outcome(reward={"first": 1.0, "second": 0.0})
 
 
 def policy() -> Policy:

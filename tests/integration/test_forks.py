@@ -15,7 +15,7 @@ from hf_rlhf.batch import Scored
 from hf_rlhf.modeling.token_batch import TokenBatch, pieces_of
 from hf_rlhf.runtime.errors import UserError
 from tests.helpers import runs
-from tests.helpers.environments import Duel, Forking, Hashed, Played1
+from tests.helpers.environments import AtOnce, Duel, Forking, Hashed, Played1
 from tests.helpers.episodes import user
 from tests.integration.test_memory import of_llama, setting
 
@@ -94,12 +94,13 @@ def forked(folder: Path, **parts: Any) -> Any:
     return runs.trained(folder, rollout=rollout, environment=environment, rewards=["episode", runs.FORMAT], **parts)
 
 
-def test_log_probs_of_sampler_and_trainer_agree_over_forks(tmp_path: Path) -> None:
-    made = forked(tmp_path, rollout_correction="truncated")
+@pytest.mark.parametrize(("environment", "forks"), [(Forking(), 3), (AtOnce(), 0)], ids=["forks", "agents at once"])
+def test_log_probs_of_sampler_and_trainer_agree(environment: Environment, forks: int, tmp_path: Path) -> None:
+    made = forked(tmp_path, environment=[environment], rollout_correction="truncated")
     found = [entry for entry in runs.entries(made) if "rollout/rows" in entry]
     assert found
     for entry in found:
-        assert entry["environment/forks/mean"] == 3
+        assert entry["environment/forks/mean"] == forks
         assert entry["rollout/sampler_gap/max"] <= 2e-5
 
 
@@ -132,8 +133,8 @@ def test_forks_and_agents_train_with_everything(
 
 @pytest.mark.parametrize(
     "environment",
-    [Forking(), Duel()],
-    ids=["forks", "agents"],
+    [Forking(), Duel(), AtOnce()],
+    ids=["forks", "agents", "agents at once"],
 )
 def test_the_split_into_micro_batches_and_their_layout_change_no_parameters(
     environment: Environment, tmp_path: Path

@@ -94,6 +94,8 @@ class Episode:
     agents: dict[str, Agent] = field(default_factory=dict)
     """Agents that were asked, by name."""
     turns: int = 0
+    pending: int = 0
+    """Number of questions without an answer."""
     outcome: Outcome = field(default_factory=Outcome)
     problem: str = ""
     """Reason for no outcome: over, error or timeout; empty where it has one."""
@@ -117,7 +119,7 @@ class Episode:
                 f"environment={self.environment.name} asks as agent={agent!r}, which must be one of its agents "
                 f"({', '.join(self.environment.agents)}). Name it in agents, or ask as one of them"
             )
-        if self.turns >= self.environment.max_turns:
+        if self.turns + self.pending >= self.environment.max_turns:
             raise Over
         known = self.agents.get(agent)
         transcript = self.transcript() if known is None else known.transcript
@@ -137,6 +139,7 @@ class Episode:
             opening=self.prompt.opening if first else "",
             max_new_tokens=most,
         )
+        self.pending += 1
         state = conversation_hash(messages) if self.observes else ""
         return Question(
             episode=self, prompt=prompt, agent=agent, row=asked.row, stop=stop or (), train=train, state=state
@@ -151,6 +154,7 @@ class Episode:
         agent.turns.append(self.turns)
         agent.finish_reason = reason
         self.turns += 1
+        self.pending -= 1
         return message
 
     def rows(self) -> list[tuple[Agent, TranscriptRow]]:

@@ -11,124 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import math
-import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from hf_rlhf.contract.environment import POLICY, Environment, Message, Over
+from hf_rlhf.contract.environment import Message, Over
 from hf_rlhf.runtime.event_loop import run_loop
 from hf_rlhf.runtime.plain_text import format_traceback
 from hf_rlhf.runtime.worker_pool import Lost, WorkerError
 from hf_rlhf.training.environments.endpoint import Endpoint
 from hf_rlhf.training.environments.episode import EnvironmentFailure, Episode, Question, Reply
+from hf_rlhf.training.environments.seats import Answered, Asked, Listener, Seat, SeatModel, options_of
 from hf_rlhf.training.environments.workers import outcome_of
 
 Decode = Callable[[list[Question]], list[Reply]]
-
-
-@dataclass(eq=False)
-class Seat:
-    """A live episode, and where it stands."""
-
-    episode: Episode
-    table: Lockstep
-    since: float = field(default_factory=time.monotonic)
-    """When the environment's turn began."""
-    question: Question | None = None
-    """Question that it waits for; None while the environment works."""
-    ended: bool = False
-    reply: Callable[[Message | None], None] | None = None
-    """Gives the answer to who asked last, or None for `Over`."""
-    task: asyncio.Task[None] | None = None
-    worker: Any = None
-    """The process in which it plays."""
-    told_over: bool = False
-    """True once a request to its URL got `Over`, which agents raise as errors of their own."""
-    in_loop: bool = False
-    """True if it plays on the event loop."""
-
-    def ask(
-        self, messages: Sequence[Message], options: dict[str, Any], reply: Callable[[Message | None], None]
-    ) -> None:
-        """Put a question to the policy, whose answer `reply` gets. Raises `Over` for an episode that has ended."""
-        if self.ended:
-            raise Over
-        try:
-            if self.question is not None:
-                raise EnvironmentFailure(
-                    f"environment={self.name} asks the policy twice at a time in one episode: await each answer before the next "
-                    "question"
-                )
-            question = self.episode.ask(messages, **options)
-        except Over:
-            raise
-        except Exception as error:  # not of the environment: tokens, templates, the contract
-            self.table.stop(error)
-            raise Over from error
-        self.reply = reply
-        self.table.waits(self, question)
-
-    def wait(self, messages: Sequence[Message], **options: Any) -> Message:
-        """Put a question to the policy and wait for its answer, in any thread but the event loop's. Raises `Over`."""
-        box: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self.ask(messages, _options(**options), box.put)
-        if (message := box.get()) is None:
-            raise Over
-        return message
-
-    @property
-    def environment(self) -> Environment:
-        """Return its environment, which a seat in a thread or the event loop has."""
-        assert self.episode.environment is not None
-        return self.episode.environment
-
-    @property
-    def name(self) -> str:
-        """Return the name of its environment."""
-        return self.environment.name
-
-
-class _Model:
-    """The policy as an environment gets it: a function, and a server of OpenAI's chat protocol."""
-
-    def __init__(self, seat: Seat, ask: Callable[..., Any], wait: Callable[..., Message]):
-        """`ask` is what the environment calls; `wait` blocks, in any thread but the event loop's."""
-        self._seat, self._ask, self._wait = seat, ask, wait
-        self._url: str | None = None
-        self._one_at_a_time = threading.Lock()
-
-    def __call__(self, messages: Sequence[Message], **options: Any) -> Any:
-        return self._ask(messages, **options)
-
-    @property
-    def url(self) -> str:
-        """See `hf_rlhf.axes.Model`."""
-        if self._url is None:
-            self._url = self._seat.table.endpoint.open(self._requested)
-        return self._url
-
-    def _requested(self, messages: Sequence[Message], **options: Any) -> Message:
-        with self._one_at_a_time:
-            try:
-                return self._wait(messages, **options)
-            except Over:
-                self._seat.told_over = True
-                raise
-
-
-def _options(
-    tools: Sequence[Any] | None = None,
-    max_tokens: int | None = None,
-    stop: Sequence[str] | None = None,
-    agent: str = POLICY,
-    train: bool = True,
-) -> dict[str, Any]:
-    return {"tools": tools, "max_tokens": max_tokens, "stop": stop, "agent": agent, "train": train}
+QUIET = 3
+"""Passes of the event loop without a question after which its episodes are taken to have asked all that they ask at once."""
 
 
 class Lockstep:
@@ -136,9 +37,12 @@ class Lockstep:
 
     def __init__(self, decode: Decode, dropped: Callable[[int], None] = lambda place: None):
         self._decode, self._dropped = decode, dropped
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._live: dict[int, Seat] = {}
+        self._left: list[int] = []
+        """Places of episodes that have ended since the engine last decoded."""
         self._busy = 0
+        self._settles = self._news = False
         self._heard = 0.0
         """When the event loop last gave a sign of life."""
         self._fatal: BaseException | None = None
@@ -165,27 +69,46 @@ class Lockstep:
 
     def stop(self, error: BaseException) -> None:
         """End all episodes with an error, which `play` raises."""
-        with self._changed:
+        with self.changed:
             self._fatal = self._fatal or error
-            self._changed.notify()
+            self.changed.notify()
 
-    def waits(self, seat: Seat, question: Question) -> None:
-        """Note that an episode waits for the policy."""
-        with self._changed:
-            if seat.ended:
-                raise Over
-            seat.question = question
-            self._is_idle()
+    def waits(self, seat: Seat) -> None:
+        """Note a question of an episode, which has all of them once the event loop is quiet."""
+        with self.changed:
+            if not seat.in_loop:
+                self._rest([seat])
+                return
+            self._news, self._heard = True, time.monotonic()
+            if not self._settles and self._loop is not None:
+                self._settles = True
+                self._loop.call_soon(self._settle)
+
+    def _settle(self, quiet: int = 0) -> None:
+        with self.changed:
+            quiet, self._news = (0 if self._news else quiet + 1), False
+            self._settles = quiet < QUIET
+            if not self._settles:
+                self._rest([seat for seat in self._live.values() if seat.in_loop])
+            elif self._loop is not None:
+                self._loop.call_soon(self._settle, quiet)
+
+    def _rest(self, seats: Sequence[Seat]) -> None:
+        """Note that these episodes wait for the policy, if they have questions."""
+        for seat in seats:
+            if seat.asked and not seat.rests and not seat.ended:
+                seat.rests = True
+                self._is_idle()
 
     def recount(self) -> None:
         """Look again at when episodes are over time."""
-        with self._changed:
-            self._changed.notify()
+        with self.changed:
+            self.changed.notify()
 
     def _is_idle(self) -> None:
         self._busy, self._heard = self._busy - 1, time.monotonic()
         if self._busy == 0:
-            self._changed.notify()
+            self.changed.notify()
 
     def _start(self, todo: deque[Episode]) -> None:
         """Start episodes, in order, as many at a time as their environments take."""
@@ -198,13 +121,16 @@ class Lockstep:
                 continue
             seat = self._live[episode.place] = Seat(episode, self)
             if environment is None:
-                seat.question = Question(episode=episode, prompt=episode.prompt)
+                seat.asked, seat.rests = (
+                    [Asked(Question(episode=episode, prompt=episode.prompt), lambda message: None)],
+                    True,
+                )
             else:
                 seat.in_loop = environment.asynchronous and not environment.plays_in_processes
                 started.append(seat)
         todo.clear()
         todo.extend(later)
-        with self._changed:
+        with self.changed:
             self._busy += len(started)
         self._in_loop(self._begin, [(seat,) for seat in started if seat.in_loop])
         for seat in started:
@@ -217,19 +143,21 @@ class Lockstep:
     def _wait(self) -> None:
         """Wait until every live episode waits for the policy or has ended; give those up whose time is over."""
         start = time.monotonic()
-        with self._changed:
+        with self.changed:
             while self._busy and self._fatal is None:
                 now = time.monotonic()
-                working = [seat for seat in self._live.values() if seat.question is None]
+                working = [seat for seat in self._live.values() if not seat.rests]
                 left = {seat: self._since(seat) + seat.environment.timeout - now for seat in working}
-                for seat in [seat for seat, seconds in left.items() if seconds <= 0]:
+                overdue = [seat for seat, seconds in left.items() if seconds <= 0]
+                self._rest(overdue)  # those with a question, if the event loop is blocked
+                for seat in [seat for seat in overdue if not seat.rests]:
                     self._end(seat, "timeout", f"took over {seat.environment.timeout:g} s between two turns")
                     if seat.task is not None and self._loop is not None:
                         self._loop.call_soon_threadsafe(seat.task.cancel)
                     if seat.worker is not None:
                         seat.worker.stop()
                 if self._busy:
-                    self._changed.wait(min(max(0.0, min(left.values(), default=0.0)), threading.TIMEOUT_MAX))
+                    self.changed.wait(min(max(0.0, min(left.values(), default=0.0)), threading.TIMEOUT_MAX))
         self.waited += time.monotonic() - start
 
     def _since(self, seat: Seat) -> float:
@@ -237,30 +165,50 @@ class Lockstep:
         return max(seat.since, self._heard) if seat.in_loop else seat.since
 
     def _answer(self) -> None:
-        """Let the policy answer every episode that waits."""
-        seats = [self._live[place] for place in sorted(self._live)]
-        if not seats:
+        """Let the policy answer every question."""
+        with self.changed:
+            left, self._left = self._left, []
+            seats = [self._live[place] for place in sorted(self._live)]
+            asked = self._in_order([(seat, each) for seat in seats for each in seat.asked])
+        for place in left:
+            self._dropped(place)
+        if not asked:
             return
-        questions = [seat.question for seat in seats if seat.question is not None]
-        replies = self._decode(questions)
-        answers: list[tuple[Seat, Message]] = []
-        for seat, question, reply in zip(seats, questions, replies, strict=True):
-            if seat.episode.environment is None:
-                seat.episode.reply = reply
-                self._leave(seat)
-            else:
-                answers.append((seat, seat.episode.answer(question, reply)))
-        now = time.monotonic()
-        with self._changed:
-            self._busy += len(answers)
-            for seat, _ in answers:
-                seat.question, seat.since = None, now
-        for seat, message in answers:
-            if not seat.in_loop and seat.reply is not None:
-                seat.reply(message)
+        replies = self._decode([question for _, (question, _) in asked])
+        answers: list[tuple[Seat, Answered, Message]] = []
+        with self.changed:
+            for (seat, (question, answered)), reply in zip(asked, replies, strict=True):
+                if seat.ended:  # with another question while the engine decoded
+                    continue
+                seat.asked.pop(0)
+                if seat.episode.environment is None:
+                    seat.episode.reply = reply
+                    self._leave(seat)
+                else:
+                    answers.append((seat, answered, seat.episode.answer(question, reply)))
+            now, spoken = time.monotonic(), dict.fromkeys(seat for seat, *_ in answers)
+            for seat in spoken:
+                seat.rests, seat.since = False, now
+            self._busy += len(spoken)
+        for seat, answered, message in answers:
+            if not seat.in_loop:
+                answered(message)
         self._in_loop(
-            lambda reply, message: reply(message), [(seat.reply, message) for seat, message in answers if seat.in_loop]
+            lambda answered, message: answered(message),
+            [(answered, message) for seat, answered, message in answers if seat.in_loop],
         )
+        for seat in [seat for seat in spoken if seat.asked]:  # another one since
+            self._in_loop(self.waits, [(seat,)]) if seat.in_loop else self.waits(seat)
+
+    def _in_order(self, asked: list[tuple[Seat, Asked]]) -> list[tuple[Seat, Asked]]:
+        """Sort questions so that those of a group that are asked at the same time are adjacent, in the order of its episodes."""
+        groups: dict[int, int] = {}
+        seen: Counter[Seat] = Counter()
+        keys = []
+        for seat, _ in asked:
+            keys.append((groups.setdefault(seat.episode.group, len(groups)), seen[seat], seat.episode.place))
+            seen[seat] += 1
+        return [asked[i] for i in sorted(range(len(asked)), key=keys.__getitem__)]
 
     def _begin(self, seat: Seat) -> None:
         seat.task = asyncio.ensure_future(self._awaited(seat))
@@ -271,14 +219,14 @@ class Lockstep:
 
         async def ask(messages: Sequence[Message], **options: Any) -> Message:
             future: asyncio.Future[Message] = loop.create_future()
-            seat.ask(messages, _options(**options), partial(_resolve, future))
+            seat.ask(messages, options_of(**options), partial(_resolve, future))
             return await future
 
         def wait(messages: Sequence[Message], **options: Any) -> Message:
             return asyncio.run_coroutine_threadsafe(ask(messages, **options), loop).result()
 
         try:
-            given = await seat.environment.play(seat.episode.task, _Model(seat, ask, wait))
+            given = await seat.environment.play(seat.episode.task, SeatModel(seat, ask, wait))
         except BaseException as error:
             self._failed(seat, error)
         else:
@@ -288,7 +236,7 @@ class Lockstep:
         """Play a plain episode."""
         play: Any = seat.environment.play  # whose model is called without `await`
         try:
-            given = play(seat.episode.task, _Model(seat, seat.wait, seat.wait))
+            given = play(seat.episode.task, SeatModel(seat, seat.wait, seat.wait))
         except BaseException as error:
             self._failed(seat, error)
         else:
@@ -297,7 +245,7 @@ class Lockstep:
     def _in_worker(self, seat: Seat) -> None:
         """Let a process play an episode."""
         try:
-            (found,) = seat.environment.worker_pool.run([seat.episode.task], listener=_Listener(seat))
+            (found,) = seat.environment.worker_pool.run([seat.episode.task], listener=Listener(seat))
         except WorkerError as error:
             self.stop(error)
             return
@@ -312,7 +260,7 @@ class Lockstep:
             self._returned(seat, outcome_of(found))
 
     def _returned(self, seat: Seat, given: Any) -> None:
-        with self._changed:
+        with self.changed:
             if seat.ended:
                 return
             try:
@@ -320,11 +268,10 @@ class Lockstep:
             except EnvironmentFailure as error:
                 self._fatal = self._fatal or error
             self._leave(seat)
-            self._is_idle()
 
     def _failed(self, seat: Seat, error: BaseException | None, text: str = "") -> None:
         """End an episode with an error, or the text of one that was raised in a process."""
-        with self._changed:
+        with self.changed:
             if seat.ended:
                 return
             if isinstance(error, Over) or seat.told_over:
@@ -345,12 +292,13 @@ class Lockstep:
             self._fatal = EnvironmentFailure(f"environment={environment.name} {reason}")
             self._fatal.__cause__ = error
         self._leave(seat)
-        self._is_idle()
 
     def _leave(self, seat: Seat) -> None:
         seat.ended = True
         self._live.pop(seat.episode.place, None)
-        self._dropped(seat.episode.place)
+        self._left.append(seat.episode.place)
+        if not seat.rests:
+            self._is_idle()
 
     def _in_loop(self, work: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
         """Call `work` with each of the arguments in the event loop's thread, which is started at first."""
@@ -368,14 +316,14 @@ class Lockstep:
 
     def _close(self) -> None:
         """End what is left: episodes of an interrupted rollout, and the event loop."""
-        with self._changed:
+        with self.changed:
             left = list(self._live.values())
             for seat in left:
                 seat.ended = True
             self._live.clear()
         for seat in left:
-            if seat.reply is not None and not seat.in_loop:
-                seat.reply(None)
+            for each in () if seat.in_loop else seat.asked:
+                each.answered(None)
             if seat.worker is not None:
                 seat.worker.stop()
         self.endpoint.close()
@@ -386,25 +334,3 @@ class Lockstep:
 def _resolve(future: asyncio.Future[Message], message: Message | None) -> None:
     if not future.done() and message is not None:  # the episode was not cancelled
         future.set_result(message)
-
-
-class _Listener:
-    """Hears of an episode in a process."""
-
-    def __init__(self, seat: Seat):
-        self._seat, self._model = seat, _Model(seat, seat.wait, seat.wait)
-
-    def started(self, worker: Any) -> None:
-        """Begin its time."""
-        self._seat.worker, self._seat.since = worker, time.monotonic()
-        self._seat.table.recount()
-
-    def asked(self, worker: Any, question: dict[str, Any]) -> None:
-        """Put a question of the environment to the policy."""
-        if "url" in question:
-            worker.reply(self._model.url)
-            return
-        try:
-            self._seat.ask(question["messages"], _options(**question["options"]), worker.reply)
-        except Over:
-            worker.reply(None)

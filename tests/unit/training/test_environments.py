@@ -267,24 +267,8 @@ def test_wrong_outcomes_end_the_run_naming_the_environment(given, words):
         play(Played1(function=wrong))
 
 
-async def side_by_side(task: Task, model: Model) -> None:
-    await asyncio.gather(model(task.messages), model(task.messages))
-
-
 async def as_other(task: Task, model: Model) -> None:
     await model(task.messages, agent="judge")
-
-
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        (side_by_side, "asks the policy twice at a time"),
-        (as_other, r"asks as agent='judge', which must be one of its agents \(policy\)"),
-    ],
-)
-def test_what_cannot_be_played_is_refused_by_name(function, words):
-    with pytest.raises(EnvironmentFailure, match=words):
-        play(Played1(function=function))
 
 
 async def catches(task: Task, model: Model) -> float:
