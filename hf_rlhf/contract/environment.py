@@ -18,6 +18,8 @@ from hf_rlhf.contract.base import Count, Plugin, Positive
 
 POLICY = "policy"
 """The agent of an environment that names none."""
+AGENT = "episode/agent"
+"""Column of the agent's name: of rows, and of what the engine is asked where an environment has several agents."""
 Message = dict[str, Any]
 """A chat message: role, content and whatever else the chat template reads."""
 

@@ -15,6 +15,7 @@ from hf_rlhf.batch import Completions, Prompt, Rollouts, Spans
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.plugin_tree import walk
 from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.contract.environment import AGENT
 from hf_rlhf.data.model_loading import load_config, load_tokenizer
 from hf_rlhf.data.prompts import check_columns, load_prompts, prompt_room, read_columns
 from hf_rlhf.data.token_text import Span, pieces_of, spans_of
@@ -31,8 +32,8 @@ from hf_rlhf.training.tag_checks import tag_problems
 
 STREAMED = 1000
 """Rows of a stream that can be played."""
-Say = Callable[[str], str]
-"""Gets the text that was added since the last turn, and returns the text of the next one."""
+Say = Callable[[str, str | None], str]
+"""Gets the text that was added since the last turn, and the agent that is asked if there are several; returns what it says."""
 
 
 @dataclass(kw_only=True)
@@ -43,24 +44,28 @@ class TypedTurns(RolloutEngine):
 
     max_new_tokens: int | None
     say: Say
-    shown: list[tuple[int, list[int]]] = field(default_factory=list)
-    """For each turn of the episode, how many tokens it was asked with, and these with what was said."""
+    shown: list[tuple[str | None, int, list[int]]] = field(default_factory=list)
+    """For each turn of the episode, its agent, how many tokens it was asked with, and these with what was said."""
 
     def __call__(
         self, policy: Any, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
     ) -> Completions:
-        (prompt,), tokenizer = prompts, policy.tokenizer
-        (pieces,) = pieces_of(tokenizer, [prompt.ids])
-        said = self.say("".join(pieces[self._known(prompt.ids) :]))
+        turns = [self._turn(policy.tokenizer, prompt) for prompt in prompts for _ in range(num_generations)]
+        return Completions(ids=[ids for ids, _ in turns], finish_reasons=[reason for _, reason in turns])
+
+    def _turn(self, tokenizer: Any, prompt: Prompt) -> tuple[list[int], str]:
+        (pieces,), agent = pieces_of(tokenizer, [prompt.ids]), prompt.columns.get(AGENT)
+        said = self.say("".join(pieces[self._known(agent, prompt.ids) :]), agent)
         ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         most = prompt.max_new_tokens or self.max_new_tokens
-        reason = "stop" if most is None or len(ids) <= most else "length"
-        self.shown.append((len(prompt.ids), [*prompt.ids, *ids[:most]]))
-        return Completions(ids=[ids[:most]], finish_reasons=[reason])
+        self.shown.append((agent, len(prompt.ids), [*prompt.ids, *ids[:most]]))
+        return ids[:most], "stop" if most is None or len(ids) <= most else "length"
 
-    def _known(self, ids: list[int]) -> int:
-        """Return how many of the tokens an earlier turn has shown or said, in a conversation that this one continues."""
-        equal = [(asked, sum(takewhile(bool, map(eq, whole, ids)))) for asked, whole in self.shown]
+    def _known(self, agent: str | None, ids: list[int]) -> int:
+        """Return how many of the tokens an earlier turn of the agent has shown or said, in a conversation that this one
+        continues."""
+        own = [(asked, whole) for who, asked, whole in self.shown if who == agent]
+        equal = [(asked, sum(takewhile(bool, map(eq, whole, ids)))) for asked, whole in own]
         return max((known for asked, known in equal if known >= asked), default=0)
 
 

@@ -21,6 +21,7 @@ from tests.helpers.terminals import terminal
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(1, 41)]
 OWN = '''
+import asyncio
 from dataclasses import dataclass
 from hf_rlhf import hookimpl
 from hf_rlhf.axes import Environment, Outcome
@@ -39,9 +40,19 @@ class Odd(Environment):
                 raise OSError("no such door")
             messages += [said, {"role": "user", "content": "?"}]
 
+@dataclass(kw_only=True)
+class Both(Environment):
+    """Asks two agents the same at the same time."""
+    name = "both"
+    agents = ("ann", "bob")
+
+    async def play(self, task, model):
+        said = await asyncio.gather(*(model(task.messages, agent=agent) for agent in self.agents))
+        return Outcome(reward={agent: float(one["content"]) for agent, one in zip(self.agents, said)})
+
 @hookimpl
 def environment():
-    return [Odd]
+    return [Odd, Both]
 '''
 
 
@@ -139,7 +150,7 @@ def test_both_agents_of_a_game_are_played_and_each_has_a_row(play, place):
     )
     code, out, _ = play(["1", "3", "1"], "self_play")
     assert code == 0
-    assert out[1:7] == ["5:", "> 1", "4:", "> 3", "1:", "> 1"]
+    assert out[1:10] == ["[first]", "5:", "> 1", "[second]", "4:", "> 3", "[first]", "1:", "> 1"]
     first, second = (out.index(f"the row in training of the agent {agent}") for agent in ("first", "second"))
     assert out[first + 1 : first + 7] == [
         "  prompt     2 tokens | 5:",
@@ -155,6 +166,13 @@ def test_both_agents_of_a_game_are_played_and_each_has_a_row(play, place):
         "ended with stop",
         "reward     0",
     ]
+
+
+def test_agents_that_are_asked_at_the_same_time_are_played_one_after_the_other(play):
+    code, out, err = play(["2", "3"], "second_chance", "environment=[{use: both, max_tokens: 24}]", "-p", "odd.py")
+    assert code == 0, err
+    assert out[1:7] == ["[ann]", "1+1=", "> 2", "[bob]", "1+1=", "> 3"]
+    assert [line for line in out if line.startswith("reward ")] == ["reward     2", "reward     3"]
 
 
 def test_episodes_follow_each_other_and_an_unfinished_one_ends_the_command(play):

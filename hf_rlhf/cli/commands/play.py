@@ -12,6 +12,7 @@ from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.commands.train import EXTRA, Config, Data, Model, RecipeName, Seed, Words, read
 from hf_rlhf.cli.output import examples, output_to_stderr
+from hf_rlhf.contract.environment import AGENT
 from hf_rlhf.runtime.errors import UserError
 from hf_rlhf.runtime.plain_text import escaped
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 ASK = "> "
 SHOWN = (
-    "episode/agent",
+    AGENT,
     "episode/turn_ends",
     "episode/environment",
     "episode/end",
@@ -76,8 +77,10 @@ def play(
 
     out = sys.stdout  # while an environment plays, what is printed goes to stderr
 
-    def say(added: str) -> str:
+    def say(added: str, agent: str | None) -> str:
         with redirect_stdout(out):
+            if agent:
+                print(f"[{agent}]")
             return _typed(added)
 
     with opened(chosen, say, held_out, trust_remote_code) as table:
@@ -123,7 +126,7 @@ def _typed(added: str) -> str:
 def _show(found: PlayedRow, named: bool) -> None:
     """Print a row: its tokens by their masks, how it ended, and its rewards. `named`: it is one of several agents."""
     columns = found.columns
-    print("\nthe row in training" + (f" of the agent {columns['episode/agent']}" if named else ""))
+    print("\nthe row in training" + (f" of the agent {columns[AGENT]}" if named else ""))
     for title, span in found.parts:
         first, *others = escaped(span.text, "\n").split("\n")
         print(f"  {title:6} {span.tokens:5} tokens | {first}")

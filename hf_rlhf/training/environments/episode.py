@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_rlhf.batch import Prompt
-from hf_rlhf.contract.environment import POLICY, Environment, Message, Outcome, Over, Task
+from hf_rlhf.contract.environment import AGENT, POLICY, Environment, Message, Outcome, Over, Task
 from hf_rlhf.data.transcript import Transcript, TranscriptRow, conversation_hash
 
 KEPT = {"agent", "reward", "turn_rewards", "turn_ends", "turn_states", "environment", "end"}
@@ -135,7 +135,7 @@ class Episode:
         prompt = Prompt(
             ids=asked.ids,
             prompt=self.prompt.prompt if first else list(messages),
-            columns=self.prompt.columns,
+            columns={**self.prompt.columns, AGENT: agent} if len(self.environment.agents) > 1 else self.prompt.columns,
             opening=self.prompt.opening if first else "",
             max_new_tokens=most,
         )

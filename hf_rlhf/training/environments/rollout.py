@@ -16,7 +16,7 @@ from hf_rlhf.axes import Session
 from hf_rlhf.batch import Completions, Prompt, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.contract.chat import messages_of
-from hf_rlhf.contract.environment import POLICY, Environment, Message, Task, agents_of
+from hf_rlhf.contract.environment import AGENT, POLICY, Environment, Message, Task, agents_of
 from hf_rlhf.data.transcript import Transcript, TranscriptRow
 from hf_rlhf.data.turn_rendering import turns_of
 from hf_rlhf.modeling.policy import Policy
@@ -139,7 +139,9 @@ class Players:
         """
         runs = [
             list(run)
-            for _, run in groupby(asked, key=lambda q: (q.episode.group, q.prompt.ids, q.prompt.max_new_tokens))
+            for _, run in groupby(
+                asked, key=lambda q: (q.episode.group, q.agent, q.prompt.ids, q.prompt.max_new_tokens)
+            )
         ]
         sizes = {len(run) for run in runs}
         prompts, each = (
@@ -197,7 +199,7 @@ class Players:
         rows = [(episode, *row) for episode in episodes for row in self._rows(episode)]
         turns = [None if e.outcome.turns is None else [e.outcome.turns[i] for i in agent.turns] for e, agent, _ in rows]
         columns: dict[str, list[Any]] = {
-            "episode/agent": [agent.name for _, agent, _ in rows],
+            AGENT: [agent.name for _, agent, _ in rows],
             "episode/reward": [episode.reward_of(agent.name) for episode, agent, _ in rows],
             "episode/turn_rewards": [None if own is None else [turn.reward for turn in own] for own in turns],
             "episode/turn_ends": [_ends(row.turns) for *_, row in rows],
