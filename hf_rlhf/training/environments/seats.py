@@ -8,13 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from hf_rlhf.contract.environment import POLICY, Environment, Message, Over
+from hf_rlhf.training.environments.endpoint import Endpoint
 from hf_rlhf.training.environments.episode import Episode, Question
-
-if TYPE_CHECKING:
-    from hf_rlhf.training.environments.lockstep import Lockstep
 
 Answered = Callable[[Message | None], None]
 """Gets the answer to a question, or None for `Over`."""
@@ -27,12 +25,28 @@ class Asked(NamedTuple):
     answered: Answered
 
 
+class Table(Protocol):
+    """Where episodes play: see `Lockstep`."""
+
+    changed: threading.Condition
+    endpoint: Endpoint
+
+    def stop(self, error: BaseException) -> None:
+        """End all episodes with an error."""
+
+    def waits(self, seat: Seat) -> None:
+        """Note a question of an episode."""
+
+    def recount(self) -> None:
+        """Look again at when episodes are over time."""
+
+
 @dataclass(eq=False)
 class Seat:
     """A live episode, and where it stands."""
 
     episode: Episode
-    table: Lockstep
+    table: Table
     since: float = field(default_factory=time.monotonic)
     """When the environment's turn began."""
     asked: list[Asked] = field(default_factory=list)
