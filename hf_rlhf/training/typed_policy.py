@@ -33,8 +33,7 @@ from hf_rlhf.training.tag_checks import tag_problems
 STREAMED = 1000
 """Rows of a stream that can be played."""
 Say = Callable[[str, str | None], str]
-"""Gets the text that was added since the last turn, and the agent that is asked if there are several. Returns the text of the next
-one."""
+"""Gets the text that was added since the last turn, and which of several agents is asked; returns the text of the next one."""
 
 
 @dataclass(kw_only=True)
