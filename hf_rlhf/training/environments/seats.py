@@ -26,7 +26,7 @@ class Asked(NamedTuple):
 
 
 class Table(Protocol):
-    """Where episodes play: see `Lockstep`."""
+    """The table at which episodes play: see `Lockstep`."""
 
     changed: threading.Condition
     endpoint: Endpoint
