@@ -163,8 +163,13 @@ def show_sample(row: dict[str, Any], step: int, out: Console) -> None:
     for name in ("prompt", "reference", "conversation" if row.get("conversation") else "completion"):
         if row.get(name):
             spans = json.loads(row[name]) if name == "conversation" else [{"mask": 1, "text": row[name]}]
-            table.add_row(Text(name, style="dim"), _excerpt([(x["text"], "" if x["mask"] else "dim") for x in spans]))
+            table.add_row(Text(name, style="dim"), _excerpt([_styled(x) for x in spans]))
     out.print(_indented(table))
+
+
+def _styled(span: dict[str, Any]) -> tuple[str, str]:
+    """Return the text of a part of a conversation, the context of a fork on a line of its own, and its style."""
+    return ("\n" if span.get("fork") else "") + span["text"], "" if span["mask"] else "dim"
 
 
 def _excerpt(spans: Sequence[tuple[str, str]], lines: int = 12, characters: int = 1200) -> Text:

@@ -173,7 +173,22 @@ def rollouts_of(
         columns=columns,
         group_ids=_groups(prompts),
         openings=openings,
+        messages=_conversations(prompts, [row[places.completion] for row in rows]),
     )
+
+
+def _conversations(prompts: Sequence[Any], given: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """Return the conversations of rows whose completions are messages, as an environment gives them; none if all are texts."""
+    if all(isinstance(each, str) for each in given):
+        return []
+
+    def messages(role: str, said: Any) -> list[dict[str, Any]]:
+        if isinstance(said, str):
+            return [{"role": role, "content": said}]
+        return [{"role": role, **message} for message in ([said] if isinstance(said, Mapping) else said)]
+
+    pairs = zip(prompts, given, strict=True)
+    return [[*messages("user", prompt), *messages("assistant", said)] for prompt, said in pairs]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, why: str) -> list[int]:

@@ -21,7 +21,7 @@ from hf_rlhf.scoring.scorer import reference_column
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from hf_rlhf.batch import Rollouts
+    from hf_rlhf.batch import Fork, Rollouts
     from hf_rlhf.config.algorithm import Algorithm
     from hf_rlhf.training.rollout_buffer import Buffer, Collected
 
@@ -53,6 +53,7 @@ class Row:
     group: int
     prompt: Any
     reference: Any
+    forks: Sequence[Fork] = ()
     dropped: str | None = None
     """Reason why it was dropped, such as a filter."""
     place: int | None = None
@@ -172,6 +173,7 @@ class Recorder:
                 group=rollouts.group_ids[i],
                 prompt=rollouts.prompts[i],
                 reference=None if references is None else references[i],
+                forks=rollouts.forks[i] if rollouts.forks else [],
             )
             self._rows[id(ids)] = (ids, row)
 
@@ -208,7 +210,9 @@ class Recorder:
         texts, numbers = buffer.extra.pop("texts"), buffer.extra.pop("numbers")
         if self.algorithm.environment:
             masks = buffer.rows["mask"][: self.limit].tolist()
-            texts |= {"conversation": [self._spans(*row) for row in zip(buffer.completion_ids, masks, strict=False)]}
+            cuts = buffer.forks or [[]] * len(masks)
+            parts = zip(buffer.completion_ids, masks, cuts, strict=False)
+            texts |= {"conversation": [self._spans(*part) for part in parts]}
         log.completions = completion_rows(
             step, texts, numbers, buffer.rows["advantages"], buffer.rows["mask"], self.limit
         )
@@ -233,16 +237,25 @@ class Recorder:
         sample, self._sample = self._sample, None
         return sample
 
-    def _spans(self, ids: list[int], mask: Sequence[float]) -> list[dict[str, Any]]:
-        """Return the runs of tokens that do and do not train, as the column `conversation` has them."""
-        return [{"mask": span.mask, "text": span.text} for span in spans_of(self.tokenizer, ids, mask[: len(ids)])]
+    def _spans(self, ids: list[int], mask: Sequence[float], forks: Sequence[Fork]) -> list[dict[str, Any]]:
+        """Return the runs of tokens that do and do not train, as the column `conversation` has them, each fork behind the
+        context that it was asked with."""
+        found: list[dict[str, Any]] = []
+        starts = [0, *(start for start, _ in forks)]
+        for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
+            if number:
+                (context,) = pieces_of(self.tokenizer, [list(forks[number - 1][1])])
+                found.append({"mask": 0, "fork": True, "text": "".join(context)})
+            spans = spans_of(self.tokenizer, ids[start:end], mask[start:end])
+            found += [{"mask": span.mask, "text": span.text} for span in spans]
+        return found
 
     def _gathered(self, step: int) -> list[dict[str, Any]]:
         """Return every row of all processes, in the order of groups."""
         rows = [row for _, row in self._rows.values()]
         if self.algorithm.environment:
             for row in rows:
-                row.texts["conversation"] = self._spans(row.ids, row.mask)
+                row.texts["conversation"] = self._spans(row.ids, row.mask, row.forks)
         own = [_as_table_row(step, row) for row in rows]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object

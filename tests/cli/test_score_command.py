@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from hf_rlhf.cli import main
 from hf_rlhf.scoring.agreement import agreement, ranks
 from hf_rlhf.testing import tiny_policy
+from tests.helpers import runs
+from tests.helpers.environments import Duel, Forking
 from tests.helpers.servers import Server
 
 ROWS = [
@@ -37,6 +40,9 @@ def own(rollouts):
 
 def fails(rollouts):
     raise ValueError("not today")
+
+def turns(rollouts):
+    return [float(sum(m["role"] == "assistant" for m in conversation)) for conversation in rollouts.messages]
 
 def by_token(rollouts):
     return [TokenScores([0.5] * (len(text) + 1)) for text in rollouts.completions]
@@ -66,7 +72,6 @@ def write(name: str, rows: list[dict[str, Any]]) -> str:
             writer.writerows(rows)
     else:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(rows), file)
     return name
@@ -141,6 +146,21 @@ def test_completions_may_be_messages(run):
     ]
     data = ("--dataset", write("chats.jsonl", rows))
     assert run.json("exact_match", "strip=false", *data)["scores"] == {"exact_match": [1.0] * 4}
+    assert run.json("functions.py:turns", *data)["scores"] == {"turns": [1.0, 1.0, 1.0, 2.0]}
+
+
+@pytest.mark.parametrize("environment", [Forking(), Duel()], ids=["forks", "agents"])
+def test_rows_that_a_run_kept_of_episodes_get_the_scores_that_they_got(run, place, environment):
+    own = {"use": "regex", "pattern": "^[^a-z]", "label": "own"}
+    options = {"rollout": {**runs.SAMPLED, "max_new_tokens": 3}, "logging": {"completions": "all"}}
+    runs.trained(place / "run", environment=[environment], rewards=["episode", own], **options)
+    rows = [row for file in sorted(Path("run/completions").iterdir()) for row in pq.read_table(file).to_pylist()]
+    if isinstance(environment, Forking):
+        contexts = [sum("fork" in span for span in json.loads(row["conversation"])) for row in rows]
+        assert contexts == [3] * len(rows)
+    found = run.json("regex", "pattern=^[^a-z]", "--dataset", "run/completions")["scores"]["regex"]
+    assert found == [row["reward/own"] for row in rows]
+    assert len(set(found)) == 2
 
 
 def test_columns_may_have_other_names(run):
