@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_rlhf.axes import KLPlacement
+from hf_rlhf.axes import AdvantageEstimator, KLPlacement
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.lab.world import Policies, World
 
@@ -86,6 +86,35 @@ class Objectives:
         if self.world.rewards == "binary":
             for order in range(2, self.world.group + 1):
                 yield f"-sum_(k <= {order}) (1 - E[r])^k / k", self._log_of_success(order)
+
+    def of_turns(self, estimator: AdvantageEstimator) -> Iterator[Candidate]:
+        """Yield the policy gradients of the rewards from each turn on, less their mean over the group's rows with that turn, or
+        those in the turn's state beside the whole reward, by the discount and weight of `estimator`. Both hold shares fixed."""
+        if self.world.turns == 1:
+            return
+        number, group = self.world.turn, self.world.group
+        yield Candidate("grad of R_k - mean of group's R_k, turn by turn", self._from_groups(number, number, 1.0))
+        gamma, weight = getattr(estimator, "gamma", None), getattr(estimator, "step_weight", None)
+        if gamma is not None and weight is not None:
+            whole = (1 - 1 / group) * self.mean_reward
+            name = f"grad of r - mean of group's r + {weight:g} (R_k - mean of state's R_k), gamma {gamma:g}"
+            yield Candidate(name, whole + weight * self._from_groups(number, self.world.anchor, gamma))
+
+    def _from_groups(self, turn: Tensor, kind: Tensor, gamma: float) -> Tensor:
+        """Return sum_k E[(R_k - mean) grad log pi(turn k)], the mean over the group's turns of the same `kind` (n, T).
+
+        A row is compared with itself, too: a kind that a share q of episodes has counts 1 - (1 - (1 - q)^G) / (G q) times.
+        """
+        p, size, parts = self.now.probability, self.world.group, torch.zeros(len(self.now.probability))
+        for own in [kind == k for k in kind.unique().tolist() if k >= 0]:
+            after = (turn - turn.masked_fill(~own, -1).amax(1, keepdim=True)).clamp(min=0)
+            later = torch.stack([own[:, : t + 1].any(1) for t in range(own.size(1))], 1)
+            to_go = (self.world.token_rewards * gamma ** after.double() * later).sum(1)
+            shares = [x.sum(1, keepdim=True).expand_as(x) for x in self._of_prompt((p * own.any(1)).detach())]
+            q = torch.cat(shares, 1)
+            factor = (1 - (1 - (1 - q) ** size) / (size * q)).nan_to_num()
+            parts = parts + (p.detach() * factor * to_go * (self.now.logps * own).sum(2)).sum(1)
+        return self.gradient(parts / self.world.prompts)
 
     def _of_prompt(self, x: Tensor) -> Iterator[Tensor]:
         """Split (K, n) into (K, n / P) for each prompt."""

@@ -301,7 +301,7 @@ class Lab:
     def _recognise(self, row: Row, field: Tensor, alone: Tensor, algorithm: Algorithm) -> None:
         """Recognize the parts of the reward and of the KL. `alone` is the expected gradient without any KL."""
         small = NOTHING * float(self.objectives.mean_reward.norm())
-        reward = self._reward_part(alone) if float(alone.norm()) > small else None
+        reward = self._reward_part(alone, algorithm) if float(alone.norm()) > small else None
         added = field - alone
         kl = None
         if row.beta and float(added.norm()) > small:
@@ -323,9 +323,9 @@ class Lab:
                 row.objective = row.nearest = "c(pi) (E[r] - beta KL(pi||ref))"
                 row.relative_error = error
 
-    def _reward_part(self, field: Tensor) -> Match:
+    def _reward_part(self, field: Tensor, algorithm: Algorithm) -> Match:
         objectives = self.objectives
-        match = nearest(field, objectives.of_rewards)
+        match = nearest(field, [*objectives.of_rewards, *objectives.of_turns(algorithm.advantages)])
         if not match.found:
             constant = objectives.of_constant_baseline(field)
             match = constant if constant.found else match

@@ -179,6 +179,17 @@ def test_without_the_std_a_turn_counts_by_how_many_rows_of_the_group_have_it(gro
     differs(goal, (1 - 1 / group) * t.reward)
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_the_lab_names_what_they_climb_without_the_std(prompts: int):
+    where = lab(**{**SMALL, "group": 2}, prompts=prompts)
+    one = study(where, {"use": "turn_group_norm", "scale": "none"})
+    assert one.objective == "grad of R_k - mean of group's R_k, turn by turn"
+    both = study(where, {"use": "gigpo", "scale": "none", "gamma": 0.5, "step_weight": 2.0})
+    assert both.objective == "grad of r - mean of group's r + 2 (R_k - mean of state's R_k), gamma 0.5"
+    assert {one.verdict, both.verdict} == {Verdict.FIXED}
+    assert study(where, "turn_group_norm").objective == "none"
+
+
 def test_in_episodes_of_one_turn_they_are_group_norm():
     close(ascent(lab(), "turn_group_norm"), ascent(lab(), "group_norm"))
     close(
