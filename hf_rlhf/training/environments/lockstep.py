@@ -60,8 +60,10 @@ class Lockstep:
             while (todo or self._live) and self._fatal is None:
                 self._start(todo)
                 self._wait()
+                self._drop()
                 if self._fatal is None:
                     self._answer()
+            self._drop()
             if self._fatal is not None:
                 raise self._fatal
         finally:
@@ -164,14 +166,18 @@ class Lockstep:
         """Return when a seat's time began; those of the event loop wait for each other there."""
         return max(seat.since, self._heard) if seat.in_loop else seat.since
 
+    def _drop(self) -> None:
+        """Tell the engine which episodes have ended, while it does not decode."""
+        with self.changed:
+            left, self._left = self._left, []
+        for place in left:
+            self._dropped(place)
+
     def _answer(self) -> None:
         """Let the policy answer every question."""
         with self.changed:
-            left, self._left = self._left, []
             seats = [self._live[place] for place in sorted(self._live)]
             asked = self._in_order([(seat, each) for seat in seats for each in seat.asked])
-        for place in left:
-            self._dropped(place)
         if not asked:
             return
         replies = self._decode([question for _, (question, _) in asked])
