@@ -96,6 +96,10 @@ class Prompt:
     opening: str = ""
     max_new_tokens: int | None = None
     """Most tokens of its completion; None: the engine's own bound."""
+    stop: Sequence[str] = ()
+    """Texts that end its completion and are kept. The core cuts what an engine writes after one."""
+    seed: int | None = None
+    """Seed of its completion, for `RolloutEngine.sample`."""
 
 
 @dataclass(kw_only=True)

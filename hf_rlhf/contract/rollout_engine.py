@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from hf_rlhf.contract.base import Count, Plugin, Positive
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hf_rlhf.contract.algorithm_view import Algorithm
     from hf_rlhf.contract.model_settings import Model
     from hf_rlhf.modeling.policy import Policy
 
@@ -62,6 +63,8 @@ class RolloutEngine(Plugin, ABC):
 
     axis = Axis(section="Rollouts", metric_prefix="rollout")
 
+    deterministic: ClassVar[bool] = True
+    """False if equal requests may have other answers when others are served beside them: a resumed run may then differ."""
     local: ClassVar[bool] = True
     """False if it samples from a copy of the weights, which it gets by `load`. Its log-probs, where it reports them, are then
     compared with the policy's in every rollout."""
@@ -97,6 +100,33 @@ class RolloutEngine(Plugin, ABC):
         random numbers here; the default makes the call when it is waited for."""
         call = partial(self, policy, prompts, num_generations, temperature=temperature)
         return Pending(call, len(prompts))
+
+    def remarks(self, algorithm: Algorithm) -> Iterable[str]:
+        """Yield a note for the plan where a resumed run may differ."""
+        yield from self.differences(algorithm)
+
+    def differences(self, algorithm: Algorithm) -> Iterable[str]:
+        """Yield why a resumed run may sample other tokens than one that was not stopped."""
+        if algorithm.environment and self.samples_freely and not self.deterministic:
+            yield (
+                "episodes run free, their requests are served beside others: a resumed run repeats them only as far "
+                "as the engine answers equal requests alike"
+            )
+
+    async def sample(
+        self, policy: Policy, row: int, prompt: Prompt, *, temperature: float | None = None
+    ) -> Completions:
+        """Return one completion of a prompt, drawn from `prompt.seed`. `row` numbers the conversation that it continues.
+
+        An engine that serves requests one by one may override it: the episodes of environments then run free, each question is
+        put when it is asked, many at a time, on an event loop in a thread. Without it they advance in lockstep (`session`).
+        """
+        raise NotImplementedError
+
+    @property
+    def samples_freely(self) -> bool:
+        """Return whether it has `sample`."""
+        return type(self).sample is not RolloutEngine.sample
 
     def load(self, weights: Weights) -> None:
         """Take the policy's weights, from which the calls that follow sample. Called on all processes together, between

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from hf_rlhf.training.run_trainer import RunTrainer, weights_of
 
 if TYPE_CHECKING:
     from hf_rlhf.training.setup import RunComponents
+
+logger = logging.getLogger(__name__)
 
 
 class SavingTrainer(RunTrainer):
@@ -199,6 +202,8 @@ class SavingTrainer(RunTrainer):
             for name in set(getattr(policy, "peft_config", ())) - adapters:
                 policy.delete_adapter(name)  # Trainer loads the average's folder as one more adapter
         self._load_beside(Path(resume_from_checkpoint))
+        for difference in self.algorithm.rollout.differences(self.algorithm):
+            logger.warning("%s", difference)
 
     @contextmanager
     def _whole_model(self) -> Iterator[None]:

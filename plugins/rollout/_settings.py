@@ -41,6 +41,7 @@ class SamplingEngine(RolloutEngine):
 
     def remarks(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield remarks on settings that change the sampling distribution."""
+        yield from super().remarks(algorithm)
         for setting in self.cuts():
             yield (
                 f"{setting}={getattr(self, setting)} samples from a distribution other than the policy's, so gradients "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +128,7 @@ def probe(servers: Sequence[Server], policy: Policy, sent: Sent) -> float:
     prompt = [(7919 * i + 1) % vocabulary for i in range(tokens)]
     sampling: dict[str, Any] = {"n": 1, "temperature": 1.0, "seed": 0, "max_tokens": tokens}
     sampling |= {"logprobs": 0, "stop_token_ids": [], "detokenize": False}
-    found = wait_for(together(server.complete(prompt, sampling, sent, asyncio.Lock()) for server in servers))
+    found = wait_for(together(server.complete(prompt, sampling, sent) for server in servers))
     gaps = []
     for (row,) in found:
         ids = torch.tensor([[*prompt, *row.ids]], device=policy.device)

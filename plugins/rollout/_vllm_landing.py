@@ -44,10 +44,14 @@ class Landing(Pending):
         return self._completions(self._done.result())
 
     def _completions(self, groups: Sequence[list[Row]]) -> Completions:
-        rows = [row for group in groups for row in group * self._copies]
-        return Completions(
-            ids=[list(row.ids) for row in rows],
-            finish_reasons=[row.finish_reason for row in rows],
-            logps=[row.logps for row in rows] if self._reports else None,  # type: ignore[misc]
-            versions=[self._version] * len(rows),
-        )
+        return completions([row for group in groups for row in group * self._copies], self._version, self._reports)
+
+
+def completions(rows: Sequence[Row], version: str, reports: bool) -> Completions:
+    """Return rows as the host takes them; `reports`: whether they have log-probs."""
+    return Completions(
+        ids=[list(row.ids) for row in rows],
+        finish_reasons=[row.finish_reason for row in rows],
+        logps=[row.logps for row in rows] if reports else None,  # type: ignore[misc]
+        versions=[version] * len(rows),
+    )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from .._http import Endpoint, HttpError, shown
 from ._vllm_child import SECONDS, answers
@@ -101,6 +102,7 @@ class Server:
         self.url = self.url.rstrip("/")
         self._endpoints: dict[tuple[str, int], Endpoint] = {}
         self._loads = 0
+        self._reloading: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     async def post(self, path: str, retries: int | None = None, **body: Any) -> Any:
@@ -190,9 +192,7 @@ class Server:
         await self.post("/resume")
         self._loads += 1
 
-    async def complete(
-        self, ids: Sequence[int], sampling: Mapping[str, Any], sent: Sent, lock: asyncio.Lock
-    ) -> list[Row]:
+    async def complete(self, ids: Sequence[int], sampling: Mapping[str, Any], sent: Sent) -> list[Row]:
         """Return `n` completions of a prompt, sampled from the weights `sent`; weights that the server lost are sent again.
 
         A server that was started again has the weights of its command line, which its version shows.
@@ -217,7 +217,7 @@ class Server:
                 f"{self.url} sampled from the weights {', '.join(sorted(versions))}, not from {sent.version}, which it was sent. "
                 "If another run uses this server, give each its own"
             )
-            async with lock:
+            async with self._reloading.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
                 if self._loads == loads:
                     await self.load(sent)
         assert failed is not None

@@ -8,7 +8,6 @@ again. In each rollout the log-probs of server and trainer are compared (`rollou
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ class Vllm(SamplingEngine):
 
     name = "vllm"
     local = False
+    deterministic = False
     needs = frozenset({"plain_weights"})
     metrics = (
         Metric(
@@ -233,10 +233,34 @@ class Vllm(SamplingEngine):
 
         from ._vllm_landing import Landing
 
-        temperature = self.temperature if temperature is None else temperature
+        sampling = self._sampling(policy, num_generations, temperature)
         self._check_lengths(prompts)
+        seeds = torch.randint(2**53, (len(prompts),)).tolist()
+        assert self._sent is not None, "load was not called"
+        copies = num_generations // sampling["n"]
+        work = self._asking(prompts, sampling, seeds)
+        return Landing(work, len(prompts), self._sent.version, copies, "logprobs" in sampling)
+
+    async def sample(
+        self, policy: Policy, row: int, prompt: Prompt, *, temperature: float | None = None
+    ) -> Completions:
+        """Sample one completion; all of a conversation go to the same server, which keeps keys and values of its beginning."""
+        from ._vllm_landing import completions
+
+        sampling = self._sampling(policy, 1, temperature)
+        self._check_lengths([prompt])
+        assert self._sent is not None, "load was not called"
+        if prompt.stop:
+            stop = [*sampling.get("stop", ()), *prompt.stop]
+            sampling |= {"stop": stop, "include_stop_str_in_output": True, "detokenize": True}
+        rows = await self._one(row, prompt, sampling, prompt.seed or 0, self._sent)
+        return completions(rows, self._sent.version, "logprobs" in sampling)
+
+    def _sampling(self, policy: Policy, num_generations: int, temperature: float | None) -> dict[str, Any]:
+        """Return vLLM's sampling parameters."""
+        temperature = self.temperature if temperature is None else temperature
         greedy = temperature == 0
-        sampling = {
+        sampling: dict[str, Any] = {
             "n": 1 if greedy else num_generations,
             "temperature": temperature,
             "repetition_penalty": self.repetition_penalty,
@@ -248,12 +272,9 @@ class Vllm(SamplingEngine):
             sampling |= {} if self.cuts() else {"logprobs": 0}
         if self.stop_strings:
             sampling |= {"stop": self.stop_strings, "include_stop_str_in_output": True}
-        seeds = torch.randint(2**53, (len(prompts),)).tolist()
-        assert self._sent is not None, "load was not called"
-        version, copies, reports = self._sent.version, num_generations if greedy else 1, "logprobs" in sampling
-        return Landing(self._sample(prompts, sampling, seeds), len(prompts), version, copies, reports)
+        return sampling
 
-    def _sample(
+    def _asking(
         self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int]
     ) -> Callable[[Landed], Coroutine[Any, Any, list[list[Row]]]]:
         """Return what asks the servers in turn for the completions of each prompt, and tells of each that lands."""
@@ -261,22 +282,22 @@ class Vllm(SamplingEngine):
         sent = self._sent
 
         async def all_of_them(landed: Landed) -> list[list[Row]]:
-            locks = [asyncio.Lock() for _ in self._servers]
-
-            async def one(i: int, call: Coroutine[Any, Any, list[Row]]) -> list[Row]:
-                rows = await call
+            async def one(i: int, prompt: Prompt, seed: int) -> list[Row]:
+                rows = await self._one(i, prompt, sampling, seed, sent)
                 landed(i, rows)
                 return rows
 
-            calls = []
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                turn = (self._process + self._processes * i) % len(self._servers)
-                steps = min(self.max_new_tokens, prompt.max_new_tokens or self.max_new_tokens)
-                own = {**sampling, "seed": seed, "max_tokens": steps}
-                calls.append(one(i, self._servers[turn].complete(prompt.ids, own, sent, locks[turn])))
-            return await together(calls)
+            return await together(
+                one(i, prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            )
 
         return all_of_them
+
+    async def _one(self, i: int, prompt: Prompt, sampling: Mapping[str, Any], seed: int, sent: Sent) -> list[Row]:
+        """Return the completions of prompt or conversation number `i`."""
+        server = self._servers[(self._process + self._processes * i) % len(self._servers)]
+        steps = min(self.max_new_tokens, prompt.max_new_tokens or self.max_new_tokens)
+        return await server.complete(prompt.ids, {**sampling, "seed": seed, "max_tokens": steps}, sent)
 
     def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
         longest = max(len(p.ids) + min(self.max_new_tokens, p.max_new_tokens or self.max_new_tokens) for p in prompts)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hf_rlhf.axes import Environment, Model, Task
 from hf_rlhf.batch import Completions
 from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf_plugins import _http
@@ -17,6 +21,7 @@ from tests.helpers.environments import Duel, Forking
 from tests.helpers.runs import parameters
 from tests.helpers.servers import Raw
 from tests.helpers.vllm_stub import GENERATE, LOAD_ADAPTER, ROUTES, Stub
+from tests.helpers.waits import scaled
 
 PROMPTS = [{"prompt": f"{i}+1="} for i in range(6)]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -97,6 +102,59 @@ def test_forks_and_agents_are_sampled_from_the_copy(environment, tmp_path):
     assert logged(made, "environment/forks/mean")[0] == (3 if environment.name == "forking" else 0)
 
 
+@dataclass(kw_only=True)
+class Patient(Environment):
+    """The first episode of a rollout goes on when all others have ended."""
+
+    name = "patient"
+
+    max_tokens: int = 64
+
+    async def play(self, task: Task, model: Model) -> float:
+        place = next(self.places) % 16
+        if place == 0:
+            self.ended = asyncio.Event()
+        answer = await model(task.messages)
+        if place == 0:
+            await asyncio.wait_for(self.ended.wait(), scaled(10))
+        words = [*task.messages, answer, {"role": "user", "content": "again"}]
+        last = await model(words, stop=["a", "e"], max_tokens=4)
+        if place == 0:
+            return 0.0
+        self.done += 1
+        if self.done % 15 == 0:
+            self.ended.set()
+        return float(len(str(last["content"])))
+
+    def __post_init__(self) -> None:
+        self.places, self.done = itertools.count(), 0
+
+
+def test_no_episode_waits_for_another_where_requests_are_served_one_by_one(tmp_path, caplog):
+    """And a resumed run, which says that it may differ, ends as the run that was not stopped if the server repeats itself."""
+    with Stub(tmp_path / "model") as server:
+
+        def run(name: str, steps: int, resume: bool = False) -> Any:
+            rollout = {**runs.SAMPLED, "use": "vllm", "url": server.url, "max_new_tokens": 3}
+            parts: dict[str, Any] = {"environment": [Patient()], "rewards": ["episode"], "data": PROMPTS}
+            training = {"max_steps": steps, **SAVING}
+            made = runs.trainer(tmp_path / name, rollout=rollout, training=training, **parts)
+            made.train(resume_from_checkpoint=resume or None)
+            made.close()
+            return made
+
+        whole = run("whole", 6)
+        assert any("a resumed run repeats them only as far" in remark for remark in whole.plan.remarks)
+        assert not any("run free" in line for line in caplog.messages)
+        run("run", 4)
+        assert torch.equal(parameters(whole), parameters(run("run", 6, resume=True)))
+        assert any("episodes run free" in line for line in caplog.messages)
+    assert max(logged(whole, "rollout/sampler_gap/max")) < 1e-5
+    assert logged(whole, "environment/turns/mean") == [2.0] * 3
+    stops = [body["sampling_params"].get("stop") for body in server.sent(GENERATE)]
+    assert stops.count(["a", "e"]) == 6 * 16, "every second turn of six rollouts"
+
+
 def test_a_resumed_run_sends_its_weights_and_ends_as_the_run_that_was_not_interrupted(tmp_path):
     with Stub(tmp_path / "model") as server:
         whole = trainer(tmp_path / "whole", server, steps=6)
@@ -139,7 +197,7 @@ def test_a_server_that_is_started_again_in_mid_run_changes_nothing(tmp_path):
         whole = trainer(tmp_path / "whole", server)
         whole.train()
         whole.close()
-        other = trainer(tmp_path / "run", server)
+        other = trainer(tmp_path / "run", server, rollout={"request_retries": 2})  # a retry may be what falls next
         start = server.counts[GENERATE]
 
         def falls(route: str, body: Any, number: int) -> Any:

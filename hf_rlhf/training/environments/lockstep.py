@@ -59,7 +59,9 @@ class Lockstep:
         try:
             while (todo or self._live) and self._fatal is None:
                 self._start(todo)
+                start = time.monotonic()
                 self._wait()
+                self.waited += time.monotonic() - start
                 self._drop()
                 if self._fatal is None:
                     self._answer()
@@ -144,9 +146,8 @@ class Lockstep:
 
     def _wait(self) -> None:
         """Wait until every live episode waits for the policy or has ended; give those up whose time is over."""
-        start = time.monotonic()
         with self.changed:
-            while self._busy and self._fatal is None:
+            while not self._is_over() and self._fatal is None:
                 now = time.monotonic()
                 working = [seat for seat in self._live.values() if not seat.rests]
                 left = {seat: self._since(seat) + seat.environment.timeout - now for seat in working}
@@ -158,9 +159,12 @@ class Lockstep:
                         self._loop.call_soon_threadsafe(seat.task.cancel)
                     if seat.worker is not None:
                         seat.worker.stop()
-                if self._busy:
+                if not self._is_over():
                     self.changed.wait(min(max(0.0, min(left.values(), default=0.0)), threading.TIMEOUT_MAX))
-        self.waited += time.monotonic() - start
+
+    def _is_over(self) -> bool:
+        """Return whether the wait is over."""
+        return not self._busy
 
     def _since(self, seat: Seat) -> float:
         """Return when a seat's time began; those of the event loop wait for each other there."""

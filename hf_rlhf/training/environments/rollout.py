@@ -7,7 +7,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count, groupby
 from typing import Any
@@ -25,6 +25,7 @@ from hf_rlhf.scoring.runners.isolation import isolated
 from hf_rlhf.scoring.scorer import applies, copied
 from hf_rlhf.training.completion_checks import check_completions
 from hf_rlhf.training.environments.episode import Agent, EnvironmentFailure, Episode, Question, Reply
+from hf_rlhf.training.environments.free_play import FreePlay
 from hf_rlhf.training.environments.lockstep import Lockstep
 
 logger = logging.getLogger(__name__)
@@ -88,14 +89,19 @@ class Players:
         ]
         fresh = count().__next__
         numbers: Numbers = defaultdict(lambda: defaultdict(fresh))
-        with isolated(), self.algorithm.rollout.session(self.policy, temperature=temperature) as session:
-
-            def drop(episode: int) -> None:
-                for number in numbers.pop(episode, {}).values():
-                    session.drop(number)
-
-            table = Lockstep(lambda asked: self._decode(session, asked, numbers, (*place, *process)), drop)
+        table: Lockstep
+        if self.algorithm.rollout.samples_freely:
+            table = FreePlay(lambda asked: self._sample(asked, numbers, temperature))
             table.play(episodes)
+        else:
+            with isolated(), self.algorithm.rollout.session(self.policy, temperature=temperature) as session:
+
+                def drop(episode: int) -> None:
+                    for number in numbers.pop(episode, {}).values():
+                        session.drop(number)
+
+                table = Lockstep(lambda asked: self._decode(session, asked, numbers, (*place, *process)), drop)
+                table.play(episodes)
         self._judge(episodes, table.trace)
         self._warn(table.endpoint.overridden)
         return self._played(episodes, table)
@@ -150,8 +156,20 @@ class Players:
         rows = [numbers[q.episode.place][q.agent, q.row] for q in asked]
         with seeded(*seed, *(("turn", self._turn) if self._turn else ())), self.autocast():
             found = session.ask(rows, prompts, each)
-        check_completions(self.algorithm, found, len(asked), self._sampled, self.policy.version)
         self._turn += 1
+        return self._replies(asked, found)
+
+    async def _sample(self, asked: Question, numbers: Numbers, temperature: float | None) -> Reply:
+        """Let the engine continue one question, from a seed of its own."""
+        row = numbers[asked.episode.place][asked.agent, asked.row]
+        seed = seed_of("sample", asked.episode.task.seed, asked.agent, asked.row, len(asked.prompt.ids))
+        prompt = replace(asked.prompt, seed=seed, stop=asked.stop)
+        found = await self.algorithm.rollout.sample(self.policy, row, prompt, temperature=temperature)
+        return self._replies([asked], found)[0]
+
+    def _replies(self, asked: list[Question], found: Completions) -> list[Reply]:
+        """Check what the engine sampled, and return it by question."""
+        check_completions(self.algorithm, found, len(asked), self._sampled, self.policy.version)
         self._exact, self._reports = self._exact and found.exact, self._reports and found.logps is not None
         if found.masks is not None and any(not all(mask) for mask in found.masks):
             raise EnvironmentFailure(

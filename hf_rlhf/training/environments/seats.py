@@ -53,6 +53,8 @@ class Seat:
     """Questions without an answer, in their order."""
     rests: bool = False
     """True while it only waits for answers; False while the environment works."""
+    sent: int = 0
+    """Questions that were put to an engine which answers them one by one."""
     ended: bool = False
     task: asyncio.Task[None] | None = None
     worker: Any = None
