@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_rlhf.batch import Completions, Prompt
 from hf_rlhf.contract.axis import Axis
@@ -132,6 +132,10 @@ class RolloutEngine(Plugin, ABC):
         """Take the policy's weights, from which the calls that follow sample. Called on all processes together, between
         `wake("weights")` and `wake("cache")`, whenever `Policy.version` has changed. An error on one process ends the run on all.
         """
+
+    def settled(self) -> dict[str, Any]:
+        """Return settings whose values `setup` has chosen, as a checkpoint keeps them: a run that resumes must find the same."""
+        return {}
 
     def serve_commands(
         self, model: Model, dtype: str, prompt_tokens: int | None

@@ -47,6 +47,7 @@ ADDED = {
     "training.per_device_train_batch_size": ANY,
     **{f"{section}.use_{kind}": False for section in ("model.lora", "peft") for kind in ("dora", "rslora")},
     "rollout.skip_special_tokens": True,
+    "rollout.kernel": "model",
     "environment": [],
     "environment.N.history": "extend",
     "environment.N.workers": "inline",

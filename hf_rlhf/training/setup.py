@@ -134,6 +134,7 @@ class RunComponents:
         known = self.plan.remarks
         known += [remark for remark in plugin_remarks(self.algorithm) if remark not in known]
         self.record["plan"]["remarks"] = list(known)
+        self.record["algorithm"]["rollout"] |= self.algorithm.rollout.settled()
         return Scorer(list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)), context)
 
 

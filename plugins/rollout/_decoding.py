@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hf_rlhf.axes import at_least_float32, attend
 
+from ._kernels import Lean, Reordered
 from ._layouts import Heads, Prefill, Shared
 from ._sampling import Sampler
 from ._turns import Continued, Kept, Recorded, Segment, length_of
@@ -39,6 +41,8 @@ class Decoder:
     eos: Collection[int]
     steps: int
     device: torch.device
+    kernel: Lean | Reordered | None = None
+    """What runs the steps after the prefill; None: the model as it is."""
 
     def __call__(
         self,
@@ -71,19 +75,27 @@ class Decoder:
         ends = torch.tensor(sorted(self.eos), device=self.device, dtype=torch.long)
         logits = logits.index_select(0, torch.tensor(of_row, device=self.device))
         live.take(sampler(logits, live.rows, 0))
-        with attend(self.model, layout) as keywords:
+        with self._steps(layout) as after:
             while live.step < self.steps:
                 if live.step % CHECK == 0 and (order := live.look(ends)) is not None:
                     if not order:
                         break
                     layout.keep(order)
                 layout.start()
-                logits = self._logits(live.tokens.unsqueeze(1), live.positions.unsqueeze(1), 1, **keywords)
-                live.take(sampler(logits[:, -1], live.rows, live.step))
+                live.take(sampler(after(live.tokens, live.positions), live.rows, live.step))
         drawn = live.finish(ends)
         if isinstance(layout, Recorded) and kept:
             kept.end(drawn[0], layout.finish())
         return drawn
+
+    @contextmanager
+    def _steps(self, layout: Shared) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Give the function that returns logits (B, V) after tokens (B,) at positions (B,)."""
+        if isinstance(self.kernel, Lean):
+            yield partial(self.kernel, layout=layout)
+            return
+        with attend(self.model, layout) as keywords, self.kernel.active() if self.kernel else nullcontext():
+            yield lambda tokens, places: self._logits(tokens[:, None], places[:, None], 1, **keywords)[:, -1]
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], kept: Sequence[Sequence[Segment]]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_rlhf.axes import Algorithm, Policy
     from hf_rlhf.batch import Prompt
 
+    from ._kernels import Lean, Reordered
     from ._sampling import Sampler
     from ._turns import Kept
 
@@ -49,9 +50,17 @@ class Generate(SamplingEngine):
     """Logits processors of transformers, as `package.module:Class`, created without arguments. A recipe's code is run."""
     decode_dtype: Literal["same", "bfloat16"] = "same"
     """Dtype of the weights for decoding. "bfloat16" copies them once per rollout and frees the copy after it."""
+    kernel: Literal["auto", "model", "onednn", "lean"] = "auto"
+    """What runs a decode step. "model": its modules; "onednn": those, on a CPU with float32 weights reordered once per rollout for
+    oneDNN; "lean": the layers of plain Llama and Qwen models with fused products, reordered where possible. "auto": the fastest one
+    that gives the model's logits; on a GPU "model". A checkpoint keeps the one used."""
 
     def __post_init__(self) -> None:
         self._found = ""
+        self._kernel: str | None = None
+        self._fell_back = ""
+        self._awake = False
+        self._ready: dict[Any, Any] = {}
 
     @property
     def exact_logps(self) -> bool:
@@ -87,6 +96,8 @@ class Generate(SamplingEngine):
             yield "stop_strings needs model.generate for decoding, which is slower"
         if self._found:
             yield self._found
+        if self._fell_back:
+            yield self._fell_back
         if not self.exact_logps:
             yield (
                 f"decode_dtype={self.decode_dtype} samples from a rounded policy; rollout_correction weights the rows by the "
@@ -113,8 +124,48 @@ class Generate(SamplingEngine):
             from hf_rlhf.axes import Policy
 
             policy = Policy(model=context.policy, tokenizer=context.tokenizer, device=context.device)
-            if self._needs_generate(policy, self.max_new_tokens) and self._equal_lengths(policy):
+            if not self._needs_generate(policy, self.max_new_tokens):
+                self._choose_kernel(policy)
+            elif self._equal_lengths(policy):
                 self._found = self._one_length_at_a_time()
+
+    def settled(self) -> dict[str, Any]:
+        """Return the kernel that decodes."""
+        return {"kernel": self._kernel or "model"}
+
+    def wake(self, part: Literal["weights", "cache"]) -> None:
+        """Keep weights that a kernel has reordered from now on, as long as they are the policy's."""
+        self._awake = True
+
+    def sleep(self) -> None:
+        """Free them."""
+        self._awake, self._ready = False, {}
+
+    def _choose_kernel(self, policy: Policy) -> str:
+        """Choose the kernel, once."""
+        from ._kernels import choose
+        from ._trials import try_loop
+
+        if self._kernel is None:
+            asked = "model" if self.decode_dtype != "same" and self.kernel == "auto" else self.kernel
+            self._kernel, why = choose(asked, policy.model, partial(try_loop, policy.model, policy.device))
+            if why:
+                self._fell_back = f"decoding steps run by kernel {self._kernel} ({'; '.join(why)})"
+                logging.getLogger(__name__).info("rollout=%s: %s", self.name, self._fell_back)
+        return self._kernel
+
+    def _prepared(self, policy: Policy) -> Lean | Reordered | None:
+        """Return what decodes with the policy's weights."""
+        from ._kernels import prepare
+
+        kernel, key = self._choose_kernel(policy), (policy.version, id(policy.model))
+        if kernel == "model":
+            return None
+        if key not in self._ready:
+            made = prepare(kernel, policy.model)
+            self._ready = {key: made} if self._awake else {}
+            return made
+        return self._ready[key]
 
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, *, temperature: float | None = None
@@ -211,7 +262,7 @@ class Generate(SamplingEngine):
         group, eos = num_generations if temperature > 0 else 1, end_tokens(policy)
         own = [self.max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
         steps = min(self.max_new_tokens, max(own))
-        decode = Decoder(model=policy.model, eos=eos, steps=steps, device=policy.device)
+        decode = Decoder(model=policy.model, eos=eos, steps=steps, device=policy.device, kernel=self._prepared(policy))
         reports = policy.wants_logps and temperature > 0
         sampler = self.sampler(prompts, group, temperature, policy.device, reports)
         ids: list[list[int]] = []
