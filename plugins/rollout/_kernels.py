@@ -20,6 +20,8 @@ from ._layouts import Shared
 
 ROWS = 16
 """Rows for which oneDNN orders the weights."""
+DEPTH = 1024
+"""Inputs that a product sums up in one go; more are summed in parts, which rounds less."""
 TRIED = (1, 7, 32)
 """Rows with which a product is tried."""
 ROUNDING = 1e-5
@@ -27,31 +29,35 @@ ROUNDING = 1e-5
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Modeling modules of transformers whose layers "lean" runs."""
 
+
 class Product:
     """Linear layers with one input, as one product."""
 
     def __init__(self, *layers: Any, onednn: bool):
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         with torch.no_grad():
-            weights = [layer.weight.detach() for layer in layers]
-            weight = weights[0] if len(layers) == 1 else torch.cat(weights)
-            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+            self._weight = weights[0] if len(layers) == 1 else torch.cat(weights)
             self._bias = torch.cat(biases) if biases else None
-            self._onednn = onednn
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if onednn else weight
+            self._parts = self._weight.split(DEPTH, 1) if onednn else ()
+            if onednn:
+                self._parts = [torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), ROWS) for part in self._parts]
+                del self._weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the product with x (..., n)."""
-        if self._onednn:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-            return out
-        return F.linear(x, self._weight, self._bias)
-
-    def added(self, x: Tensor, other: Tensor) -> Tensor:
-        """Return the product with x (B, n), plus `other`."""
-        if self._onednn:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, "add")
-            return out
-        return torch.addmm(other if self._bias is None else other + self._bias, x, self._weight.T)
+    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the product with x (..., n), plus `added`."""
+        if not self._parts:
+            out = F.linear(x, self._weight, self._bias)
+            return out if added is None else out + added
+        bias = self._bias
+        for part, weight in zip(x.split(DEPTH, -1), self._parts, strict=True):
+            if added is None:
+                added = torch.ops.mkldnn._linear_pointwise(part, weight, bias, "none", [], "")
+            else:
+                added = torch.ops.mkldnn._linear_pointwise.binary(part, added, weight, bias, "add")
+            bias = None
+        assert added is not None, "a layer has inputs"
+        return added
 
 
 class Reordered:
@@ -105,7 +111,10 @@ class _Layer:
         self._head_norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
         self._asked = Product(attention.q_proj, attention.k_proj, attention.v_proj, onednn=onednn)
         self._given = Product(attention.o_proj, onednn=onednn)
-        self._gated, self._down = Product(mlp.gate_proj, mlp.up_proj, onednn=onednn), Product(mlp.down_proj, onednn=onednn)
+        self._gated, self._down = (
+            Product(mlp.gate_proj, mlp.up_proj, onednn=onednn),
+            Product(mlp.down_proj, onednn=onednn),
+        )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Shared) -> Tensor:
         """Return what follows x (B, n); `sin` is negative in its first half."""
@@ -125,9 +134,9 @@ class _Layer:
             window=None,
             softcap=None,
         )
-        x = self._given.added(out.view(len(x), -1), x)
+        x = self._given(out.view(len(x), -1), x)
         gate, up = self._gated(_normed(self._norms[1], x)).chunk(2, -1)
-        return self._down.added(self._act(gate).mul_(up), x)
+        return self._down(self._act(gate).mul_(up), x)
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
@@ -160,9 +169,12 @@ def not_lean(model: nn.Module) -> str | None:
         return f"{type(model).__name__} is none of the plain {', '.join(FAMILIES)} models"
     if getattr(model.config, "sliding_window", None) is not None:
         return "it has a sliding window"
+    inner = model.model
+    called = {inner.embed_tokens, inner.rotary_emb, *(layer.mlp.act_fn for layer in inner.layers)}
     for m in model.modules():
-        own = type(m).__module__ in (home, "transformers.activations") or type(m) in (nn.Linear, nn.Embedding, nn.ModuleList)
-        if not own and not type(m).__module__.startswith("torch.nn.modules."):
+        if m in called:
+            continue
+        if type(m).__module__ != home and type(m) not in (nn.Linear, nn.ModuleList):
             return f"it contains {type(m).__name__}, which is not its own"
         if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
             return f"{type(m).__name__} has a hook or a forward of its own"
@@ -206,5 +218,7 @@ def choose(asked: str, model: Any, tried: Callable[[str], str | None]) -> tuple[
             return kernel, reasons
         reasons.append(f"{kernel}: {why}")
     if asked not in ("auto", "model"):
-        raise ValueError(f"rollout.kernel={asked} does not decode {type(model).__name__}: {reasons[0]}. Set rollout.kernel=auto")
+        raise ValueError(
+            f"rollout.kernel={asked} does not decode {type(model).__name__}: {reasons[0]}. Set rollout.kernel=auto"
+        )
     return "model", reasons

@@ -51,9 +51,9 @@ class Generate(SamplingEngine):
     decode_dtype: Literal["same", "bfloat16"] = "same"
     """Dtype of the weights for decoding. "bfloat16" copies them once per rollout and frees the copy after it."""
     kernel: Literal["auto", "model", "onednn", "lean"] = "auto"
-    """What runs a decode step. "model": its modules; "onednn": those, on a CPU with float32 weights reordered once per rollout for
-    oneDNN; "lean": the layers of plain Llama and Qwen models with fused products, reordered where possible. "auto": the fastest one
-    that gives the model's logits; on a GPU "model". A checkpoint keeps the one used."""
+    """What runs a decode step. "model": its modules; "onednn": those, float32 weights reordered for the CPU once per rollout;
+    "lean": fused layers of plain Llama and Qwen models, reordered on a CPU. "auto": on a CPU the last of these that gives the
+    model's logits, else "model". A checkpoint keeps the choice."""
 
     def __post_init__(self) -> None:
         self._found = ""

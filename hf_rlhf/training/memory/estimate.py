@@ -280,3 +280,10 @@ def micro_batch_bytes(model: Any, args: TrainingArguments, tokens: int, logits: 
         "weights in 16 bits": 2 * half * sum(p.numel() for p in trunk_of(model).parameters() if p.element_size() == 4),
         "backward": layer_bytes(model, half, tokens) + logits,
     }
+
+
+def _reordered_bytes(model: Any, rollout: Any) -> float:
+    """Return the bytes of the weights that decoding on a CPU reorders."""
+    if getattr(rollout, "kernel", "model") == "model" or model.dtype != torch.float32:
+        return 0.0
+    return float(sum(m.weight.nbytes for m in model.modules() if type(m) is torch.nn.Linear))

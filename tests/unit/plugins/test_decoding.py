@@ -78,7 +78,9 @@ def test_a_row_does_not_depend_on_a_prompt_behind_it():
 def test_equal_prompts_pass_through_the_model_once_and_keep_rows_of_their_own():
     policy, prompts = policy_of(tiny("llama")), prompts_of(7, 4)
     with Forwards(policy.model) as forwards, seeded("drawn", 0):
-        found = engine(temperature=3.0, max_new_tokens=8)(policy, [prompts[0], prompts[1], prompts[0]], 2)
+        found = engine(temperature=3.0, max_new_tokens=8, kernel="model")(
+            policy, [prompts[0], prompts[1], prompts[0]], 2
+        )
     assert forwards.shapes[0] == (1, 11)
     assert len({tuple(ids) for ids in found.ids}) == 6
     for row, ids in enumerate(found.ids):
@@ -138,7 +140,7 @@ class Forced(Generate):
 
 
 def forced(lengths: torch.Tensor, longest: int) -> Forced:
-    made = Forced(max_new_tokens=longest)
+    made = Forced(max_new_tokens=longest, kernel="model")
     made.lengths = lengths
     return made
 
@@ -209,7 +211,7 @@ def test_a_row_alone_needs_a_forward_per_token():
 def test_greedy_decodes_one_row_per_prompt():
     policy = policy_of(tiny("qwen3"))
     with Forwards(policy.model) as forwards:
-        engine(max_new_tokens=5)(policy, prompts_of(6, 4), 7, temperature=0.0)
+        engine(max_new_tokens=5, kernel="model")(policy, prompts_of(6, 4), 7, temperature=0.0)
     assert forwards.shapes == [(1, 10)] + [(2, 1)] * 4
 
 
