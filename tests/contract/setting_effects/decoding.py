@@ -47,3 +47,18 @@ for engine in SAMPLERS:
     EFFECTS[f"rollout.{engine}.decode_dtype"] = SettingEffect(
         "same", "bfloat16", lambda folder, value, name=engine: reported(name, value)
     )
+
+
+def decoded(engine: str, kernel: str) -> Any:
+    """The kernel that has decoded."""
+    model, tokenizer = tiny_policy()
+    chosen = load_plugin("rollout", engine, max_new_tokens=6, kernel=kernel)
+    policy = Policy(model=model, tokenizer=tokenizer, device=torch.device("cpu"))
+    chosen(policy, [Prompt(ids=[5, 6], prompt="")], 2, temperature=1.0)
+    return chosen.settled()
+
+
+for engine in SAMPLERS:
+    EFFECTS[f"rollout.{engine}.kernel"] = SettingEffect(
+        "auto", "model", lambda folder, value, name=engine: decoded(name, value)
+    )
