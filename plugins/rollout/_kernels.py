@@ -161,7 +161,7 @@ def not_onednn(model: nn.Module) -> str | None:
     return None
 
 
-def not_lean(model: nn.Module) -> str | None:
+def not_lean(model: Any) -> str | None:
     """Return why the lean loop does not run these layers, or None."""
     homes = {f"transformers.models.{family}.modeling_{family}" for family in FAMILIES}
     home = type(model).__module__
@@ -199,26 +199,27 @@ def wrong_product(model: nn.Module) -> str | None:
 
 
 def choose(asked: str, model: Any, tried: Callable[[str], str | None]) -> tuple[str, Sequence[str]]:
-    """Return the kernel, and why better ones are not used. `asked`: "auto", or a kernel, without which it raises `ValueError`.
+    """Return the kernel, and how better ones failed. `asked`: "auto", or a kernel, for which it raises `ValueError` if it fails.
 
     `tried` describes how the logits of a kernel differ from those of the model, or returns None.
     """
-    reasons = []
+    plain = not_onednn(model)
+    if asked == "model" or (asked == "auto" and plain):
+        return "model", []
+    failed: list[str] = []
     for kernel in ("lean", "onednn") if asked == "auto" else (asked,):
-        if kernel == "model":
-            break
-        why = not_lean(model) if kernel == "lean" else None
-        if kernel == "onednn" or asked == "auto":
-            why = why or not_onednn(model)
+        why = not_lean(model) if kernel == "lean" else plain
+        if why and asked == "auto":
+            continue
         try:
-            why = why or (wrong_product(model) if not_onednn(model) is None else None) or tried(kernel)
+            why = why or (None if plain else wrong_product(model)) or tried(kernel)
         except (RuntimeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
         if why is None:
-            return kernel, reasons
-        reasons.append(f"{kernel}: {why}")
-    if asked not in ("auto", "model"):
+            return kernel, failed
+        failed.append(f"{kernel}: {why}")
+    if asked != "auto":
         raise ValueError(
-            f"rollout.kernel={asked} does not decode {type(model).__name__}: {reasons[0]}. Set rollout.kernel=auto"
+            f"rollout.kernel={asked} does not decode {type(model).__name__}: {failed[0]}. Set rollout.kernel=auto"
         )
-    return "model", reasons
+    return "model", failed

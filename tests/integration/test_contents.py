@@ -15,7 +15,7 @@ from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import CheckpointError
 from hf_rlhf.testing import tiny_policy
 from tests.helpers import offline_runs as off
-from tests.helpers.runs import parameters, problems, save_classifier, trainer
+from tests.helpers.runs import SAMPLED, parameters, problems, save_classifier, trainer
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 REWARD = "def score(completions):\n    return [float(len(text)) for text in completions]\n"
@@ -201,3 +201,16 @@ def test_rows_per_micro_batch_are_of_the_run_where_they_split_a_rollout(tmp_path
     refused(run(3, 6), r"training\.per_device_train_batch_size")
     run(3, 6).train(resume_from_checkpoint=True, allow_changed=["training.per_device_train_batch_size"])
     assert torch.isfinite(parameters(again)).all()
+
+
+def test_the_kernel_that_decoded_stands_in_the_checkpoint_and_resumes(tmp_path):
+    def run(steps: int, **rollout: Any) -> RLHFTrainer:
+        return trainer(tmp_path, rollout={**SAMPLED, **rollout}, training={**STEPS, "max_steps": steps})
+
+    run(4).train()
+    saved = checkpoint_manifest.read_manifest(tmp_path / "checkpoint-4")["algorithm"]
+    assert saved["rollout"]["kernel"] == "lean"
+    refused(run(5, kernel="model"), "rollout.kernel")
+    older = {**saved, "rollout": {name: x for name, x in saved["rollout"].items() if name != "kernel"}}
+    assert checkpoint_manifest.differences(older, saved) == ["rollout.kernel: 'model' in the checkpoint, 'lean' now"]
+    assert run(5, kernel="lean").train(resume_from_checkpoint=True).global_step == 5
