@@ -42,7 +42,7 @@ class Decoder:
     steps: int
     device: torch.device
     kernel: Lean | Reordered | None = None
-    """What runs the steps after the prefill; None: the model as it is."""
+    """Runs the steps after the prefill; None: the model as it is."""
 
     def __call__(
         self,

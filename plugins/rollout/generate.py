@@ -51,7 +51,7 @@ class Generate(SamplingEngine):
     decode_dtype: Literal["same", "bfloat16"] = "same"
     """Dtype of the weights for decoding. "bfloat16" copies them once per rollout and frees the copy after it."""
     kernel: Literal["auto", "model", "onednn", "lean"] = "auto"
-    """What runs a decode step. "model": its modules; "onednn": those, float32 weights reordered for the CPU once per rollout;
+    """Kernel of a decode step. "model": its modules; "onednn": those, float32 weights reordered for the CPU once per rollout;
     "lean": fused layers of plain Llama and Qwen models, reordered on a CPU. "auto": on a CPU the last of these that gives the
     model's logits, else "model". A checkpoint keeps the choice."""
 
