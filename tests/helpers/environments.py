@@ -194,6 +194,25 @@ class AtOnce(Environment):
         return Outcome(reward={"first": 1.0, "second": 0.0})
 
 
+@dataclass(kw_only=True)
+class Served(Hashed):
+    """Says what depends on the tokens before it alone, each question at its own time."""
+
+    name = "served"
+    deterministic = False
+
+    fails: bool = False
+
+    def __call__(self, policy: Any, prompts: Sequence[Prompt], *args: Any, **options: Any) -> Completions:
+        raise AssertionError("it serves requests one by one")
+
+    async def sample(self, policy: Any, row: int, prompt: Prompt, *, temperature: float | None = None) -> Completions:
+        await asyncio.sleep(len(prompt.ids) % 3 / 500)
+        if self.fails:
+            raise ConnectionError("the server is gone")
+        return super().__call__(policy, [prompt], 1)
+
+
 def policy() -> Policy:
     """The tiny policy as engines get it."""
     model, tokenizer = tiny_policy()

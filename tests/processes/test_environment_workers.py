@@ -14,7 +14,7 @@ import pytest
 from hf_rlhf import load_plugin
 from hf_rlhf.axes import Environment, WorkerError
 from hf_rlhf.training.environments.episode import EnvironmentFailure
-from tests.helpers.environments import Says, opened, play
+from tests.helpers.environments import AtOnce, Hashed, Says, Served, opened, play
 from tests.helpers.paths import environment as variables
 from tests.helpers.talks import Awaited, Endless, Keeps, Odd, Patient, Post, Talk
 from tests.helpers.waits import scaled, until
@@ -155,3 +155,10 @@ def test_processes_of_a_killed_run_end(tmp_path):
     gone = [Path(f"/proc/{pid}/stat") for pid in pids if pid != pids[0]]  # the first spins: no thread of it can run
     until(lambda: not any(x.exists() and x.read_text().rpartition(")")[2].split()[0] != "Z" for x in gone), scaled(20))
     os.kill(pids[0], signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [Hashed(), Served()], ids=["lockstep", "free"])
+def test_an_environment_that_asks_two_things_at_a_time_plays_in_a_process(engine: Any) -> None:
+    with opened(AtOnce(workers="processes", num_workers=1)) as environment:
+        assert play(environment, engine).completions.columns["episode/end"] == ["played"] * 2

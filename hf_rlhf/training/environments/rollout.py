@@ -92,7 +92,8 @@ class Players:
         table: Lockstep
         if self.algorithm.rollout.samples_freely:
             table = FreePlay(lambda asked: self._sample(asked, numbers, temperature))
-            table.play(episodes)
+            with isolated():
+                table.play(episodes)
         else:
             with isolated(), self.algorithm.rollout.session(self.policy, temperature=temperature) as session:
 
