@@ -13,6 +13,7 @@ import pytest
 from hf_rlhf.axes import Model, Over, Task
 from tests.helpers.environments import AtOnce, Hashed, Plain, Played1, Says, play
 from tests.helpers.episodes import user
+from tests.helpers.waits import scaled
 
 
 def test_questions_of_an_episode_at_a_time_are_decoded_together_and_equal_ones_of_a_group_are_one_prompt():
@@ -138,7 +139,7 @@ def test_a_blocked_event_loop_ends_the_episode_that_blocks_it_and_not_one_whose_
             return super().__call__(*args, **options)
 
     columns = {"blocks": [False, True]}
-    played = play(Played1(function=blocks, timeout=0.3), Frees(), prompts=("ab", "c"), columns=columns)
+    played = play(Played1(function=blocks, timeout=scaled(0.5)), Frees(), prompts=("ab", "c"), columns=columns)
     assert played.completions.columns["episode/end"] == ["played", "timeout"]
 
 

@@ -11,6 +11,7 @@ import pytest
 from hf_rlhf.axes import Environment, Model, Task
 from tests.helpers.environments import AtOnce, Duel, Forking, Hashed, Plain, Played1, Served, play
 from tests.helpers.episodes import user
+from tests.helpers.waits import scaled
 
 
 @pytest.mark.parametrize("environment", [Forking(), Duel(), AtOnce()], ids=lambda x: x.name)
@@ -47,7 +48,7 @@ def test_an_episode_may_end_with_a_question_open_and_a_hanging_one_is_given_up()
         return float((await question)["turn"])
 
     columns = {"does": ["leaves", "hangs", "waits"]}
-    played = play(Played1(function=ends, timeout=0.3), Served(), prompts=("ab", "c", "d"), columns=columns)
+    played = play(Played1(function=ends, timeout=scaled(0.5)), Served(), prompts=("ab", "c", "d"), columns=columns)
     assert played.completions.columns["episode/end"] == ["played", "timeout", "played"]
     assert played.completions.columns["episode/reward"] == [2.0, None, 0.0]
 
