@@ -139,7 +139,7 @@ def test_a_blocked_event_loop_ends_the_episode_that_blocks_it_and_not_one_whose_
             return super().__call__(*args, **options)
 
     columns = {"blocks": [False, True]}
-    played = play(Played1(function=blocks, timeout=scaled(0.5)), Frees(), prompts=("ab", "c"), columns=columns)
+    played = play(Played1(function=blocks, timeout=scaled(0.15)), Frees(), prompts=("ab", "c"), columns=columns)
     assert played.completions.columns["episode/end"] == ["played", "timeout"]
 
 

@@ -48,7 +48,7 @@ def test_an_episode_may_end_with_a_question_open_and_a_hanging_one_is_given_up()
         return float((await question)["turn"])
 
     columns = {"does": ["leaves", "hangs", "waits"]}
-    played = play(Played1(function=ends, timeout=scaled(0.5)), Served(), prompts=("ab", "c", "d"), columns=columns)
+    played = play(Played1(function=ends, timeout=scaled(0.15)), Served(), prompts=("ab", "c", "d"), columns=columns)
     assert played.completions.columns["episode/end"] == ["played", "timeout", "played"]
     assert played.completions.columns["episode/reward"] == [2.0, None, 0.0]
 
