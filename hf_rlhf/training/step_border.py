@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import CheckpointError
+from hf_rlhf.training.whereabouts import FOLDER, LostProcess, Whereabouts, bound_waits, is_collective
 
 PATIENCE = timedelta(seconds=20)
 """Time that a process whose step failed waits for the others to fail too."""
@@ -42,6 +43,10 @@ class StepBorder(TrainerCallback):
         """None before the first step and while an update is under way."""
         self._returned: Kept | None = None
         self._group: Any = None
+        args = trainer.args
+        bound_waits(args)
+        step = lambda: trainer.state.global_step  # noqa: E731
+        self.whereabouts = Whereabouts(trainer.output_dir / FOLDER, args.process_index, step)
 
     def forget(self) -> None:
         """Forget the border, as before and after a run."""
@@ -51,6 +56,13 @@ class StepBorder(TrainerCallback):
         """Create the group in which processes ask each other whether they failed."""
         if args.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        if args.world_size > 1:
+            self.whereabouts.begin()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop noting what this process does."""
+        if args.world_size > 1:
+            self.whereabouts.end()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the border: weights change from here."""
@@ -111,9 +123,13 @@ def save_and_end(trainer: Any, border: StepBorder, error: BaseException) -> NoRe
 
     `sys.exit` of a plugin becomes a `RuntimeError`: a run that did not finish never ends with exit code 0.
     """
+    lost = border.whereabouts.missing() if is_collective(error) else ""
     note = _save(trainer, border)
     raised: BaseException = error
-    if isinstance(error, SystemExit):
+    if lost:
+        raised = LostProcess(lost)
+        raised.__cause__, raised.__traceback__ = error, error.__traceback__
+    elif isinstance(error, SystemExit):
         raised = RuntimeError(f"the run was ended by sys.exit({error.code!r}) in a plugin or a callback")
         raised.__cause__, raised.__traceback__ = error, error.__traceback__
     raised.add_note(note)
