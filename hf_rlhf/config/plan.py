@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rlhf.axes import Plugin, TrainedCritic
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.launcher import lone_process
 from hf_rlhf.config.plan_in_words import memory_in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.references import base_label, top_k_of
@@ -74,7 +75,7 @@ def make_plan(
             f"without rewards the policy moves by {learned} towards the reference alone: one that is the policy itself at the "
             "start gives a gradient of 0 there"
         )
-    plan.remarks += plugin_remarks(algorithm)
+    plan.remarks += [*lone_process(processes), *plugin_remarks(algorithm)]
     if config is not None:
         plan.remarks += plugin_remarks(algorithm, lambda plugin: plugin.model_remarks(config))
     plan.arithmetic = arithmetic(algorithm, processes, rows_per_micro_batch)
