@@ -1,4 +1,4 @@
-"""What the launcher of this process was asked for."""
+"""The launcher of this process, and how many processes it was asked for."""
 
 from __future__ import annotations
 
