@@ -18,7 +18,7 @@ from hf_rlhf.axes import at_least_float32
 
 from ._layouts import Shared
 
-ROWS = 16
+ROWS = 32
 """Rows for which oneDNN orders the weights."""
 DEPTH = 1024
 """Inputs that a product sums up in one go; more are summed in parts, which rounds less."""
