@@ -107,7 +107,7 @@ class RolloutEngine(Plugin, ABC):
 
     def differences(self, algorithm: Algorithm) -> Iterable[str]:
         """Yield why a resumed run may sample other tokens than one that was not stopped."""
-        if algorithm.environment and self.samples_freely and not self.deterministic:
+        if self.samples_freely and not self.deterministic and algorithm.environment:
             yield (
                 "episodes run free, their requests are served beside others: a resumed run repeats them only as far "
                 "as the engine answers equal requests alike"
