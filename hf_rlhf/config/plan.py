@@ -234,7 +234,9 @@ def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -
             f"rollout.prompts={prompts} is less than the {processes} processes: a group stays on one process, so set "
             f"rollout.prompts to {processes} or more, or start fewer processes"
         )
-    bound = [f"{rows_per_micro_batch} rows (training.per_device_train_batch_size)"] if rows_per_micro_batch else []
+    packed = a.update.max_tokens_per_micro_batch and a.update.attention != "padded"
+    rows = None if packed else rows_per_micro_batch
+    bound = [f"{rows} rows (training.per_device_train_batch_size)"] if rows else []
     if a.update.max_tokens_per_micro_batch:
         bound.append(f"{a.update.max_tokens_per_micro_batch} tokens (update.max_tokens_per_micro_batch)")
     return [

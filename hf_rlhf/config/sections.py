@@ -60,7 +60,8 @@ class Update:
     """Passes over a rollout (TRL: num_iterations; verl: ppo_epochs)."""
     max_tokens_per_micro_batch: Count | None = None
     """Most tokens in one forward and backward, a prompt counted once for its rows there (where rows are padded, with their
-    padding); no bound but `training.per_device_train_batch_size` rows when left out."""
+    padding). Packed rows then have no other bound; without it, and where rows are padded, there are at most
+    `training.per_device_train_batch_size` rows."""
     ema: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """Decay of a moving average of the policy's weights, taken after each optimizer step in float32 (InstructGPT: 0.992). It is
     saved as a model of its own, in the folder `ema` of the output folder and of checkpoints; nothing is trained with it. None:

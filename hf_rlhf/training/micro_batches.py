@@ -43,6 +43,7 @@ class Batching:
 
     pad: int
     max_rows: int
+    """No bound where packed rows have `max_tokens`: rows are then what the tokens leave room for."""
     max_tokens: int | None = None
     attention: Attention = "packed"
 
@@ -103,20 +104,29 @@ class Batching:
     def _by_prompt(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int], counts: Sequence[int]
     ) -> list[list[int]]:
-        """Keep the rows of a prompt together where they fit, so that it is computed once."""
-        parts: list[list[int]] = []
-        used = 0
-        for group in by_prompt([prompts[row] for row in rows]):
-            for piece in self._pieces([rows[i] for i in group], prompts, lengths, counts):
-                cost = len(prompts[piece[0]]) + sum(lengths[row] for row in piece)
-                fits = self.max_tokens is None or used + cost <= self.max_tokens
-                if parts and sum(counts[row] for row in (*parts[-1], *piece)) <= self.max_rows and fits:
-                    parts[-1] += piece
-                    used += cost
-                else:
-                    parts.append(list(piece))
-                    used = cost
-        return parts
+        """Keep the rows of a prompt together where they fit, so that it is computed once: the largest first, each into the first
+        part that has room (first-fit decreasing)."""
+        pieces = [
+            (len(prompts[piece[0]]) + sum(lengths[row] for row in piece), sum(counts[row] for row in piece), piece)
+            for group in by_prompt([prompts[row] for row in rows])
+            for piece in self._pieces([rows[i] for i in group], prompts, lengths, counts)
+        ]
+        if self.max_tokens is not None:
+            pieces.sort(key=lambda each: -each[0])
+        parts: list[tuple[list[int], list[int]]] = []  # (tokens and rows in use, rows)
+        for tokens, count, piece in pieces:
+            place = next((part for part in parts if self._fit(part[0][0] + tokens, part[0][1] + count)), None)
+            if place is None:
+                parts.append(([tokens, count], list(piece)))
+            else:
+                place[0][0] += tokens
+                place[0][1] += count
+                place[1].extend(piece)
+        return [part for _, part in parts]
+
+    def _fit(self, tokens: int, rows: int) -> bool:
+        """Return whether packed rows are within the limits."""
+        return rows <= self.max_rows if self.max_tokens is None else tokens <= self.max_tokens
 
     def _pieces(
         self, group: list[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int], counts: Sequence[int]
@@ -125,8 +135,8 @@ class Batching:
         pieces: list[list[int]] = []
         used = 0
         for row in group:
-            fits = self.max_tokens is None or used + lengths[row] <= self.max_tokens
-            if pieces and sum(counts[i] for i in pieces[-1]) + counts[row] <= self.max_rows and fits:
+            count = sum(counts[i] for i in pieces[-1]) + counts[row] if pieces else 0
+            if pieces and self._fit(used + lengths[row], count):
                 pieces[-1].append(row)
                 used += lengths[row]
             else:

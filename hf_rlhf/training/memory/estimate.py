@@ -153,8 +153,10 @@ def _micro_batch(
     pieces, whole_row = conversation(a, length)
     group, most = a.rollout.num_generations, a.update.max_tokens_per_micro_batch
     if not shared or a.update.attention == "padded" or "double_backward" in a.needs:
-        group, whole_row = 1, pieces * length + (pieces - 1) * prompt
-    batch = range(1, min(rows, max(1, args.per_device_train_batch_size // pieces)) + 1)
+        group, whole_row, most_rows = 1, pieces * length + (pieces - 1) * prompt, args.per_device_train_batch_size
+    else:
+        most_rows = args.per_device_train_batch_size if most is None else rows * pieces
+    batch = range(1, min(rows, max(1, most_rows // pieces)) + 1)
     sizes = [(-(-n // group) * prompt + n * whole_row, n * said) for n in batch if n < group or n % group == 0]
     return max((size for size in sizes if most is None or size[0] <= most), default=sizes[0])
 

@@ -312,10 +312,7 @@ def test_the_arithmetic_of_batches_comes_out():
     assert table["rows per process"] == "about 24"
     assert table["rows per optimizer step"] == "16"
     assert table["optimizer steps per rollout"] == "6"
-    assert table["micro-batch"] == (
-        "at most 5 rows (training.per_device_train_batch_size) and "
-        "at most 99 tokens (update.max_tokens_per_micro_batch)"
-    )
+    assert table["micro-batch"] == ("at most 99 tokens (update.max_tokens_per_micro_batch)")
 
 
 def test_more_processes_than_prompts_says_which_number_to_change():

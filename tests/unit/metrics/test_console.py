@@ -72,7 +72,7 @@ def test_the_plan_is_readable_at_80_columns():
     assert "…" not in text
     for word in ("group_norm", "rollout.num_generations", "optimizer steps per rollout", "TRL num_generations"):
         assert word in text
-    assert "at most 256 rows (training.per_device_train_batch_size)" in text
+    assert "at most 8192 tokens (update.max_tokens_per_micro_batch)" in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 
 

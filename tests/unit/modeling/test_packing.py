@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -490,7 +491,7 @@ def test_a_micro_batch_holds_no_more_than_its_bounds(max_rows, max_tokens):
     assert sorted(row for part in parts for row in part) == list(range(len(GROUPS)))
     for part in parts:
         some = batch("packed", rows=[GROUPS[row] for row in part])
-        assert len(part) <= max_rows
+        assert max_tokens is not None or len(part) <= max_rows
         assert max_tokens is None or some.positions <= max_tokens or len(part) == 1
         assert some.positions == sum(map(len, {tuple(GROUPS[row][0]) for row in part})) + sum(
             len(GROUPS[row][1]) - 1 for row in part
@@ -504,6 +505,21 @@ def test_the_rows_of_a_prompt_stay_together_where_they_fit(max_tokens):
         cost = len(GROUPS[group[0]][0]) + sum(len(GROUPS[row][1]) for row in group)
         homes = [part for part in parts if set(part) & set(group)]
         assert (len(homes) == 1) == (cost <= max_tokens)
+
+
+def test_packed_rows_fill_nine_tenths_of_the_token_budget_whatever_the_bound_of_rows():
+    draw = random.Random(0)
+    prompts = [[5 + i] * (20 + 40 * i // 64) for i in range(64) for _ in range(8)]
+    completions = [[7] * min(128, 1 + int(draw.lognormvariate(3.5, 0.8))) for _ in prompts]
+    batching = Batching(pad=PAD, max_rows=8, max_tokens=2048)
+    parts = batching.cut(range(len(prompts)), prompts, completions)
+    used = [
+        sum(map(len, {tuple(prompts[row]) for row in part})) + sum(len(completions[row]) for row in part)
+        for part in parts
+    ]
+    assert max(used) <= 2048
+    assert sum(used) > 0.9 * 2048 * len(parts)
+    assert max(map(len, parts)) > 8
 
 
 def test_padded_rows_count_their_padding():
