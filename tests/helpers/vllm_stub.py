@@ -85,8 +85,9 @@ class Stub(Server):
     def _reply(self, body: Any, number: int) -> Any:
         route = self.requests[number].path.partition("?")[0]
         if str(body.get("request_id")).startswith(TRIAL):
-            self.trials += 1
-            return self._tried(body["sampling_params"]["seed"], self.trials)
+            with self._lock:
+                self.trials += 1
+                return self._tried(body["sampling_params"]["seed"], self.trials)
         with self._lock:
             self.counts[route] += 1
             count = self.counts[route] - 1
