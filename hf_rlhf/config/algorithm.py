@@ -330,6 +330,7 @@ class Algorithm:
     def _rewards(self) -> Iterator[str]:
         for i, source in enumerate(self.rewards):
             title = f"rewards.{i}={source.name}"
+            yield from source.resource_errors()
             if source.runs_model and source.workers in ("processes", "ray"):
                 yield (
                     f"{title} runs a model on this process's device, and rewards.{i}.workers={source.workers} would load it "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -73,6 +73,9 @@ class RewardSource(Plugin, ABC):
     than 8 rows are counted together."""
     memory_mib: Count | None = None
     """Address space limit of a worker process in MiB; no limit by default."""
+    resources: dict[str, Any] | None = None
+    """With `workers=ray` what each actor asks of the cluster: num_cpus (0 by default), num_gpus, and placement (spread: over
+    the nodes; or a node's address). A GPU may be shared (num_gpus: 0.25)."""
 
     @property
     def runs_model(self) -> bool:
@@ -106,6 +109,21 @@ class RewardSource(Plugin, ABC):
     def override(self, setting: str) -> str:
         """Return `name=value` as an override of the recipe that made the source, for messages that say what to set."""
         return f"{self.recipe_path}.{setting}" if self.recipe_path else setting
+
+    def resource_errors(self) -> Iterator[str]:
+        """Yield what is wrong with `resources`."""
+        name, given = self.override("resources"), self.resources or {}
+        if given and self.workers != "ray":
+            yield f"{name} is read with workers=ray alone: set {self.override('workers=ray')}, or leave it out"
+        for key, value in given.items():
+            if key not in ("num_cpus", "num_gpus", "placement"):
+                yield f"{name} has no {key!r}; choose from num_cpus, num_gpus, placement"
+            elif key == "placement" and not (isinstance(value, str) and value):
+                yield f"{name}.placement must be spread or a node's address, got {value!r}"
+            elif key != "placement" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                yield f"{name}.{key} must be a number of at least 0, got {value!r}"
+            elif key == "num_gpus" and value > 1 and value != int(value):
+                yield f"{name}.num_gpus must be a whole number above 1, got {value!r}"
 
     def patterns(self) -> set[str]:
         """Return texts and regular expressions that a completion is to contain: their special tokens must not be hidden."""

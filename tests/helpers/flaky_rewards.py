@@ -35,6 +35,10 @@ class ByWord(RewardSource):
         word = text.split(" ")[0]
         if word == "sleep":
             time.sleep(3600)
+        if word == "assigned":
+            import ray
+
+            return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
         if word == "block":
             time.sleep(2)
         if word == "spin":

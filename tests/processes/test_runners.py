@@ -164,6 +164,40 @@ def test_a_process_that_dies_is_replaced():
     assert found.answers[2:] == lengths(texts[2:])
 
 
+def test_an_actor_gets_its_resources_and_one_that_is_killed_is_replaced():
+    pytest.importorskip("ray")
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, configure_logging=False)
+    half = ray.cluster_resources()["CPU"] / 2  # two actors fill the cluster: a third one waits until one has ended
+    here = ray.nodes()[0]["NodeManagerAddress"]
+    for place in ("spread", here):
+        given = {"workers": "ray", "num_workers": 2, "resources": {"num_cpus": half, "placement": place}}
+        found = asked(ByWord(**given, failure_budget=1.0), ["die now", "assigned", "assigned", *texts_of(6)])
+        assert [failure.row for failure in found.failures] == [0]
+        assert "its actor ended" in found.failures[0].reason
+        assert found.answers[1:3] == [half, half]
+        assert found.answers[3:] == lengths(texts_of(6))
+
+
+@pytest.mark.parametrize(
+    ("resources", "says"),
+    [
+        ({"num_gpus": 99}, "2 actors of 99 GPU each need 198, and the Ray cluster has"),
+        ({"placement": "10.9.9.9"}, "the Ray cluster has no node:10.9.9.9; it has node:"),
+        ({"gpus": 1}, "resources has no 'gpus'; choose from num_cpus, num_gpus, placement"),
+        ({"num_cpus": "two"}, "resources.num_cpus must be a number of at least 0, got 'two'"),
+        ({"num_gpus": 1.5}, "resources.num_gpus must be a whole number above 1, got 1.5"),
+        ({"placement": 3}, "resources.placement must be spread or a node's address, got 3"),
+    ],
+)
+def test_resources_that_the_cluster_does_not_have_are_refused_before_an_actor_waits_for_them(resources, says):
+    pytest.importorskip("ray")
+    with pytest.raises(RewardError, match=re.escape(says)):
+        asked(ByWord(workers="ray", num_workers=2, resources=resources), ["row"])
+
+
 def test_memory_of_a_process_is_bounded():
     found = asked(ByWord(workers="processes", num_workers=1, memory_mib=2048), ["eat it all", "row"])
     assert "MemoryError" in found.failures[0].reason

@@ -59,6 +59,7 @@ of_source("timeout", 30.0, 0.1, ["abc", "block"])
 of_source("on_error", "none", -1.0, ["abc", "raise"])
 of_source("failure_budget", 0.2, 0.5, ["abc", "raise"] * 4, calls=3)
 of_source("memory_mib", 1024, 2048, ["abc", "take 1200"], workers="processes", num_workers=1)
+of_source("resources", None, {"num_cpus": 0.5}, ["assigned"] * 2, workers="ray", num_workers=1)
 
 
 EFFECTS["rewards.missing_eos"] = SettingEffect("stop", "length", lambda folder, reason: finished(reason))
