@@ -66,7 +66,7 @@ def test_installed_packages_are_listed(environment, tmp_path):
             assert [*point.split("."), example.name, "0.1.0"] in listed
     assert "qae" in environment.run("hf-rlhf", "recipes", cwd=tmp_path).stdout
     schema = json.loads(environment.run("hf-rlhf", "schema", cwd=tmp_path).stdout)
-    for recipe in (ROOT / "examples").rglob("*.yaml"):
+    for recipe in (ROOT / "examples").glob("hf-rlhf-*/**/*.yaml"):
         jsonschema.validate(read_yaml(recipe.read_text(), recipe.name), schema)
 
 
