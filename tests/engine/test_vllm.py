@@ -282,7 +282,7 @@ def test_episodes_agree_with_the_cache_of_prefixes(environment, tmp_path, llama)
 
 
 KILLS = int(os.environ.get("KILLS", "1"))
-"""How often a trainer and a server are killed in their runs; docs/vllm.md has the figures of five each."""
+"""How often a trainer and a server are killed in their runs; docs/vllm.md has the figures of ten each."""
 STEPS = 2 * KILLS + 4
 EVERYTHING = ["logging.completions=all"]
 
