@@ -120,6 +120,8 @@ def model_in_words(a: Algorithm, settings: Model, name: str | None, adapter: boo
     for label, source in zip(a.labels(), a.rewards, strict=True):
         if "reward_model" in source.provides:
             parts.append(f"reward model: {getattr(source, 'model', label)}")
+    if settings.dropout or (settings.lora and settings.lora.dropout):
+        parts.append("equal completions pass one by one, since dropout draws for each")
     return "; ".join(parts)
 
 

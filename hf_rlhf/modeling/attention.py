@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -162,6 +163,16 @@ def drops_attention(model: nn.Module) -> bool:
     things = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
     numbers = ((name, x) for thing in things for name, x in vars(thing).items() if type(x) is float)
     return any(x > 0 and "att" in name and "drop" in name for name, x in numbers)
+
+
+def draws(model: nn.Module) -> bool:
+    """Return whether a forward in training draws: a module or configuration has dropout, noise or jitter."""
+    things = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
+    numbers = ((type(thing), name, x) for thing in things for name, x in vars(thing).items() if type(x) is float)
+    return any(
+        x > 0 and (any(word in name for word in ("drop", "noise", "jitter")) or issubclass(kind, _DropoutNd))
+        for kind, name, x in numbers
+    )
 
 
 def attention_refusal(model: nn.Module) -> str | None:

@@ -4,8 +4,9 @@
     positions: prompt from 0, every completion from the prompt's length on
 
 Linear layers see each token once. A completion attends to its prompt and to itself; gradients of all completions of a
-prompt add up in it. Completions are truncated after the last token that predicts a sampled one. `nested` rows, which belong to
-conversations, share whatever they begin with: a tree, each branch behind the one that it grows from.
+prompt add up in it. Equal completions enter once. Completions are truncated after the last token that predicts a
+sampled one. `nested` rows, which belong to conversations, share whatever they begin with: a tree, each branch behind the
+one that it grows from.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Packed:
     """Pack rows of prompts and completions into one row of N tokens; a `Layout` of `hf_rlhf.modeling.attention`.
 
     `used[row]` is the number of completion tokens that enter; a row with `used` None is left out, with its prompt if no
-    other row needs it. Spans lie in the order of a walk through the tree: what follows a span comes right after it.
+    other row needs it. `once`: rows of which the same tokens enter do so once. Spans lie in the order of a walk through the
+    tree: what follows a span comes right after it.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Packed:
         used: Sequence[int | None],
         device: torch.device,
         nested: bool = False,
+        once: bool = True,
     ):
         self._ids: list[int] = []
         self._positions: list[int] = []
@@ -92,14 +95,26 @@ class Packed:
         """The last span of each row."""
         self.prompts: list[Span] = []
         self.completions: list[Span] = []
+        first = self._first(prompts, completions, used) if once else range(len(used))
+        used = [n if first[row] == row else None for row, n in enumerate(used)]
         if nested:
             wholes = {i: [*prompts[i], *completions[i][:n]] for i, n in enumerate(used) if n is not None}
             self._grow(sorted(wholes.items(), key=lambda row: row[1]), None)
         else:
             self._by_prompt(prompts, completions, used)
+        self._tails = [self._tails[row] for row in first]
         self.device = device
         self.input_ids = torch.tensor([self._ids], device=device)
         self.position_ids = torch.tensor([self._positions], device=device)
+
+    @staticmethod
+    def _first(
+        prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], used: Sequence[int | None]
+    ) -> list[int]:
+        """Return for each row the first one with the same prompt and the same tokens that enter; itself if none enter."""
+        known: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        rows = enumerate(zip(prompts, completions, used, strict=True))
+        return [i if n is None else known.setdefault((tuple(p), tuple(c[:n])), i) for i, (p, c, n) in rows]
 
     def _add(self, ids: Sequence[int], before: Span | None) -> Span:
         span = Span(len(self._ids), len(self._ids) + len(ids), before)

@@ -38,7 +38,8 @@ class TokenBatch:
     """B rows for a forward; `mask` (B, T) is 1 on completion tokens that were sampled.
 
     `rows` (n,) and `columns` (n,) index the n sampled tokens in (B, T), `targets` (n,) are their ids. Forks enter the forward as
-    rows of their own (`pieces`); `nested` rows share what they begin with, be it longer or shorter than their prompts.
+    rows of their own (`pieces`); `nested` rows share what they begin with, be it longer or shorter than their prompts. `once`:
+    equal rows enter a packed forward once, which is right where it draws nothing.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class TokenBatch:
         attention: Attention = "packed",
         forks: Forks | None = None,
         nested: bool = False,
+        once: bool = True,
     ):
         self.prompt_ids, self.completion_ids, self.pad = prompt_ids, completion_ids, pad
-        self.attention, self.nested = attention, nested
+        self.attention, self.nested, self.once = attention, nested, once
         self.forks = forks if forks is not None and any(forks) else None
         self.mask, self.shape, self.device = mask, tuple(mask.shape), mask.device
         rows, columns = mask.cpu().nonzero(as_tuple=True)
@@ -68,12 +70,14 @@ class TokenBatch:
         if self.forks is not None:
             rows = zip(self.prompt_ids, prompt_ids, self.forks, strict=True)
             forks = [[(start, exchanged(own, new, ids)) for start, ids in cuts] for own, new, cuts in rows]
-        return TokenBatch(prompt_ids, self.completion_ids, self.mask, self.pad, self.attention, forks)
+        return TokenBatch(prompt_ids, self.completion_ids, self.mask, self.pad, self.attention, forks, once=self.once)
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the same rows on another device."""
         mask = self.mask.to(device)
-        return TokenBatch(self.prompt_ids, self.completion_ids, mask, self.pad, self.attention, self.forks, self.nested)
+        return TokenBatch(
+            self.prompt_ids, self.completion_ids, mask, self.pad, self.attention, self.forks, self.nested, self.once
+        )
 
     @cached_property
     def pieces(self) -> TokenBatch:
@@ -88,7 +92,7 @@ class TokenBatch:
             mask[k, : len(own)] = own
         completions = [self.completion_ids[i][start:stop] for i, start, stop, _ in found]
         prompts = [ids for *_, ids in found]
-        return TokenBatch(prompts, completions, mask, self.pad, self.attention, nested=True)
+        return TokenBatch(prompts, completions, mask, self.pad, self.attention, nested=True, once=self.once)
 
     @property
     def tokens(self) -> int:
@@ -138,7 +142,7 @@ class TokenBatch:
         if not self.tokens:
             used[0] = 0
         kind = FlexPacked if self.attention == "flex" else Packed
-        layout = kind(self.prompt_ids, self.completion_ids, used, self.device, self.nested)
+        layout = kind(self.prompt_ids, self.completion_ids, used, self.device, self.nested, self.once)
         lengths = torch.tensor([len(p) for p in self.prompt_ids], dtype=torch.long)
         return layout, layout.places(rows, lengths[rows] + columns - 1).to(self.device)
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.modeling.attention import draws
 from hf_rlhf.modeling.packing import by_prompt, common_length
-from hf_rlhf.modeling.policy import why_not_packed
+from hf_rlhf.modeling.policy import ActorCritic, why_not_packed
 from hf_rlhf.modeling.token_batch import Attention, Forks, TokenBatch, pieces_of
 
 
@@ -46,16 +48,24 @@ class Batching:
     """No bound where packed rows have `max_tokens`: rows are then what the tokens leave room for."""
     max_tokens: int | None = None
     attention: Attention = "packed"
+    once: bool = True
+    """Equal rows enter a packed forward once."""
 
     @classmethod
     def of(
-        cls, algorithm: Algorithm, model: Any, pad: int, max_rows: int, autocast: AbstractContextManager[None]
+        cls,
+        algorithm: Algorithm,
+        models: ActorCritic,
+        args: TrainingArguments,
+        pad: int,
+        autocast: AbstractContextManager[None],
     ) -> Batching:
-        """Return the recipe's limits for a model on its device, which runs in `autocast`. Raises as `choose_attention`."""
+        """Return the recipe's limits for models on their device, which run in `autocast`. Raises as `choose_attention`."""
         tokens = algorithm.update.max_tokens_per_micro_batch
         with autocast:
-            attention = choose_attention(algorithm, model)
-        return cls(pad=pad, max_rows=max_rows, max_tokens=tokens, attention=attention)
+            attention = choose_attention(algorithm, models.policy)
+        rows = args.per_device_train_batch_size
+        return cls(pad=pad, max_rows=rows, max_tokens=tokens, attention=attention, once=not draws(models))
 
     def batch(
         self,
@@ -65,7 +75,7 @@ class Batching:
         forks: Forks | None = None,
     ) -> TokenBatch:
         """Return a `TokenBatch` of these rows; `mask` (B, T)."""
-        return TokenBatch(prompts, completions, mask, self.pad, self.attention, forks)
+        return TokenBatch(prompts, completions, mask, self.pad, self.attention, forks, once=self.once)
 
     def empty(self, like: Tensor) -> TokenBatch:
         """Return a row without a sampled token, on the device and in the dtype of `like`."""

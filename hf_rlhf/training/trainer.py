@@ -146,18 +146,18 @@ class RLHFTrainer(SavingTrainer):
     def _collector(self, references: References) -> Collector:
         """Build the collector of rollouts, and set up every plugin."""
         policy = self.parts.policy(self.model, self.args, self.whole)
-        rows, logged = self.args.per_device_train_batch_size, self.parts.logging_settings.completions
+        args, logged, autocast = self.args, self.parts.logging_settings.completions, self.accelerator.autocast
         forwards = Forwards(
             algorithm=self.algorithm,
             actor_critic=self.actor_critic,
             references=references,
             accelerator=self.accelerator,
-            batching=Batching.of(self.algorithm, self.model, policy.pad_token_id, rows, self.accelerator.autocast()),
+            batching=Batching.of(self.algorithm, self.actor_critic, args, policy.pad_token_id, autocast()),
             phases=self.phases,
             parallel=self.parallel,
         )
         with policy.gathered():
-            scorer = self.parts.set_up(policy.model, self.args, self.accelerator.autocast())
+            scorer = self.parts.set_up(policy.model, args, autocast())
         self._scorer_finalizer = weakref.finalize(self, scorer.close)
         return Collector(
             algorithm=self.algorithm,
@@ -169,8 +169,8 @@ class RLHFTrainer(SavingTrainer):
             accelerator=self.accelerator,
             stream=self.stream,
             meters=self.meters,
-            recorder=Recorder(self.algorithm, policy.tokenizer, self.accelerator, self.args.seed, logged),
-            seed=self.args.seed,
+            recorder=Recorder(self.algorithm, policy.tokenizer, self.accelerator, args.seed, logged),
+            seed=args.seed,
         )
 
     # Rollouts become slots

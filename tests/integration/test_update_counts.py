@@ -20,7 +20,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.modeling.packing import Packed
 from hf_rlhf.modeling.policy import why_not_packed
+from hf_rlhf.testing import tiny_policy
 from hf_rlhf.training.rollout_buffer import Buffer
 from tests.helpers import runs
 from tests.helpers.paths import environment
@@ -112,22 +114,29 @@ class HeadProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def kept_rows(made: Any, groups: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
-    """(prompt, mask) of each row that the update should see."""
+def kept_rows(made: Any, groups: list[dict[str, Any]]) -> list[tuple[str, str, list[int]]]:
+    """(prompt, completion, mask) of each row that the update should see."""
     count = made.algorithm.rollout.num_generations
-    return [(row["prompt"], mask) for row in groups for mask in row["masks"][:count] if any(mask)]
+    return [
+        (row["prompt"], text, mask)
+        for row in groups
+        for text, mask in list(zip(row["completions"], row["masks"], strict=True))[:count]
+        if any(mask)
+    ]
 
 
-def packed_positions(rows: list[tuple[str, list[int]]]) -> int:
-    """Each distinct prompt once, and each completion up to the last token that a sampled one is predicted from."""
-    last = [max(i for i, on in enumerate(mask) if on) for _, mask in rows]
-    return sum(map(len, {prompt for prompt, _ in rows})) + sum(last)
+def packed_positions(rows: list[tuple[str, str, list[int]]]) -> int:
+    """Each distinct prompt once, and behind it each distinct completion up to the last token that a sampled one is
+    predicted from."""
+    last = [max(i for i, on in enumerate(mask) if on) for *_, mask in rows]
+    distinct = {(prompt, text[:n]) for (prompt, text, _), n in zip(rows, last, strict=True)}
+    return sum(map(len, {prompt for prompt, *_ in rows})) + sum(len(text) for _, text in distinct)
 
 
 def steps(made: Any, parts: list[list[dict[str, Any]]]) -> tuple[int, int]:
     """Positions of the trunk and of the head in an update of these groups, one list for each optimizer step."""
     rows = [kept_rows(made, part) for part in parts]
-    return sum(map(packed_positions, rows)), sum(sum(mask) for part in rows for _, mask in part)
+    return sum(map(packed_positions, rows)), sum(sum(mask) for part in rows for *_, mask in part)
 
 
 def test_the_update_takes_each_prompt_once_no_padding_and_three_products_of_the_head(tmp_path):
@@ -148,6 +157,29 @@ def test_equal_prompts_of_different_groups_are_read_once(tmp_path):
     with positions(made) as counts:
         made.train(overwrite=True)
     assert counts["trunk"] == steps(made, [[LIVE[0], LIVE[2]], [LIVE[1], LIVE[3]]])[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_equal_completions_are_read_once_unless_the_forward_draws(dropout, tmp_path, monkeypatch):
+    """Without dropout, training as if each were read is the same up to rounding; with it, to the bit, for each is read."""
+    data = [group("1+1=", ["0", "zzz", "zzz", "zzz"]), group("22+3=", ["zz", "00A", "zz", "00A"])]
+
+    def train() -> tuple[int, torch.Tensor]:
+        model, _ = tiny_policy(dtype=torch.float64)
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(dropout))
+        parts = STEP | {"rollout": SCRIPTED | {"prompts": 2}, "update": {"mini_batches": 1}, "model": {"dropout": True}}
+        made = runs.trainer(tmp_path, policy=model, data=data, training={"max_steps": 1}, **parts)
+        with positions(made) as counts:
+            made.train(overwrite=True)
+        return counts["trunk"], runs.parameters(made)
+
+    (count, found), every = train(), 4 + 5 + 1 + 3 * 3 + 2 * 2 + 2 * 3
+    assert count == (every if dropout else 4 + 5 + 1 + 3 + 2 + 3)
+    monkeypatch.setattr(Packed, "_first", staticmethod(lambda prompts, completions, used: list(range(len(used)))))
+    count, due = train()
+    assert count == every
+    torch.testing.assert_close(found, due, rtol=0, atol=0 if dropout else 1e-8)
 
 
 def test_padded_rows_cost_what_packing_saves(tmp_path):

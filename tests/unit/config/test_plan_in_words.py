@@ -202,6 +202,10 @@ def test_models_and_data_are_named_and_unknown_ones_say_how_to_name_them() -> No
     grpo = load_recipe("grpo")
     assert model_in_words(grpo.algorithm(), grpo.model, None, False).startswith("not named yet: --model")
     assert model_in_words(grpo.algorithm(), grpo.model, "Mine", False).startswith("Mine (all weights are trained)")
+    assert "dropout" not in said
+    for setting in ("model.dropout=true", "model.lora={dropout: 0.1}"):
+        drawn = load_recipe("grpo", [setting])
+        assert "equal completions pass one by one" in model_in_words(drawn.algorithm(), drawn.model, "Mine", False)
 
 
 def test_memory_is_the_largest_phase_with_what_it_assumes() -> None:

@@ -88,9 +88,7 @@ def test_a_row_cut_into_forks_has_the_log_probs_of_the_whole_row() -> None:
 def test_what_forks_begin_with_enters_a_packed_row_once() -> None:
     context = [*P, *range(60, 80)]
     rows: list[Row] = [(P, [20, 21, 22, 30 + i], [1] * 4, [(2, [*context, 20, 21])]) for i in range(3)]
-    assert (
-        batch(rows=rows).positions == len(context) + 3 + 3
-    )  # the rows' token 20, too few to share, and what all forks have
+    assert batch(rows=rows).positions == len(context) + 1 + 3  # the rows' token 20, once, and what all forks have
     rows = [(P, [20 + i, 21, 22, 23], [1] * 4, [(2, [*context, 40 + i, 21])]) for i in range(3)]
     assert batch(rows=rows).positions == len(context) + 3 * (1 + 3)
 

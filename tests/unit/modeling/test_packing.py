@@ -175,7 +175,7 @@ def test_the_batch_does_not_grow_where_nothing_is_sampled():
     text = layout.input_ids[0].tolist()
     assert not {60, 61, 62, 63} & set(text)
     assert text.count(5) == 2, "once as a prompt of three tokens, once as one of two"
-    assert len(text) == sum(map(len, ([5, 6, 7], [8], LONG, [5, 6]))) + sum([3, 0, 2, 4, 4, 0, 3, 2])
+    assert len(text) == sum(map(len, ([5, 6, 7], [8], LONG, [5, 6]))) + sum([3, 0, 2, 4, 4, 0, 2])
 
 
 # Buckets inside attention
@@ -467,6 +467,23 @@ def test_flex_attention_runs_under_autocast_where_norms_leave_queries_in_float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, due = (batch(attention).states(model.base_model) for attention in ("flex", "packed"))
     assert (found - due).abs().max() < 0.05 * due.abs().max()
+
+
+# Equal rows
+
+
+@pytest.mark.parametrize("attention", ["packed", "flex"])
+def test_equal_rows_enter_once_with_the_gradients_of_rows_apart(attention):
+    model = packing_model("llama")
+    rows = [ROWS[0], ROWS[5], ROWS[0], ROWS[6], ([8], [35, 36, 37, 38, 50], [1, 0, 1, 1, 1]), ROWS[0], ROWS[8]]
+    prompts, completions, masks = zip(*rows, strict=True)
+    both = [TokenBatch(prompts, completions, mask_of(masks), PAD, attention, once=once) for once in (True, False)]
+    assert [b.positions for b in both] == [3 + 3 + 4 + 1 + 4, 3 + 4 * 3 + 4 + 1 + 2 * 4]
+    with torch.set_grad_enabled(attention == "packed"):  # FlexAttention has no backward on a CPU
+        one, apart = (ActorCritic(model, None, 1.0)(b)["logps"] for b in both)
+    torch.testing.assert_close(one, apart, rtol=0, atol=1e-12)
+    if attention == "packed":
+        assert distance(gradient(model, one), gradient(model, apart)) < 1e-6
 
 
 # Micro-batches
