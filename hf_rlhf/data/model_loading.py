@@ -166,20 +166,20 @@ def _resized(base: Any, folder: Path) -> Any:
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Set every dropout probability to 0: in modules, in what attention reads, and in the saved config."""
     zero_dropout(model)
-    config = model.config
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        _zero(part)
+    _zero(model.config.get_text_config())
     return model
 
 
 def zero_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability in the modules of `model` to 0."""
+    """Set every dropout probability in the modules of `model`, and in their configurations, to 0."""
     from torch.nn.modules.dropout import _DropoutNd
 
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         _zero(module)
+        if hasattr(module, "config"):
+            _zero(module.config)
 
 
 def lora_config(settings: Lora) -> LoraConfig:

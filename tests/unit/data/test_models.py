@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from hf_rlhf.contract.model_settings import Lora, Model
-from hf_rlhf.data.model_loading import disable_dropout, load_model, load_tokenizer, lora_config, prepare_tokenizer
+from hf_rlhf.data.model_loading import (
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    prepare_tokenizer,
+    zero_dropout,
+)
+from hf_rlhf.modeling.attention import draws
 from hf_rlhf.testing import tiny_policy
 
 
@@ -51,6 +59,10 @@ def test_disabled_dropout_is_what_the_config_says_too():
     model = disable_dropout(gpt2())
     assert [model.config.resid_pdrop, model.config.embd_pdrop, model.config.attn_pdrop] == [0.0] * 3
     assert model.config.summary_first_dropout == 0.0
+    critic = gpt2()
+    assert draws(critic)
+    zero_dropout(critic)
+    assert not draws(critic), "else no equal rows would be shared"
 
 
 def test_tokenizers_pad_on_the_left_with_the_end_of_sequence_where_they_have_no_padding(tmp_path):
