@@ -304,6 +304,7 @@ class KillAt(TrainerCallback):
 
     def __init__(self, server: Vllm, steps: list[int]) -> None:
         self.server, self.steps, self.random = server, steps, random.Random(0)
+        self.one_at_a_time = threading.Lock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
@@ -311,9 +312,10 @@ class KillAt(TrainerCallback):
 
     def _again(self) -> None:
         time.sleep(self.random.uniform(0.0, 0.7))
-        self.server.kill()
-        time.sleep(1.0)  # the run meets a closed port first
-        self.server.start()
+        with self.one_at_a_time:
+            self.server.kill()
+            time.sleep(1.0)  # the run meets a closed port first
+            self.server.start()
 
 
 @pytest.fixture(scope="module")
