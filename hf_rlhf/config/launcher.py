@@ -23,8 +23,8 @@ def lone_process(processes: int) -> list[str]:
     if asked < 2:
         return []
     return [
-        f"accelerate launch was asked for {asked} processes and started this one alone, as it does on a CPU. Use `hf-rlhf train "
-        f"RECIPE --nproc {asked}`, or `torchrun --nproc-per-node {asked} SCRIPT`"
+        f"accelerate launch was asked for {asked} processes and started this one alone, as it does on a CPU. Use the flag "
+        f"--nproc {asked} instead, or `torchrun --nproc-per-node {asked} SCRIPT`"
     ]
 
 

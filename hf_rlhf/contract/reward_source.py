@@ -114,7 +114,7 @@ class RewardSource(Plugin, ABC):
         """Yield what is wrong with `resources`."""
         name, given = self.override("resources"), self.resources or {}
         if given and self.workers != "ray":
-            yield f"{name} is read with workers=ray alone: set {self.override('workers=ray')}, or leave it out"
+            yield f"{name} is for actors of Ray: set {self.override('workers=ray')}, or leave it out"
         for key, value in given.items():
             if key not in ("num_cpus", "num_gpus", "placement"):
                 yield f"{name} has no {key!r}; choose from num_cpus, num_gpus, placement"

@@ -25,7 +25,7 @@ def test_the_plan_says_that_one_process_was_started_where_two_were_asked_for(tmp
     ]
     made = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, check=True)
     assert "accelerate launch was asked for 2 processes and started this one alone" in " ".join(made.stdout.split())
-    assert "hf-rlhf train RECIPE --nproc 2" in " ".join(made.stdout.split())
+    assert "Use the flag --nproc 2 instead" in " ".join(made.stdout.split())
 
 
 @pytest.mark.parametrize(
