@@ -33,7 +33,8 @@ def with_adapter(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    return get_peft_model(model, settings).eval()
+    with seeded("adapter"):
+        return get_peft_model(model, settings).eval()
 
 
 @pytest.mark.proves("rollout.generate", how="parity", tolerance="5e-6")
