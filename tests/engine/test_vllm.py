@@ -373,12 +373,13 @@ def test_a_trainer_that_is_killed_and_resumed_ends_as_the_one_that_was_not(tmp_p
     assert (whole[0] - parameters(resumed)).abs().max() < 1e-6
 
 
-def test_a_served_teacher_scores_as_the_model_itself(tmp_path, tied):
-    engine, policy = loaded(tied)
+def test_a_served_teacher_scores_as_the_model_itself(tmp_path, llama):
+    """Of a server without adapters: vLLM 0.32 with `--enable-lora` may end over log-probs of prompts."""
+    engine, policy = loaded(llama)
     send(engine, policy, 0)  # other tests left theirs
     model = policy.model
-    plugin = load_plugin("reference", "remote", url=tied.url)
-    tokenizer = AutoTokenizer.from_pretrained(tied.model)
+    plugin = load_plugin("reference", "remote", url=llama.url)
+    tokenizer = AutoTokenizer.from_pretrained(llama.model)
     assert list(plugin.token_problems(tokenizer)) == []
     plugin.setup(Context(device=torch.device("cpu"), tokenizer=tokenizer, policy=model, prompt_tokens=20))
     torch.manual_seed(0)
@@ -395,7 +396,7 @@ def test_a_served_teacher_scores_as_the_model_itself(tmp_path, tied):
         assert (found["logps"][i] - due).abs().max() < TOLERANCE
         assert (found["top_logps"][i] - logps.topk(8).values).abs().max() < TOLERANCE
         assert (logps.gather(1, found["top_ids"][i]) - found["top_logps"][i]).abs().max() < TOLERANCE
-    plugin = load_plugin("reference", "remote", url=tied.url)
+    plugin = load_plugin("reference", "remote", url=llama.url)
     plugin._top_k = 21
     with pytest.raises(ValueError, match="start it with --max-logprobs 21"):
         plugin.setup(Context(device=torch.device("cpu"), tokenizer=tokenizer, policy=model))
