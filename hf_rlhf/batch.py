@@ -97,7 +97,7 @@ class Prompt:
     max_new_tokens: int | None = None
     """Most tokens of its completion; None: the engine's own bound."""
     stop: Sequence[str] = ()
-    """Texts that end its completion and are kept. The core cuts what an engine writes after one."""
+    """Texts that end its completion and are kept. An engine need not know of them: the core cuts what it writes after one."""
     seed: int | None = None
     """Seed of its completion, for `RolloutEngine.sample`."""
 

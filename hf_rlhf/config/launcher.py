@@ -32,6 +32,8 @@ def asked_for(words: list[str]) -> int:
     """Return the number of processes that the command line of `accelerate launch` asks for, or else its configuration."""
     from accelerate.commands.config import default_config_file, load_config_from_file
 
+    if not any("accelerate" in word for word in words):
+        return 1  # the launcher started what started this process
     options = {name: value or after for name, value, after in map(_split, words, [*words[1:], ""])}
     for name in COUNT:
         if options.get(name, "").isdecimal():

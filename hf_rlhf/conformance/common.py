@@ -30,6 +30,8 @@ from hf_rlhf.runtime.checkpoint_state import plain
 from hf_rlhf.runtime.errors import CheckpointError
 
 Checks = Iterator[tuple[str, Callable[[], None]]]
+Make = Callable[[], Any]
+"""Function that makes a fresh model."""
 Statistics = Sequence[Mapping[str, float]]
 
 FIRST_ROLLOUT: Mapping[str, float] = {

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,6 +183,7 @@ def _survives(play: Callable[..., Played], tool: str) -> None:
 
 
 def _children() -> set[int]:
-    """Return the child processes of this one; none are known on systems without /proc."""
-    lists = Path("/proc/self/task").glob("*/children")
-    return {int(number) for file in lists for number in file.read_text().split()}
+    """Return the child processes of this one."""
+    import psutil
+
+    return {child.pid for child in psutil.Process().children()}

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.axes import Critic, Reference, TextTerm, UpdateRule
-from hf_rlhf.conformance.common import Checks, assert_equal, equal
+from hf_rlhf.conformance.common import Checks, Make, assert_equal, equal
 from hf_rlhf.conformance.metrics import check_declared, check_finite
 from hf_rlhf.contract.optimizer_step import Step
 from hf_rlhf.modeling.policy import ActorCritic, distributions
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.runtime.seeding import seeded
-
-Make = Callable[[], Any]
-"""Function that makes a fresh model."""
-
 
 # Critics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,10 @@ import torch
 
 from hf_rlhf.axes import RolloutEngine, Weights
 from hf_rlhf.batch import Completions, Prompt
-from hf_rlhf.conformance.common import Checks
+from hf_rlhf.conformance.common import Checks, Make
 from hf_rlhf.modeling.policy import ActorCritic, Policy
 from hf_rlhf.modeling.token_batch import TokenBatch
 from hf_rlhf.runtime.seeding import seeded
-
-Make = Callable[[], Any]
-"""Function that makes a fresh model."""
 
 
 def rollout_engine_checks(plugin: RolloutEngine, policy: Make, tokenizer: Any, prompts: Sequence[Prompt]) -> Checks:

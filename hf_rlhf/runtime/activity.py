@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+listeners: list[Callable[[], None]] = []
+"""Called, in its thread, whenever an activity has begun."""
 _now: list[Activity] = []
 
 
@@ -38,6 +40,8 @@ def doing(name: str, whole: bool = False) -> Iterator[None]:
     """Say inside, or in a decorated function, that this process does `name`. Activities nest; threads have their own."""
     activity = Activity(name, time.monotonic(), threading.get_ident(), whole)
     _now.append(activity)
+    for listener in tuple(listeners):
+        listener()
     try:
         yield
     finally:

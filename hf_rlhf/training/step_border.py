@@ -45,12 +45,13 @@ class StepBorder(TrainerCallback):
         self._group: Any = None
         args = trainer.args
         bound_waits(args)
-        step = lambda: trainer.state.global_step  # noqa: E731
-        self.whereabouts = Whereabouts(trainer.output_dir / FOLDER, args.process_index, step)
+        place = trainer.output_dir / FOLDER, args.process_index, args.world_size
+        self.whereabouts = Whereabouts(*place, step=lambda: trainer.state.global_step)
 
     def forget(self) -> None:
         """Forget the border, as before and after a run."""
         self.kept = self._returned = None
+        self.whereabouts.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Create the group in which processes ask each other whether they failed."""

@@ -1,6 +1,7 @@
 """Processes that train together and wait for each other: how long they do, and which one is missing, last seen where.
 
-Each process writes what it does into the output folder once a second. When a collective fails, the others read it there.
+Each process writes what it does into the output folder, at each change and once a second. When a collective fails, the others
+read it there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +21,14 @@ from typing import Any
 
 import torch
 
-from hf_rlhf.runtime.activity import current
+from hf_rlhf.runtime.activity import current, listeners
 
 FOLDER = "_processes"
 """Folder in the output folder; Trainer pushes no file below a name that begins so."""
 BEAT_S = 1.0
 """Seconds between two notes of a process."""
+WIDEST = 200
+"""Characters of a note's activity."""
 SILENCE_S = 3.0
 """Seconds without a note after which a process does not answer."""
 
@@ -54,45 +59,55 @@ class Whereabouts:
 
     folder: Path
     rank: int
-    step: Any
-    """Function that returns the number of finished optimizer steps."""
-    _stop: threading.Event = field(default_factory=threading.Event)
+    processes: int
+    step: Callable[[], int]
+    """Returns the number of finished optimizer steps."""
+    _file: int | None = None
+    _stopped: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> None:
-        """Write notes from now on."""
+        """Write a note now, whenever an activity begins, and once a second."""
+        self.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.folder / f"{self.rank}.json", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        self._stopped = threading.Event()
+        listeners.append(self.note)
         self.note()
-        threading.Thread(target=self._beat, name="hf_rlhf-whereabouts", daemon=True).start()
+        threading.Thread(target=self._beat, args=(self._stopped,), name="hf_rlhf-whereabouts", daemon=True).start()
+
+    def stop(self) -> None:
+        """Write no more."""
+        self._stopped.set()
+        if self._file is not None:
+            listeners.remove(self.note)
+            file, self._file = self._file, None
+            os.close(file)
 
     def end(self) -> None:
         """Write no more, after a run that every process ended; the first one removes the notes."""
-        self._stop.set()
+        self.stop()
         if self.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_S):
+    def _beat(self, stopped: threading.Event) -> None:
+        while not stopped.wait(BEAT_S):
             self.note()
 
     def note(self) -> None:
         """Write down what this process does."""
         doing = " and ".join(f"{x.name} {x.progress}".strip() for x in current()) or "training"
-        note = {"step": self.step(), "doing": doing, "at": time.time()}
-        file = self.folder / f"{self.rank}.json"
-        try:
-            file.with_suffix(".new").write_text(json.dumps(note), encoding="utf-8")
-            os.replace(file.with_suffix(".new"), file)
-        except OSError:  # a full disk ends the run elsewhere
-            return
+        note = json.dumps({"step": self.step(), "doing": doing[:WIDEST], "at": time.time()})
+        file = self._file
+        if file is not None:
+            with suppress(OSError):  # closed meanwhile; a full disk ends the run elsewhere
+                os.pwrite(file, note.ljust(2 * WIDEST).encode(), 0)
 
     def _others(self) -> dict[int, dict[str, Any]]:
         found = {}
-        for file in self.folder.glob("*.json"):
-            if file.stem != str(self.rank):
-                try:
-                    found[int(file.stem)] = json.loads(file.read_text(encoding="utf-8"))
-                except (OSError, ValueError):
-                    continue
+        for rank in range(self.processes):
+            with suppress(OSError, ValueError):
+                if rank != self.rank:
+                    found[rank] = json.loads((self.folder / f"{rank}.json").read_text(encoding="utf-8"))
         return found
 
     def missing(self) -> str:

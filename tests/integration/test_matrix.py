@@ -216,8 +216,8 @@ def new_first(combinations: list[Combination]) -> list[Combination]:
 
 COVER, EXCLUDED = cover()
 COVER = new_first(COVER)
-SHARE = 100
-"""So many combinations, which hold two thirds of the pairs, run in every test run, and the others in the slow tier: always the
+SHARE = 160
+"""So many combinations, which hold most of the pairs, run in every test run, and the others in the slow tier: always the
 same ones, as the draws are seeded."""
 
 
@@ -306,7 +306,7 @@ def test_every_registered_plugin_is_in_every_test_run():
 
 def test_most_pairs_are_in_every_test_run():
     every, share = (set().union(*map(pairs, combinations)) for combinations in (COVER, COVER[:SHARE]))
-    assert len(share) > 2 / 3 * len(every)
+    assert len(share) > 0.85 * len(every)
 
 
 @pytest.mark.parametrize("pair", EXCLUDED, ids=lambda pair: "-".join(f"{axis}.{name}" for axis, name in pair))

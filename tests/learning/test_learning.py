@@ -51,7 +51,7 @@ def test_games_are_learned_by_name_alone(name, start, seed, tmp_path):
     subprocess.run([*command, "--output-dir", str(tmp_path / "run")], check=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["before"]["accuracy"] <= start
-    assert summary["after"]["accuracy"] >= 0.85, "of 28 games"
+    assert summary["after"]["accuracy"] >= 0.9
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

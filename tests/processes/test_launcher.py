@@ -31,11 +31,11 @@ def test_the_plan_says_that_one_process_was_started_where_two_were_asked_for(tmp
 @pytest.mark.parametrize(
     ("words", "due"),
     [
-        (["launch", "--num_processes", "3", "train.py"], 3),
-        (["launch", "--num-processes=4", "train.py"], 4),
-        (["launch", "--config_file", "FILE", "train.py"], 5),
-        (["launch", "--config_file", "FILE", "--num_processes", "1", "train.py"], 1),
-        (["bash"], 1),
+        (["accelerate", "launch", "--num_processes", "3", "train.py"], 3),
+        (["accelerate", "launch", "--num-processes=4", "train.py"], 4),
+        (["accelerate", "launch", "--config_file", "FILE", "train.py"], 5),
+        (["accelerate", "launch", "--config_file", "FILE", "--num_processes", "1", "train.py"], 1),
+        (["bash", "--num_processes", "2"], 1),
     ],
     ids=str,
 )

@@ -28,7 +28,6 @@ class Question:
     prompt: Prompt
     agent: str = POLICY
     row: int = 0
-    stop: Sequence[str] = ()
     train: bool = True
     state: str = ""
     """Hash of the conversation, if something reads the states of turns."""
@@ -42,8 +41,9 @@ class Reply:
     logps: list[float] | None
     finish_reason: str
 
-    def cut(self, most: int | None, stop: Sequence[str], decode: Callable[[list[int]], str]) -> Reply:
-        """Return its first `most` tokens, or those up to the first text in `stop`, which an engine need not know of."""
+    def cut(self, prompt: Prompt, decode: Callable[[list[int]], str]) -> Reply:
+        """Return what the bounds of a prompt leave of it, which an engine need not know of."""
+        most, stop = prompt.max_new_tokens, prompt.stop
         ids, reason = self.ids, self.finish_reason
         if most is not None and len(ids) > most:
             ids, reason = ids[:most], "length"
@@ -138,12 +138,11 @@ class Episode:
             columns={**self.prompt.columns, AGENT: agent} if len(self.environment.agents) > 1 else self.prompt.columns,
             opening=self.prompt.opening if first else "",
             max_new_tokens=most,
+            stop=tuple(stop or ()),
         )
         self.pending += 1
         state = conversation_hash(messages) if self.observes else ""
-        return Question(
-            episode=self, prompt=prompt, agent=agent, row=asked.row, stop=stop or (), train=train, state=state
-        )
+        return Question(episode=self, prompt=prompt, agent=agent, row=asked.row, train=train, state=state)
 
     def answer(self, question: Question, reply: Reply) -> Message:
         """Keep what was sampled, and return it as a message."""

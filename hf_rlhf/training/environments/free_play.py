@@ -21,8 +21,8 @@ Sample = Callable[[Question], Coroutine[Any, Any, Reply]]
 class FreePlay(Lockstep):
     """Episodes of one rollout of this process. `sample` answers a question, on an event loop of its own."""
 
-    def __init__(self, sample: Sample, dropped: Callable[[int], None] = lambda place: None):
-        super().__init__(lambda asked: [], dropped)
+    def __init__(self, sample: Sample):
+        super().__init__(lambda asked: [])
         self._sample = sample
         self._requests = asyncio.new_event_loop()
         self._open = 0
@@ -32,21 +32,25 @@ class FreePlay(Lockstep):
 
     def play(self, episodes: Sequence[Episode]) -> None:
         """See `Lockstep.play`."""
-        todo, self._closed_at = deque(episodes), time.monotonic()
+        self._closed_at = time.monotonic()
         threading.Thread(target=run_loop, args=(self._requests,), name="hf_rlhf-requests", daemon=True).start()
         try:
-            while (todo or self._live) and self._fatal is None:
-                with self.changed:
-                    self._start(todo)
-                    for seat in [s for s in self._live.values() if s.episode.environment is None and not s.sent]:
-                        self.waits(seat)
-                self._wait()
-                self._drop()
-            if self._fatal is not None:
-                raise self._fatal
+            super().play(episodes)
         finally:
-            self._close()
             self._requests.call_soon_threadsafe(self._requests.stop)
+
+    def _start(self, todo: deque[Episode]) -> None:
+        with self.changed:
+            super()._start(todo)
+            for seat in [s for s in self._live.values() if s.episode.environment is None and not s.sent]:
+                self.waits(seat)
+
+    def _wait(self) -> None:
+        """Wait until an episode has ended, whose place another may take."""
+        self._watch()
+
+    def _answer(self) -> None:
+        """Every question is answered by itself."""
 
     def waits(self, seat: Seat) -> None:
         """Send the question that an episode asked last."""

@@ -59,9 +59,7 @@ class Lockstep:
         try:
             while (todo or self._live) and self._fatal is None:
                 self._start(todo)
-                start = time.monotonic()
                 self._wait()
-                self.waited += time.monotonic() - start
                 self._drop()
                 if self._fatal is None:
                     self._answer()
@@ -145,7 +143,13 @@ class Lockstep:
                 threading.Thread(target=self._in_thread, args=(seat,), name=f"hf_rlhf-{seat.name}", daemon=True).start()
 
     def _wait(self) -> None:
-        """Wait until every live episode waits for the policy or has ended; give those up whose time is over."""
+        """Wait until every live episode waits for the policy or has ended."""
+        start = time.monotonic()
+        self._watch()
+        self.waited += time.monotonic() - start
+
+    def _watch(self) -> None:
+        """Return when the wait is over; give up episodes whose time is over."""
         with self.changed:
             while not self._is_over() and self._fatal is None:
                 now = time.monotonic()

@@ -147,7 +147,7 @@ class Players:
         runs = [
             list(run)
             for _, run in groupby(
-                asked, key=lambda q: (q.episode.group, q.agent, q.prompt.ids, q.prompt.max_new_tokens)
+                asked, key=lambda q: (q.episode.group, q.agent, q.prompt.ids, q.prompt.max_new_tokens, q.prompt.stop)
             )
         ]
         sizes = {len(run) for run in runs}
@@ -164,7 +164,7 @@ class Players:
         """Let the engine continue one question, from a seed of its own."""
         row = numbers[asked.episode.place][asked.agent, asked.row]
         seed = seed_of("sample", asked.episode.task.seed, asked.agent, asked.row, len(asked.prompt.ids))
-        prompt = replace(asked.prompt, seed=seed, stop=asked.stop)
+        prompt = replace(asked.prompt, seed=seed)
         found = await self.algorithm.rollout.sample(self.policy, row, prompt, temperature=temperature)
         return self._replies([asked], found)[0]
 
@@ -180,8 +180,7 @@ class Players:
         logps: Sequence[list[float] | None] = found.logps or [None] * len(found.ids)
         replies = zip(asked, found.ids, logps, found.finish_reasons, strict=True)
         return [
-            Reply(ids=list(ids), logps=own, finish_reason=why).cut(q.prompt.max_new_tokens, q.stop, self._text)
-            for q, ids, own, why in replies
+            Reply(ids=list(ids), logps=own, finish_reason=why).cut(q.prompt, self._text) for q, ids, own, why in replies
         ]
 
     def _text(self, ids: list[int]) -> str:

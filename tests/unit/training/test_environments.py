@@ -280,7 +280,7 @@ async def catches(task: Task, model: Model) -> float:
 
 
 def test_an_environment_cannot_catch_the_refusal():
-    with pytest.raises(EnvironmentFailure, match="agent='judge'"):
+    with pytest.raises(EnvironmentFailure, match=r"asks as agent='judge', which must be one of its agents \(policy\)"):
         play(Played1(function=catches))
 
 
