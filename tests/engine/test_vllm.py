@@ -278,7 +278,7 @@ def test_episodes_agree_with_the_cache_of_prefixes(environment, tmp_path, llama)
     )
     assert min(logged(made, "environment/turns/mean")) > 1.2
     assert max(logged(made, "rollout/sampler_gap/mean")) < TOLERANCE
-    assert max(logged(made, "rollout/sampler_gap/max")) < 100 * TOLERANCE, "of tokens that are hardly ever sampled"
+    assert max(logged(made, "rollout/sampler_gap/max")) < 10 * TOLERANCE
 
 
 KILLS = int(os.environ.get("KILLS", "1"))
