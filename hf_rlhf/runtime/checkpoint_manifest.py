@@ -91,10 +91,10 @@ class Writing:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hf_rlhf-hash")
         self._hashes: dict[Path, Future[dict[str, Any]]] = {}
 
-    def hash_written(self) -> None:
-        """Begin to hash the files that are complete."""
+    def hash_written(self, but: Collection[str] = ()) -> None:
+        """Begin to hash the files that are there, except those whose name matches a pattern of `but`."""
         for path in files_in(self.folder):
-            if path not in self._hashes:
+            if path not in self._hashes and not any(path.match(pattern) for pattern in but):
                 self._hashes[path] = self._pool.submit(_entry, path)
 
     def save(self, name: str, value: Any) -> None:

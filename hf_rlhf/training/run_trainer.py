@@ -33,7 +33,7 @@ from hf_rlhf.modeling.policy import configure_padding
 from hf_rlhf.modeling.saved_form import load_converted
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.activity import doing
-from hf_rlhf.runtime.checkpoint_state import first_non_finite, save_state
+from hf_rlhf.runtime.checkpoint_state import LOADED_BY_RESUME, first_non_finite, save_state
 from hf_rlhf.runtime.distributed import from_first_process
 from hf_rlhf.runtime.errors import RunExists, UserError
 from hf_rlhf.runtime.peak_memory import MIB
@@ -350,7 +350,7 @@ class RunTrainer(PushingTrainer, ABC):
         if self.args.should_save:
             schedule = self.lr_scheduler
             assert schedule is not None
-            self._writing.hash_written()
+            self._writing.hash_written(but=LOADED_BY_RESUME)  # of which other processes may be writing theirs
             self._writing.save(OPTIMIZER_NAME, state)
             self._writing.save(SCHEDULER_NAME, schedule.state_dict())
 

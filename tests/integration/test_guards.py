@@ -79,6 +79,33 @@ def test_another_run_in_the_folder_is_refused_unless_it_is_resumed_or_overwritte
     assert first.run_id == second.run_id != third.run_id
 
 
+@KINDS
+def test_what_another_process_is_still_writing_is_hashed_when_it_is_complete(make, tmp_path, monkeypatch):
+    made = make(tmp_path / "out")
+    kept, theirs = made._optimizer_state, [f"checkpoint-2/{name}" for name in ("rlhf_state_1.pt", "rng_state_1.pth")]
+
+    def optimizer_state() -> Any:
+        for name in theirs:
+            torch.save({}, tmp_path / "out" / name)
+            monkeypatch.setattr(made.accelerator, "wait_for_everyone", complete)
+        return kept()
+
+    def complete() -> None:
+        while theirs:
+            torch.save({"whole": 1}, tmp_path / "out" / theirs.pop())
+
+    monkeypatch.setattr(made, "_optimizer_state", optimizer_state)
+    saved = made._save_optimizer_and_scheduler
+    monkeypatch.setattr(
+        made, "_save_optimizer_and_scheduler", lambda to: (saved(to), made._writing._pool.submit(int).result())
+    )
+    made.args.max_steps = 2
+    made.train()
+    files = checkpoint_manifest.verify(tmp_path / "out" / "checkpoint-2")["files"]
+    assert {"rlhf_state_1.pt", "rng_state_1.pth"} <= set(files)
+    assert not theirs
+
+
 def test_overwriting_deletes_the_checkpoints_of_the_other_run_and_nothing_else(tmp_path):
     rollouts(tmp_path).train()
     (tmp_path / "notes.txt").write_text("mine")
