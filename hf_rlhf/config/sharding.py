@@ -36,6 +36,8 @@ HONOURED = ("reshard_after_forward", "activation_checkpointing")
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Optimizers that compute each element of a weight by itself, so that a shard is enough."""
 
+SHARDED = "training.fsdp keeps a part of each weight on a process"
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -89,21 +91,27 @@ def process_problems(args: Any) -> Iterator[str]:
 
 
 def sharding_problems(algorithm: Algorithm, args: Any, model: Model) -> Iterator[str]:
-    """Yield what does not work on shards, with the fix."""
+    """Yield what of a recipe with rollouts does not work on shards, with the fix."""
     if sharding_of(args) is None:
         return
-    shown = "training.fsdp keeps a part of each weight on a process"
     if algorithm.optimizer.name != "trainer":
-        yield f"{shown}, and optimizer={algorithm.optimizer.name} reads whole gradients. Leave one of them out"
-    elif (name := getattr(args.optim, "value", args.optim)) not in ELEMENTWISE:
-        yield f"{shown}, and training.optim={name} reads whole weights. Choose one of {', '.join(ELEMENTWISE)}"
+        yield f"{SHARDED}, and optimizer={algorithm.optimizer.name} reads whole gradients. Leave one of them out"
+    yield from model_sharding_problems(args, model, own_optimizer=algorithm.optimizer.name != "trainer")
     for path, plugin in [("update", algorithm.update), *algorithm.plugins()]:
         for setting in ("offload", "device"):
             if getattr(plugin, setting, None):
-                yield f"{shown}, which {path}.{setting} would move. Leave one of them out"
+                yield f"{SHARDED}, which {path}.{setting} would move. Leave one of them out"
     if "double_backward" in algorithm.needs:
-        yield f"{shown}, and a plugin takes second derivatives, which FSDP2 has not. Leave one of them out"
-    if model.load_in_4bit or model.load_in_8bit:
-        yield f"{shown}, which weights of 4 or 8 bits cannot be. Drop model.load_in_4bit and load_in_8bit, or training.fsdp"
+        yield f"{SHARDED}, and a plugin takes second derivatives, which FSDP2 has not. Leave one of them out"
     if model.save_merged:
-        yield f"{shown}, and model.save_merged merges whole ones. Merge after training, with PEFT's merge_and_unload"
+        yield f"{SHARDED}, and model.save_merged merges whole ones. Merge after training, with PEFT's merge_and_unload"
+
+
+def model_sharding_problems(args: Any, model: Model, own_optimizer: bool = False) -> Iterator[str]:
+    """Yield what of optimizer and weights does not work on shards, with the fix. `own_optimizer`: a plugin makes it."""
+    if sharding_of(args) is None:
+        return
+    if not own_optimizer and (name := getattr(args.optim, "value", args.optim)) not in ELEMENTWISE:
+        yield f"{SHARDED}, and training.optim={name} reads whole weights. Choose one of {', '.join(ELEMENTWISE)}"
+    if model.load_in_4bit or model.load_in_8bit:
+        yield f"{SHARDED}, which weights of 4 or 8 bits cannot be. Drop model.load_in_4bit and load_in_8bit, or training.fsdp"

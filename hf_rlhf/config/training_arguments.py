@@ -36,7 +36,6 @@ OFFLINE_REFUSED: dict[str, str] = {
     "ignore_data_skip": "a resumed run continues exactly where it stopped",
     "fp16": "its loss scaler is untested here; use bf16",
     "fp16_full_eval": "evaluation uses the policy as it trains",
-    "fsdp": "recipes without rollouts are not sharded; use one process per device (DistributedDataParallel)",
     "deepspeed": "ZeRO-3 empties weights outside of each module's own forward, where the head in chunks reads them; set "
     "training.fsdp=true, which shards as ZeRO-3 does (with training.fsdp_config={reshard_after_forward: false} as ZeRO-2)",
     "parallelism_config": "only data parallelism is tested here",
@@ -51,7 +50,7 @@ OFFLINE_REFUSED: dict[str, str] = {
 REFUSED: dict[str, str] = {
     "gradient_accumulation_steps": "it is derived: set update.mini_batches for the number of optimizer steps per rollout, "
     "per_device_train_batch_size or update.max_tokens_per_micro_batch for the size of a micro-batch",
-    **{name: why for name, why in OFFLINE_REFUSED.items() if name != "fsdp"},
+    **OFFLINE_REFUSED,
     "neftune_noise_alpha": "with noise in the update its log-probs differ from the rollout's",
     "train_sampling_strategy": "prompts come from PromptStream; see dataset.shuffle",
     "bf16_full_eval": "evaluation uses the policy as it trains",
@@ -227,7 +226,7 @@ def check_arguments(args: Any, rollouts: bool = True) -> None:
             f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which is refused: start one process per GPU with "
             "`accelerate launch -m hf_rlhf train ...`, or select one GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    refused += take_sharding(args) if rollouts else []
+    refused += take_sharding(args)
     if refused:
         raise ArgumentError("\n".join(refused))
     if not rollouts:
@@ -243,7 +242,7 @@ def check_accelerator(accelerator: Any, args: Any) -> None:
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ArgumentError(
-            f"the launcher asks for {kind}: {OFFLINE_REFUSED['deepspeed' if kind == 'DEEPSPEED' else 'fsdp']}"
+            f"the launcher asks for {kind}: {OFFLINE_REFUSED['deepspeed' if kind == 'DEEPSPEED' else 'parallelism_config']}"
         )
     if accelerator.mixed_precision == "fp16" or accelerator.scaler is not None:
         raise ArgumentError(f"the launcher asks for mixed precision fp16: {REFUSED['fp16']}")

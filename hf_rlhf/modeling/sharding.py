@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def shard(root: nn.Module, device: torch.device, reshard_after_forward: bool) -> None:
-    """Shard the parameters of an `ActorCritic` in place, over all processes. Modules keep their identity."""
+    """Shard the parameters of an `ActorCritic`, or a model, in place, over all processes. Modules keep their identity."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -29,7 +29,17 @@ def shard(root: nn.Module, device: torch.device, reshard_after_forward: bool) ->
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(root, "states")
+    if hasattr(root, "states"):
+        register_fsdp_forward_method(root, "states")
+
+
+def reshard(root: nn.Module) -> None:
+    """Free the whole weights of a sharded module and of those within."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(x: Any) -> bool:
@@ -130,6 +140,7 @@ class WholeModel:
         if self._open:
             yield self.model
             return
+        reshard(self.sharded)  # a forward without a backward leaves whole weights, which are nobody's to read or write
         own = dict(self.sharded.named_parameters())
         gathered = {
             id(empty): nn.Parameter(whole(own[name].detach()), requires_grad=empty.requires_grad)

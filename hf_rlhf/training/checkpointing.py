@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.rollout_buffer import Buffer
 from hf_rlhf.training.run_trainer import RunTrainer, weights_of
+from hf_rlhf.training.sharded_models import model_is_whole
 
 if TYPE_CHECKING:
     from hf_rlhf.training.setup import RunComponents
@@ -91,10 +91,6 @@ class SavingTrainer(RunTrainer):
     def _sizes(self) -> dict[str, float]:
         own = type(self.algorithm.optimizer).hold is UpdateRule.hold
         return super()._sizes() | ({} if own else {"optimizer": 0.0})
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        assert self.optimizer is not None
-        return parallel.optimizer_state(self.optimizer, self.args.should_save)
 
     def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of policy, critic, moving reference and the policy's average, by name, whole ones one at a time."""
@@ -195,7 +191,7 @@ class SavingTrainer(RunTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the policy's weights by Trainer, and what is saved beside them."""
-        with self._whole_model():
+        with model_is_whole(self):
             policy: Any = self.model
             adapters = set(getattr(policy, "peft_config", ()))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -205,22 +201,9 @@ class SavingTrainer(RunTrainer):
         for difference in self.algorithm.rollout.differences(self.algorithm):
             logger.warning("%s", difference)
 
-    @contextmanager
-    def _whole_model(self) -> Iterator[None]:
-        """Let `model` be whole, to load weights into it, which a sharded policy then gets."""
-        if self.whole is None:
-            yield
-            return
-        own = self.model
-        try:
-            with self.whole.gathered(write=True) as self.model:
-                yield
-        finally:
-            self.model = own
-
     def _load_best_model(self) -> None:
         """Load the best policy by Trainer, and what was saved beside it."""
-        with self._whole_model():
+        with model_is_whole(self):
             super()._load_best_model()
         if self.state.best_model_checkpoint:
             self._load_beside(Path(self.state.best_model_checkpoint))
@@ -231,5 +214,5 @@ class SavingTrainer(RunTrainer):
         for name, module in self._beside().items():
             parallel.load_state_dict(module, load_tensors(folder / name))
         if self.ema is not None:
-            with self.ema.as_policy(self.model, exact=True), self._whole_model():
+            with self.ema.as_policy(self.model, exact=True), model_is_whole(self):
                 super()._load_from_checkpoint(str(folder / FOLDER))

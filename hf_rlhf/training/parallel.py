@@ -21,6 +21,7 @@ from hf_rlhf.modeling.sharding import (
     load_whole,
     local,
     optimizer_state,
+    reshard,
     shard,
     whole,
     whole_parameters,
@@ -56,9 +57,9 @@ class Parallel:
         self.roots.append(root)
 
     def reshard(self) -> None:
-        """Free the whole weights that roots keep after a forward, for a backward that may not come."""
+        """Free the whole weights that are kept after a forward, for a backward that may not come."""
         for root in self.roots:
-            root.reshard()
+            reshard(root)
 
     def most(self, count: int) -> int:
         """Return the largest of the processes' counts where they are sharded, as all run as many forwards; else `count`."""

@@ -43,6 +43,7 @@ from hf_rlhf.training.early_checks import check_space
 from hf_rlhf.training.hub_trainer import PushingTrainer
 from hf_rlhf.training.memory.estimate import optimizer_bytes, tensor_bytes
 from hf_rlhf.training.offload_checks import optimizer_name
+from hf_rlhf.training.parallel import optimizer_state
 from hf_rlhf.training.step_border import StepBorder, ends_at_once, save_and_end
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "model_preparation_time")
@@ -358,7 +359,7 @@ class RunTrainer(PushingTrainer, ABC):
         """Return the optimizer's state with whole tensors, on the processes that save. All processes call it together."""
         optimizer = self.optimizer
         assert optimizer is not None
-        return optimizer.state_dict()
+        return optimizer_state(optimizer, self.args.should_save)
 
     def _state(self) -> dict[str, Any]:
         """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers: here the loss that is not logged

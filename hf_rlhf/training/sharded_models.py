@@ -1,6 +1,12 @@
-"""Sharding of policy, critic and references before the optimizer exists."""
+"""Sharding of the models of a run before the optimizer exists."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.modeling.policy import ActorCritic, why_not_packed
@@ -20,12 +26,7 @@ def shard_models(
     """
     if parallel.sharding is None:
         return None
-    for name, p in actor_critic.named_parameters():
-        if p.dtype != next(actor_critic.parameters()).dtype:
-            raise UserError(
-                f"training.fsdp gathers the weights of a layer in one dtype, got {p.dtype} in {name} beside others. Set "
-                "model.dtype to that of the adapter or of the critic"
-            )
+    _check_dtypes(actor_critic)
     policy = actor_critic.policy
     with parallel.accelerator.autocast():
         attention = choose_attention(algorithm, policy)
@@ -44,3 +45,44 @@ def shard_models(
             roots[id(scorer.own)] = scorer.module
             parallel.shard(scorer.module)
     return whole
+
+
+def shard_plain(parallel: Parallel, model: Any, reference: Any = None) -> WholeModel | None:
+    """Shard a model that Trainer itself trains, and its frozen reference; return what gathers it, None where nothing is sharded.
+
+    Both count as prepared: Trainer then wraps them in nothing else.
+    """
+    if parallel.sharding is None:
+        return None
+    _check_dtypes(model)
+    whole = WholeModel(model)
+    for root in (model, reference):
+        if root is not None:
+            parallel.shard(root)
+            root._is_accelerate_prepared = False  # TRL has prepared the reference
+            parallel.accelerator.prepare_model(root, evaluation_mode=True)  # autocast, nothing around it
+    return whole
+
+
+def _check_dtypes(root: nn.Module) -> None:
+    first = next(root.parameters()).dtype
+    for name, p in root.named_parameters():
+        if p.dtype != first:
+            raise UserError(
+                f"training.fsdp gathers the weights of a layer in one dtype, got {p.dtype} in {name} beside others. Set "
+                "model.dtype to that of the adapter or of the critic"
+            )
+
+
+@contextmanager
+def model_is_whole(trainer: Any) -> Iterator[None]:
+    """Let a trainer's `model` be whole, to load weights into it, which its sharded one then gets."""
+    if trainer.whole is None:
+        yield
+        return
+    own = trainer.model
+    try:
+        with trainer.whole.gathered(write=True) as trainer.model:
+            yield
+    finally:
+        trainer.model = own

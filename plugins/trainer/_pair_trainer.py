@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOTrainer
 
+from ._scores import own_places
 from ._whole_head import UNSCORED, AdaptedHead, Whole
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -102,8 +103,7 @@ class PairTrainer(AdaptedHead, DPOTrainer):
         self, rows: Dataset, batch_size: int, ask: Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]
     ) -> list[tuple[float, float]]:
         """Evaluate `ask` on every row, split over the processes; all processes get all results."""
-        count, own = self.accelerator.num_processes, self.accelerator.process_index
-        places = list(range(own, len(rows), count))
+        places = own_places(self, len(rows))
         lengths = [max(map(len, pair)) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
         places.sort(key=lambda place: lengths[place])
         found: list[tuple[int, tuple[float, float]]] = []
@@ -112,8 +112,9 @@ class PairTrainer(AdaptedHead, DPOTrainer):
             with torch.no_grad():
                 chosen, rejected = ask(self._prepare_inputs(self.data_collator(list(rows.select(part)))))
             found += zip(part, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True)
-        if count > 1:
+        if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
             found = gather_object(found)
-        return [pair for _, pair in sorted(found)]
+        known = dict(found)
+        return [known[place] for place in range(len(rows))]

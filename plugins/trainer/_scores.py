@@ -22,16 +22,25 @@ def of_tokens(trainer: Trainer, rows: Sequence[list[int]]) -> list[list[float]]:
     return _of_rows(trainer, rows, index=model.config.num_labels - 1)
 
 
+def own_places(trainer: Trainer, count: int) -> list[int]:
+    """Return which of `count` rows this process evaluates.
+
+    Every process has equally many, so that sharded models run equally many forwards; the last row may be another's too.
+    """
+    processes, own = trainer.args.world_size, trainer.args.process_index
+    return [min(own + processes * i, count - 1) for i in range(-(-count // processes))]
+
+
 def _of_rows(trainer: Trainer, rows: Sequence[list[int]], index: int) -> list[Any]:
-    count, own = trainer.args.world_size, trainer.args.process_index
-    places = list(range(own, len(rows), count))
+    places = own_places(trainer, len(rows))
     batch_size = trainer.args.per_device_eval_batch_size
     given = [Row(list(rows[place]), None, False) for place in places]
     value: Any = "logit" if index == 0 else "log_odds"
     scores = scores_of(trainer.model, given, batch_size, None, index, value)
     found = list(zip(places, scores, strict=True))
-    if count > 1:
+    if trainer.args.world_size > 1:
         from accelerate.utils import gather_object
 
         found = gather_object(found)
-    return [score for _, score in sorted(found, key=lambda pair: pair[0])]
+    scored = dict(found)
+    return [scored[place] for place in range(len(rows))]

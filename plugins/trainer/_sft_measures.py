@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._labels import UNLABELLED
+from ._scores import own_places
 
 if TYPE_CHECKING:
     import datasets
@@ -18,15 +19,17 @@ def of_tokens(trainer: Trainer, examples: datasets.Dataset) -> dict[str, float]:
     """Return metrics over all labelled tokens: -log p in nats, its exponential, and how often the token is most likely."""
     import torch
 
-    count, own = trainer.args.world_size, trainer.args.process_index
     size = trainer.args.per_device_eval_batch_size
     ids, labels = list(examples["input_ids"]), list(examples["labels"])
-    places = sorted(range(own, len(ids), count), key=lambda place: len(ids[place]))
+    mine = own_places(trainer, len(ids))
+    if mine[-1] % trainer.args.world_size != trainer.args.process_index:  # another process counts it
+        labels[mine[-1]] = [UNLABELLED] * len(labels[mine[-1]])
+    places = sorted(mine, key=lambda place: len(ids[place]))
     total = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(places), size):
         chosen = places[start : start + size]
         total += _of_batch(trainer, [ids[i] for i in chosen], [labels[i] for i in chosen])
-    if count > 1:
+    if trainer.args.world_size > 1:
         from accelerate.utils import gather_object
 
         total = torch.tensor(gather_object([total.tolist()]), dtype=torch.float64).sum(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import transformers
 
+from hf_rlhf.config.sharding import sharding_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.data.model_loading import ModelError, without_weights
@@ -40,11 +41,14 @@ def estimate_offline(
     assumed = f"rows of {bound:,} tokens are assumed, the most that trainer.max_length and the model allow"
     found, tokens = memory.Estimate(notes=[assumed] if tokens is None else []), tokens or bound
     trained, spared = memory.tensor_bytes(model, trainable=True), bytes_of(plain, settings)
+    sharded = sharding_of(args) is not None
+    shards = args.world_size if sharded else 1
     held = {
-        "weights": memory.tensor_bytes(model),
-        "reference": footprint.reference * (memory.tensor_bytes(model) - spared[0]),
-        "optimizer": memory.optimizer_bytes(optimizer_name(args), trained, found.notes),
-        "gradient buckets": trained * (args.world_size > 1),
+        "weights": memory.tensor_bytes(model) / shards,
+        "reference": footprint.reference * (memory.tensor_bytes(model) - spared[0]) / shards,
+        "optimizer": memory.optimizer_bytes(optimizer_name(args), trained, found.notes) / shards,
+        "gradient buckets": trained * (args.world_size > 1 and not sharded),
+        **({"gathered weights": memory.gathered_bytes(model)} if shards > 1 else {}),
     }
     texts, row = args.per_device_eval_batch_size * footprint.texts, 4 * TILE[1] * (trainer.head == "causal")
     evaluation = {"forward": memory.layer_bytes(model, half, texts * tokens) + row * min(texts * tokens, TILE[0])}
@@ -54,5 +58,5 @@ def estimate_offline(
     found.add("evaluation", held | evaluation, spared)
     count = args.per_device_train_batch_size * footprint.texts * (bound if footprint.packed else tokens)
     batch = memory.micro_batch_bytes(model, args, count, row * min(count, TILE[0]))
-    found.add("update", held | {"gradients": trained} | batch, spared)
+    found.add("update", held | {"gradients": trained / shards} | batch, spared)
     return found

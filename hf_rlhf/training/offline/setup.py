@@ -14,6 +14,7 @@ from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.config.plan import Plan
 from hf_rlhf.config.plan_in_words import data_in_words, offline_batch_in_words, offline_model_in_words
 from hf_rlhf.config.recipe import OfflineRecipe
+from hf_rlhf.config.sharding import model_sharding_problems, process_problems, sharding_of
 from hf_rlhf.config.training_arguments import DECISIVE, check_arguments
 from hf_rlhf.contract.offline_trainer import Materials, OfflineTrainer
 from hf_rlhf.data.model_loading import load_tokenizer
@@ -85,6 +86,7 @@ def _checked(recipe: OfflineRecipe, args: TrainingArguments) -> Plan:
     config, dtype = known_model(recipe.model)
     problems = [*model_problems(recipe.model, lora, [("trainer", trainer)]), *dtype_problems(dtype, lora)]
     problems += [*trainer.problems(recipe.model), *optimizer_problems(args)]
+    problems += model_sharding_problems(args, recipe.model)
     if problems:
         raise ValueError("\n".join(problems))
     plan = Plan(plugins=get_host().manifest([type(trainer)]))
@@ -109,6 +111,8 @@ def make_trainer(
     started, view = time.perf_counter(), notebook_view(OFFLINE_SHOWN)
     args = recipe.training_arguments(output_dir)
     plan, plugin = _checked(recipe, args), recipe.trainer()
+    if problems := list(process_problems(args)):
+        raise ValueError("\n".join(problems))
     with doing("reading the dataset"):
         train_rows, held_out = read_rows(recipe.rows, plugin)
         plan.skipped += [] if held_out is not None else [NOT_HELD_OUT]
@@ -119,6 +123,8 @@ def make_trainer(
         if held_out is not None:
             evaluation = encode(held_out, plugin, tokenizer, context, "evaluation dataset")
     arguments = complete(recipe.training_keywords(output_dir))
+    if sharding_of(args) is not None:
+        arguments |= {"fsdp": None, "fsdp_config": None, "gradient_checkpointing": args.gradient_checkpointing}
     most = max(longest(part) for part in (train, evaluation) if part is not None)
     _put_in_words(plan, recipe, args, len(train), 0 if evaluation is None else len(evaluation), most)
     if on_plan is not None:
@@ -133,7 +139,7 @@ def make_trainer(
     rows = {"train": len(train), "evaluation": 0 if evaluation is None else len(evaluation)}
     record = _record(recipe, arguments, rows)
     shared: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train": train, "evaluation": evaluation}
-    made = factory(plugin, record, recipe.model, **shared, callbacks=list(callbacks))
+    made = factory(plugin, record, recipe.model, **shared, callbacks=list(callbacks), sharding=sharding_of(args))
     try:
         with embedded_padding(tokenizer, model):
             trainer = plugin.build(Materials(**shared, arguments=arguments, trainer=made))

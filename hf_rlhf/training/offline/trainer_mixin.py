@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from hf_rlhf.config.sharding import Sharding
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.contract.offline_trainer import OfflineTrainer
 from hf_rlhf.data.fingerprints import Contents, contents_of, rows_hash
@@ -20,11 +23,14 @@ from hf_rlhf.metrics.doctor_callback import DoctorCallback
 from hf_rlhf.metrics.jsonl_log import RunLog
 from hf_rlhf.metrics.trackers import install, prepare
 from hf_rlhf.modeling.lora_merge import drop_other_form, save_merged
+from hf_rlhf.modeling.sharding import WholeModel
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.checkpoint_state import STATE, load_state, plain
 from hf_rlhf.training.offline.trl_compat import Quiet, load_metrics_state, metrics_state, unrounded
-from hf_rlhf.training.parallel import Parallel, gradients_are_finite, state_dict
+from hf_rlhf.training.parallel import Parallel, load_optimizer_shards, whole
+from hf_rlhf.training.parallel import state_dict as whole_state
 from hf_rlhf.training.run_trainer import RunTrainer
+from hf_rlhf.training.sharded_models import model_is_whole, shard_plain
 
 if TYPE_CHECKING:
     import datasets
@@ -39,9 +45,11 @@ class FiniteSteps(TrainerCallback):
         self.left_out = 0
         self.in_a_row = 0
 
+    parallel: Parallel
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the gradient, so that the optimizer changes no weight and no moment."""
-        if gradients_are_finite(kwargs["model"]):
+        if self.parallel.gradients_are_finite(kwargs["model"]):
             self.in_a_row = 0
             return
         self.left_out += 1
@@ -65,6 +73,9 @@ class OfflineRun(Quiet, RunTrainer):
     model_settings: Model
     encoded: datasets.Dataset
     """Rows as the plugin encoded them."""
+    parallel: Parallel
+    whole: WholeModel | None
+    """The twin of a sharded model."""
 
     def _contents(self) -> Contents:
         """Return the fingerprints of encoded rows, plugin and model."""
@@ -82,9 +93,38 @@ class OfflineRun(Quiet, RunTrainer):
         own = {"bad_steps": finite.in_a_row, "left_out": finite.left_out, "plugin": plugin}
         return super()._state() | own | {"metrics": metrics_state(self)}
 
+    def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, whole(x)) for name, x in super()._saved_weights())
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create Trainer's optimizer, over shards where there are some."""
+        self.parallel.reshard()
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.parallel.clip_grad_norm(model, self.args.max_grad_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save a checkpoint's model, from the shards of every process where there are some."""
+        if self.whole is not None:
+            model: Any = self.model
+            state_dict = whole_state(model, self.args.should_save)
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with model_is_whole(self):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with model_is_whole(self):
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load Trainer's state, and ours that `_save_checkpoint` wrote beside it; older checkpoints have none."""
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            optimizer: Any = self.optimizer
+            load_optimizer_shards(optimizer)
         rank = self.args.process_index
         if checkpoint is not None and (Path(checkpoint) / STATE.format(rank=rank)).exists():
             state = load_state(Path(checkpoint), rank)
@@ -117,8 +157,9 @@ class OfflineRun(Quiet, RunTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             measured = self.plugin.measure(self, dataloader.dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in measured.items()})
-        if not self.is_in_train and self.model_wrapped is self.model:
-            Parallel(self.accelerator).forget(model)
+        self.parallel.reshard()
+        if not self.is_in_train and self.model_wrapped is self.model and self.whole is None:
+            self.parallel.forget(model)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -139,14 +180,19 @@ class OfflineRun(Quiet, RunTrainer):
         if self.is_saved_for_push:
             return
         self._check_weights()
+        folder = Path(output_dir or self.output_dir)
+        model = self.parallel.unwrap(self.model)
+        adapted = hasattr(model, "peft_config")
+        merges = adapted and self.record["recipe"]["model"].get("save_merged") is not False
+        with ExitStack() as whole_now:
+            if merges and self.whole is not None:
+                model = whole_now.enter_context(self.whole.gathered())
+            weights = whole_state(model, self.is_world_process_zero())
+            if self.is_world_process_zero():
+                (save_merged if merges else type(model).save_pretrained)(model, folder, state_dict=weights)
         if self.is_world_process_zero():
-            folder = Path(output_dir or self.output_dir)
-            model = Parallel(self.accelerator).unwrap(self.model)
-            adapted = hasattr(model, "peft_config")
-            whole = adapted and self.record["recipe"]["model"].get("save_merged") is not False
-            (save_merged if whole else type(model).save_pretrained)(model, folder, state_dict=state_dict(model))
             if adapted:
-                drop_other_form(folder, whole)
+                drop_other_form(folder, merges)
             tokenizer: Any = self.processing_class
             tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
@@ -171,6 +217,7 @@ def factory(
     train: datasets.Dataset,
     evaluation: datasets.Dataset | None,
     callbacks: list[TrainerCallback],
+    sharding: Sharding | None = None,
 ) -> Any:
     """Return `Materials.trainer`, which makes a Trainer class with `OfflineRun` in front, of this model, tokenizer and data."""
 
@@ -190,6 +237,8 @@ def factory(
                 **options,
             )
         made.run_log, made.doctor, made.finite = run_log, doctor, finite
+        made.parallel = finite.parallel = Parallel(made.accelerator, sharding)
+        made.whole = shard_plain(made.parallel, made.model, getattr(made, "ref_model", None))
         made.meters = MetricAggregator(made.args.device)
         if plugin.head != "causal":  # a classifier's own loss is a mean over its micro-batch, whatever it is told
             made.model_accepts_loss_kwargs = False
