@@ -1,10 +1,14 @@
-"""The same command in several processes that train together."""
+"""The start of a run: its imports, and the same command in several processes that train together."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import UserError
 
 
@@ -24,3 +28,21 @@ def start_processes(count: int) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "hf_rlhf", *words]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *torchrun])  # without a shell, with this command's own words
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import without garbage collection, which would walk a million objects again and again that all stay.
+
+    Later collections, and the one at exit, skip what was imported.
+    """
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
+    try:
+        with doing("importing PyTorch and transformers"):
+            yield
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()

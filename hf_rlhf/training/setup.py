@@ -160,7 +160,7 @@ def setup_run(
 ) -> RunComponents:
     """Check algorithm, arguments and dataset, in that order, then load tokenizer, prompts and model.
 
-    `on_plan` gets the plan, with a memory forecast unless an adapter makes that slow, once nothing but the model can fail.
+    `on_plan` gets the plan, with a memory forecast, once nothing but the model can fail.
     """
     chosen = recipe if isinstance(recipe, Algorithm) else recipe.algorithm()
     sections = {k: cls() for k, cls in SECTIONS.items()} if isinstance(recipe, Algorithm) else dict(recipe.sections)
@@ -201,8 +201,8 @@ def setup_run(
     plan.in_words = in_words(chosen, sections, args, model, lora, (*record["rows"].values(), longest))
     record["plan"]["in_words"] = plan.in_words
     if on_plan is not None:
-        if not lora:
-            _forecast(plan, chosen, args, sections, prompt_tokens=longest, trust_remote_code=trust_remote_code)
+        given = {"peft_config": peft_config, "trust_remote_code": trust_remote_code}
+        _forecast(plan, chosen, args, sections, prompt_tokens=longest, **given)
         on_plan(plan)
     model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
     check_vocabulary(tokenizer, model)

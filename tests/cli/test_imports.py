@@ -40,6 +40,16 @@ print("SECONDS", used.ru_utime + used.ru_stime)
     assert float(done.stdout.rpartition("SECONDS")[2]) < 1.0
 
 
+def test_a_run_of_one_step_takes_at_most_five_seconds_of_cpu(tmp_path):
+    command = ["-m", "hf_rlhf", "train", "quickstart", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    fresh_python(f"""
+import os, subprocess, sys
+subprocess.run([sys.executable, *{command!r}], check=True, stdout=subprocess.DEVNULL)
+used = os.times()
+assert used.children_user + used.children_system <= 5.0, used
+""")
+
+
 def test_nothing_heavy_is_imported_with_a_verifier():
     names = ["choice", "constraints", "exact_match", "format", "json_schema", "language", "length", "math_answer"]
     names += ["numeric", "regex", "repetition"]

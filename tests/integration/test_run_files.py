@@ -177,26 +177,31 @@ class AskedError(Exception):
     pass
 
 
-def refuse(*_: Any, **__: Any) -> None:
-    raise AskedError
-
-
 @pytest.fixture
-def no_forecast(monkeypatch) -> None:
+def no_forecast(monkeypatch) -> list[str]:
     from hf_rlhf.training import setup
     from hf_rlhf.training.offline import setup as offline
 
+    asked = []
+
+    def refuse(*_: Any, **__: Any) -> None:
+        asked.append("forecast")
+        raise AskedError
+
     for module in (setup, offline):
         monkeypatch.setattr(module, "estimate_memory", refuse)
+    return asked
 
 
 @pytest.mark.parametrize("kind", ["rollouts", "offline"])
-def test_training_forecasts_memory_only_when_asked(kind, model, tmp_path, no_forecast):
+def test_training_forecasts_memory_once_and_keeps_it_only_when_asked(kind, model, tmp_path, no_forecast):
     chosen = recipe(model) if kind == "rollouts" else off.recipe(tmp_path, "reward_model", "training.max_steps=1")
     summary = train(chosen, str(tmp_path / "plain"))
     assert summary["plan"]["memory"] == {}
+    assert len(no_forecast) == 1, "for the lines that it prints"
     with pytest.raises(AskedError):
         train(chosen, str(tmp_path / "asked"), forecast=True)
+    assert len(no_forecast) == 2
 
 
 def test_the_plan_of_a_run_has_the_forecast_where_it_was_asked_for(model, tmp_path, capsys):

@@ -10,9 +10,9 @@ import typer
 from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.flags import ShowCompletions, WithSamples
+from hf_rlhf.cli.launch import importing
 from hf_rlhf.cli.output import examples, output_to_stderr, print_json
 from hf_rlhf.metrics.live_view import LiveView, console
-from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import UserError
 
 Name = Annotated[
@@ -65,7 +65,8 @@ def pipeline(
     An interrupted run continues where it stopped: finished stages are skipped, an unfinished one resumes.
     """
     with LiveView() as view:
-        with doing("importing PyTorch and transformers"):
+        with importing():
+            import hf_rlhf.training.trainer  # noqa: F401
             from hf_rlhf.cli.runs.pipeline_run import choose_root, run_stages
             from hf_rlhf.config.pipeline import load_pipeline
 

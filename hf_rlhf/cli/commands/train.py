@@ -11,11 +11,10 @@ import typer
 from hf_rlhf.cli import completion
 from hf_rlhf.cli.app import PluginOptions, app
 from hf_rlhf.cli.flags import FLAGS, TEXT, ShowCompletions
-from hf_rlhf.cli.launch import start_processes
+from hf_rlhf.cli.launch import importing, start_processes
 from hf_rlhf.cli.output import Json, examples, output_to_stderr, print_json
 from hf_rlhf.config.mappings import meaning
 from hf_rlhf.metrics.live_view import LiveView
-from hf_rlhf.runtime.activity import doing
 from hf_rlhf.runtime.errors import UserError
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -247,7 +246,8 @@ def train(
     if resume_from_checkpoint is not None:
         where = {"true": True, "false": False}.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
     with LiveView() as view:
-        with doing("importing PyTorch and transformers"):
+        with importing():
             chosen = read(recipe, config, [*(words or []), *context.args], model, dataset, seed, max_steps, loads=True)
-            from hf_rlhf.cli.runs.run import train as run  # after the names are checked
+            import hf_rlhf.training.trainer  # noqa: F401  # after the names are checked
+            from hf_rlhf.cli.runs.run import train as run
         run(chosen, output_dir, where, trust_remote_code, forecast, allow_changed or (), view, show_completions)

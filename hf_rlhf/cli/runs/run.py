@@ -20,6 +20,7 @@ from hf_rlhf.runtime.signals import StoppedError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import TrainingArguments
 
     from hf_rlhf.config.plan import Plan
     from hf_rlhf.config.recipe import Recipe
@@ -39,27 +40,34 @@ def check(
     from hf_rlhf.training.early_checks import check_space
 
     args = recipe.training_arguments(output_dir)
-    fallible = nullcontext() if forecast else suppress(Exception)  # a run does not depend on its forecast
+    plan = _checked(recipe, args)
     known = {"trust_remote_code": trust_remote_code}
-    try:
+    with nullcontext() if forecast else suppress(Exception):  # a run does not depend on its forecast
         if isinstance(recipe, OfflineRecipe):
             from hf_rlhf.training.offline import setup as offline
 
-            plan = offline.check_recipe(recipe, args)
-            with fallible:
-                offline.estimate_memory(plan, recipe, args, **known)
+            offline.estimate_memory(plan, recipe, args, **known)
         else:
             from hf_rlhf.training import setup
 
-            plan = setup.check_recipe(recipe, args)
-            with fallible:
-                setup.estimate_memory(plan, recipe.algorithm(), args, recipe.sections, **known)
+            setup.estimate_memory(plan, recipe.algorithm(), args, recipe.sections, **known)
+    check_space(plan.memory, args)
+    return plan
+
+
+def _checked(recipe: Recipe, args: TrainingArguments) -> Plan:
+    try:
+        if isinstance(recipe, OfflineRecipe):
+            from hf_rlhf.training.offline.setup import check_recipe as check_offline
+
+            return check_offline(recipe, args)
+        from hf_rlhf.training.setup import check_recipe
+
+        return check_recipe(recipe, args)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    check_space(plan.memory, args)
-    return plan
 
 
 def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Path:
@@ -109,11 +117,11 @@ def train(
     with view or LiveView() as view:
         folder = choose_output_dir(output_dir, recipe.name, resume)
         with doing("checking the recipe"):
-            plan = check(recipe, str(folder), forecast=False)  # before anything is written
+            _checked(recipe, recipe.training_arguments(str(folder)))  # before anything is written
         checkpoint = str(newest(folder)) if resume is True else resume or None
         with only_run_in(folder):
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_changed": allow_changed}
-            return _train(recipe, plan, folder, checkpoint, view, forecast, show_completions, **options)
+            return _train(recipe, folder, checkpoint, view, forecast, show_completions, **options)
 
 
 def _check_samples(recipe: Recipe) -> None:
@@ -130,7 +138,6 @@ def _check_samples(recipe: Recipe) -> None:
 
 def _train(
     recipe: Recipe,
-    plan: Plan,
     folder: Path,
     checkpoint: str | None,
     view: LiveView,
@@ -140,24 +147,25 @@ def _train(
     trust_remote_code: bool,
     allow_changed: Sequence[str],
 ) -> dict[str, Any]:
-    """Train. `plan`: what was checked. The whole plan has a memory forecast of the loaded model and is printed after it."""
+    """Train. The whole plan has a memory forecast of the loaded model and is printed after it."""
     from transformers.utils import logging as transformers_logging
 
     from hf_rlhf.metrics.console import LiveProgress, show_lines, show_plan
     from hf_rlhf.metrics.live_view import OFFLINE_SHOWN, SHOWN
+    from hf_rlhf.training.early_checks import check_space
 
     transformers_logging.disable_progress_bar()
     out, offline = view.out, isinstance(recipe, OfflineRecipe)
     first = int(os.environ.get("RANK", "0")) == 0
 
-    def announce(made: Plan) -> None:
-        if not made.memory:
-            made.memory, made.memory_notes = plan.memory, plan.memory_notes
-        show_lines(made, out)
-        out.print()
+    def announce(plan: Plan) -> None:
+        check_space(plan.memory, recipe.training_arguments(str(folder)))
+        if first:
+            show_lines(plan, out)
+            out.print()
 
     progress = LiveProgress(view, OFFLINE_SHOWN if offline else SHOWN)
-    on_plan = announce if first and not whole_plan else None
+    on_plan = None if whole_plan else announce
     trainer = build_trainer(recipe, str(folder), [progress], trust_remote_code, on_plan)
     trainer.doctor.say = show_finding(out)
     if sample_every:

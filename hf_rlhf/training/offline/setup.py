@@ -105,8 +105,8 @@ def make_trainer(
 ) -> OfflineRun:
     """Check the recipe, encode its rows, load its model, and return the trainer that its plugin builds.
 
-    Rows are encoded, and refused, before the model is loaded; `on_plan` gets the plan in between, with a memory forecast
-    unless an adapter makes that slow. Raises `ValueError` or `UserError`.
+    Rows are encoded, and refused, before the model is loaded; `on_plan` gets the plan in between, with a memory
+    forecast. Raises `ValueError` or `UserError`.
     """
     started, view = time.perf_counter(), notebook_view(OFFLINE_SHOWN)
     args = recipe.training_arguments(output_dir)
@@ -128,9 +128,8 @@ def make_trainer(
     most = max(longest(part) for part in (train, evaluation) if part is not None)
     _put_in_words(plan, recipe, args, len(train), 0 if evaluation is None else len(evaluation), most)
     if on_plan is not None:
-        if recipe.model.lora is None:
-            with suppress(Exception):  # a run does not depend on its forecast
-                estimate_memory(plan, recipe, args, tokens=most, trust_remote_code=trust_remote_code)
+        with suppress(Exception):  # a run does not depend on its forecast
+            estimate_memory(plan, recipe, args, tokens=most, trust_remote_code=trust_remote_code)
         on_plan(plan)
     ask_for_repository(args)
     model = load_with_head(recipe.model, plugin, tokenizer, arguments["seed"], trust_remote_code)
