@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 2**22
-"""Largest chunk of logits (16 MiB in float32); two such chunks are in memory where more than the log-prob is wanted."""
+LOGITS, LOGITS_ON_GPU = 2**22, 2**28
+"""Largest chunk of logits (16 MiB in float32; on a GPU, which small products leave idle, 1 GiB); two such chunks are in memory
+where more than the log-prob is wanted."""
 IMPOSSIBLE = -1e4
 """Stand-in for a log-prob of -inf: its probability is 0 in every dtype, and it stays finite under any factor."""
-TOKENS = 128
+TOKENS = 256
 """Smallest chunk in tokens: with fewer, adding to the gradient of the head would dominate the time."""
 
 Measure = Callable[[Tensor, slice], Tensor]
@@ -88,9 +89,9 @@ def with_rest(top: Tensor) -> Tensor:
     return torch.cat([top, rest.clamp(min=torch.finfo(top.dtype).eps).log()], -1)
 
 
-def tokens_at_a_time(vocabulary: int) -> int:
+def tokens_at_a_time(vocabulary: int, device: torch.device) -> int:
     """Return the number of tokens per chunk of logits."""
-    return max(TOKENS, LOGITS // vocabulary)
+    return max(TOKENS, (LOGITS_ON_GPU if device.type == "cuda" else LOGITS) // vocabulary)
 
 
 def score(
@@ -128,7 +129,7 @@ def _by_chunks(
         log_probs = (at_least_float32(head(states)) / temperature).log_softmax(-1)
         return tuple(_read(log_probs, targets[part], wanted)) + tuple(m(log_probs, part) for m in measures.values())
 
-    pieces, size = [], min(256, tokens_at_a_time(_vocabulary(head, states)))
+    pieces, size = [], min(256, tokens_at_a_time(_vocabulary(head, states), states.device))
     for start in range(0, max(1, len(states)), size):
         part = slice(start, min(start + size, len(states)))
         if torch.is_grad_enabled():
@@ -249,7 +250,7 @@ class _Tile:
         self.inputs, self.targets, self.scale = (states, weight, bias), targets, scale
         self.states, self.weight = states.detach().to(dtype), weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        size = tokens_at_a_time(len(weight))
+        size = tokens_at_a_time(len(weight), weight.device)
         self.parts = [slice(i, min(i + size, len(states))) for i in range(0, len(states), size)] or [slice(0, 0)]
         wide = at_least_float32(self.states[:0]).dtype
         self.buffer = states.new_empty((min(size, len(states)), len(weight)), dtype=wide)

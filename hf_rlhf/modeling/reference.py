@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rlhf.modeling.lm_head import Measure, TokenStatistics, at_least_float32, tokens_at_a_time, with_rest
+from hf_rlhf.modeling.lm_head import TOKENS, Measure, TokenStatistics, at_least_float32, with_rest
 from hf_rlhf.modeling.lm_head import score as score_tokens
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.token_batch import TokenBatch
@@ -134,7 +134,7 @@ class ReferencePolicy:
         self, batch: TokenBatch, log_probs: Callable[[slice], Tensor], top_k: int | None
     ) -> dict[str, Tensor]:
         """Return logps (n,), NaN for a token that the reference does not know, and with `top_k` top_logps and top_ids (n, k)."""
-        n, size = batch.tokens, min(256, tokens_at_a_time(self.tokens))
+        n, size = batch.tokens, TOKENS
         pieces: dict[str, list[Tensor]] = {}
         for start in range(0, max(1, n), size):
             part = slice(start, min(start + size, n))

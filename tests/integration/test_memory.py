@@ -237,8 +237,8 @@ def test_a_tokens_keys_and_values_by_hand_and_as_transformers_caches_them():
 
 @pytest.mark.parametrize("tokens", [16, 100])
 def test_logits_are_held_a_chunk_at_a_time(tokens, monkeypatch):
-    monkeypatch.setattr(estimate, "tokens_at_a_time", lambda vocabulary: tokens)
-    assert estimate.logits_tile(llama(), 64) == 4 * 96 * min(tokens, 64)
+    monkeypatch.setattr(estimate, "tokens_at_a_time", lambda vocabulary, device: tokens)
+    assert estimate.logits_tile(llama(), 64, torch.device("cpu")) == 4 * 96 * min(tokens, 64)
 
 
 def setting(processes: int = 1, device: str = "cpu", **parts: Any) -> dict[str, Any]:

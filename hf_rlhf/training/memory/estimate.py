@@ -126,13 +126,13 @@ def _phases(
     whole_policy = {"gathered weights": float(tensor_bytes(model))} if shards > 1 and a.rollout.local else {}
     yield "rollout", on_device() | whole_policy | rollout
     tokens, sampled = _micro_batch(a, args, own * a.agents, prompt, length, said, shared)
-    logits = logits_tile(model, sampled)
+    logits = logits_tile(model, sampled, args.device)
     readers = [*references, *["critic"] * bool(critic)]
     old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
     if readers or old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"}:
         of_each = [(on_device(), model), *((on_device(x), references.get(x, (None, model))[1]) for x in readers)]
         forwards = [
-            x | gathered | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled)} for x, m in of_each
+            x | gathered | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled, args.device)} for x, m in of_each
         ]
         yield "forward", max(forwards, key=lambda sizes: sum(sizes.values()))  # one after the other
     if any("reward_model" in source.provides for source in a.rewards):
@@ -261,10 +261,10 @@ def cache_per_token(model: Any, half: bool) -> int:
     return 2 * sum("attention" in kind for kind in types) * heads * width * (2 if half else model.dtype.itemsize)
 
 
-def logits_tile(model: Any, tokens: int) -> int:
+def logits_tile(model: Any, tokens: int, device: torch.device) -> int:
     """Return the bytes of the logits that exist at a time."""
     vocabulary = len(model.get_output_embeddings().weight)
-    return 4 * vocabulary * min(tokens, tokens_at_a_time(vocabulary))
+    return 4 * vocabulary * min(tokens, tokens_at_a_time(vocabulary, device))
 
 
 def layer_bytes(model: Any, half: bool, tokens: int) -> float:

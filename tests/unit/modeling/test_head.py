@@ -47,6 +47,12 @@ def small(monkeypatch):
     monkeypatch.setattr(module, "TOKENS", 16)
 
 
+def test_a_chunk_is_larger_on_a_gpu_and_never_a_few_tokens(monkeypatch):
+    monkeypatch.undo()
+    sizes = [module.tokens_at_a_time(v, torch.device(d)) for v in (4096, 151_936) for d in ("cpu", "cuda")]
+    assert sizes == [1024, 65_536, 256, 1766]
+
+
 class Setting:
     """States, sampled tokens and a head, drawn anew with the same numbers each time."""
 
@@ -305,7 +311,7 @@ def test_the_loss_in_one_pass_of_the_head_is_that_of_two(name, settings, kl, mon
     in_loss = [] if kl is None else [{"use": "in_loss", "beta": BETAS[kl], "estimator": kl, "clamp": 0.3}]
     a = algorithm(name, settings, kl=in_loss, reference="frozen" if in_loss else "none")
     assert a.loss_is_fused
-    monkeypatch.setattr(module, "tokens_at_a_time", lambda vocabulary: 3)
+    monkeypatch.setattr(module, "tokens_at_a_time", lambda *_: 3)
     model = tiny_policy(dtype=torch.float64)[0]
     policy = ActorCritic(model, None, 0.9)
     with torch.no_grad():
