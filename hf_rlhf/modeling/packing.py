@@ -24,6 +24,8 @@ MASK_ELEMENTS = 2**23
 """Largest mask of a bucket of several rows, in elements (32 MiB in float32)."""
 SPREAD = 0.7
 """Shortest row of a bucket as a share of its longest; limits the padding inside attention."""
+BLOCK = 128
+"""Tokens of a block of FlexAttention's masks."""
 BRANCH = 8
 """Fewest tokens that nested rows share in a branch of their own."""
 
@@ -206,7 +208,10 @@ class Packed:
 
 
 class FlexPacked(Packed):
-    """Packed rows through FlexAttention: one call over the packed row, with a block mask."""
+    """Packed rows through FlexAttention: one call over the packed row, with a block mask.
+
+    The mask is made from blocks of tokens, never from pairs of tokens.
+    """
 
     @cached_property
     def _ends(self) -> Tensor:
@@ -221,18 +226,44 @@ class FlexPacked(Packed):
         return ends.to(self.device)
 
     def _block_mask(self, window: int | None) -> object:
-        from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import BlockMask
 
         masks = self.__dict__.setdefault("_block_masks", {})
         if window not in masks:
             ends, position, tokens = self._ends, self.position_ids[0], self.input_ids.size(1)
+            partly, fully = self._seen_blocks(window)
 
             def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 near = (q >= k) & (q < ends[k])
                 return near if window is None else near & (position[q] - position[k] < window)
 
-            masks[window] = create_block_mask(sees, None, None, tokens, tokens, device=self.device)
+            masks[window] = BlockMask.from_kv_blocks(
+                *_listed(partly), *_listed(fully), mask_mod=sees, BLOCK_SIZE=BLOCK, seq_lengths=(tokens, tokens)
+            )
         return masks[window]
+
+    def _seen_blocks(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return which blocks of keys a block of queries sees in part, and which whole: (blocks, blocks) each.
+
+        With a window, a block of which nothing is seen may count as seen in part.
+        """
+        tokens, edge = self.input_ids.size(1), BLOCK - 1
+        blocks = torch.arange(-(-tokens // BLOCK), device=self.device)
+        missing = len(blocks) * BLOCK - tokens
+
+        def least_most(x: Tensor) -> tuple[Tensor, Tensor]:
+            low = functional.pad(x, (0, missing), value=x.max().item()).view(-1, BLOCK).amin(1)
+            return low, functional.pad(x, (0, missing), value=x.min().item()).view(-1, BLOCK).amax(1)
+
+        first, (soonest, latest) = blocks * BLOCK, least_most(self._ends)
+        last = (first + edge)[:, None]
+        seen = (blocks[:, None] >= blocks) & (latest > first[:, None])
+        fully = (blocks[:, None] > blocks) & (soonest > last)
+        if window is not None:
+            low, high = least_most(self.position_ids[0])
+            seen &= low[:, None] - high < window
+            fully &= high[:, None] - low < window
+        return seen & ~fully, fully
 
     def attend(
         self,
@@ -257,6 +288,12 @@ class FlexPacked(Packed):
             query, key, value, score_mod=capped, block_mask=self._block_mask(window), scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2)
+
+
+def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of blocks seen by each and their places, as FlexAttention takes them: (1, 1, blocks) and one more."""
+    places = seen.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return seen.sum(1, dtype=torch.int32)[None, None], places.to(torch.int32)[None, None]
 
 
 def _flex(compiled: bool) -> Callable[..., Tensor]:

@@ -132,7 +132,8 @@ def _phases(
     if readers or old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"}:
         of_each = [(on_device(), model), *((on_device(x), references.get(x, (None, model))[1]) for x in readers)]
         forwards = [
-            x | gathered | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled, args.device)} for x, m in of_each
+            x | gathered | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled, args.device)}
+            for x, m in of_each
         ]
         yield "forward", max(forwards, key=lambda sizes: sum(sizes.values()))  # one after the other
     if any("reward_model" in source.provides for source in a.rewards):
