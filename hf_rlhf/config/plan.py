@@ -13,11 +13,13 @@ from hf_rlhf.config.launcher import lone_process
 from hf_rlhf.config.plan_in_words import memory_in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.references import base_label, top_k_of
+from hf_rlhf.config.schedule import schedule
 from hf_rlhf.config.training_arguments import WITHOUT_EFFECT, differences_from_recipe
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import at_path
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -58,15 +60,17 @@ def make_plan(
     lora: bool = False,
     policy_state: bool = True,
     config: Any = None,
+    device: torch.device | None = None,
 ) -> Plan:
     """Return the plan of `algorithm` on `processes` processes.
 
     `manifest` lists each plugin with its package; `policy_state`: the optimizer keeps state of the policy's parameters;
-    `config`: the policy's configuration, if it is known.
+    `config`: the policy's configuration, `device`: its device, if they are known.
     """
     plan = Plan(plugins=manifest)
     _models(plan, algorithm, lora, policy_state)
     _forwards(plan, algorithm)
+    plan.forwards += schedule(algorithm, device) if device is not None else []
     plan.remarks += _second_model(algorithm) if lora else []
     if not algorithm.rewards:
         learned = ", ".join(f"kl.{title}" for title, kl in algorithm.titled("kl") if kl.places)

@@ -145,7 +145,10 @@ class ActorCritic(nn.Module):
                 raise ValueError(
                     "a value head needs a policy that is a trunk with a linear head. Set critic.use=separate"
                 )
-            flat["values"] = at_least_float32(self.critic(batch, states if on_trunk else None))
+            there = batch.device if on_trunk else next(self.critic.parameters()).device
+            rows = batch if there == batch.device else batch.to(there)
+            found = self.critic(rows, states if on_trunk else None)
+            flat["values"] = at_least_float32(found.to(batch.device))
         flat |= {} if routers is None else {"router_logits": routers[0]}
         return {name: x if name == "loss" else batch.place(x) for name, x in flat.items()}
 

@@ -37,7 +37,7 @@ REQUIRED = {"step": int, "processes": int, "resumable": bool, "algorithm": dict,
 
 FREE = re.compile(
     r"(update|critic|(kl\.\d+\.)?reference(\.of)?|rewards\.\d+)\.offload"
-    r"|rewards\.\d+\.resources"
+    r"|rewards\.\d+\.resources|critic\.device"
     r"|rollout\.(url|sync(\.\w+)?|serve|token_env|request_timeout|request_retries|max_wait|num_workers)"
 )
 """Dotted paths of settings that do not affect results, so that a resumed run may change them."""

@@ -16,6 +16,7 @@ from hf_rlhf.axes import KLController, TrainedCritic, check_output
 from hf_rlhf.batch import Completions, Credit, Prompt, Rollouts, Scored
 from hf_rlhf.config.algorithm import Algorithm, places
 from hf_rlhf.config.references import ROWS, drifts, statistics_for
+from hf_rlhf.config.schedule import beside_forwards
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.metrics.rollout_statistics import SCORED, given_totals, report_credit, report_drift, report_rewards
@@ -155,8 +156,8 @@ class Collector:
         behind = self.forwards.references.prompts(rollouts)
         beside = run_in_thread(lambda: self._forward(rollouts, rows["mask"], exact, behind), self.accelerator.device)
         with beside as forward:
-            if any(source.runs_model for source in self.algorithm.rewards) or self.forwards.parallel.roots:
-                forward.result()  # two models at a time would need the memory of both; shards are gathered in one order
+            if self.forwards.parallel.roots or not beside_forwards(self.algorithm, self.accelerator.device):
+                forward.result()  # two models on a device would need the memory of both; shards are gathered in one order
             asked, scored_at = {}, None
             if self.algorithm.rewards:
                 with self.meters.time("reward", "rewards"), seeded(self.seed, "reward", index, attempt, rank):

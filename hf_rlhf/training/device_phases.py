@@ -68,12 +68,13 @@ class Phases:
         def state() -> Iterator[Tensor]:
             own = None if everything or critic is None else {id(p) for p in critic.parameters()}
             for parameter, kept in getattr(optimizer(), "state", {}).items():
-                if own is None or id(parameter) in own:
+                if id(parameter) not in apart and (own is None or id(parameter) in own):
                     yield from _leaves(kept)
             if everything and average is not None:
                 yield from average.tensors()
 
-        device = meters.device
+        device, here = meters.device, next(actor_critic.policy.parameters()).device
+        apart = {id(p) for p in critic.parameters() if p.device != here} if critic is not None else set()
         uses = [use.reference.base for use in algorithm.references.values() if use.in_update]
         compared = frozenset(base_label(algorithm, base) for base in uses)
         # one that is mixed with the policy; a share of 1 copies

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +14,13 @@ from hf_rlhf.axes import check_output
 from hf_rlhf.batch import Rollouts
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.references import RECIPE, keyed
+from hf_rlhf.config.schedule import device_of
 from hf_rlhf.modeling.lm_head import Measure
 from hf_rlhf.modeling.policy import ActorCritic
 from hf_rlhf.modeling.reference import ReferencePolicy
 from hf_rlhf.modeling.router import ROUTED, experts_of_rows, experts_per_token
 from hf_rlhf.modeling.token_batch import TokenBatch
+from hf_rlhf.runtime.background import run_by_device
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.micro_batches import Batching
 from hf_rlhf.training.parallel import Parallel
@@ -89,43 +92,57 @@ class Forwards:
     def _run(
         self, rollouts: Rollouts, mask: Tensor, wanted: dict[str, bool], prompts: Prompts, *, late: bool
     ) -> dict[str, Tensor]:
-        """Run the policy for `wanted` and the references, those together with it that it is compared with. `late`: those that
-        need scores, else the others."""
-        references = self.algorithm.references
+        """Run the policy for `wanted` and the references, those together with it that it is compared with; on several devices at
+        the same time. `late`: those that need scores, else the others."""
+        references, own = self.algorithm.references, self.accelerator.device
         keys = [key for key, use in references.items() if use.in_rollout and ("scores" in use.reference.needs) == late]
         compared = [key for key in keys if references[key].rollout]
-        results: dict[str, Tensor] = {}
-        if any(wanted.values()) or compared:
-
-            def act(batch: TokenBatch, rows: list[int]) -> dict[str, Tensor]:
-                kept: dict[str, Tensor] = {}
-                measures: dict[str, Measure] = {}
-                with self.accelerator.autocast():
-                    for key in compared:
-                        own = batch if key not in prompts or not rows else batch.behind([prompts[key][i] for i in rows])
-                        scores, of_key = self.references.score(key, own, compared=True)
-                        kept, measures = kept | scores, measures | of_key
-                    found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures or None)
-                if "router_logits" in found:
-                    chosen = experts_per_token(self.actor_critic.policy.config)
-                    on = batch.place(torch.ones_like(batch.targets))
-                    found[ROUTED] = experts_of_rows(found.pop("router_logits"), on, chosen)
-                return kept | found
-
-            with self.phases.forward(critic=wanted["values"], references=self.references.labels(compared)):
-                found = self._over_rows(act, rollouts, mask)
-            if not wanted["logps"]:
-                found.pop("logps", None)
-            results |= {OLD.get(name, name): x for name, x in found.items()}
+        critic = device_of(self.algorithm.critic, own)
+        apart = wanted["values"] and critic != own
+        of_policy = wanted | {"values": wanted["values"] and not apart}
+        works: list[tuple[torch.device, Callable[[], dict[str, Tensor]]]] = []
+        if any(of_policy.values()) or compared:
+            works.append((own, lambda: self._act(rollouts, mask, of_policy, compared, prompts)))
+        if apart:
+            alone = dict.fromkeys(wanted, False) | {"values": True}
+            works.append((critic, lambda: self._act(rollouts, mask, alone, [], prompts)))
         for key in keys:
             if key not in compared:
-                results |= self._refer(key, rollouts, mask, prompts.get(key))
+                refer = partial(self._refer, key, rollouts, mask, prompts.get(key))
+                works.append((device_of(references[key].reference.base, own), refer))
+        results = {name: x for found in run_by_device(works) for name, x in found.items()}
         for key in keys:
             if (name := keyed("ref_logps", key)) in results:
                 results[name] = self._known(key, results[name], rollouts, mask)
                 check_output("reference", references[key].reference, results[name], mask, method="logps")
         self.parallel.reshard()
         return results
+
+    def _act(
+        self, rollouts: Rollouts, mask: Tensor, wanted: dict[str, bool], compared: list[str], prompts: Prompts
+    ) -> dict[str, Tensor]:
+        """Run policy or critic for `wanted`, together with the references that the policy is `compared` with."""
+
+        def act(batch: TokenBatch, rows: list[int]) -> dict[str, Tensor]:
+            kept: dict[str, Tensor] = {}
+            measures: dict[str, Measure] = {}
+            with self.accelerator.autocast():
+                for key in compared:
+                    own = batch if key not in prompts or not rows else batch.behind([prompts[key][i] for i in rows])
+                    scores, of_key = self.references.score(key, own, compared=True)
+                    kept, measures = kept | scores, measures | of_key
+                found: dict[str, Tensor] = self.actor_critic(batch, **wanted, measures=measures or None)
+            if "router_logits" in found:
+                chosen = experts_per_token(self.actor_critic.policy.config)
+                on = batch.place(torch.ones_like(batch.targets))
+                found[ROUTED] = experts_of_rows(found.pop("router_logits"), on, chosen)
+            return kept | found
+
+        with self.phases.forward(critic=wanted["values"], references=self.references.labels(compared)):
+            found = self._over_rows(act, rollouts, mask)
+        if not wanted["logps"]:
+            found.pop("logps", None)
+        return {OLD.get(name, name): x for name, x in found.items()}
 
     def _refer(self, key: str, rollouts: Rollouts, mask: Tensor, prompts: list[list[int]] | None) -> dict[str, Tensor]:
         """Run one reference."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_rlhf.axes import KLEstimator, KLPlacement, TextTerm, TrainedCritic, check_output
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.references import ROWS, key_of, keyed
+from hf_rlhf.data.model_loading import zero_dropout
 from hf_rlhf.metrics.aggregator import MetricAggregator
 from hf_rlhf.modeling.lm_head import Derivative
 
@@ -180,9 +181,11 @@ def value_term(
     return {"value/loss": critic.coef * 0.5 * (error * inputs["value_weights"]).sum()}
 
 
-def build_critic(a: Algorithm, policy: Any) -> nn.Module | None:
+def build_critic(a: Algorithm, policy: Any, dropout: bool) -> nn.Module | None:
     """Build the critic's module, if there is one; the values of each of its calls are checked."""
     built, critic = a.critic.build(policy, a), a.critic
+    if built is not None and not dropout:
+        zero_dropout(built)
     if not isinstance(critic, TrainedCritic):
         return built
     module: nn.Module = check_output("critic", critic, built, None, method="build")

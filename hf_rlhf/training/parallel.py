@@ -73,7 +73,7 @@ class Parallel:
         """Return the module whose backward averages gradients over processes."""
         if self.sharding is not None:
             return module
-        wrapped: nn.Module = self.accelerator.prepare_model(module)
+        wrapped: nn.Module = self.accelerator.prepare_model(module, device_placement=False)  # a critic may be elsewhere
         return wrapped
 
     def unwrap(self, module: Any) -> Any:
@@ -106,7 +106,8 @@ def gradients_are_finite(module: nn.Module) -> bool:
     """Return whether every gradient of the module, of a sharded one this process's part, is finite."""
     gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
     wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
-    return not gradients or bool(torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all())
+    norms = [x.to(gradients[0].device) for x in torch._foreach_norm(gradients, 2, wide)]
+    return not gradients or bool(torch.stack(norms).isfinite().all())
 
 
 def state_dict(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from hf_rlhf.axes import Reference, check_output
 from hf_rlhf.batch import ReferenceRows, Rollouts
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.references import BEHIND, ROWS, base_label, bases_of, keyed, top_k_of
+from hf_rlhf.config.schedule import device_of
 from hf_rlhf.modeling.lm_head import Measure
 from hf_rlhf.modeling.reference import DISTRIBUTIONS, ReferencePolicy, Scorer, measures_of, measures_of_top
 from hf_rlhf.modeling.token_batch import TokenBatch
@@ -39,7 +40,7 @@ class References:
         models: Models = {}
         for label, base in bases_of(a).items():
             own = check_output("reference", base, base.build(policy), None, method="build")
-            models[label] = base, None if own is None else own.to(getattr(base, "device", None) or device)
+            models[label] = base, None if own is None else own.to(device_of(base, device))
         scorers = {}
         for key, use in a.references.items():
             base, own = models[base_label(a, use.reference)]

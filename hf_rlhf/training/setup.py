@@ -14,6 +14,7 @@ from hf_rlhf.config.optimizer_arguments import optimizer_problems
 from hf_rlhf.config.plan import Plan, make_plan, plugin_remarks, recipe_remarks
 from hf_rlhf.config.plan_in_words import Counts, in_words
 from hf_rlhf.config.recipe import Recipe
+from hf_rlhf.config.schedule import device_of, device_problems
 from hf_rlhf.config.sections import SECTIONS, Dataset, Evaluation, Logging
 from hf_rlhf.config.sharding import process_problems, sharding_problems
 from hf_rlhf.config.training_arguments import DEFAULTS, check_arguments, training_of
@@ -26,7 +27,6 @@ from hf_rlhf.data.model_loading import (
     load_tokenizer,
     lora_config,
     prepare_tokenizer,
-    zero_dropout,
 )
 from hf_rlhf.data.prompt_stream import order_problem
 from hf_rlhf.data.prompts import Prompts, StreamedPrompts, check_columns, load_prompts, prompt_room, read_columns
@@ -110,10 +110,9 @@ class RunComponents:
         """Build policy with critic, and the references. New weights of the critic depend on the seed alone."""
         a = self.algorithm
         with seeded(args.seed, "critic"):
-            critic = build_critic(a, model)
-        if critic is not None and not self.sections["model"].dropout:
-            zero_dropout(critic)
-        actor_critic = ActorCritic(model, critic, a.rollout.temperature).to(args.device)
+            critic = build_critic(a, model, self.sections["model"].dropout)
+        actor_critic = ActorCritic(model, None, a.rollout.temperature).to(args.device)
+        actor_critic.critic = None if critic is None else critic.to(device_of(a.critic, args.device))
         check_trained(actor_critic, "policy and critic" if critic is not None else "the policy")
         check_causal(model)
         return actor_critic, References.build(a, model, args.device)
@@ -365,7 +364,7 @@ def describe(
         *refused,
     ]
     problems += [f"optimizer={algorithm.optimizer.name}: {why}" for why in algorithm.optimizer.check_arguments(args)]
-    problems += [*offload_problems(algorithm, args), *optimizer_problems(args)]
+    problems += [*offload_problems(algorithm, args), *device_problems(algorithm, args), *optimizer_problems(args)]
     problems += sharding_problems(algorithm, args, sections["model"])
     problems += router_problems(algorithm, config)
     if config is not None:
@@ -382,7 +381,7 @@ def describe(
         ]
     _refuse(problems)
     manifest = get_host().manifest([type(plugin) for _, plugin in algorithm.plugins()])
-    of_run = {"lora": lora, "policy_state": policy_state(algorithm, args), "config": config}
+    of_run = {"lora": lora, "policy_state": policy_state(algorithm, args), "config": config, "device": args.device}
     rows = args.per_device_train_batch_size
     plan = make_plan(algorithm, manifest, processes=args.world_size, rows_per_micro_batch=rows, **of_run)
     plan.remarks += dtype_remarks(dtype, lora, args, config)

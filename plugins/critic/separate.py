@@ -30,6 +30,9 @@ class Separate(TrainedCritic):
     adapter: bool = False
     """Train a copy of the policy's adapter (model.lora) on the policy's frozen weights, which are then in memory once,
     instead of a whole second model."""
+    device: str | None = None
+    """Device on which it stays, such as cuda:1; the policy's by default. Its forwards and backwards then run beside the
+    policy's."""
     offload: bool = False
     """Keep its own weights and their optimizer state in main memory while completions are sampled and scored. The trained
     parameters are bit-identical."""
@@ -47,6 +50,9 @@ class Separate(TrainedCritic):
                 "critic.init is 'reward' but no reward source is a model. "
                 "Add {use: reward_model, model: ...} to rewards, or set critic.init=policy"
             )
+        if self.device is not None and (self.adapter or self.offload):
+            why = "adapter shares the policy's weights" if self.adapter else "offload moves it to the policy's device"
+            yield f"critic.{why}, and device={self.device} keeps it elsewhere. Leave one of them out"
         if self.adapter and self.init != "policy":
             yield f"critic.init must be 'policy' with critic.adapter, got {self.init!r}. Set init=policy or adapter=false"
 

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 from hf_rlhf.axes import Reference, TrainedCritic, UpdateRule
 from hf_rlhf.config.algorithm import Algorithm
+from hf_rlhf.config.schedule import device_of
 from hf_rlhf.config.sharding import sharding_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.adapters import add_adapter
@@ -88,7 +89,7 @@ def _phases(
     model: Any, a: Algorithm, args: TrainingArguments, prompt: int, length: int, notes: list[str]
 ) -> Iterator[tuple[str, Sizes]]:
     """Yield each phase with what it holds and computes, in bytes."""
-    separate = isinstance(a.critic, TrainedCritic) and not a.critic.shares_forward
+    separate = isinstance(a.critic, TrainedCritic) and not a.critic.shares_forward and _is_here(a.critic, args)
     trunk = trunk_of(model).named_parameters() if separate else ()
     whole = "adapter" not in a.critic.needs  # else an adapter on the policy's frozen weights
     critic = sum(p.nbytes for name, p in trunk if ("lora_" not in name if whole else p.requires_grad))
@@ -174,7 +175,7 @@ def _held(
     trained = tensor_bytes(model, trainable=True)
     yield "weights", tensor_bytes(model), []
     for label, source in zip(a.labels(), a.rewards, strict=True):
-        if "reward_model" in source.provides and getattr(source, "device", "auto") in ("auto", args.device.type):
+        if "reward_model" in source.provides and source.workers != "ray" and _is_here(source, args):
             try:
                 named = {key: getattr(source, key) for key in ("revision", "dtype") if hasattr(source, key)}
                 reward = without_weights(AutoModel, Model(path=getattr(source, "model", label), **named))
@@ -193,6 +194,10 @@ def _held(
         yield "optimizer", factor * trained, [a.update]
         yield "optimizer", factor * critic, [a.update, a.critic]
     yield "gradient buckets", (trained + critic) * (args.world_size > 1 and sharding_of(args) is None), []
+
+
+def _is_here(part: Any, args: TrainingArguments) -> bool:
+    return device_of(part, args.device) == args.device
 
 
 def conversation(a: Algorithm, length: int) -> tuple[int, int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_rlhf.axes import Reference
 from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.references import base_label, bases_of
+from hf_rlhf.config.schedule import device_of
 from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.data.model_loading import without_weights
 from hf_rlhf.runtime.errors import UserError
@@ -22,7 +22,7 @@ def reference_models(
     stands for a copy of it."""
     found: dict[str, tuple[Reference, Any]] = {}
     for label, base in bases_of(a).items():
-        if "adapter" in base.needs or base.follows_policy or not _is_here(base, args):
+        if "adapter" in base.needs or base.follows_policy or device_of(base, args.device) != args.device:
             continue
         path, given = getattr(base, "path", None), getattr(base, "dtype", "policy")
         if path is None and type(base).score is not Reference.score:  # a server's, for instance
@@ -37,11 +37,6 @@ def reference_models(
         except UserError as error:
             notes.append(f"without the model of {label}: {error}")
     return found
-
-
-def _is_here(base: Reference, args: TrainingArguments) -> bool:
-    device = getattr(base, "device", None)
-    return device is None or torch.device(device).type == args.device.type
 
 
 def kept_scores(a: Algorithm, rows: int, length: int, itemsize: int) -> int:

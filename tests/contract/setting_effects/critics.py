@@ -70,6 +70,14 @@ def credited(folder: Path, whiten_rewards: bool) -> Any:
 EFFECTS["advantages.gae.whiten_rewards"] = SettingEffect(False, True, credited)
 
 
+def critics_device(folder: Path, device: str | None) -> torch.device:
+    made = runs.trainer(folder, **with_critic("separate", "device", device))
+    return next(made.actor_critic.critic.parameters()).device
+
+
+EFFECTS["critic.separate.device"] = SettingEffect(None, "meta", critics_device)
+
+
 # What is offloaded
 
 
