@@ -32,6 +32,7 @@ EXIT_CODES = (
 FIRST = (
     "train",
     "check",
+    "plan",
     "evaluate",
     "chat",
     "play",

@@ -25,6 +25,7 @@ def add_commands() -> None:
         lab,
         new,
         pipeline,
+        plan,
         play,
         plugins_check,
         report,

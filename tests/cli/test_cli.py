@@ -101,7 +101,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, recipe in {"quickstart": "quickstart", "grpo": "grpo", "rloo": "rloo", "a": "grpo", "b": "rloo"}.items():
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / "recipe.yaml").write_text(load_recipe(recipe).dump())
-        (tmp_path / "outputs" / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
+        times = '"time/rollout_s": 0.2, "time/update_s": 0.1, "rollout/length/mean": 4.0'
+        (tmp_path / "outputs" / name / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 0.0, {times}}}\n')
     (tmp_path / "rewards.py").write_text(
         "def brevity(completions, **_):\n    return [1.0 / len(c) for c in completions]\n"
     )

@@ -231,6 +231,7 @@ def brief(words: list[str]) -> list[str]:
         "evaluate",
         "chat",
         "play",
+        "plan",
         "serve-engine",
     ):  # tests/cli/test_evaluate.py, _chat.py and _play.py run them
         return [*words, "--help"]

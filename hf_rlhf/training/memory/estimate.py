@@ -77,12 +77,17 @@ def estimate(
     except UserError as error:
         return Estimate(notes=[f"not estimated: {error}"])
     if prompt_tokens is None:
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        prompt_tokens = min(PROMPT_TOKENS, max(1, context - length))
+        prompt_tokens = assumed_prompt(model, length)
         found.notes.append(f"prompts of {prompt_tokens} tokens are assumed: dataset.max_prompt_tokens sets a bound")
     for phase, sizes in _phases(model, a, args, prompt_tokens, length, found.notes):
         found.add(phase, sizes, spared)
     return found
+
+
+def assumed_prompt(model: Any, length: int) -> int:
+    """Return the tokens of the longest prompt where nothing bounds prompts, beside completions of `length`."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return min(PROMPT_TOKENS, max(1, context - length))
 
 
 def _phases(
@@ -129,8 +134,7 @@ def _phases(
     tokens, sampled = _micro_batch(a, args, own * a.agents, prompt, length, said, shared)
     logits = logits_tile(model, sampled, args.device)
     readers = [*references, *["critic"] * bool(critic)]
-    old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
-    if readers or old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"}:
+    if readers or reads_policy(model, a, half):
         of_each = [(on_device(), model), *((on_device(x), references.get(x, (None, model))[1]) for x in readers)]
         forwards = [
             x | gathered | {"forward": layer_bytes(m, half, tokens) + logits_tile(m, sampled, args.device)}
@@ -146,6 +150,12 @@ def _phases(
     backward = (step if a.steps_per_rollout > 1 else on_device(*models)) | gradients
     backward |= gathered | micro_batch_bytes(model, args, tokens, 2 * logits, 1 + bool(critic))
     yield "update", max(backward, step, key=lambda sizes: sum(sizes.values()))
+
+
+def reads_policy(model: Any, a: Algorithm, half: bool) -> bool:
+    """Return whether the policy is run without gradient between rollout and update."""
+    old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
+    return bool(old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"})
 
 
 def _micro_batch(
@@ -174,14 +184,8 @@ def _held(
     """Yield parts with their bytes, and the choices of which one may `offload` them in phases that do not read them."""
     trained = tensor_bytes(model, trainable=True)
     yield "weights", tensor_bytes(model), []
-    for label, source in zip(a.labels(), a.rewards, strict=True):
-        if "reward_model" in source.provides and source.workers != "ray" and _is_here(source, args):
-            try:
-                named = {key: getattr(source, key) for key in ("revision", "dtype") if hasattr(source, key)}
-                reward = without_weights(AutoModel, Model(path=getattr(source, "model", label), **named))
-                yield "reward models", tensor_bytes(reward), [source]
-            except UserError as error:
-                notes.append(f"without the reward model {label}: {error}")
+    for source, reward in reward_models(a, args, notes):
+        yield "reward models", tensor_bytes(reward), [source]
     for reference, (base, its) in references.items():
         yield reference, trained if its is model else tensor_bytes(its), [base]
     if any(use.reference.base is not use.reference for use in a.references.values()):
@@ -198,6 +202,17 @@ def _held(
 
 def _is_here(part: Any, args: TrainingArguments) -> bool:
     return device_of(part, args.device) == args.device
+
+
+def reward_models(a: Algorithm, args: TrainingArguments, notes: list[str]) -> Iterator[tuple[Any, Any]]:
+    """Yield reward sources that run a model on this device, each with its model without weights."""
+    for label, source in zip(a.labels(), a.rewards, strict=True):
+        if "reward_model" in source.provides and source.workers != "ray" and _is_here(source, args):
+            try:
+                named = {key: getattr(source, key) for key in ("revision", "dtype") if hasattr(source, key)}
+                yield source, without_weights(AutoModel, Model(path=getattr(source, "model", label), **named))
+            except UserError as error:
+                notes.append(f"without the reward model {label}: {error}")
 
 
 def conversation(a: Algorithm, length: int) -> tuple[int, int]:

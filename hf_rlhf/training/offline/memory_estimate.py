@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 
 from hf_rlhf.config.sharding import sharding_of
@@ -31,8 +33,7 @@ def estimate_offline(
     footprint, auto = trainer.footprint(adapter is not None), getattr(transformers, AUTO[trainer.head])
     try:
         plain = without_weights(auto, settings, trust_remote_code, num_labels=trainer.outputs)
-        context = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
-        bound = min((x for x in (trainer.max_length, context) if x is not None), default=tokens)
+        bound = most_tokens(plain, trainer) or tokens
         if bound is None:
             raise ModelError("nothing bounds a row's tokens; set trainer.max_length")
         model = memory.with_adapter(plain, adapter)
@@ -60,3 +61,9 @@ def estimate_offline(
     batch = memory.micro_batch_bytes(model, args, count, row * min(count, TILE[0]))
     found.add("update", held | {"gradients": trained / shards} | batch, spared)
     return found
+
+
+def most_tokens(model: Any, trainer: OfflineTrainer) -> int | None:
+    """Return the most tokens of a row that the trainer and the model allow; None without a bound."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min((x for x in (trainer.max_length, context) if x is not None), default=None)
