@@ -30,6 +30,7 @@ from hf_rlhf.axes import (
     UpdateRule,
     axis_of,
 )
+from hf_rlhf.config.old_logps import old_logps_problems, readers_before_update
 from hf_rlhf.config.plugin_tree import walk
 from hf_rlhf.config.references import EARLY, ReferenceUse, reference_problems, references_of
 from hf_rlhf.config.sections import Update
@@ -113,13 +114,23 @@ class Algorithm:
     @cached_property
     def samples_old_logps(self) -> bool:
         """True if log-probs reported by the rollout engine, in float32 or better, serve as the old ones."""
+        if self.update.old_logps != "auto":
+            return self.update.old_logps == "sampler"
         return bool(self.readers_of_old_logps) and self.rollout.exact_logps and not self.compares_sampler
+
+    @cached_property
+    def corrects_in_loss(self) -> bool:
+        """True if the rollout correction compares the sampler with the update's own log-probs."""
+        return self.update.old_logps == "lazy" and "sampler_logps" in self.rollout_correction.needs
 
     @cached_property
     def compares_sampler(self) -> bool:
         """True if the sampler's log-probs are compared with the policy's: something reads both, or the sampler has a copy of the
         weights."""
-        return "sampler_logps" in self.needs or (not self.rollout.local and "sampler_logps" in self.rollout.provides)
+        if "sampler_logps" in self.needs:
+            return True
+        copied = not self.rollout.local and "sampler_logps" in self.rollout.provides
+        return copied and self.update.old_logps != "sampler"
 
     @cached_property
     def skips_rows_without_advantage(self) -> bool:
@@ -143,7 +154,8 @@ class Algorithm:
             if not kl.token_level or kl.level != "token" or "full_distribution" in kl.estimator.needs
         ]
         by_row = self.policy_loss.needs & {"total_score", "group_ids"}
-        return self.policy_loss.token_level and not any((by_row, others, whole, "double_backward" in self.needs))
+        others_of_row = (by_row, others, whole, "double_backward" in self.needs, self.corrects_in_loss)
+        return self.policy_loss.token_level and not any(others_of_row)
 
     @property
     def loss_is_fused(self) -> bool:
@@ -162,22 +174,7 @@ class Algorithm:
     @cached_property
     def readers_of_old_logps(self) -> list[str]:
         """Readers of log-probs from before the first update; without any, the update's own forward computes them."""
-        several = self.steps_per_rollout > 1
-        # in a single step the ratio is 1, and the update's own log-probs serve
-        own = [f"kl.{i}.estimator" for i, kl in enumerate(self.kl) if kl.places <= {"loss"}]
-        readers = [
-            path
-            for path, p in self.plugins()
-            if "old_logps" in p.needs and not path.startswith("policy_loss") and (several or path not in own)
-        ]
-        readers += [f"kl.{kl.name} in the {place}" for place in ("reward", "advantage") for _, kl in self.kl_in(place)]
-        if self.compares_sampler and "sampler_logps" not in self.needs:
-            readers.append(f"the comparison with rollout={self.rollout.name}")
-        if several and "old_logps" in self.policy_loss.needs:
-            readers.append(f"policy_loss ({self.steps_per_rollout} optimizer steps per rollout)")
-        elif "selected" in self.policy_loss.needs:
-            readers.append("policy_loss (it selects tokens before the updates)")
-        return readers
+        return [] if self.update.old_logps == "lazy" else readers_before_update(self)
 
     def kl_over_distributions(self, moment: str) -> list[tuple[str, KLPlacement]]:
         """Return (name in logs, placement) of KLs over whole distributions measured in the `rollout` or `update`."""
@@ -240,6 +237,7 @@ class Algorithm:
         yield from self._unused()
         yield from self._without_rewards()
         yield from self._counts()
+        yield from old_logps_problems(self)
         yield from self._rewards()
         yield from reference_problems(self)
         yield from self._own_checks()

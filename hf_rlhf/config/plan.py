@@ -186,16 +186,20 @@ def _forwards(plan: Plan, a: Algorithm) -> None:
     rows = a.rollout.prompts * a.rollout.num_generations * a.agents
     forward = bool(a.readers_of_old_logps) and not a.samples_old_logps
     if a.samples_old_logps:
+        rounded = f" (in half precision or under autocast they take a forward over {rows} rows)"
         plan.skipped.append(
-            f"old log-probs: rollout={a.rollout.name} notes them while sampling, for {'; '.join(a.readers_of_old_logps)} "
-            f"(in half precision or under autocast they take a forward over {rows} rows)"
+            f"old log-probs: rollout={a.rollout.name} notes them while sampling, for {'; '.join(a.readers_of_old_logps)}"
+            f"{rounded if a.update.old_logps == 'auto' else ''}"
         )
     elif forward:
         plan.forwards.append(
             f"policy over {rows} rows, without gradient: old log-probs for {'; '.join(a.readers_of_old_logps)}"
         )
     elif "old_logps" in a.policy_loss.needs:
-        plan.skipped.append("old log-probs: one optimizer step per rollout, so the update's own are the policy's")
+        later = f"; rollout_correction={a.rollout_correction.name} is taken there" if a.corrects_in_loss else ""
+        plan.skipped.append(
+            f"old log-probs: one optimizer step per rollout, so the update's own are the policy's{later}"
+        )
     else:
         plan.skipped.append(f"old log-probs: policy_loss={a.policy_loss.name} does not read them")
     plan.forwards += _reference_forwards(a, rows)

@@ -75,6 +75,11 @@ class Update:
     """`auto`: where policy loss and KL are `token_level`, differentiate them on the tiles of the language-model head, whose
     logits are then made once. `off`: call them on (B, T) tensors, and `backward()` differentiates what they return. Both
     give the same numbers up to rounding."""
+    old_logps: Literal["auto", "trainer", "lazy", "sampler"] = "auto"
+    """Where the log-probs of the policy that sampled come from. `trainer`: a forward before the first update, if anything reads
+    them. `auto`: the same, or without it what the rollout engine noted, if that is exact. `lazy`: the update's own forward, in
+    the only optimizer step of a rollout; a rollout correction is then taken in the loss. `sampler`: the engine, exact or not;
+    the ratio of the policy loss then corrects for it, and no other correction may."""
     offload: bool = False
     """Keep the state of the update in main memory while completions are sampled and scored: the optimizer's state and the
     average of `update.ema`, including the critic's. Gradients are freed before each rollout in any case. The trained

@@ -36,7 +36,7 @@ def _old(a: Algorithm) -> bool:
 
 
 def _compares(a: Algorithm) -> bool:
-    return a.compares_sampler and bool(a.readers_of_old_logps)
+    return a.compares_sampler and (a.update.old_logps == "lazy" or bool(a.readers_of_old_logps))
 
 
 def _corrects(a: Algorithm) -> bool:
@@ -55,6 +55,10 @@ GIVEN: dict[str, Given] = {
     "own_drift": Given("with a reference of that placement's own, and old log-probs", lambda a: bool(drifts(a))),
     "old": Given("if something reads the old log-probs", _old),
     "sampler": Given("if something reads the sampler's log-probs, or it has a copy of the weights", _compares),
+    "sampler_before": Given(
+        "the same, if the trainer computes its own before the update",
+        lambda a: a.compares_sampler and bool(a.readers_of_old_logps),
+    ),
     "copy": Given("where the sampler has a copy of the weights", lambda a: not a.rollout.local),
     "correction": Given("with a rollout correction", _corrects),
     "rewards": Given("with rewards", lambda a: bool(a.rewards)),

@@ -35,7 +35,7 @@ RUNNING: tuple[CoreMetric, ...] = (
         unhealthy="Sampler and trainer are not the same model: other precision, temperature or stale weights; use a "
         "`rollout_correction` and look at the engine.",
     ),
-    core(ROLLOUTS, "rollout/sampler_gap/max", "nats", "the largest", "sampler", summary="max"),
+    core(ROLLOUTS, "rollout/sampler_gap/max", "nats", "the largest", "sampler_before", summary="max"),
     core(
         ROLLOUTS,
         "rollout/sampler_gap/beyond_clip",

@@ -45,6 +45,7 @@ ANY = object()
 """Stands for a value that older checkpoints did not keep."""
 ADDED = {
     "update.fused_loss": "auto",
+    "update.old_logps": "auto",
     "training.per_device_train_batch_size": ANY,
     **{f"{section}.use_{kind}": False for section in ("model.lora", "peft") for kind in ("dora", "rslora")},
     "rollout.skip_special_tokens": True,

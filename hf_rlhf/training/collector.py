@@ -32,7 +32,7 @@ from hf_rlhf.training.engine_weights import AwakeEngine
 from hf_rlhf.training.environments.statistics import report_episodes
 from hf_rlhf.training.environments.turns import turn_columns
 from hf_rlhf.training.logprobs import Forwards, Prompts
-from hf_rlhf.training.losses import at_last_token, measured, penalty_of
+from hf_rlhf.training.losses import at_last_token, correction_of, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
 from hf_rlhf.training.references import scores_of
 from hf_rlhf.training.rollout_buffer import Buffer, Collected, kept_for_steps, selection
@@ -152,7 +152,7 @@ class Collector:
         if self.algorithm.compares_sampler:
             assert sampled is not None
             rows["sampler_logps"] = sampled
-        exact = sampled if completions.exact else None
+        exact = sampled if completions.exact or self.algorithm.update.old_logps == "sampler" else None
         behind = self.forwards.references.prompts(rollouts)
         beside = run_in_thread(lambda: self._forward(rollouts, rows["mask"], exact, behind), self.accelerator.device)
         with beside as forward:
@@ -367,15 +367,8 @@ class Collector:
         table, rows = collected.table, collected.rows
         if len(scored.mask) and not len(table["mask"]):
             self.meters.put("health/empty_rollout", 1)
-        if "sampler_logps" in a.rollout_correction.needs:
-            inputs = {name: rows[name] for name in ("old_logps", "sampler_logps", "mask")}
-            factors = a.rollout_correction(*inputs.values())
-            rows["correction"] = check_output(
-                "rollout_correction", a.rollout_correction, factors, rows["mask"], inputs=inputs
-            )
-            on = rows["mask"].sum()
-            self.meters.add("rollout/is_ratio/mean", (rows["correction"] * rows["mask"]).sum(), on)
-            self.meters.add("rollout/is_ratio/zero_frac", ((rows["correction"] == 0) * rows["mask"]).sum(), on)
+        if "sampler_logps" in a.rollout_correction.needs and not a.corrects_in_loss:
+            rows["correction"] = correction_of(a, rows, rows["mask"], self.meters)
         return Buffer(
             index=index,
             prompt_ids=collected.prompt_ids,

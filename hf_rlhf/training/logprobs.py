@@ -56,7 +56,9 @@ class Forwards:
 
     @property
     def takes_old_logps(self) -> bool:
-        """True if the sampler's log-probs serve as the old ones: not if autocast or half precision rounds them."""
+        """True if the sampler's log-probs serve as the old ones, by choice or because nothing rounds them."""
+        if self.algorithm.update.old_logps == "sampler":
+            return True
         whole = next(self.actor_critic.parameters()).dtype in (torch.float32, torch.float64)
         return self.algorithm.samples_old_logps and whole and self.accelerator.mixed_precision == "no"
 

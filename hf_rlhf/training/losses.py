@@ -13,6 +13,7 @@ from hf_rlhf.config.algorithm import Algorithm
 from hf_rlhf.config.references import ROWS, key_of, keyed
 from hf_rlhf.data.model_loading import zero_dropout
 from hf_rlhf.metrics.aggregator import MetricAggregator
+from hf_rlhf.metrics.rollout_statistics import CLIP
 from hf_rlhf.modeling.lm_head import Derivative
 
 POLICY_GETS = frozenset({"old_logps"})
@@ -66,8 +67,9 @@ def _terms(
     extras = a.extras(a.policy_loss, known, POLICY_GETS)
     found = a.policy_loss(logps, known["old_logps"], inputs["advantages"], mask, **extras)
     per_token, metrics = check_output("policy_loss", a.policy_loss, found, mask, inputs=read)
-    if "correction" in inputs:
-        per_token = per_token * inputs["correction"]
+    correction = correction_of(a, known, mask, meters) if a.corrects_in_loss else inputs.get("correction")
+    if correction is not None:
+        per_token = per_token * correction
     terms = {"policy/loss": (per_token * weights).sum()}
     for title, kl in a.kl_in("loss"):
         penalty = penalty_of(kl, "loss", measured(a, title, kl, known, mask, meters), known.get(f"{ROWS}{title}"))
@@ -79,6 +81,16 @@ def _terms(
             check_output("loss_terms", term, value, mask, inputs=read)
             terms[f"plugin/{title}/loss"] = (value * inputs[f"term_weights:{i}"]).sum()
     return terms, known, metrics
+
+
+def correction_of(a: Algorithm, known: dict[str, Tensor], mask: Tensor, meters: MetricAggregator) -> Tensor:
+    """Return what the rollout correction multiplies the loss of rows (R, T) with. `known`: both log-probs."""
+    inputs = {"old_logps": known["old_logps"], "sampler_logps": known["sampler_logps"], "mask": mask}
+    found = a.rollout_correction(*inputs.values())
+    factors: Tensor = check_output("rollout_correction", a.rollout_correction, found, mask, inputs=inputs)
+    meters.add("rollout/is_ratio/mean", (factors * mask).sum(), mask.sum())
+    meters.add("rollout/is_ratio/zero_frac", ((factors == 0) * mask).sum(), mask.sum())
+    return factors
 
 
 def text_term(a: Algorithm, new: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -151,6 +163,10 @@ def _measure(
     if "old_logps" in a.policy_loss.needs or a.readers_of_old_logps:  # else the sampling policy is unknown
         meters.add("policy/approx_kl", ((log_ratio.expm1() - log_ratio) * mask).sum(), tokens)
         meters.add("policy/ratio", (log_ratio.exp() * mask).sum(), tokens)
+    if a.update.old_logps == "lazy" and "sampler_logps" in known:
+        gap = (old - known["sampler_logps"]) * mask
+        meters.add("rollout/sampler_gap/mean", gap.abs().sum(), tokens)
+        meters.add("rollout/sampler_gap/beyond_clip", (gap.expm1().abs() > CLIP).any(1).sum(), rows)
     meters.add("policy/entropy", (known.get("entropy", -logps) * mask).sum(), tokens)
     if taken := sorted(MEASURED & metrics.keys()):
         raise ValueError(

@@ -6,6 +6,7 @@ weights to save, merge or send them, calls this module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -95,7 +96,16 @@ class Parallel:
 
     def clip_grad_norm(self, module: nn.Module, limit: float) -> Any:
         """Scale the module's gradients to at most this norm, and return the norm they had."""
-        return whole(self.accelerator.clip_grad_norm_(module.parameters(), limit))
+        if self.sharding is None:
+            return self.accelerator.clip_grad_norm_(module.parameters(), limit)
+        gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
+        norms = torch._foreach_norm(gradients, 2)
+        square = torch.stack(norms).square().sum()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        if math.isfinite(limit):
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def gradients_are_finite(self, module: nn.Module) -> bool:
         """Return whether every gradient of the module, on every process, is finite."""

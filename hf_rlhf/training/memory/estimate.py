@@ -154,7 +154,8 @@ def _phases(
 
 def reads_policy(model: Any, a: Algorithm, half: bool) -> bool:
     """Return whether the policy is run without gradient between rollout and update."""
-    old = a.readers_of_old_logps and (half or model.dtype.itemsize < 4 or not a.samples_old_logps)
+    noted = a.samples_old_logps and (a.update.old_logps == "sampler" or not (half or model.dtype.itemsize < 4))
+    old = a.readers_of_old_logps and not noted
     return bool(old or a.needs & {"sum_sq_probs", "old_entropy", "routing_fractions"})
 
 

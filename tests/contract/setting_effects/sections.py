@@ -59,6 +59,20 @@ def rows_of_the_loss(folder: Path, fused_loss: str) -> set[int]:
 EFFECTS["update.fused_loss"] = SettingEffect("auto", "off", rows_of_the_loss)
 
 
+def first_ratio(folder: Path, old_logps: str) -> float:
+    """The ratio of the first optimizer step, to the trainer's log-probs or to those of the rows."""
+    rollout = {**runs.SCRIPTED, "logps_column": "logps"}
+    rows = [{**row, "logps": [[-1.0] * len(ids) for ids in row["masks"]]} for row in runs.problems()]
+    made = runs.trainer(
+        folder / old_logps, data=rows, rollout=rollout, update={"old_logps": old_logps, "epochs": 1, "mini_batches": 1}
+    )
+    made.train()
+    return float(next(entry["policy/ratio"] for entry in made.state.log_history if "policy/ratio" in entry))
+
+
+EFFECTS["update.old_logps"] = SettingEffect("trainer", "sampler", first_ratio)
+
+
 def evaluation(setting: str) -> Callable[[Path, Any], Any]:
     def show(folder: Path, value: Any) -> Any:
         sampled = {"rollout": runs.SAMPLED, "evaluation": {"num_generations": 2, setting: value}}
