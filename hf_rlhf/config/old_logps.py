@@ -1,4 +1,4 @@
-"""Where the log-probs of the policy that sampled come from: `update.old_logps`."""
+"""The source of the sampling policy's log-probs: `update.old_logps`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_rlhf.config.algorithm import Algorithm
+    from hf_rlhf.axes import Algorithm
 
 
 def readers_before_update(a: Algorithm) -> list[str]:

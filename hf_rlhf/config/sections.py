@@ -76,7 +76,7 @@ class Update:
     logits are then made once. `off`: call them on (B, T) tensors, and `backward()` differentiates what they return. Both
     give the same numbers up to rounding."""
     old_logps: Literal["auto", "trainer", "lazy", "sampler"] = "auto"
-    """Where the log-probs of the policy that sampled come from. `trainer`: a forward before the first update, if anything reads
+    """Source of the log-probs of the policy that sampled. `trainer`: a forward before the first update, if anything reads
     them. `auto`: the same, or without it what the rollout engine noted, if that is exact. `lazy`: the update's own forward, in
     the only optimizer step of a rollout; a rollout correction is then taken in the loss. `sampler`: the engine, exact or not;
     the ratio of the policy loss then corrects for it, and no other correction may."""
