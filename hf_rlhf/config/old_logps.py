@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from hf_rlhf.axes import Algorithm
+Algorithm = Any
+"""`hf_rlhf.config.algorithm.Algorithm`, which imports this module."""
 
 
 def readers_before_update(a: Algorithm) -> list[str]:
