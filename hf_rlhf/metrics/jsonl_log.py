@@ -42,6 +42,8 @@ class RunLog(TrainerCallback):
     one, and never part of a table. The next event raises what failed in the thread.
     """
 
+    reads_checkpoints = False
+
     def __init__(self, output_dir: str | Path, record: dict[str, Any], keeps_all: bool = False):
         self.output_dir = Path(output_dir)
         self.record = record

@@ -169,6 +169,7 @@ class WandbTracker(WandbCallback):
 
     def __init__(self, record: dict[str, Any], run_log: Any, declared: Sequence[Named] = ()):
         super().__init__()
+        self.reads_checkpoints = self._log_model.value == "checkpoint"
         self._record, self._run_log, self._declared = record, run_log, declared
         self._table: Any = None
         self._started: Any = None

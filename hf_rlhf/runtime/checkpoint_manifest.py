@@ -11,12 +11,10 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch.serialization import get_crc32_options, set_crc32_options
 
@@ -30,7 +28,7 @@ DRAFT = MANIFEST + ".tmp"
 HASH = "xxh3_128"
 """Hash of files, which takes a tenth of the time of SHA-256: no part of this guards against anything but damage."""
 PIECE = 2 << 20
-"""Bytes hashed at a time: fewer turns between the hashing thread and the one that writes."""
+"""Bytes hashed at a time: fewer turns between the hashing thread and the one that trains."""
 OWN_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\Z')
 """The end of a manifest: the SHA-256 of its text with zeros in this place."""
 REQUIRED = {"step": int, "processes": int, "resumable": bool, "algorithm": dict, "run": dict, "files": dict}
@@ -65,75 +63,8 @@ LEAST_FREE = 1 << 16
 """Bytes: a disk with less is full."""
 
 
-class HashedFile:
-    """A file that is written from start to end, and hashed with it."""
-
-    def __init__(self, file: Any):
-        self.file, self.hash, self.bytes = file, xxhash.xxh3_128(), 0
-
-    def write(self, data: Any) -> int:
-        """Write all of `data`."""
-        rest = memoryview(data).cast("B")
-        self.hash.update(rest)
-        self.bytes += len(rest)
-        while len(rest):
-            rest = rest[self.file.write(rest) :]
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing: the file has no buffer."""
-
-
-class Writing:
-    """A checkpoint being written: files are hashed in a thread while Trainer writes the next."""
-
-    def __init__(self, folder: Path, limit: int | None):
-        self.folder, self.limit = folder, limit
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hf_rlhf-hash")
-        self._hashes: dict[Path, Future[dict[str, Any]]] = {}
-
-    def hash_written(self, but: Collection[str] = ()) -> None:
-        """Begin to hash the files that are there, except those whose name matches a pattern of `but`."""
-        for path in files_in(self.folder):
-            if path not in self._hashes and not any(path.match(pattern) for pattern in but):
-                self._hashes[path] = self._pool.submit(_entry, path)
-
-    def save(self, name: str, value: Any) -> None:
-        """Write a file with `torch.save`, and hash it on the way."""
-        with open(self.folder / name, "wb", buffering=0) as file:
-            hashed = HashedFile(file)
-            torch.save(value, hashed)  # type: ignore[arg-type]  # write and flush are all that it needs
-        entry: Future[dict[str, Any]] = Future()
-        entry.set_result({HASH: hashed.hash.hexdigest(), "bytes": hashed.bytes})
-        self._hashes[self.folder / name] = entry
-
-    def seal(self, facts: dict[str, Any]) -> None:
-        """Load the state back, flush every file and folder to disk, and write the manifest, which completes the checkpoint."""
-        self.hash_written()
-        read_back(self.folder)
-        files = {}
-        for path in files_in(self.folder):
-            _sync(path)
-            found = self._hashes[path].result()
-            if found["bytes"] != path.stat().st_size:
-                raise CheckpointError(f"{path} was changed while the checkpoint was written")
-            files[path.relative_to(self.folder).as_posix()] = found
-        draft = self.folder / DRAFT
-        with open(draft, "wb") as file:
-            file.write(_text({**facts, "files": files}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.folder / MANIFEST)
-        for path in (*(p for p in self.folder.rglob("*") if p.is_dir()), self.folder, self.folder.parent):
-            _sync(path)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 @contextmanager
-def written_whole(folder: Path, args: Any) -> Iterator[Writing]:
+def written_whole(folder: Path, args: Any) -> Iterator[None]:
     """Clear `folder`, and keep older checkpoints while Trainer writes a checkpoint into it; `rotate` deletes them later.
 
     Raises `DiskFull` where there is no space left for it; what was written is deleted then.
@@ -144,9 +75,39 @@ def written_whole(folder: Path, args: Any) -> Iterator[Writing]:
     limit, args.save_total_limit = args.save_total_limit, None
     checksums = get_crc32_options()
     set_crc32_options(False)  # torch.load reads no checksum of the archive, and the manifest has a better one
-    writing = Writing(folder, limit)
     try:
-        yield writing
+        with _deleted_if_full(folder):
+            yield
+    finally:
+        set_crc32_options(checksums)
+        args.save_total_limit = limit
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Load the state back, hash and flush every file and folder, and write the manifest, which completes the checkpoint.
+
+    Raises `DiskFull` as `written_whole` does.
+    """
+    with _deleted_if_full(folder):
+        read_back(folder)
+        files = {}
+        for path in files_in(folder):
+            _sync(path)
+            files[path.relative_to(folder).as_posix()] = {HASH: _hash(path, HASH), "bytes": path.stat().st_size}
+        draft = folder / DRAFT
+        with open(draft, "wb") as file:
+            file.write(_text({**facts, "files": files}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, folder / MANIFEST)
+        for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent):
+            _sync(path)
+
+
+@contextmanager
+def _deleted_if_full(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         if not _is_full(folder, error):
             raise
@@ -156,10 +117,6 @@ def written_whole(folder: Path, args: Any) -> Iterator[Writing]:
             f"no space left on the disk of {folder.parent} while {folder.name} was saved: {free} MiB are free without it. "
             "Make room, or keep fewer checkpoints with training.save_total_limit"
         ) from None
-    finally:
-        set_crc32_options(checksums)
-        args.save_total_limit = limit
-        writing.close()
 
 
 def _is_full(folder: Path, error: BaseException | None) -> bool:
@@ -362,10 +319,6 @@ def _is_old(manifest: dict[str, Any]) -> bool:
     """Return whether a manifest is from before manifests had a hash of their own: all its files have a SHA-256."""
     entries = manifest["files"].values()
     return "manifest_sha256" not in manifest and all(isinstance(x, dict) and "sha256" in x for x in entries)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {HASH: _hash(path, HASH), "bytes": path.stat().st_size}
 
 
 def _hash(path: Path, kind: str) -> str:

@@ -29,7 +29,8 @@ from hf_rlhf.training import parallel
 from hf_rlhf.training.collector import Collector
 from hf_rlhf.training.device_phases import Phases
 from hf_rlhf.training.rollout_buffer import Buffer
-from hf_rlhf.training.run_trainer import RunTrainer, weights_of
+from hf_rlhf.training.run_trainer import RunTrainer
+from hf_rlhf.training.sealing_trainer import weights_of
 from hf_rlhf.training.sharded_models import model_is_whole
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import time
 import uuid
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from sys import intern
@@ -15,9 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hf_rlhf.config.json_schema import HEADER
@@ -33,24 +31,22 @@ from hf_rlhf.modeling.policy import configure_padding
 from hf_rlhf.modeling.saved_form import load_converted
 from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.activity import doing
-from hf_rlhf.runtime.checkpoint_state import LOADED_BY_RESUME, first_non_finite, save_state
 from hf_rlhf.runtime.distributed import from_first_process
 from hf_rlhf.runtime.errors import RunExists, UserError
 from hf_rlhf.runtime.peak_memory import MIB
 from hf_rlhf.runtime.run_folder import METRICS, only_run_in, remove_run, run_in
 from hf_rlhf.runtime.signals import StopOnSignal
 from hf_rlhf.training.early_checks import check_space
-from hf_rlhf.training.hub_trainer import PushingTrainer
 from hf_rlhf.training.memory.estimate import optimizer_bytes, tensor_bytes
 from hf_rlhf.training.offload_checks import optimizer_name
-from hf_rlhf.training.parallel import optimizer_state
+from hf_rlhf.training.sealing_trainer import SealingTrainer
 from hf_rlhf.training.step_border import StepBorder, ends_at_once, save_and_end
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "model_preparation_time")
 """Entries of an evaluation that are not metrics of the model."""
 
 
-class RunTrainer(PushingTrainer, ABC):
+class RunTrainer(SealingTrainer, ABC):
     """`transformers.Trainer` that writes the files of a run.
 
     `recipe.yaml` is written when training begins, `summary.json` and `report.html` with the model by `save_model`,
@@ -84,7 +80,6 @@ class RunTrainer(PushingTrainer, ABC):
     live_view: LiveView | None = None
     """View on the terminal of a trainer that was made in Python."""
     _owns_folder: bool = False
-    _writing: checkpoint_manifest.Writing | None = None
     _stop: StopOnSignal | None = None
     _border: StepBorder | None = None
     _allowed: Sequence[str] = ()
@@ -115,11 +110,6 @@ class RunTrainer(PushingTrainer, ABC):
             self.add_callback(self._border)
         return self._border
 
-    @property
-    def saving(self) -> bool:
-        """True while a checkpoint is being written."""
-        return self._writing is not None
-
     def _begin_run(self) -> None:
         """Create a new run id, the same on every process."""
         self.record["run_id"] = from_first_process(self.accelerator, uuid.uuid4().hex[:12])
@@ -147,17 +137,20 @@ class RunTrainer(PushingTrainer, ABC):
         self._allowed = tuple(allow_changed)
         with ExitStack() as guards:
             self._claim_folder(guards, fresh=not resume_from_checkpoint, overwrite=overwrite)
+            guards.callback(self.finish_checkpoint)  # before another run may have the folder
             if self.live_view is not None:
                 guards.callback(self.live_view.stop)  # also after an error
             stop = guards.enter_context(self.stop_on_signal)
             self.record["contents"] = self._contents()
-            self._writing = None
+            self.saving = False
             self.border.forget()
             try:
                 self._trained = self._train(resume_from_checkpoint, *args, **kwargs)
                 if stop.stopped_after is None and stop.agreed(self.args):  # it came after the last step
                     stop.stopped_after = self.state.global_step
                     self._save_checkpoint(self.model_wrapped, None)
+                self.finish_checkpoint()
+                self.accelerator.wait_for_everyone()  # who reads it next may be another process
             except BaseException as error:
                 if ends_at_once(error):
                     raise
@@ -311,56 +304,6 @@ class RunTrainer(PushingTrainer, ABC):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / name).write_text(text, encoding="utf-8")
 
-    def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors to save, by name: the policy's, or those of its adapter."""
-        return weights_of("policy", self.model)
-
-    def _check_weights(self) -> None:
-        if name := first_non_finite(self._saved_weights()):
-            raise FloatingPointError(
-                f"weights must be finite, got an infinity or a NaN in {name} at step {self.state.global_step}. "
-                "Resume from the newest checkpoint, with a lower training.learning_rate or training.max_grad_norm"
-            )
-
-    @doing("saving")
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save Trainer's checkpoint, then `_state`, then the manifest; delete older checkpoints once it is written."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self._check_weights()
-        state = self.border.state()  # before anything is written: it may be refused
-        self.run_log.write_sample()
-        with checkpoint_manifest.written_whole(folder, self.args) as self._writing:
-            self.accelerator.wait_for_everyone()  # the folder is empty
-            super()._save_checkpoint(model, trial)
-            if state is not None:
-                save_state(folder, self.args.process_index, state)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                facts = {"step": self.state.global_step, "processes": self.args.world_size}
-                self._writing.seal({**facts, "resumable": not self.args.save_only_model, **self.record})
-                checkpoint_manifest.rotate(folder, self._writing.limit, self.state.best_model_checkpoint)
-        self._writing = None
-        self.accelerator.wait_for_everyone()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save optimizer and schedule as Trainer does, hashed on the way, while the weights are hashed in a thread."""
-        if self._writing is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = self._optimizer_state()
-        if self.args.should_save:
-            schedule = self.lr_scheduler
-            assert schedule is not None
-            self._writing.hash_written(but=LOADED_BY_RESUME)  # of which other processes may be writing theirs
-            self._writing.save(OPTIMIZER_NAME, state)
-            self._writing.save(SCHEDULER_NAME, schedule.state_dict())
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        """Return the optimizer's state with whole tensors, on the processes that save. All processes call it together."""
-        optimizer = self.optimizer
-        assert optimizer is not None
-        return optimizer_state(optimizer, self.args.should_save)
-
     def _state(self) -> dict[str, Any]:
         """Return what a trainer keeps beside Trainer's own checkpoint, in plain containers: here the loss that is not logged
         yet, and the step of the last entry. It is called after every step: nothing in it waits for the device or changes
@@ -388,6 +331,7 @@ class RunTrainer(PushingTrainer, ABC):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save where the control says so; the border is kept after it, as `log` does alone."""
+        self.finish_checkpoint(wait=False)  # a failure ends the run now
         due = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if due:
@@ -396,6 +340,8 @@ class RunTrainer(PushingTrainer, ABC):
     def _load_best_model(self) -> None:
         """Load the best weights, which are not those of the last border."""
         self.border.forget()
+        self.finish_checkpoint()
+        self.accelerator.wait_for_everyone()
         super()._load_best_model()
         if self.state.best_model_checkpoint:
             load_converted(self.model, Path(self.state.best_model_checkpoint))
@@ -411,10 +357,3 @@ class RunTrainer(PushingTrainer, ABC):
             self.run_log.flush()
         finally:
             self.end_tracking()
-
-
-def weights_of(title: str, module: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a module that are saved, by name; of a model with an adapter, those that are trained."""
-    if hasattr(module, "peft_config"):
-        return ((f"{title}.{name}", p) for name, p in module.named_parameters() if p.requires_grad)
-    return ((f"{title}.{name}", x) for name, x in module.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from hf_rlhf.runtime import checkpoint_manifest
 from hf_rlhf.runtime.errors import CheckpointError
 from hf_rlhf.training.whereabouts import FOLDER, LostProcess, Whereabouts, bound_waits, is_collective
 
+logger = logging.getLogger(__name__)
 PATIENCE = timedelta(seconds=20)
 """Time that a process whose step failed waits for the others to fail too."""
 
@@ -139,6 +141,10 @@ def save_and_end(trainer: Any, border: StepBorder, error: BaseException) -> NoRe
 
 def _save(trainer: Any, border: StepBorder) -> str:
     """Save the border, and return where the run can go on."""
+    try:
+        trainer.finish_checkpoint()
+    except Exception as error:
+        logger.warning("a checkpoint was not completed: %s", error)
     known = _newest(trainer.output_dir)
     folder = trainer.output_dir / f"checkpoint-{trainer.state.global_step}"
     if trainer.saving or folder == known or not border.all_failed():

@@ -25,11 +25,11 @@ def sealed(root: Path, step: int, **facts: Any) -> Path:
     """A checkpoint with a weights file and a state file."""
     folder = root / f"checkpoint-{step}"
     args = SimpleNamespace(should_save=True, save_total_limit=None)
-    with manifests.written_whole(folder, args) as writing:
+    with manifests.written_whole(folder, args):
         (folder / "critic").mkdir(parents=True)
         (folder / "critic" / "model.safetensors").write_bytes(random.Random(step).randbytes(500))
         torch.save({"step": step}, folder / "rlhf_state_0.pt")
-        writing.seal({**FACTS, "step": step, **facts})
+    manifests.seal(folder, {**FACTS, "step": step, **facts})
     return folder
 
 
@@ -118,11 +118,11 @@ def test_folders_are_flushed_before_older_checkpoints_go(tmp_path, monkeypatch):
 def test_a_state_file_that_cannot_be_loaded_is_not_sealed(tmp_path):
     folder = tmp_path / "checkpoint-1"
     args = SimpleNamespace(should_save=True, save_total_limit=2)
-    with manifests.written_whole(folder, args) as writing:
+    with manifests.written_whole(folder, args):
         folder.mkdir()
         torch.save({"state": {1: frozenset()}}, folder / "optimizer.pt")
-        with pytest.raises(CheckpointError, match=r"optimizer\.pt was written and cannot be loaded"):
-            writing.seal({**FACTS, "step": 1})
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt was written and cannot be loaded"):
+        manifests.seal(folder, {**FACTS, "step": 1})
     assert args.save_total_limit == 2
     with pytest.raises(CheckpointError, match="never completed"):
         manifests.newest(tmp_path)
