@@ -152,6 +152,7 @@ def _save(trainer: Any, border: StepBorder) -> str:
     try:
         border.go_back()
         trainer._save_checkpoint(trainer.model_wrapped, None)
+        trainer.finish_checkpoint()
     except Exception as error:
         return f"no checkpoint could be saved ({error}); {_go_on(known)}"
     return _go_on(folder)

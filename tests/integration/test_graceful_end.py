@@ -207,7 +207,7 @@ def test_the_border_of_the_last_step_is_not_saved_with_the_best_weights(tmp_path
 def test_a_second_run_after_a_save_that_failed_leaves_a_checkpoint_too(tmp_path, monkeypatch):
     made = run(tmp_path, [Callback("on_step_begin")], {"save_strategy": "steps", "save_steps": 2})
     with monkeypatch.context() as patched:
-        patched.setattr("hf_rlhf.training.run_trainer.save_state", lambda *_: 1 / 0)
+        patched.setattr("hf_rlhf.training.sealing_trainer.save_state", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made.train()
     made.args.save_strategy = "no"

@@ -102,6 +102,71 @@ def test_what_another_process_is_still_writing_is_hashed_when_it_is_complete(mak
     assert not theirs
 
 
+class Borders(TrainerCallback):
+    """Note which checkpoints count when a step begins."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.began, self.counted = folder, threading.Event(), {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sealed = self.folder.glob(f"checkpoint-*/{checkpoint_manifest.MANIFEST}")
+        self.counted[state.global_step] = sorted(path.parent.name for path in sealed)
+        if state.global_step == 2:
+            self.began.set()
+
+
+@KINDS
+def test_the_next_step_runs_while_a_checkpoint_is_sealed_and_the_next_checkpoint_waits(make, tmp_path, monkeypatch):
+    made, seal, events = make(tmp_path / "out"), checkpoint_manifest.seal, []
+    made.add_callback(borders := Borders(tmp_path / "out"))
+    whole = checkpoint_manifest.written_whole
+
+    def waits(folder: Path, facts: dict[str, Any]) -> None:
+        assert borders.began.wait(60), "the step waited for the checkpoint"
+        seal(folder, facts)
+        events.append(f"sealed {folder.name}")
+
+    def written(folder: Path, args: Any) -> Any:
+        events.append(f"written {folder.name}")
+        return whole(folder, args)
+
+    monkeypatch.setattr(checkpoint_manifest, "seal", waits)
+    monkeypatch.setattr(checkpoint_manifest, "written_whole", written)
+    made.train()
+    assert borders.counted[2] == []
+    assert events == [f"{done} checkpoint-{step}" for step in (2, 4) for done in ("written", "sealed")]
+    assert made.finish_checkpoint() is None, "train leaves nothing to wait for"
+    assert checkpoint_manifest.newest(tmp_path / "out").name == "checkpoint-4"
+
+
+def test_a_callback_that_may_read_a_checkpoint_finds_it_sealed(tmp_path):
+    class Reads(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            checkpoint_manifest.verify(tmp_path / f"checkpoint-{state.global_step}")
+
+    made = rollouts(tmp_path)
+    made.add_callback(Reads())
+    made.train()
+
+
+def test_a_checkpoint_that_cannot_be_sealed_ends_the_run_after_a_step_and_is_not_resumed(tmp_path, monkeypatch):
+    straight = rollouts(tmp_path / "straight")
+    straight.train()
+    made = rollouts(tmp_path / "out")
+
+    def fails(folder: Path, facts: dict[str, Any]) -> None:
+        monkeypatch.undo()
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(checkpoint_manifest, "seal", fails)
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        made.train()
+    assert any("is whole" in note for note in caught.value.__notes__)
+    again = rollouts(tmp_path / "out")
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again.model), parameters(straight.model))
+
+
 def test_overwriting_deletes_the_checkpoints_of_the_other_run_and_nothing_else(tmp_path):
     rollouts(tmp_path).train()
     (tmp_path / "notes.txt").write_text("mine")
