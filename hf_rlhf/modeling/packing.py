@@ -184,9 +184,9 @@ class Packed:
         order = torch.empty(self.input_ids.size(1), dtype=torch.long)
         offset = 0
         for block in self._blocks:
-            for i, span in enumerate(block.spans):
-                order[span.start : span.stop] = offset + i * block.longest + torch.arange(span.size)
-            offset += len(block.spans) * block.longest
+            places = block.inside.flatten().nonzero().flatten()
+            order[block.queries.cpu()[places]] = offset + places
+            offset += block.inside.numel()
         return order.to(self.device)
 
     def attend(
@@ -331,18 +331,24 @@ class _Block:
         self.spans, self.longest = spans, max(span.size for span in spans)
         self.before = max(span.depth for span in spans)
         self.device = device
-        rows, columns = len(spans), self.before + self.longest
-        queries = torch.zeros(rows, self.longest, dtype=torch.long)
-        keys = torch.zeros(rows, columns, dtype=torch.long)
-        for i, span in enumerate(spans):
-            own = torch.arange(span.start, span.stop)
-            queries[i, : span.size] = own
-            keys[i, self.before : self.before + span.size] = own
-            for other in span.path():
-                at = self.before - span.depth + other.depth
-                keys[i, at : at + other.size] = torch.arange(other.start, other.stop)
-        self.queries, self.keys = queries.flatten().to(device), keys.flatten().to(device)
         self.depths = [span.depth for span in spans]
+        places = torch.arange(self.longest)
+        starts, sizes = torch.tensor([[span.start for span in spans], [span.size for span in spans]]).unsqueeze(-1)
+        self.inside = places < sizes
+        """Which of the padded places (B, L) are tokens."""
+        queries = torch.where(self.inside, starts + places, 0)
+        at = (
+            torch.arange(self.before) - self.before + torch.tensor(self.depths).unsqueeze(-1)
+        )  # of a row, from its first token
+        before = torch.zeros(len(spans), self.before, dtype=torch.long)
+        above = [span.before for span in spans]
+        while any(above):
+            known = [(x.start, x.depth, x.size) if x else (0, 0, 0) for x in above]
+            start, depth, size = torch.tensor(known).T.unsqueeze(-1)
+            before = torch.where((at >= depth) & (at < depth + size), start + at - depth, before)
+            above = [x.before if x else None for x in above]
+        self.queries = queries.flatten().to(device)
+        self.keys = torch.cat([before, queries], 1).flatten().to(device)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     @property
