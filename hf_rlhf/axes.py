@@ -181,7 +181,7 @@ class AdvantageEstimator(Plugin, ABC):
 
     @property
     def across_groups(self) -> bool:
-        """True if rows of other prompts change a row's result, as whitening does."""
+        """True if rows of other prompts change a row's result, as whitening does; else it gets those of its process alone."""
         return False
 
     @abstractmethod
@@ -306,6 +306,9 @@ class Filter(Plugin, ABC):
     """Choose the rows to train on. Axis `filters`, a list."""
 
     axis = Axis(section="Filters", metric_prefix="filter/<label>", many=True, default=(), outputs=outputs.KEEP)
+
+    across_groups: ClassVar[bool] = True
+    """False if rows of other prompts do not change whether a row is kept: the filter then gets those of its process alone."""
 
     resample: Annotated[int, Ge(0)] = 0
     """Maximum number of further rounds of prompts that replace dropped groups (0: none)."""

@@ -1,4 +1,4 @@
-"""Devices of the models beside the policy, and which forwards of a rollout run at the same time."""
+"""Where models and rows are: devices, which forwards of a rollout run at the same time, and what crosses processes."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def device_problems(a: Algorithm, args: Any) -> Iterator[str]:
             f"critic.device={chosen}: {args.world_size} processes average the gradients of one device each. Leave it out, or "
             "start one process"
         )
+
+
+def looking_across(a: Algorithm) -> list[str]:
+    """Return the estimator and filters that need the rows of every process."""
+    parts: list[tuple[str, Any]] = [
+        ("advantages", a.advantages),
+        *((f"filters.{i}", x) for i, x in enumerate(a.filters)),
+    ]
+    return [f"{path}={plugin.name}" for path, plugin in parts if plugin.across_groups]
 
 
 def remains_here(source: RewardSource) -> bool:

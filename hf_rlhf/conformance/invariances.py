@@ -92,7 +92,7 @@ def tensor_function_checks(plugin: Plugin, axis: str, finite_differences: bool |
         yield "it is finite for equal rewards, and ignores rounding", if_sound(_equal_rewards, run)
         yield "it is finite for rewards that do not apply (NaN)", if_sound(_is_finite, run, _missing_scores)
         yield "group ids are only labels", if_sound(_ids_are_labels, run)
-    if isinstance(plugin, AdvantageEstimator | Baseline) and not plugin.across_groups:
+    if isinstance(plugin, AdvantageEstimator | Baseline | Filter) and not plugin.across_groups:
         yield "rows of other prompts change nothing", if_sound(_groups_are_alone, run)
     yield "float32 gives what float64 gives", if_sound(_precision, run)
     yield "padding columns change nothing", if_sound(_ignores_padding, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 
 import torch
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from hf_rlhf.batch import Credit, Scored
 from hf_rlhf.modeling.router import ROUTED
+from hf_rlhf.runtime.distributed import Reduce
 
 Put = Callable[[str, float], None]
 """(name, number that is equal on every process)."""
 MISSING, SCORED = "missing:", "scored"
 """Names read with the metrics but logged under others, or not at all."""
+ONE = Reduce()
+"""The rows are those of all processes."""
 CLIP = 0.2
 """Distance of a ratio from 1 at which PPO clips it."""
 Numbers = dict[str, Tensor]
@@ -27,7 +30,7 @@ def report_rewards(put: Put, table: dict[str, Tensor], weights: Mapping[str, flo
 
     `weights`: label of each source -> its weight.
     """
-    valid, lengths = table["valid"].bool(), table["mask"].sum(1)
+    valid, lengths = table["valid"].bool(), table["mask"].sum(1, dtype=table["total"].dtype)
     found: Numbers = {}
     for label in weights:
         x = table.get(f"given:{label}", table[f"score:{label}"])
@@ -76,48 +79,68 @@ def _without_signal(table: dict[str, Tensor], valid: Tensor) -> Tensor:
     return (scored.group_is_flat(table["total"]) & compared).sum() / compared.to(table["total"].dtype).sum()
 
 
-def report_credit(put: Put, scored: Scored, credit: Credit) -> None:
-    """Log advantages, the estimator's own metrics and, with a critic, how well it predicts its targets."""
+def report_credit(put: Put, scored: Scored, credit: Credit, over: Reduce = ONE) -> None:
+    """Log advantages, the estimator's own metrics and, with a critic, how well it predicts its targets.
+
+    `over`: the processes whose rows `scored` has parts of.
+    """
     advantages, on = credit.advantages, scored.mask > 0
     far = torch.finfo(advantages.dtype).max
-    found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0])) if scored.scores else {}
-    found |= _mean_std("advantage", advantages, on)
-    found["advantage/min"] = advantages.masked_fill(~on, far).min()
-    found["advantage/max"] = advantages.masked_fill(~on, -far).max()
-    found |= {f"advantage/{name}": _finite_mean(x, on) for name, x in credit.metrics.items()}
+    found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0]), over) if scored.scores else {}
+    found |= _mean_std("advantage", advantages, on, over)
+    found["advantage/min"] = -over.max(_max(-advantages.masked_fill(~on, far), -far))
+    found["advantage/max"] = over.max(_max(advantages.masked_fill(~on, -far), -far))
+    if over.accelerator is None:
+        found |= {name: total / count for name, total, count in own_metrics(scored, credit)}
     if credit.returns is not None and scored.values is not None:
         on = on if credit.value_mask is None else credit.value_mask > 0
-        target, error = _variance(credit.returns, on), _variance(credit.returns - scored.values, on)
+        _, target = _mean_variance(credit.returns, on, over)
+        _, error = _mean_variance(credit.returns - scored.values, on, over)
         found["value/explained_var"] = (1 - error / target).where(target > 0, torch.nan)
-        found["value/mean"] = _mean(scored.values, on)
+        found["value/mean"] = _mean(scored.values, on, over)
     for name, number in _read(found).items():
         put(name, number)
 
 
-def report_drift(put: Put, table: dict[str, Tensor], own: Mapping[str, tuple[str, str]]) -> None:
+def own_metrics(scored: Scored, credit: Credit) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the name, sum and count of each of an estimator's own metrics, over its finite entries (and the mask)."""
+    on = scored.mask > 0
+    for name, x in credit.metrics.items():
+        values = torch.as_tensor(x, device=on.device)
+        finite = values.isfinite() & on if values.shape == on.shape else values.isfinite()
+        values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
+        yield f"advantage/{name}", values.masked_fill(~finite, 0.0).sum(), finite.sum()
+
+
+def report_drift(
+    put: Put, count: int, table: dict[str, Tensor], own: Mapping[str, tuple[str, str]], over: Reduce = ONE
+) -> None:
     """Log the mean k1 to the references, the gap between sampler and trainer, and the loads of experts, where they are known.
 
-    `own`: title of a KL with a reference of its own -> names of its log-probs, and of the mask of the rows that it is taken on.
+    `count`: number of all rows, of which `table` has the part of this process of `over`. `own`: title of a KL with a reference
+    of its own -> names of its log-probs, and of the mask of the rows that it is taken on.
     """
     mask = table["mask"]
-    put("rollout/rows", len(mask))
-    if not len(mask):
+    put("rollout/rows", count)
+    if not count:
         return
+    tokens = over.sum(mask.sum())
     found: Numbers = {}
     if "old_logps" in table and "ref_logps" in table:
-        k1 = ((table["old_logps"] - table["ref_logps"]) * mask).sum()
-        found["kl/rollout/sequence"] = k1 / len(mask)
-        found["kl/rollout/token"] = k1 / mask.sum().clamp(min=1)
+        k1 = over.sum(((table["old_logps"] - table["ref_logps"]) * mask).sum())
+        found["kl/rollout/sequence"] = k1 / count
+        found["kl/rollout/token"] = k1 / tokens.clamp(min=1)
     for title, (logps, rows) in own.items():
         on = table.get(rows, mask)
-        k1 = ((table["old_logps"] - table[logps]) * on).sum()
-        found[f"kl/{title}/rollout/sequence"] = k1 / (on > 0).any(1).sum()  # NaN, which is not logged, without a row
-        found[f"kl/{title}/rollout/token"] = k1 / on.sum()
+        k1 = over.sum(((table["old_logps"] - table[logps]) * on).sum())
+        found[f"kl/{title}/rollout/sequence"] = k1 / over.sum((on > 0).any(1).sum())  # NaN, not logged, without a row
+        found[f"kl/{title}/rollout/token"] = k1 / over.sum(on.sum())
     if "old_logps" in table and "sampler_logps" in table:
         log_ratio = (table["old_logps"] - table["sampler_logps"]) * mask
-        found["rollout/sampler_gap/mean"] = log_ratio.abs().sum() / mask.sum().clamp(min=1)
-        found["rollout/sampler_gap/max"] = log_ratio.abs().max()
-        found["rollout/sampler_gap/beyond_clip"] = (log_ratio.expm1().abs() > CLIP).any(1).to(mask.dtype).mean()
+        found["rollout/sampler_gap/mean"] = over.sum(log_ratio.abs().sum()) / tokens.clamp(min=1)
+        found["rollout/sampler_gap/max"] = over.max(_max(log_ratio.abs(), 0.0))
+        beyond = (log_ratio.expm1().abs() > CLIP).any(1).to(mask.dtype).sum()
+        found["rollout/sampler_gap/beyond_clip"] = over.sum(beyond) / count
     if ROUTED in table:
         loads = table[ROUTED].sum(0)
         loads = loads / loads.mean(1, keepdim=True)
@@ -138,29 +161,23 @@ def _read(found: Numbers) -> dict[str, float]:
     return {name: x for name, x in zip(found, values, strict=True) if x == x}
 
 
-def _mean_std(name: str, x: Tensor, on: Tensor) -> Numbers:
+def _max(x: Tensor, least: float) -> Tensor:
+    """Return the largest number, `least` if there is none."""
+    return x.max() if x.numel() else x.new_tensor(least)
+
+
+def _mean_std(name: str, x: Tensor, on: Tensor, over: Reduce = ONE) -> Numbers:
     """Return mean and unbiased standard deviation of `x` where `on` is True; std 0 for one number, NaN for none."""
-    mean, variance = _mean_variance(x, on)
+    mean, variance = _mean_variance(x, on, over)
     return {f"{name}/mean": mean, f"{name}/std": variance.sqrt()}
 
 
-def _mean(x: Tensor, on: Tensor) -> Tensor:
-    return x.masked_fill(~on, 0.0).sum() / on.sum()
+def _mean(x: Tensor, on: Tensor, over: Reduce = ONE) -> Tensor:
+    return over.sum(x.masked_fill(~on, 0.0).sum()) / over.sum(on.sum())
 
 
-def _finite_mean(x: Tensor | float, on: Tensor) -> Tensor:
-    """Return the mean of the finite entries of a number, (N,), or (N, T) on the mask; NaN if there are none."""
-    values = torch.as_tensor(x, device=on.device)
-    finite = values.isfinite() & on if values.shape == on.shape else values.isfinite()
-    return _mean(values.to(torch.get_default_dtype()) if not values.is_floating_point() else values, finite)
-
-
-def _mean_variance(x: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
-    off, count = ~on, on.sum()
-    mean = x.masked_fill(off, 0.0).sum() / count
-    squares = ((x - mean).masked_fill(off, 0.0) ** 2).sum()
+def _mean_variance(x: Tensor, on: Tensor, over: Reduce = ONE) -> tuple[Tensor, Tensor]:
+    off, count = ~on, over.sum(on.sum())
+    mean = over.sum(x.masked_fill(off, 0.0).sum()) / count
+    squares = over.sum(((x - mean).masked_fill(off, 0.0) ** 2).sum())
     return mean, squares / (count - 1).clamp(min=1)
-
-
-def _variance(x: Tensor, on: Tensor) -> Tensor:
-    return _mean_variance(x, on)[1]

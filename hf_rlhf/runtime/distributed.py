@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,26 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Sums and extremes over the processes of `accelerator`; without one, the numbers themselves."""
+
+    accelerator: Accelerator | None = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of every process's `x`."""
+        return x if self.accelerator is None else self._each(x).sum(0)
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the largest of every process's `x`."""
+        return x if self.accelerator is None else self._each(x).amax(0)
+
+    def _each(self, x: Tensor) -> Tensor:
+        assert self.accelerator is not None
+        found: Tensor = self.accelerator.gather(x.unsqueeze(0))
+        return found
 
 
 def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +69,9 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _number(tensors: dict[str, Tensor]) -> torch.dtype:
-    """Return float64 if any tensor has it, so that nothing is rounded."""
+    """Return float64 if any tensor has it, so that nothing is rounded; a byte for truth values."""
+    if all(x.dtype == torch.bool for x in tensors.values()):
+        return torch.uint8
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
 
 

@@ -13,17 +13,23 @@ import torch
 from torch import Tensor
 
 from hf_rlhf.axes import KLController, TrainedCritic, check_output
-from hf_rlhf.batch import Completions, Credit, Prompt, Rollouts, Scored
+from hf_rlhf.batch import Completions, Prompt, Rollouts
 from hf_rlhf.config.algorithm import Algorithm, places
 from hf_rlhf.config.references import ROWS, drifts, statistics_for
 from hf_rlhf.config.schedule import beside_forwards
 from hf_rlhf.data.prompt_stream import PromptStream
 from hf_rlhf.metrics.aggregator import MetricAggregator
-from hf_rlhf.metrics.rollout_statistics import SCORED, given_totals, report_credit, report_drift, report_rewards
+from hf_rlhf.metrics.rollout_statistics import (
+    SCORED,
+    given_totals,
+    own_metrics,
+    report_credit,
+    report_drift,
+    report_rewards,
+)
 from hf_rlhf.modeling.policy import ActorCritic, Policy
 from hf_rlhf.modeling.router import ROUTED
 from hf_rlhf.runtime.background import run_in_thread
-from hf_rlhf.runtime.distributed import gather_rows
 from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.answers import Answer, RewardError
 from hf_rlhf.scoring.normalization import RewardNormalizer
@@ -35,7 +41,8 @@ from hf_rlhf.training.logprobs import Forwards, Prompts
 from hf_rlhf.training.losses import at_last_token, correction_of, measured, penalty_of
 from hf_rlhf.training.recording import Recorder
 from hf_rlhf.training.references import scores_of
-from hf_rlhf.training.rollout_buffer import Buffer, Collected, kept_for_steps, selection
+from hf_rlhf.training.rollout_buffer import Buffer, Collected, kept_for_steps
+from hf_rlhf.training.rollout_table import RolloutTable
 from hf_rlhf.training.sampling import Place, Sampling
 
 if TYPE_CHECKING:
@@ -92,7 +99,8 @@ class Collector:
                 parts.append(self._keep(part))
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
-        report_drift(self.meters.put, collected.table, drifts(self.algorithm))
+        known, over = self.rows_of.numbers(collected)
+        report_drift(self.meters.put, len(collected.table["mask"]), known, drifts(self.algorithm), over)
         buffer = self._credit(index, collected)
         if self.stream.observed:
             drawn_as, scores = (torch.cat(column).tolist() for column in zip(*self._seen, strict=True))
@@ -226,8 +234,10 @@ class Collector:
         """Sampling of completions, with its decoder."""
         return Sampling(algorithm=self.algorithm, policy=self.policy, accelerator=self.accelerator)
 
-    def _sources(self) -> list[tuple[str, Any]]:
-        return list(zip(self.algorithm.labels(), self.algorithm.rewards, strict=True))
+    @cached_property
+    def rows_of(self) -> RolloutTable:
+        """What this process holds of the rows of all."""
+        return RolloutTable(self.algorithm, self.accelerator)
 
     def _table(
         self,
@@ -269,9 +279,7 @@ class Collector:
             wide["completion_ids"] = _padded(rollouts.completion_ids, torch.long).to(device)
         for name, numbers in turn_columns(rollouts, self.algorithm.needs).items():
             wide[name] = _padded(numbers, torch.long).to(device)
-        table = gather_rows(self.accelerator, wide, narrow)
-        order = table["group_ids"].argsort(stable=True)
-        own = torch.isin(table["group_ids"][order], group_ids.unique()).nonzero().flatten()
+        rows, table, own = self.rows_of.gather(rows, wide, narrow)
         collected = Collected(
             prompt_ids=rollouts.prompt_ids,
             completion_ids=rollouts.completion_ids,
@@ -284,8 +292,8 @@ class Collector:
                 **logged,
             },
             rows=rows,
-            table={name: x[order] for name, x in table.items()},
-            places=torch.empty_like(own).index_copy(0, group_ids.argsort(stable=True), own),
+            table=table,
+            places=own,
             forks=rollouts.forks,
         )
         reported = report_rewards(self.meters.put, collected.table, weights)
@@ -323,7 +331,7 @@ class Collector:
         for title, chosen in self.algorithm.titled("filters"):
             if ("advantages" in chosen.needs) != after_advantages or len(part.table["mask"]) == 0:
                 continue
-            keep = check_output("filters", chosen, chosen(self._scored(part)), part.table["mask"])
+            keep = self.rows_of.keep(part, chosen)
             self.meters.put(f"filter/{title}/kept_frac", keep.float().mean().item())
             part = self.recorder.select(part, keep, f"filter {title}")
         return part
@@ -336,36 +344,33 @@ class Collector:
 
     def weights(self) -> dict[str, float]:
         """Return label -> weight of each reward source."""
-        return {label: source.weight for label, source in self._sources()}
-
-    def _scored(self, collected: Collected) -> Scored:
-        return collected.scored(self.algorithm.labels(), self.weights())
+        sources = zip(self.algorithm.labels(), self.algorithm.rewards, strict=True)
+        return {label: source.weight for label, source in sources}
 
     def _credit(self, index: int, collected: Collected) -> Buffer:
-        """Compute advantages over all N rows; the buffer keeps this process's rows."""
-        a, table = self.algorithm, collected.table
-        scored = self._scored(collected)
-        credit = Credit(advantages=scored.mask, returns=scored.mask)
-        if len(scored.mask):
-            found = a.advantages(scored)
-            credit = Credit.of(check_output("advantages", a.advantages, found, scored.mask, inputs=vars(scored)))
-            report_credit(self.meters.put, scored, credit)
+        """Compute advantages; the buffer keeps this process's rows."""
+        a, filled = self.algorithm, len(collected.table["mask"]) > 0
+        scored, credit, over = self.rows_of.credit(collected)
+        alone = over.accelerator is not None
+        if filled:
+            report_credit(self.meters.put, scored, credit, over)
+            for name, total, count in own_metrics(scored, credit) if alone else ():
+                self.meters.add(name, total, count)
         else:
             self.meters.put("health/empty_rollout", 1)
         advantages = credit.advantages
         if isinstance(a.critic, TrainedCritic) and credit.returns is not None:
-            self._share(collected, "returns", credit.returns)
+            self.rows_of.share(collected, "returns", credit.returns, alone)
             if credit.value_mask is not None:
-                self._share(collected, "value_mask", credit.value_mask)
+                self.rows_of.share(collected, "value_mask", credit.value_mask, alone)
         if a.kl_in("advantage"):
-            advantages = advantages - self._advantage_penalties(table)
-        self._share(collected, "advantages", advantages)
-        if "selected" in a.policy_loss.needs and not a.policy_loss.selects_per_step:
-            self._share(collected, "selected", selection(a.policy_loss, table))
+            advantages = advantages - self._advantage_penalties(self.rows_of.columns(collected, alone))
+        self.rows_of.share(collected, "advantages", advantages, alone)
+        self.rows_of.select(collected)
         self.recorder.credited(collected)
         collected = self._keep(collected, after_advantages=True)
-        table, rows = collected.table, collected.rows
-        if len(scored.mask) and not len(table["mask"]):
+        table, rows = collected.table, self.rows_of.for_update(collected)
+        if filled and not len(table["mask"]):
             self.meters.put("health/empty_rollout", 1)
         if "sampler_logps" in a.rollout_correction.needs and not a.corrects_in_loss:
             rows["correction"] = correction_of(a, rows, rows["mask"], self.meters)
@@ -394,12 +399,6 @@ class Collector:
             penalty = penalty_of(kl, "advantage", value, known.get(f"{ROWS}{title}"))
             taken = taken + (penalty if penalty.dim() == 2 else penalty.unsqueeze(1)) * mask
         return taken
-
-    @staticmethod
-    def _share(collected: Collected, name: str, x: Tensor) -> None:
-        """Put `x` (N, T) into the table, and this process's part into the rows."""
-        collected.table[name] = x
-        collected.rows[name] = x[collected.places, : collected.rows["mask"].size(1)]
 
     def _numbers(self, collected: Collected) -> dict[str, Tensor]:
         table, places = collected.table, collected.places

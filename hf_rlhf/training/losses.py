@@ -200,11 +200,11 @@ def value_term(
 def build_critic(a: Algorithm, policy: Any, dropout: bool) -> nn.Module | None:
     """Build the critic's module, if there is one; the values of each of its calls are checked."""
     built, critic = a.critic.build(policy, a), a.critic
-    if built is not None and not dropout:
-        zero_dropout(built)
     if not isinstance(critic, TrainedCritic):
         return built
     module: nn.Module = check_output("critic", critic, built, None, method="build")
+    if not dropout:
+        zero_dropout(module)
 
     def check(_: nn.Module, inputs: tuple[Any, ...], values: Any) -> None:
         learned = next((x for x in module.parameters() if x.requires_grad), None)

@@ -30,6 +30,8 @@ OPTIONAL = (
 """Fields of `Scored` that the table holds only if something needs them."""
 OF_TURNS = ("turns", "states")
 """Fields of `Scored` for turns, which the table holds with any number off the mask."""
+IN_TABLE_ALONE = ("token_rewards", "completion_ids", *OF_TURNS)
+"""Numbers by token that the update does not read."""
 SELECTS_BY = ("old_logps", "advantages", "old_entropy")
 """Columns of the table that policy losses select tokens by."""
 
@@ -92,9 +94,10 @@ class Collected:
             forks=[x for part in parts for x in part.forks],
         )
 
-    def scored(self, labels: Sequence[str], weights: dict[str, float]) -> Scored:
-        """Return the table as estimators and filters see it."""
-        table = self.table
+    @staticmethod
+    def scored(table: Mapping[str, Tensor], algorithm: Algorithm) -> Scored:
+        """Return some rows with all their numbers as estimators and filters see them."""
+        sources = dict(zip(algorithm.labels(), algorithm.rewards, strict=True))
         optional = {name: table[name] for name in OPTIONAL if name in table}
         optional |= {name: table[name].masked_fill(table["mask"] == 0, -1) for name in OF_TURNS if name in table}
         return Scored(
@@ -103,8 +106,8 @@ class Collected:
             group_ids=table["group_ids"],
             episode_ids=table["episode_ids"],
             agents=table["agents"],
-            scores={label: table[f"score:{label}"] for label in labels},
-            weights=weights,
+            scores={label: table[f"score:{label}"] for label in sources},
+            weights={label: source.weight for label, source in sources.items()},
             finished=table["finished"],
             **optional,
         )

@@ -26,6 +26,7 @@ class Duplicates(Filter):
     name = "duplicates"
     words = "equal completions of a prompt beyond the first {keep} are dropped"
     needs = frozenset({"completion_ids", "groups"})
+    across_groups = False
 
     keep: Count = 1
     """Number of equal completions kept per prompt, the first in row order."""

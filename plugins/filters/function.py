@@ -1,7 +1,8 @@
 """Filter from a Python function of yours, `keep(scored)`: the short door before a plugin.
 
 Further parameters without a default are fields of `Scored` that it needs: `def keep(scored, advantages)`. Before a model is
-loaded it is checked by the facts of the conformance kit.
+loaded it is checked by the facts of the conformance kit. It gets the rows of every process, or of its own alone with
+`keep.across_groups = False`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Function(FromFunction, Filter):
     name = "function"
     KIND = "filter function"
     GIVEN = ("scored",)
+    PROPERTIES = ("across_groups",)
 
     def __call__(self, scored: Scored) -> Tensor:
         kept: Tensor = self._call({"scored": scored, **vars(scored)})

@@ -29,6 +29,7 @@ class OPSM(Filter):
     name = "opsm"
     words = "bad completions that drifted by more than {delta:g} nats per token from the sampler are dropped"
     needs = frozenset({"advantages", "old_logps", "sampler_logps"})
+    across_groups = False
 
     delta: NonNegative = 0.1
     """Largest mean log-ratio of a row with negative advantage, in nats per token."""

@@ -25,6 +25,7 @@ class Overlong(Filter):
     """Keeps the rows that finished within `max_tokens`."""
 
     name = "overlong"
+    across_groups = False
 
     max_tokens: Count | None = None
     """Drop rows with more sampled tokens even if they finished; None: only truncated rows."""

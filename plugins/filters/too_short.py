@@ -20,6 +20,7 @@ class TooShort(Filter):
 
     name = "too_short"
     words = "completions of fewer than {min_tokens} tokens are dropped"
+    across_groups = False
 
     min_tokens: Count = 2
     """Minimum number of sampled tokens, the end-of-sequence token included; 1 keeps every row that has any."""

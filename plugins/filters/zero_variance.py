@@ -28,6 +28,7 @@ class ZeroVariance(Filter):
     name = "zero_variance"
     words = "groups of equal scores are dropped"
     needs = frozenset({"groups", "scores"})
+    across_groups = False
 
     def __call__(self, scored: Scored) -> Tensor:
         return ~scored.group_is_flat(scored.totals())
