@@ -13,7 +13,7 @@ from hf_rlhf.config.launcher import lone_process
 from hf_rlhf.config.plan_in_words import memory_in_words
 from hf_rlhf.config.recipe import Recipe
 from hf_rlhf.config.references import base_label, top_k_of
-from hf_rlhf.config.schedule import schedule
+from hf_rlhf.config.schedule import crossing, schedule
 from hf_rlhf.config.training_arguments import WITHOUT_EFFECT, differences_from_recipe
 from hf_rlhf.registry.host import get_host
 from hf_rlhf.registry.settings_schema import at_path
@@ -254,6 +254,7 @@ def arithmetic(a: Algorithm, processes: int, rows_per_micro_batch: int | None) -
         *([("rows of an episode", f"up to {a.agents}", "one for each agent")] if a.agents > 1 else []),
         ("processes", str(processes), "data-parallel size"),
         ("rows per process", f"about {prompts * group / processes:g}", "a group stays on one process"),
+        *([("rows of other processes", crossing(a, processes), "")] if processes > 1 else []),
         ("update.mini_batches", str(steps), "verl train_batch_size / ppo_mini_batch_size; TRL steps_per_generation"),
         ("rows per optimizer step", str(prompts * group // steps), "verl ppo_mini_batch_size x rollout.n"),
         ("update.epochs", str(a.update.epochs), "verl ppo_epochs; TRL num_iterations"),

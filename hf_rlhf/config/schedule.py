@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from hf_rlhf.config.algorithm import Algorithm
 
 
+BY_TOKEN = frozenset(
+    {"values", "old_logps", "sampler_logps", "old_entropy", "sum_sq_probs", "completion_ids", "turns", "states"}
+)
+"""Needs that are numbers by token."""
+
+
 def device_of(part: Any, own: torch.device) -> torch.device:
     """Return the device that a plugin's `device` names, or else the run's `own`."""
     import torch
@@ -48,6 +54,21 @@ def looking_across(a: Algorithm) -> list[str]:
         *((f"filters.{i}", x) for i, x in enumerate(a.filters)),
     ]
     return [f"{path}={plugin.name}" for path, plugin in parts if plugin.across_groups]
+
+
+def crossing(a: Algorithm, processes: int) -> str:
+    """Return what a process gets of the rows of the others in a rollout, with an upper bound of its bytes."""
+    rows = a.rollout.prompts * a.rollout.num_generations * a.agents
+    by_token, by_row = 1, 8 * (7 + 2 * len(a.rewards))
+    if across := looking_across(a):
+        read = a.needs | ({"old_logps"} if a.readers_of_old_logps else set())
+        by_token = 4 * (2 + len(read & BY_TOKEN) + len(a.references) * ("ref_logps" in read) + bool(a.kl_in("reward")))
+    longest = max(a.completion_bounds.values(), default=None)
+    size = rows * (processes - 1) / processes * (by_token * (longest or 0) + by_row) / 2**20
+    bytes_ = "" if longest is None else f", up to {size:,.2f} MiB a rollout"
+    if across:
+        return f"everything{bytes_}: {' and '.join(across)} look{'s' * (len(across) == 1)} across groups"
+    return f"masks and scores alone{bytes_}: no estimator or filter looks across groups"
 
 
 def remains_here(source: RewardSource) -> bool:
