@@ -39,7 +39,7 @@ B rows of a micro-batch, T completion tokens (padded on the right), G rows per p
         temperature       float                 at which log-probs are taken
         by_model          function              scores by the model that the reference built
 
-    Scored (to advantage estimators and filters; N rows, gathered from every process)
+    Scored (to advantage estimators and filters; N rows: of every process with across_groups, else of one)
         mask              (N, T) float          1 on tokens the policy sampled
         token_rewards     (N, T) float          reward at its token, after in-reward KL; 0 off the mask
         group_ids         (N,) int              equal for the rows of one prompt and agent; groups may vary in size
@@ -209,7 +209,7 @@ def _nested(value: Any, keys: Sequence[str]) -> Any:
 
 @dataclass(kw_only=True)
 class Scored:
-    """A whole rollout with its rewards, gathered from every process, as estimators and filters see it."""
+    """A whole rollout with its rewards, or with whole groups of it those of one process, as estimators and filters see it."""
 
     mask: Tensor
     token_rewards: Tensor

@@ -1,4 +1,4 @@
-"""Where models and rows are: devices, which forwards of a rollout run at the same time, and what crosses processes."""
+"""Placement of models and rows: devices, forwards of a rollout that run at the same time, and what crosses processes."""
 
 from __future__ import annotations
 

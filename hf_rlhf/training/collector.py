@@ -236,7 +236,7 @@ class Collector:
 
     @cached_property
     def rows_of(self) -> RolloutTable:
-        """What this process holds of the rows of all."""
+        """The exchange of rows with the other processes."""
         return RolloutTable(self.algorithm, self.accelerator)
 
     def _table(
