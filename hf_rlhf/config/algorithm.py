@@ -329,10 +329,13 @@ class Algorithm:
         for i, source in enumerate(self.rewards):
             title = f"rewards.{i}={source.name}"
             yield from source.resource_errors()
-            if source.runs_model and source.workers in ("processes", "ray"):
+            own = "reward_model" in source.provides  # not the policy
+            if source.runs_model and (source.workers == "processes" or (source.workers == "ray" and not own)):
                 yield (
                     f"{title} runs a model on this process's device, and rewards.{i}.workers={source.workers} would load it "
                     f"again in every worker: set rewards.{i}.workers=inline"
+                    + ", or workers=ray with resources={num_gpus: 1} for a GPU of the cluster"
+                    * own
                 )
             if source.clip is not None and not source.clip[0] < source.clip[1]:
                 yield f"{title}: clip={list(source.clip)} is [lowest, highest] with lowest < highest"

@@ -44,12 +44,12 @@ def unpacked(body: bytes) -> tuple[Any, dict[str, Any]]:
     return given.pop("plugin"), given
 
 
-def set_up_copy(plugin: Plugin, given: dict[str, Any]) -> None:
-    """Set up a copy and its nested plugins, if they have anything to set up."""
+def set_up_copy(plugin: Plugin, given: dict[str, Any], device: str = "cpu") -> None:
+    """Set up a copy and its nested plugins on `device`, if they have anything to set up."""
     if given["setup"]:
         import torch
 
-        context = Context(device=torch.device("cpu"), policy=None, **given["context"])
+        context = Context(device=torch.device(device), policy=None, **given["context"])
         for each in (plugin, *nested_of(plugin)):
             each.setup(context)
 

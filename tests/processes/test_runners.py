@@ -20,6 +20,7 @@ import torch
 from hf_rlhf import load_plugin
 from hf_rlhf.batch import Context, Rollouts, Spans, TokenScores
 from hf_rlhf.scoring.scorer import RewardError, Scorer
+from tests.helpers.classifiers import TEXTS, save_sequence_classifier
 from tests.helpers.flaky_rewards import (
     Asynchronous,
     ByWord,
@@ -179,6 +180,21 @@ def test_an_actor_gets_its_resources_and_one_that_is_killed_is_replaced():
         assert "its actor ended" in found.failures[0].reason
         assert found.answers[1:3] == [half, half]
         assert found.answers[3:] == lengths(texts_of(6))
+
+
+@pytest.mark.slow
+def test_a_reward_model_runs_in_an_actor_and_is_loaded_again_when_that_is_killed(tmp_path):
+    ray = pytest.importorskip("ray")
+    chosen = {"model": save_sequence_classifier(tmp_path), "retries": 1}
+    here = asked(load_plugin("rewards", "reward_model", **chosen), TEXTS).answers
+    source = load_plugin("rewards", "reward_model", **chosen, workers="ray", resources={"num_cpus": 0.5})
+    with Scorer([("mine", source)], CONTEXT) as scorer:
+        scorer.wait()
+        assert scorer.ask(rollouts(TEXTS), 0)["mine"].answers == here
+        (actor,) = scorer._runners["mine"]._workers
+        ray.kill(actor._actor)
+        assert scorer.ask(rollouts(TEXTS), 1)["mine"].answers == here
+    assert source._loaded is None, "not in this process"
 
 
 @pytest.mark.parametrize(

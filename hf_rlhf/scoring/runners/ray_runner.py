@@ -16,10 +16,10 @@ from hf_rlhf.scoring.runners.reward_call import CallResult, RewardCall
 class _Scorer:
     """Code that runs in an actor."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, device: str) -> None:
         from hf_rlhf.scoring.runners.worker_source import Served
 
-        self._served = Served(body)
+        self._served = Served(body, device)
 
     def ready(self) -> bool:
         return True
@@ -36,7 +36,7 @@ class Actor:
 
         self._events, self._ray = events, ray
         made: Any = ray.remote(**options, max_restarts=0)(_Scorer)
-        self._actor: Any = made.remote(body)
+        self._actor: Any = made.remote(body, "cuda" if options.get("num_gpus") else "cpu")
         self._when(self._actor.ready.remote(), lambda _: READY)
 
     def send(self, state: bytes, units: list[RewardCall]) -> None:

@@ -13,12 +13,12 @@ from hf_rlhf.scoring.runners.reward_call import RewardCall, call, logged
 class Served:
     """Source sent by `process_runner.packed_source`, set up."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, device: str = "cpu") -> None:
         self.source: RewardSource
         self.source, given = unpacked(body)
         self.label: str = given["label"]
         prepare_all(self.source)
-        set_up_copy(self.source, given)
+        set_up_copy(self.source, given, device)
 
     def run(self, state: bytes | None, unit: RewardCall, ask: Any = None) -> dict[str, Any]:
         """Run a unit, after loading the pickled `state` into the source, if there is one. Return its result as plain data."""

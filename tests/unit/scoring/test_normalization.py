@@ -148,6 +148,8 @@ def test_a_model_is_not_loaded_in_every_process(tmp_path):
     model = runs.save_classifier(tmp_path / "classifier")
     with pytest.raises(AlgorithmError, match="would load it again in every worker"):
         runs.trainer(tmp_path, rewards=[{"use": "reward_model", "model": model, "workers": "processes"}])
+    in_an_actor = runs.recipe(rewards=[{"use": "reward_model", "model": model, "workers": "ray"}])
+    assert not list(in_an_actor.algorithm().problems())
 
 
 def test_a_column_that_decides_where_a_source_applies_must_be_there(tmp_path):
