@@ -14,7 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_rlhf import load_recipe
+from hf_rlhf.contract.model_settings import Model
 from hf_rlhf.runtime.errors import UserError
+from hf_rlhf.runtime.peak_memory import MIB
+from hf_rlhf.training.memory.estimate import estimate
+from hf_rlhf.training.planner.layouts import placed
 from tests.helpers import stepping
 from tests.helpers.paths import environment
 from tests.helpers.processes import run_ranks
@@ -137,11 +141,17 @@ def test_each_process_holds_half_and_what_is_saved_is_a_plain_model(tmp_path):
     spec = specification(tmp_path, "a value head, Adam, clipping", sharded=True)
     spec["update"] = {"mini_batches": 2, "epochs": 2, "ema": 0.9}
     printed = run_ranks(MEASURED.format(spec=json.dumps(spec)))
+    bounded = {**FULL, "rollout": RUNS["a sampled rollout"]["algorithm"]["rollout"]}
+    alone = stepping.make_trainer({"algorithm": bounded, "update": {}, "training": ADAM, "output_dir": str(tmp_path)})
+    two = placed(alone.args, 2, "cpu", sharded=True)
+    forecast = estimate(Model(), alone.algorithm, two, model=alone.model, prompt_tokens=5).phases["update"]
     for text in printed:
         held = json.loads(next(line for line in text.splitlines() if line.startswith("HELD"))[4:])
         assert held["weights"] <= 0.51 * held["all"]
         assert held["state"] <= 2 * 0.51 * held["all"]
         assert held["twin"] == 0
+        assert held["weights"] == pytest.approx(forecast["weights"] * MIB, rel=0.15)
+        assert held["state"] == pytest.approx(forecast["optimizer"] * MIB, rel=0.15)
     folder = Path(spec["output_dir"])
     weights = torch.load(folder / "whole-0.pt")
     for model, same in ((folder, True), (folder / "ema", False)):

@@ -48,7 +48,7 @@ def simulate(
     learned = 0.0
     for i in range(steps):
         sent = clock.run("trainer", send, done[i] if k else learned)
-        if i + k < steps:  # the engine loads what was sent, between two rollouts
-            done.append(clock.run(engine, lengths[i + k] + (send if k else 0.0), sent))
+        if i + k < steps:  # with several ahead the engine is at work while weights are sent, and loads them afterwards
+            done.append(clock.run(engine, lengths[i + k] + (send if k > 1 else 0.0), sent))
         learned = clock.run("trainer", learn, done[i], sent)
     return Timing(learned / steps, {name: 1 - seconds / learned for name, seconds in clock.busy.items()})
