@@ -116,8 +116,10 @@ def gradients_are_finite(module: nn.Module) -> bool:
     """Return whether every gradient of the module, of a sharded one this process's part, is finite."""
     gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
     wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+    if not gradients:
+        return True
     norms = [x.to(gradients[0].device) for x in torch._foreach_norm(gradients, 2, wide)]
-    return not gradients or bool(torch.stack(norms).isfinite().all())
+    return bool(torch.stack(norms).isfinite().all())
 
 
 def state_dict(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
