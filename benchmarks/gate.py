@@ -41,7 +41,7 @@ RLHFTrainer(None, recipe, recipe.training_arguments(folder), callbacks=[clock :=
 took = [b - a for a, b in zip(clock.at, clock.at[1:])]
 print(min(took[1:]))
 """
-"""What both run, by names that do not move: processor seconds of the shortest step but the first."""
+"""The program of both, by names that do not move: processor seconds of the shortest step but the first."""
 
 
 def install(commit: str, folder: Path) -> Path:
