@@ -160,6 +160,45 @@ def test_each_process_holds_half_and_what_is_saved_is_a_plain_model(tmp_path):
         assert (gap == 0) is same
 
 
+COUNTED = """
+import json, os, sys, torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from hf_rlhf import testing
+from hf_rlhf.contract.model_settings import Model
+from hf_rlhf.modeling.sharding import local
+from hf_rlhf.training.memory.estimate import estimate
+from tests.helpers import stepping
+from tests.helpers.live_tensors import LiveTensors
+torch.set_num_threads(1)
+def wide(seed, dtype):
+    _, tokenizer = testing.tiny_policy(seed=seed, dtype=dtype)
+    sizes = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, vocab_size=len(tokenizer))
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=4)), tokenizer
+stepping.tiny_policy = wide
+trainer = stepping.make_trainer(json.loads({spec!r}))
+before = 2 * sum(local(p).nbytes for p in trainer.actor_critic.parameters())  # the reference is as large
+with LiveTensors() as live:
+    trainer.train()
+forecast = estimate(Model(), trainer.algorithm, trainer.args, model=trainer.whole.model, prompt_tokens=5)
+peak = max(sum(parts.values()) for parts in forecast.phases.values()) * 2**20
+print("RATIO", peak / (before + live.peak))
+trainer.close()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_the_forecast_is_near_the_bytes_of_tensors_that_each_of_two_processes_holds_at_the_peak(tmp_path):
+    rollout = {"use": "generate", "prompts": 4, "num_generations": 4, "max_new_tokens": 24, "kernel": "model"}
+    chosen = {**RUNS["a sampled rollout"]["algorithm"], "rollout": rollout, "reference": "frozen"}
+    algorithm = {**chosen, "kl": [{"use": "in_loss", "estimator": "k3"}]}
+    training = {"optim": "adamw_torch", "max_steps": 3, "fsdp": True}
+    spec = {"algorithm": algorithm, "update": {}, "dtype": "float32", "training": training, "output_dir": str(tmp_path)}
+    for text in run_ranks(COUNTED.format(spec=json.dumps(spec))):
+        assert 0.85 < float(re.search(r"^RATIO (.*)$", text, re.M)[1]) < 1.15
+
+
 def test_a_launcher_asks_for_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
