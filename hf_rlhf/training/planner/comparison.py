@@ -92,7 +92,7 @@ def _assumptions(recipe: Recipe, kind: str, found: Measured, folders: Sequence[s
     if kind == "cpu" and folders:
         yield f"seconds: fitted to {', '.join(folders)}"
     elif folders:
-        yield f"seconds: fitted to {', '.join(folders)}; other numbers of devices are arithmetic, not measured"
+        yield f"seconds: fitted to {', '.join(folders)}; those of vLLM and between devices are arithmetic, not measured"
     else:
         yield "seconds and memory are arithmetic on data sheets and shapes; nothing was measured. --measured RUN fits them"
     if isinstance(recipe, OfflineRecipe):
@@ -100,5 +100,7 @@ def _assumptions(recipe: Recipe, kind: str, found: Measured, folders: Sequence[s
     if found.mean is None:
         yield "every completion is as long as it may become, so that shorter ones take less"
     if not folders and any("reward_model" not in source.provides for source in recipe.algorithm().rewards):
-        yield "rewards that run no model on the devices take no time here"
+        yield "rewards that run no model on the devices take 0.1 ms of each completion"
+    if any(getattr(plugin, "device", None) not in (None, "auto") for _, plugin in recipe.algorithm().plugins()):
+        yield "models with a device of their own are left out"
     yield "layouts that sample ahead of the policy are there to compare: hf_rlhf samples with the newest weights"

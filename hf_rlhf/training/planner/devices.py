@@ -70,14 +70,11 @@ def fit(device: Device, runs: Sequence[tuple[Phases, dict[str, float]]]) -> Cons
     Least squares of the relative error, with no constant below 0.
     """
     fitted = {}
-    for phase in {name for _, seconds in runs for name, x in seconds.items() if x > 0}:
-        points = [
-            (calls_of(work[phase]), roofline(work[phase], device), seconds[phase])
-            for work, seconds in runs
-            if seconds.get(phase) and work.get(phase)
-        ]
-        if points:
-            fitted[phase] = _least_squares(points, device.launch)
+    for phase in {name for _, seconds in runs for name in seconds}:
+        known = [(work[phase], seconds[phase]) for work, seconds in runs if work.get(phase) and phase in seconds]
+        points = [(calls_of(works), roofline(works, device), x) for works, x in known if x > 0]
+        if known:
+            fitted[phase] = _least_squares(points, device.launch) if points else (0.0, 0.0)
     return Constants(device, fitted)
 
 

@@ -206,7 +206,7 @@ class Planner:
                 works = list(cost.sampling(own, max(1.0, wanted / free), split, half, graphs))
                 sizes = {"weights": weights / 2**30, "cache": min(wanted, free) / 2**30}
                 engine = {"servers": devices // split, "split": split, "engine": sizes}
-                yield self.constants.seconds("rollout", works), engine
+                yield self.constants.seconds("vllm", works), engine
 
 
 def _range(start: int, stop: int) -> str:

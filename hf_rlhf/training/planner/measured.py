@@ -16,7 +16,6 @@ from hf_rlhf.training.planner.work import Phases
 
 TIMES = {
     "rollout": "time/rollout_s",
-    "sync": "time/sync_s",
     "forward": "time/forward_s",
     "reward": "time/reward_wait_s",
     "update": "time/update_s",
@@ -58,9 +57,11 @@ def seconds_of(run: RunData) -> dict[str, float]:
         raise UserError(
             f"--measured must be the folder of a run with rollouts, got {run.folder}. Leave it out, or train a few steps"
         )
-    steps = run.recipe.algorithm().steps_per_rollout
+    a = run.recipe.algorithm()
     found = {phase: statistics.median(series(run, name) or [0.0]) for phase, name in TIMES.items()}
-    return {**found, "update": steps * found["update"]}
+    if not a.rollout.local:  # an engine's devices are not known
+        del found["rollout"]
+    return {**found, "update": a.steps_per_rollout * found["update"]}
 
 
 def work_of_run(run: RunData, device: str) -> Phases:

@@ -130,7 +130,7 @@ def phases_of(
 ) -> Phases:
     """Return the phases of a step, a whole rollout with its updates, in one of `args.world_size` processes.
 
-    `shards`: processes that share the weights. Functions, judges and servers that score take no time here.
+    `shards`: processes that share the weights. For functions, judges and servers that score, each row is a call.
     """
     half, processes = bool(args.bf16), args.world_size
     own, cost = shape.share(processes), Cost.of(model, half)
@@ -150,6 +150,7 @@ def phases_of(
     for each in costs:
         found["forward"] += [each.reading(own, shared, half, batches), gathered]
     found["reward"] = [Cost.of(m, half).reading(own, False, half, batches) for m in reward_models]
+    found["reward"] += [Work(calls=own.rows)] * (len(a.rewards) > len(reward_models))
     update = cost.reading(own, shared, half, batches, times_of_update(model, args) * a.update.epochs)
     steps = a.steps_per_rollout
     step = optimizer_step(model, args, cost, shards, a.update.epochs * batches, steps)
