@@ -79,7 +79,10 @@ def test_an_offline_recipe_is_planned_too(seven, capsys):
     ("words", "message"),
     [
         (["quickstart", "--gpu", "h10"], "--gpu must be one of cpu, a100, h100, h200, b200, got 'h10'. Did you mean"),
-        (["quickstart", "--gpus", "1", "--gpu-memory", "0.1"], "on 1 x h100: a device needs 0.2 GiB of 0.1"),
+        (
+            ["quickstart", "--gpus", "1", "--gpu-memory", "0.1"],
+            "on 1 x h100 of 0.1 GiB: colocated takes 0.2 GiB of each",
+        ),
         (["quickstart", "--measured", "nowhere"], "RUN must be a folder with a run, got nowhere"),
         (["instructgpt"], "instructgpt has stages"),
     ],

@@ -55,10 +55,14 @@ def compare(
     layouts.sort(key=lambda x: (not x.fits, x.timing.step))
     best = next((x for x in layouts if x.fits and x.runs), None)
     if best is None:
-        least = min(layouts, key=lambda x: x.peak, default=None)
-        why = notes[-1] if least is None else f"a device needs {least.peak:,.1f} GiB of {gib:g} ({least.title})"
+        least = min((x for x in layouts if x.runs), key=lambda x: x.peak, default=None)
+        why = (
+            notes[-1]
+            if least is None
+            else f"{least.title} takes {least.peak:,.1f} GiB of each, of which a tenth is kept free"
+        )
         raise UserError(
-            f"{recipe.name} fits no layout on {gpus} x {kind}: {why}. docs/hardware.md says what needs less"
+            f"{recipe.name} fits no layout on {gpus} x {kind} of {gib:g} GiB: {why}. docs/hardware.md says what needs less"
         )
     return Comparison(f"{recipe.name} on {gpus} x {kind} of {gib:g} GiB", layouts, best, notes)
 
