@@ -72,7 +72,9 @@ def revision(folder: Path, value: str | None) -> Any:
 
 def device(folder: Path, value: str | None) -> str:
     reference = {"use": "model", "path": saved(folder, 1), "device": value}
-    made = References.build(runs.recipe(kl=["in_loss"], reference=reference).algorithm(), tiny_policy()[0], "cpu")
+    made = References.build(
+        runs.recipe(kl=["in_loss"], reference=reference).algorithm(), tiny_policy()[0], torch.device("cpu")
+    )
     return made.models["reference"][1].device.type
 
 
