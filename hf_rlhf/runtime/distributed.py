@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,25 @@ def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[
     for (key, like), part in zip(narrow.items(), parts, strict=True):
         gathered[key] = part.reshape(-1, *like.shape[1:]).to(like.dtype)
     return gathered
+
+
+def exchange(accelerator: Accelerator, parcels: Sequence[Any]) -> list[Any]:
+    """Return what every process sent to this one: `parcels[rank]`, of plain containers and tensors, goes to that process.
+
+    Two collectives, in which a process gets its own parcels alone.
+    """
+    packed = [io.BytesIO() for _ in parcels]
+    for file, parcel in zip(packed, parcels, strict=True):
+        torch.save(parcel, file)
+    sent = torch.tensor([file.tell() for file in packed], device=accelerator.device)
+    coming = torch.empty_like(sent)
+    torch.distributed.all_to_all_single(coming, sent)
+    content = torch.frombuffer(bytearray(b"".join(file.getvalue() for file in packed)), dtype=torch.uint8)
+    sizes = coming.tolist()
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=accelerator.device)
+    torch.distributed.all_to_all_single(received, content.to(accelerator.device), sizes, sent.tolist())
+    files = [io.BytesIO(bytes(x.cpu().numpy())) for x in received.split(sizes)]
+    return [torch.load(file, map_location=accelerator.device, weights_only=True) for file in files]
 
 
 def _flat(x: Tensor) -> Tensor:

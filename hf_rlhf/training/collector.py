@@ -34,6 +34,7 @@ from hf_rlhf.runtime.seeding import seeded
 from hf_rlhf.scoring.answers import Answer, RewardError
 from hf_rlhf.scoring.normalization import RewardNormalizer
 from hf_rlhf.scoring.scorer import Scorer, SourceResult, place, total, totals
+from hf_rlhf.training.dealing import dealt
 from hf_rlhf.training.engine_weights import AwakeEngine
 from hf_rlhf.training.environments.statistics import report_episodes
 from hf_rlhf.training.environments.turns import turn_columns
@@ -107,6 +108,10 @@ class Collector:
             self.stream.observe(drawn_as, scores)
         self._observe(self.meters.since(mark))
         return buffer
+
+    def deal(self, buffer: Buffer) -> Buffer:
+        """Return the rows that this process updates on; each process gets as many tokens."""
+        return dealt(buffer, self.algorithm, self.forwards.batching, self.accelerator)
 
     @cached_property
     def engine_awake(self) -> AwakeEngine:

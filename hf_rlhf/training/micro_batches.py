@@ -98,6 +98,27 @@ class Batching:
         lengths = [len(c) + repeated(p, c, own) for p, c, own in zip(prompts, completions, pieces, strict=True)]
         return self._by_prompt(rows, prompts, lengths, counts)
 
+    def tokens(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        forks: Forks | None = None,
+    ) -> list[int]:
+        """Return how many tokens each of `rows` adds to a forward: in packed rows a prompt counts once, and equal rows do."""
+        found, seen = [], set()
+        for row in rows:
+            prompt, completion, cuts = prompts[row], completions[row], forks[row] if forks else ()
+            own = pieces_of(prompt, len(completion), cuts)
+            if self.attention == "padded":
+                found.append(sum(len(ids) + stop - start for start, stop, ids in own))
+                continue
+            first, equal = (tuple(prompt),), (tuple(prompt), tuple(completion), str(cuts))
+            new = 0 if self.once and equal in seen else len(completion) + repeated(prompt, completion, own)
+            found.append(new + (0 if first in seen else len(prompt)))
+            seen |= {first, equal}
+        return found
+
     def _by_length(self, rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
         """Split shortest first, so that rows of one part have similar lengths."""
         parts: list[list[int]] = []

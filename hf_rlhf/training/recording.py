@@ -205,8 +205,9 @@ class Recorder:
             for (_, row), values in zip(shown, [] if x is None else x[index].tolist(), strict=False):
                 row.tokens[name] = values
 
-    def keep(self, buffer: Buffer, step: int, log: RunLog) -> None:
-        """Give the completions of a rollout to the log, and start its sample. `step`: optimizer steps taken so far."""
+    def keep(self, buffer: Buffer, step: int, log: RunLog, update: Buffer) -> None:
+        """Give the completions of a rollout to the log, and start its sample. `step`: optimizer steps taken so far; `update`: the
+        rows that this process updates on."""
         texts, numbers = buffer.extra.pop("texts"), buffer.extra.pop("numbers")
         if self.algorithm.environment:
             masks = buffer.rows["mask"][: self.limit].tolist()
@@ -221,7 +222,7 @@ class Recorder:
             log.write_rows(rows if self.accelerator.is_main_process else [], step + 1)
         shown = [row for _, row in self._rows.values() if row.group in self._chosen]
         if shown:
-            place = {id(ids): i for i, ids in enumerate(buffer.completion_ids)}
+            place = {id(ids): i for i, ids in enumerate(update.completion_ids)}
             for row in shown:
                 row.place = place.get(id(row.ids))
             self._sample = Sample(step=step, rows=shown, tokenizer=self.tokenizer)

@@ -87,8 +87,8 @@ class Collected:
                 for name in parts[0].texts
                 if all(name in part.texts for part in parts)
             },
-            rows={name: _join([part.rows[name] for part in parts]) for name in parts[0].rows},
-            table={name: _join([part.table[name] for part in parts]) for name in parts[0].table},
+            rows={name: joined([part.rows[name] for part in parts]) for name in parts[0].rows},
+            table={name: joined([part.table[name] for part in parts]) for name in parts[0].table},
             places=torch.cat([part.places + offset for part, offset in zip(parts, offsets, strict=False)]),
             prompts={key: [x for part in parts for x in part.prompts[key]] for key in parts[0].prompts},
             forks=[x for part in parts for x in part.forks],
@@ -113,7 +113,8 @@ class Collected:
         )
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate rows; those of (n, T, ...) are padded to the widest."""
     if tensors[0].dim() == 1:
         return torch.cat(list(tensors))
     width = max(x.size(1) for x in tensors)
@@ -159,10 +160,20 @@ class Buffer:
             moved[part] = {name: x.to(device) for name, x in state.get(part, {}).items()}
         return cls(**moved)
 
+    def of_prompts(self) -> Tensor:
+        """Return the number of the prompt of each row of the table (N,)."""
+        return self.group_ids if self.prompt is None else self.prompt
+
+    def learns(self, algorithm: Algorithm) -> Tensor:
+        """Return which of this process's rows (n,) enter the update."""
+        if algorithm.skips_rows_without_advantage:
+            return ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1)
+        return torch.ones_like(self.places, dtype=torch.bool)
+
     def step_rows(self, position: int, algorithm: Algorithm, seed: int) -> Tensor:
         """Return the table rows (N_u,) of one optimizer step: all rows of some prompts, shuffled from the second epoch on."""
         epoch, mini_batch = divmod(position, algorithm.update.mini_batches)
-        of_row = self.group_ids if self.prompt is None else self.prompt
+        of_row = self.of_prompts()
         groups = of_row.unique()
         if epoch > 0:
             order = permutation(len(groups), seed, "epoch", self.index, epoch)
@@ -201,9 +212,7 @@ class Buffer:
         where = torch.full((len(self.mask),), -1, dtype=torch.long, device=step.device)
         where[step] = torch.arange(len(step), device=step.device)
         mine = where[self.places]
-        learned = mine >= 0
-        if algorithm.skips_rows_without_advantage:
-            learned &= ((self.rows["advantages"] * self.rows["mask"]) != 0).any(1)
+        learned = (mine >= 0) & self.learns(algorithm)
         rows = [row for row, learns in enumerate(learned.tolist()) if learns]
         parts = batching.cut(rows, self.prompt_ids, self.completion_ids, self.forks) if rows else []
         micros = [self._micro_batch(part, mine, weights, batching) for part in parts] or [

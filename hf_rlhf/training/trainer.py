@@ -195,13 +195,13 @@ class RLHFTrainer(SavingTrainer):
         if position == 0:
             self.phases.sampling()
             self.collector.recorder.begin(index, self.state.max_steps)
-            self.buffer = self.collector.collect(index)
-            self.collector.recorder.keep(self.buffer, self.state.global_step, self.run_log)
+            sampled = self.collector.collect(index)
+            self.buffer = self.collector.deal(sampled)
+            self.collector.recorder.keep(sampled, self.state.global_step, self.run_log, self.buffer)
         if self.buffer is None or self.buffer.index != index:
             raise CheckpointError(f"step {self.state.global_step} is in the middle of a rollout that was not saved")
-        batching = self.collector.forwards.batching
-        chosen = (position, self.state.global_step, self.algorithm, self.args, batching, self.parallel.most)
-        return [micro_batches_of_step(self.buffer, *chosen)], None
+        chosen = (position, self.state.global_step, self.algorithm, self.args, self.collector.forwards.batching)
+        return [micro_batches_of_step(self.buffer, *chosen, self.parallel.most)], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run Trainer's own step on each micro-batch; processes average gradients at the last one."""
