@@ -65,9 +65,9 @@ def gather_rows(accelerator: Accelerator, wide: dict[str, Tensor], narrow: dict[
 
 
 def exchange(accelerator: Accelerator, parcels: Sequence[Any]) -> list[Any]:
-    """Return what every process sent to this one: `parcels[rank]`, of plain containers and tensors, goes to that process.
+    """Return what every process sent to this one: `parcels[rank]` goes to that process.
 
-    Two collectives, in which a process gets its own parcels alone.
+    Plain containers and tensors, which arrive on the CPU. Two collectives, in which a process gets its own parcels alone.
     """
     packed = [io.BytesIO() for _ in parcels]
     for file, parcel in zip(packed, parcels, strict=True):
@@ -80,7 +80,7 @@ def exchange(accelerator: Accelerator, parcels: Sequence[Any]) -> list[Any]:
     received = torch.empty(sum(sizes), dtype=torch.uint8, device=accelerator.device)
     torch.distributed.all_to_all_single(received, content.to(accelerator.device), sizes, sent.tolist())
     files = [io.BytesIO(bytes(x.cpu().numpy())) for x in received.split(sizes)]
-    return [torch.load(file, map_location=accelerator.device, weights_only=True) for file in files]
+    return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ def dealt(buffer: Buffer, algorithm: Algorithm, batching: Batching, accelerator:
     found = gather_rows(accelerator, {"cost": cost.unsqueeze(1)}, {"places": buffer.places})
     costs = torch.empty_like(found["cost"]).index_copy(0, found["places"], found["cost"]).flatten()
     ranks = deal(buffer.of_prompts(), costs, algorithm.update.mini_batches, accelerator.num_processes)
-    target, own = ranks[buffer.places], accelerator.process_index
-    moved = [_share(buffer, (target == rank) & (target != own), "cpu") for rank in range(accelerator.num_processes)]
-    stays = _share(buffer, target == own, buffer.places.device)
-    parts = [stays, *(part for part in exchange(accelerator, moved) if len(part["places"]))]
-    order = torch.cat([part["places"] for part in parts]).argsort()
+    target, own, device = ranks[buffer.places], accelerator.process_index, buffer.places.device
+    moved = [_share(buffer, (target == rank) & (target != own)) for rank in range(accelerator.num_processes)]
+    came = exchange(accelerator, moved)
+    parts = [part for part in [_share(buffer, target == own), *came] if len(part["places"])] or came[:1]
+    places = torch.cat([part["places"].to(device) for part in parts])
+    order = places.argsort()
     index = order.tolist()
 
     def column(columns: Sequence[list[Any]]) -> list[Any]:
@@ -42,10 +43,12 @@ def dealt(buffer: Buffer, algorithm: Algorithm, batching: Batching, accelerator:
 
     return replace(
         buffer,
-        **{name: column([part[name] for part in parts]) for name in ("prompt_ids", "completion_ids", "forks")},
+        prompt_ids=column([part["prompt_ids"] for part in parts]),
+        completion_ids=column([part["completion_ids"] for part in parts]),
+        forks=column([part["forks"] for part in parts]),
         prompts={key: column([part["prompts"][key] for part in parts]) for key in buffer.prompts},
-        rows={name: joined([part["rows"][name] for part in parts])[order] for name in buffer.rows},
-        places=torch.cat([part["places"] for part in parts])[order],
+        rows={name: joined([part["rows"][name].to(device) for part in parts])[order] for name in buffer.rows},
+        places=places[order],
         extra={},
     )
 
@@ -92,7 +95,7 @@ def _balanced(prompts: Sequence[int], sums: Sequence[float], count: int) -> list
     return shares
 
 
-def _share(buffer: Buffer, chosen: Tensor, device: Any) -> dict[str, Any]:
+def _share(buffer: Buffer, chosen: Tensor) -> dict[str, Any]:
     """Return some rows of a buffer in plain containers."""
     own = chosen.nonzero().flatten()
     index = own.tolist()
@@ -102,6 +105,6 @@ def _share(buffer: Buffer, chosen: Tensor, device: Any) -> dict[str, Any]:
         "completion_ids": [buffer.completion_ids[i] for i in index],
         "forks": [buffer.forks[i] for i in index] if buffer.forks else [],
         "prompts": {key: [ids[i] for i in index] for key, ids in buffer.prompts.items()},
-        "rows": {name: x[own, :width].to(device) for name, x in buffer.rows.items()},
-        "places": buffer.places[own].to(device),
+        "rows": {name: x[own, :width] for name, x in buffer.rows.items()},
+        "places": buffer.places[own],
     }
