@@ -1,4 +1,4 @@
-"""The rows of a rollout dealt to processes anew before the update: whole groups, so that each has as many tokens."""
+"""Whole groups of a rollout moved between processes before the update, so that each has as many tokens."""
 
 from __future__ import annotations
 
