@@ -11,6 +11,7 @@ import signal
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hf_rlhf.training.environments.rollout import Played, Players
 from hf_rlhf.training.environments.workers import close_here, set_up_here
 from tests.helpers.episodes import rendering, user
 from tests.helpers.runs import recipe
+from tests.helpers.waits import until
 
 Play = Callable[[Task, Model], Awaitable[Any]]
 
@@ -131,7 +133,7 @@ class Hashed(RolloutEngine):
 class Forking(Environment):
     """Forks of three kinds: another conversation, the way back, and a second answer to the same question.
 
-    The variable KILLED_AT_TURN ends the process like `kill -9` before so many turns of it.
+    The variable KILLED_AT_TURN ends the process like `kill -9` before so many turns of it, once the file KILLED_AFTER is there.
     """
 
     name = "forking"
@@ -141,6 +143,7 @@ class Forking(Environment):
     async def play(self, task: Task, model: Model) -> float:
         async def ask(messages: list[dict[str, Any]]) -> dict[str, Any]:
             if next(TURNS) == int(os.environ.get("KILLED_AT_TURN", "-1")):
+                until(Path(os.environ["KILLED_AFTER"]).exists, 60)
                 os.kill(os.getpid(), signal.SIGKILL)
             return await model(messages)
 

@@ -174,11 +174,12 @@ def test_a_run_killed_in_the_middle_of_an_episode_resumes_with_equal_bits(tmp_pa
     for spec in made:
         spec["training"] |= saving
     killed, straight = made
+    out = Path(killed["output_dir"])
     with monkeypatch.context() as patch:
         patch.setenv("KILLED_AT_TURN", "112")
+        patch.setenv("KILLED_AFTER", str(out / "checkpoint-6" / checkpoint_manifest.MANIFEST))
         (process,) = stepping.start({"run": killed}, tmp_path / "first")
         assert process.wait(scaled(200)) == -signal.SIGKILL
-    out = Path(killed["output_dir"])
     assert checkpoint_manifest.newest(out).name == "checkpoint-6"
     stepping.finish(stepping.start({"killed": killed}, tmp_path / "again", resume=True), tmp_path / "again")
     stepping.finish(stepping.start({"straight": straight}, tmp_path / "whole"), tmp_path / "whole")
