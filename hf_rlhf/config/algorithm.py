@@ -333,9 +333,7 @@ class Algorithm:
             if source.runs_model and (source.workers == "processes" or (source.workers == "ray" and not own)):
                 yield (
                     f"{title} runs a model on this process's device, and rewards.{i}.workers={source.workers} would load it "
-                    f"again in every worker: set rewards.{i}.workers=inline"
-                    + ", or workers=ray with resources={num_gpus: 1} for a GPU of the cluster"
-                    * own
+                    f"again in every worker: set rewards.{i}.workers=inline" + f", or rewards.{i}.workers=ray" * own
                 )
             if source.clip is not None and not source.clip[0] < source.clip[1]:
                 yield f"{title}: clip={list(source.clip)} is [lowest, highest] with lowest < highest"
