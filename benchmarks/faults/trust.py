@@ -69,7 +69,11 @@ def _(world: World) -> str:
             (folder / name).write_bytes(pickle.dumps({"x": Evil(escaped)}))
         else:
             torch.save({"x": Evil(escaped)}, folder / name)
-        manifest["files"][name] = checkpoint_manifest._entry(folder / name)  # whoever can do the one can do the other
+        kind, size = checkpoint_manifest.HASH, (folder / name).stat().st_size
+        manifest["files"][name] = {
+            kind: checkpoint_manifest._hash(folder / name, kind),
+            "bytes": size,
+        }  # as easily done
         del manifest["manifest_sha256"]
         (folder / checkpoint_manifest.MANIFEST).write_bytes(checkpoint_manifest._text(manifest))
         run = world.train("--resume", "training.save_steps=6", "training.max_steps=7")

@@ -88,8 +88,9 @@ def report_credit(put: Put, scored: Scored, credit: Credit, over: Reduce = ONE) 
     far = torch.finfo(advantages.dtype).max
     found = _mean_std("reward/after_kl", scored.returns(), torch.ones_like(on[:, 0]), over) if scored.scores else {}
     found |= _mean_std("advantage", advantages, on, over)
-    found["advantage/min"] = -over.max(_max(-advantages.masked_fill(~on, far), -far))
-    found["advantage/max"] = over.max(_max(advantages.masked_fill(~on, -far), -far))
+    ends = [_max(-advantages.masked_fill(~on, far), -far), _max(advantages.masked_fill(~on, -far), -far)]
+    least, most = over.max(torch.stack(ends)).unbind()
+    found["advantage/min"], found["advantage/max"] = -least, most
     if over.accelerator is None:
         found |= {name: total / count for name, total, count in own_metrics(scored, credit)}
     if credit.returns is not None and scored.values is not None:
@@ -113,18 +114,22 @@ def own_metrics(scored: Scored, credit: Credit) -> Iterator[tuple[str, Tensor, T
 
 
 def report_drift(
-    put: Put, count: int, table: dict[str, Tensor], own: Mapping[str, tuple[str, str]], over: Reduce = ONE
+    put: Put,
+    every: Tensor,
+    table: dict[str, Tensor],
+    own: Mapping[str, tuple[str, str]],
+    over: Reduce = ONE,
 ) -> None:
     """Log the mean k1 to the references, the gap between sampler and trainer, and the loads of experts, where they are known.
 
-    `count`: number of all rows, of which `table` has the part of this process of `over`. `own`: title of a KL with a reference
-    of its own -> names of its log-probs, and of the mask of the rows that it is taken on.
+    `every`: the mask of all rows (N, T), of which `table` has the part of this process of `over`. `own`: title of a KL with a
+    reference of its own -> names of its log-probs, and of the mask of the rows that it is taken on.
     """
-    mask = table["mask"]
+    mask, count = table["mask"], len(every)
     put("rollout/rows", count)
     if not count:
         return
-    tokens = over.sum(mask.sum())
+    tokens = every.sum()
     found: Numbers = {}
     if "old_logps" in table and "ref_logps" in table:
         k1 = over.sum(((table["old_logps"] - table["ref_logps"]) * mask).sum())
@@ -177,7 +182,11 @@ def _mean(x: Tensor, on: Tensor, over: Reduce = ONE) -> Tensor:
 
 
 def _mean_variance(x: Tensor, on: Tensor, over: Reduce = ONE) -> tuple[Tensor, Tensor]:
-    off, count = ~on, over.sum(on.sum())
-    mean = over.sum(x.masked_fill(off, 0.0).sum()) / count
-    squares = over.sum(((x - mean).masked_fill(off, 0.0) ** 2).sum())
+    off, count, total = ~on, on.sum(), x.masked_fill(~on, 0.0).sum()
+    mean = total / count
+    squares = ((x - mean).masked_fill(off, 0.0) ** 2).sum()
+    if over.accelerator is not None:  # each process's, about its own mean, and those of the means
+        counts, totals, parts = over.each(torch.stack([count.to(x.dtype), total, squares])).unbind(1)
+        count, mean = counts.sum(), totals.sum() / counts.sum()
+        squares = (parts + counts * (totals / counts.clamp(min=1) - mean) ** 2).sum()
     return mean, squares / (count - 1).clamp(min=1)

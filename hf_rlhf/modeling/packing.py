@@ -181,13 +181,12 @@ class Packed:
     @cached_property
     def _order(self) -> Tensor:
         """Index of each token (N,) in the concatenated outputs of the blocks."""
-        order = torch.empty(self.input_ids.size(1), dtype=torch.long)
+        order = torch.empty(self.input_ids.size(1) + 1, dtype=torch.long)  # the last for padding
         offset = 0
         for block in self._blocks:
-            places = block.inside.flatten().nonzero().flatten()
-            order[block.queries.cpu()[places]] = offset + places
-            offset += block.inside.numel()
-        return order.to(self.device)
+            order[block.tokens] = offset + torch.arange(len(block.tokens))
+            offset += len(block.tokens)
+        return order[:-1].to(self.device)
 
     def attend(
         self,
@@ -334,9 +333,10 @@ class _Block:
         self.depths = [span.depth for span in spans]
         places = torch.arange(self.longest)
         starts, sizes = torch.tensor([[span.start for span in spans], [span.size for span in spans]]).unsqueeze(-1)
-        self.inside = places < sizes
-        """Which of the padded places (B, L) are tokens."""
-        queries = torch.where(self.inside, starts + places, 0)
+        inside = places < sizes
+        self.tokens = torch.where(inside, starts + places, -1).flatten()
+        """The token of each padded place (B L), -1 for padding; on the host."""
+        queries = torch.where(inside, starts + places, 0)
         at = (
             torch.arange(self.before) - self.before + torch.tensor(self.depths).unsqueeze(-1)
         )  # of a row, from its first token

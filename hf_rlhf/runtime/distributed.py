@@ -24,13 +24,14 @@ class Reduce:
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of every process's `x`."""
-        return x if self.accelerator is None else self._each(x).sum(0)
+        return x if self.accelerator is None else self.each(x).sum(0)
 
     def max(self, x: Tensor) -> Tensor:
         """Return the largest of every process's `x`."""
-        return x if self.accelerator is None else self._each(x).amax(0)
+        return x if self.accelerator is None else self.each(x).amax(0)
 
-    def _each(self, x: Tensor) -> Tensor:
+    def each(self, x: Tensor) -> Tensor:
+        """Return every process's `x`, with the processes as first dimension."""
         assert self.accelerator is not None
         found: Tensor = self.accelerator.gather(x.unsqueeze(0))
         return found

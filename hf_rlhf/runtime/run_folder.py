@@ -43,6 +43,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")) != 0:
         yield
         return
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.resolve() / LOCK, timeout=PATIENCE_S, is_singleton=True)
     try:
@@ -55,3 +56,5 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if made and [path.name for path in folder.iterdir()] == [LOCK]:  # the run was refused before it wrote anything
+            shutil.rmtree(folder, ignore_errors=True)

@@ -101,7 +101,7 @@ class Collector:
         collected = self._first_groups(Collected.join(parts), wanted)
         self.meters.put("rollout/prompts_drawn", drawn)
         known, over = self.rows_of.numbers(collected)
-        report_drift(self.meters.put, len(collected.table["mask"]), known, drifts(self.algorithm), over)
+        report_drift(self.meters.put, collected.table["mask"], known, drifts(self.algorithm), over)
         buffer = self._credit(index, collected)
         if self.stream.observed:
             drawn_as, scores = (torch.cat(column).tolist() for column in zip(*self._seen, strict=True))

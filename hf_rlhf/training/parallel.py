@@ -77,6 +77,11 @@ class Parallel:
         wrapped: nn.Module = self.accelerator.prepare_model(module, device_placement=False)  # a critic may be elsewhere
         return wrapped
 
+    def count_as_prepared(self, module: Any) -> None:
+        """Keep Trainer from wrapping a module, which gets autocast alone."""
+        module._is_accelerate_prepared = False  # TRL prepares references itself
+        self.accelerator.prepare_model(module, evaluation_mode=True)
+
     def unwrap(self, module: Any) -> Any:
         """Return the module that was wrapped."""
         return self.accelerator.unwrap_model(module)

@@ -94,7 +94,8 @@ class RolloutTable:
             found = check_output("advantages", estimator, estimator(scored), scored.mask, inputs=vars(scored))
             credit = Credit.of(found)
         over = Reduce(self.accelerator if alone else None)
-        if alone and over.sum(torch.tensor(int(credit.value_mask is not None), device=scored.mask.device)):
+        masked = torch.tensor(int(credit.value_mask is not None), device=scored.mask.device)
+        if alone and "values" in estimator.needs and over.sum(masked):
             credit.value_mask = scored.mask if credit.value_mask is None else credit.value_mask
         return scored, credit, over
 

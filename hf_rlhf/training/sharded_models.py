@@ -59,8 +59,7 @@ def shard_plain(parallel: Parallel, model: Any, reference: Any = None) -> WholeM
     for root in (model, reference):
         if root is not None:
             parallel.shard(root)
-            root._is_accelerate_prepared = False  # TRL has prepared the reference
-            parallel.accelerator.prepare_model(root, evaluation_mode=True)  # autocast, nothing around it
+            parallel.count_as_prepared(root)
     return whole
 
 

@@ -51,7 +51,7 @@ def run(folder: Path, *words: str, out: str = "out", resume: bool = True, given:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, threading, time
 from torch.optim import optimizer
 
 steps, place = int(sys.argv.pop(1)), sys.argv.pop(1)
@@ -60,6 +60,8 @@ def hook(*_):
     global steps
     steps -= 1
     if not steps:
+        while any(thread.name.startswith("hf_rlhf-seal") for thread in threading.enumerate()):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 getattr(optimizer, f"register_optimizer_step_{place}_hook")(hook)
@@ -71,7 +73,8 @@ main()
 
 def killed(folder: Path, steps: int, place: Literal["pre", "post"], *words: str) -> None:
     """`hf-rlhf WORDS` in a process that SIGKILL ends in its optimizer step of this number, counted over all stages: when the
-    gradients are there and the weights are as they were, or when the weights are new and nothing else is."""
+    gradients are there and the weights are as they were, or when the weights are new and nothing else is. The checkpoint
+    before it is sealed then."""
     process = _process(folder, [*warm("-c"), KILLED, str(steps), place, *words])
     printed, _ = process.communicate(timeout=scaled(150))
     assert process.returncode == -signal.SIGKILL, printed

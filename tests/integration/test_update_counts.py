@@ -434,11 +434,14 @@ def test_a_rollout_takes_few_collectives(tmp_path):
     assert seen[0] == seen[1], "the version of the policy included"
     rollouts, updates = 2, 4
     collect, log = Counter(seen[0]["collect"]), Counter(seen[0]["log"])
-    assert collect["all_gather"] == 3 * rollouts, "shapes, tensors by row and token, tensors by row"
+    table, statistics = 3, 3
+    assert collect["all_gather"] == (table + statistics) * rollouts, (
+        "shapes, masks and tensors by row; mean and deviation of rewards and of advantages, their ends"
+    )
     assert collect["all_gather_object"] == rollouts, "names of what was measured in the updates before"
     assert collect["all_reduce"] == rollouts - 1, "their sums, where there were updates before"
     assert log == {"all_gather_object": updates, "all_reduce": updates}, "names and sums of what is logged"
-    assert collect.total() == 3 * rollouts + rollouts + rollouts - 1
+    assert collect.total() == (table + statistics) * rollouts + rollouts + rollouts - 1
     assert not seen[0]["update"], "but for what DDP does in the backward"
 
 

@@ -130,6 +130,8 @@ def _phases(
     decode = {"cache": (prompts + rows * room + others) * cache, "logits": logits}
     rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values())) if a.rollout.local else {}
     whole_policy = {"gathered weights": float(tensor_bytes(model))} if shards > 1 and a.rollout.local else {}
+    if reordered := 0.0 if gpu or not a.rollout.local else _reordered_bytes(model, a.rollout):
+        rollout = rollout | {"reordered weights": reordered}
     yield "rollout", on_device() | whole_policy | rollout
     tokens, sampled = _micro_batch(a, args, own * a.agents, prompt, length, said, shared)
     logits = logits_tile(model, sampled, args.device)

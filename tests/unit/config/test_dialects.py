@@ -370,9 +370,9 @@ def test_the_example_goes_the_way_of_a_rollout(parts, tmp_path):
 
     def watch(collected):
         tables.append({name: x.clone() for name, x in collected.table.items()})
-        return scored(collected)
+        return credit(collected)
 
-    scored, trainer.collector._scored = trainer.collector._scored, watch
+    credit, trainer.collector.rows_of.credit = trainer.collector.rows_of.credit, watch
     buffer = trainer.collector.collect(0)
     table = tables[0]
     wide = dict.fromkeys(("old_logps", "ref_logps", "sampler_logps", "values", "sum_sq_probs"), 0 * table["mask"])
