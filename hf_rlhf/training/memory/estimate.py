@@ -130,8 +130,6 @@ def _phases(
     decode = {"cache": (prompts + rows * room + others) * cache, "logits": logits}
     rollout = max(prefill, decode, key=lambda sizes: sum(sizes.values())) if a.rollout.local else {}
     whole_policy = {"gathered weights": float(tensor_bytes(model))} if shards > 1 and a.rollout.local else {}
-    if reordered := 0.0 if gpu or not a.rollout.local else _reordered_bytes(model, a.rollout):
-        rollout = rollout | {"reordered weights": reordered}
     yield "rollout", on_device() | whole_policy | rollout
     tokens, sampled = _micro_batch(a, args, own * a.agents, prompt, length, said, shared)
     logits = logits_tile(model, sampled, args.device)
@@ -306,10 +304,3 @@ def micro_batch_bytes(model: Any, args: TrainingArguments, tokens: int, logits: 
         "weights in 16 bits": 2 * half * sum(p.numel() for p in trunk_of(model).parameters() if p.element_size() == 4),
         "backward": layer_bytes(model, half, tokens) + logits,
     }
-
-
-def _reordered_bytes(model: Any, rollout: Any) -> float:
-    """Return the bytes of the weights that decoding on a CPU reorders."""
-    if getattr(rollout, "kernel", "model") == "model" or model.dtype != torch.float32:
-        return 0.0
-    return float(sum(m.weight.nbytes for m in model.modules() if type(m) is torch.nn.Linear))
