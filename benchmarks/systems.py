@@ -24,17 +24,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.engine import Forced
 from benchmarks.peak import mib, peak
-from benchmarks.work import (
-    EOS,
-    Line,
-    dataset,
-    forced_lengths,
-    make_model,
-    make_tokenizer,
-    prompt_ids,
-    scores,
-    script,
-)
+from benchmarks.work import EOS, Line, dataset, forced_lengths, make_model, make_tokenizer, prompt_ids, scores, script
 from hf_rlhf.axes import PolicyLoss
 
 THEIR_ROWS = 8

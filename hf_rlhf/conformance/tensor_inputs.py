@@ -55,8 +55,7 @@ def draw_tensors(
     Of two reward sources `reward` and `style` the weighted sum is `total_score`; less `kl_penalties`, which are negative
     here, it makes up `token_rewards`, so returns are not negative. `log_probs` are of a whole vocabulary, (N, T, V).
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = sum(group_sizes)
+    generator, rows = torch.Generator().manual_seed(seed), sum(group_sizes)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
@@ -101,13 +100,18 @@ def draw_tensors(
         "old_entropy": draw(rows, length),
         "router_logits": 2 * draw(rows, length, *ROUTERS),
     }
-    starts = (mask[:, 1:] > mask[:, :-1]).cumsum(1)  # a turn ends where the mask does
-    tensors["turns"] = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1)
-    later = 1 + (2 * draw(rows, length)).long()  # a turn after the first begins in one of two states
-    tensors["states"] = later.gather(1, tensors["turns"]) * (tensors["turns"] > 0)
-    fractions = 2 * draw(*ROUTERS).softmax(-1)  # two experts per token
-    tensors["routing_fractions"] = fractions.expand(rows, length, *ROUTERS)
+    tensors |= _of_turns(mask, 1 + (2 * draw(rows, length)).long())
+    tensors["routing_fractions"] = (2 * draw(*ROUTERS).softmax(-1)).expand(
+        rows, length, *ROUTERS
+    )  # two experts per token
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def _of_turns(mask: Tensor, later: Tensor) -> Tensors:
+    """Return `turns`, each of which ends where the mask does, and `states`: a turn after the first begins in one of `later`."""
+    starts = (mask[:, 1:] > mask[:, :-1]).cumsum(1)
+    turns = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1)
+    return {"turns": turns, "states": later.gather(1, turns) * (turns > 0)}
 
 
 def ordinary_tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensors:

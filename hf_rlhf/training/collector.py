@@ -263,16 +263,7 @@ class Collector:
         if self.algorithm.kl_in("reward"):
             rows["kl_penalties"] = self._kl_penalties(rows)
             token_rewards = token_rewards - rows["kl_penalties"]
-        group_ids, agents = torch.tensor(rollouts.group_ids, device=device), self.sampling.agents
-        narrow = {
-            "group_ids": group_ids,
-            "prompt": group_ids // agents,
-            "agents": group_ids % agents,
-            "episode_ids": torch.tensor(rollouts.episode_ids, device=device),
-            "finished": torch.tensor([reason == "stop" for reason in rollouts.finish_reasons], device=device),
-            "total": sums.to(device, self.dtype),
-            "valid": valid.to(device),
-        }
+        narrow = {"total": sums.to(device, self.dtype), "valid": valid.to(device), **self._named(rollouts)}
         narrow |= {f"score:{label}": x.to(device, self.dtype) for label, x in scores.items()}
         narrow |= {f"given:{x}": given[x].to(device, self.dtype) for x in scores if self.normalizer.changes(x)}
         if greedy is not None:
@@ -308,6 +299,18 @@ class Collector:
         self.recorder.saw(rollouts, collected)
         self._seen.append((collected.table["prompt"], given_totals(collected.table, weights)))
         return self.recorder.select(collected, collected.table["valid"].bool(), "no reward source scored it")
+
+    def _named(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        """Return which group, prompt, agent and episode each row (n,) belongs to, and whether it finished."""
+        device, agents = self.accelerator.device, self.sampling.agents
+        group_ids = torch.tensor(rollouts.group_ids, device=device)
+        return {
+            "group_ids": group_ids,
+            "prompt": group_ids // agents,
+            "agents": group_ids % agents,
+            "episode_ids": torch.tensor(rollouts.episode_ids, device=device),
+            "finished": torch.tensor([reason == "stop" for reason in rollouts.finish_reasons], device=device),
+        }
 
     def _kl_penalties(self, rows: dict[str, Tensor]) -> Tensor:
         """Return what the KLs in the reward subtract from it, (n, T)."""

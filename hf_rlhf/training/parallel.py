@@ -104,8 +104,9 @@ class Parallel:
         if self.sharding is None:
             return self.accelerator.clip_grad_norm_(module.parameters(), limit)
         gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
-        norms = torch._foreach_norm(gradients, 2)
-        square = torch.stack(norms).square().sum()
+        if not gradients:  # of none, on every process alike
+            return torch.zeros((), device=self.accelerator.device)
+        square = torch.stack(torch._foreach_norm(gradients, 2)).square().sum()
         dist.all_reduce(square)
         norm = square.sqrt()
         if math.isfinite(limit):

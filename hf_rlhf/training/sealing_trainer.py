@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ from hf_rlhf.training.parallel import optimizer_state
 from hf_rlhf.training.step_border import StepBorder
 
 
-class SealingTrainer(PushingTrainer):
+class SealingTrainer(PushingTrainer, ABC):
     """`transformers.Trainer` whose checkpoints count once a thread has written their manifest.
 
     That has ended before the next checkpoint is written, before the best model is loaded, before `train` returns or raises, and
@@ -36,9 +37,9 @@ class SealingTrainer(PushingTrainer):
     """The last checkpoint, while a thread completes it."""
 
     @property
+    @abstractmethod
     def border(self) -> StepBorder:
         """The last border between two optimizer steps."""
-        raise NotImplementedError
 
     def _saved_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors to save, by name: the policy's, or those of its adapter."""

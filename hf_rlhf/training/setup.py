@@ -200,9 +200,8 @@ def setup_run(
     plan.in_words = in_words(chosen, sections, args, model, lora, (*record["rows"].values(), longest))
     record["plan"]["in_words"] = plan.in_words
     if on_plan is not None:
-        given = {"peft_config": peft_config, "trust_remote_code": trust_remote_code}
-        _forecast(plan, chosen, args, sections, prompt_tokens=longest, **given)
-        on_plan(plan)
+        known_of = {"prompt_tokens": longest, "peft_config": peft_config, "trust_remote_code": trust_remote_code}
+        on_plan(_forecast(plan, chosen, args, sections, **known_of))
     model = _model(model, model_settings, chosen, args.seed, trust_remote_code, lora)
     check_vocabulary(tokenizer, model)
     parts.model = _adapted(model, peft_config, model_settings, args.seed) if lora else model
@@ -212,10 +211,11 @@ def setup_run(
 
 def _forecast(
     plan: Plan, algorithm: Algorithm, args: TrainingArguments, sections: dict[str, Any], **known: Any
-) -> None:
-    """Add a memory forecast to the plan if there can be one: a run does not depend on it."""
+) -> Plan:
+    """Return the plan with a memory forecast if there can be one: a run does not depend on it."""
     with suppress(Exception):
         estimate_memory(plan, algorithm, args, sections, **known)
+    return plan
 
 
 def _described(

@@ -127,10 +127,9 @@ class RLHFTrainer(SavingTrainer):
         self.end_tracking = install(self.callback_handler, self.args, self.run_log, self.doctor, parts.record)
         self.actor_critic, references = parts.build(self.model, self.args)
         self.whole = shard_models(self.parallel, self.algorithm, self.actor_critic, references)
-        decay = self.algorithm.update.ema
-        self.ema = None if decay is None else PolicyEMA(self.actor_critic.policy, decay)
-        models = (self.actor_critic, references.models)
-        self.phases = Phases.of(self.algorithm, *models, lambda: trainer.optimizer, self.ema, self.meters)
+        self.ema = PolicyEMA(self.actor_critic.policy, decay) if (decay := self.algorithm.update.ema) else None
+        held = (self.actor_critic, references.models, lambda: trainer.optimizer, self.ema)
+        self.phases = Phases.of(self.algorithm, *held, self.meters)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order: Any = {"shuffle": parts.dataset_settings.shuffle, "sampler": self.algorithm.sampler}
         self.stream = PromptStream(parts.train, seed=seed, **order)

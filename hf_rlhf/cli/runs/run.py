@@ -20,7 +20,6 @@ from hf_rlhf.runtime.signals import StoppedError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import TrainingArguments
 
     from hf_rlhf.config.plan import Plan
     from hf_rlhf.config.recipe import Recipe
@@ -38,9 +37,10 @@ def check(
     refusal.
     """
     from hf_rlhf.training.early_checks import check_space
+    from hf_rlhf.training.recipe_checks import checked
 
     args = recipe.training_arguments(output_dir)
-    plan = _checked(recipe, args)
+    plan = checked(recipe, args)
     known = {"trust_remote_code": trust_remote_code}
     with nullcontext() if forecast else suppress(Exception):  # a run does not depend on its forecast
         if isinstance(recipe, OfflineRecipe):
@@ -53,21 +53,6 @@ def check(
             setup.estimate_memory(plan, recipe.algorithm(), args, recipe.sections, **known)
     check_space(plan.memory, args)
     return plan
-
-
-def _checked(recipe: Recipe, args: TrainingArguments) -> Plan:
-    try:
-        if isinstance(recipe, OfflineRecipe):
-            from hf_rlhf.training.offline.setup import check_recipe as check_offline
-
-            return check_offline(recipe, args)
-        from hf_rlhf.training.setup import check_recipe
-
-        return check_recipe(recipe, args)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def choose_output_dir(asked: str | None, recipe: str, resume: str | bool) -> Path:
@@ -111,13 +96,14 @@ def train(
     the run, a new view by default. `show_completions`: print a completion every so many steps.
     """
     from hf_rlhf.metrics.live_view import LiveView
+    from hf_rlhf.training.recipe_checks import checked
 
     if show_completions:
         _check_samples(recipe)
     with view or LiveView() as view:
         folder = choose_output_dir(output_dir, recipe.name, resume)
         with doing("checking the recipe"):
-            _checked(recipe, recipe.training_arguments(str(folder)))  # before anything is written
+            checked(recipe, recipe.training_arguments(str(folder)))  # before anything is written
         checkpoint = str(newest(folder)) if resume is True else resume or None
         with only_run_in(folder):
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_changed": allow_changed}

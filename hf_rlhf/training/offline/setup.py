@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -79,14 +79,14 @@ def _put_in_words(
 NOT_HELD_OUT = "evaluation: no rows are held out (dataset.held_out, dataset.eval_split, dataset.eval_path)"
 
 
-def _checked(recipe: OfflineRecipe, args: TrainingArguments) -> Plan:
+def _checked(recipe: OfflineRecipe, args: TrainingArguments, refused: Iterable[str] = ()) -> Plan:
     check_arguments(args, rollouts=False)
     trainer = recipe.trainer()
     lora = recipe.model.lora is not None
     config, dtype = known_model(recipe.model)
     problems = [*model_problems(recipe.model, lora, [("trainer", trainer)]), *dtype_problems(dtype, lora)]
     problems += [*trainer.problems(recipe.model), *optimizer_problems(args)]
-    problems += model_sharding_problems(args, recipe.model)
+    problems += [*model_sharding_problems(args, recipe.model), *refused]
     if problems:
         raise ValueError("\n".join(problems))
     plan = Plan(plugins=get_host().manifest([type(trainer)]))
@@ -110,9 +110,7 @@ def make_trainer(
     """
     started, view = time.perf_counter(), notebook_view(OFFLINE_SHOWN)
     args = recipe.training_arguments(output_dir)
-    plan, plugin = _checked(recipe, args), recipe.trainer()
-    if problems := list(process_problems(args)):
-        raise ValueError("\n".join(problems))
+    plan, plugin = _checked(recipe, args, process_problems(args)), recipe.trainer()
     with doing("reading the dataset"):
         train_rows, held_out = read_rows(recipe.rows, plugin)
         plan.skipped += [] if held_out is not None else [NOT_HELD_OUT]

@@ -41,11 +41,11 @@ MOST_BAD_STEPS = 3
 class FiniteSteps(TrainerCallback):
     """Skip optimizer steps whose gradient is not finite; three in a row end the run."""
 
+    parallel: Parallel
+
     def __init__(self) -> None:
         self.left_out = 0
         self.in_a_row = 0
-
-    parallel: Parallel
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the gradient, so that the optimizer changes no weight and no moment."""

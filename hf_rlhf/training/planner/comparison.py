@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-
 from hf_rlhf.config.recipe import OfflineRecipe, Recipe
 from hf_rlhf.runtime.errors import UserError, did_you_mean
-from hf_rlhf.training import setup
-from hf_rlhf.training.offline import setup as offline
 from hf_rlhf.training.planner.devices import DEVICES, Constants
 from hf_rlhf.training.planner.layouts import Layout, Planner
 from hf_rlhf.training.planner.measured import Measured, measure
+from hf_rlhf.training.recipe_checks import checked
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,9 @@ def compare(
     for words, separate in _ways(recipe, gpus, kind):
         try:
             chosen = read(words)
-            planner = Planner(chosen, checked(chosen), words, *found, gpus=gpus, gib=gib, device=name)
+            args = chosen.training_arguments()
+            checked(chosen, args)
+            planner = Planner(chosen, args, words, *found, gpus=gpus, gib=gib, device=name)
             layouts += planner.separate() if separate else planner.colocated()
         except UserError as error:
             if not words:
@@ -65,18 +64,6 @@ def compare(
             f"{recipe.name} fits no layout on {gpus} x {kind} of {gib:g} GiB: {why}. docs/hardware.md says what needs less"
         )
     return Comparison(f"{recipe.name} on {gpus} x {kind} of {gib:g} GiB", layouts, best, notes)
-
-
-def checked(recipe: Recipe) -> TrainingArguments:
-    """Return the recipe's arguments. Raises `UserError` where the recipe is refused."""
-    args = recipe.training_arguments()
-    try:
-        offline.check_recipe(recipe, args) if isinstance(recipe, OfflineRecipe) else setup.check_recipe(recipe, args)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return args
 
 
 def _ways(recipe: Recipe, gpus: int, kind: str) -> Iterator[tuple[list[str], bool]]:
